@@ -1,0 +1,84 @@
+"""InternVL3 vision-language models on Apple silicon, in MLX.
+
+Importing the package is nearly free: each public name brings its module along on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from internvl3_mlx.errors import (
+        CheckpointError,
+        ConfigError,
+        DownloadError,
+        ImageError,
+        InternVL3Error,
+        KeyMapError,
+        MissingExtraError,
+        PromptError,
+        UserError,
+    )
+    from internvl3_mlx.generation.settings import Settings
+    from internvl3_mlx.generation.vlm import VLM, Answer, Inputs, Piece, load
+    from internvl3_mlx.prompt.template import Media, Turn
+
+    __version__: str
+
+__all__ = [
+    "VLM",
+    "Answer",
+    "CheckpointError",
+    "ConfigError",
+    "DownloadError",
+    "ImageError",
+    "Inputs",
+    "InternVL3Error",
+    "KeyMapError",
+    "Media",
+    "MissingExtraError",
+    "Piece",
+    "PromptError",
+    "Settings",
+    "Turn",
+    "UserError",
+    "__version__",
+    "load",
+]
+
+HOMES = {
+    "VLM": "generation.vlm",
+    "Answer": "generation.vlm",
+    "Inputs": "generation.vlm",
+    "Media": "prompt.template",
+    "Piece": "generation.vlm",
+    "Settings": "generation.settings",
+    "Turn": "prompt.template",
+    "load": "generation.vlm",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Find a public name in its module, and keep it here for the next time."""
+    if name == "__version__":
+        value: object = _version()
+    elif name in HOMES:
+        value = getattr(import_module(f"internvl3_mlx.{HOMES[name]}"), name)
+    elif name in __all__:
+        value = getattr(import_module("internvl3_mlx.errors"), name)
+    else:
+        raise AttributeError(f"module 'internvl3_mlx' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("internvl3-mlx")
+    except PackageNotFoundError:
+        return "0+checkout"  # imported from a checkout that was never installed
