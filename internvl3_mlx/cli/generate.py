@@ -1,0 +1,193 @@
+"""``internvl3 generate``: ask once. Parse, call, show."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from internvl3_mlx.cli import options, screen
+from internvl3_mlx.cli.options import STDIN, Output, SectionedCommand
+from internvl3_mlx.errors import ImageError, InternVL3Error, UserError
+
+if TYPE_CHECKING:
+    from internvl3_mlx import VLM, Answer
+    from internvl3_mlx.images.source import Picture
+
+UNTRAINED = "the demo model is untrained; its answers are noise (it shows that everything runs)"
+SOME_FAILED, ALL_MISTAKEN = 1, 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for, checked as far as it can be without a model."""
+
+    question: str
+    sources: tuple[str, ...]
+    settings: dict[str, Any]
+    loading: dict[str, Any]
+    output: Output
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("images", nargs=-1)
+@options.flag(
+    "Question", "-p", "--prompt", "prompt", metavar="TEXT",
+    help="The question; read from standard input when absent or -.",
+)  # fmt: skip
+@options.flag(
+    "Pictures", "-i", "--image", "more_images", multiple=True, metavar="IMAGE",
+    help="A picture, like IMAGES; may be repeated.",
+)  # fmt: skip
+@options.flag(
+    "Pictures", "--video", "videos", multiple=True, metavar="PATH",
+    help="A video, read as frames; may be repeated.",
+)  # fmt: skip
+@options.settings
+@options.loading
+@options.output
+@options.debug
+def generate(
+    images: tuple[str, ...], more_images: tuple[str, ...], videos: tuple[str, ...], **flags: Any
+) -> None:
+    """Ask one question about some pictures and print the answer.
+
+    IMAGES are files, http(s) addresses, data URIs, - for standard input or clipboard for the
+    clipboard. Without any, the question is about text alone.
+
+    Exit codes: 0 done, 1 failed, 2 a mistake in the request, 130 interrupted. With --each: 1 if
+    some pictures failed, 2 if none could be read.
+    """
+    settings, output = dict(flags["settings"]), flags["output"]
+    sources = (*images, *more_images)
+    _check_output(output, sources, videos)
+    question = _question(flags["prompt"], sources)
+    if videos:
+        settings["video"] = tuple(_existing(video) for video in videos)
+    if "v2pe_delta" in settings:
+        settings["v2pe_delta"] = options.deltas(settings["v2pe_delta"])
+    request = Request(question, sources, settings, flags["loading"], output)
+    if output.each:
+        raise SystemExit(_answer_each(request))
+    _answer_once(request)
+
+
+def _check_output(output: Output, sources: tuple[str, ...], videos: tuple[str, ...]) -> None:
+    if output.as_json and output.as_jsonl:
+        raise UserError("--json and --jsonl: choose one")
+    if output.each and output.as_json:
+        raise UserError("--json is one object; with --each use --jsonl, one line for each picture")
+    if output.each and not sources:
+        raise UserError("--each without pictures: name some files")
+    if output.each and videos:
+        raise UserError("--each is for pictures; ask about one video at a time")
+    if sources.count(STDIN) > 1:
+        raise UserError("standard input holds one picture; - was given more than once")
+
+
+def _question(prompt: str | None, sources: tuple[str, ...]) -> str:
+    """Take the question from the flag or from what is piped in; never wait for a keyboard."""
+    if prompt in (None, STDIN):
+        if STDIN in sources:
+            raise UserError("standard input is the picture; pass the question with -p")
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UserError('no question: pass -p "What is this?" or pipe text in')
+        prompt = sys.stdin.read()
+    if not prompt or not prompt.strip():
+        raise UserError('the question is empty: pass -p "What is this?" or pipe text in')
+    return prompt
+
+
+def _existing(video: str) -> str:
+    """Refuse a video that is not there before a model loads."""
+    if "://" not in video and not Path(video).expanduser().is_file():
+        raise ImageError(f"cannot find {video}")
+    return video
+
+
+def _answer_once(request: Request) -> None:
+    pictures = [_open(source, request) for source in request.sources]
+    vlm, output = _load(request), request.output
+    if output.as_json or output.as_jsonl:
+        answer = vlm.ask(request.question, pictures, **request.settings)
+        screen.as_json(answer.to_dict(), indent=2 if output.as_json else None)
+    else:
+        answer = _stream(vlm, pictures, request)
+    if output.stats:
+        screen.figures(answer)
+
+
+def _answer_each(request: Request) -> int:
+    """Ask about one picture after another; a fault stops none but its own. Return the exit code."""
+    vlm: VLM | None = None
+    faults: list[InternVL3Error] = []
+    for source in request.sources:
+        try:
+            picture = _open(source, request)
+            vlm = vlm or _load(request)  # not before one picture could be read
+        except ImageError as fault:
+            faults.append(fault)
+            _tell(source, fault, request.output)
+            continue
+        try:
+            _show_one(vlm, picture, source, request)
+        except InternVL3Error as fault:
+            faults.append(fault)
+            _tell(source, fault, request.output)
+    if not faults:
+        return 0
+    return ALL_MISTAKEN if vlm is None else SOME_FAILED
+
+
+def _show_one(vlm: "VLM", picture: "Picture", source: str, request: Request) -> None:
+    output = request.output
+    if output.as_jsonl:
+        answer = vlm.ask(request.question, [picture], **request.settings)
+        screen.as_json({"source": source, **answer.to_dict()})
+    else:
+        screen.heading(source)
+        answer = _stream(vlm, [picture], request)
+    if output.stats:
+        screen.figures(answer)
+
+
+def _tell(source: str, fault: InternVL3Error, output: Output) -> None:
+    if output.as_jsonl:
+        screen.as_json({"source": source, "error": str(fault)})
+    else:
+        screen.error(str(fault) if source in str(fault) else f"{source}: {fault}")
+
+
+def _open(source: str, request: Request) -> "Picture":
+    from internvl3_mlx.images.source import open_picture
+
+    upright = request.settings.get("upright", True)
+    if source == STDIN:
+        return replace(open_picture(sys.stdin.buffer.read(), upright=upright), name="stdin")
+    return open_picture(source, upright=upright)
+
+
+def _load(request: Request) -> "VLM":
+    from internvl3_mlx import load
+
+    quiet = request.output.quiet
+    model = request.loading.get("model", "the model")
+    with screen.waiting(f"loading {model}", quiet=quiet) as notify:
+        vlm = load(**request.loading, notify=notify)
+    if not vlm.trained and not quiet:
+        screen.note(UNTRAINED)
+    return vlm
+
+
+def _stream(vlm: "VLM", pictures: "list[Picture]", request: Request) -> "Answer":
+    """Write the answer as it comes, and a line end after it."""
+    last, answer = "", None
+    for piece in vlm.stream(request.question, pictures, **request.settings):
+        screen.answer_text(piece.text)
+        last, answer = piece.text or last, piece.answer
+    if not last.endswith("\n"):
+        screen.line()
+    if answer is None:
+        raise InternVL3Error("the answer ended without its figures; please report this")
+    return answer

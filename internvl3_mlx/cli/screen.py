@@ -1,0 +1,198 @@
+"""What people see. Answers go to stdout, all else to stderr; nothing else in the package prints."""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback as tracebacks
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+if TYPE_CHECKING:
+    from internvl3_mlx.generation.vlm import Answer
+
+PATIENCE_S = 0.5  # a wait shorter than this shows nothing
+TICK_S = 0.1
+SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+CLEAR_LINE = "\r\x1b[2K"
+# A terminal obeys control characters, so a model's text must not bring any but tab and line end.
+CONTROLS = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+def is_lively(stream: TextIO) -> bool:
+    """Tell whether ``stream`` is a terminal that may be redrawn and coloured."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def is_coloured(stream: TextIO) -> bool:
+    """Tell whether ``stream`` may carry colour: a terminal, and NO_COLOR is unset or empty."""
+    return is_lively(stream) and not os.environ.get("NO_COLOR")
+
+
+def answer_text(text: str) -> None:
+    """Write a piece of the model's text to stdout: as it is when piped, never read as markup."""
+    sys.stdout.write(text.translate(CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def line(text: str = "") -> None:
+    """Write one line of output to stdout."""
+    click.echo(text)
+
+
+def heading(name: str) -> None:
+    """Begin the answer about one of several pictures."""
+    click.echo(f"== {name}")
+
+
+def as_json(content: object, *, indent: int | None = None) -> None:
+    """Write ``content`` to stdout as JSON: on one line, or indented for reading."""
+    sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Tell something the user should know and need not act upon."""
+    click.echo(f"{_paint('note:', fg='yellow')} {text}", err=True)
+
+
+def error(text: str) -> None:
+    """Tell why the command failed."""
+    click.echo(f"{_paint('error:', fg='red', bold=True)} {text}", err=True)
+
+
+def hint(text: str) -> None:
+    """Add where to look, below an error."""
+    click.echo(_paint(text, dim=True), err=True)
+
+
+def traceback(fault: Exception) -> None:
+    """Write the whole traceback, for --debug."""
+    click.echo("".join(tracebacks.format_exception(fault)).rstrip(), err=True)
+
+
+def end_line() -> None:
+    """Leave a half-written line behind, so that the shell's prompt starts on its own."""
+    if sys.stderr.isatty():
+        click.echo(err=True)
+
+
+def figures(answer: "Answer") -> None:
+    """Write the run's figures on one dim line: tokens, speed, prompt and memory."""
+    click.echo(_paint(describe(answer), dim=True), err=True)
+
+
+def describe(answer: "Answer") -> str:
+    """Put the figures of a run in one line, such as ``18 tokens · 61.3 tok/s · prompt 2,041 …``."""
+    usage, timing = answer.usage, answer.timing
+    images = f" ({usage.image_tokens:,} image)" if usage.image_tokens else ""
+    prompt_s = timing.preprocess_s + timing.vision_s + timing.prefill_s
+    return " · ".join(
+        (
+            f"{usage.completion_tokens:,} token{'s' * (usage.completion_tokens != 1)}",
+            f"{timing.decode_tps:,.1f} tok/s",
+            f"prompt {usage.prompt_tokens:,}{images} in {prompt_s:.1f} s",
+            f"peak {answer.peak_memory_gb:.1f} GB",
+        )
+    )
+
+
+def facts(table: Mapping[str, object], *, margin: str = "") -> None:
+    """Write names and values in two columns; tables and lists of tables are indented below."""
+    width = max((len(name) for name, value in table.items() if not _is_table(value)), default=0)
+    for name, value in table.items():
+        label = name.replace("_", " ")
+        if not _is_table(value):
+            click.echo(f"{margin}{label:<{width}}  {_plain(value)}")
+        elif isinstance(value, Mapping):
+            click.echo(f"{margin}{label}")
+            facts(value, margin=margin + "  ")
+        elif isinstance(value, Sequence):
+            click.echo(f"{margin}{label}")
+            _columns(value, margin + "  ")
+
+
+@contextmanager
+def waiting(text: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show ``text`` and the seconds on stderr until the body ends or has something to say.
+
+    Yields the function that the body calls with a note. The first note ends the display for good,
+    so that whatever it announces, such as a download with bars of its own, has the screen.
+    """
+    over = threading.Event()
+    ticker = threading.Thread(target=_tick, args=(text, over), daemon=True)
+    if not quiet and is_lively(sys.stderr):
+        ticker.start()
+
+    def finish() -> None:
+        over.set()
+        if ticker.is_alive():
+            ticker.join()
+
+    def notify(message: str) -> None:
+        finish()
+        if not quiet:
+            note(message)
+
+    try:
+        yield notify
+    finally:
+        finish()
+
+
+def _tick(text: str, over: threading.Event) -> None:
+    start, count = time.monotonic(), 0
+    if over.wait(PATIENCE_S):
+        return
+    while not over.wait(TICK_S):
+        seconds = time.monotonic() - start
+        sys.stderr.write(f"{CLEAR_LINE}{SPINNER[count % len(SPINNER)]} {text} · {seconds:.0f} s")
+        sys.stderr.flush()
+        count += 1
+    sys.stderr.write(CLEAR_LINE)
+    sys.stderr.flush()
+
+
+def _paint(text: str, *, fg: str | None = None, bold: bool = False, dim: bool = False) -> str:
+    if not is_coloured(sys.stderr):
+        return text
+    return click.style(text, fg=fg, bold=bold or None, dim=dim or None)
+
+
+def _is_table(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return True
+    return isinstance(value, (list, tuple)) and any(isinstance(row, Mapping) for row in value)
+
+
+def _columns(rows: Sequence[Mapping[str, object]], margin: str) -> None:
+    """Write rows that share their names as columns, figures to the right."""
+    names = list(rows[0])
+    cells = [[_plain(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[at]) for row in cells)) for at, name in enumerate(names)]
+    right = [all(isinstance(row.get(name), (int, float)) for row in rows) for name in names]
+    for row in [[name.replace("_", " ") for name in names], *cells]:
+        padded = [
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, right, strict=True)
+        ]
+        click.echo((margin + "  ".join(padded)).rstrip())
+
+
+def _plain(value: object) -> str:
+    """Put a value in words: figures with thousands marked, lists with commas, nothing as a dash."""
+    if value is None or value == "" or value == () or value == []:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.2f}".rstrip("0").rstrip(".")
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return ", ".join(_plain(item) for item in value)
+    return str(value)
