@@ -1,0 +1,100 @@
+"""Turns to segments of prompt: InternVL's own chat template, or the one a repository brings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from internvl3_mlx.errors import ConfigError
+from internvl3_mlx.prompt.turns import (
+    ImageRun,
+    Media,
+    Segment,
+    Text,
+    Turn,
+    check_turns,
+    content,
+    merge,
+)
+
+if TYPE_CHECKING:
+    from internvl3_mlx.config import ModelConfig
+
+__all__ = [
+    "DEFAULT_SYSTEM",
+    "ImageRun",
+    "InternVLTemplate",
+    "Media",
+    "Segment",
+    "Template",
+    "Text",
+    "Turn",
+    "system_segment",
+    "template_for",
+]
+
+# the system text that InternVL3 was trained with, to the letter
+DEFAULT_SYSTEM = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+    "联合开发的多模态大语言模型。"
+)
+TURN_START, TURN_END = "<|im_start|>{role}\n", "<|im_end|>\n"
+
+
+class Template(Protocol):
+    """Write a conversation as segments, ending with the opened assistant turn."""
+
+    def render(self, turns: Sequence[Turn], system: str | None) -> list[Segment]: ...
+
+
+@dataclass(frozen=True)
+class InternVLTemplate:
+    """``internvl2_5``: ChatML with InternVL's system text, the template of every InternVL3."""
+
+    system_message: str | None = None
+
+    def render(self, turns: Sequence[Turn], system: str | None) -> list[Segment]:
+        """Write the prompt. ``system``: None for the model's own text, "" for none at all."""
+        check_turns(turns)
+        instruction = system_segment(system, self.system_message)
+        segments = _part("system", [instruction]) if instruction.text else []
+        for turn in turns:
+            segments += _part(turn.role, content(turn))
+        return merge([*segments, Text(TURN_START.format(role="assistant"))])
+
+
+TEMPLATES = {"internvl2_5": InternVLTemplate}
+
+
+def template_for(config: "ModelConfig", folder: Path) -> Template:
+    """Choose the template the config names; without a name, the repository's own Jinja.
+
+    Raises ``ConfigError`` for a name we do not know: another template would be silently worse.
+    """
+    if config.template is not None:
+        if config.template not in TEMPLATES:
+            known = ", ".join(TEMPLATES)
+            raise ConfigError(
+                f"config.json names the template {config.template!r}; known: {known}. "
+                "Correct it, or remove the key to use the repository's own chat template"
+            )
+        return TEMPLATES[config.template](config.system_message)
+    from internvl3_mlx.prompt.jinja import read_jinja
+
+    return read_jinja(Path(folder), config.system_message) or InternVLTemplate(
+        config.system_message
+    )
+
+
+def system_segment(system: str | None, own: str | None) -> Text:
+    """Choose the system text: the caller's, else the model's own, else the published one.
+
+    A null or empty ``own`` counts as absent: some releases would otherwise prompt with "None".
+    """
+    if system is not None:
+        return Text(system, typed=True)
+    return Text(own or DEFAULT_SYSTEM)
+
+
+def _part(role: str, body: Sequence[Segment]) -> list[Segment]:
+    return [Text(TURN_START.format(role=role)), *body, Text(TURN_END)]

@@ -1,0 +1,91 @@
+"""The JSON files around a tokenizer: added tokens, BOS, and where an answer stops."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl3_mlx.errors import CheckpointError
+
+# Tags of grounding prompts and answers: the only special tokens a user may type.
+GROUNDING = frozenset(
+    f"<{slash}{name}>" for name in ("ref", "box", "quad") for slash in ("", "/")
+) | frozenset(
+    f"<|{name}_{edge}|>" for name in ("object_ref", "box", "quad") for edge in ("start", "end")
+)
+# Text in our prompts, though native repositories give it an id, beyond the embedding's last row.
+NEVER_ADDED = frozenset({"<video>"})
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token matched whole, before the text around it is cut; ``special`` ones are not shown."""
+
+    id: int
+    special: bool
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an optional JSON object: empty when there is no such file."""
+    text = read_text(path)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object; download it again")
+    return value
+
+
+def read_text(path: Path) -> str | None:
+    """Read an optional text file: None when there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text; download it again") from error
+
+
+def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
+    """Read added tokens from tokenizer_config.json and added_tokens.json.
+
+    The latter does not say which are special; there everything written <...> but tool tags is.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    found = {
+        entry["content"]: AddedToken(int(number), bool(entry.get("special", False)))
+        for number, entry in config.get("added_tokens_decoder", {}).items()
+    }
+    for token, number in read_json(folder / "added_tokens.json").items():
+        special = not token.strip("</>").startswith("tool_")
+        found.setdefault(token, AddedToken(int(number), special))
+    return found
+
+
+def bos_name(folder: Path, *, default: bool) -> str | None:
+    """Name the token the tokenizer puts in front of every text, if any."""
+    config = read_json(folder / "tokenizer_config.json")
+    return token_name(config.get("bos_token")) if config.get("add_bos_token", default) else None
+
+
+def token_name(entry: Any) -> str | None:
+    """Take the text of a token, written either plainly or as an object."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def end_ids(folder: Path) -> Iterator[int]:
+    """List every end-of-sequence id that the model's JSON files name, at any of their levels."""
+    config = read_json(folder / "config.json")
+    levels = (config, config.get("llm_config"), config.get("text_config"))
+    for level in (*levels, read_json(folder / "generation_config.json")):
+        named = (level or {}).get("eos_token_id")
+        yield from [named] if isinstance(named, int) else named or []
+
+
+def end_name(folder: Path) -> str | None:
+    """Name the tokenizer's own end token."""
+    return token_name(read_json(folder / "tokenizer_config.json").get("eos_token"))

@@ -1,0 +1,152 @@
+"""What a conversation is made of, and where the pictures of a turn stand in its text."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from internvl3_mlx.errors import PromptError
+
+IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
+
+
+@dataclass(frozen=True)
+class Media:
+    """One picture or video: how many tiles each of its runs takes.
+
+    A picture has one entry in ``tiles`` (more are laid into one run), a video one per frame.
+    ``times`` (seconds, one per frame) is set only when the prompt is to name them.
+    """
+
+    tiles: tuple[int, ...]
+    kind: Literal["image", "video"] = "image"
+    times: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tiles or min(self.tiles) < 1:
+            raise PromptError(
+                f"{self.kind} with tiles {self.tiles}: every picture and frame has at least one"
+            )
+        if self.times is not None and (self.kind != "video" or len(self.times) != len(self.tiles)):
+            raise PromptError(
+                f"{len(self.times)} frame times for {self.kind} with {len(self.tiles)} entries: "
+                "give a video one time per frame"
+            )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. Only the user's carry pictures."""
+
+    role: Literal["user", "assistant"]
+    text: str
+    media: tuple[Media, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.role not in ("user", "assistant"):
+            raise PromptError(
+                f"turn with role {self.role!r}: use 'user' or 'assistant'; "
+                "the system text is given apart"
+            )
+        if self.media and self.role != "user":
+            raise PromptError("pictures in an assistant turn: move them to the user's turn")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stretch of prompt. In ``typed`` text, structural special tokens stay plain text."""
+
+    text: str
+    typed: bool = False
+
+
+@dataclass(frozen=True)
+class ImageRun:
+    """The place of one picture or frame: <img>, its context tokens, </img>."""
+
+    tiles: int
+
+
+Segment = Text | ImageRun
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raise ``PromptError`` unless the conversation ends with the user."""
+    if not turns or turns[-1].role != "user":
+        given = f"ends with {turns[-1].role!r}" if turns else "is empty"
+        raise PromptError(f"the conversation {given}: its last turn must be the user's")
+
+
+def content(turn: Turn) -> list[Segment]:
+    """Lay out one turn in the form the model was trained on.
+
+    Marks the user typed place the pictures when there are as many marks as pictures; otherwise
+    the pictures stand in front (images, then the frames of videos) and the marks stay text.
+    """
+    images = [medium for medium in turn.media if medium.kind == "image"]
+    videos = [medium for medium in turn.media if medium.kind == "video"]
+    front: list[Segment] = []
+    placed: dict[str, Iterator[list[Segment]]] = {}
+    if images and turn.text.count(IMAGE_MARK) == len(images):
+        placed[IMAGE_MARK] = ([_run(image)] for image in images)
+    else:
+        front += _image_lines(images)
+    if videos and turn.text.count(VIDEO_MARK) == len(videos):
+        placed[VIDEO_MARK] = (_frame_lines(video) for video in videos)
+    else:
+        front += [part for video in videos for part in (*_frame_lines(video), Text("\n"))]
+    return merge([*front, *_fill(turn.text, placed)])
+
+
+def merge(segments: Iterable[Segment]) -> list[Segment]:
+    """Join neighbouring texts of one kind and drop empty ones."""
+    merged: list[Segment] = []
+    for segment in segments:
+        last = merged[-1] if merged else None
+        if isinstance(segment, Text) and isinstance(last, Text) and last.typed == segment.typed:
+            merged[-1] = Text(last.text + segment.text, last.typed)
+        elif isinstance(segment, ImageRun) or segment.text:
+            merged.append(segment)
+    return merged
+
+
+def _image_lines(images: Sequence[Media]) -> list[Segment]:
+    """Write ``<image>`` alone on a line, or ``Image-1: <image>`` and so on (model card)."""
+    lines: list[Segment] = []
+    for number, image in enumerate(images, start=1):
+        label = f"Image-{number}: " if len(images) > 1 else ""
+        lines += [Text(label), _run(image), Text("\n")]
+    return lines
+
+
+def _frame_lines(video: Media) -> list[Segment]:
+    """Write ``Frame1: <image>`` per frame, joined by newlines; each video counts from 1.
+
+    The form is the model card's; a time, when asked for, follows the number: ``Frame1 (0.5s): ``.
+    """
+    lines: list[Segment] = []
+    for index, tiles in enumerate(video.tiles):
+        time = f" ({video.times[index]:.1f}s)" if video.times else ""
+        break_before = "\n" if index else ""
+        lines += [Text(f"{break_before}Frame{index + 1}{time}: "), ImageRun(tiles)]
+    return lines
+
+
+def _run(image: Media) -> ImageRun:
+    return ImageRun(sum(image.tiles))
+
+
+def _fill(text: str, placed: dict[str, Iterator[list[Segment]]]) -> Iterator[Segment]:
+    if not placed:
+        yield Text(text, typed=True)
+        return
+    parts = re.split("(" + "|".join(placed) + ")", text)
+    for index, part in enumerate(parts):
+        if index % 2 == 0:
+            yield Text(part, typed=True)
+            continue
+        yield from next(placed[part])
+        # the card ends the frame lines with a newline; the user's own one is enough
+        if part == VIDEO_MARK and parts[index + 1] and not parts[index + 1].startswith("\n"):
+            yield Text("\n")
