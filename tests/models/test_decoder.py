@@ -1,0 +1,107 @@
+"""The decoders and their caches: however a row is cut or fused, the same logits come out."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fixtures.inputs import relative_error, token_row
+from fixtures.opened import bare_model, numbers
+
+from internvl3_mlx.models.cache import KVCache, QuantizedKVCache
+
+TOLERANCE = 2e-5
+STYLES = ["300m", "6b", "9b"]
+
+
+def cached_logits(model, ids, chunks, make_cache, positions=None):
+    """Read ``ids`` chunk by chunk: (L,) -> (L, V)."""
+    cache = [make_cache() for _ in model.language_model.model.layers]
+    out, start = [], 0
+    for size in chunks:
+        part = mx.array(ids[start : start + size])[None]
+        where = start if positions is None else mx.array(positions[start : start + size])
+        out.append(model(part, None, where, cache))
+        start += size
+    assert start == len(ids)
+    return numbers(mx.concatenate(out, axis=1))[0]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_logits_of_text_equal_transformers(style):
+    model, checkpoint = bare_model(style)
+    ids = token_row(checkpoint, seed=4)
+    ours = numbers(model(mx.array([ids])))
+    assert relative_error(ours, checkpoint.reference.logits(ids)) < TOLERANCE
+
+
+def test_a_head_dimension_of_its_own_is_honoured():
+    model, checkpoint = bare_model("9b", head_dim=40)
+    ids = token_row(checkpoint, seed=4)
+    ours = numbers(model(mx.array([ids])))
+    assert relative_error(ours, checkpoint.reference.logits(ids)) < TOLERANCE
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_fused_projections_give_the_same_logits(style):
+    model, checkpoint = bare_model(style)
+    ids = mx.array([token_row(checkpoint)])
+    before = numbers(model(ids))
+    model.fold()
+    assert relative_error(numbers(model(ids)), before) < 1e-6
+
+
+@pytest.mark.parametrize("delta", [None, 1 / 4, 1 / 256])
+@pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 3, 1], [8, 1]])
+def test_reading_in_chunks_equals_reading_at_once(chunks, delta):
+    model, checkpoint = bare_model("300m")
+    ids = token_row(checkpoint, seed=6)
+    positions = None
+    if delta:
+        positions = np.cumsum([0, 1, 1, delta, delta, delta, 1, 1, 1]).astype(np.float32)
+    ours = cached_logits(model, ids, chunks, KVCache, positions)
+    theirs = checkpoint.reference.logits(ids, positions=positions)[0]
+    assert relative_error(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("room", [0, 5, 700])
+def test_a_cache_grows_past_the_room_set_aside(room):
+    model, checkpoint = bare_model("300m")
+    ids = np.random.default_rng(8).integers(3, 400, size=600).tolist()
+    ours = cached_logits(model, ids, [250, 1, 5, 1, 343], lambda: KVCache(room))
+    assert relative_error(ours, checkpoint.reference.logits(ids)[0]) < 2 * TOLERANCE
+
+
+class RoundTripCache(KVCache):
+    """What a packed cache must equal: dense numbers that went through quantisation once."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.form = {"bits": bits, "group_size": 32}
+
+    def append(self, keys, values):
+        return super().append(*(self.rounded(x) for x in (keys, values)))
+
+    def rounded(self, x):
+        return mx.dequantize(*mx.quantize(x, **self.form), **self.form)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("chunks", [[25], [20, 4, 1], [9, 8, 7, 1], [1] * 25])
+def test_a_packed_cache_loses_no_more_than_its_rounding(bits, chunks):
+    model, checkpoint = bare_model("300m")
+    ids = np.random.default_rng(9).integers(3, 400, size=25).tolist()
+    packed = cached_logits(model, ids, chunks, lambda: QuantizedKVCache(bits, 32))
+    rounded = cached_logits(model, ids, [25], lambda: RoundTripCache(bits))
+    assert relative_error(packed, rounded) < TOLERANCE
+    assert relative_error(rounded, checkpoint.reference.logits(ids)[0]) > 0.001
+
+
+def test_a_dense_cache_packs_itself_midway():
+    model, checkpoint = bare_model("300m")
+    ids = token_row(checkpoint, seed=2)
+    cache = [KVCache() for _ in model.language_model.model.layers]
+    model(mx.array([ids[:6]]), None, 0, cache)
+    cache = [layer.quantized(8, 32) for layer in cache]
+    assert [layer.offset for layer in cache] == [6, 6, 6]
+    last = numbers(model(mx.array([ids[6:]]), None, 6, cache))[0, -1]
+    rounded = cached_logits(model, ids, [6, 3], lambda: RoundTripCache(8))[-1]
+    assert relative_error(last, rounded) < TOLERANCE
