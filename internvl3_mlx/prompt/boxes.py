@@ -6,7 +6,8 @@ FULL_SCALE = 1000  # coordinates are thousandths of the original picture's width
 
 Corners = tuple[int, int, int, int]
 
-_CORNERS = r"\[\s*\d+\s*,\s*\d+\s*,\s*\d+\s*,\s*\d+\s*\]"
+_NUMBER = r"\s*[0-9]{1,4}\s*"
+_CORNERS = rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
 _BOXES = re.compile(
     r"(?:<ref>(?P<label>[^<]*)</ref>\s*)?"
     rf"(?:<box>\s*(?P<single>{_CORNERS})\s*</box>"
@@ -21,9 +22,9 @@ def parse_boxes(text: str) -> list[tuple[str | None, Corners]]:
     """
     found: list[tuple[str | None, Corners]] = []
     for match in _BOXES.finditer(text):
-        label = match["label"].strip() or None if match["label"] is not None else None
+        label = (match["label"] or "").strip() or None
         for corners in re.findall(_CORNERS, match["single"] or match["list"]):
-            x1, y1, x2, y2 = (int(number) for number in re.findall(r"\d+", corners))
+            x1, y1, x2, y2 = (int(number) for number in re.findall(r"[0-9]+", corners))
             if x1 <= x2 <= FULL_SCALE and y1 <= y2 <= FULL_SCALE:
                 found.append((label, (x1, y1, x2, y2)))
     return found

@@ -41,7 +41,7 @@ class StreamingDetokenizer:
         return self._characters.decode(written)
 
     def finish(self) -> str:
-        """Return what is left at the end: nothing, as the pieces so far are all whole characters."""
+        """End the answer and return the text still held back: none, half a character is dropped."""
         self._characters.reset()
         return ""
 

@@ -4,8 +4,10 @@ Positions are float32 and must stay so: bfloat16 has no 257, and no 2 + 1/256.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from internvl3_mlx.errors import PromptError
 
 DELTAS = tuple(2.0**-n for n in range(9))  # 1, 1/2, ..., 1/256: the steps seen in training
+NUMBER = re.compile(r"[0-9]{1,4}(/[1-9][0-9]{0,3})?|[0-9]{0,4}\.[0-9]{1,12}")
 DELTA_NAMES = ", ".join(str(Fraction(delta)) for delta in DELTAS)
 
 
@@ -21,16 +24,19 @@ def parse_delta(text: str | float | Fraction) -> float | Literal["auto"]:
     """Read a step as the user writes it: 1, 0.25, "1/4", or "auto"."""
     if isinstance(text, str) and text.strip().lower() == "auto":
         return "auto"
-    try:
-        value = Fraction(text.strip() if isinstance(text, str) else text)
-    except (ValueError, TypeError, ArithmeticError):
-        value = Fraction(0)
-    if isinstance(text, bool) or value not in DELTAS:
+    value = _number(text)
+    if value not in DELTAS:
         raise PromptError(
-            f"V2PE step {text if isinstance(text, str) else repr(text)}: "
-            f"the model knows {DELTA_NAMES}; give one of these, or auto"
+            f"V2PE step {text}: the model knows {DELTA_NAMES}; give one of these, or auto"
         )
-    return float(value)
+    return value
+
+
+def _number(text: object) -> float:
+    """Read a fraction, a decimal or a number; 0 for anything else."""
+    if isinstance(text, str):
+        return float(Fraction(text.strip())) if NUMBER.fullmatch(text.strip()) else 0.0
+    return float(text) if isinstance(text, Real) and not isinstance(text, bool) else 0.0
 
 
 def image_runs(ids: ArrayLike, image_id: int) -> list[tuple[int, int]]:
@@ -83,7 +89,7 @@ def next_position(positions: ArrayLike) -> float:
 def _runs(
     ids: ArrayLike, image_id: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Split ids (L,) into stretches of image and of other tokens: starts, lengths, is_image (R,)."""
+    """Split ids (L,) into stretches of one kind: starts, lengths, is_image, each (R,)."""
     is_image = np.asarray(ids) == image_id
     changes = np.flatnonzero(is_image[1:] != is_image[:-1]) + 1
     starts = np.concatenate([np.zeros(min(1, is_image.size), np.int64), changes])
@@ -92,12 +98,16 @@ def _runs(
 
 
 def _per_image(deltas: float | Sequence[float], images: int) -> NDArray[np.float64]:
-    given = [deltas] if np.ndim(deltas) == 0 else list(deltas)  # type: ignore[arg-type]
-    steps = [parse_delta(delta) for delta in given]
-    if "auto" in steps:
-        raise PromptError("V2PE step auto: choose the step with auto_delta first")
-    if np.ndim(deltas) and len(steps) != images:
+    given = list(deltas) if isinstance(deltas, (Sequence, np.ndarray)) else [deltas] * images
+    if len(given) != images:
         raise PromptError(
-            f"{len(steps)} V2PE steps for {images} images: give one for all or one per image"
+            f"{len(given)} V2PE steps for {images} images: give one for all or one per image"
         )
-    return np.array(steps if np.ndim(deltas) else steps * images, dtype=np.float64)
+    return np.array([_step(delta) for delta in given], dtype=np.float64)
+
+
+def _step(delta: float) -> float:
+    step = parse_delta(delta)
+    if step == "auto":
+        raise PromptError("V2PE step auto: choose the step with auto_delta first")
+    return step

@@ -1,4 +1,4 @@
-"""The sentencepiece vocabulary of the 9B: ``tokenizer.model``, read by the library that wrote it."""
+"""The sentencepiece vocabulary of the 9B, ``tokenizer.model``, read by the library behind it."""
 
 from pathlib import Path
 

@@ -16,6 +16,8 @@ GROUNDING = frozenset(
 )
 # Text in our prompts, though native repositories give it an id, beyond the embedding's last row.
 NEVER_ADDED = frozenset({"<video>"})
+# Qwen's added tokens that are text of a kind: an answer shows them.
+SHOWN = ("tool_", "fim_", "repo_name", "file_sep")
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,16 @@ def read_text(path: Path) -> str | None:
 def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
     """Read added tokens from tokenizer_config.json and added_tokens.json.
 
-    The latter does not say which are special; there everything written <...> but tool tags is.
+    The latter does not say which are special: all are but ``SHOWN``, as in the former.
     """
     config = read_json(folder / "tokenizer_config.json")
     found = {
         entry["content"]: AddedToken(int(number), bool(entry.get("special", False)))
         for number, entry in config.get("added_tokens_decoder", {}).items()
+        if "content" in entry
     }
     for token, number in read_json(folder / "added_tokens.json").items():
-        special = not token.strip("</>").startswith("tool_")
+        special = not token.strip("</|>").startswith(SHOWN)
         found.setdefault(token, AddedToken(int(number), special))
     return found
 

@@ -33,6 +33,7 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LEADS: dict[str, Lead] = {"always": "chunk", "first": "start", "never": "none"}
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END, TURN_END = "<img>", "<IMG_CONTEXT>", "</img>", "<|im_end|>"
 
 
@@ -65,7 +66,7 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read tokenizer.json, else vocab.json with merges.txt, else tokenizer.model."""
         folder = Path(folder)
-        stops = [*end_ids(folder), end_name(folder) or TURN_END]
+        stops: list[int | str] = [*end_ids(folder), end_name(folder) or TURN_END]
         return cls(_read_vocabulary(folder), source=folder, stops=stops)
 
     def encode(
@@ -215,7 +216,7 @@ def _bpe_vocabulary(
 def _lead(core: tokenizers.Tokenizer) -> Lead:
     blank = core.pre_tokenizer
     if isinstance(blank, Metaspace):
-        return {"always": "chunk", "first": "start", "never": "none"}[blank.prepend_scheme]
+        return LEADS[blank.prepend_scheme]
     normal = core.normalizer.__getstate__() if core.normalizer is not None else b""
     return "chunk" if b'"Prepend"' in normal else "none"
 

@@ -1,4 +1,4 @@
-"""What a tokenizer is underneath, whichever files it came from: a cutter, spellings, added tokens."""
+"""What a tokenizer is underneath, whatever its files: a cutter, spellings, added tokens."""
 
 import re
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def spell_sentencepiece(piece: str | None) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Map characters to bytes as GPT-2 does: printable Latin-1 is itself, the rest is from 256 on."""
+    """Map characters to bytes as GPT-2 does: printable Latin-1 is itself, others start at 256."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
