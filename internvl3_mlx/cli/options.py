@@ -112,7 +112,7 @@ SETTINGS: Mapping[str, Decorator] = {
     ),
     "temperature": flag(
         "Answer", "--temp", "--temperature", "temperature", metavar="X",
-        type=click.FloatRange(min=0), show_default="0.0", help="0 always takes the likeliest token.",
+        type=click.FloatRange(min=0), show_default="0.0", help="0 always takes the likeliest.",
     ),
     "top_p": flag(
         "Answer", "--top-p", "top_p", metavar="X", type=click.FloatRange(0, 1, min_open=True),
@@ -201,7 +201,7 @@ SETTINGS: Mapping[str, Decorator] = {
 
 OUTPUT: Mapping[str, Decorator] = {
     "as_json": flag("Output", "--json", "as_json", is_flag=True, help="One JSON object."),
-    "as_jsonl": flag("Output", "--jsonl", "as_jsonl", is_flag=True, help="JSON, a line per answer."),
+    "as_jsonl": flag("Output", "--jsonl", "as_jsonl", is_flag=True, help="One JSON line each."),
     "each": flag("Output", "--each", "each", is_flag=True, help="Ask about one picture at a time."),
     "quiet": flag("Output", "-q", "--quiet", "quiet", is_flag=True, help="No notes, no progress."),
     "stats": flag("Output", "--stats", "stats", is_flag=True, help="Tokens, speed and memory."),

@@ -41,12 +41,12 @@ def answer_text(text: str) -> None:
 
 def line(text: str = "") -> None:
     """Write one line of output to stdout."""
-    click.echo(text)
+    print(text, flush=True)
 
 
 def heading(name: str) -> None:
     """Begin the answer about one of several pictures."""
-    click.echo(f"== {name}")
+    print(f"== {name}", flush=True)
 
 
 def as_json(content: object, *, indent: int | None = None) -> None:
@@ -57,33 +57,33 @@ def as_json(content: object, *, indent: int | None = None) -> None:
 
 def note(text: str) -> None:
     """Tell something the user should know and need not act upon."""
-    click.echo(f"{_paint('note:', fg='yellow')} {text}", err=True)
+    print(f"{_paint('note:', fg='yellow')} {text}", file=sys.stderr)
 
 
 def error(text: str) -> None:
     """Tell why the command failed."""
-    click.echo(f"{_paint('error:', fg='red', bold=True)} {text}", err=True)
+    print(f"{_paint('error:', fg='red', bold=True)} {text}", file=sys.stderr)
 
 
 def hint(text: str) -> None:
     """Add where to look, below an error."""
-    click.echo(_paint(text, dim=True), err=True)
+    print(_paint(text, dim=True), file=sys.stderr)
 
 
 def traceback(fault: Exception) -> None:
     """Write the whole traceback, for --debug."""
-    click.echo("".join(tracebacks.format_exception(fault)).rstrip(), err=True)
+    print("".join(tracebacks.format_exception(fault)).rstrip(), file=sys.stderr)
 
 
 def end_line() -> None:
     """Leave a half-written line behind, so that the shell's prompt starts on its own."""
     if sys.stderr.isatty():
-        click.echo(err=True)
+        print(file=sys.stderr)
 
 
 def figures(answer: "Answer") -> None:
     """Write the run's figures on one dim line: tokens, speed, prompt and memory."""
-    click.echo(_paint(describe(answer), dim=True), err=True)
+    print(_paint(describe(answer), dim=True), file=sys.stderr)
 
 
 def describe(answer: "Answer") -> str:
@@ -107,12 +107,12 @@ def facts(table: Mapping[str, object], *, margin: str = "") -> None:
     for name, value in table.items():
         label = name.replace("_", " ")
         if not _is_table(value):
-            click.echo(f"{margin}{label:<{width}}  {_plain(value)}")
+            print(f"{margin}{label:<{width}}  {_plain(value)}", flush=True)
         elif isinstance(value, Mapping):
-            click.echo(f"{margin}{label}")
+            print(f"{margin}{label}", flush=True)
             facts(value, margin=margin + "  ")
         elif isinstance(value, Sequence):
-            click.echo(f"{margin}{label}")
+            print(f"{margin}{label}", flush=True)
             _columns(value, margin + "  ")
 
 
@@ -180,7 +180,7 @@ def _columns(rows: Sequence[Mapping[str, object]], margin: str) -> None:
             cell.rjust(width) if is_right else cell.ljust(width)
             for cell, width, is_right in zip(row, widths, right, strict=True)
         ]
-        click.echo((margin + "  ".join(padded)).rstrip())
+        print((margin + "  ".join(padded)).rstrip(), flush=True)
 
 
 def _plain(value: object) -> str:

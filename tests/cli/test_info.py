@@ -1,0 +1,159 @@
+import json
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import huggingface_hub
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from huggingface_hub.errors import CacheNotFound
+
+from internvl3_mlx.cli import info as info_module
+from internvl3_mlx.cli.main import main
+from internvl3_mlx.errors import CheckpointError
+
+FACTS = {
+    "layout": "mlx",
+    "context": 32768,
+    "template": "internvl2_5",
+    "system": None,
+    "stop_tokens": ["<|im_end|>", "<|endoftext|>"],
+    "parts": [
+        {"name": "vision", "parameters": 304012288, "bits": 16},
+        {"name": "language", "parameters": 1777088, "bits": 4.5},
+    ],
+    "files": {"model.safetensors": 7},
+}
+SCREEN = """\
+layout       mlx
+context      32,768
+template     internvl2_5
+system       –
+stop tokens  <|im_end|>, <|endoftext|>
+parts
+  name       parameters  bits
+  vision    304,012,288    16
+  language    1,777,088   4.5
+files
+  model.safetensors  7
+"""
+
+
+@dataclass
+class Facts:
+    layout: str
+    tiles: int
+
+
+def info(*args: str):
+    return CliRunner().invoke(main, ["info", *args], prog_name="internvl3")
+
+
+@pytest.fixture
+def inspect(monkeypatch):
+    """Let ``loading.inspect`` return or raise what the test says."""
+
+    def plant(outcome):
+        def give(_model):
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        stand_in = SimpleNamespace(inspect=give)
+        monkeypatch.setitem(sys.modules, "internvl3_mlx.loading", stand_in)
+
+    return plant
+
+
+@pytest.fixture
+def cache(monkeypatch):
+    """Let the hub's cache hold what the test says; None for no cache folder at all."""
+
+    def plant(repos):
+        def scan():
+            if repos is None:
+                raise CacheNotFound("none", cache_dir="none")
+            return SimpleNamespace(repos=repos)
+
+        monkeypatch.setattr(huggingface_hub, "scan_cache_dir", scan)
+
+    return plant
+
+
+def test_a_models_facts_are_columns(inspect):
+    inspect(SimpleNamespace(to_dict=lambda: FACTS))
+    result = info("some/folder")
+    assert (result.stdout, result.stderr, result.exit_code) == (SCREEN, "", 0)
+
+
+def test_a_models_facts_are_one_json_object(inspect):
+    inspect(SimpleNamespace(to_dict=lambda: FACTS))
+    assert json.loads(info("some/folder", "--json").stdout) == FACTS
+
+
+def test_a_plain_record_will_do(inspect):
+    inspect(Facts(layout="native", tiles=12))
+    assert info("some/folder").stdout == "layout  native\ntiles   12\n"
+
+
+def test_a_folder_that_holds_no_model_is_told(inspect):
+    inspect(CheckpointError("no config.json in some/folder"))
+    result = info("some/folder")
+    assert (result.stdout, result.stderr) == ("", "error: no config.json in some/folder\n")
+    assert result.exit_code == 2
+
+
+def test_without_a_model_versions_and_device_are_shown(cache):
+    cache([])
+    table = json.loads(info("--json").stdout)
+    assert table["versions"]["mlx"] == mx.__version__.split("+")[0]
+    assert table["device"]["metal"] == mx.metal.is_available()
+    assert table["cached_models"] == "none"
+    assert "\n  mlx " in info().stdout
+
+
+def test_cached_models_of_the_family_are_listed_by_name(cache):
+    sizes = {"OpenGVLab/InternVL3-2B": 4_204_000_000, "mlx-community/InternVL3-1B-4bit": 10**9}
+    repos = [
+        SimpleNamespace(repo_id=name, repo_type="model", size_on_disk=size)
+        for name, size in [*sizes.items(), ("other/llm", 3)]
+    ]
+    cache([*repos[::-1], SimpleNamespace(repo_id="x/internvl3", repo_type="dataset")])
+    screen = info().stdout
+    assert screen.endswith(
+        "cached models\n"
+        "  model                             gb\n"
+        "  OpenGVLab/InternVL3-2B           4.2\n"
+        "  mlx-community/InternVL3-1B-4bit    1\n"
+    )
+
+
+def test_no_cache_folder_means_no_models(cache):
+    cache(None)
+    assert info().stdout.endswith("cached models  none\n")
+
+
+def test_a_library_that_is_missing_is_named_so(cache, monkeypatch):
+    cache([])
+    monkeypatch.setattr(info_module, "EXTRAS", {"video": "no-such-library"})
+    assert json.loads(info("--json").stdout)["extras"] == {"video": "not installed"}
+
+
+def test_the_gpus_limits_are_given_in_gb(cache, monkeypatch):
+    cache([])
+    facts = {
+        "device_name": "Apple M4 Pro",
+        "memory_size": 25_769_803_776,
+        "max_recommended_working_set_size": 19_069_665_280,
+        "max_buffer_length": 14_302_248_960,
+    }
+    monkeypatch.setattr(mx, "device_info", lambda: facts)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert json.loads(info("--json").stdout)["device"] == {
+        "computes_on": "Apple M4 Pro",
+        "metal": True,
+        "memory_gb": 25.8,
+        "usable_by_gpu_gb": 19.1,
+        "largest_buffer_gb": 14.3,
+    }
