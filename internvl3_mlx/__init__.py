@@ -18,8 +18,10 @@ if TYPE_CHECKING:
         PromptError,
         UserError,
     )
+    from internvl3_mlx.generation.answer import Answer, Piece
+    from internvl3_mlx.generation.inputs import Inputs
     from internvl3_mlx.generation.settings import Settings
-    from internvl3_mlx.generation.vlm import VLM, Answer, Inputs, Piece, load
+    from internvl3_mlx.generation.vlm import VLM, load
     from internvl3_mlx.prompt.template import Media, Turn
 
     __version__: str
@@ -47,10 +49,10 @@ __all__ = [
 
 HOMES = {
     "VLM": "generation.vlm",
-    "Answer": "generation.vlm",
-    "Inputs": "generation.vlm",
+    "Answer": "generation.answer",
+    "Inputs": "generation.inputs",
     "Media": "prompt.template",
-    "Piece": "generation.vlm",
+    "Piece": "generation.answer",
     "Settings": "generation.settings",
     "Turn": "prompt.template",
     "load": "generation.vlm",

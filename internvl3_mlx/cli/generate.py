@@ -1,15 +1,14 @@
 """``internvl3 generate``: ask once. Parse, call, show."""
 
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from internvl3_mlx.cli import options, screen
 from internvl3_mlx.cli.options import STDIN, Output, SectionedCommand
-from internvl3_mlx.errors import ImageError, InternVL3Error, UserError
+from internvl3_mlx.errors import InternVL3Error, UserError
 
 if TYPE_CHECKING:
     from internvl3_mlx import VLM, Answer
@@ -101,8 +100,10 @@ def _question(prompt: str | None, sources: tuple[str, ...]) -> str:
 
 def _existing(video: str) -> str:
     """Refuse a video that is not there before a model loads."""
-    if "://" not in video and not Path(video).expanduser().is_file():
-        raise ImageError(f"cannot find {video}")
+    from internvl3_mlx.images.locate import locate
+
+    if "://" not in video:
+        locate(video)
     return video
 
 
@@ -125,11 +126,11 @@ def _answer_each(request: Request) -> int:
     for source in request.sources:
         try:
             picture = _open(source, request)
-            vlm = vlm or _load(request)  # not before one picture could be read
-        except ImageError as fault:
+        except InternVL3Error as fault:
             faults.append(fault)
             _tell(source, fault, request.output)
             continue
+        vlm = vlm or _load(request)  # not before one picture could be read
         try:
             _show_one(vlm, picture, source, request)
         except InternVL3Error as fault:
@@ -162,10 +163,7 @@ def _tell(source: str, fault: InternVL3Error, output: Output) -> None:
 def _open(source: str, request: Request) -> "Picture":
     from internvl3_mlx.images.source import open_picture
 
-    upright = request.settings.get("upright", True)
-    if source == STDIN:
-        return replace(open_picture(sys.stdin.buffer.read(), upright=upright), name="stdin")
-    return open_picture(source, upright=upright)
+    return open_picture(source, upright=request.settings.get("upright", True))
 
 
 def _load(request: Request) -> "VLM":

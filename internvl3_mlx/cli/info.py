@@ -1,7 +1,6 @@
 """``internvl3 info``: what is installed, what a model folder or repository holds."""
 
 import platform
-from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,7 +12,8 @@ from internvl3_mlx.cli.options import SectionedCommand
 LIBRARIES = ("internvl3-mlx", "mlx", "mlx-lm", "numpy", "pillow", "huggingface-hub", "tokenizers")
 EXTRAS = {"video": "av", "heic": "pillow-heif"}
 FAMILY = "internvl3"  # what a cached repository's name holds
-GB = 1e9
+GB, MB = 1e9, 1e6
+CONFIG_LINES = ("template", "max_dynamic_patch", "use_thumbnail")
 
 
 @click.command(
@@ -31,17 +31,38 @@ def info(model: str | None, as_json: bool) -> None:
     if as_json:
         screen.as_json(table, indent=2)
     else:
-        screen.facts(table)
+        screen.facts(readable(table))
 
 
 def about_model(model: str) -> dict[str, Any]:
     """Read a model's facts: layout, parts with parameters and bits, files, stop tokens."""
     from internvl3_mlx.loading import inspect
 
-    card: Any = inspect(model)
-    if hasattr(card, "to_dict"):
-        return dict(card.to_dict())
-    return asdict(card) if is_dataclass(card) and not isinstance(card, type) else dict(card)
+    return inspect(model).to_dict()
+
+
+def readable(table: dict[str, Any]) -> dict[str, Any]:
+    """Choose and word what people read: sizes with units, few lines of the config."""
+    config = table.get("config", {})
+    chosen = {name: config[name] for name in CONFIG_LINES if name in config}
+    rest = {name: value for name, value in table.items() if name != "config"}
+    return _with_units({**rest, **chosen})
+
+
+def _with_units(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            ("size" if name == "nbytes" else name): (
+                _size(item) if name == "nbytes" else _with_units(item)
+            )
+            for name, item in value.items()
+        }
+    return [_with_units(item) for item in value] if isinstance(value, list) else value
+
+
+def _size(nbytes: int) -> str:
+    """Put a size in units of 1000, as disks and the hub count: 4.18 GB, 7.4 MB."""
+    return f"{nbytes / GB:,.2f} GB" if nbytes >= GB else f"{nbytes / MB:,.1f} MB"
 
 
 def about_machine() -> dict[str, Any]:

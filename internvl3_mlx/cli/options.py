@@ -176,10 +176,6 @@ SETTINGS: Mapping[str, Decorator] = {
         "Positions", "--no-ntk", "ntk", flag_value=False, default=None, type=bool,
         help="Do not stretch the rotary base past the trained length.",
     ),
-    "max_kv_size": flag(
-        "Memory", "--max-kv-size", "max_kv_size", metavar="N", type=_POSITIVE,
-        help="Keep at most this many tokens in the cache.",
-    ),
     "kv_bits": flag(
         "Memory", "--kv-bits", "kv_bits", type=click.Choice(["4", "8"]),
         callback=lambda _ctx, _param, bits: bits and int(bits), help="Quantize the cache.",

@@ -105,7 +105,7 @@ def facts(table: Mapping[str, object], *, margin: str = "") -> None:
     """Write names and values in two columns; tables and lists of tables are indented below."""
     width = max((len(name) for name, value in table.items() if not _is_table(value)), default=0)
     for name, value in table.items():
-        label = name.replace("_", " ")
+        label = name.replace("_", " ") if name.isidentifier() else name  # a token is kept as it is
         if not _is_table(value):
             print(f"{margin}{label:<{width}}  {_plain(value)}", flush=True)
         elif isinstance(value, Mapping):

@@ -81,7 +81,7 @@ def test_a_picture_is_read_from_a_pipe(vlm):
     png = BytesIO()
     Image.new("RGB", (7, 5), "red").save(png, "PNG")
     assert generate("-", "-p", "What is this?", input=png.getvalue()).exit_code == 0
-    assert vlm.asked == [("What is this?", ["stdin"], {})]
+    assert vlm.asked == [("What is this?", ["standard input"], {})]
 
 
 def test_at_a_keyboard_a_missing_question_is_told_at_once(red):
@@ -117,7 +117,7 @@ def test_at_a_keyboard_a_missing_question_is_told_at_once(red):
             ["--each", "a.png", "--video", "b.mp4", "-p", "?"],
             "--each is for pictures; ask about one video at a time",
         ),
-        (["--video", "no/such.mp4", "-p", "?"], "cannot find no/such.mp4"),
+        (["--video", "no/such.mp4", "-p", "?"], "no file at no/such.mp4: check the path"),
         (
             ["--v2pe-delta", "1/4,auto", "-p", "?"],
             "--v2pe-delta 1/4,auto: auto stands alone; give a step for each image",
@@ -151,7 +151,6 @@ def test_a_missing_picture_is_told_before_the_model_loads(vlm, red, missing):
         ("--min-tiles", "0", "x>=1"),
         ("--num-frames", "0", "x>=1"),
         ("--seed", "-1", "0<=x"),
-        ("--max-kv-size", "0", "x>=1"),
         ("--quantized-kv-start", "-1", "x>=0"),
         ("--prefill-step-size", "0", "x>=1"),
         ("--kv-bits", "5", "'4', '8'"),
@@ -173,7 +172,7 @@ def test_flags_reach_the_settings_and_only_those_given(vlm):
         *("--min-p", "0.1", "--repetition-penalty", "1.1", "--seed", "0", "--stop", "a"),
         *("--stop", "b", "--keep-boxes", "--num-frames", "5", "--frame-times", "--max-tiles", "6"),
         *("--min-tiles", "2", "--no-thumbnail", "--no-exif", "--v2pe-delta", "1/4", "--no-ntk"),
-        *("--max-kv-size", "4096", "--kv-bits", "8", "--kv-group-size", "32"),
+        *("--kv-bits", "8", "--kv-group-size", "32"),
         *("--quantized-kv-start", "7", "--prefill-step-size", "512"),
     ]
     assert generate("-p", "?", *flags).exit_code == 0
@@ -196,7 +195,6 @@ def test_flags_reach_the_settings_and_only_those_given(vlm):
         "upright": False,
         "v2pe_delta": 0.25,
         "ntk": False,
-        "max_kv_size": 4096,
         "kv_bits": 8,
         "kv_group_size": 32,
         "quantized_kv_start": 7,

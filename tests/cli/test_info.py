@@ -1,6 +1,5 @@
 import json
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -15,35 +14,32 @@ from internvl3_mlx.errors import CheckpointError
 
 FACTS = {
     "layout": "mlx",
+    "nbytes": 4_183_000_000,
     "context": 32768,
-    "template": "internvl2_5",
-    "system": None,
-    "stop_tokens": ["<|im_end|>", "<|endoftext|>"],
+    "stop_tokens": {"<|im_end|>": 151645},
     "parts": [
-        {"name": "vision", "parameters": 304012288, "bits": 16},
-        {"name": "language", "parameters": 1777088, "bits": 4.5},
+        {"name": "vision tower", "parameters": 304012288, "nbytes": 608_000_000, "bits": 16},
+        {"name": "language model", "parameters": 1777088, "nbytes": 999_612, "bits": 4.5},
     ],
-    "files": {"model.safetensors": 7},
+    "trained": True,
+    "system": None,
+    "config": {"template": "internvl2_5", "max_dynamic_patch": 12, "vision": {"hidden_size": 7}},
 }
 SCREEN = """\
-layout       mlx
-context      32,768
-template     internvl2_5
-system       –
-stop tokens  <|im_end|>, <|endoftext|>
+layout             mlx
+size               4.18 GB
+context            32,768
+stop tokens
+  <|im_end|>  151,645
 parts
-  name       parameters  bits
-  vision    304,012,288    16
-  language    1,777,088   4.5
-files
-  model.safetensors  7
+  name             parameters  size      bits
+  vision tower    304,012,288  608.0 MB    16
+  language model    1,777,088  1.0 MB     4.5
+trained            yes
+system             –
+template           internvl2_5
+max dynamic patch  12
 """
-
-
-@dataclass
-class Facts:
-    layout: str
-    tiles: int
 
 
 def info(*args: str):
@@ -90,11 +86,6 @@ def test_a_models_facts_are_columns(inspect):
 def test_a_models_facts_are_one_json_object(inspect):
     inspect(SimpleNamespace(to_dict=lambda: FACTS))
     assert json.loads(info("some/folder", "--json").stdout) == FACTS
-
-
-def test_a_plain_record_will_do(inspect):
-    inspect(Facts(layout="native", tiles=12))
-    assert info("some/folder").stdout == "layout  native\ntiles   12\n"
 
 
 def test_a_folder_that_holds_no_model_is_told(inspect):

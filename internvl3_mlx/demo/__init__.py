@@ -1,0 +1,1 @@
+"""The demo checkpoint and its sample pictures, shipped with the package."""

@@ -1,0 +1,46 @@
+from dataclasses import fields
+
+import pytest
+
+from internvl3_mlx.cli import options
+from internvl3_mlx.cli.generate import generate
+from internvl3_mlx.generation.settings import Settings
+
+DEFAULTS = {field.name: field.default for field in fields(Settings)}
+SHOWN = {
+    param.name: param.show_default
+    for param in generate.params
+    if isinstance(getattr(param, "show_default", None), str)
+}
+
+
+def test_every_setting_but_those_of_a_conversation_has_a_flag():
+    assert {*DEFAULTS} - {*options.SETTINGS} == {"history", "video"}
+    assert {*options.SETTINGS} <= {*DEFAULTS}
+
+
+@pytest.mark.parametrize("name", sorted(SHOWN))
+def test_the_help_names_the_default_that_is_used(name):
+    default = DEFAULTS[name]
+    assert SHOWN[name] == ("the model's own" if default is None else str(default))
+
+
+def test_a_flag_that_is_not_given_has_no_value_of_its_own():
+    given = {param.name: param.default for param in generate.params if param.name in DEFAULTS}
+    context = generate.make_context("generate", ["-p", "why?"])
+    assert {name for name in given if context.params[name] not in (None, ())} == set()
+
+
+def test_every_flag_says_what_it_does():
+    flags = [param for param in generate.params if isinstance(param, options.Flag)]
+    assert [flag.name for flag in flags if not flag.help] == []
+
+
+def test_every_heading_of_the_help_is_in_use():
+    used = {getattr(param, "section", options.OTHERS) for param in generate.params}
+    assert used == {*options.SECTIONS}
+
+
+def test_every_setting_is_written_once():
+    spellings = [name for param in generate.params for name in param.opts]
+    assert len(spellings) == len(set(spellings))

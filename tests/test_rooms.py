@@ -1,0 +1,174 @@
+"""House rules that a machine can check: who imports whom, who prints, how long is too long."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import internvl3_mlx
+
+ROOT = Path(internvl3_mlx.__file__).parents[1]
+PACKAGE = "internvl3_mlx"
+ROOMS_AT_THE_ROOT = ("convert", "metal_kernels")
+
+# A room imports only from its own group's members' left: same group, no imports between two rooms.
+ORDER = (
+    ("errors", "demo"),
+    ("config",),
+    ("images", "prompt", "metal_kernels"),
+    ("models",),
+    ("convert",),
+    ("loading",),
+    ("generation",),
+    ("training", "evaluation"),
+    ("server",),
+    ("cli",),
+)
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+OUTSIDE = ("__init__", "__main__")  # the package's front door names every room
+
+# library -> the rooms that may import it at all
+HOMES = {
+    "PIL": {"images"},
+    "pillow_heif": {"images"},
+    "av": {"images"},
+    "tokenizers": {"prompt"},
+    "jinja2": {"prompt"},
+    "click": {"cli"},
+    "rich": {"cli"},
+    "prompt_toolkit": {"cli"},
+}
+SLOW = {"transformers", "mlx_lm"}  # seconds to import, so never at the top of a module
+LONGEST_FUNCTION, LONGEST_FILE = 60, 300
+
+
+def source_files() -> list[Path]:
+    """List our modules. ``rglob`` follows no symlinks: the rooms at the root are added."""
+    folders = [ROOT / PACKAGE, *(ROOT / room for room in ROOMS_AT_THE_ROOT)]
+    found = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return [
+        path
+        for path in found
+        if not any((ROOT / PACKAGE / room) in path.parents for room in ROOMS_AT_THE_ROOT)
+    ]
+
+
+def room_of(path: Path) -> str:
+    first, *rest = path.relative_to(ROOT).parts
+    return first if first in ROOMS_AT_THE_ROOT else Path(rest[0]).stem
+
+
+def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Yield what is imported, dotted; ``from internvl3_mlx import load`` gives where load lives."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            for alias in node.names:
+                home = internvl3_mlx.HOMES.get(alias.name, alias.name)
+                yield f"{PACKAGE}.{home}" if module == PACKAGE else module
+
+
+def at_import_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk what runs when the module is imported: no function bodies, nothing for checkers only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+        yield from at_import_time(node)
+
+
+FILES = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in source_files()]
+each_file = pytest.mark.parametrize("path", FILES)
+
+
+def test_every_room_has_a_place_in_the_order():
+    assert {room_of(path) for path in source_files()} - {*OUTSIDE} <= {*RANK}
+
+
+@each_file
+def test_a_room_imports_only_from_rooms_to_its_left(path):
+    room = room_of(path)
+    if room in OUTSIDE:
+        return
+    names = [name.split(".") for name in imports(ast.walk(ast.parse(path.read_text("utf-8"))))]
+    rooms = {name[1] for name in names if name[0] == PACKAGE and len(name) > 1}
+    rooms -= {room, "__version__"}
+    assert {other for other in rooms if RANK[other] >= RANK[room]} == set()
+
+
+@each_file
+def test_a_library_stays_in_its_room(path):
+    names = {name.split(".")[0] for name in imports(ast.walk(ast.parse(path.read_text("utf-8"))))}
+    astray = {name for name in names & {*HOMES} if room_of(path) not in HOMES[name]}
+    assert astray == set()
+
+
+@each_file
+def test_slow_libraries_are_imported_inside_functions(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    assert not SLOW & {name.split(".")[0] for name in imports(at_import_time(tree))}
+
+
+@each_file
+def test_imports_are_absolute(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+@each_file
+def test_only_the_screen_prints(path):
+    if path.relative_to(ROOT) == Path(PACKAGE, "cli", "screen.py"):
+        return
+    calls = [
+        node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)
+    ]
+    printing = [call for call in calls if getattr(call.func, "id", "") == "print"]
+    printing += [call for call in calls if getattr(call.func, "attr", "") in {"echo", "secho"}]
+    assert printing == []
+
+
+@each_file
+def test_functions_and_files_keep_their_budget(path):
+    text = path.read_text("utf-8")
+    functions = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in functions
+        if node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
+    }
+    assert long == {}
+    assert len(text.splitlines()) <= LONGEST_FILE
+
+
+def test_the_checks_see_every_room():
+    rooms = {room_of(path) for path in source_files()}
+    assert {"cli", "convert", "metal_kernels", "errors"} <= rooms
+
+
+def test_imports_of_every_form_are_seen():
+    code = "import a.b, c\nfrom d.e import f\nfrom internvl3_mlx import load, config\n"
+    assert [*imports(ast.walk(ast.parse(code)))] == [
+        "a.b",
+        "c",
+        "d.e",
+        "internvl3_mlx.generation.vlm",
+        "internvl3_mlx.config",
+    ]
+
+
+def test_what_runs_on_import_excludes_functions_and_checkers():
+    code = (
+        "if TYPE_CHECKING:\n import a\n"
+        "def f():\n import b\n"
+        "class C:\n import c\n def g(self):\n  import d\n"
+    )
+    assert [*imports(at_import_time(ast.parse(code)))] == ["c"]
