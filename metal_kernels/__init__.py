@@ -1,5 +1,5 @@
 """Metal kernels beside the plain operations that they must reproduce."""
 
-# The repository root is on the path in a checkout; a bare import would make a second copy.
+# A checkout has the repository root on its path; a bare import would make a second copy.
 if __name__ != "internvl3_mlx.metal_kernels":
     raise ImportError(f"import this room as internvl3_mlx.metal_kernels, not as {__name__}")

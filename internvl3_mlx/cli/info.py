@@ -12,8 +12,15 @@ from internvl3_mlx.cli.options import SectionedCommand
 LIBRARIES = ("internvl3-mlx", "mlx", "mlx-lm", "numpy", "pillow", "huggingface-hub", "tokenizers")
 EXTRAS = {"video": "av", "heic": "pillow-heif"}
 FAMILY = "internvl3"  # what a cached repository's name holds
-GB, MB = 1e9, 1e6
 CONFIG_LINES = ("template", "max_dynamic_patch", "use_thumbnail")
+
+
+# what info calls a limit -> what MLX calls it
+LIMITS = {
+    "memory_nbytes": "memory_size",
+    "usable_by_gpu_nbytes": "max_recommended_working_set_size",
+    "largest_buffer_nbytes": "max_buffer_length",
+}
 
 
 @click.command(
@@ -50,19 +57,17 @@ def readable(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_units(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            ("size" if name == "nbytes" else name): (
-                _size(item) if name == "nbytes" else _with_units(item)
-            )
-            for name, item in value.items()
-        }
-    return [_with_units(item) for item in value] if isinstance(value, list) else value
-
-
-def _size(nbytes: int) -> str:
-    """Put a size in units of 1000, as disks and the hub count: 4.18 GB, 7.4 MB."""
-    return f"{nbytes / GB:,.2f} GB" if nbytes >= GB else f"{nbytes / MB:,.1f} MB"
+    """Give what is counted in bytes a unit: ``nbytes`` becomes size, ``x_nbytes`` becomes x."""
+    if isinstance(value, list):
+        return [_with_units(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name.removesuffix("_nbytes").replace("nbytes", "size"): (
+            screen.size(item) if name.endswith("nbytes") else _with_units(item)
+        )
+        for name, item in value.items()
+    }
 
 
 def about_machine() -> dict[str, Any]:
@@ -92,32 +97,36 @@ def _installed(name: str) -> str:
 
 
 def _device() -> dict[str, Any]:
-    """Describe what MLX computes on. Sizes in GB of 10**9 bytes."""
+    """Describe what MLX computes on and how much memory that may take."""
     import mlx.core as mx
 
     facts = mx.device_info()
-    limits = {
-        "memory_gb": facts.get("memory_size"),
-        "usable_by_gpu_gb": facts.get("max_recommended_working_set_size"),
-        "largest_buffer_gb": facts.get("max_buffer_length"),
-    }
+    limits = {name: facts[key] for name, key in LIMITS.items() if key in facts}
     return {
         "computes_on": str(facts.get("device_name", mx.default_device())),
         "metal": mx.metal.is_available(),
-        **{name: round(float(size) / GB, 1) for name, size in limits.items() if size is not None},
+        **limits,
     }
 
 
 def _cached_models() -> list[dict[str, Any]]:
+    """List the family's repositories in the hub's cache, then our packed copies of them."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
+    from internvl3_mlx.loading.prepare import model_cache
+
     try:
-        repos = scan_cache_dir().repos
+        repos = {repo.repo_id: repo for repo in scan_cache_dir().repos if repo.repo_type == "model"}
     except CacheNotFound:
-        return []
-    found = [repo for repo in repos if repo.repo_type == "model" and FAMILY in repo.repo_id.lower()]
+        repos = {}
+    hub = {name: repo.size_on_disk for name, repo in repos.items() if FAMILY in name.lower()}
+    packed = {
+        str(config.parent): sum(file.stat().st_size for file in config.parent.iterdir())
+        for config in model_cache().glob("*/config.json")
+    }
     return [
-        {"model": repo.repo_id, "gb": round(repo.size_on_disk / GB, 2)}
-        for repo in sorted(found, key=lambda repo: repo.repo_id)
+        {"model": name, "nbytes": nbytes}
+        for found in (hub, packed)
+        for name, nbytes in sorted(found.items())
     ]

@@ -92,13 +92,12 @@ LOADING: Mapping[str, Decorator] = {
         "Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub.",
     ),
     "quantize": flag(
-        "Model", "--q-bits", "--quantize", "quantize", type=click.Choice(["4", "8"]),
+        "Model", "--q-bits", "--quantize", "quantize", type=click.Choice(["4", "8", "16"]),
         callback=lambda _ctx, _param, bits: bits and int(bits),
-        help="Quantize the language model to this many bits after loading.",
+        help="Bits of the language model. Sizes come with 4, other models as they are stored.",
     ),
-    "adapter": flag(
-        "Model", "--adapter-path", "adapter", metavar="PATH", help="A fine-tuned adapter to apply.",
-    ),
+    # Hidden while ``load`` only explains what to do instead: the name is known from other tools.
+    "adapter": flag("Model", "--adapter-path", "adapter", metavar="PATH", hidden=True),
 }  # fmt: skip
 
 SETTINGS: Mapping[str, Decorator] = {

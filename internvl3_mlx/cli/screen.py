@@ -15,6 +15,7 @@ import click
 if TYPE_CHECKING:
     from internvl3_mlx.generation.vlm import Answer
 
+GB, MB = 1e9, 1e6
 PATIENCE_S = 0.5  # a wait shorter than this shows nothing
 TICK_S = 0.1
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -96,9 +97,14 @@ def describe(answer: "Answer") -> str:
             f"{usage.completion_tokens:,} token{'s' * (usage.completion_tokens != 1)}",
             f"{timing.decode_tps:,.1f} tok/s",
             f"prompt {usage.prompt_tokens:,}{images} in {prompt_s:.1f} s",
-            f"peak {answer.peak_memory_gb:.1f} GB",
+            f"peak {size(answer.peak_memory_gb * GB)}",
         )
     )
+
+
+def size(nbytes: float) -> str:
+    """Put a size in units of 1000, as disks and the hub count: 4.2 GB, 7.4 MB."""
+    return f"{nbytes / GB:,.1f} GB" if nbytes >= GB / 2 else f"{nbytes / MB:,.1f} MB"
 
 
 def facts(table: Mapping[str, object], *, margin: str = "") -> None:

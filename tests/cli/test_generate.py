@@ -155,7 +155,7 @@ def test_a_missing_picture_is_told_before_the_model_loads(vlm, red, missing):
         ("--prefill-step-size", "0", "x>=1"),
         ("--kv-bits", "5", "'4', '8'"),
         ("--kv-group-size", "48", "'32', '64', '128'"),
-        ("--q-bits", "1", "'4', '8'"),
+        ("--q-bits", "1", "'4', '8', '16'"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_range(vlm, flag, value, bound):

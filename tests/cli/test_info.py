@@ -27,7 +27,7 @@ FACTS = {
 }
 SCREEN = """\
 layout             mlx
-size               4.18 GB
+size               4.2 GB
 context            32,768
 stop tokens
   <|im_end|>  151,645
@@ -63,8 +63,9 @@ def inspect(monkeypatch):
 
 
 @pytest.fixture
-def cache(monkeypatch):
-    """Let the hub's cache hold what the test says; None for no cache folder at all."""
+def cache(monkeypatch, tmp_path):
+    """Let the hub's cache hold what the test says, None for no cache folder; ours is a new folder."""
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
 
     def plant(repos):
         def scan():
@@ -73,6 +74,7 @@ def cache(monkeypatch):
             return SimpleNamespace(repos=repos)
 
         monkeypatch.setattr(huggingface_hub, "scan_cache_dir", scan)
+        return tmp_path
 
     return plant
 
@@ -104,20 +106,23 @@ def test_without_a_model_versions_and_device_are_shown(cache):
     assert "\n  mlx " in info().stdout
 
 
-def test_cached_models_of_the_family_are_listed_by_name(cache):
+def test_cached_models_of_the_family_are_listed_then_packed_copies(cache):
     sizes = {"OpenGVLab/InternVL3-2B": 4_204_000_000, "mlx-community/InternVL3-1B-4bit": 10**9}
     repos = [
         SimpleNamespace(repo_id=name, repo_type="model", size_on_disk=size)
         for name, size in [*sizes.items(), ("other/llm", 3)]
     ]
-    cache([*repos[::-1], SimpleNamespace(repo_id="x/internvl3", repo_type="dataset")])
-    screen = info().stdout
-    assert screen.endswith(
-        "cached models\n"
-        "  model                             gb\n"
-        "  OpenGVLab/InternVL3-2B           4.2\n"
-        "  mlx-community/InternVL3-1B-4bit    1\n"
-    )
+    ours = cache([*repos[::-1], SimpleNamespace(repo_id="x/internvl3", repo_type="dataset")])
+    packed = ours / "InternVL3-2B-4bit"
+    packed.mkdir()
+    (packed / "config.json").write_text("{}")
+    (packed / "model.safetensors").write_bytes(bytes(1_599_998))
+    table = json.loads(info("--json").stdout)["cached_models"]
+    assert table[-1] == {"model": str(packed), "nbytes": 1_600_000}
+    *_, first, second, third = info().stdout.splitlines()
+    assert first.split() == ["OpenGVLab/InternVL3-2B", "4.2", "GB"]
+    assert second.split() == ["mlx-community/InternVL3-1B-4bit", "1.0", "GB"]
+    assert third.split() == [str(packed), "1.6", "MB"]
 
 
 def test_no_cache_folder_means_no_models(cache):
@@ -131,7 +136,7 @@ def test_a_library_that_is_missing_is_named_so(cache, monkeypatch):
     assert json.loads(info("--json").stdout)["extras"] == {"video": "not installed"}
 
 
-def test_the_gpus_limits_are_given_in_gb(cache, monkeypatch):
+def test_the_gpus_limits_are_shown(cache, monkeypatch):
     cache([])
     facts = {
         "device_name": "Apple M4 Pro",
@@ -144,7 +149,15 @@ def test_the_gpus_limits_are_given_in_gb(cache, monkeypatch):
     assert json.loads(info("--json").stdout)["device"] == {
         "computes_on": "Apple M4 Pro",
         "metal": True,
-        "memory_gb": 25.8,
-        "usable_by_gpu_gb": 19.1,
-        "largest_buffer_gb": 14.3,
+        "memory_nbytes": 25_769_803_776,
+        "usable_by_gpu_nbytes": 19_069_665_280,
+        "largest_buffer_nbytes": 14_302_248_960,
     }
+    assert (
+        "device\n"
+        "  computes on     Apple M4 Pro\n"
+        "  metal           yes\n"
+        "  memory          25.8 GB\n"
+        "  usable by gpu   19.1 GB\n"
+        "  largest buffer  14.3 GB\n"
+    ) in info().stdout
