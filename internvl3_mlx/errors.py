@@ -1,4 +1,5 @@
-"""What can go wrong, in the words a user reads: what was given, what was wanted, what to do next."""
+"""What can go wrong, in the words a user reads: what was given, what was wanted, what to do
+next."""
 
 
 class InternVL3Error(Exception):

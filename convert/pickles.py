@@ -1,0 +1,122 @@
+"""Old ``pytorch_model.bin`` files, read without PyTorch and without running what a pickle asks for.
+
+The format is a zip: ``*/data.pkl`` names tensors by storage, size and stride, ``*/data/KEY`` holds
+each storage's
+bytes. The unpickler knows the five names that such a file needs and refuses every other one.
+"""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from internvl3_mlx.errors import CheckpointError
+
+STORAGES = {  # torch's class -> how its bytes are read, what MLX calls them, safetensors' name
+    "FloatStorage": (np.float32, mx.float32, "F32"),
+    "HalfStorage": (np.float16, mx.float16, "F16"),
+    "BFloat16Storage": (np.uint16, mx.bfloat16, "BF16"),
+    "LongStorage": (np.int64, mx.int64, "I64"),
+    "IntStorage": (np.int32, mx.int32, "I32"),
+    "ByteStorage": (np.uint8, mx.uint8, "U8"),
+    "BoolStorage": (np.bool_, mx.bool_, "BOOL"),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's elements lie, not the elements."""
+
+    storage: str
+    key: str
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def describe(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+    """Yield name, shape, type and bytes of each tensor, checking that its storage is whole."""
+    with opened(file) as archive:
+        for name, tensor in directory(archive, file).items():
+            element, _, dtype = STORAGES[tensor.storage]
+            nbytes = prod(tensor.shape) * np.dtype(element).itemsize
+            size = archive.getinfo(storage_path(archive, tensor.key)).file_size
+            if size < tensor.start * np.dtype(element).itemsize + nbytes:
+                raise CheckpointError(f"{file}: the data of {name} is cut short; download it again")
+            yield name, tensor.shape, dtype, nbytes
+
+
+def load_pickle(file: Path) -> dict[str, mx.array]:
+    """Read every tensor of the file."""
+    with opened(file) as archive:
+        return {name: read(archive, tensor) for name, tensor in directory(archive, file).items()}
+
+
+def opened(file: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise CheckpointError(
+            f"{file} is no PyTorch weights file ({error}); use a repo with safetensors"
+        ) from error
+
+
+def directory(archive: zipfile.ZipFile, file: Path) -> dict[str, StoredTensor]:
+    try:
+        [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        with archive.open(name) as stream:
+            content = TensorUnpickler(stream).load()
+    except (ValueError, EOFError, IndexError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} is refused: {error}; use a repo with safetensors") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
+    if not tensors:
+        raise CheckpointError(f"{file} holds no tensors by name; use a repo with safetensors")
+    return tensors
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Rebuilds descriptions of tensors; any other name in the file is an attack or a mistake."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return rebuild
+        if module == "torch" and name in STORAGES:
+            return name
+        raise pickle.UnpicklingError(
+            f"its pickle asks for {module}.{name}, which weights do not need"
+        )
+
+    def persistent_load(self, pid: Any) -> tuple[str, str]:
+        _, storage, key, *_ = pid
+        return storage, key
+
+
+def rebuild(storage: tuple[str, str], start: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    return StoredTensor(*storage, start, tuple(shape), tuple(stride))
+
+
+def storage_path(archive: zipfile.ZipFile, key: str) -> str:
+    [path] = [name for name in archive.namelist() if name.endswith(f"data/{key}")]
+    return path
+
+
+def read(archive: zipfile.ZipFile, tensor: StoredTensor) -> mx.array:
+    """Read one tensor. bfloat16 has no NumPy type: its bits travel as 16-bit integers."""
+    element, target, _ = STORAGES[tensor.storage]
+    flat: np.ndarray = np.frombuffer(archive.read(storage_path(archive, tensor.key)), dtype=element)
+    strides = tuple(step * flat.itemsize for step in tensor.stride)
+    view = np.lib.stride_tricks.as_strided(
+        flat[tensor.start :], tensor.shape, strides, writeable=False
+    )
+    array = mx.array(np.ascontiguousarray(view))
+    return array.view(target) if target == mx.bfloat16 else array

@@ -1,0 +1,22 @@
+"""What a checkpoint says of itself, in one form for all layouts."""
+
+from internvl3_mlx.config.model import (
+    Layout,
+    ModelConfig,
+    Quantization,
+    QuantizationPlan,
+    TextConfig,
+    VisionConfig,
+)
+from internvl3_mlx.config.read import parse_config, read_config
+
+__all__ = [
+    "Layout",
+    "ModelConfig",
+    "Quantization",
+    "QuantizationPlan",
+    "TextConfig",
+    "VisionConfig",
+    "parse_config",
+    "read_config",
+]

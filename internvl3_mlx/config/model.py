@@ -1,0 +1,154 @@
+"""One description of a model, whichever layout its ``config.json`` was written in.
+
+Field names are those of the published ``internvl_chat`` config; defaults are that class's own,
+since a file leaves out what it does not change: a missing ``ps_version`` means v1, a missing ``qkv_bias``
+none.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from internvl3_mlx.errors import ConfigError
+
+Layout = Literal["original", "native", "mlx"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """InternViT: 300M (LayerNorm, qkv bias) or 6B (RMSNorm, q/k norm). Decided by these fields,
+    never by a name."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int = 448
+    patch_size: int = 14
+    norm_type: str = "rms_norm"
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_normalization: bool = True
+
+    def __post_init__(self) -> None:
+        if self.norm_type not in ("layer_norm", "rms_norm"):
+            raise ConfigError(
+                f"vision_config.norm_type is {self.norm_type!r}; known are layer_norm and rms_norm"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"vision_config: hidden_size {self.hidden_size} does not split into "
+                f"{self.num_attention_heads} heads"
+            )
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"vision_config: image_size {self.image_size} is no multiple of "
+                f"patch_size {self.patch_size}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The decoder. ``family`` is ours: qwen2 (1B 2B 8B 14B 38B 78B) or internlm3 (9B)."""
+
+    family: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_dynamic_factor: float | None = None
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"text config: {self.num_attention_heads} heads do not share "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one module's weight is packed. ``mode`` is MLX's: affine, mxfp4, mxfp8 or nvfp4."""
+
+    bits: int
+    group_size: int = 64
+    mode: str = "affine"
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What the file says of its packed modules: a default and per-module exceptions (False: stays
+    dense)."""
+
+    default: Quantization
+    modules: Mapping[str, Quantization | Literal[False]] = field(default_factory=dict)
+
+    def of(self, module: str) -> Quantization:
+        """Say how ``module`` is packed, given that the checkpoint holds scales for it."""
+        return self.modules.get(module) or self.default
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything the code needs to know of a checkpoint before it reads a tensor."""
+
+    layout: Layout
+    vision: VisionConfig
+    text: TextConfig
+    select_layer: int = -1
+    downsample_ratio: float = 0.5
+    ps_version: str = "v1"
+    force_image_size: int = 448
+    dynamic_image_size: bool = False
+    use_thumbnail: bool = False
+    min_dynamic_patch: int = 1
+    max_dynamic_patch: int = 6
+    template: str | None = None
+    system_message: str | None = None
+    quantization: QuantizationPlan | None = None
+    trained: bool = True
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.ps_version not in ("v1", "v2"):
+            raise ConfigError(f"ps_version is {self.ps_version!r}; known are v1 and v2")
+        if self.force_image_size != self.vision.image_size:
+            raise ConfigError(
+                f"force_image_size {self.force_image_size} differs from vision_config.image_size "
+                f"{self.vision.image_size}: tiles and position embeddings must agree"
+            )
+        if self.vision.grid % self.shuffle_factor:
+            raise ConfigError(
+                f"a grid of {self.vision.grid} patches does not shuffle by {self.shuffle_factor}"
+            )
+
+    @property
+    def shuffle_factor(self) -> int:
+        """How many patches along each side become one visual token (2 for a ratio of 0.5)."""
+        return round(1 / self.downsample_ratio)
+
+    @property
+    def num_image_token(self) -> int:
+        """Visual tokens a tile: 256 in every published size."""
+        return (self.vision.grid // self.shuffle_factor) ** 2
+
+    @property
+    def patch_size(self) -> int:
+        return self.vision.patch_size

@@ -1,0 +1,211 @@
+"""The ``config.json`` of any layout, read into one ``ModelConfig``. Dictionaries stop here."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from internvl3_mlx.config.model import (
+    ModelConfig,
+    Quantization,
+    QuantizationPlan,
+    TextConfig,
+    VisionConfig,
+)
+from internvl3_mlx.errors import CheckpointError, ConfigError
+
+Json = Mapping[str, Any]
+
+TEXT_FAMILIES = {  # what the file calls its decoder -> which of ours runs it
+    "qwen2": "qwen2",
+    "Qwen2ForCausalLM": "qwen2",
+    "internlm2": "internlm3",
+    "InternLM2ForCausalLM": "internlm3",
+    "internlm3": "internlm3",
+    "InternLM3ForCausalLM": "internlm3",
+    "llama": "internlm3",
+    "LlamaForCausalLM": "internlm3",
+}
+FAMILY_HAS_QKV_BIAS = {"qwen2": True, "internlm3": False}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read and normalise ``config.json`` of a checkpoint folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"no config.json in {folder}; a model folder holds config.json and *.safetensors files"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no JSON object; download it again")
+    return parse_config(content)
+
+
+def parse_config(content: Json) -> ModelConfig:
+    """Normalise the ``config.json`` of any layout."""
+    kind = content.get("model_type")
+    try:
+        if kind == "internvl_chat":
+            return _chat_config(content)
+        if kind == "internvl":
+            return _native_config(content)
+    except KeyError as error:
+        raise ConfigError(
+            f"config.json lacks {error.args[0]!r}, which an InternVL3 config names"
+        ) from error
+    except TypeError as error:
+        raise ConfigError(f"config.json has a value of the wrong kind: {error}") from error
+    raise ConfigError(
+        f"model_type is {kind!r}; InternVL3 checkpoints say internvl_chat or internvl"
+    )
+
+
+def _chat_config(content: Json) -> ModelConfig:
+    vision = _pick(content["vision_config"], VisionConfig)
+    text = content.get("llm_config") or content.get("text_config") or {}
+    plan = _quantization(content)
+    converted = plan is not None or content.get("format") == "mlx"
+    named = _pick(
+        content, ModelConfig, skip={"layout", "vision", "text", "quantization", "dtype", "trained"}
+    )
+    system = content.get("system_message")
+    return ModelConfig(
+        **{**named, "system_message": system if isinstance(system, str) and system else None},
+        **{}
+        if "force_image_size" in named
+        else {"force_image_size": vision.get("image_size", 448)},
+        layout="mlx" if converted else "original",
+        vision=VisionConfig(**vision),
+        text=_text_config(text, tied=bool(content.get("tie_word_embeddings", False))),
+        quantization=plan,
+        trained=content.get("demo_trained", True),
+        dtype=_dtype(content, text),
+    )
+
+
+def _native_config(content: Json) -> ModelConfig:
+    """The transformers-native form. It always adds the thumbnail and tiles up to 12; no file says
+    so."""
+    vision = content["vision_config"]
+    mapped = {ours: vision[theirs] for ours, theirs in NATIVE_VISION.items() if theirs in vision}
+    mapped |= {key: _side(mapped[key]) for key in ("image_size", "patch_size") if key in mapped}
+    text = content["text_config"]
+    layer = content.get("vision_feature_layer", -1)
+    return ModelConfig(
+        layout="native",
+        vision=VisionConfig(**(NATIVE_VISION_DEFAULTS | mapped)),
+        text=_text_config(text, tied=bool(content.get("tie_word_embeddings", False))),
+        select_layer=layer[0] if isinstance(layer, list) else layer,
+        downsample_ratio=content.get("downsample_ratio", 0.5),
+        ps_version="v2",
+        force_image_size=mapped.get("image_size", 448),
+        dynamic_image_size=True,
+        use_thumbnail=True,
+        max_dynamic_patch=12,
+        quantization=_quantization(content),
+        dtype=_dtype(content, text),
+    )
+
+
+NATIVE_VISION = {  # our field -> the native config's
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "norm_type": "norm_type",
+    "layer_norm_eps": "layer_norm_eps",
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+}
+NATIVE_VISION_DEFAULTS: dict[str, Any] = {
+    "norm_type": "layer_norm",
+    "qkv_bias": False,
+    "qk_normalization": False,
+}
+
+
+def _text_config(text: Json, *, tied: bool) -> TextConfig:
+    name = (text.get("architectures") or [None])[0] or text.get("model_type")
+    family = TEXT_FAMILIES.get(str(name)) or TEXT_FAMILIES.get(text.get("model_type", ""))
+    if family is None:
+        raise ConfigError(
+            f"the language model is {name!r}; InternVL3 uses Qwen2 or InternLM2/3 decoders"
+        )
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    heads = text["num_attention_heads"]
+    known = _pick(
+        text, TextConfig, skip={"family", "tie_word_embeddings", "rope_dynamic_factor", "qkv_bias"}
+    )
+    filled = {
+        "head_dim": text["hidden_size"] // heads,
+        "num_key_value_heads": heads,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+    }
+    dynamic = (rope.get("rope_type") or rope.get("type")) == "dynamic"
+    return TextConfig(
+        **{**filled, **{key: value for key, value in known.items() if value is not None}},
+        family=family,
+        rope_dynamic_factor=float(rope.get("factor", 1.0)) if dynamic else None,
+        tie_word_embeddings=tied,
+        qkv_bias=FAMILY_HAS_QKV_BIAS[family]
+        or bool(text.get("attention_bias") or text.get("qkv_bias")),
+    )
+
+
+def _quantization(content: Json) -> QuantizationPlan | None:
+    """Read ``quantization`` (``quantization_config`` repeats it): a default and, by module path,
+    exceptions."""
+    table = content.get("quantization") or content.get("quantization_config")
+    if not table:
+        return None
+    if "bits" not in table or "group_size" not in table:
+        raise ConfigError(
+            "config.json's quantization lacks bits or group_size, which MLX checkpoints name: "
+            f"{dict(table)}"
+        )
+    modules: dict[str, Quantization | Literal[False]] = {
+        path: _one_quantization(entry, table) if isinstance(entry, Mapping) else False
+        for path, entry in table.items()
+        if isinstance(entry, Mapping) or entry is False
+    }
+    return QuantizationPlan(_one_quantization(table, {}), modules)
+
+
+def _one_quantization(entry: Json, default: Json) -> Quantization:
+    merged = {**default, **entry}
+    return Quantization(
+        bits=merged["bits"], group_size=merged["group_size"], mode=merged.get("mode", "affine")
+    )
+
+
+def _pick(
+    content: Json, kind: type, skip: frozenset[str] | set[str] = frozenset()
+) -> dict[str, Any]:
+    """Take the fields of ``kind`` that the file names; published configs carry many leftovers."""
+    names = set(kind.__dataclass_fields__) - set(skip)  # type: ignore[attr-defined]
+    return {name: content[name] for name in names if name in content}
+
+
+def _side(size: int | list[int]) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ConfigError(
+            f"vision_config names the size {size}; InternVL3 tiles and patches are square"
+        )
+    return sides.pop()
+
+
+def _dtype(content: Json, text: Json) -> str:
+    name = (
+        content.get("torch_dtype")
+        or content.get("dtype")
+        or text.get("torch_dtype")
+        or text.get("dtype")
+    )
+    return str(name or "bfloat16").removeprefix("torch.")

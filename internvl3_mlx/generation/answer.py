@@ -1,0 +1,97 @@
+"""What comes back: the answer, its pieces, and the figures of the run."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from internvl3_mlx.generation.inputs import ImageInfo
+
+FinishReason = Literal["stop", "length"]
+SCALE = 1000  # the model names places in thousandths of the picture's sides
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    image_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each stage, and tokens a second of the two that read and write tokens."""
+
+    load_s: float = 0.0
+    preprocess_s: float = 0.0
+    vision_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    first_token_s: float = 0.0
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Box:
+    """A region that the answer names: pixels of the upright picture, and the model's own
+    thousandths."""
+
+    label: str | None
+    image: int
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    relative: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    timing: Timing
+    model: str
+    images: tuple[ImageInfo, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    peak_memory_gb: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as the command line's ``--json`` prints them."""
+        content = asdict(self)
+        del content["token_ids"]
+        ordered = ("model", "text", "images", "boxes", "finish_reason", "usage", "timing")
+        return {key: content[key] for key in (*ordered, "peak_memory_gb")}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of text as it is made. The last piece carries the whole answer."""
+
+    text: str
+    token_id: int | None = None
+    answer: Answer | None = field(default=None, repr=False)
+
+
+def located(text: str, images: tuple[ImageInfo, ...]) -> tuple[Box, ...]:
+    """Find the boxes in an answer and scale them to the first picture, which grounding asks
+    about."""
+    from internvl3_mlx.prompt.boxes import parse_boxes
+
+    if not images:
+        return ()
+    width, height = images[0].width, images[0].height
+    return tuple(
+        Box(
+            label,
+            0,
+            x1 * width / SCALE,
+            y1 * height / SCALE,
+            x2 * width / SCALE,
+            y2 * height / SCALE,
+            (x1, y1, x2, y2),
+        )
+        for label, (x1, y1, x2, y2) in parse_boxes(text)
+    )

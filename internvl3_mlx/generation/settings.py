@@ -1,0 +1,93 @@
+"""Everything that can be asked for besides the question itself, each default in one place."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from typing import Any
+
+from internvl3_mlx.errors import UserError
+from internvl3_mlx.prompt.template import Turn
+
+KV_BITS = (4, 8)
+KV_GROUP_SIZES = (32, 64, 128)
+
+Delta = float | int | str | Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a question is put and an answer generated. ``None`` means: as the model itself has it.
+
+    history: earlier turns, their pictures counted in ``images`` before this turn's.
+    v2pe_delta: position step of image tokens, one of 1, 1/2 ... 1/256, ``"auto"``, or one a
+    picture.
+    ntk: stretch the rotary base beyond the trained window, as the checkpoint's rope_scaling says.
+    """
+
+    system: str | None = None
+    history: tuple[Turn, ...] = ()
+    video: tuple[Any, ...] = ()
+    num_frames: int = 8
+    frame_times: bool = False
+    max_tiles: int | None = None
+    min_tiles: int | None = None
+    thumbnail: bool | None = None
+    upright: bool = True
+    v2pe_delta: Delta | list[Delta] | tuple[Delta, ...] = 1
+    ntk: bool = True
+    max_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    keep_boxes: bool = False
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 0
+    prefill_step_size: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "video", "history"):  # one string or path is a list of one
+            value = getattr(self, name)
+            alone = isinstance(value, str | bytes) or not isinstance(value, Sequence)
+            object.__setattr__(self, name, (value,) if alone else tuple(value))
+        for name, (lowest, highest) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value <= highest:
+                raise UserError(f"{name} is {value}; it goes from {lowest:g} to {highest:g}")
+        if self.kv_bits is not None and self.kv_bits not in KV_BITS:
+            raise UserError(f"kv_bits is {self.kv_bits}; the cache packs to 4 or 8 bits, or None")
+        if self.kv_group_size not in KV_GROUP_SIZES:
+            raise UserError(f"kv_group_size is {self.kv_group_size}; MLX has 32, 64 and 128")
+
+
+MANY = 1_000_000_000
+RANGES = {
+    "num_frames": (1, 4096),
+    "max_tiles": (1, 4096),
+    "min_tiles": (1, 4096),
+    "max_tokens": (1, MANY),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (0, MANY),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "seed": (0, 2**63),
+    "quantized_kv_start": (0, MANY),
+    "prefill_step_size": (1, MANY),
+}
+
+
+def changed(settings: Settings, changes: dict[str, Any]) -> Settings:
+    """Return ``settings`` with ``changes``; raise UserError with the nearest name for an unknown
+    one."""
+    names = [field.name for field in fields(Settings)]
+    for name in changes.keys() - set(names):
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+        raise UserError(f"no setting {name!r}; {hint}")
+    return replace(settings, **changes)

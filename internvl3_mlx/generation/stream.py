@@ -1,0 +1,64 @@
+"""Tokens become text: pieces that are safe to show, stop strings, and the end."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from internvl3_mlx.generation.answer import FinishReason
+from internvl3_mlx.prompt.tokens import StreamingDetokenizer
+
+
+@dataclass
+class TextStream:
+    """Turns tokens into text, stripped of white space at both ends as the published ``chat()``
+    does.
+
+    Held back until certain: text that may be the beginning of a stop string, and white space that
+    may be the end.
+    """
+
+    detokenizer: StreamingDetokenizer
+    stop_ids: Collection[int]
+    stop: Sequence[str] = ()
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    held: str = ""
+    finish_reason: FinishReason = "length"
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """Yield each token with the text that became certain with it, until the answer ends."""
+        for token in tokens:
+            if token in self.stop_ids:
+                self.finish_reason = "stop"
+                return
+            self.token_ids.append(token)
+            yield token, self.release(self.detokenizer.add(token))
+            if self.finish_reason == "stop":
+                return
+
+    def rest(self) -> str:
+        """Return what was held when the tokens ended."""
+        ready = (self.held + self.detokenizer.finish()).rstrip()
+        self.held = ""
+        self.text += ready
+        return ready
+
+    def release(self, new: str) -> str:
+        self.held += new
+        if not self.text:
+            self.held = self.held.lstrip()
+        found = [i for i in (self.held.find(stop) for stop in self.stop) if i >= 0]
+        if found:
+            self.finish_reason, self.held = "stop", self.held[: min(found)]
+            return ""
+        certain = self.held[: len(self.held) - self.undecided()].rstrip()
+        self.held = self.held[len(certain) :]
+        self.text += certain
+        return certain
+
+    def undecided(self) -> int:
+        """Count the last characters that may grow into a stop string."""
+        longest = max((len(stop) for stop in self.stop), default=1) - 1
+        for length in range(min(longest, len(self.held)), 0, -1):
+            if any(stop.startswith(self.held[-length:]) for stop in self.stop):
+                return length
+        return 0

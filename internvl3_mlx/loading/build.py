@@ -1,0 +1,130 @@
+"""A checkpoint folder becomes a model ready to run."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from internvl3_mlx.config import ModelConfig, QuantizationPlan, read_config
+from internvl3_mlx.convert.arrange import arrange, arranged, check_tensors
+from internvl3_mlx.convert.checkpoint import open_checkpoint
+from internvl3_mlx.convert.quantize import Recipe, predicate
+from internvl3_mlx.errors import ConfigError, UserError
+from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.prompt.tokens import Tokenizer
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+SCALES = ".scales"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with everything that belongs to it."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    model: InternVL
+
+
+def build(folder: Path, *, quantize: Recipe | None = None, dtype: str | None = None) -> Loaded:
+    """Read a folder of any layout. Every tensor is accounted for, or KeyMapError names those that
+    are not.
+
+    ``quantize`` packs the weights on the way in; ``dtype`` is what they are computed in: by
+    default the checkpoint's
+    own on a GPU, and float32 on a CPU, where 16-bit arithmetic is emulated and slow.
+    """
+    checkpoint = open_checkpoint(folder)
+    config, moves = arrange(checkpoint, read_config(folder))
+    tokenizer = Tokenizer.from_folder(folder)
+    check_image_token(tokenizer, config)
+    model = InternVL(config, tokenizer.image_id)
+    names = {target for move in moves for target in move.targets}
+    shape_like(model, packed_modules(names), config.quantization)
+    compute = compute_dtype(dtype, config.dtype)
+    weights = {name: cast(x, compute) for name, x in arranged(checkpoint, config, moves)}
+    check_tensors(weights, dict(tree_flatten(model.parameters())))
+    model.load_weights(list(weights.items()))
+    del weights
+    if quantize is not None:
+        check_dense(config, quantize)
+        nn.quantize(model, class_predicate=predicate(quantize.choose))
+    model.fold()
+    model.eval()
+    read_layer_by_layer(model)
+    return Loaded(folder, config, tokenizer, model)
+
+
+def check_image_token(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.image_id >= config.text.vocab_size:
+        raise ConfigError(
+            f"<IMG_CONTEXT> is token {tokenizer.image_id} but the model has "
+            f"{config.text.vocab_size}; "
+            "tokenizer and weights are not of one model"
+        )
+
+
+def check_dense(config: ModelConfig, quantize: Recipe) -> None:
+    if config.quantization is not None:
+        raise UserError(
+            f"this checkpoint is quantized already; load it as it is, without {quantize.name}"
+        )
+
+
+def packed_modules(names: set[str]) -> set[str]:
+    """List the modules that a checkpoint holds packed: those with scales, whatever its config
+    says."""
+    return {name.removesuffix(SCALES) for name in names if name.endswith(SCALES)}
+
+
+def shape_like(model: InternVL, packed: set[str], plan: QuantizationPlan | None) -> None:
+    """Make the packed modules of ``model`` packed too, so that their tensors find their places."""
+    if not packed:
+        return
+    if plan is None:
+        raise ConfigError(
+            "the weights hold quantized tensors but config.json has no quantization; "
+            "download it again"
+        )
+    nn.quantize(
+        model, class_predicate=predicate(lambda path: plan.of(path) if path in packed else None)
+    )
+
+
+def compute_dtype(asked: str | None, stored: str) -> mx.Dtype:
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    name = asked or ("float32" if on_cpu else stored)
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} was asked for; known are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Cast floating tensors; packed weights (uint32) and mx formats' scales (uint8) are no numbers
+    to cast."""
+    return x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x
+
+
+def read_layer_by_layer(model: InternVL) -> None:
+    """Evaluate the weights a layer at a time, so that joining and casting never hold two copies of
+    the model."""
+    for block in [*model.vision_model.encoder.layers, *model.language_model.model.layers]:
+        mx.eval(block.parameters())
+    mx.eval(model.parameters(), model.vision_model.embeddings.patch_embedding.raw)
+
+
+def part_of(name: str) -> str:
+    """Name the part that a tensor belongs to: vision_model, mlp1 or language_model."""
+    return re.split(r"\.", name, maxsplit=1)[0]
+
+
+def bytes_by_part(nbytes: Mapping[str, int]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for name, size in nbytes.items():
+        totals[part_of(name)] = totals.get(part_of(name), 0) + size
+    return totals

@@ -1,0 +1,123 @@
+"""Repositories through huggingface-hub: look, weigh, fetch. No code from a repository is fetched,
+let alone run."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl3_mlx.errors import DownloadError, UserError
+from internvl3_mlx.loading.memory import gpu_bytes
+from internvl3_mlx.loading.names import GB, SIZES
+
+WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
+TORCH_WANTED = (*WANTED, "pytorch_model*.bin")
+SPARE_BYTES = 1 * GB  # left free on disk beside a download
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub says of a repository."""
+
+    repo: str
+    nbytes: int
+    patterns: Sequence[str]
+
+
+def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
+    """Find a repository that was fetched whole before, without asking the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=list(WANTED), local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    complete = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    return folder if complete or any(folder.glob("pytorch_model*.bin")) else None
+
+
+def look(repo: str, revision: str | None = None) -> Remote:
+    """Ask the hub what a repository weighs. Raises DownloadError without a network or such a
+    repository."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        siblings = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"the hub has no repository {repo} that you may read; check the name, or log in"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise DownloadError(offline_line(repo)) from error
+    except HfHubHTTPError as error:
+        raise DownloadError(f"the hub does not answer for {repo}: {first_line(error)}") from error
+    except (OSError, RuntimeError) as error:
+        raise DownloadError(offline_line(repo)) from error
+    safe = any(file.rfilename.endswith(".safetensors") for file in siblings)
+    suffixes = (".safetensors",) if safe else (".bin",)
+    nbytes = sum(file.size or 0 for file in siblings if file.rfilename.endswith(suffixes))
+    return Remote(repo, nbytes, WANTED if safe else TORCH_WANTED)
+
+
+def check_room(remote: Remote, *, packed: bool) -> None:
+    """Refuse a download that the disk cannot hold or whose model this machine's GPU cannot."""
+    cache = hub_cache()
+    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+    needed = remote.nbytes * (1.3 if packed else 1.0) + SPARE_BYTES
+    if free < needed:
+        raise DownloadError(
+            f"{remote.repo} needs {needed / GB:.0f} GB of disk, "
+            f"{free / GB:.0f} GB are free in {cache}; "
+            "set HF_HOME to a larger disk"
+        )
+    limit, need = gpu_bytes(), remote.nbytes * (0.3 if packed else 1.0)
+    if need > limit:
+        raise UserError(
+            f"{remote.repo} needs about {need / GB:.0f} GB, "
+            f"this machine can give the GPU {limit / GB:.0f} GB; " + better_choice(limit)
+        )
+
+
+def better_choice(limit: float) -> str:
+    """Name the largest size that fits, packed."""
+    fitting = [name for name, size in SIZES.items() if size.packed_bytes < limit]
+    if not fitting:
+        return "no published size fits"
+    return f"try --model {fitting[-1]} (4-bit, about {SIZES[fitting[-1]].packed_bytes / GB:.1f} GB)"
+
+
+def fetch(remote: Remote, revision: str | None = None) -> Path:
+    """Download what is missing; the hub's own library shows its bars, resumes and keeps the
+    files."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(
+            snapshot_download(remote.repo, revision=revision, allow_patterns=list(remote.patterns))
+        )
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        raise DownloadError(
+            f"the download of {remote.repo} stopped: {first_line(error)}; "
+            "run the command again to go on"
+        ) from error
+
+
+def hub_cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def offline_line(repo: str) -> str:
+    return f"no network and {repo} is not in the cache; try --model demo, or name a folder"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

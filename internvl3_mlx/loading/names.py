@@ -1,0 +1,81 @@
+"""What a model may be called: a size, a repository, a folder, or the demo."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl3_mlx.errors import CheckpointError, UserError
+
+GB = 1_000_000_000
+DEFAULT_MODEL = "2b"
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+PACKED_BYTES = (
+    0.6  # a weight at 4 bits with its group's scale and offset, and some of the model left dense
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One published size: its repository and its parameters (as published, for estimates before a
+    download)."""
+
+    repo: str
+    parameters: float
+
+    @property
+    def dense_bytes(self) -> float:
+        return 2 * self.parameters
+
+    @property
+    def packed_bytes(self) -> float:
+        return PACKED_BYTES * self.parameters
+
+
+SIZES = {
+    name: Size(f"OpenGVLab/InternVL3-{name.upper()}", parameters * 1e9)
+    for name, parameters in {
+        "1b": 0.94,
+        "2b": 2.09,
+        "8b": 7.94,
+        "9b": 9.14,
+        "14b": 15.12,
+        "38b": 38.39,
+        "78b": 78.41,
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is: a folder here, or a repository; ``size`` when it was asked for by size."""
+
+    folder: Path | None = None
+    repo: str | None = None
+    size: str | None = None
+
+
+def find(model: str) -> Place:
+    """Say what ``model`` names. A folder wins over a repository of the same spelling."""
+    path = Path(model).expanduser()
+    if model == DEMO:
+        return Place(folder=DEMO_FOLDER)
+    if path.is_dir():
+        return Place(folder=path)
+    if path.is_file():
+        raise CheckpointError(
+            f"{model} is a file; name the folder that holds config.json and the weights"
+        )
+    if size := SIZES.get(model.lower()):
+        return Place(repo=size.repo, size=model.lower())
+    if REPOSITORY.fullmatch(model) and not path.is_absolute() and not model.startswith("."):
+        return Place(repo=model)
+    near = difflib.get_close_matches(model.lower(), [*SIZES, DEMO], n=1)
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"sizes are {', '.join(SIZES)}, repositories are OWNER/NAME"
+    )
+    raise UserError(f"no model folder, size or repository {model!r}; {hint}")

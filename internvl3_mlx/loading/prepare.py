@@ -1,0 +1,75 @@
+"""Get a model's folder ready: fetch it, and pack a published size once, so that the second start
+is quick."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from internvl3_mlx.convert.pipeline import convert
+from internvl3_mlx.convert.quantize import Recipe
+from internvl3_mlx.errors import DownloadError
+from internvl3_mlx.loading.hub import cached_snapshot, check_room, fetch, look
+from internvl3_mlx.loading.names import DEFAULT_MODEL, DEMO_FOLDER, GB, SIZES, Place, find
+
+Notify = Callable[
+    [str], None
+]  # told, in one line, of anything that takes long or that the user would wonder about
+
+CACHE_VARIABLE = "INTERNVL3_CACHE"
+
+
+def prepared_folder(
+    model: str | None, pack: Recipe | None, *, revision: str | None = None, notify: Notify
+) -> Path:
+    """Return the local folder of ``model``. Published sizes come packed with ``pack``; None keeps
+    them as published.
+
+    With no name at all it is the default size, or the demo where that cannot be had offline.
+    """
+    if model is None:
+        try:
+            return prepared_folder(DEFAULT_MODEL, pack, revision=revision, notify=notify)
+        except DownloadError:
+            notify(
+                f"no network and no {SIZES[DEFAULT_MODEL].repo} here: using the small demo model"
+            )
+            return DEMO_FOLDER
+    place = find(model)
+    if place.folder is not None:
+        return place.folder
+    if place.size is None or pack is None:
+        return downloaded(place, revision, packed=pack is not None, notify=notify)
+    return packed_size(place, pack, revision, notify)
+
+
+def downloaded(place: Place, revision: str | None, *, packed: bool, notify: Notify) -> Path:
+    assert place.repo is not None
+    if folder := cached_snapshot(place.repo, revision):
+        return folder
+    remote = look(place.repo, revision)
+    check_room(remote, packed=packed)
+    notify(f"downloading {place.repo}, {remote.nbytes / GB:.1f} GB")
+    return fetch(remote, revision)
+
+
+def packed_size(place: Place, pack: Recipe, revision: str | None, notify: Notify) -> Path:
+    """Return our packed copy of a published size, making it the first time."""
+    assert place.repo is not None
+    kept = model_cache() / "-".join(
+        filter(None, [place.repo.split("/")[-1], pack.name, (revision or "").replace("/", "_")])
+    )
+    if (kept / "config.json").is_file():
+        return kept
+    source = downloaded(place, revision, packed=True, notify=notify)
+    notify(f"packing {place.repo} to {pack.name} once, into {kept}")
+    for _ in convert(source, kept, pack):
+        pass
+    return kept
+
+
+def model_cache() -> Path:
+    """Return the folder of packed sizes: $INTERNVL3_CACHE, or the user's cache folder."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "internvl3-mlx"

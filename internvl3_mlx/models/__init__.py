@@ -1,0 +1,1 @@
+"""The towers: InternViT, the projector and the decoder, joined in ``internvl``."""

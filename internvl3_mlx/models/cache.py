@@ -1,0 +1,97 @@
+"""Keys and values of the tokens already read: as they are, or packed to 8 or 4 bits."""
+
+from itertools import zip_longest
+
+import mlx.core as mx
+
+GROWTH = 256  # tokens; room is added in whole steps so that appending rarely copies
+
+Packed = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, scales and biases
+
+
+class KVCache:
+    """Keys and values in the model's own type. ``room`` tokens are set aside at the first
+    append."""
+
+    def __init__(self, room: int = 0):
+        self.offset, self.room = 0, room
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        self.keys = with_room(self.keys, keys, self.offset, self.room)
+        self.values = with_room(self.values, values, self.offset, self.room)
+        self.keys[..., start : self.offset, :] = keys
+        self.values[..., start : self.offset, :] = values
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    @property
+    def state(self) -> list[mx.array]:
+        return [] if self.keys is None or self.values is None else [self.keys, self.values]
+
+    def quantized(self, bits: int, group_size: int) -> "QuantizedKVCache":
+        """Return the same memory, packed."""
+        packed = QuantizedKVCache(bits, group_size, self.room)
+        if self.keys is not None and self.values is not None:
+            packed.append(self.keys[..., : self.offset, :], self.values[..., : self.offset, :])
+        return packed
+
+
+class QuantizedKVCache:
+    """Keys and values in 8 or 4 bits, each group of ``group_size`` with its own scale and
+    offset."""
+
+    def __init__(self, bits: int, group_size: int = 64, room: int = 0):
+        self.bits, self.group_size, self.room, self.offset = bits, group_size, room, 0
+        self.keys: list[mx.array] = []
+        self.values: list[mx.array] = []
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[Packed, Packed]:
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        return self.store(self.keys, keys, start), self.store(self.values, values, start)
+
+    def store(self, kept: list[mx.array], new: mx.array, start: int) -> Packed:
+        parts = mx.quantize(new, group_size=self.group_size, bits=self.bits)
+        kept[:] = [
+            with_room(old, part, self.offset, self.room) for old, part in zip_longest(kept, parts)
+        ]
+        for old, part in zip(kept, parts, strict=True):
+            old[..., start : self.offset, :] = part
+        weights, scales, biases = (part[..., : self.offset, :] for part in kept)
+        return weights, scales, biases
+
+    def unpack(self, packed: Packed) -> mx.array:
+        return mx.dequantize(*packed, group_size=self.group_size, bits=self.bits)
+
+    def matmul(self, x: mx.array, packed: Packed, *, transpose: bool) -> mx.array:
+        """Multiply by packed (B, KV, N, D), shared by all query heads of a key-value head."""
+        weights, scales, biases = (part[:, :, None] for part in packed)
+        return mx.quantized_matmul(
+            x,
+            weights,
+            scales,
+            biases,
+            transpose=transpose,
+            group_size=self.group_size,
+            bits=self.bits,
+        )
+
+    @property
+    def state(self) -> list[mx.array]:
+        return [*self.keys, *self.values]
+
+
+def with_room(kept: mx.array | None, new: mx.array, needed: int, room: int) -> mx.array:
+    """Return ``kept`` with space for ``needed`` tokens along axis 2, typed and shaped like ``new``
+    elsewhere."""
+    have = 0 if kept is None else kept.shape[2]
+    if kept is not None and have >= needed:
+        return kept
+    want = max(-(-needed // GROWTH) * GROWTH, room)
+    batch, heads, _, width = new.shape
+    space = mx.zeros((batch, heads, want - have, width), dtype=new.dtype)
+    return space if kept is None else mx.concatenate([kept, space], axis=2)
+
+
+Cache = KVCache | QuantizedKVCache

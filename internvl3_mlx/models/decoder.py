@@ -1,0 +1,144 @@
+"""The language models: Qwen2.5 (1B 2B 8B 14B 38B 78B) and InternLM3 (9B), one decoder with or
+without qkv bias.
+
+Ours rather than mlx-lm's because V2PE needs explicit positions, which a cache's offset cannot say.
+Attribute names are
+the Qwen checkpoint's; ``fuse`` then joins q, k, v and gate, up into one matrix each, wherever
+their packing agrees.
+"""
+
+from collections.abc import Sequence
+from itertools import repeat
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from internvl3_mlx.config import TextConfig
+from internvl3_mlx.models.activations import swiglu
+from internvl3_mlx.models.attention import attend
+from internvl3_mlx.models.cache import Cache
+from internvl3_mlx.models.fusing import join_rows
+from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, powers_where_ordinary
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions given from outside."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        width, dim = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            dim,
+        )
+        self.q_proj = nn.Linear(width, self.heads * dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
+
+    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache | None) -> mx.array:
+        queries, keys, values = self.project(x)
+        out = attend(rotary(queries), rotary(keys), values.transpose(0, 2, 1, 3), cache)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+
+    def project(self, x: mx.array) -> list[mx.array]:
+        """x: (B, L, D) -> q (B, L, H, Dh), k and v (B, L, KV, Dh)."""
+        queries, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if "qkv_proj" in self:
+            parts = list(mx.split(self.qkv_proj(x), [queries, queries + kv], axis=-1))
+        else:
+            parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        return [part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts]
+
+    def fuse(self) -> None:
+        join_rows(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "gate_up_proj" in self:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up))
+
+    def fuse(self) -> None:
+        join_rows(self, ("gate_proj", "up_proj"), "gate_up_proj")
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+
+    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embeddings in, final states out; the head is apart, so that it runs only where its answer is
+    wanted."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, rotary: Rotary, cache: Sequence[Cache] | None = None
+    ) -> mx.array:
+        """x: (B, L, D) -> (B, L, D)."""
+        for block, layer_cache in zip(self.layers, cache or repeat(None), strict=False):
+            x = block(x, rotary, layer_cache)
+        return self.norm(x)
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its head. The head is the embedding where a checkpoint ties them."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def head(self, x: mx.array) -> mx.array:
+        """x: (..., D) -> logits (..., vocab)."""
+        return self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+
+    def rotary(self, positions: Positions, length: int, *, ntk: bool = True) -> Rotary:
+        """Prepare the rotation of one forward pass, shared by all its layers.
+
+        ``length`` is the sequence so far with these tokens; beyond the trained window ordinary
+        positions are stretched
+        by the checkpoint's dynamic NTK unless ``ntk`` is off. V2PE's positions never are.
+        """
+        config = self.config
+        base, dim, trained = config.rope_theta, config.head_dim, config.max_position_embeddings
+        if not ntk or config.rope_dynamic_factor is None or length <= trained:
+            return Rotary(dim, base, positions)
+        stretched = ntk_base(base, dim, config.rope_dynamic_factor, length, trained)
+        if isinstance(positions, int):
+            return Rotary(dim, stretched, positions)
+        return Rotary(dim, powers_where_ordinary(positions, dim, base, stretched), positions)
+
+    def fuse(self) -> None:
+        """Join the projections that read the same input."""
+        for block in self.model.layers:
+            block.self_attn.fuse()
+            block.mlp.fuse()

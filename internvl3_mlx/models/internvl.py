@@ -1,0 +1,117 @@
+"""InternVL3: tiles and ids in, logits out. The only module that knows both towers.
+
+tiles (T, S, S, 3) -> vision_model -> drop class token -> pixel shuffle -> mlp1 -> features (T, V, D)
+ids (B, L) -> embed_tokens -> image tokens replaced by features -> language_model -> logits (B, L, vocab)
+"""
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from internvl3_mlx.config import ModelConfig
+from internvl3_mlx.models.cache import Cache
+from internvl3_mlx.models.decoder import LanguageModel
+from internvl3_mlx.models.projector import pixel_shuffle, projector
+from internvl3_mlx.models.rope import Positions
+from internvl3_mlx.models.vision import VisionModel
+
+TILES_AT_ONCE = (
+    2  # a tile already fills the matrix units with 1025 rows; more only raises the peak of memory
+)
+
+
+class InternVL(nn.Module):
+    """The whole model. ``image_id`` is the id of ``<IMG_CONTEXT>``, read from the tokenizer."""
+
+    def __init__(self, config: ModelConfig, image_id: int):
+        super().__init__()
+        self.config, self.image_id = config, image_id
+        self.vision_model = VisionModel(config.vision)
+        self.mlp1 = projector(config)
+        self.language_model = LanguageModel(config.text)
+
+    def see(self, pixels: mx.array) -> mx.array:
+        """Turn tiles into visual tokens. pixels: (T, S, S, 3) normalised floats or raw bytes ->
+        (T, V, D)."""
+        return mx.concatenate(list(self.see_in_chunks(pixels)), axis=0)
+
+    def see_in_chunks(self, pixels: mx.array, tiles: int = TILES_AT_ONCE) -> Iterator[mx.array]:
+        """Yield the visual tokens of a few tiles at a time, so that the caller may evaluate
+        between: (<=tiles, V, D)."""
+        for start in range(0, pixels.shape[0], tiles):
+            yield self.project(
+                self.vision_model(pixels[start : start + tiles], self.config.select_layer)
+            )
+
+    def project(self, states: mx.array) -> mx.array:
+        """states: (T, 1 + G*G, C) of the tower -> (T, V, D)."""
+        config = self.config
+        grid = config.vision.grid
+        patches = states[:, 1:].reshape(states.shape[0], grid, grid, -1)
+        x = pixel_shuffle(patches, config.shuffle_factor, version=config.ps_version)
+        x = x.reshape(states.shape[0], config.num_image_token, -1)
+        for layer in self.mlp1:
+            x = layer(x)
+        return x
+
+    def embed(self, ids: mx.array, features: mx.array | None = None) -> mx.array:
+        """Embed tokens, features in the image tokens' places, row by row: (B, L), (T, V, D) -> (B,
+        L, D).
+
+        A gather and a select, all inside the graph: differentiable, compilable and right for any
+        batch.
+        """
+        text = self.language_model.model.embed_tokens(ids)
+        if features is None:
+            return text
+        is_image = (ids == self.image_id).reshape(-1)
+        rank = mx.maximum(mx.cumsum(is_image.astype(mx.int32)) - 1, 0)
+        rows = features.reshape(-1, features.shape[-1]).astype(text.dtype)
+        placed = mx.take(rows, mx.minimum(rank, rows.shape[0] - 1), axis=0).reshape(text.shape)
+        return mx.where(is_image.reshape(*ids.shape, 1), placed, text)
+
+    def __call__(
+        self,
+        ids: mx.array,
+        pixels: mx.array | None = None,
+        positions: Positions = 0,
+        cache: Sequence[Cache] | None = None,
+        *,
+        ntk: bool = True,
+    ) -> mx.array:
+        """Compute the logits of every token: (B, L) ids, tiles of all rows in order, positions ->
+        (B, L, vocab).
+
+        positions: (L,) or (B, L) float32, multiples of 1/256; or the first of whole steps, the
+        fused path.
+        Raises ValueError when the image tokens and the tiles' visual tokens differ in number.
+        """
+        features = None if pixels is None else self.see(pixels)
+        check_counts(
+            ids, self.image_id, 0 if features is None else features.shape[0] * features.shape[1]
+        )
+        length = ids.shape[1] + (cache[0].offset if cache else 0)
+        rotary = self.language_model.rotary(positions, length, ntk=ntk)
+        return self.language_model.head(
+            self.language_model.model(self.embed(ids, features), rotary, cache)
+        )
+
+    def fold(self) -> None:
+        """Rearrange the weights for inference; the checkpoint's own names are gone from here on."""
+        self.vision_model.fold()
+        self.language_model.fuse()
+
+
+def check_counts(ids: mx.array, image_id: int, features: int) -> None:
+    """Raise when ids and features disagree. Inside a compiled function nothing can be counted, and
+    nothing is."""
+    try:
+        tokens = int((ids == image_id).sum())
+    except ValueError:  # ids are being traced
+        return
+    if tokens != features:
+        raise ValueError(
+            f"{tokens} image tokens in the ids but {features} visual tokens from the tiles; "
+            "they must agree"
+        )

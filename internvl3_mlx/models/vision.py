@@ -1,0 +1,185 @@
+"""InternViT, 300M and 6B: (T, S, S, 3) tiles to (T, 1 + G*G, C) states. Attribute names are the
+checkpoint's.
+
+Both sizes are one architecture; the fields of ``VisionConfig`` choose LayerNorm or RMSNorm, q/k
+norm and qkv bias.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from internvl3_mlx.config import VisionConfig
+from internvl3_mlx.models.activations import gelu
+
+CHANNELS = 3
+BYTE = 255.0
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class PatchEmbedding(nn.Module):
+    """Cut tiles into patches and project each one: the checkpoint's convolution, whose stride is
+    its kernel."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        patch = config.patch_size
+        self.weight = mx.zeros((config.hidden_size, patch, patch, CHANNELS))
+        self.bias = mx.zeros(config.hidden_size)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """pixels: (T, S, S, 3) -> (T, G*G, C). Bytes are taken as raw colours, floats as
+        normalised ones.
+
+        Raw bytes meet weights into which /255, mean and standard deviation are folded, in float32:
+        a byte has no
+        rounding to lose, and the picture stays a quarter of the size until here.
+        """
+        out, patch = self.weight.shape[0], self.weight.shape[1]
+        weight, bias = self.weight, self.bias
+        if pixels.dtype == mx.uint8:
+            weight, bias = self.raw
+        patches = to_patches(pixels.astype(weight.dtype), patch)
+        return mx.addmm(bias, patches, weight.reshape(out, -1).T).astype(self.weight.dtype)
+
+    @property
+    def raw(self) -> tuple[mx.array, mx.array]:
+        """Weights for raw colours; ``fold`` keeps them, under a name that is no parameter."""
+        kept: tuple[mx.array, mx.array] | None = self.get("_raw")
+        return kept or raw_colour_weights(self.weight, self.bias)
+
+    def fold(self) -> None:
+        self._raw = raw_colour_weights(self.weight, self.bias)
+
+
+def raw_colour_weights(weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    """Fold ``(x / 255 - mean) / std`` into a patch projection: (C, P, P, 3), (C,) -> the same
+    shapes, float32."""
+    mean, std = mx.array(IMAGENET_MEAN), mx.array(IMAGENET_STD)
+    wide = weight.astype(mx.float32) / std
+    return wide / BYTE, bias.astype(mx.float32) - (wide * mean).sum(axis=(1, 2, 3))
+
+
+def to_patches(pixels: mx.array, patch: int) -> mx.array:
+    """Lay patches out as rows, row-major: (T, S, S, 3) -> (T, G*G, P*P*3)."""
+    tiles, side = pixels.shape[0], pixels.shape[1]
+    grid = side // patch
+    cells = pixels.reshape(tiles, grid, patch, grid, patch, CHANNELS).transpose(0, 1, 3, 2, 4, 5)
+    return cells.reshape(tiles, grid * grid, patch * patch * CHANNELS)
+
+
+class Embeddings(nn.Module):
+    """Patches behind one class token, plus positions. One grid size, so no position is ever
+    interpolated."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.class_embedding = mx.zeros((1, 1, width))
+        self.patch_embedding = PatchEmbedding(config)
+        self.position_embedding = mx.zeros((1, 1 + config.grid**2, width))
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        patches = self.patch_embedding(pixels)
+        first = mx.broadcast_to(self.class_embedding, (patches.shape[0], 1, patches.shape[2]))
+        return mx.concatenate([first, patches], axis=1) + self.position_embedding
+
+
+class Attention(nn.Module):
+    """Full attention inside one tile. The 6B tower norms q and k over the whole width, before the
+    heads part."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        if config.qk_normalization:
+            self.q_norm = nn.RMSNorm(width, eps=config.layer_norm_eps)
+            self.k_norm = nn.RMSNorm(width, eps=config.layer_norm_eps)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q, k, v = mx.split(self.qkv(x), 3, axis=-1)
+        if "q_norm" in self:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (self.part(y) for y in (q, k, v))
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
+        return self.proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
+
+    def part(self, x: mx.array) -> mx.array:
+        """Split into heads without a copy: (T, N, C) -> (T, H, N, C/H)."""
+        return x.reshape(*x.shape[:2], self.heads, self.head_dim).transpose(0, 2, 1, 3)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with LayerScale on both branches, until ``fold`` moves it into
+    the projections."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        norm = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}[config.norm_type]
+        width = config.hidden_size
+        self.norm1, self.norm2 = (norm(width, eps=config.layer_norm_eps) for _ in range(2))
+        self.attn, self.mlp = Attention(config), MLP(config)
+        self.ls1, self.ls2 = mx.ones(width), mx.ones(width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.scale("ls1", self.attn(self.norm1(x)))
+        return x + self.scale("ls2", self.mlp(self.norm2(x)))
+
+    def scale(self, name: str, branch: mx.array) -> mx.array:
+        return branch * self[name] if name in self else branch
+
+    def fold(self) -> None:
+        """Multiply each LayerScale into the dense projection before it: two kernels a layer
+        less."""
+        for name, linear in (("ls1", self.attn.proj), ("ls2", self.mlp.fc2)):
+            if type(linear) is nn.Linear and name in self:
+                scale, dtype = self.pop(name).astype(mx.float32), linear.weight.dtype
+                linear.weight = (linear.weight.astype(mx.float32) * scale[:, None]).astype(dtype)
+                linear.bias = (linear.bias.astype(mx.float32) * scale).astype(dtype)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+
+
+class VisionModel(nn.Module):
+    """The tower. There is no norm after the last layer."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+
+    def __call__(self, pixels: mx.array, select_layer: int = -1) -> mx.array:
+        """pixels: (T, S, S, 3) -> (T, 1 + G*G, C), the class token first.
+
+        ``select_layer`` counts the embeddings as state 0 and may be negative; layers above it are
+        not computed.
+        """
+        x = self.embeddings(pixels)
+        states = len(self.encoder.layers) + 1
+        for block in self.encoder.layers[: range(states)[select_layer]]:
+            x = block(x)
+        return x
+
+    def fold(self) -> None:
+        """Prepare for inference: normalisation into the patch projection, LayerScale into its
+        neighbours."""
+        self.embeddings.patch_embedding.fold()
+        for block in self.encoder.layers:
+            block.fold()
