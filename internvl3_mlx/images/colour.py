@@ -1,0 +1,74 @@
+"""Bring any Pillow image to upright 8-bit RGB."""
+
+import struct
+
+import numpy as np
+from PIL import Image
+
+ORIENTATION = 0x0112  # EXIF tag: how the camera was held
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Modes without a direct way to RGB in Pillow, and the mode that has one.
+DETOURS = {"La": "LA", "RGBa": "RGBA"}
+# How far to shift whole numbers up to this many bits, to leave eight.
+BITS = 8
+DEEP_BITS = (8, 16, 31)
+
+
+def upright_image(image: Image.Image) -> Image.Image:
+    """Turn a loaded image as its EXIF note says; without a note, give it back as it is."""
+    turn = TURNS.get(_orientation(image))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {}  # with the note in it, the next reader would turn the image again
+    return turned
+
+
+def _orientation(image: Image.Image) -> int:
+    """Read the EXIF orientation, 1 (upright) if there is none or it is damaged."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert as ``Image.convert("RGB")`` does, alpha dropped, but scale what exceeds 8 bits.
+
+    Pillow clips 16-bit grey at 255, which leaves a white page; here the high byte is kept, as
+    Pillow itself does for 16-bit colour. Floats within 0..1 are stretched to 0..255.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_deep(image).convert("RGB")
+    if image.mode == "F":
+        return _from_float(image).convert("RGB")
+    if image.mode in DETOURS:
+        image = image.convert(DETOURS[image.mode])
+    return image.convert("RGB")
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    """Keep the top eight bits of 16-bit grey; of 32-bit grey, of the least depth that holds it."""
+    values = np.asarray(image)
+    deep = 16
+    if image.mode == "I":
+        deep = next(bits for bits in DEEP_BITS if int(values.max()) < 2**bits)
+    grey = np.right_shift(values.clip(0), deep - BITS)
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _from_float(image: Image.Image) -> Image.Image:
+    """Round to 8 bits, taking 0..1 for the whole range if nothing exceeds it."""
+    values = np.nan_to_num(np.asarray(image), posinf=255.0, neginf=0.0)
+    scale = 255.0 if values.max() <= 1.0 else 1.0
+    return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))

@@ -1,0 +1,203 @@
+"""Find the bytes behind what the user typed: a path, an address, a data URI, standard input."""
+
+import binascii
+import io
+import os
+import re
+import sys
+import unicodedata
+from base64 import b64decode
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from internvl3_mlx.errors import ImageError
+
+MAX_BYTES = 100 * 2**20  # of one download, data URI or pipe
+MAX_NAME = 200  # characters of a name in a message
+LONGEST_PATH = 1024  # characters; PATH_MAX of macOS
+STDIN = "-"
+LOCAL_HOSTS = ("", "localhost")
+ADDRESS = re.compile(r"(?i)(data):|([a-z][a-z0-9+.-]+)://")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the bytes are: a file on disk, or in memory. ``name`` is what the user gave, short."""
+
+    name: str
+    place: Path | bytes
+
+    def open(self) -> BinaryIO:
+        """Open the bytes for reading, from the start and seekable."""
+        if isinstance(self.place, bytes):
+            return io.BytesIO(self.place)
+        try:
+            return self.place.open("rb")
+        except OSError as error:
+            raise ImageError(
+                f"cannot read {self.name}: {error.strerror}; check the file"
+            ) from error
+
+
+def locate(source: str | Path | bytes) -> Located:
+    """Find what ``source`` names; fetch it if it is not on disk. A Path is always a path."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return Located("image bytes", bytes(source))
+    if isinstance(source, Path):
+        return _from_path(str(source))
+    if not isinstance(source, str):
+        raise ImageError(
+            f"cannot read a picture from {type(source).__name__}: "
+            "wanted a path, an address, bytes or a PIL image; pass one of these"
+        )
+    if source == STDIN:
+        return _from_stdin()
+    address = ADDRESS.match(source)
+    return _from_address(source, address) if address else _from_path(source)
+
+
+def short(name: str) -> str:
+    """Shorten a name for messages: no control characters, the middle of a long one left out."""
+    name = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], name)
+    half = MAX_NAME // 2
+    return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half:]}"
+
+
+def _from_stdin() -> Located:
+    """Read the bytes that were piped in."""
+    name, pipe = "standard input", sys.stdin.buffer
+    if pipe.isatty():
+        raise ImageError("cannot read a picture from standard input: pipe one in, or give its path")
+    return Located(name, _limited(pipe, name))
+
+
+def _limited(pipe: BinaryIO, name: str) -> bytes:
+    """Read a pipe to its end, but no more than ``MAX_BYTES``."""
+    data = pipe.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise too_large(name)
+    return data
+
+
+def too_large(name: str) -> ImageError:
+    """Say that more than ``MAX_BYTES`` came."""
+    return ImageError(
+        f"cannot read {name}: larger than {MAX_BYTES // 2**20} MB; save it and give its path"
+    )
+
+
+def _from_address(text: str, address: re.Match[str]) -> Located:
+    scheme = (address[1] or address[2]).lower()
+    if scheme not in SCHEMES:
+        raise ImageError(
+            f"cannot read {short(text)}: {scheme} addresses are not supported; "
+            "wanted http, https, file or data, or save the picture and give its path"
+        )
+    try:
+        return SCHEMES[scheme](text)
+    except ValueError as error:  # urllib's word for an address that makes no sense
+        raise ImageError(f"cannot read {short(text)}: {error}; check the address") from error
+
+
+def _from_web(text: str) -> Located:
+    from internvl3_mlx.images.web import fetch  # half of what this room costs to import
+
+    parts = urlsplit(text)
+    # Query and password stay out of messages and logs: signed addresses carry secrets there.
+    name = short(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
+    return Located(name, fetch(text, name))
+
+
+def _from_file_address(text: str) -> Located:
+    parts = urlsplit(text)
+    if parts.netloc.lower() not in LOCAL_HOSTS:
+        raise ImageError(
+            f"cannot read {short(text)}: the file is on another computer ({parts.netloc}); "
+            "copy it here and give its path"
+        )
+    return _from_path(unquote(parts.path))
+
+
+def _from_data(text: str) -> Located:
+    head, comma, payload = text.partition(",")
+    media, *options = head[len("data:") :].split(";")
+    name = short(f"data:{media or 'picture'}")
+    if not comma:
+        raise ImageError(f"cannot read {name}: a data address needs a comma before its data")
+    if len(payload) > 2 * MAX_BYTES:
+        raise too_large(name)
+    data = unquote_to_bytes(payload)
+    if "base64" in (option.strip().lower() for option in options):
+        data = _from_base64(data, name)
+    return Located(name, data)
+
+
+def _from_base64(data: bytes, name: str) -> bytes:
+    """Decode base64 in the plain or the URL alphabet; line breaks and missing padding are fine."""
+    data = b"".join(data.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+    try:
+        return b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise ImageError(
+            f"cannot read {name}: its data is not base64; encode the file again"
+        ) from error
+
+
+SCHEMES: dict[str, Callable[[str], Located]] = {
+    "http": _from_web,
+    "https": _from_web,
+    "file": _from_file_address,
+    "data": _from_data,
+}
+
+
+def _from_path(text: str) -> Located:
+    """Find a file: the exact path, then with ``~`` expanded, then by a name that looks the same."""
+    name = short(text)
+    path = _existing(text)
+    if path is None:
+        raise ImageError(f"no file at {name or 'an empty path'}: {_hint(text)}")
+    if path.is_dir():
+        raise ImageError(f"cannot read {name}: it is a folder; name a picture in it")
+    if path.is_file():
+        return Located(name, path)
+    if not path.is_fifo():
+        raise ImageError(f"cannot read {name}: it is a device; give the path of a picture")
+    with path.open("rb") as pipe:
+        return Located(name, _limited(pipe, name))
+
+
+def _existing(text: str) -> Path | None:
+    if not text or len(text) > LONGEST_PATH:
+        return None
+    for path in (text, os.path.expanduser(text)):
+        if os.path.exists(path):
+            return Path(path)
+    wanted = Path(os.path.expanduser(text))
+    twins = [name for name in _siblings(wanted) if _folded(name) == _folded(wanted.name)]
+    return wanted.with_name(twins[0]) if len(twins) == 1 else None
+
+
+def _folded(name: str) -> str:
+    """Make names equal that look equal: macOS puts U+202F into screenshots, NFD into old disks."""
+    return re.sub(r"\s", " ", unicodedata.normalize("NFC", name))
+
+
+def _siblings(path: Path) -> list[str]:
+    try:
+        return os.listdir(path.parent)
+    except (OSError, ValueError):
+        return []
+
+
+def _hint(text: str) -> str:
+    """Say what to do about a missing file, naming the one that comes nearest."""
+    if len(text) > LONGEST_PATH:
+        return "too long for a path; if it is base64, put data:;base64, before it"
+    wanted = Path(os.path.expanduser(text))
+    near = get_close_matches(wanted.name, _siblings(wanted), n=1, cutoff=0.7)
+    return f"did you mean {short(str(wanted.with_name(near[0])))}?" if near else "check the path"
