@@ -36,7 +36,9 @@ def _number(text: object) -> float:
     """Read a fraction, a decimal or a number; 0 for anything else."""
     if isinstance(text, str):
         return float(Fraction(text.strip())) if NUMBER.fullmatch(text.strip()) else 0.0
-    return float(text) if isinstance(text, Real) and not isinstance(text, bool) else 0.0
+    if isinstance(text, bool) or not isinstance(text, Real):
+        return 0.0
+    return float(text)
 
 
 def image_runs(ids: ArrayLike, image_id: int) -> list[tuple[int, int]]:
@@ -98,7 +100,10 @@ def _runs(
 
 
 def _per_image(deltas: float | Sequence[float], images: int) -> NDArray[np.float64]:
-    given = list(deltas) if isinstance(deltas, (Sequence, np.ndarray)) else [deltas] * images
+    if isinstance(deltas, (int, float, str, Fraction, np.floating)):
+        given: list[float] = [deltas] * images
+    else:
+        given = list(deltas)
     if len(given) != images:
         raise PromptError(
             f"{len(given)} V2PE steps for {images} images: give one for all or one per image"
