@@ -52,7 +52,7 @@ class JinjaTemplate:
                 continue
             if segments is not None:
                 return segments
-        fault = problem or "it leaves out a message or an image"
+        fault = " ".join(str(problem or "it leaves out a message or an image").split())
         raise PromptError(f"{self.origin} cannot write this conversation: {fault}; {BUILT_IN}")
 
     def _write(self, messages: list[dict[str, Any]]) -> str:

@@ -38,29 +38,32 @@ IMAGE_START, IMAGE_CONTEXT, IMAGE_END, TURN_END = "<img>", "<IMG_CONTEXT>", "</i
 
 
 class Tokenizer:
-    """One model's tokenizer. Ids are looked up by their text; none is known beforehand."""
+    """One model's tokenizer. Ids are looked up by their text; none is known beforehand.
+
+    ``added`` maps special tokens to their ids; ``bos_id`` is None unless one is put in front.
+    """
 
     def __init__(self, vocabulary: Vocabulary, *, source: Path, stops: Iterable[int | str] = ()):
         self._vocabulary = vocabulary
-        self._added = {t: a for t, a in vocabulary.added.items() if t not in NEVER_ADDED}
-        missing = {IMAGE_START, IMAGE_CONTEXT, IMAGE_END, TURN_END} - self._added.keys()
+        self.added = {t: a for t, a in vocabulary.added.items() if t not in NEVER_ADDED}
+        missing = {IMAGE_START, IMAGE_CONTEXT, IMAGE_END, TURN_END} - self.added.keys()
         if missing:
             raise CheckpointError(
                 f"the tokenizer in {source} lacks {', '.join(sorted(missing))}: "
                 "take the tokenizer files of an InternVL3 repository"
             )
-        self.vocab_size = max(vocabulary.size, 1 + max(a.id for a in self._added.values()))
+        self.vocab_size = max(vocabulary.size, 1 + max(a.id for a in self.added.values()))
         self.bos_id = vocabulary.bos_id
-        self.image_start_id = self._added[IMAGE_START].id
-        self.image_id = self._added[IMAGE_CONTEXT].id
-        self.image_end_id = self._added[IMAGE_END].id
-        self.im_end_id = self._added[TURN_END].id
-        named = (self._added[s].id if s in self._added else s for s in (TURN_END, *stops))
+        self.image_start_id = self.added[IMAGE_START].id
+        self.image_id = self.added[IMAGE_CONTEXT].id
+        self.image_end_id = self.added[IMAGE_END].id
+        self.im_end_id = self.added[TURN_END].id
+        named = (self.added[s].id if s in self.added else s for s in (TURN_END, *stops))
         self.stop_ids = frozenset(
             n for n in named if isinstance(n, int) and 0 <= n < self.vocab_size
         )
-        self._any_token = _pattern(self._added)
-        self._typed_token = _pattern(GROUNDING & self._added.keys())
+        self._any_token = _pattern(self.added)
+        self._typed_token = _pattern(GROUNDING & self.added.keys())
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -104,7 +107,7 @@ class Tokenizer:
     def detokenizer(self, *, keep_boxes: bool = False) -> StreamingDetokenizer:
         """Start decoding one answer, id by id."""
         keep = GROUNDING if keep_boxes else frozenset()
-        shown = shown_tokens(self._added, keep)
+        shown = shown_tokens(self.added, keep)
         return StreamingDetokenizer(self._vocabulary.spell, shown, self._vocabulary.lead)
 
     def _pieces(
@@ -118,7 +121,7 @@ class Tokenizer:
                 continue
             pattern = self._typed_token if segment.typed else self._any_token
             for index, part in enumerate(pattern.split(segment.text)):
-                yield [self._added[part].id] if index % 2 else part
+                yield [self.added[part].id] if index % 2 else part
 
     def _cut(self, text: str, *, at_start: bool) -> list[int]:
         # surrogates, which no tokenizer takes, come from broken file names and JSON escapes
@@ -136,7 +139,8 @@ def _read_vocabulary(folder: Path) -> Vocabulary:
     if (folder / "tokenizer.json").is_file():
         return _read_tokenizer_json(folder)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _bpe_vocabulary(_read_qwen_bpe(folder), read_added_tokens(folder), None)
+        core, added = _read_qwen_bpe(folder), read_added_tokens(folder)
+        return _bpe_vocabulary(core, added, _named_bos(folder, core, added))
     if (folder / "tokenizer.model").is_file():
         return read_sentencepiece(folder)
     raise CheckpointError(
@@ -155,12 +159,20 @@ def _read_tokenizer_json(folder: Path) -> Vocabulary:
         token.content: AddedToken(number, token.special)
         for number, token in whole.get_added_tokens_decoder().items()
     }
-    name = bos_name(folder, default=False)
-    bos = whole.token_to_id(name) if name else None
+    bos = _named_bos(folder, whole, added)
     marked, bare = (whole.encode("a", add_special_tokens=flag).ids for flag in (True, False))
     if marked[0] != bare[0]:
         bos = marked[0]
     return _bpe_vocabulary(_without_added(whole), added, bos)
+
+
+def _named_bos(
+    folder: Path, core: tokenizers.Tokenizer, added: dict[str, AddedToken]
+) -> int | None:
+    name = bos_name(folder, default=False)
+    if name is None:
+        return None
+    return added[name].id if name in added else core.token_to_id(name)
 
 
 def _without_added(whole: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -153,7 +153,7 @@ def test_tokens_of_the_tokenizer_are_known_to_the_template(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{# image #}{{ raise_exception('no such turn') }}", "conversation: no such turn; put"),
+        ("{# image #}{{ raise_exception('no such\\nturn') }}", "conversation: no such turn; put"),
         ("{# image #}{{ messages[9]['role'] }}", "cannot write this conversation: .*9"),
         ("{# image #}{{ 1 / 0 }}", "cannot write this conversation: division by zero"),
         ("{# image #}{{ messages.append(1) }}", "cannot write this conversation: .*unsafe"),

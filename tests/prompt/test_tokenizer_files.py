@@ -33,12 +33,13 @@ def test_an_answer_stops_at_the_turns_end_whatever_the_files_say(tmp_path):
     assert Tokenizer.from_folder(tmp_path).stop_ids == {ids["<|im_end|>"]}
 
 
-def test_bos_is_added_only_where_the_files_say_so(tmp_path):
-    write_qwen_tokenizer(tmp_path / "qwen")
+@pytest.mark.parametrize("fast", [True, False])
+def test_bos_is_added_only_where_the_files_say_so(tmp_path, fast):
+    ids = write_qwen_tokenizer(tmp_path / "qwen", fast=fast).ids
     change(tmp_path / "qwen" / "tokenizer_config.json", add_bos_token=True)
     assert Tokenizer.from_folder(tmp_path / "qwen").bos_id is None  # bos_token is null
     change(tmp_path / "qwen" / "tokenizer_config.json", bos_token="<|endoftext|>")
-    assert Tokenizer.from_folder(tmp_path / "qwen").bos_id == 400
+    assert Tokenizer.from_folder(tmp_path / "qwen").bos_id == ids["<|endoftext|>"]
     write_internlm_tokenizer(tmp_path / "internlm")
     change(tmp_path / "internlm" / "tokenizer_config.json", add_bos_token=False)
     assert Tokenizer.from_folder(tmp_path / "internlm").bos_id is None

@@ -168,6 +168,7 @@ def test_ids_are_looked_up_by_name(ours):
     assert (tokenizer.image_start_id, tokenizer.image_end_id) == (ids["<img>"], ids["</img>"])
     assert tokenizer.im_end_id == ids["<|im_end|>"]
     assert tokenizer.bos_id is None
+    assert {name: token.id for name, token in tokenizer.added.items()} == ids
 
 
 def test_sentencepiece_ids_are_looked_up_by_name(internlm):
