@@ -32,9 +32,9 @@ context            32,768
 stop tokens
   <|im_end|>  151,645
 parts
-  name             parameters  size      bits
-  vision tower    304,012,288  608.0 MB    16
-  language model    1,777,088  1.0 MB     4.5
+  name             parameters  size    bits
+  vision tower    304,012,288  0.6 GB    16
+  language model    1,777,088  1.0 MB   4.5
 trained            yes
 system             –
 template           internvl2_5
@@ -64,7 +64,7 @@ def inspect(monkeypatch):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """Let the hub's cache hold what the test says, None for no cache folder; ours is a new folder."""
+    """Let the hub's cache hold what the test says, None for no folder; ours is a new one."""
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
 
     def plant(repos):
