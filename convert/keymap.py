@@ -66,7 +66,10 @@ INTERNLM2 = (  # the 9B stores InternLM3 weights under InternLM2's names
     rule(TEXT + "post_attention_layernorm.*", TEXT + "ffn_norm.*"),
     rule("language_model.lm_head.*", "language_model.output.*"),
 )
-ORIGINAL = (*(rule(name) for name in TOWER_NAMES), *QWEN, *INTERNLM2)
+MISSPELT = tuple(  # the published tools leave a native checkpoint's q/k norms under the wrong folder
+    rule(VISION + f"attn.{p}_norm.*", VISION + f"attention.{p}_norm.*") for p in "qk"
+)
+ORIGINAL = (*(rule(name) for name in TOWER_NAMES), *MISSPELT, *QWEN, *INTERNLM2)
 
 NATIVE_VISION = "vision_tower.encoder.layer.{n}."
 NATIVE = (  # transformers "-hf" checkpoints, after ``normalize_name`` has made the prefixes one
@@ -81,7 +84,7 @@ NATIVE = (  # transformers "-hf" checkpoints, after ``normalize_name`` has made 
     rule(VISION + "norm1.*", NATIVE_VISION + "layernorm_before.*"),
     rule(VISION + "norm2.*", NATIVE_VISION + "layernorm_after.*"),
     rule(VISION + "attn.qkv.*", *(NATIVE_VISION + f"attention.{p}_proj.*" for p in "qkv")),
-    *(  # the published tools leave q/k norms under the original's folder name
+    *(  # and an original checkpoint's likewise
         rule(VISION + f"attn.{p}_norm.*", NATIVE_VISION + f"{folder}.{p}_norm.*")
         for p in "qk"
         for folder in ("attention", "attn")

@@ -1,8 +1,8 @@
 """One description of a model, whichever layout its ``config.json`` was written in.
 
 Field names are those of the published ``internvl_chat`` config; defaults are that class's own,
-since a file leaves out what it does not change: a missing ``ps_version`` means v1, a missing ``qkv_bias``
-none.
+since a file leaves out what it does not change: a missing ``ps_version`` means v1, a missing
+``qkv_bias`` none.
 """
 
 from collections.abc import Mapping

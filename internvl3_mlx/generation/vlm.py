@@ -205,6 +205,6 @@ def too_long(inputs: Inputs, config: ModelConfig) -> str:
     pictures = inputs.image_tokens > len(inputs.token_ids) / 2
     hint = "fewer tiles (max_tiles) or a smaller v2pe_delta" if pictures else "a shorter question"
     return (
-        f"the prompt takes {inputs.next_position:,.0f} positions "
-        f"({inputs.image_tokens:,} tokens are pictures), the model holds {config.text.max_position_embeddings:,}; try {hint}"
+        f"the prompt takes {inputs.next_position:,.0f} positions ({inputs.image_tokens:,} tokens "
+        f"are pictures), the model holds {config.text.max_position_embeddings:,}; try {hint}"
     )

@@ -1,7 +1,7 @@
 """InternVL3: tiles and ids in, logits out. The only module that knows both towers.
 
-tiles (T, S, S, 3) -> vision_model -> drop class token -> pixel shuffle -> mlp1 -> features (T, V, D)
-ids (B, L) -> embed_tokens -> image tokens replaced by features -> language_model -> logits (B, L, vocab)
+tiles (T, S, S, 3) -> vision_model -> drop class token -> shuffle -> mlp1 -> features (T, V, D)
+ids (B, L) -> embed_tokens -> features in image tokens' places -> language_model -> logits
 """
 
 from collections.abc import Iterator, Sequence
