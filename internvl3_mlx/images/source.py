@@ -75,10 +75,10 @@ def open_picture(source: Source, *, upright: bool = True) -> Picture:
         source = _clipboard()
     if isinstance(source, Image.Image):
         name = short(str(getattr(source, "filename", "") or "image"))
-        with _one_line(name):
+        with one_line(name):
             return Picture(_finish(source, name, upright), name)
     located = locate(source)
-    with located.open() as file, _one_line(located.name):
+    with located.open() as file, one_line(located.name):
         return Picture(_finish(_decode(file, located), located.name, upright), located.name)
 
 
@@ -103,7 +103,7 @@ def _clipboard() -> Image.Image | str:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def one_line(name: str) -> Iterator[None]:
     """Turn whatever Pillow raises into one clear line, and keep its warnings to ourselves."""
     try:
         with warnings.catch_warnings():
