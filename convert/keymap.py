@@ -7,6 +7,7 @@ tensors).
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,8 +67,10 @@ INTERNLM2 = (  # the 9B stores InternLM3 weights under InternLM2's names
     rule(TEXT + "post_attention_layernorm.*", TEXT + "ffn_norm.*"),
     rule("language_model.lm_head.*", "language_model.output.*"),
 )
-MISSPELT = tuple(  # the published tools leave a native checkpoint's q/k norms under the wrong folder
-    rule(VISION + f"attn.{p}_norm.*", VISION + f"attention.{p}_norm.*") for p in "qk"
+MISSPELT = (
+    tuple(  # the published tools leave a native checkpoint's q/k norms under the wrong folder
+        rule(VISION + f"attn.{p}_norm.*", VISION + f"attention.{p}_norm.*") for p in "qk"
+    )
 )
 ORIGINAL = (*(rule(name) for name in TOWER_NAMES), *MISSPELT, *QWEN, *INTERNLM2)
 
@@ -104,8 +107,8 @@ DROPPED = re.compile(
 
 
 def normalize_name(name: str) -> str:
-    """Make the prefix variants of one layout one: a leading ``model.``, and where the decoder's
-    head hangs."""
+    """Make one layout's variants one: PEFT's wrapping, a leading ``model.``, the head's place."""
+    name = name.replace("base_model.model.", "").replace(".base_layer.", ".")
     name = re.sub(r"^model\.(?=vision_tower\.|multi_modal_projector\.|language_model\.)", "", name)
     name = re.sub(
         r"^language_model\.(?=embed_tokens\.|layers\.|norm\.)", "language_model.model.", name
@@ -143,6 +146,10 @@ class KeyMap:
         for pattern, entry, part in self.patterns:
             if match := pattern.fullmatch(normalize_name(name)):
                 return entry, part, filler(match.groupdict())
+        if "lora_" in name:
+            raise KeyMapError(
+                f"{name!r} is an adapter's; merge the LoRA adapter into its model first"
+            )
         raise KeyMapError(
             f"no rule for checkpoint key {name!r}; "
             f"it is not part of an InternVL3 model ({self.layout} layout)"
@@ -163,6 +170,9 @@ class KeyMap:
                     f"doubled: {name} and {next(iter(parts.values()))} both give {targets[0]}"
                 )
             parts[part] = name
+        twice = [t for t, n in Counter(t for ts in found for t in ts).items() if n > 1]
+        if twice:
+            raise KeyMapError(f"doubled, by two layouts' names: {listed(twice)}")
         short = [
             targets[0]
             for targets, (entry, parts) in found.items()

@@ -6,7 +6,7 @@ since a file leaves out what it does not change: a missing ``ps_version`` means 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from internvl3_mlx.errors import ConfigError
@@ -31,6 +31,7 @@ class VisionConfig:
     qk_normalization: bool = True
 
     def __post_init__(self) -> None:
+        check_numbers(self, "vision_config")
         if self.norm_type not in ("layer_norm", "rms_norm"):
             raise ConfigError(
                 f"vision_config.norm_type is {self.norm_type!r}; known are layer_norm and rms_norm"
@@ -76,6 +77,7 @@ class TextConfig:
     qkv_bias: bool = True
 
     def __post_init__(self) -> None:
+        check_numbers(self, "text config")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"text config: {self.num_attention_heads} heads do not share "
@@ -152,3 +154,12 @@ class ModelConfig:
     @property
     def patch_size(self) -> int:
         return self.vision.patch_size
+
+
+def check_numbers(config: VisionConfig | TextConfig, name: str) -> None:
+    """Raise ConfigError for a size that is no positive number."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        wanted = {int: int, float: (int, float)}.get(entry.type)  # type: ignore[call-overload]
+        if wanted and (isinstance(value, bool) or not isinstance(value, wanted) or value <= 0):
+            raise ConfigError(f"{name}.{entry.name} is {value!r}; a positive number was expected")

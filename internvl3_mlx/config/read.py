@@ -138,12 +138,13 @@ def _text_config(text: Json, *, tied: bool) -> TextConfig:
             f"the language model is {name!r}; InternVL3 uses Qwen2 or InternLM2/3 decoders"
         )
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    heads = text["num_attention_heads"]
+    heads, width = text["num_attention_heads"], text["hidden_size"]
+    natural = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
     known = _pick(
         text, TextConfig, skip={"family", "tie_word_embeddings", "rope_dynamic_factor", "qkv_bias"}
     )
     filled = {
-        "head_dim": text["hidden_size"] // heads,
+        "head_dim": natural,
         "num_key_value_heads": heads,
         "rope_theta": rope.get("rope_theta", 10000.0),
     }

@@ -62,7 +62,8 @@ class InternVL(nn.Module):
         A gather and a select, all inside the graph: differentiable, compilable and right for any
         batch.
         """
-        text = self.language_model.model.embed_tokens(ids)
+        decoder = self.language_model.model
+        text = decoder.embed_tokens(ids).astype(decoder.norm.weight.dtype)  # mxfp4 unpacks as bf16
         if features is None:
             return text
         is_image = (ids == self.image_id).reshape(-1)
