@@ -160,6 +160,10 @@ def check_numbers(config: VisionConfig | TextConfig, name: str) -> None:
     """Raise ConfigError for a size that is no positive number."""
     for entry in fields(config):
         value = getattr(config, entry.name)
-        wanted = {int: int, float: (int, float)}.get(entry.type)  # type: ignore[call-overload]
-        if wanted and (isinstance(value, bool) or not isinstance(value, wanted) or value <= 0):
+        whole, number = entry.type is int, entry.type in (int, float)
+        if number and not (is_number(value, whole) and value > 0):
             raise ConfigError(f"{name}.{entry.name} is {value!r}; a positive number was expected")
+
+
+def is_number(value: object, whole: bool) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)

@@ -3,7 +3,7 @@ for it."""
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -68,7 +68,7 @@ class VLM:
     """A model that answers questions about pictures."""
 
     name: str
-    loaded: Loaded
+    loaded: Loaded = field(repr=False)
     template: Template
     load_seconds: float = 0.0
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl3_mlx.errors import DownloadError, UserError
+from internvl3_mlx.convert.checkpoint import weight_files
+from internvl3_mlx.errors import CheckpointError, DownloadError, UserError
 from internvl3_mlx.loading.memory import gpu_bytes
 from internvl3_mlx.loading.names import GB, SIZES
 
@@ -37,8 +38,11 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
         )
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
-    complete = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
-    return folder if complete or any(folder.glob("pytorch_model*.bin")) else None
+    try:
+        whole = (folder / "config.json").exists() and bool(weight_files(folder))
+    except CheckpointError:
+        return None
+    return folder if whole else None
 
 
 def look(repo: str, revision: str | None = None) -> Remote:

@@ -62,7 +62,7 @@ def find(model: str) -> Place:
     path = Path(model).expanduser()
     if model == DEMO:
         return Place(folder=DEMO_FOLDER)
-    if path.is_dir():
+    if model and path.is_dir():
         return Place(folder=path)
     if path.is_file():
         raise CheckpointError(

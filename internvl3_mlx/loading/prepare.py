@@ -38,7 +38,7 @@ def prepared_folder(
     if place.folder is not None:
         return place.folder
     if place.size is None or pack is None:
-        return downloaded(place, revision, packed=pack is not None, notify=notify)
+        return downloaded(place, revision, packed=False, notify=notify)
     return packed_size(place, pack, revision, notify)
 
 

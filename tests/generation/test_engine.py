@@ -1,0 +1,147 @@
+"""Reading in chunks, writing ahead, packing the cache: none of it may change an answer."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fixtures.inputs import picture
+from fixtures.opened import tiny
+from fixtures.tiny import Recipe
+
+from internvl3_mlx import PromptError, UserError, load
+from internvl3_mlx.models.cache import QuantizedKVCache
+
+QUESTION = "Which is larger?"
+PICTURES = [picture(130, 70), picture(60, 60, 1)]
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load(str(tiny(Recipe()).folder))
+
+
+@pytest.fixture(scope="module")
+def short():
+    """A model whose window is 96 tokens, 192 when stretched."""
+    return load(str(tiny(Recipe(max_positions=96)).folder))
+
+
+@pytest.mark.parametrize("step", [1, 7, 64])
+@pytest.mark.parametrize("delta", [1, "1/4"])
+def test_the_size_of_a_prefill_chunk_changes_nothing(vlm, step, delta):
+    settings = {"max_tokens": 12, "v2pe_delta": delta}
+    whole = vlm.ask(QUESTION, PICTURES, **settings)
+    assert vlm.ask(QUESTION, PICTURES, prefill_step_size=step, **settings).token_ids == (
+        whole.token_ids
+    )
+
+
+def test_decoding_equals_reading_the_whole_sequence_again(vlm):
+    inputs = vlm.prepare(QUESTION, PICTURES, v2pe_delta="1/16")
+    ids, positions = list(inputs.token_ids), list(inputs.positions)
+    for token in vlm.ask(QUESTION, PICTURES, v2pe_delta="1/16", max_tokens=9).token_ids:
+        logits = vlm.model(
+            mx.array([ids]), inputs.pixel_values, mx.array(np.array(positions, dtype=np.float32))
+        )
+        assert int(mx.argmax(logits[0, -1])) == token
+        ids.append(token)
+        positions.append(np.floor(positions[-1]) + 1)
+
+
+def test_eight_bits_of_cache_answer_as_sixteen_do(vlm):
+    plain = vlm.ask(QUESTION, PICTURES, max_tokens=10)
+    packed = vlm.ask(QUESTION, PICTURES, max_tokens=10, kv_bits=8, kv_group_size=32)
+    assert packed.token_ids == plain.token_ids
+
+
+def test_the_cache_is_packed_from_the_token_that_was_named(vlm, monkeypatch):
+    packed_at = []
+    original = QuantizedKVCache.append
+    monkeypatch.setattr(
+        QuantizedKVCache,
+        "append",
+        lambda self, keys, values: packed_at.append(keys.shape[2]) or original(self, keys, values),
+    )
+    prompt = len(vlm.prepare(QUESTION).token_ids)
+    settings = {"max_tokens": 6, "kv_bits": 8, "kv_group_size": 32}
+    vlm.ask(QUESTION, quantized_kv_start=prompt + 2, **settings)
+    assert packed_at[0] == prompt + 3
+    packed_at.clear()
+    vlm.ask(QUESTION, quantized_kv_start=10**6, **settings)
+    assert packed_at == []
+
+
+def test_a_seed_makes_sampling_repeatable(vlm):
+    def draw(seed):
+        return vlm.ask(QUESTION, temperature=1.5, seed=seed, max_tokens=12).token_ids
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+
+
+def test_top_k_of_one_is_greedy(vlm):
+    greedy = vlm.ask(QUESTION, max_tokens=8).token_ids
+    assert vlm.ask(QUESTION, temperature=0.9, top_k=1, max_tokens=8).token_ids == greedy
+
+
+def test_a_heavy_repetition_penalty_stops_repetition(vlm):
+    ids = vlm.ask(QUESTION, repetition_penalty=100.0, max_tokens=15).token_ids
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_answer_ends_where_the_window_ends(short):
+    inputs = short.prepare("Hi", system="")
+    answer = short.ask("Hi", system="", max_tokens=10_000, stop=())
+    assert answer.finish_reason == "length"
+    assert len(inputs.token_ids) + answer.usage.completion_tokens == 192
+
+
+def test_a_prompt_beyond_the_window_is_refused_with_its_length(short):
+    with pytest.raises(
+        PromptError, match=r"the prompt takes [\d,]+ positions .* the model holds 96"
+    ):
+        short.ask("word " * 300)
+
+
+def test_pictures_that_do_not_fit_are_told_apart_from_words(short):
+    with pytest.raises(PromptError, match="fewer tiles"):
+        short.ask("Hi", [picture(400, 300)] * 5, system="")
+
+
+def test_auto_takes_the_largest_step_that_fits(short):
+    inputs = short.prepare("Hi", [picture(300, 200)] * 3, system="", v2pe_delta="auto")
+    assert inputs.deltas[0] < 1
+    assert inputs.positions.max() < 96
+
+
+def test_one_step_for_each_picture(vlm):
+    inputs = vlm.prepare(QUESTION, PICTURES, v2pe_delta=["1/2", 1])
+    assert inputs.deltas == (0.5, 1.0)
+    with pytest.raises(PromptError, match="3 values of v2pe_delta for 2 pictures"):
+        vlm.prepare(QUESTION, PICTURES, v2pe_delta=[1, 1, 1])
+
+
+def test_fewer_tiles_when_asked(vlm):
+    assert vlm.prepare(QUESTION, [picture(200, 100)], max_tiles=1).num_tiles == [1]
+    with pytest.raises(UserError, match="min_tiles 3 is more than max_tiles 2"):
+        vlm.prepare(QUESTION, PICTURES, min_tiles=3, max_tiles=2)
+
+
+def test_figures_of_a_run_add_up(vlm):
+    answer = vlm.ask(QUESTION, PICTURES, max_tokens=5)
+    assert answer.usage.prompt_tokens == len(vlm.prepare(QUESTION, PICTURES).token_ids)
+    assert answer.usage.image_tokens == sum(image.tokens for image in answer.images)
+    assert answer.usage.completion_tokens == len(answer.token_ids) == 5
+    assert answer.timing.first_token_s > 0
+    assert answer.peak_memory_gb > 0
+
+
+def test_past_turns_take_their_pictures_first(vlm):
+    from internvl3_mlx import Media, Turn
+
+    history = (Turn("user", "What is it?", (Media((1,)),)), Turn("assistant", "A cat."))
+    inputs = vlm.prepare("And this?", PICTURES, history=history)
+    text = vlm.tokenizer.decode(inputs.token_ids)
+    assert len(inputs.images) == 2
+    assert text.index("What is it?") < text.index("A cat.") < text.index("And this?")
+    with pytest.raises(PromptError, match="history shows more pictures than were given"):
+        vlm.prepare("And this?", [], history=history)
