@@ -147,6 +147,6 @@ def _decoded(container: Any, stream: Any, feed: list[bool]) -> Iterator[Any]:
 
 def _upright(frame: Any) -> Image.Image:
     """Turn a frame as the camera noted; the note counts degrees against the clock."""
-    turn = TURNS.get(round(getattr(frame, "rotation", 0)) % 360)
+    turn = TURNS.get(round(frame.rotation) % 360)
     image = frame.to_image()
     return image if turn is None else image.transpose(turn)

@@ -1,0 +1,101 @@
+"""A film must give exactly the frames asked for, upright, however little of it is decoded."""
+
+import pytest
+from fixtures.films import RATE, film, numbers, turned
+
+from internvl3_mlx.images import film as reader
+from internvl3_mlx.images.video import frame_indices, read_frames
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec"),
+    [
+        ("mp4", "libx264"),
+        ("matroska", "libx264"),
+        ("mpegts", "libx264"),
+        ("avi", "mpeg4"),
+        ("avi", "libx264"),
+    ],
+)
+def test_frames_are_the_chosen_ones_at_their_times(kind, codec):
+    frames = read_frames(film(kind, codec), 5)
+    wanted = frame_indices(5, RATE, 39)
+    assert numbers(frames) == wanted
+    assert [frame.seconds for frame in frames] == pytest.approx([n / RATE for n in wanted])
+    assert frames[0].picture.image.mode == "RGB"
+    assert frames[0].picture.image.size == (64, 48)
+    assert frames[1].picture.name == "image bytes at 1.1 s"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"x264-params": "open-gop=1:b-pyramid=normal"}, {"g": "99"}]
+)
+def test_skipping_groups_changes_no_pixel(monkeypatch, options):
+    data = film(count=50, **options)
+    for bound in (None, (0.7, 0.8), (2.3, 4.0)):
+        for count in (1, 2, 7, 60):
+            quick = read_frames(data, count, bound=bound)
+            with monkeypatch.context() as patch:
+                patch.setattr(reader._Index, "feed", lambda self, wanted: [True] * len(self.times))
+                slow = read_frames(data, count, bound=bound)
+            assert numbers(quick) == numbers(slow)
+            for one, other in zip(quick, slow, strict=True):
+                assert one.picture.image.tobytes() == other.picture.image.tobytes()
+
+
+def test_only_groups_with_a_chosen_frame_are_decoded(monkeypatch):
+    fed = []
+    real = reader._Index.feed
+    monkeypatch.setattr(reader._Index, "feed", lambda *given: fed.append(real(*given)) or fed[-1])
+    read_frames(film(count=40), 1, bound=(1.8, 1.9))
+    assert 1 <= sum(fed[0]) <= 8
+
+
+def test_a_short_video_gives_frames_twice():
+    frames = read_frames(film(count=3), 8)
+    assert numbers(frames) == frame_indices(8, RATE, 2)
+    assert frames[0].picture.image is frames[1].picture.image
+
+
+def test_a_path_and_an_address_open(tmp_path):
+    path = tmp_path / "my clip.mp4"
+    path.write_bytes(film(count=4))
+    for source in (path, str(path), path.as_uri()):
+        assert read_frames(source, 1)[0].picture.name == f"{path} at 0.1 s"
+
+
+ONE = 1 << 16  # 1.0 in the fixed point of the track header
+CLOCKWISE = (0, ONE, 0, -ONE, 0, 0, 0, 0, 1 << 30)
+ANTICLOCKWISE = (0, -ONE, 0, ONE, 0, 0, 0, 0, 1 << 30)
+HALF = (-ONE, 0, 0, 0, -ONE, 0, 0, 0, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "size", "corner"),
+    [
+        (CLOCKWISE, (48, 64), (43, 4)),
+        (ANTICLOCKWISE, (48, 64), (4, 59)),
+        (HALF, (64, 48), (59, 43)),
+    ],
+)
+def test_a_turned_camera_gives_upright_frames(matrix, size, corner):
+    data = turned(film(count=4), matrix)
+    image = read_frames(data, 1)[0].picture.image
+    assert image.size == size
+    assert min(image.getpixel(corner)) > 220
+    assert read_frames(data, 1, upright=False)[0].picture.image.size == (64, 48)
+
+
+def test_only_chosen_frames_become_pictures(monkeypatch):
+    turned_up = []
+    real = reader._upright
+    monkeypatch.setattr(reader, "_upright", lambda frame: turned_up.append(1) or real(frame))
+    read_frames(film(count=40), 3)
+    assert len(turned_up) == 3
+
+
+def test_a_damaged_middle_costs_its_frames_only():
+    data = bytearray(film("mpegts"))
+    middle = len(data) // 2
+    data[middle : middle + 376] = bytes(376)
+    assert len(read_frames(bytes(data), 8)) == 8
