@@ -1,6 +1,7 @@
 """Draw the sprite atlas from icon packages: a build step, needed only to change the atlas.
 
-Fetch the packages with ``npm install`` (their names are the values of ``STYLES``, under ``@iconify-json/``)
+The writing comes from DejaVu fonts (``--fonts``) and, as the face that training never sees, from the
+Aileron font inside Pillow. Fetch the packages with ``npm install`` (their names are the values of ``STYLES``, under ``@iconify-json/``)
 and the renderer with ``pip install resvg-py``, then run
 ``python -m examples.demo_model.build_atlas --icons node_modules/@iconify-json``.
 """
@@ -10,19 +11,32 @@ import io
 import json
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from examples.demo_model.painting import CHARACTERS, GLYPH_CELL, GLYPH_PATH
 from examples.demo_model.sprites import ATLAS_PATH, CELL
 from examples.demo_model.vocabulary import NAMES, OBJECTS, STYLES
 
 WEBP_QUALITY = 82
+FONTS = (
+    "DejaVuSans DejaVuSans-Bold DejaVuSerif DejaVuSerif-Bold DejaVuSansMono DejaVuSansMono-Bold "
+    "DejaVuSansCondensed-Bold"
+).split()
+CAP_HEIGHT = 0.92  # share of a glyph's cell that a capital letter fills
 
 
 def main() -> None:
     """Render every object in every style and write the atlas, one row per style."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--icons", type=Path, required=True, help="the folder that holds the icon packages")
-    icons = parser.parse_args().icons
+    parser.add_argument("--fonts", type=Path, required=True, help="the folder that holds the DejaVu fonts")
+    options = parser.parse_args()
+    draw_icons(options.icons)
+    draw_glyphs(options.fonts)
+
+
+def draw_icons(icons: Path) -> None:
+    """Write the sprite atlas."""
     atlas = Image.new("RGBA", (CELL * len(NAMES), CELL * len(STYLES)))
     for row, (style, package) in enumerate(STYLES.items()):
         book = json.loads((icons / package / "icons.json").read_text())
@@ -63,6 +77,23 @@ def render(svg: str) -> Image.Image:
     square = Image.new("RGBA", (side, side))
     square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
     return square.resize((CELL, CELL), Image.Resampling.LANCZOS)
+
+
+def draw_glyphs(fonts: Path) -> None:
+    """Write the glyph atlas: one row per font, the held-out one last."""
+    faces = [ImageFont.truetype(fonts / f"{name}.ttf", GLYPH_CELL) for name in FONTS]
+    faces.append(ImageFont.load_default(GLYPH_CELL))
+    sheet = Image.new("L", (GLYPH_CELL * len(CHARACTERS), GLYPH_CELL * len(faces)))
+    for row, face in enumerate(faces):
+        high = face.getbbox("H", anchor="ls")[1]
+        face = face.font_variant(size=round(GLYPH_CELL * CAP_HEIGHT * GLYPH_CELL / -high))
+        for column, character in enumerate(CHARACTERS):
+            cell = Image.new("L", (GLYPH_CELL, GLYPH_CELL))
+            foot = (GLYPH_CELL / 2, GLYPH_CELL * (1 + CAP_HEIGHT) / 2)
+            ImageDraw.Draw(cell).text(foot, character, font=face, fill=255, anchor="ms")
+            sheet.paste(cell, (column * GLYPH_CELL, row * GLYPH_CELL))
+    sheet.save(GLYPH_PATH, optimize=True)
+    print(f"{GLYPH_PATH}: {GLYPH_PATH.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -81,8 +81,19 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         T, N, H = x.shape
         q, k, v = self.qkv(x).view(T, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = attend(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(T, N, H))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mix values by softmax attention, in plain products: the fused CPU kernel's backward pass is far slower here.
+
+    ``mask`` is added to the scores: 0 where a query may look, -inf where not.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class VisionMLP(nn.Module):
@@ -146,7 +157,7 @@ class TextAttention(nn.Module):
         q, k, v = (p(x).unflatten(2, (-1, self.head)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = attend(q, k, v, mask)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -195,7 +206,7 @@ class TextModel(nn.Module):
         self.register_buffer("freqs", c.rope_theta ** -(torch.arange(half) / half), persistent=False)
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Decode: embeds (B, L, D), positions (B, L) float32, mask (B, 1, L, L) bool -> (B, L, D)."""
+        """Decode: embeds (B, L, D), positions (B, L) float32, mask (B, 1, L, L) added -> (B, L, D)."""
         angle = (positions[..., None] * self.freqs)[:, None]
         rotation = (angle.cos(), angle.sin())
         for block in self.layers:

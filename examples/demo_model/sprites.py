@@ -87,3 +87,33 @@ def with_border(pixels: np.ndarray) -> Image.Image:
     rim.putalpha(alpha.filter(ImageFilter.MaxFilter(5)))
     rim.alpha_composite(Image.fromarray(pixels))
     return rim
+
+
+class SpriteBank:
+    """Hold ready-made variations of every object at fixed sizes: stamping one costs microseconds."""
+
+    SIDES = tuple(round(28 * 1.18**step) for step in range(9))  # 28 … 105 pixels
+
+    def __init__(self, random: Random, styles: tuple[str, ...], *, variants: int = 12):
+        self.sprites = {
+            (name, side): [draw_sprite(random, drawn_in(random, styles, name), name, side) for _ in range(variants)]
+            for name in NAMES
+            for side in self.SIDES
+        }
+
+    def draw(self, random: Random, name: str, side: int) -> np.ndarray:
+        """Pick a variation near ``side`` pixels; larger ones are enlarged."""
+        nearest = min(self.SIDES, key=lambda known: abs(known - side))
+        choices = self.sprites[name, nearest]
+        sprite = choices[random.integers(len(choices))]
+        if side <= 1.1 * nearest:
+            return sprite
+        scale = side / nearest
+        size = (round(sprite.shape[1] * scale), round(sprite.shape[0] * scale))
+        return np.asarray(Image.fromarray(sprite).resize(size, Image.Resampling.BILINEAR))
+
+
+def drawn_in(random: Random, styles: tuple[str, ...], name: str) -> str:
+    """Pick one of the styles that draw this object."""
+    known = [style for style in styles if (style, name) in atlas()]
+    return known[random.integers(len(known))]

@@ -1,0 +1,96 @@
+"""Turn scenes into training batches: tiles, dense labels, and one row of tokens per picture."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from examples.demo_model.labels import Labels, label
+from examples.demo_model.questions import Question, ask
+from examples.demo_model.rows import Row, RowBuilder
+from examples.demo_model.scenes import SEEN, Scene, compose
+from examples.demo_model.sprites import SpriteBank
+from examples.demo_model.vocabulary import TRAIN_STYLES
+from internvl3_mlx.images.pixels import TilePolicy, to_tiles
+
+TRAINING_SEED = 1  # first word of every training seed; evaluation uses another
+BANK_STEPS = 300  # steps after which sprites are drawn anew
+TILE = 112
+POLICY = TilePolicy(tile_size=TILE, max_tiles=4)
+# Grid -> share of the batches, and how many pictures of it cost about as much as one single tile.
+GRIDS = {(1, 1): 0.80, (2, 1): 0.045, (1, 2): 0.045, (2, 2): 0.07, (3, 1): 0.012, (1, 3): 0.012, (4, 1): 0.008, (1, 4): 0.008}
+TASK_WEIGHT = {"where": 1.3, "exists": 1.2, "at": 0.8, "list": 0.6, "count_all": 1.0, "color": 1.2, "shape": 0.6}
+ONLY_ONE = 0.25  # weight of a count whose answer is 1: most things in most pictures come once
+QUESTIONS = 5  # asked about each picture
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Hold one step's data: tiles (B, T, S, S, 3) uint8, dense labels, and token rows unless the tower is alone."""
+
+    tiles: np.ndarray
+    labels: Labels
+    rows: Row | None
+
+
+class BatchMaker:
+    """Make the batch of any step from its number alone, so that training resumes exactly."""
+
+    def __init__(self, rows: RowBuilder | None, *, rank: int, pictures: int):
+        self.rows, self.rank, self.pictures = rows, rank, pictures
+        self.bank: SpriteBank | None = None
+        self.bank_age = -1
+
+    def make(self, step: int, *, many_tiles: float = 1.0) -> Batch:
+        """Make a batch; ``many_tiles`` scales the share of pictures with several tiles."""
+        random = np.random.default_rng((TRAINING_SEED, self.rank, step))
+        self.renew(step // BANK_STEPS)
+        shares = np.array([share * (1 if grid == (1, 1) else many_tiles) for grid, share in GRIDS.items()])
+        grid = list(GRIDS)[random.choice(len(GRIDS), p=shares / shares.sum())]
+        count = max(4, round(self.pictures / tile_total(grid) ** 0.8))
+        scenes = [compose(random, picture_size(random, grid), SEEN, self.bank.draw) for _ in range(count)]
+        tiles = np.stack([to_tiles(Image.fromarray(scene.pixels), POLICY) for scene in scenes])
+        labels = label(scenes, grid, TILE)
+        return Batch(tiles, labels, self.rows and self.rows.build(random, tiles.shape[1], choose(random, scenes)))
+
+    def renew(self, age: int) -> None:
+        """Draw new sprite variations when the old ones have served long enough."""
+        if age != self.bank_age:
+            self.bank_age = age
+            self.bank = SpriteBank(np.random.default_rng((TRAINING_SEED, self.rank, age, 0)), TRAIN_STYLES)
+
+
+def tile_total(grid: tuple[int, int]) -> int:
+    """Count a grid's tiles with the thumbnail."""
+    return 1 if grid == (1, 1) else grid[0] * grid[1] + 1
+
+
+def picture_size(random: np.random.Generator, grid: tuple[int, int]) -> tuple[int, int]:
+    """Draw a (width, height) that the tiling rule cuts into this grid."""
+    if grid == (1, 1) and random.random() < 0.6:
+        return TILE, TILE
+    while True:
+        aspect = grid[0] / grid[1] * np.exp(random.uniform(-0.35, 0.35))
+        area = grid[0] * grid[1] * TILE**2 * random.uniform(0.55, 1.3)
+        size = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if POLICY.grid(*size) == grid:
+            return size
+
+
+def choose(random: np.random.Generator, scenes: list[Scene]) -> list[list[Question]]:
+    """Pick a few questions about each scene, the weighty tasks more often."""
+    chosen = []
+    for scene in scenes:
+        questions = ask(scene.items, random)
+        weights = np.array([weight(question) for question in questions])
+        # Exponential races: the smallest times are a weighted sample without replacement.
+        order = np.argsort(random.exponential(size=len(questions)) / weights)[:QUESTIONS]
+        chosen.append([questions[index] for index in order])
+    return chosen
+
+
+def weight(question: Question) -> float:
+    """Say how much a question is wanted."""
+    if question.task in ("count", "count_all") and question.answer == "1":
+        return ONLY_ONE
+    return TASK_WEIGHT.get(question.task, 1.0)

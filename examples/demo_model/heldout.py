@@ -1,0 +1,103 @@
+"""Make the held-out questions: fixed seeds that training never uses, balanced answers, any picture size."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from PIL import Image
+
+from examples.demo_model.questions import Question, ask
+from examples.demo_model.scenes import SEEN, UNSEEN_PLACE, UNSEEN_STYLE, Look, compose
+from examples.demo_model.sprites import draw_sprite, drawn_in
+from examples.demo_model.vocabulary import OBJECTS, WORDS
+
+EVALUATION_SEED = 2  # first word of every evaluation seed; training uses another
+# Task -> how many different answers share the questions evenly (0: too many to balance).
+TASKS = {
+    "name": 40, "category": 6, "color": 8, "shape": 5, "count_all": 4, "count": 4, "where": 4, "exists": 2,
+    "at": 0, "number": 0, "word": 0, "list": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """Describe one column of the evaluation: from what pictures are drawn, at what size, enlarged how much."""
+
+    seed: int
+    look: Look = SEEN
+    size: tuple[int, int] = (112, 112)
+    scale: int = 1
+
+
+COLUMNS = {
+    "square": Column(0),
+    "unseen style": Column(1, look=UNSEEN_STYLE),
+    "unseen place": Column(2, look=UNSEEN_PLACE),
+    "large square": Column(3, size=(240, 240), scale=2),
+    "portrait 3:4": Column(4, size=(180, 240), scale=2),
+    "photo 4:3, 12 MP": Column(5, size=(240, 180), scale=17),
+    "wide 16:9": Column(6, size=(256, 144), scale=3),
+    "phone 9:19": Column(7, size=(112, 236), scale=3),
+    "panorama 3:1": Column(8, size=(336, 112), scale=3),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """Pair one held-out picture with its question."""
+
+    picture: Image.Image
+    question: Question
+
+
+def items(task: str, column: Column, number: int) -> list[Item]:
+    """Make ``number`` items of a task; the same call always makes the same items."""
+    limit = -(-number // TASKS[task]) if TASKS[task] else number
+    found: list[Item] = []
+    used: Counter[str] = Counter()
+    for item in stream(task, column):
+        if used[item.question.answer] < limit:
+            used[item.question.answer] += 1
+            found.append(item)
+            if len(found) == number:
+                return found
+    raise AssertionError("the stream of items has no end")
+
+
+def stream(task: str, column: Column) -> Iterator[Item]:
+    """Yield a task's items without end, at most one per picture."""
+    draw = drawer(column.look)
+    for number in count():
+        random = np.random.default_rng((EVALUATION_SEED, column.seed, list(TASKS).index(task), number))
+        scene = compose(random, column.size, column.look, draw)
+        fitting = [question for question in ask(scene.items, random) if fits(task, question)]
+        if fitting:
+            question = fitting[random.integers(len(fitting))]
+            yield Item(enlarge(scene.pixels, column.scale), question)
+
+
+def drawer(look: Look):
+    """Give the function that draws an object as its icon set has it, only mirrored and resized."""
+
+    def draw(random: np.random.Generator, name: str, side: int) -> np.ndarray:
+        return draw_sprite(random, drawn_in(random, look.styles, name), name, side, vary=False)
+
+    return draw
+
+
+def fits(task: str, question: Question) -> bool:
+    """Say whether a question belongs to the task as it is measured."""
+    if question.task != task:
+        return False
+    if task == "name":
+        return question.answer in OBJECTS
+    return task != "word" or question.answer in WORDS
+
+
+def enlarge(pixels: np.ndarray, scale: int) -> Image.Image:
+    """Enlarge a picture as a camera with more pixels would have it."""
+    picture = Image.fromarray(pixels)
+    size = (picture.width * scale, picture.height * scale)
+    return picture if scale == 1 else picture.resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,232 @@
+"""Compose scenes: what lies where, painted, with an owner map that says which pixel belongs to which part."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from examples.demo_model.painting import TRAIN_FACES, background, draw_shape, draw_text, stamp
+from examples.demo_model.questions import Item
+from examples.demo_model.vocabulary import (
+    COLORS,
+    CONCEPT_ID,
+    HELD_OUT_STYLE,
+    LETTERS,
+    NAMES,
+    SHAPES,
+    TRAIN_STYLES,
+    WORDS,
+)
+
+Random = np.random.Generator
+DrawObject = Callable[[Random, str, int], np.ndarray]
+GAP = 0.1  # space between characters, in heights
+COLOR_ID = {name: number for number, name in enumerate(COLORS, start=1)}
+
+
+@dataclass(frozen=True)
+class Look:
+    """Say from what a scene is drawn, so that training and each held-out column differ in one place."""
+
+    styles: tuple[str, ...] = TRAIN_STYLES
+    unseen_background: bool = False
+    faces: tuple[int, ...] = tuple(range(TRAIN_FACES))
+
+
+SEEN = Look()
+UNSEEN_STYLE = Look(styles=(HELD_OUT_STYLE,))
+UNSEEN_PLACE = Look(unseen_background=True, faces=(TRAIN_FACES,))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Label one painted part: its concept, its colour (0: none) and the centre of the item it belongs to."""
+
+    concept: int
+    color: int
+    x: float
+    y: float
+
+
+@dataclass
+class Scene:
+    """Hold a picture (H, W, 3), the owner of each pixel (H, W; 0 is background) and what was drawn."""
+
+    pixels: np.ndarray
+    owner: np.ndarray
+    items: list[Item] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Name what is to be drawn."""
+
+    kind: str
+    name: str
+    color: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Give a place and the room around it, in pixels."""
+
+    x: float
+    y: float
+    room: float
+
+
+def compose(random: Random, size: tuple[int, int], look: Look, draw_object: DrawObject) -> Scene:
+    """Draw a random scene of ``size`` (width, height)."""
+    plans, shares = zip(*PLANS.items(), strict=True)
+    plan = plans[random.choice(len(plans), p=shares)]
+    return draw(random, size, plan(random, size), look, draw_object)
+
+
+def draw(
+    random: Random, size: tuple[int, int], plan: list[tuple[Thing, Cell]], look: Look, draw_object: DrawObject
+) -> Scene:
+    """Paint a plan: a list of things and their places."""
+    used = [thing.color for thing, _ in plan if thing.color]
+    pixels = background(random, *size, used, unseen=look.unseen_background)
+    scene = Scene(pixels, np.zeros(pixels.shape[:2], np.uint8))
+    for thing, cell in plan:
+        if thing.kind in ("number", "word"):
+            write(random, scene, thing, cell, look)
+            continue
+        side = max(8, round(cell.room))
+        if thing.kind == "object":
+            part = draw_object(random, thing.name, side)
+        else:
+            part = draw_shape(random, thing.name, thing.color or "", side)
+        note(scene, thing, cell)
+        place(scene, part, cell, CONCEPT_ID[thing.name], COLOR_ID.get(thing.color or "", 0))
+    return scene
+
+
+def note(scene: Scene, thing: Thing, cell: Cell) -> None:
+    """Record an item at a cell's centre."""
+    height, width = scene.owner.shape
+    scene.items.append(Item(thing.kind, thing.name, thing.color, cell.x / width, cell.y / height))
+
+
+def place(scene: Scene, part: np.ndarray, cell: Cell, concept: int, color: int) -> None:
+    """Stamp one part with its middle on a cell's centre and label it."""
+    item = scene.items[-1]
+    scene.parts.append(Part(concept, color, item.x, item.y))
+    left, top = round(cell.x - part.shape[1] / 2), round(cell.y - part.shape[0] / 2)
+    stamp(scene.pixels, scene.owner, part, left, top, len(scene.parts))
+
+
+def write(random: Random, scene: Scene, thing: Thing, cell: Cell, look: Look) -> None:
+    """Write a number or a word centred on a cell and inside the picture; every character is a part."""
+    height, width = scene.owner.shape
+    face = look.faces[random.integers(len(look.faces))]
+    tall = round(cell.room)
+    drawn = draw_text(random, thing.name, thing.color or "", tall, face=face)
+    gap = GAP * tall
+    total = sum(part.shape[1] for part in drawn) + gap * (len(drawn) - 1)
+    limit = min(0.96 * width, cell.room * 2.2 if thing.kind == "number" else width)
+    if total > limit:
+        tall = max(8, int(tall * limit / total))
+        drawn = draw_text(random, thing.name, thing.color or "", tall, face=face)
+        gap = GAP * tall
+        total = sum(part.shape[1] for part in drawn) + gap * (len(drawn) - 1)
+    middle = float(np.clip(cell.x, total / 2 + 1, max(total / 2 + 1, width - total / 2 - 1)))
+    note(scene, thing, Cell(middle, cell.y, tall))
+    left = middle - total / 2
+    for character, part in zip(thing.name, drawn, strict=True):
+        spot = Cell(left + part.shape[1] / 2, cell.y, tall)
+        place(scene, part, spot, CONCEPT_ID[character], COLOR_ID[thing.color or ""])
+        left += part.shape[1] + gap
+
+
+def plan_alone(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
+    """One thing of any size anywhere."""
+    thing = pick_thing(random, (0.56, 0.1, 0.18, 0.16))
+    short = min(size)
+    share = {"object": (0.42, 0.97), "shape": (0.3, 0.9), "number": (0.26, 0.62), "word": (0.24, 0.45)}
+    room = random.uniform(*share[thing.kind]) * short
+    return [(thing, Cell(*(random.uniform(room * 0.47, side - room * 0.47) for side in size), room))]
+
+
+def plan_mixed(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
+    """Two to four different things, each in its own corner."""
+    things: list[Thing] = []
+    count = random.integers(2, 5)
+    while len(things) < count:
+        thing = pick_thing(random, (0.7, 0.2, 0.1, 0.0))
+        if all(other.name != thing.name and (other.kind != "number" or thing.kind != "number") for other in things):
+            things.append(thing)
+    return spread(random, size, things, per_short_side=2)
+
+
+def plan_same(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
+    """One to four of one thing, sometimes among up to three of another."""
+    first, second = distinct(random, (0.85, 0.15, 0.0, 0.0), 2)
+    things = [first] * random.integers(1, 5)
+    if random.random() < 0.45:
+        things += [second] * random.integers(1, 4)
+    tight = len(things) > 4 or random.random() < 0.3
+    return spread(random, size, things, per_short_side=3 if tight else 2)
+
+
+def plan_shapes(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
+    """One to four shapes, mostly in different colours."""
+    count = random.integers(1, 5)
+    colors = random.permutation(list(COLORS))[:count]
+    names = random.permutation(list(SHAPES))[:count] if random.random() < 0.6 else random.choice(SHAPES, count)
+    things = [Thing("shape", str(name), str(color)) for name, color in zip(names, colors, strict=True)]
+    return spread(random, size, things, per_short_side=2 if random.random() < 0.75 else 3)
+
+
+PLANS = {plan_alone: 0.28, plan_mixed: 0.36, plan_same: 0.22, plan_shapes: 0.14}
+
+
+def spread(
+    random: Random, size: tuple[int, int], things: list[Thing], *, per_short_side: int
+) -> list[tuple[Thing, Cell]]:
+    """Put things into different cells of a grid whose cells are about square."""
+    cell = min(size) / per_short_side
+    columns, rows = (max(per_short_side, round(side / cell)) for side in size)
+    columns, rows = columns + columns % 2 * (per_short_side == 2), rows + rows % 2 * (per_short_side == 2)
+    wide, high = size[0] / columns, size[1] / rows
+    planned = []
+    for thing, number in zip(things, random.permutation(columns * rows), strict=False):
+        room = random.uniform(0.68, 1.0) * min(wide, high)
+        if thing.kind == "number":
+            room *= 0.62
+        x = (number % columns + 0.5) * wide + random.uniform(-0.5, 0.5) * (wide - room)
+        y = (number // columns + 0.5) * high + random.uniform(-0.5, 0.5) * (high - room)
+        planned.append((thing, Cell(x, y, room)))
+    return planned
+
+
+def distinct(random: Random, shares: tuple[float, ...], count: int) -> list[Thing]:
+    """Pick things of different names."""
+    things: list[Thing] = []
+    while len(things) < count:
+        thing = pick_thing(random, shares)
+        if all(other.name != thing.name for other in things):
+            things.append(thing)
+    return things
+
+
+def pick_thing(random: Random, shares: tuple[float, ...]) -> Thing:
+    """Pick an object, a shape, a number or a word with these shares."""
+    kind = ("object", "shape", "number", "word")[random.choice(4, p=shares)]
+    color = str(random.choice(list(COLORS))) if kind != "object" else None
+    return Thing(kind, pick_name(random, kind), color)
+
+
+def pick_name(random: Random, kind: str) -> str:
+    """Pick what a thing is; a third of the words are random letters, so that reading is more than recognising."""
+    if kind == "object":
+        return str(random.choice(NAMES))
+    if kind == "shape":
+        return str(random.choice(SHAPES))
+    if kind == "number":
+        return str(random.integers(0, 10) if random.random() < 0.4 else random.integers(10, 100))
+    if random.random() < 0.33:
+        return "".join(random.choice(list(LETTERS), random.integers(2, 5)))
+    return str(random.choice(WORDS))
