@@ -134,7 +134,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_transformers_in_bfloat16():
     checkpoint = tiny(recipe)
     ids, pixels = token_row(checkpoint, TILES), random_pixels(checkpoint, sum(TILES))
     theirs = relative_error(checkpoint.reference.narrow().logits(ids, pixels)[0], truth)
-    assert 0 < ours < 1.5 * theirs < 0.1
+    assert 0 < ours < 1.5 * theirs < 0.2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
