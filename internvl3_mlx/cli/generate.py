@@ -61,7 +61,7 @@ def generate(
     settings, output = dict(flags["settings"]), flags["output"]
     sources = (*images, *more_images)
     _check_output(output, sources, videos)
-    question = _question(flags["prompt"], sources)
+    question = _question(flags["prompt"], (*sources, *videos))
     if videos:
         settings["video"] = tuple(_existing(video) for video in videos)
     if "v2pe_delta" in settings:
@@ -81,15 +81,15 @@ def _check_output(output: Output, sources: tuple[str, ...], videos: tuple[str, .
         raise UserError("--each without pictures: name some files")
     if output.each and videos:
         raise UserError("--each is for pictures; ask about one video at a time")
-    if sources.count(STDIN) > 1:
-        raise UserError("standard input holds one picture; - was given more than once")
+    if (*sources, *videos).count(STDIN) > 1:
+        raise UserError("standard input holds one thing; - was given more than once")
 
 
 def _question(prompt: str | None, sources: tuple[str, ...]) -> str:
     """Take the question from the flag or from what is piped in; never wait for a keyboard."""
     if prompt in (None, STDIN):
         if STDIN in sources:
-            raise UserError("standard input is the picture; pass the question with -p")
+            raise UserError("standard input holds what is asked about; pass the question with -p")
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError('no question: pass -p "What is this?" or pipe text in')
         prompt = sys.stdin.read()
@@ -102,7 +102,7 @@ def _existing(video: str) -> str:
     """Refuse a video that is not there before a model loads."""
     from internvl3_mlx.images.locate import locate
 
-    if "://" not in video:
+    if "://" not in video and video != STDIN:
         locate(video)
     return video
 

@@ -105,8 +105,12 @@ def test_at_a_keyboard_a_missing_question_is_told_at_once(red):
     [
         (["-p", " "], 'the question is empty: pass -p "What is this?" or pipe text in'),
         ([], 'the question is empty: pass -p "What is this?" or pipe text in'),
-        (["-"], "standard input is the picture; pass the question with -p"),
-        (["-", "-", "-p", "?"], "standard input holds one picture; - was given more than once"),
+        (["-"], "standard input holds what is asked about; pass the question with -p"),
+        (["-", "-", "-p", "?"], "standard input holds one thing; - was given more than once"),
+        (
+            ["-", "--video", "-", "-p", "?"],
+            "standard input holds one thing; - was given more than once",
+        ),
         (["--json", "--jsonl", "-p", "?"], "--json and --jsonl: choose one"),
         (
             ["--each", "--json", "a.png", "-p", "?"],
