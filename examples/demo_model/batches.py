@@ -18,15 +18,33 @@ BANK_STEPS = 300  # steps after which sprites are drawn anew
 TILE = 112
 POLICY = TilePolicy(tile_size=TILE, max_tiles=4)
 # Grid -> share of the batches, and how many pictures of it cost about as much as one single tile.
-GRIDS = {(1, 1): 0.80, (2, 1): 0.045, (1, 2): 0.045, (2, 2): 0.07, (3, 1): 0.012, (1, 3): 0.012, (4, 1): 0.008, (1, 4): 0.008}
-TASK_WEIGHT = {"where": 1.3, "exists": 1.2, "at": 0.8, "list": 0.6, "count_all": 1.0, "color": 1.2, "shape": 0.6}
+GRIDS = {
+    (1, 1): 0.80,
+    (2, 1): 0.045,
+    (1, 2): 0.045,
+    (2, 2): 0.07,
+    (3, 1): 0.012,
+    (1, 3): 0.012,
+    (4, 1): 0.008,
+    (1, 4): 0.008,
+}
+TASK_WEIGHT = {
+    "where": 1.3,
+    "exists": 1.2,
+    "at": 0.8,
+    "list": 0.6,
+    "count_all": 1.0,
+    "color": 1.2,
+    "shape": 0.6,
+}
 ONLY_ONE = 0.25  # weight of a count whose answer is 1: most things in most pictures come once
 QUESTIONS = 5  # asked about each picture
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold one step's data: tiles (B, T, S, S, 3) uint8, dense labels, and token rows unless the tower is alone."""
+    """Hold one step's data: tiles (B, T, S, S, 3) uint8, dense labels, and token rows unless the
+    tower is alone."""
 
     tiles: np.ndarray
     labels: Labels
@@ -45,19 +63,29 @@ class BatchMaker:
         """Make a batch; ``many_tiles`` scales the share of pictures with several tiles."""
         random = np.random.default_rng((TRAINING_SEED, self.rank, step))
         self.renew(step // BANK_STEPS)
-        shares = np.array([share * (1 if grid == (1, 1) else many_tiles) for grid, share in GRIDS.items()])
+        shares = np.array(
+            [share * (1 if grid == (1, 1) else many_tiles) for grid, share in GRIDS.items()]
+        )
         grid = list(GRIDS)[random.choice(len(GRIDS), p=shares / shares.sum())]
         count = max(4, round(self.pictures / tile_total(grid) ** 0.8))
-        scenes = [compose(random, picture_size(random, grid), SEEN, self.bank.draw) for _ in range(count)]
+        scenes = [
+            compose(random, picture_size(random, grid), SEEN, self.bank.draw) for _ in range(count)
+        ]
         tiles = np.stack([to_tiles(Image.fromarray(scene.pixels), POLICY) for scene in scenes])
         labels = label(scenes, grid, TILE)
-        return Batch(tiles, labels, self.rows and self.rows.build(random, tiles.shape[1], choose(random, scenes)))
+        return Batch(
+            tiles,
+            labels,
+            self.rows and self.rows.build(random, tiles.shape[1], choose(random, scenes)),
+        )
 
     def renew(self, age: int) -> None:
         """Draw new sprite variations when the old ones have served long enough."""
         if age != self.bank_age:
             self.bank_age = age
-            self.bank = SpriteBank(np.random.default_rng((TRAINING_SEED, self.rank, age, 0)), TRAIN_STYLES)
+            self.bank = SpriteBank(
+                np.random.default_rng((TRAINING_SEED, self.rank, age, 0)), TRAIN_STYLES
+            )
 
 
 def tile_total(grid: tuple[int, int]) -> int:

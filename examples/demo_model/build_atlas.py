@@ -1,7 +1,9 @@
 """Draw the sprite atlas from icon packages: a build step, needed only to change the atlas.
 
-The writing comes from DejaVu fonts (``--fonts``) and, as the face that training never sees, from the
-Aileron font inside Pillow. Fetch the packages with ``npm install`` (their names are the values of ``STYLES``, under ``@iconify-json/``)
+The writing comes from DejaVu fonts (``--fonts``) and, as the face that training never sees, from
+the
+Aileron font inside Pillow. Fetch the packages with ``npm install`` (their names are the values of
+``STYLES``, under ``@iconify-json/``)
 and the renderer with ``pip install resvg-py``, then run
 ``python -m examples.demo_model.build_atlas --icons node_modules/@iconify-json``.
 """
@@ -18,18 +20,27 @@ from examples.demo_model.sprites import ATLAS_PATH, CELL
 from examples.demo_model.vocabulary import NAMES, OBJECTS, STYLES
 
 WEBP_QUALITY = 82
-FONTS = (
-    "DejaVuSans DejaVuSans-Bold DejaVuSerif DejaVuSerif-Bold DejaVuSansMono DejaVuSansMono-Bold "
-    "DejaVuSansCondensed-Bold"
-).split()
+FONTS = [
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansCondensed-Bold",
+]
 CAP_HEIGHT = 0.92  # share of a glyph's cell that a capital letter fills
 
 
 def main() -> None:
     """Render every object in every style and write the atlas, one row per style."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--icons", type=Path, required=True, help="the folder that holds the icon packages")
-    parser.add_argument("--fonts", type=Path, required=True, help="the folder that holds the DejaVu fonts")
+    parser.add_argument(
+        "--icons", type=Path, required=True, help="the folder that holds the icon packages"
+    )
+    parser.add_argument(
+        "--fonts", type=Path, required=True, help="the folder that holds the DejaVu fonts"
+    )
     options = parser.parse_args()
     draw_icons(options.icons)
     draw_glyphs(options.fonts)
@@ -61,7 +72,8 @@ def find_icon(book: dict, name: str) -> str | None:
             width = entry.get("width", book.get("width", 16))
             height = entry.get("height", book.get("height", 16))
             return (
-                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                '<svg xmlns="http://www.w3.org/2000/svg" '
+                'xmlns:xlink="http://www.w3.org/1999/xlink" '
                 f'viewBox="0 0 {width} {height}" width="256" height="256">{entry["body"]}</svg>'
             )
     return None

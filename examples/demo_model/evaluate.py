@@ -1,4 +1,4 @@
-"""Measure held-out accuracy beside the swapped-picture control, with PyTorch or through the library.
+"""Measure held-out accuracy beside the swapped-picture control, in PyTorch or the library.
 
 ``python -m examples.demo_model.evaluate --run runs/ask`` measures training weights;
 ``python -m examples.demo_model.evaluate --model demo`` asks the shipped model, as a user would.
@@ -27,20 +27,26 @@ Ask = Callable[[list[Image.Image], list[str], float], list[str]]
 
 def main() -> None:
     """Answer every column, print the table and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="a training folder (PyTorch)")
     source.add_argument("--model", help="a model the library can load (MLX)")
     parser.add_argument("--items", type=int, default=200, help="questions per task and column")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--deltas", action="store_true", help="measure each of the nine deltas on the first column")
+    parser.add_argument(
+        "--deltas", action="store_true", help="measure each of the nine deltas on the first column"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     ask = torch_asker(options.run) if options.run else library_asker(options.model)
     table: dict[str, dict] = {}
     for name in options.columns:
-        table[name] = {task: measure(ask, items(task, COLUMNS[name], options.items)) for task in options.tasks}
+        table[name] = {
+            task: measure(ask, items(task, COLUMNS[name], options.items)) for task in options.tasks
+        }
         show(name, table[name])
     if options.deltas:
         table["deltas"] = measure_deltas(ask, options)
@@ -62,20 +68,38 @@ def measure_deltas(ask: Ask, options: argparse.Namespace) -> dict[str, dict[str,
     scores: dict[str, dict[str, float]] = {}
     for task in options.tasks:
         asked = items(task, COLUMNS[options.columns[0]], options.items)
-        pictures, questions = [item.picture for item in asked], [item.question.text for item in asked]
-        scores[task] = {f"1/{round(1 / d)}": score(ask(pictures, questions, d), asked) for d in DELTAS}
-        print(f"{task:10s}", "  ".join(f"{name} {100 * right:.0f}" for name, right in scores[task].items()), flush=True)
+        pictures, questions = (
+            [item.picture for item in asked],
+            [item.question.text for item in asked],
+        )
+        scores[task] = {
+            f"1/{round(1 / d)}": score(ask(pictures, questions, d), asked) for d in DELTAS
+        }
+        print(
+            f"{task:10s}",
+            "  ".join(f"{name} {100 * right:.0f}" for name, right in scores[task].items()),
+            flush=True,
+        )
     return scores
 
 
 def score(answers: list[str], asked: list[Item]) -> float:
     """Give the share of answers that are right to the letter."""
-    return float(np.mean([answer.strip() == item.question.answer for answer, item in zip(answers, asked, strict=True)]))
+    return float(
+        np.mean(
+            [
+                answer.strip() == item.question.answer
+                for answer, item in zip(answers, asked, strict=True)
+            ]
+        )
+    )
 
 
 def show(name: str, scores: dict[str, dict[str, float]]) -> None:
     """Print one column: accuracy, and the control in brackets."""
-    cells = (f"{task} {100 * s['right']:.0f} ({100 * s['swapped']:.0f})" for task, s in scores.items())
+    cells = (
+        f"{task} {100 * s['right']:.0f} ({100 * s['swapped']:.0f})" for task, s in scores.items()
+    )
     print(f"{name:16s}", "  ".join(cells), flush=True)
 
 
@@ -92,7 +116,13 @@ def torch_asker(run: Path) -> Ask:
         for total in {len(each) for each in tiles}:
             same = [index for index, each in enumerate(tiles) if len(each) == total]
             for group in (same[at : at + GROUP] for at in range(0, len(same), GROUP)):
-                decoded = decode(model, rows, np.stack([tiles[i] for i in group]), [questions[i] for i in group], delta)
+                decoded = decode(
+                    model,
+                    rows,
+                    np.stack([tiles[i] for i in group]),
+                    [questions[i] for i in group],
+                    delta,
+                )
                 for index, answer in zip(group, decoded, strict=True):
                     answers[index] = answer
         return answers
@@ -101,7 +131,9 @@ def torch_asker(run: Path) -> Ask:
 
 
 @torch.no_grad()
-def decode(model: InternVL, rows: RowBuilder, tiles: np.ndarray, questions: list[str], delta: float) -> list[str]:
+def decode(
+    model: InternVL, rows: RowBuilder, tiles: np.ndarray, questions: list[str], delta: float
+) -> list[str]:
     """Answer greedily, each question about its own picture. tiles: (B, T, S, S, 3) uint8."""
     pixels = torch.from_numpy(normalize(tiles)).flatten(0, 1).permute(0, 3, 1, 2)
     visual = model.see(pixels)[1]
@@ -112,7 +144,9 @@ def decode(model: InternVL, rows: RowBuilder, tiles: np.ndarray, questions: list
     for _ in range(LONGEST):
         longest = max(map(len, sequences))
         ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
-        positions = torch.tensor([visual_positions(ids, rows.image_id, delta) for ids in ids.tolist()])
+        positions = torch.tensor(
+            [visual_positions(ids, rows.image_id, delta) for ids in ids.tolist()]
+        )
         mask = torch.full((longest, longest), -torch.inf).triu(1)
         hidden = model.read(ids, visual, rows.image_id, positions, mask)
         last = hidden[torch.arange(len(ids)), torch.tensor([len(ids) - 1 for ids in sequences])]
@@ -122,7 +156,10 @@ def decode(model: InternVL, rows: RowBuilder, tiles: np.ndarray, questions: list
                 running -= {index} if token == end else set()
         if not running:
             break
-    return [rows.tokenizer.decode(ids[at:], skip_special_tokens=True) for ids, at in zip(sequences, starts, strict=True)]
+    return [
+        rows.tokenizer.decode(ids[at:], skip_special_tokens=True)
+        for ids, at in zip(sequences, starts, strict=True)
+    ]
 
 
 def library_asker(name: str) -> Ask:
@@ -133,7 +170,10 @@ def library_asker(name: str) -> Ask:
 
     def ask(pictures: list[Image.Image], questions: list[str], delta: float) -> list[str]:
         pairs = zip(pictures, questions, strict=True)
-        return [model.ask(text, [picture], v2pe_delta=delta, max_tokens=LONGEST).text for picture, text in pairs]
+        return [
+            model.ask(text, [picture], v2pe_delta=delta, max_tokens=LONGEST).text
+            for picture, text in pairs
+        ]
 
     return ask
 

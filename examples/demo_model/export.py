@@ -34,7 +34,8 @@ def main() -> None:
 
 
 def export(model: InternVL, tokenizer: Tokenizer, out: Path, *, dtype: str, trained: bool) -> None:
-    """Write config.json, model.safetensors, tokenizer.json and the two small companions into ``out``."""
+    """Write config.json, model.safetensors, tokenizer.json and the two small companions into
+    ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config_of(model.config, dtype, trained))
     write_json(out / "generation_config.json", {"_from_model_config": True})
@@ -50,7 +51,9 @@ def export(model: InternVL, tokenizer: Tokenizer, out: Path, *, dtype: str, trai
             "model_max_length": model.config.max_positions,
         },
     )
-    weights = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()
+    }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
 
 

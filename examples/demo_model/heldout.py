@@ -1,4 +1,5 @@
-"""Make the held-out questions: fixed seeds that training never uses, balanced answers, any picture size."""
+"""Make the held-out questions: fixed seeds that training never uses, balanced answers, any picture
+size."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,14 +17,15 @@ from examples.demo_model.vocabulary import OBJECTS, WORDS
 EVALUATION_SEED = 2  # first word of every evaluation seed; training uses another
 # Task -> how many different answers share the questions evenly (0: too many to balance).
 TASKS = {
-    "name": 40, "category": 6, "color": 8, "shape": 5, "count_all": 4, "count": 4, "where": 4, "exists": 2,
-    "at": 0, "number": 0, "word": 0, "list": 0,
+    "name": 40, "category": 6, "color": 8, "shape": 5, "count_all": 4, "count": 4,
+    "where": 4, "exists": 2, "at": 0, "number": 0, "word": 0, "list": 0,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Column:
-    """Describe one column of the evaluation: from what pictures are drawn, at what size, enlarged how much."""
+    """Describe one column of the evaluation: from what pictures are drawn, at what size, enlarged
+    how much."""
 
     seed: int
     look: Look = SEEN
@@ -70,7 +72,9 @@ def stream(task: str, column: Column) -> Iterator[Item]:
     """Yield a task's items without end, at most one per picture."""
     draw = drawer(column.look)
     for number in count():
-        random = np.random.default_rng((EVALUATION_SEED, column.seed, list(TASKS).index(task), number))
+        random = np.random.default_rng(
+            (EVALUATION_SEED, column.seed, list(TASKS).index(task), number)
+        )
         scene = compose(random, column.size, column.look, draw)
         fitting = [question for question in ask(scene.items, random) if fits(task, question)]
         if fitting:

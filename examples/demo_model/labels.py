@@ -1,4 +1,5 @@
-"""Label what lies under every patch and every visual token: the dense signal that teaches the tower to see."""
+"""Label what lies under every patch and every visual token: the dense signal that teaches the tower
+to see."""
 
 from dataclasses import dataclass
 
@@ -11,16 +12,18 @@ from examples.demo_model.scenes import Part, Scene
 PATCH = 14
 CELL = 28  # pixels under one visual token
 IGNORE = -100
-# A region is labelled by a part that fills this share of it, and as background when less than the second is filled.
+# A region is labelled by a part that fills this share of it, and as background when less than the
+# second is filled.
 FILLED, EMPTY = 0.24, 0.08
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Hold class ids, IGNORE where there is nothing to say; P patches and V tokens in each of N tiles.
+    """Hold class ids, IGNORE where there is nothing to say; P patches, V tokens in each of N tiles.
 
-    ``patch`` (N, P) and ``token`` (N, V) are concepts, ``color`` (N, V) colours, ``side`` (N, V, 2) the half of
-    the picture (0: left/top, 1: right/bottom) that the item's centre lies in, ``home`` (N, V) is 1 where it lies.
+    ``patch`` (N, P) and ``token`` (N, V) are concepts and ``color`` (N, V) colours. ``side``
+    (N, V, 2) is the half of the picture (0: left or top, 1: right or bottom) in which the item's
+    centre lies; ``home`` (N, V) is 1 over that centre.
     """
 
     patch: np.ndarray
@@ -52,13 +55,16 @@ def label_scene(scene: Scene, grid: tuple[int, int], size: int) -> tuple[np.ndar
 
 
 def owner_tiles(owner: np.ndarray, grid: tuple[int, int], size: int) -> tuple[np.ndarray, list]:
-    """Cut the owner map as the picture is cut; give each tile's rectangle in fractions of the picture."""
+    """Cut the owner map as the picture is cut; give each tile's rectangle in fractions of the
+    picture."""
     columns, rows = grid
     image = Image.fromarray(owner)
     whole = np.asarray(image.resize((columns * size, rows * size), Image.Resampling.NEAREST))
     tiles = whole.reshape(rows, size, columns, size).swapaxes(1, 2).reshape(-1, size, size)
     places = [
-        (x / columns, y / rows, (x + 1) / columns, (y + 1) / rows) for y in range(rows) for x in range(columns)
+        (x / columns, y / rows, (x + 1) / columns, (y + 1) / rows)
+        for y in range(rows)
+        for x in range(columns)
     ]
     if len(tiles) > 1:
         thumbnail = np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
@@ -76,12 +82,15 @@ def part_table(parts: list[Part]) -> np.ndarray:
 
 
 def winner(owners: np.ndarray, region: int, stride: int) -> np.ndarray:
-    """Name the part that fills most of each square region: (N, S, S) -> (N, regions), -1 where unclear."""
+    """Name the part that fills most of each square region: (N, S, S) -> (N, regions), -1 where
+    unclear."""
     N, S, _ = owners.shape
     count = S // region
     samples = owners.reshape(N, count, region, count, region)[:, :, 1::stride, :, 1::stride]
     samples = samples.swapaxes(2, 3).reshape(N, count * count, -1)
-    shares = np.stack([(samples == part).mean(-1) for part in range(1, max(1, owners.max()) + 1)], axis=-1)
+    shares = np.stack(
+        [(samples == part).mean(-1) for part in range(1, max(1, owners.max()) + 1)], axis=-1
+    )
     best, share = shares.argmax(-1) + 1, shares.max(-1)
     return np.where(share >= FILLED, best, np.where(shares.sum(-1) < EMPTY, 0, -1))
 
@@ -91,7 +100,9 @@ def concept(table: np.ndarray, part: np.ndarray) -> np.ndarray:
     return np.where(part < 0, IGNORE, table[part, 0])
 
 
-def homes(parts: list[Part], rectangle: tuple[float, float, float, float], count: int) -> np.ndarray:
+def homes(
+    parts: list[Part], rectangle: tuple[float, float, float, float], count: int
+) -> np.ndarray:
     """Mark the tokens under which an item's centre lies: (V,) float32 of 0 and 1."""
     x0, y0, x1, y1 = rectangle
     marks = np.zeros((count, count), np.float32)

@@ -1,4 +1,5 @@
-"""The InternVL3 architecture in plain PyTorch, small; module names are the checkpoint's tensor names."""
+"""The InternVL3 architecture in plain PyTorch, small; module names are the checkpoint's tensor
+names."""
 
 from dataclasses import dataclass
 
@@ -86,7 +87,9 @@ class VisionAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mix values by softmax attention, in plain products: the fused CPU kernel's backward pass is far slower here.
+    """Mix values by softmax attention.
+
+    In plain products: the backward pass of the fused CPU kernel is several times slower.
 
     ``mask`` is added to the scores: 0 where a query may look, -inf where not.
     """
@@ -130,7 +133,9 @@ class VisionModel(nn.Module):
     def __init__(self, c: DemoConfig):
         super().__init__()
         self.embeddings = VisionEmbeddings(c)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionBlock(c) for _ in range(c.vision_layers))})
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(VisionBlock(c) for _ in range(c.vision_layers))}
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """See tiles: (T, 3, S, S) -> patch features (T, G, G, H), class token dropped."""
@@ -154,7 +159,10 @@ class TextAttention(nn.Module):
         self.o_proj = nn.Linear(c.text_heads * head, c.text_width, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(2, (-1, self.head)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(2, (-1, self.head)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
         mixed = attend(q, k, v, mask)
@@ -162,7 +170,8 @@ class TextAttention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of channels by their angle, rotate-half layout. x: (B, heads, L, D), cos, sin: (B, 1, L, D/2)."""
+    """Turn pairs of channels by their angle, rotate-half layout. x: (B, heads, L, D), cos, sin: (B,
+    1, L, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -203,10 +212,13 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(TextBlock(c) for _ in range(c.text_layers))
         self.norm = nn.RMSNorm(c.text_width, eps=1e-6)
         half = c.text_width // c.text_heads // 2
-        self.register_buffer("freqs", c.rope_theta ** -(torch.arange(half) / half), persistent=False)
+        self.register_buffer(
+            "freqs", c.rope_theta ** -(torch.arange(half) / half), persistent=False
+        )
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Decode: embeds (B, L, D), positions (B, L) float32, mask (B, 1, L, L) added -> (B, L, D)."""
+        """Decode: embeds (B, L, D), positions (B, L) float32, mask (B, 1, L, L) added -> (B, L,
+        D)."""
         angle = (positions[..., None] * self.freqs)[:, None]
         rotation = (angle.cos(), angle.sin())
         for block in self.layers:
@@ -247,8 +259,11 @@ class InternVL(nn.Module):
         patches = self.vision_model(pixels)
         return patches, self.mlp1(pixel_shuffle(patches).flatten(1, 2))
 
-    def read(self, ids: Tensor, visual: Tensor, image_id: int, positions: Tensor, mask: Tensor) -> Tensor:
-        """Decode ids (B, L) whose image places are filled, in order, by ``visual`` (..., D) -> hidden (B, L, D)."""
+    def read(
+        self, ids: Tensor, visual: Tensor, image_id: int, positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Decode ids (B, L) whose image places are filled, in order, by ``visual`` (..., D) ->
+        hidden (B, L, D)."""
         embeds = self.language_model.model.embed_tokens(ids)
         place = (ids == image_id)[..., None]
         embeds = embeds.masked_scatter(place, visual.reshape(-1, embeds.shape[-1]).to(embeds.dtype))
@@ -256,9 +271,14 @@ class InternVL(nn.Module):
 
 
 def pixel_shuffle(x: Tensor) -> Tensor:
-    """Gather 2 x 2 patches into one: (T, H, W, C) -> (T, H/2, W/2, 4C), channels by (row, column, channel)."""
+    """Gather 2 x 2 patches into one: (T, H, W, C) -> (T, H/2, W/2, 4C), channels by (row, column,
+    channel)."""
     T, H, W, C = x.shape
-    return x.view(T, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(T, H // 2, W // 2, 4 * C)
+    return (
+        x.view(T, H // 2, 2, W // 2, 2, C)
+        .permute(0, 1, 3, 2, 4, 5)
+        .reshape(T, H // 2, W // 2, 4 * C)
+    )
 
 
 def start(module: nn.Module) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-# Newton-Schulz coefficients of Muon (Jordan et al., 2024): they bring all singular values near one in five rounds.
+# Newton-Schulz coefficients of Muon (Jordan et al., 2024): they bring all singular values near one
+# in five rounds.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 
@@ -13,7 +14,9 @@ ROUNDS = 5
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix updates are made orthogonal."""
 
-    def __init__(self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(
+        self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -28,7 +31,9 @@ class Muon(torch.optim.Optimizer):
                 velocity.mul_(group["momentum"]).add_(matrix.grad)
                 update = orthogonal(matrix.grad + group["momentum"] * velocity)
                 tall = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * tall)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                    update, alpha=-group["lr"] * tall
+                )
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ COLOR_JITTER = 16
 CLEAR = 120.0  # smallest RGB distance between a background and what is painted flat on it
 
 
-def background(random: Random, width: int, height: int, used: list[str], *, unseen: bool = False) -> np.ndarray:
+def background(
+    random: Random, width: int, height: int, used: list[str], *, unseen: bool = False
+) -> np.ndarray:
     """Paint a background that stays clear of the colours in ``used``: (H, W, 3) uint8."""
     first, second = backdrop_color(random, used), backdrop_color(random, used)
     paint = UNSEEN_PATTERNS if unseen else PATTERNS
@@ -67,14 +69,18 @@ def checks(random: Random, width: int, height: int) -> np.ndarray:
 def horizon(random: Random, width: int, height: int) -> np.ndarray:
     """Ground below, sky above."""
     line = random.uniform(0.3, 0.8) * height
-    return np.broadcast_to((np.arange(height) > line)[:, None], (height, width)) * random.uniform(0.2, 1)
+    return np.broadcast_to((np.arange(height) > line)[:, None], (height, width)) * random.uniform(
+        0.2, 1
+    )
 
 
 def rings(random: Random, width: int, height: int) -> np.ndarray:
     """Circles around a point (held out from training)."""
     x, y = random.uniform(0, width), random.uniform(0, height)
     far = np.hypot(np.arange(width) - x, (np.arange(height) - y)[:, None])
-    return (np.sin(far / random.uniform(0.02, 0.08) / min(width, height)) + 1) * random.uniform(0.1, 0.3)
+    return (np.sin(far / random.uniform(0.02, 0.08) / min(width, height)) + 1) * random.uniform(
+        0.1, 0.3
+    )
 
 
 def rough(random: Random, width: int, height: int) -> np.ndarray:
@@ -82,7 +88,11 @@ def rough(random: Random, width: int, height: int) -> np.ndarray:
     total = np.zeros((height, width))
     for octave in range(1, 6):
         coarse = Image.fromarray(random.integers(0, 256, (2**octave, 2**octave), dtype=np.uint8))
-        total += np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR)) / 255 / 1.6**octave
+        total += (
+            np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
+            / 255
+            / 1.6**octave
+        )
     return (total - total.min()) / (np.ptp(total) + 1e-6)
 
 
@@ -99,7 +109,9 @@ def draw_shape(random: Random, name: str, color: str, side: int) -> np.ndarray:
         pen.ellipse((0, 0, big - 1, big - 1), fill=255)
     else:
         pen.polygon([(x * big, y * big) for x, y in OUTLINES[name]], fill=255)
-    mask = mask.rotate(random.normal(0, 7), Image.Resampling.BILINEAR).resize((side, side), Image.Resampling.BOX)
+    mask = mask.rotate(random.normal(0, 7), Image.Resampling.BILINEAR).resize(
+        (side, side), Image.Resampling.BOX
+    )
     return tint(np.asarray(mask), random, color)
 
 
@@ -144,7 +156,9 @@ def draw_text(random: Random, text: str, color: str, height: int, *, face: int) 
     for character in text:
         glyph = glyphs()[face][CHARACTERS.index(character)]
         width = max(2, round(glyph.width * height / GLYPH_CELL))
-        mask = np.asarray(glyph.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0))
+        mask = np.asarray(
+            glyph.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        )
         drawn.append(np.dstack([np.broadcast_to(shade, (*mask.shape, 3)), mask]))
     return drawn
 
@@ -156,11 +170,16 @@ def tint(mask: np.ndarray, random: Random, color: str) -> np.ndarray:
 
 def jitter(random: Random, color: str) -> np.ndarray:
     """Vary a named colour a little: uint8 (3,)."""
-    return np.clip(np.array(COLORS[color]) + random.integers(-COLOR_JITTER, COLOR_JITTER + 1, 3), 0, 255).astype(np.uint8)
+    return np.clip(
+        np.array(COLORS[color]) + random.integers(-COLOR_JITTER, COLOR_JITTER + 1, 3), 0, 255
+    ).astype(np.uint8)
 
 
-def stamp(canvas: np.ndarray, owner: np.ndarray, part: np.ndarray, left: int, top: int, number: int) -> None:
-    """Blend ``part`` (h, w, 4) onto the canvas in place and note in ``owner`` which pixels it covers."""
+def stamp(
+    canvas: np.ndarray, owner: np.ndarray, part: np.ndarray, left: int, top: int, number: int
+) -> None:
+    """Blend ``part`` (h, w, 4) onto the canvas in place and note in ``owner`` which pixels it
+    covers."""
     x0, y0 = max(0, left), max(0, top)
     x1, y1 = min(canvas.shape[1], left + part.shape[1]), min(canvas.shape[0], top + part.shape[0])
     if x0 >= x1 or y0 >= y1:

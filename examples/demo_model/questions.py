@@ -1,4 +1,5 @@
-"""Ask about a scene: templates per task, and one generator that turns what was drawn into questions."""
+"""Ask about a scene: templates per task, and one generator that turns what was drawn into
+questions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,14 +23,22 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "where": ("Where is the {x}?", "In which corner is the {x}?", "Find the {x}."),
     "at": ("What is at the {x}?", "What is in the {x}?", "What is in the {x} corner?"),
     "count": ("How many {x} are there?", "How many {x} do you see?", "Count the {x}."),
-    "count_all": ("How many things are there?", "How many objects do you see?", "Count everything."),
+    "count_all": (
+        "How many things are there?",
+        "How many objects do you see?",
+        "Count everything.",
+    ),
     "color": ("What color is the {x}?", "Which color is the {x}?", "What colour is the {x}?"),
     "shape": ("Which shape is {x}?", "What shape is {x}?"),
     "number": ("What number is this?", "Which number is shown?", "Read the number."),
     "word": ("What does it say?", "Read the word.", "What is written here?"),
-    "list": ("List the things.", "What is in the picture? List everything.", "Describe the picture."),
+    "list": (
+        "List the things.",
+        "What is in the picture? List everything.",
+        "Describe the picture.",
+    ),
 }
-EDGE = 0.09  # an item whose centre is nearer to a middle line (fraction of the side) has no clear quadrant
+EDGE = 0.09  # nearer to a middle line than this (fraction of the side), an item is in no corner
 MOST = 4  # the highest count that is asked for
 CASUAL = 0.12  # share of questions typed in lower case and without the mark at the end
 
@@ -67,8 +76,12 @@ class Question:
 
 
 def ask(items: list[Item], random: np.random.Generator) -> list[Question]:
-    """Give every kind of question that a picture with these items can answer, each in a random wording."""
-    return [Question(task, word(task, random, blank), answer) for task, blank, answer in facts(items, random)]
+    """Give every kind of question that a picture with these items can answer, each in a random
+    wording."""
+    return [
+        Question(task, word(task, random, blank), answer)
+        for task, blank, answer in facts(items, random)
+    ]
 
 
 def word(task: str, random: np.random.Generator, blank: str) -> str:
@@ -128,7 +141,9 @@ def counted(items: list[Item], nouns: list[str]) -> Iterator[tuple[str, str, str
         yield "count", "shapes", str(shapes)
 
 
-def placed(items: list[Item], single: list[Item], random: np.random.Generator) -> Iterator[tuple[str, str, str]]:
+def placed(
+    items: list[Item], single: list[Item], random: np.random.Generator
+) -> Iterator[tuple[str, str, str]]:
     """Yield where things are, and what is at a place."""
     for item in single:
         if item.quadrant:
@@ -141,7 +156,9 @@ def placed(items: list[Item], single: list[Item], random: np.random.Generator) -
             yield "at", item.quadrant or "", item.noun
 
 
-def colored(items: list[Item], single: list[Item], random: np.random.Generator) -> Iterator[tuple[str, str, str]]:
+def colored(
+    items: list[Item], single: list[Item], random: np.random.Generator
+) -> Iterator[tuple[str, str, str]]:
     """Yield the colour of shapes and writing, and which shape has a colour."""
     for item in single:
         if item.color:
@@ -154,7 +171,15 @@ def colored(items: list[Item], single: list[Item], random: np.random.Generator) 
 
 def corpus() -> list[str]:
     """Give the words that should be single tokens, as the lines the tokenizer learns from."""
-    blanks = [*NAMES, *SHAPES, "number", "word", "shapes", *(plural(n) for n in (*NAMES, *SHAPES)), *QUADRANTS]
+    blanks = [
+        *NAMES,
+        *SHAPES,
+        "number",
+        "word",
+        "shapes",
+        *(plural(n) for n in (*NAMES, *SHAPES)),
+        *QUADRANTS,
+    ]
     lines = [f"the {blank}? {blank}, {blank}" for blank in blanks]
     lines += [f"{article(name)}?" for name in (*NAMES, *SHAPES)]
     lines += [text.format(x=" ", a=" ") for texts in TEMPLATES.values() for text in texts] * 3

@@ -17,7 +17,8 @@ TALK = 0.1  # share of rows written as one conversation rather than as separate 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold token ids (B, L), targets (B, L), positions (B, L) float32 and who sees whom (B, L, L) bool."""
+    """Hold token ids (B, L), targets (B, L), positions (B, L) float32 and who sees whom (B, L, L)
+    bool."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -28,8 +29,10 @@ class Row:
 class RowBuilder:
     """Build rows: a picture once, then several questions.
 
-    As a rule the questions do not see each other and each starts at the same position: every one is trained
-    exactly as if it were asked alone, at a fraction of the cost. The other rows are ordinary conversations.
+    As a rule the questions do not see each other and each starts at the same position: every one is
+    trained
+    exactly as if it were asked alone, at a fraction of the cost. The other rows are ordinary
+    conversations.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens_per_tile: int):
@@ -50,7 +53,11 @@ class RowBuilder:
 
     def prefix(self, tiles: int) -> list[int]:
         """Give the ids from the start to the question of a prompt with one picture."""
-        return [*self.opening, *[self.image_id] * (tiles * self.tokens_per_tile), *self.encode("</img>\n")]
+        return [
+            *self.opening,
+            *[self.image_id] * (tiles * self.tokens_per_tile),
+            *self.encode("</img>\n"),
+        ]
 
     def question(self, text: str) -> list[int]:
         """Give the ids from the question to the open answer."""
@@ -59,18 +66,29 @@ class RowBuilder:
     def build(self, random: np.random.Generator, tiles: int, asked: list[list[Question]]) -> Row:
         """Build the rows of pictures with the same number of tiles; each gets its own delta."""
         talk = random.random() < TALK
-        made = [self.row(tiles, questions, DELTAS[random.integers(len(DELTAS))], talk) for questions in asked]
+        made = [
+            self.row(tiles, questions, DELTAS[random.integers(len(DELTAS))], talk)
+            for questions in asked
+        ]
         length = max(len(ids) for ids, *_ in made)
         ids, targets, positions, owners = (
-            np.stack([np.pad(row[part], (0, length - len(row[part])), constant_values=fill) for row in made])
+            np.stack(
+                [
+                    np.pad(row[part], (0, length - len(row[part])), constant_values=fill)
+                    for row in made
+                ]
+            )
             for part, fill in enumerate((0, IGNORE, 0, 0))
         )
         past = np.tril(np.ones((length, length), bool))
         same = (owners[:, None, :] == 0) | (owners[:, None, :] == owners[:, :, None])
         return Row(ids, targets, positions.astype(np.float32), past & same)
 
-    def row(self, tiles: int, questions: list[Question], delta: float, talk: bool) -> tuple[np.ndarray, ...]:
-        """Build one row: ids, targets, positions, and the number of the question each token belongs to."""
+    def row(
+        self, tiles: int, questions: list[Question], delta: float, talk: bool
+    ) -> tuple[np.ndarray, ...]:
+        """Build one row: ids, targets, positions, and the number of the question each token belongs
+        to."""
         ids = list(self.prefix(tiles))
         positions = visual_positions(ids, self.image_id, delta)
         targets, owners = [IGNORE] * len(ids), [0] * len(ids)
@@ -89,7 +107,8 @@ class RowBuilder:
 
 
 def visual_positions(ids: list[int], image_id: int, delta: float) -> list[float]:
-    """Count positions: 1 per text token, ``delta`` per visual token, whole again after each picture."""
+    """Count positions: 1 per text token, ``delta`` per visual token, whole again after each
+    picture."""
     positions: list[float] = []
     last, after_image = -1.0, False
     for token in ids:

@@ -1,4 +1,5 @@
-"""Compose scenes: what lies where, painted, with an owner map that says which pixel belongs to which part."""
+"""Compose scenes: what lies where, painted, with an owner map that says which pixel belongs to
+which part."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ COLOR_ID = {name: number for number, name in enumerate(COLORS, start=1)}
 
 @dataclass(frozen=True)
 class Look:
-    """Say from what a scene is drawn, so that training and each held-out column differ in one place."""
+    """Say from what a scene is drawn, so that training and each held-out column differ in one
+    place."""
 
     styles: tuple[str, ...] = TRAIN_STYLES
     unseen_background: bool = False
@@ -40,7 +42,8 @@ UNSEEN_PLACE = Look(unseen_background=True, faces=(TRAIN_FACES,))
 
 @dataclass(frozen=True)
 class Part:
-    """Label one painted part: its concept, its colour (0: none) and the centre of the item it belongs to."""
+    """Label one painted part: its concept, its colour (0: none) and the centre of the item it
+    belongs to."""
 
     concept: int
     color: int
@@ -50,7 +53,8 @@ class Part:
 
 @dataclass
 class Scene:
-    """Hold a picture (H, W, 3), the owner of each pixel (H, W; 0 is background) and what was drawn."""
+    """Hold a picture (H, W, 3), the owner of each pixel (H, W; 0 is background) and what was
+    drawn."""
 
     pixels: np.ndarray
     owner: np.ndarray
@@ -84,7 +88,11 @@ def compose(random: Random, size: tuple[int, int], look: Look, draw_object: Draw
 
 
 def draw(
-    random: Random, size: tuple[int, int], plan: list[tuple[Thing, Cell]], look: Look, draw_object: DrawObject
+    random: Random,
+    size: tuple[int, int],
+    plan: list[tuple[Thing, Cell]],
+    look: Look,
+    draw_object: DrawObject,
 ) -> Scene:
     """Paint a plan: a list of things and their places."""
     used = [thing.color for thing, _ in plan if thing.color]
@@ -119,7 +127,8 @@ def place(scene: Scene, part: np.ndarray, cell: Cell, concept: int, color: int) 
 
 
 def write(random: Random, scene: Scene, thing: Thing, cell: Cell, look: Look) -> None:
-    """Write a number or a word centred on a cell and inside the picture; every character is a part."""
+    """Write a number or a word centred on a cell and inside the picture; every character is a
+    part."""
     height, width = scene.owner.shape
     face = look.faces[random.integers(len(look.faces))]
     tall = round(cell.room)
@@ -145,9 +154,16 @@ def plan_alone(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]
     """One thing of any size anywhere."""
     thing = pick_thing(random, (0.56, 0.1, 0.18, 0.16))
     short = min(size)
-    share = {"object": (0.42, 0.97), "shape": (0.3, 0.9), "number": (0.26, 0.62), "word": (0.24, 0.45)}
+    share = {
+        "object": (0.42, 0.97),
+        "shape": (0.3, 0.9),
+        "number": (0.26, 0.62),
+        "word": (0.24, 0.45),
+    }
     room = random.uniform(*share[thing.kind]) * short
-    return [(thing, Cell(*(random.uniform(room * 0.47, side - room * 0.47) for side in size), room))]
+    return [
+        (thing, Cell(*(random.uniform(room * 0.47, side - room * 0.47) for side in size), room))
+    ]
 
 
 def plan_mixed(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
@@ -156,7 +172,10 @@ def plan_mixed(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]
     count = random.integers(2, 5)
     while len(things) < count:
         thing = pick_thing(random, (0.7, 0.2, 0.1, 0.0))
-        if all(other.name != thing.name and (other.kind != "number" or thing.kind != "number") for other in things):
+        if all(
+            other.name != thing.name and (other.kind != "number" or thing.kind != "number")
+            for other in things
+        ):
             things.append(thing)
     return spread(random, size, things, per_short_side=2)
 
@@ -175,8 +194,14 @@ def plan_shapes(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell
     """One to four shapes, mostly in different colours."""
     count = random.integers(1, 5)
     colors = random.permutation(list(COLORS))[:count]
-    names = random.permutation(list(SHAPES))[:count] if random.random() < 0.6 else random.choice(SHAPES, count)
-    things = [Thing("shape", str(name), str(color)) for name, color in zip(names, colors, strict=True)]
+    names = (
+        random.permutation(list(SHAPES))[:count]
+        if random.random() < 0.6
+        else random.choice(SHAPES, count)
+    )
+    things = [
+        Thing("shape", str(name), str(color)) for name, color in zip(names, colors, strict=True)
+    ]
     return spread(random, size, things, per_short_side=2 if random.random() < 0.75 else 3)
 
 
@@ -189,7 +214,10 @@ def spread(
     """Put things into different cells of a grid whose cells are about square."""
     cell = min(size) / per_short_side
     columns, rows = (max(per_short_side, round(side / cell)) for side in size)
-    columns, rows = columns + columns % 2 * (per_short_side == 2), rows + rows % 2 * (per_short_side == 2)
+    columns, rows = (
+        columns + columns % 2 * (per_short_side == 2),
+        rows + rows % 2 * (per_short_side == 2),
+    )
     wide, high = size[0] / columns, size[1] / rows
     planned = []
     for thing, number in zip(things, random.permutation(columns * rows), strict=False):
@@ -220,7 +248,8 @@ def pick_thing(random: Random, shares: tuple[float, ...]) -> Thing:
 
 
 def pick_name(random: Random, kind: str) -> str:
-    """Pick what a thing is; a third of the words are random letters, so that reading is more than recognising."""
+    """Pick what a thing is; a third of the words are random letters, so that reading is more than
+    recognising."""
     if kind == "object":
         return str(random.choice(NAMES))
     if kind == "shape":

@@ -8,10 +8,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from examples.demo_model.questions import corpus
 from examples.demo_model.vocabulary import COLORS
 
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <img> </img> <IMG_CONTEXT> "
-    "<quad> </quad> <ref> </ref> <box> </box>"
-).split()
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+]
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,7 +43,11 @@ def learn(lines: Iterable[str] | None = None, vocab_size: int = VOCAB_SIZE) -> T
     )
     tokenizer.decoder = decoders.ByteLevel()
     text = list(lines if lines is not None else corpus())
-    text += [text.lower() for text in text] + [*FRAME, *COLORS, *(f"is {color}" for color in COLORS)]
+    text += [text.lower() for text in text] + [
+        *FRAME,
+        *COLORS,
+        *(f"is {color}" for color in COLORS),
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL),

@@ -1,11 +1,13 @@
 """Train the demo model in two stages, resumable exactly.
 
-Stage ``see`` trains the tower and the projector on dense labels; stage ``ask`` trains everything on questions::
+Stage ``see`` trains the tower and the projector on dense labels; stage ``ask`` trains everything on
+questions::
 
     python -m examples.demo_model.train see --run runs/see --steps 3000
     python -m examples.demo_model.train ask --run runs/ask --start runs/see --steps 9000
 
-Run the same command again to go on. The plan in ``RUN/plan.json`` is read every 20 steps: edit ``steps`` and
+Run the same command again to go on. The plan in ``RUN/plan.json`` is read every 20 steps: edit
+``steps`` and
 ``decay_from`` there to let a running training end sooner or later.
 """
 
@@ -50,13 +52,19 @@ class Job:
 
 def main() -> None:
     """Parse the command line and start one process per worker."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=SEEING_SHARE)
     parser.add_argument("--run", type=Path, required=True, help="folder of this training's state")
     parser.add_argument("--start", type=Path, help="folder of the stage before")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the work (cpu)")
-    parser.add_argument("--pictures", type=int, default=32, help="single-tile pictures per worker and step")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that share the work (cpu)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=32, help="single-tile pictures per worker and step"
+    )
     parser.add_argument("--steps", type=int, default=8000)
     options = vars(parser.parse_args())
     steps = options.pop("steps")
@@ -85,7 +93,12 @@ def work(rank: int, job: Job, began: float) -> None:
         if rank == 0 and step % LOG_STEPS == 0:
             mean = torch.stack(recent).mean(0).tolist()
             pace = len(recent) / (time.time() - clock)
-            log(job.run, step, dict(zip(("loss", "seeing", "answers", "right"), mean, strict=True)), pace)
+            log(
+                job.run,
+                step,
+                dict(zip(("loss", "seeing", "answers", "right"), mean, strict=True)),
+                pace,
+            )
             clock, recent = time.time(), []
         if rank == 0 and time.time() - saved > SAVE_SECONDS:
             trainer.save(step)
@@ -96,14 +109,19 @@ def work(rank: int, job: Job, began: float) -> None:
 
 def log(run: Path, step: int, figures: dict[str, float], pace: float) -> None:
     """Append one line of figures to the run's log and show it."""
-    line = {"step": step, **{name: round(value, 4) for name, value in figures.items()}, "steps_per_s": round(pace, 2)}
+    line = {
+        "step": step,
+        **{name: round(value, 4) for name, value in figures.items()},
+        "steps_per_s": round(pace, 2),
+    }
     print(time.strftime("%H:%M:%S"), json.dumps(line), flush=True)
     with (run / "log.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 class Trainer:
-    """Hold the model, the optimisers and the count of finished steps: all that a resumed run needs."""
+    """Hold the model, the optimisers and the count of finished steps: all that a resumed run
+    needs."""
 
     def __init__(self, job: Job, rank: int):
         self.job, self.device = job, torch.device(job.device)
@@ -114,11 +132,15 @@ class Trainer:
         self.heads = SeeingHeads(config, tokenizer).to(self.device)
         rows = RowBuilder(tokenizer, config.tokens_per_tile)
         self.image_id = rows.image_id
-        self.batches = BatchMaker(rows if job.stage == "ask" else None, rank=rank, pictures=job.pictures)
+        self.batches = BatchMaker(
+            rows if job.stage == "ask" else None, rank=rank, pictures=job.pictures
+        )
         self.matrices, self.rest = split({"model": self.model, "heads": self.heads})
         self.muon = Muon(self.matrices, MUON_RATE)
         self.adam = torch.optim.AdamW(self.rest, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (
+            torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
+        )
         self.scale, self.shift = 1 / (255 * std), mean / std
         self.done = 0
 
@@ -141,26 +163,32 @@ class Trainer:
                 part.load_state_dict(state[name])
             self.done = state["done"]
         elif self.job.start:
-            state = torch.load(self.job.start / "state.pt", weights_only=True, map_location=self.device)
+            state = torch.load(
+                self.job.start / "state.pt", weights_only=True, map_location=self.device
+            )
             self.model.load_state_dict(state["model"])
             self.heads.load_state_dict(state["heads"])
 
     def steps(self) -> Iterator[tuple[int, Tensor]]:
-        """Train until the plan says stop; yield the count of finished steps and the step's figures."""
+        """Train until the plan says stop; yield the count of finished steps and the step's
+        figures."""
         plan = self.plan()
         while True:
             if self.done % PLAN_STEPS == 0:
                 plan = self.plan()
             if self.done >= plan["steps"]:
                 return
-            factor = rate(self.done, warmup=WARMUP, decay_from=plan["decay_from"], steps=plan["steps"])
+            factor = rate(
+                self.done, warmup=WARMUP, decay_from=plan["decay_from"], steps=plan["steps"]
+            )
             batch = self.batches.make(self.done, many_tiles=plan.get("many_tiles", 1.0))
             figures = self.update(batch, factor)
             self.done += 1
             yield self.done, figures
 
     def plan(self) -> dict:
-        """Read the plan; the first worker reads for all, so that an edit reaches them at the same step."""
+        """Read the plan; the first worker reads for all, so that an edit reaches them at the same
+        step."""
         plan = [json.loads((self.job.run / "plan.json").read_text())]
         if self.job.workers > 1:
             dist.broadcast_object_list(plan)
@@ -183,16 +211,21 @@ class Trainer:
         return torch.stack([loss, seeing, answers, right]).detach()
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Score a batch in bfloat16 products; norms, softmax of labels and positions stay in float32."""
+        """Score a batch in bfloat16 products; norms, softmax of labels and positions stay in
+        float32."""
         pixels = torch.from_numpy(batch.tiles).to(self.device).flatten(0, 1).permute(0, 3, 1, 2)
         zero = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
             patches, visual = self.model.see(pixels * self.scale - self.shift)
             answers, right = zero, zero
             if batch.rows is not None:
-                answers, right = answer_loss(self.model, visual, batch.rows, self.image_id, self.device)
+                answers, right = answer_loss(
+                    self.model, visual, batch.rows, self.image_id, self.device
+                )
         embedding = self.model.language_model.model.embed_tokens.weight
-        seeing = self.heads(patches.float(), visual.float(), embedding, to_device(batch.labels, self.device))
+        seeing = self.heads(
+            patches.float(), visual.float(), embedding, to_device(batch.labels, self.device)
+        )
         return seeing, answers, right
 
     def share_gradients(self) -> None:
@@ -200,7 +233,9 @@ class Trainer:
         owned = [p for p in (*self.matrices, *self.rest) if p.grad is not None]
         flat = torch.cat([p.grad.reshape(-1) for p in owned])
         dist.all_reduce(flat)
-        for p, part in zip(owned, (flat / self.job.workers).split([p.numel() for p in owned]), strict=True):
+        for p, part in zip(
+            owned, (flat / self.job.workers).split([p.numel() for p in owned]), strict=True
+        ):
             p.grad = part.view_as(p)
 
 

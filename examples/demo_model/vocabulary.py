@@ -70,10 +70,52 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-WORDS = (
-    "BUS CAR CAT COW CUP DOG EGG FOX HAT ICE JAM KEY MAP NUT OWL PEN PIG RED SUN TEA TOY VAN WEB ZOO "
-    "BIRD BLUE BOOK CAKE DOOR FISH FROG GOLD HELP KING LAMP MILK MOON OPEN PARK RAIN SHOP STOP TREE WIND"
-).split()
+WORDS = [
+    "BUS",
+    "CAR",
+    "CAT",
+    "COW",
+    "CUP",
+    "DOG",
+    "EGG",
+    "FOX",
+    "HAT",
+    "ICE",
+    "JAM",
+    "KEY",
+    "MAP",
+    "NUT",
+    "OWL",
+    "PEN",
+    "PIG",
+    "RED",
+    "SUN",
+    "TEA",
+    "TOY",
+    "VAN",
+    "WEB",
+    "ZOO",
+    "BIRD",
+    "BLUE",
+    "BOOK",
+    "CAKE",
+    "DOOR",
+    "FISH",
+    "FROG",
+    "GOLD",
+    "HELP",
+    "KING",
+    "LAMP",
+    "MILK",
+    "MOON",
+    "OPEN",
+    "PARK",
+    "RAIN",
+    "SHOP",
+    "STOP",
+    "TREE",
+    "WIND",
+]
 
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
