@@ -16,8 +16,7 @@ Layout = Literal["original", "native", "mlx"]
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """InternViT: 300M (LayerNorm, qkv bias) or 6B (RMSNorm, q/k norm). Decided by these fields,
-    never by a name."""
+    """InternViT, 300M or 6B: decided by these fields, never by a name."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -96,8 +95,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """What the file says of its packed modules: a default and per-module exceptions (False: stays
-    dense)."""
+    """What the file says of its packed modules: a default, and exceptions (False: dense)."""
 
     default: Quantization
     modules: Mapping[str, Quantization | Literal[False]] = field(default_factory=dict)

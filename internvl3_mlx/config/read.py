@@ -88,8 +88,7 @@ def _chat_config(content: Json) -> ModelConfig:
 
 
 def _native_config(content: Json) -> ModelConfig:
-    """The transformers-native form. It always adds the thumbnail and tiles up to 12; no file says
-    so."""
+    """Read the transformers-native form, which always tiles up to 12 and adds the thumbnail."""
     vision = content["vision_config"]
     mapped = {ours: vision[theirs] for ours, theirs in NATIVE_VISION.items() if theirs in vision}
     mapped |= {key: _side(mapped[key]) for key in ("image_size", "patch_size") if key in mapped}
@@ -160,8 +159,7 @@ def _text_config(text: Json, *, tied: bool) -> TextConfig:
 
 
 def _quantization(content: Json) -> QuantizationPlan | None:
-    """Read ``quantization`` (``quantization_config`` repeats it): a default and, by module path,
-    exceptions."""
+    """Read ``quantization``, of which ``quantization_config`` is a copy."""
     table = content.get("quantization") or content.get("quantization_config")
     if not table:
         return None

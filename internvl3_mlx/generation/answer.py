@@ -32,8 +32,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Box:
-    """A region that the answer names: pixels of the upright picture, and the model's own
-    thousandths."""
+    """A region that the answer names, in pixels of the picture and in the model's thousandths."""
 
     label: str | None
     image: int
@@ -76,8 +75,7 @@ class Piece:
 
 
 def located(text: str, images: tuple[ImageInfo, ...]) -> tuple[Box, ...]:
-    """Find the boxes in an answer and scale them to the first picture, which grounding asks
-    about."""
+    """Find the boxes in an answer and scale them to the first picture, the one asked about."""
     from internvl3_mlx.prompt.boxes import parse_boxes
 
     if not images:

@@ -29,15 +29,6 @@ class Engine:
     kv_group_size: int = 64
     quantized_kv_start: int = 0
 
-    def see(self, tiles: np.ndarray) -> mx.array:
-        """Run the tower a few tiles at a time, each evaluated before the next, so memory stays
-        bounded."""
-        chunks = []
-        for chunk in self.model.see_in_chunks(mx.array(tiles)):
-            mx.eval(chunk)
-            chunks.append(chunk)
-        return mx.concatenate(chunks, axis=0)
-
     def prefill(
         self, ids: mx.array, features: mx.array | None, positions: np.ndarray | None, step: int
     ) -> mx.array:
@@ -59,8 +50,7 @@ class Engine:
         return self.model.language_model.head(states[:, -1])
 
     def decode(self, ids: mx.array, logits: mx.array, limit: int) -> Iterator[int]:
-        """Yield up to ``limit`` tokens. The next is already being computed while one is looked
-        at."""
+        """Yield up to ``limit`` tokens; the next is being computed while one is looked at."""
         history = ids.reshape(-1)
         token = self.choose(history, logits)
         mx.async_eval(token)
@@ -107,7 +97,6 @@ def new_cache(model: InternVL, prompt: int, max_tokens: int) -> list[Cache]:
 
 
 def context_left(length: float, config: TextConfig, *, ntk: bool) -> int:
-    """Say how many positions are left after ``length``: the trained window, stretched where
-    dynamic NTK applies."""
+    """Say how many positions are left after ``length``, the window stretched where NTK applies."""
     stretch = config.rope_dynamic_factor if ntk and config.rope_dynamic_factor else 1.0
     return int(config.max_position_embeddings * stretch - length)

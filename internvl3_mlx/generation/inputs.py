@@ -39,8 +39,7 @@ class ImageInfo:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model reads. ``tiles`` are raw colours (T, S, S, 3) uint8; ``pixel_values`` their
-    normalised form."""
+    """What the model reads. ``tiles``: raw colours (T, S, S, 3) uint8; None without pictures."""
 
     token_ids: list[int]
     tiles: np.ndarray | None
@@ -56,8 +55,7 @@ class Inputs:
 
     @property
     def pixel_values(self) -> mx.array | None:
-        """(T, S, S, 3) float32, equal to the published pipeline's to the bit; None without
-        pictures."""
+        """(T, S, S, 3) float32, normalised, equal to the published pipeline's to the bit."""
         return None if self.tiles is None else mx.array(normalize(self.tiles))
 
     @property
@@ -138,7 +136,7 @@ class Preparer:
         """Read a video: each frame is one tile, without a thumbnail."""
         from internvl3_mlx.images.video import read_frames
 
-        frames = read_frames(source, settings.num_frames)
+        frames = read_frames(source, settings.num_frames, upright=settings.upright)
         policy = TilePolicy(tile_size=self.config.force_image_size, max_tiles=1, dynamic=False)
         seen = [self.see(frame.picture, policy) for frame in frames]
         times = tuple(frame.seconds for frame in frames) if settings.frame_times else None
@@ -151,8 +149,7 @@ class Preparer:
         videos: Sequence[tuple[Any, Media]],
         settings: Settings,
     ) -> list[Turn]:
-        """Share the pictures out: first to the history's turns in order, the rest to this
-        question."""
+        """Share the pictures out: to the history's turns in order, the rest to this question."""
         rest = list(tiles)
         history = [given_tiles(turn, rest) for turn in settings.history]
         media = tuple(Media(tiles=(count,)) for count in rest)
@@ -184,8 +181,7 @@ class Preparer:
 
 
 def given_tiles(turn: Turn, rest: list[int]) -> Turn:
-    """Give a past turn as many of the pictures as it showed; its own tile counts may be from other
-    settings."""
+    """Give a past turn as many pictures as it showed, tiled as they are now."""
     media = []
     for shown in turn.media:
         if shown.kind == "image":

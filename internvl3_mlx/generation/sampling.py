@@ -1,5 +1,4 @@
-"""From settings to a choice of the next token. Greedy is ours and immediate; the rest is
-mlx-lm's."""
+"""From settings to a choice of the next token: greedy is ours, the rest mlx-lm's."""
 
 from collections.abc import Callable
 

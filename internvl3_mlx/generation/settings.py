@@ -83,8 +83,7 @@ RANGES = {
 
 
 def changed(settings: Settings, changes: dict[str, Any]) -> Settings:
-    """Return ``settings`` with ``changes``; raise UserError with the nearest name for an unknown
-    one."""
+    """Return ``settings`` with ``changes``; an unknown one raises with the nearest name."""
     names = [field.name for field in fields(Settings)]
     for name in changes.keys() - set(names):
         near = difflib.get_close_matches(name, names, n=1)

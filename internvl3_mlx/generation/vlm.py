@@ -1,5 +1,4 @@
-"""The public face: ``load`` a model, then ``ask`` it, ``stream`` from it, or ``prepare`` inputs
-for it."""
+"""The public face: ``load`` a model, then ``ask`` it, ``stream`` from it or ``prepare`` inputs."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -90,8 +89,7 @@ class VLM:
         return self.config.trained
 
     def prepare(self, question: str, images: Sequence[Any] = (), **settings: Any) -> Inputs:
-        """Turn a question and pictures into the model's inputs; see ``Settings`` for what can be
-        set."""
+        """Turn a question and pictures into inputs; ``Settings`` lists what can be set."""
         return self.prepared(question, images, changed(Settings(), settings))
 
     def ask(self, question: str, images: Sequence[Any] = (), **settings: Any) -> Answer:
@@ -118,7 +116,7 @@ class VLM:
         clock = Clock(time.perf_counter())
         mx.reset_peak_memory()
         engine = self.engine(inputs, settings)
-        features = None if inputs.tiles is None else engine.see(inputs.tiles)
+        features = None if inputs.tiles is None else self.model.see(mx.array(inputs.tiles))
         clock.lap("vision_s")
         ids = inputs.input_ids[None]
         ordinary = None if inputs.is_ordinary else inputs.positions

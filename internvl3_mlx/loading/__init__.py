@@ -1,5 +1,4 @@
-"""From a name to a model: find or fetch the folder, read its tensors strictly, fold them for
-inference."""
+"""From a name to a model: find or fetch the folder, read every tensor, fold for inference."""
 
 from internvl3_mlx.loading.build import Loaded, build
 from internvl3_mlx.loading.facts import Facts, inspect

@@ -77,8 +77,7 @@ def check_dense(config: ModelConfig, quantize: Recipe) -> None:
 
 
 def packed_modules(names: set[str]) -> set[str]:
-    """List the modules that a checkpoint holds packed: those with scales, whatever its config
-    says."""
+    """List the modules that a checkpoint holds packed: those with scales."""
     return {name.removesuffix(SCALES) for name in names if name.endswith(SCALES)}
 
 
@@ -105,14 +104,12 @@ def compute_dtype(asked: str | None, stored: str) -> mx.Dtype:
 
 
 def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Cast floating tensors; packed weights (uint32) and mx formats' scales (uint8) are no numbers
-    to cast."""
+    """Cast floating tensors; packed weights and mx formats' scales are no numbers to cast."""
     return x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
 def read_layer_by_layer(model: InternVL) -> None:
-    """Evaluate the weights a layer at a time, so that joining and casting never hold two copies of
-    the model."""
+    """Evaluate a layer at a time: joining and casting never hold two copies of the model."""
     for block in [*model.vision_model.encoder.layers, *model.language_model.model.layers]:
         mx.eval(block.parameters())
     mx.eval(model.parameters(), model.vision_model.embeddings.patch_embedding.raw)

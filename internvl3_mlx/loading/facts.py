@@ -20,8 +20,7 @@ PARTS = {"vision_model": "vision tower", "mlp1": "projector", "language_model": 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the three parts: its parameters, its bytes on disk and the bits that a parameter
-    takes."""
+    """One of the three parts: its parameters and its bytes on disk."""
 
     name: str
     parameters: int
@@ -67,8 +66,7 @@ class Facts:
 
 
 def inspect(model: str) -> Facts:
-    """Describe a folder, a size or a cached repository. Raises UserError when it is not on this
-    machine."""
+    """Describe a folder, a size or a cached repository; raise UserError when it is not here."""
     folder = local_folder(model)
     checkpoint = open_checkpoint(folder)
     config, moves = arrange(checkpoint, read_config(folder))
@@ -100,8 +98,7 @@ def local_folder(model: str) -> Path:
 
 
 def parts(checkpoint: Checkpoint, config: ModelConfig, moves: list[Move]) -> list[Part]:
-    """Add up each part's tensors. Packed weights count as what they unpack to; scales and biases
-    only as bytes."""
+    """Add up each part's tensors; packed weights count as what they unpack to."""
     totals = {name: [0, 0] for name in PARTS}
     for move in moves:
         total = totals[move.targets[0].split(".", 1)[0]]

@@ -1,5 +1,4 @@
-"""Repositories through huggingface-hub: look, weigh, fetch. No code from a repository is fetched,
-let alone run."""
+"""Repositories through huggingface-hub: look, weigh, fetch. Never a repository's code."""
 
 import shutil
 from collections.abc import Sequence
@@ -46,8 +45,7 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
 
 
 def look(repo: str, revision: str | None = None) -> Remote:
-    """Ask the hub what a repository weighs. Raises DownloadError without a network or such a
-    repository."""
+    """Ask the hub what a repository weighs; raise when there is no network or no such one."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -97,8 +95,7 @@ def better_choice(limit: float) -> str:
 
 
 def fetch(remote: Remote, revision: str | None = None) -> Path:
-    """Download what is missing; the hub's own library shows its bars, resumes and keeps the
-    files."""
+    """Download what is missing; the hub's library shows its bars, resumes and keeps the files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -6,8 +6,7 @@ import mlx.core as mx
 
 
 def gpu_bytes() -> int:
-    """Return the bytes that the GPU may hold at once: Metal's recommendation, or all memory where
-    there is no Metal."""
+    """Return the bytes the GPU may hold: Metal's recommendation, or all memory without Metal."""
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

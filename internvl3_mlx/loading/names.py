@@ -19,8 +19,7 @@ PACKED_BYTES = (
 
 @dataclass(frozen=True)
 class Size:
-    """One published size: its repository and its parameters (as published, for estimates before a
-    download)."""
+    """One published size, for estimates before a download."""
 
     repo: str
     parameters: float

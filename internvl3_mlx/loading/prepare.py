@@ -1,5 +1,4 @@
-"""Get a model's folder ready: fetch it, and pack a published size once, so that the second start
-is quick."""
+"""Get a model's folder ready: fetch it, and pack a published size once."""
 
 import os
 from collections.abc import Callable

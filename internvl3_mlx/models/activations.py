@@ -1,5 +1,4 @@
-"""Activations in the form the checkpoints were trained with, computed in float32 as PyTorch does
-inside its kernels."""
+"""Activations as the checkpoints know them, in float32 inside as PyTorch's kernels are."""
 
 import math
 from collections.abc import Callable

@@ -10,8 +10,7 @@ Packed = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, scales an
 
 
 class KVCache:
-    """Keys and values in the model's own type. ``room`` tokens are set aside at the first
-    append."""
+    """Keys and values in the model's own type. The first append sets ``room`` tokens aside."""
 
     def __init__(self, room: int = 0):
         self.offset, self.room = 0, room
@@ -39,8 +38,7 @@ class KVCache:
 
 
 class QuantizedKVCache:
-    """Keys and values in 8 or 4 bits, each group of ``group_size`` with its own scale and
-    offset."""
+    """Keys and values in 8 or 4 bits, each group with its own scale and offset."""
 
     def __init__(self, bits: int, group_size: int = 64, room: int = 0):
         self.bits, self.group_size, self.room, self.offset = bits, group_size, room, 0
@@ -83,8 +81,7 @@ class QuantizedKVCache:
 
 
 def with_room(kept: mx.array | None, new: mx.array, needed: int, room: int) -> mx.array:
-    """Return ``kept`` with space for ``needed`` tokens along axis 2, typed and shaped like ``new``
-    elsewhere."""
+    """Return ``kept`` with space for ``needed`` tokens along axis 2, otherwise like ``new``."""
     have = 0 if kept is None else kept.shape[2]
     if kept is not None and have >= needed:
         return kept

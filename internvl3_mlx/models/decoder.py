@@ -89,8 +89,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings in, final states out; the head is apart, so that it runs only where its answer is
-    wanted."""
+    """Embeddings in, final states out; the head is apart, to run only where it is wanted."""
 
     def __init__(self, config: TextConfig):
         super().__init__()

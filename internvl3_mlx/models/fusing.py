@@ -1,5 +1,4 @@
-"""Join linear layers that read the same input: one matrix-vector product at decoding where there
-were three."""
+"""Join linear layers that read the same input: one product at decoding where there were three."""
 
 from collections.abc import Sequence
 
@@ -27,8 +26,7 @@ def join_rows(module: nn.Module, names: Sequence[str], joined: str) -> None:
 
 
 def form(layer: nn.Module) -> tuple[object, ...] | None:
-    """Describe what must agree for two layers to be joined; None for layers that are more than a
-    matrix."""
+    """Describe what must agree to join two layers; None for layers that are more than a matrix."""
     if type(layer) not in (nn.Linear, nn.QuantizedLinear):
         return None
     return (

@@ -4,7 +4,8 @@ tiles (T, S, S, 3) -> vision_model -> drop class token -> shuffle -> mlp1 -> fea
 ids (B, L) -> embed_tokens -> features in image tokens' places -> language_model -> logits
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,17 +33,19 @@ class InternVL(nn.Module):
         self.language_model = LanguageModel(config.text)
 
     def see(self, pixels: mx.array) -> mx.array:
-        """Turn tiles into visual tokens. pixels: (T, S, S, 3) normalised floats or raw bytes ->
-        (T, V, D)."""
-        return mx.concatenate(list(self.see_in_chunks(pixels)), axis=0)
+        """Turn tiles into visual tokens.
 
-    def see_in_chunks(self, pixels: mx.array, tiles: int = TILES_AT_ONCE) -> Iterator[mx.array]:
-        """Yield the visual tokens of a few tiles at a time, so that the caller may evaluate
-        between: (<=tiles, V, D)."""
-        for start in range(0, pixels.shape[0], tiles):
-            yield self.project(
-                self.vision_model(pixels[start : start + tiles], self.config.select_layer)
-            )
+        pixels: (T, S, S, 3), normalised floats or raw bytes -> (T, V, D). A few tiles at a time,
+        each chunk evaluated before the next begins, so that memory does not grow with the tiles.
+        """
+        chunks = range(0, pixels.shape[0], TILES_AT_ONCE)
+        return mx.concatenate(
+            [settled(self.see_chunk(pixels[i : i + TILES_AT_ONCE])) for i in chunks], axis=0
+        )
+
+    def see_chunk(self, pixels: mx.array) -> mx.array:
+        """Run tower and projector on a few tiles: (T, S, S, 3) -> (T, V, D)."""
+        return self.project(self.vision_model(pixels, self.config.select_layer))
 
     def project(self, states: mx.array) -> mx.array:
         """states: (T, 1 + G*G, C) of the tower -> (T, V, D)."""
@@ -104,9 +107,15 @@ class InternVL(nn.Module):
         self.language_model.fuse()
 
 
+def settled(chunk: mx.array) -> mx.array:
+    """Evaluate now, except inside a compiled function, where nothing can be."""
+    with contextlib.suppress(ValueError):
+        mx.eval(chunk)
+    return chunk
+
+
 def check_counts(ids: mx.array, image_id: int, features: int) -> None:
-    """Raise when ids and features disagree. Inside a compiled function nothing can be counted, and
-    nothing is."""
+    """Raise when ids and features disagree; inside a compiled function none can be counted."""
     try:
         tokens = int((ids == image_id).sum())
     except ValueError:  # ids are being traced

@@ -1,5 +1,4 @@
-"""From patches to the decoder's width: pixel shuffle, then ``mlp1`` (LayerNorm, Linear, GELU,
-Linear)."""
+"""From patches to the decoder's width: pixel shuffle, then ``mlp1``."""
 
 import mlx.core as mx
 import mlx.nn as nn

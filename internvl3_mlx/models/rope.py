@@ -19,16 +19,14 @@ Positions = (
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotates queries and keys. ``base`` is rope_theta, or an array of its powers where dynamic
-    NTK may apply."""
+    """Rotates queries and keys. ``base``: rope_theta, or its powers where dynamic NTK may apply."""
 
     head_dim: int
     base: float | mx.array
     positions: Positions
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x: (B, L, H, D) -> (B, H, L, D), rotated; pairs are (i, i + D/2), as in Qwen2 and
-        Llama."""
+        """Rotate pairs (i, i + D/2), as Qwen2 and Llama do. x: (B, L, H, D) -> (B, H, L, D)."""
         if isinstance(self.positions, int):
             return self.rotate(x.transpose(0, 2, 1, 3), self.positions, 1.0)
         batch, length, heads, dim = x.shape
@@ -47,8 +45,7 @@ class Rotary:
 
 
 def ntk_base(base: float, head_dim: int, factor: float, length: int, trained: int) -> float:
-    """Stretch the base so that ``length`` tokens turn like ``trained`` ones; unchanged while they
-    fit."""
+    """Stretch the base so that ``length`` tokens turn like ``trained`` ones, if they are more."""
     if length <= trained:
         return base
     return base * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))

@@ -18,8 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PatchEmbedding(nn.Module):
-    """Cut tiles into patches and project each one: the checkpoint's convolution, whose stride is
-    its kernel."""
+    """Cut tiles into patches and project each: a convolution whose stride is its kernel."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -53,8 +52,7 @@ class PatchEmbedding(nn.Module):
 
 
 def raw_colour_weights(weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
-    """Fold ``(x / 255 - mean) / std`` into a patch projection: (C, P, P, 3), (C,) -> the same
-    shapes, float32."""
+    """Fold ``(x / 255 - mean) / std`` into a projection: (C, P, P, 3), (C,) -> float32 likes."""
     mean, std = mx.array(IMAGENET_MEAN), mx.array(IMAGENET_STD)
     wide = weight.astype(mx.float32) / std
     return wide / BYTE, bias.astype(mx.float32) - (wide * mean).sum(axis=(1, 2, 3))
@@ -69,8 +67,7 @@ def to_patches(pixels: mx.array, patch: int) -> mx.array:
 
 
 class Embeddings(nn.Module):
-    """Patches behind one class token, plus positions. One grid size, so no position is ever
-    interpolated."""
+    """Patches behind a class token, plus positions: one grid size, so none is ever interpolated."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -86,8 +83,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full attention inside one tile. The 6B tower norms q and k over the whole width, before the
-    heads part."""
+    """Full attention inside one tile. The 6B tower norms q and k before the heads part."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -123,8 +119,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale on both branches, until ``fold`` moves it into
-    the projections."""
+    """Pre-norm transformer block with LayerScale, until ``fold`` moves it into the projections."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -142,8 +137,7 @@ class Block(nn.Module):
         return branch * self[name] if name in self else branch
 
     def fold(self) -> None:
-        """Multiply each LayerScale into the dense projection before it: two kernels a layer
-        less."""
+        """Multiply LayerScale into the dense projections before it: two kernels a layer less."""
         for name, linear in (("ls1", self.attn.proj), ("ls2", self.mlp.fc2)):
             if type(linear) is nn.Linear and name in self:
                 scale, dtype = self.pop(name).astype(mx.float32), linear.weight.dtype
@@ -178,8 +172,7 @@ class VisionModel(nn.Module):
         return x
 
     def fold(self) -> None:
-        """Prepare for inference: normalisation into the patch projection, LayerScale into its
-        neighbours."""
+        """Fold normalisation into the patch projection, LayerScale into its neighbours."""
         self.embeddings.patch_embedding.fold()
         for block in self.encoder.layers:
             block.fold()
