@@ -6,6 +6,7 @@ from typing import Any, Literal
 from internvl3_mlx.generation.inputs import ImageInfo
 
 FinishReason = Literal["stop", "length"]
+DIGITS = 4
 SCALE = 1000  # the model names places in thousandths of the picture's sides
 
 
@@ -59,8 +60,7 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the command line's ``--json`` prints them."""
-        content = asdict(self)
-        del content["token_ids"]
+        content = rounded(asdict(self))
         ordered = ("model", "text", "images", "boxes", "finish_reason", "usage", "timing")
         return {key: content[key] for key in (*ordered, "peak_memory_gb")}
 
@@ -72,6 +72,15 @@ class Piece:
     text: str
     token_id: int | None = None
     answer: Answer | None = field(default=None, repr=False)
+
+
+def rounded(value: Any) -> Any:
+    """Round the numbers of plain data to what a reader can use."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(entry) for entry in value]
+    return round(value, DIGITS) if isinstance(value, float) else value
 
 
 def located(text: str, images: tuple[ImageInfo, ...]) -> tuple[Box, ...]:

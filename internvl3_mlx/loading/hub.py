@@ -12,6 +12,7 @@ from internvl3_mlx.loading.names import GB, SIZES
 
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 TORCH_WANTED = (*WANTED, "pytorch_model*.bin")
+HTTP_LIBRARIES = ("requests", "httpx", "httpx2", "huggingface_hub")
 SPARE_BYTES = 1 * GB  # left free on disk beside a download
 
 
@@ -47,7 +48,7 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
 def look(repo: str, revision: str | None = None) -> Remote:
     """Ask the hub what a repository weighs; raise when there is no network or no such one."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     try:
         siblings = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
@@ -55,12 +56,14 @@ def look(repo: str, revision: str | None = None) -> Remote:
         raise UserError(
             f"the hub has no repository {repo} that you may read; check the name, or log in"
         ) from error
-    except OfflineModeIsEnabled as error:
-        raise DownloadError(offline_line(repo)) from error
     except HfHubHTTPError as error:
         raise DownloadError(f"the hub does not answer for {repo}: {first_line(error)}") from error
-    except (OSError, RuntimeError) as error:
-        raise DownloadError(offline_line(repo)) from error
+    except Exception as error:
+        if not is_network(error):
+            raise
+        raise DownloadError(
+            f"no network and {repo} is not in the cache; try --model demo, or name a folder"
+        ) from error
     safe = any(file.rfilename.endswith(".safetensors") for file in siblings)
     suffixes = (".safetensors",) if safe else (".bin",)
     nbytes = sum(file.size or 0 for file in siblings if file.rfilename.endswith(suffixes))
@@ -97,13 +100,14 @@ def better_choice(limit: float) -> str:
 def fetch(remote: Remote, revision: str | None = None) -> Path:
     """Download what is missing; the hub's library shows its bars, resumes and keeps the files."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(
             snapshot_download(remote.repo, revision=revision, allow_patterns=list(remote.patterns))
         )
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
+    except Exception as error:
+        if not is_network(error):
+            raise
         raise DownloadError(
             f"the download of {remote.repo} stopped: {first_line(error)}; "
             "run the command again to go on"
@@ -116,8 +120,9 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def offline_line(repo: str) -> str:
-    return f"no network and {repo} is not in the cache; try --model demo, or name a folder"
+def is_network(error: Exception) -> bool:
+    """Tell a network's failure, whichever HTTP library this huggingface-hub is built on."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in HTTP_LIBRARIES
 
 
 def first_line(error: Exception) -> str:

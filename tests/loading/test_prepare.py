@@ -113,6 +113,35 @@ def test_without_network_and_name_the_demo_answers_and_says_so(repository, notes
     assert notes == ["no network and no OpenGVLab/InternVL3-2B here: using the small demo model"]
 
 
+def test_a_dead_network_is_no_network(repository, monkeypatch):
+    broken = type("ConnectError", (Exception,), {"__module__": "httpx"})
+
+    def fail(*_, **__):
+        raise broken("name not known")
+
+    monkeypatch.setattr(repository, "model_info", fail)
+    with pytest.raises(DownloadError, match="no network"):
+        load("someone/model")
+
+
+def test_a_download_that_breaks_off_says_how_to_go_on(repository, monkeypatch):
+    def fail(repo, *, local_files_only=False, **_):
+        raise LocalEntryNotFoundError("gone") if local_files_only else ConnectionResetError("reset")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(DownloadError, match="stopped: reset; run the command again to go on"):
+        load("someone/model")
+
+
+def test_a_fault_of_our_own_is_not_taken_for_the_network(repository, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(repository, "model_info", fail)
+    with pytest.raises(ZeroDivisionError):
+        load("someone/model")
+
+
 def test_without_network_a_named_repository_says_what_to_do(repository):
     repository.online = False
     with pytest.raises(DownloadError, match="no network and someone/model is not in the cache"):
