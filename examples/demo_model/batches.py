@@ -38,7 +38,7 @@ TASK_WEIGHT = {
     "shape": 0.6,
 }
 ONLY_ONE = 0.25  # weight of a count whose answer is 1: most things in most pictures come once
-QUESTIONS = 5  # asked about each picture
+QUESTIONS = 6  # asked about each picture
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,23 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
 
 
-def split(modules: dict[str, nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
-    """Split parameters into the matrices for Muon and the rest for AdamW."""
-    matrices, rest = [], []
+def split(modules: dict[str, nn.Module], tower_share: float) -> tuple[list[dict], list[dict]]:
+    """Split parameters into groups for Muon (the blocks' matrices) and for AdamW (the rest).
+
+    Each group says which share of the learning rate it gets: ``tower_share`` for the tower, else 1.
+    """
+    groups: dict[tuple[bool, bool], list[Tensor]] = {
+        (matrix, tower): [] for matrix in (True, False) for tower in (True, False)
+    }
     for name, parameter in named(modules):
-        inside = ".layers." in name or ".mlp1." in name
-        (matrices if inside and parameter.ndim == 2 else rest).append(parameter)
-    return matrices, rest
+        matrix = parameter.ndim == 2 and (".layers." in name or ".mlp1." in name)
+        groups[matrix, ".vision_model." in name].append(parameter)
+    shares = {True: tower_share, False: 1.0}
+    made = {
+        matrix: [{"params": groups[matrix, tower], "share": shares[tower]} for tower in shares]
+        for matrix in (True, False)
+    }
+    return made[True], made[False]
 
 
 def named(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:

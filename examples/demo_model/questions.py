@@ -114,8 +114,6 @@ def alone(item: Item) -> Iterator[tuple[str, str, str]]:
         yield "name", "", item.name
     if item.kind == "object":
         yield "category", "", OBJECTS[item.name].category
-    if item.kind in ("number", "word"):
-        yield item.kind, "", item.name
 
 
 def present(nouns: list[str], random: np.random.Generator) -> Iterator[tuple[str, str, str]]:
@@ -159,10 +157,12 @@ def placed(
 def colored(
     items: list[Item], single: list[Item], random: np.random.Generator
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield the colour of shapes and writing, and which shape has a colour."""
+    """Yield what is written, the colour of shapes and writing, and which shape has a colour."""
     for item in single:
         if item.color:
             yield "color", item.noun, item.color
+        if item.kind in ("number", "word"):
+            yield item.kind, "", item.name
     colors = [item.color for item in items]
     for item in items:
         if item.kind == "shape" and colors.count(item.color) == 1:

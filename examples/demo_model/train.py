@@ -32,9 +32,10 @@ from examples.demo_model.tokenizer import open_tokenizer
 from internvl3_mlx.images.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 WARMUP = 100
-MUON_RATE, ADAM_RATE = 0.01, 2e-3
+MUON_RATE, ADAM_RATE = {"see": 0.01, "ask": 0.02}, 2e-3
+TOWER_SHARE = {"see": 1.0, "ask": 0.3}  # of the learning rate: what already sees changes slowly
 CLIP = 2.0  # largest gradient norm of what AdamW trains
-SEEING_SHARE = {"see": 1.0, "ask": 0.15}  # weight of the dense labels' loss
+SEEING_SHARE = {"see": 1.0, "ask": 0.2}  # weight of the dense labels' loss
 SAVE_SECONDS, LOG_STEPS, PLAN_STEPS = 180, 20, 20
 
 
@@ -135,9 +136,11 @@ class Trainer:
         self.batches = BatchMaker(
             rows if job.stage == "ask" else None, rank=rank, pictures=job.pictures
         )
-        self.matrices, self.rest = split({"model": self.model, "heads": self.heads})
-        self.muon = Muon(self.matrices, MUON_RATE)
-        self.adam = torch.optim.AdamW(self.rest, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        matrices, rest = split({"model": self.model, "heads": self.heads}, TOWER_SHARE[job.stage])
+        self.muon = Muon(matrices, MUON_RATE[job.stage])
+        self.adam = torch.optim.AdamW(rest, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        self.clipped = [parameter for group in rest for parameter in group["params"]]
+        self.owned = [*self.model.parameters(), *self.heads.parameters()]
         mean, std = (
             torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
         )
@@ -196,15 +199,15 @@ class Trainer:
 
     def update(self, batch: Batch, factor: float) -> Tensor:
         """Take one step; give (loss, dense loss, answer loss, share of right answer tokens)."""
-        for optimizer, lr in ((self.muon, MUON_RATE), (self.adam, ADAM_RATE)):
+        for optimizer, base in ((self.muon, MUON_RATE[self.job.stage]), (self.adam, ADAM_RATE)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = base * group["share"] * factor
         seeing, answers, right = self.losses(batch)
         loss = SEEING_SHARE[self.job.stage] * seeing + answers
         loss.backward()
         if self.job.workers > 1:
             self.share_gradients()
-        torch.nn.utils.clip_grad_norm_(self.rest, CLIP)
+        torch.nn.utils.clip_grad_norm_(self.clipped, CLIP)
         for optimizer in (self.muon, self.adam):
             optimizer.step()
             optimizer.zero_grad()
@@ -230,7 +233,7 @@ class Trainer:
 
     def share_gradients(self) -> None:
         """Average gradients over the workers."""
-        owned = [p for p in (*self.matrices, *self.rest) if p.grad is not None]
+        owned = [p for p in self.owned if p.grad is not None]
         flat = torch.cat([p.grad.reshape(-1) for p in owned])
         dist.all_reduce(flat)
         for p, part in zip(

@@ -1,0 +1,178 @@
+"""Put a converted model into the package: its card, with measured figures, and sample pictures.
+
+``python -m examples.demo_model.publish --table table.json --out internvl3_mlx/demo``
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from examples.demo_model.heldout import COLUMNS, TASKS, drawer, enlarge
+from examples.demo_model.questions import TEMPLATES
+from examples.demo_model.scenes import SEEN, Cell, Thing, draw
+from examples.demo_model.vocabulary import CATEGORIES, COLORS, NAMES, SHAPES
+
+SAMPLE_SEED = 3  # training uses 1, evaluation 2
+SCALE = 2
+GATE, LEAD = 0.90, 0.40  # held-out accuracy, and its distance to the control, for a task to be told
+ROOM = (0.50, 0.85)  # between these a task is named as one that more training can still improve
+CARD_PATH = Path(__file__).parent / "card.md"
+Plan = list[tuple[Thing, Cell]]
+
+# File -> (size, plan, question, answer). Places are pixels before enlarging.
+SAMPLES: dict[str, tuple[tuple[int, int], Plan, str, str]] = {
+    "dog.jpg": (
+        (224, 224),
+        [(Thing("object", "dog"), Cell(112, 114, 150))],
+        "What is this?",
+        "dog",
+    ),
+    "four_corners.jpg": (
+        (240, 240),
+        [
+            (Thing("object", "rocket"), Cell(62, 60, 96)),
+            (Thing("object", "apple"), Cell(180, 64, 90)),
+            (Thing("object", "turtle"), Cell(58, 180, 98)),
+            (Thing("object", "guitar"), Cell(182, 178, 100)),
+        ],
+        "Where is the turtle?",
+        "bottom left",
+    ),
+    "crabs.jpg": (
+        (240, 200),
+        [
+            (Thing("object", "crab"), Cell(60, 52, 84)),
+            (Thing("object", "crab"), Cell(178, 58, 80)),
+            (Thing("object", "crab"), Cell(120, 150, 86)),
+        ],
+        "How many crabs are there?",
+        "3",
+    ),
+    "shapes.jpg": (
+        (256, 144),
+        [
+            (Thing("shape", "star", "yellow"), Cell(64, 72, 84)),
+            (Thing("shape", "circle", "blue"), Cell(192, 70, 80)),
+        ],
+        "What color is the star?",
+        "yellow",
+    ),
+    "number.jpg": (
+        (200, 200),
+        [(Thing("number", "42", "red"), Cell(100, 100, 86))],
+        "What number is this?",
+        "42",
+    ),
+    "phone.jpg": (
+        (112, 236),
+        [
+            (Thing("object", "cat"), Cell(56, 60, 84)),
+            (Thing("object", "umbrella"), Cell(58, 178, 86)),
+        ],
+        "Is there a cat?",
+        "yes",
+    ),
+}
+
+
+def main() -> None:
+    """Write the card and the samples."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", type=Path, required=True, help="what evaluate wrote with --out")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    write_samples(options.out / "samples")
+    table = json.loads(options.table.read_text())
+    (options.out / "README.md").write_text(card(table))
+
+
+def write_samples(folder: Path) -> None:
+    """Draw the sample pictures and list them with a question and its right answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (name, (size, plan, _, _)) in enumerate(SAMPLES.items()):
+        random = np.random.default_rng((SAMPLE_SEED, number))
+        sample(random, size, plan).save(folder / name, quality=88)
+    listed = [
+        {"file": name, "question": question, "answer": answer}
+        for name, (_, _, question, answer) in SAMPLES.items()
+    ]
+    (folder / "samples.json").write_text(json.dumps(listed, indent=2) + "\n")
+
+
+def sample(random: np.random.Generator, size: tuple[int, int], plan: Plan) -> Image.Image:
+    """Draw one sample picture."""
+    return enlarge(draw(random, size, plan, SEEN, drawer(SEEN)).pixels, SCALE)
+
+
+def card(table: dict[str, dict]) -> str:
+    """Write the model card from the measured table."""
+    square = table["square"]
+    told = [task for task in TASKS if passes(square[task])]
+    room = [task for task in TASKS if ROOM[0] <= square[task]["right"] <= ROOM[1]]
+    rest = [task for task in TASKS if task not in told]
+    return CARD_PATH.read_text().format(
+        told=rows(told, square),
+        rest=rows(rest, square),
+        room=" and ".join(f"*{task}* ({percent(square[task]['right'])})" for task in room),
+        columns=columns(told, table),
+        deltas=deltas(told, table),
+        names=", ".join(NAMES),
+        categories=", ".join(CATEGORIES),
+        colors=", ".join(COLORS),
+        shapes=", ".join(SHAPES),
+    )
+
+
+def passes(score: dict[str, float]) -> bool:
+    """Say whether a task is good enough to be told."""
+    return score["right"] >= GATE and score["right"] - score["swapped"] >= LEAD
+
+
+def percent(share: float) -> str:
+    """Write a share as a whole percentage."""
+    return f"{100 * share:.0f}%"
+
+
+def rows(tasks: list[str], square: dict[str, dict[str, float]]) -> str:
+    """Write one table row per task: an example question, accuracy, control."""
+    blanks = {"count": "dogs", "at": "top left", "shape": "red", "color": "star"}
+    lines = []
+    for task in tasks:
+        text = TEMPLATES[task][0].format(x=blanks.get(task, "dog"), a="a dog")
+        score = square[task]
+        lines.append(
+            f"| {task} | {text} | {percent(score['right'])} | {percent(score['swapped'])} |"
+        )
+    return "\n".join(lines)
+
+
+def columns(told: list[str], table: dict[str, dict]) -> str:
+    """Write the held-out columns, one line each, for the tasks that are told."""
+    lines = [
+        "| pictures | " + " | ".join(told) + " | mean |",
+        "|---" * (len(told) + 2) + "|",
+    ]
+    for name in COLUMNS:
+        if name in table:
+            shares = [table[name][task]["right"] for task in told]
+            cells = [percent(share) for share in [*shares, sum(shares) / len(shares)]]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def deltas(told: list[str], table: dict[str, dict]) -> str:
+    """Write accuracy at each V2PE delta."""
+    by_task = {task: table["deltas"][task] for task in told}
+    names = list(next(iter(by_task.values())))
+    lines = ["| delta | " + " | ".join(told) + " |", "|---" * (len(told) + 1) + "|"]
+    for name in names:
+        cells = " | ".join(percent(by_task[task][name]) for task in told)
+        lines.append(f"| {name.removesuffix('/1')} | {cells} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
