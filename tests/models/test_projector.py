@@ -8,6 +8,7 @@ from fixtures.opened import bare_model, numbers
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import ModelConfig, TextConfig, VisionConfig
+from internvl3_mlx.models import internvl
 from internvl3_mlx.models.projector import pixel_shuffle, projector
 
 TOLERANCE = 2e-5
@@ -56,12 +57,27 @@ def test_projected_features_equal_transformers(style):
     assert relative_error(ours, checkpoint.reference.features(pixels)) < TOLERANCE
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 7])
-def test_features_do_not_depend_on_how_many_tiles_go_at_once(tiles):
+@pytest.mark.parametrize("at_once", [1, 2, 7])
+def test_features_do_not_depend_on_how_many_tiles_go_at_once(at_once, monkeypatch):
     model, checkpoint = bare_model("6b")
     pixels = mx.array(random_pixels(checkpoint, tiles=5))
-    chunks = mx.concatenate(list(model.see_in_chunks(pixels, tiles)))
-    assert relative_error(numbers(chunks), numbers(model.see(pixels))) < 1e-6
+    whole = numbers(model.see_chunk(pixels))
+    monkeypatch.setattr(internvl, "TILES_AT_ONCE", at_once)
+    assert relative_error(numbers(model.see(pixels)), whole) < 1e-6
+
+
+def test_more_tiles_take_no_more_memory_than_one_chunk():
+    model, checkpoint = bare_model("300m")
+    peaks = []
+    for tiles in (internvl.TILES_AT_ONCE, 12):
+        pixels = mx.array(random_pixels(checkpoint, tiles=tiles))
+        mx.eval(pixels, model.parameters())
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        features = model.see(pixels)
+        mx.eval(features)
+        peaks.append(mx.get_peak_memory() - held - features.nbytes)
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 @pytest.mark.parametrize(
