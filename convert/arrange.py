@@ -8,6 +8,7 @@ import mlx.core as mx
 from internvl3_mlx.config import ModelConfig, TextConfig
 from internvl3_mlx.convert.checkpoint import Checkpoint
 from internvl3_mlx.convert.keymap import KeyMap, Move, listed
+from internvl3_mlx.convert.segments import Rows, place_rows
 from internvl3_mlx.errors import KeyMapError
 
 PATCH_WEIGHT = "vision_model.embeddings.patch_embedding.weight"
@@ -48,42 +49,34 @@ def arranged(
 ) -> Iterator[tuple[str, mx.array]]:
     """Yield our tensors one rule at a time, unevaluated where the file format allows."""
     for move in moves:
-        sources = [checkpoint.read(name) for name in move.sources]
-        yield from zip(move.targets, moved(sources, move, config), strict=True)
+        sources = {name: checkpoint.read(name) for name in move.sources}
+        yield from moved(sources, move, config)
 
 
-def moved(sources: list[mx.array], move: Move, config: ModelConfig) -> list[mx.array]:
-    if move.grouped:
-        return part_groups(sources[0], config.text, move.sources[0])
-    if len(sources) > 1:
-        return [mx.concatenate(sources, axis=0)]
-    if move.targets == (PATCH_WEIGHT,):
-        return [channels_last(sources[0])]
-    return sources
+def moved(
+    sources: Mapping[str, mx.array], move: Move, config: ModelConfig
+) -> Iterator[tuple[str, mx.array]]:
+    heights = {name: source.shape[0] for name, source in sources.items()}
+    for target, rows in zip(move.targets, place_rows(move, heights, config.text), strict=True):
+        parts = [taken(sources[part.name], part) for part in rows]
+        x = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
+        yield target, channels_last(x) if target == PATCH_WEIGHT else x
 
 
-def part_groups(x: mx.array, text: TextConfig, name: str) -> list[mx.array]:
-    """Part InternLM2's wqkv rows into q, k and v.
-
-    Rows come by key-value head: the queries that share it, then its key, then its value, head_dim
-    rows each. Packed
-    weights and their scales part alike, since packing runs along the other axis.
-    """
-    shared = text.num_attention_heads // text.num_key_value_heads
-    slots, kv_heads = shared + 2, text.num_key_value_heads
-    if x.shape[0] % (slots * kv_heads):
-        raise KeyMapError(
-            f"{name} has {x.shape[0]} rows, no multiple of {kv_heads} groups of {slots} heads"
-        )
-    grouped = x.reshape(kv_heads, slots, -1, *x.shape[1:])
-    parts = grouped[:, :shared], grouped[:, shared : shared + 1], grouped[:, shared + 1 :]
-    return [part.reshape(-1, *x.shape[1:]) for part in parts]
+def taken(source: mx.array, rows: Rows) -> mx.array:
+    return source if rows.count == source.shape[0] else source[rows.start : rows.stop]
 
 
 def channels_last(weight: mx.array) -> mx.array:
     """Turn PyTorch's (C, 3, P, P) patch weight into MLX's (C, P, P, 3); one already turned
     passes."""
     return weight if weight.shape[-1] == COLOURS else weight.transpose(0, 2, 3, 1)
+
+
+def channels_first(weight: mx.array) -> mx.array:
+    """Turn MLX's (C, P, P, 3) patch weight into PyTorch's (C, 3, P, P); one already turned
+    passes."""
+    return weight.transpose(0, 3, 1, 2) if weight.shape[-1] == COLOURS else weight
 
 
 def check_tensors(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:

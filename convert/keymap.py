@@ -67,11 +67,8 @@ INTERNLM2 = (  # the 9B stores InternLM3 weights under InternLM2's names
     rule(TEXT + "post_attention_layernorm.*", TEXT + "ffn_norm.*"),
     rule("language_model.lm_head.*", "language_model.output.*"),
 )
-MISSPELT = (
-    tuple(  # the published tools leave a native checkpoint's q/k norms under the wrong folder
-        rule(VISION + f"attn.{p}_norm.*", VISION + f"attention.{p}_norm.*") for p in "qk"
-    )
-)
+# the published tools leave a native checkpoint's q/k norms under the wrong folder
+MISSPELT = tuple(rule(VISION + f"attn.{p}_norm.*", VISION + f"attention.{p}_norm.*") for p in "qk")
 ORIGINAL = (*(rule(name) for name in TOWER_NAMES), *MISSPELT, *QWEN, *INTERNLM2)
 
 NATIVE_VISION = "vision_tower.encoder.layer.{n}."
@@ -101,6 +98,15 @@ NATIVE = (  # transformers "-hf" checkpoints, after ``normalize_name`` has made 
     *QWEN,
 )
 TABLES = {"original": ORIGINAL, "mlx": ORIGINAL, "native": NATIVE}
+TOWER = tuple(rule(name) for name in TOWER_NAMES)
+WRITTEN = {  # layout and decoder -> the names we write, the first rule for a tensor of ours
+    ("mlx", "qwen2"): (*TOWER, *QWEN),
+    ("mlx", "internlm3"): (*TOWER, *QWEN),
+    ("original", "qwen2"): (*TOWER, *QWEN),
+    ("original", "internlm3"): (*TOWER, *INTERNLM2, *QWEN),
+    ("hf", "qwen2"): NATIVE,
+    ("hf", "internlm3"): NATIVE,
+}
 DROPPED = re.compile(
     r"(^|\.)(position_ids|rotary_emb\.inv_freq)$"
 )  # buffers that some writers save
@@ -128,9 +134,15 @@ class Move:
 class KeyMap:
     """Places a checkpoint's tensors by one layout's table."""
 
-    def __init__(self, layout: str):
+    def __init__(self, layout: str, rules: Sequence[Rule] = ()):
         self.layout = layout
-        self.rules = TABLES[layout]
+        self.rules = rules or TABLES[layout]
+
+    @classmethod
+    def back(cls, layout: str, family: str) -> "KeyMap":
+        """Read a layout's table the other way: from our names to the ones it is written with."""
+        rules = WRITTEN[layout, family]
+        return cls(layout, [Rule(entry.theirs, entry.ours, entry.grouped) for entry in rules])
 
     @cached_property
     def patterns(self) -> list[tuple[re.Pattern[str], Rule, int]]:

@@ -46,17 +46,32 @@ def describe(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
     with opened(file) as archive:
         for name, tensor in directory(archive, file).items():
             element, _, dtype = STORAGES[tensor.storage]
-            nbytes = prod(tensor.shape) * np.dtype(element).itemsize
+            item = np.dtype(element).itemsize
+            nbytes = prod(tensor.shape) * item
             size = archive.getinfo(storage_path(archive, tensor.key)).file_size
-            if size < tensor.start * np.dtype(element).itemsize + nbytes:
+            if size < reach(tensor) * item or min(tensor.stride, default=0) < 0:
                 raise CheckpointError(f"{file}: the data of {name} is cut short; download it again")
             yield name, tensor.shape, dtype, nbytes
+
+
+def reach(tensor: StoredTensor) -> int:
+    """Count the elements of the storage up to the tensor's last one."""
+    if not prod(tensor.shape):
+        return tensor.start
+    steps = zip(tensor.shape, tensor.stride, strict=True)
+    return tensor.start + 1 + sum((side - 1) * step for side, step in steps)
 
 
 def load_pickle(file: Path) -> dict[str, mx.array]:
     """Read every tensor of the file."""
     with opened(file) as archive:
         return {name: read(archive, tensor) for name, tensor in directory(archive, file).items()}
+
+
+def load_tensor(file: Path, name: str) -> mx.array:
+    """Read one tensor of the file."""
+    with opened(file) as archive:
+        return read(archive, directory(archive, file)[name])
 
 
 def opened(file: Path) -> zipfile.ZipFile:

@@ -1,148 +1,160 @@
-"""Read, map, pack, write: a checkpoint of any layout becomes an MLX one that loads here and in
-mlx-vlm."""
+"""Read, map, cast, pack, write, prove: a checkpoint of any layout becomes one of the layout asked
+for, a few rows at a time."""
 
 import json
-import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from internvl3_mlx.config import ModelConfig, Quantization, read_config
-from internvl3_mlx.convert.arrange import arrange, arranged
-from internvl3_mlx.convert.checkpoint import open_checkpoint, write_tensors, writing_folder
-from internvl3_mlx.convert.quantize import Recipe, fitting
+from internvl3_mlx.config import Quantization
+from internvl3_mlx.convert.arrange import PATCH_WEIGHT, channels_first, channels_last
+from internvl3_mlx.convert.checkpoint import Checkpoint
+from internvl3_mlx.convert.configs import written_config
+from internvl3_mlx.convert.plan import PACKED_PARTS, Plan, Planned, dtype_name, make_plan, packed
+from internvl3_mlx.convert.prove import prove
+from internvl3_mlx.convert.quantize import Recipe
+from internvl3_mlx.convert.rows import DTYPES, NAMES, as_bytes, not_finite, slabs
+from internvl3_mlx.convert.sidefiles import write_side_files
+from internvl3_mlx.convert.writing import Entry, ShardWriter, check_room, writing_folder
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.models.internvl import InternVL
 
-METADATA = {"format": "mlx"}
-TRAVELLING = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "LICENSE*",
-)  # tokenizer files, templates, licences
-STAYING = {"config.json"}
-PACKED_PARTS = ("weight", "scales", "biases")  # the mx formats have no biases
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm3": "InternLM2ForCausalLM"}
-TOP_KEYS = (
-    "select_layer",
-    "downsample_ratio",
-    "ps_version",
-    "force_image_size",
-    "dynamic_image_size",
-    "use_thumbnail",
-    "min_dynamic_patch",
-    "max_dynamic_patch",
-    "template",
-    "system_message",
-)
+METADATA = {"mlx": {"format": "mlx"}, "original": {"format": "pt"}, "hf": {"format": "pt"}}
+CACHE_BYTES = 64_000_000  # of freed arrays that MLX may keep while tensors stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a conversion does beside packing. ``layout`` is the target's: mlx, original or hf."""
+
+    layout: str = "mlx"
+    dtype: str | None = None
+    dequantize: bool = False
+    overwrite: bool = False
+    learned: Mapping[str, mx.array] = field(default_factory=dict)  # tensors to write as they are
 
 
 @dataclass(frozen=True)
 class Written:
-    """One tensor done: how far the conversion has come."""
+    """One tensor done: how many bytes of the target are written, of how many."""
 
     name: str
     done: int
     total: int
 
 
-def convert(source: Path, target: Path, recipe: Recipe | None) -> Iterator[Written]:
-    """Convert ``source`` into the new folder ``target``, yielding as each tensor is written.
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion made: bytes, packed modules, and those whose odd width kept them dense."""
 
-    Tensors stream: no more than one shard is in memory. Stopped halfway, nothing is left behind.
+    target: Path
+    nbytes: int
+    files: int
+    packed: Mapping[str, Quantization]
+    left_dense: Mapping[str, int]
+
+
+def convert(
+    source: Path, target: Path, recipe: Recipe | None, options: Options | None = None
+) -> Generator[Written, None, Outcome]:
+    """Convert ``source`` into the folder ``target``, yielding as each tensor is written.
+
+    Memory stays at a few slabs, whatever the model's size. The target appears when it is whole and
+    proven; stopped before, nothing is left behind.
     """
-    checkpoint = open_checkpoint(source)
-    config, moves = arrange(checkpoint, read_config(source))
-    if recipe is not None and config.quantization is not None:
-        raise UserError(f"{source} is quantized already; convert the 16-bit checkpoint instead")
-    packed = {} if recipe is None else packable(config, recipe)
-    with writing_folder(target) as aside:
-        tensors = pack(arranged(checkpoint, config, moves), packed)
-        total = len({name for move in moves for name in move.targets}) + 2 * len(packed)
-        for done, name in enumerate(write_tensors(aside, tensors, METADATA), start=1):
-            yield Written(name, done, total)
-        content = chat_config(source, config, packed)
+    options = options or Options()
+    check_places(source, target)
+    plan = make_plan(
+        source,
+        recipe,
+        layout=options.layout,
+        dtype=options.dtype,
+        dequantize=options.dequantize,
+    )
+    entries = [entry for tensor in plan.tensors for entry in entries_of(tensor, options.learned)]
+    total = sum(entry.nbytes for entry in entries)
+    check_room(target, total)
+    with writing_folder(target, overwrite=options.overwrite) as aside:
+        writer = ShardWriter(aside, entries, METADATA[plan.layout])
+        try:
+            yield from write_all(plan, writer, options.learned, total)
+            writer.finish()
+        finally:
+            writer.close()
+            plan.reader.close()
+        content = written_config(plan, options.dtype)
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (aside / "config.json").write_text(text, encoding="utf-8")
-        copy_side_files(source, aside)
+        write_side_files(plan, aside)
+        prove(aside, entries, writer.checksums)
+    return Outcome(target, total, len(writer.shards), plan.packed, plan.left_dense)
 
 
-def packable(config: ModelConfig, recipe: Recipe) -> dict[str, Quantization]:
-    """Walk our module tree (nothing is allocated) and ask the recipe of every module that can be
-    packed."""
-    choose = fitting(recipe.choose)
-    leaves = tree_flatten(InternVL(config, image_id=0).leaf_modules(), is_leaf=nn.Module.is_module)
-    chosen = {path: choose(path, module) for path, module in dict(leaves).items()}
-    return {path: form for path, form in chosen.items() if form is not None}
+def check_places(source: Path, target: Path) -> None:
+    """Refuse a target that is the source, lies in it or holds it."""
+    here, there = source.resolve(), target.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UserError(f"{target} overlaps the source {source}; name another folder")
 
 
-def pack(
-    tensors: Iterable[tuple[str, mx.array]], packed: Mapping[str, Quantization]
-) -> Iterator[tuple[str, mx.array]]:
-    """Quantize the weights of the chosen modules as they pass."""
-    for name, tensor in tensors:
-        module = name.removesuffix(".weight")
-        form = packed.get(module) if name.endswith(".weight") else None
-        if form is None:
-            yield name, tensor
+def entries_of(tensor: Planned, learned: Mapping[str, mx.array]) -> list[Entry]:
+    return [
+        Entry(entry.name, NAMES[dtype_name(learned[entry.name])], learned[entry.name].shape)
+        if entry.name in learned
+        else entry
+        for entry in tensor.entries()
+    ]
+
+
+def write_all(
+    plan: Plan, writer: ShardWriter, learned: Mapping[str, mx.array], total: int
+) -> Iterator[Written]:
+    """Write every tensor, with MLX keeping little of what it frees."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    done = 0
+    try:
+        for tensor in plan.tensors:
+            names = [entry.name for entry in entries_of(tensor, learned)]
+            if all(name in learned for name in names):
+                for name in names:
+                    write_array(writer, name, learned[name])
+            else:
+                write_tensor(plan, tensor, writer)
+            done = total - sum(writer.left.values())
+            yield Written(tensor.name, done, total)
+    finally:
+        mx.set_cache_limit(before)
+
+
+def write_tensor(plan: Plan, tensor: Planned, writer: ShardWriter) -> None:
+    """Write one tensor slab by slab; what needs no change goes as bytes from file to file."""
+    reader, files = plan.reader, plan.reader.checkpoint
+    plain = reader.is_plain(tensor.rows) and tensor.form is None and tensor.ours != PATCH_WEIGHT
+    plain = plain and all(files.tensors[part.name].dtype == tensor.dtype for part in tensor.rows)
+    for part in slabs(tensor.rows, row_bytes(files, tensor.rows[0].name)):
+        if plain:
+            writer.write(tensor.name, reader.raw(part).data.cast("B"))
             continue
-        parts = mx.quantize(tensor, group_size=form.group_size, bits=form.bits, mode=form.mode)
-        yield from zip((f"{module}.{part}" for part in PACKED_PARTS), parts, strict=False)
+        x = reader.dense(part)
+        if tensor.dtype in ("F32", "F16", "BF16"):
+            x = x.astype(DTYPES[tensor.dtype][1])
+        if tensor.ours == PATCH_WEIGHT:
+            x = channels_last(x) if plan.layout == "mlx" else channels_first(x)
+        if tensor.form is None:
+            write_array(writer, tensor.name, x)
+            continue
+        module = tensor.name.removesuffix(".weight")
+        for kind, array in zip(PACKED_PARTS, packed(x, tensor.form), strict=False):
+            write_array(writer, f"{module}.{kind}", array)
 
 
-def chat_config(
-    source: Path, config: ModelConfig, packed: Mapping[str, Quantization]
-) -> dict[str, Any]:
-    """Write ``config.json`` of the internvl_chat form. An original's own keys are kept, whatever
-    they say."""
-    own = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    content = own if own["model_type"] == "internvl_chat" else original_form(config)
-    content = {key: value for key, value in content.items() if key != "auto_map"} | {
-        "format": "mlx"
-    }
-    if packed:
-        content["quantization"] = content["quantization_config"] = quantization_table(packed)
-    return content
+def row_bytes(checkpoint: Checkpoint, name: str) -> int:
+    info = checkpoint.tensors[name]
+    return info.nbytes // max(info.shape[0], 1)
 
 
-def quantization_table(packed: Mapping[str, Quantization]) -> dict[str, Any]:
-    """State the commonest packing as the default and each other module by its path."""
-    [(default, _)] = Counter(packed.values()).most_common(1)
-    others = {path: asdict(form) for path, form in packed.items() if form != default}
-    return {**asdict(default), **others}
-
-
-def original_form(config: ModelConfig) -> dict[str, Any]:
-    """Say in the original's words what a native config said."""
-    vision, text = asdict(config.vision), asdict(config.text)
-    factor = text.pop("rope_dynamic_factor")
-    family = text.pop("family")
-    text["architectures"] = [ARCHITECTURES[family]]
-    text["rope_scaling"] = {"type": "dynamic", "factor": factor} if factor else None
-    top = asdict(config)
-    kept = {key: top[key] for key in TOP_KEYS}
-    return {
-        "model_type": "internvl_chat",
-        "architectures": ["InternVLChatModel"],
-        "vision_config": {"model_type": "intern_vit_6b", **vision},
-        "llm_config": text,
-        "tie_word_embeddings": config.text.tie_word_embeddings,
-        "torch_dtype": config.dtype,
-        **kept,
-    }
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Let tokenizer files, templates and licences travel along."""
-    for pattern in TRAVELLING:
-        for file in source.glob(pattern):
-            if file.name not in STAYING and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, target / file.name)
+def write_array(writer: ShardWriter, name: str, x: mx.array) -> None:
+    if mx.issubdtype(x.dtype, mx.floating) and not bool(mx.isfinite(x).all()):
+        raise not_finite(name)
+    writer.write(name, as_bytes(x))

@@ -1,0 +1,206 @@
+"""What a conversion will write, tensor by tensor, known from headers before anything is read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from internvl3_mlx.config import ModelConfig, Quantization, read_config
+from internvl3_mlx.convert.adapters import split_adapters
+from internvl3_mlx.convert.arrange import COLOURS, PATCH_WEIGHT, arrange
+from internvl3_mlx.convert.checkpoint import Checkpoint, open_checkpoint
+from internvl3_mlx.convert.keymap import KeyMap
+from internvl3_mlx.convert.quantize import Recipe, fitting
+from internvl3_mlx.convert.rows import DTYPES, NAMES, WORD_BITS, RowReader
+from internvl3_mlx.convert.segments import Rows, compose, place_rows
+from internvl3_mlx.convert.writing import Entry
+from internvl3_mlx.errors import UserError
+from internvl3_mlx.models.internvl import InternVL
+
+LAYOUTS = ("mlx", "original", "hf")
+FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+PACKED_PARTS = ("weight", "scales", "biases")  # the mx formats have no biases
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One dense tensor of the target, and how it is packed if it is."""
+
+    name: str
+    ours: str
+    rows: tuple[Rows, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    form: Quantization | None = None
+
+    def entries(self) -> list[Entry]:
+        """Say what becomes of it in the file. MLX itself is asked how it packs one row."""
+        if self.form is None:
+            return [Entry(self.name, self.dtype, self.shape)]
+        sample = mx.zeros((1, self.shape[1]), dtype=DTYPES[self.dtype][1])
+        parts = packed(sample, self.form)
+        module = self.name.removesuffix(".weight")
+        return [
+            Entry(f"{module}.{kind}", NAMES[dtype_name(x)], (self.shape[0], *x.shape[1:]))
+            for kind, x in zip(PACKED_PARTS, parts, strict=False)
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion needs to know before it starts."""
+
+    source: Path
+    layout: str
+    config: ModelConfig
+    reader: RowReader
+    tensors: tuple[Planned, ...]
+    left_dense: dict[str, int] = field(default_factory=dict)  # odd modules and their widths
+
+    @property
+    def packed(self) -> dict[str, Quantization]:
+        """Say which modules come out packed, whether we pack them or they came packed."""
+        return {t.ours.removesuffix(".weight"): t.form for t in self.tensors if t.form} | {
+            module: self.config.quantization.of(module)
+            for module in packed_modules(t.ours for t in self.tensors)
+            if self.config.quantization is not None
+        }
+
+    def entries(self) -> list[Entry]:
+        return [entry for tensor in self.tensors for entry in tensor.entries()]
+
+
+def make_plan(
+    source: Path,
+    recipe: Recipe | None,
+    *,
+    layout: str = "mlx",
+    dtype: str | None = None,
+    dequantize: bool = False,
+) -> Plan:
+    """Read headers and config of ``source`` and plan the target. Nothing is read of the weights."""
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"dtype {dtype!r} was asked for; known are {', '.join(FLOATS)}")
+    opened = open_checkpoint(source)
+    own, adapters = split_adapters(opened.tensors, source)
+    checkpoint = Checkpoint(source, own)
+    config, moves = arrange(checkpoint, read_config(source))
+    check_request(source, config, recipe, layout, dequantize)
+    heights = {name: info.shape[0] for name, info in own.items()}
+    made = {
+        target: rows
+        for move in moves
+        for target, rows in zip(move.targets, place_rows(move, heights, config.text), strict=True)
+    }
+    unpacked = unpacking(made, config) if dequantize else {}
+    reader = RowReader(Checkpoint(source, opened.tensors), adapters, unpacked)
+    dense = tuple(dense_tensors(made, reader, config, layout, dtype))
+    if recipe is None:
+        return Plan(source, layout, config, reader, dense)
+    forms, odd = packable(config, recipe)
+    tensors = tuple(replace(t, form=forms.get(t.ours.removesuffix(".weight"))) for t in dense)
+    tensors = tuple(t if t.ours.endswith(".weight") else replace(t, form=None) for t in tensors)
+    return Plan(source, layout, config, reader, tensors, odd)
+
+
+def check_request(
+    source: Path, config: ModelConfig, recipe: Recipe | None, layout: str, dequantize: bool
+) -> None:
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r} was asked for; known are {', '.join(LAYOUTS)}")
+    is_packed = config.quantization is not None
+    if recipe is not None and layout != "mlx":
+        raise UserError(f"{layout} checkpoints are not quantized; leave out one of --to and -q")
+    if recipe is not None and is_packed and not dequantize:
+        raise UserError(f"{source} is quantized already; convert the 16-bit checkpoint instead")
+    if layout != "mlx" and is_packed and not dequantize:
+        raise UserError(f"{source} is quantized, PyTorch reads dense weights; add --dequantize")
+    if dequantize and not is_packed:
+        raise UserError(f"{source} is not quantized; leave out --dequantize")
+
+
+def unpacking(made: Mapping[str, tuple[Rows, ...]], config: ModelConfig) -> dict[str, Quantization]:
+    """Say how each packed weight of the source unpacks, by the source's names."""
+    assert config.quantization is not None
+    return {
+        rows.name: config.quantization.of(module)
+        for module in packed_modules(made)
+        for rows in made[f"{module}.weight"]
+    }
+
+
+def packed_modules(names: "Iterator[str] | Mapping[str, object]") -> set[str]:
+    return {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
+
+
+def dense_tensors(
+    made: Mapping[str, tuple[Rows, ...]],
+    reader: RowReader,
+    config: ModelConfig,
+    layout: str,
+    dtype: str | None,
+) -> Iterator[Planned]:
+    """Yield the target's tensors in the source's order, for sequential reading."""
+    gone = {
+        f"{module}.{kind}"
+        for module in packed_modules(made)
+        if f"{module}.weight" in made and made[f"{module}.weight"][0].name in reader.unpacked
+        for kind in ("scales", "biases")
+    }
+    kept = {name: rows for name, rows in made.items() if name not in gone}
+    heights = {name: sum(part.count for part in rows) for name, rows in kept.items()}
+    for move in KeyMap.back(layout, config.text.family).moves(kept):
+        placed = place_rows(move, heights, config.text)
+        for name, outer in zip(move.targets, placed, strict=True):
+            rows, ours = compose(outer, kept), outer[0].name
+            shape = shape_of(rows, ours, reader, layout)
+            yield Planned(name, ours, rows, shape, dtype_of(rows, reader, dtype))
+
+
+def shape_of(rows: tuple[Rows, ...], ours: str, reader: RowReader, layout: str) -> tuple[int, ...]:
+    info = reader.checkpoint.tensors[rows[0].name]
+    tail = info.shape[1:]
+    if form := reader.unpacked.get(info.name):
+        tail = (tail[0] * WORD_BITS // form.bits,)
+    if ours == PATCH_WEIGHT:
+        side = tail[1]
+        tail = (side, side, COLOURS) if layout == "mlx" else (COLOURS, side, side)
+    return sum(part.count for part in rows), *tail
+
+
+def dtype_of(rows: tuple[Rows, ...], reader: RowReader, asked: str | None) -> str:
+    """Keep the file's type unless another is asked for; words and mx scales are no numbers."""
+    info = reader.checkpoint.tensors[rows[0].name]
+    stored = info.dtype
+    if info.name in reader.unpacked:
+        scales = reader.checkpoint.tensors[info.name.removesuffix("weight") + "scales"].dtype
+        stored = scales if scales in FLOATS.values() else "BF16"
+    if asked is not None and stored in FLOATS.values():
+        return FLOATS[asked]
+    return stored
+
+
+def packable(config: ModelConfig, recipe: Recipe) -> tuple[dict[str, Quantization], dict[str, int]]:
+    """Walk our module tree (nothing is allocated) and ask the recipe of every module that can be
+    packed. Also name the modules it would pack but whose width parts into no groups."""
+    tree = InternVL(config, image_id=0).leaf_modules()
+    leaves = dict(tree_flatten(tree, is_leaf=nn.Module.is_module))
+    choose = recipe.for_depth(config.text.num_hidden_layers).choose
+    chosen = {path: fitting(choose)(path, module) for path, module in leaves.items()}
+    odd = {
+        path: leaves[path].weight.shape[-1]
+        for path, form in chosen.items()
+        if form is None and hasattr(leaves[path], "to_quantized") and choose(path) is not None
+    }
+    return {path: form for path, form in chosen.items() if form is not None}, odd
+
+
+def packed(x: mx.array, form: Quantization) -> tuple[mx.array, ...]:
+    return tuple(mx.quantize(x, group_size=form.group_size, bits=form.bits, mode=form.mode))
+
+
+def dtype_name(x: mx.array) -> str:
+    return str(x.dtype).removeprefix("mlx.core.")
