@@ -43,7 +43,7 @@ def info(model: str | None, as_json: bool) -> None:
 
 def about_model(model: str) -> dict[str, Any]:
     """Read a model's facts: layout, parts with parameters and bits, files, stop tokens."""
-    from internvl3_mlx.loading import inspect
+    from internvl3_mlx.loading.facts import inspect
 
     return inspect(model).to_dict()
 
@@ -114,7 +114,7 @@ def _cached_models() -> list[dict[str, Any]]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    from internvl3_mlx.loading.prepare import model_cache
+    from internvl3_mlx.loading.names import model_cache
 
     try:
         repos = {repo.repo_id: repo for repo in scan_cache_dir().repos if repo.repo_type == "model"}

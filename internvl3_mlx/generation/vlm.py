@@ -16,7 +16,8 @@ from internvl3_mlx.generation.inputs import ImageInfo, Inputs, Preparer
 from internvl3_mlx.generation.sampling import chooser, needs_history
 from internvl3_mlx.generation.settings import Settings, changed
 from internvl3_mlx.generation.stream import TextStream
-from internvl3_mlx.loading import Loaded, Notify, build, prepared_folder
+from internvl3_mlx.loading.build import Loaded, build
+from internvl3_mlx.loading.prepare import Notify, prepared_folder
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, template_for
 from internvl3_mlx.prompt.tokens import Tokenizer

@@ -1,6 +1,7 @@
 """What a model may be called: a size, a repository, a folder, or the demo."""
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from internvl3_mlx.errors import CheckpointError, UserError
 GB = 1_000_000_000
 DEFAULT_MODEL = "2b"
 DEMO = "demo"
+CACHE_VARIABLE = "INTERNVL3_CACHE"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PACKED_BYTES = (
@@ -78,3 +80,11 @@ def find(model: str) -> Place:
         else f"sizes are {', '.join(SIZES)}, repositories are OWNER/NAME"
     )
     raise UserError(f"no model folder, size or repository {model!r}; {hint}")
+
+
+def model_cache() -> Path:
+    """Return the folder of packed sizes: $INTERNVL3_CACHE, or the user's cache folder."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "internvl3-mlx"

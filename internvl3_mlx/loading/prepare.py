@@ -1,6 +1,5 @@
 """Get a model's folder ready: fetch it, and pack a published size once."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,13 +7,19 @@ from internvl3_mlx.convert.pipeline import convert
 from internvl3_mlx.convert.quantize import Recipe
 from internvl3_mlx.errors import DownloadError
 from internvl3_mlx.loading.hub import cached_snapshot, check_room, fetch, look
-from internvl3_mlx.loading.names import DEFAULT_MODEL, DEMO_FOLDER, GB, SIZES, Place, find
+from internvl3_mlx.loading.names import (
+    DEFAULT_MODEL,
+    DEMO_FOLDER,
+    GB,
+    SIZES,
+    Place,
+    find,
+    model_cache,
+)
 
 Notify = Callable[
     [str], None
 ]  # told, in one line, of anything that takes long or that the user would wonder about
-
-CACHE_VARIABLE = "INTERNVL3_CACHE"
 
 
 def prepared_folder(
@@ -64,11 +69,3 @@ def packed_size(place: Place, pack: Recipe, revision: str | None, notify: Notify
     for _ in convert(source, kept, pack):
         pass
     return kept
-
-
-def model_cache() -> Path:
-    """Return the folder of packed sizes: $INTERNVL3_CACHE, or the user's cache folder."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "internvl3-mlx"
