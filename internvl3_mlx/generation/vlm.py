@@ -17,7 +17,7 @@ from internvl3_mlx.generation.sampling import chooser, needs_history
 from internvl3_mlx.generation.settings import Settings, changed
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.loading.build import Loaded, build
-from internvl3_mlx.loading.prepare import Notify, prepared_folder
+from internvl3_mlx.loading.prepare import Notify, prepare
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, template_for
 from internvl3_mlx.prompt.tokens import Tokenizer
@@ -45,21 +45,21 @@ def load(
     """Load a model by folder, repository, size ("1b" ... "78b") or as "demo".
 
     quantize: bits for the language model. Published sizes come with 4, packed once and kept; 16
-    leaves them as they
-    are. Anything else is loaded as it is stored unless bits are given.
-    dtype: what is computed in, "float32", "bfloat16" or "float16"; by default the checkpoint's,
+    leaves them as they are. Anything else is loaded as it is stored unless bits are given.
+    dtype: what is computed in, "float32", "bfloat16" or "float16"; by default the checkpoint's own,
     float32 on a CPU.
     notify: called with one line when something takes long.
     """
     if adapter is not None:
         raise UserError("adapters cannot be loaded by this version; fuse them into the model first")
     started = time.perf_counter()
-    chosen = None if quantize in (None, DENSE_BITS) else recipe(quantize or DEFAULT_BITS)
-    packing = None if quantize == DENSE_BITS else chosen or recipe(DEFAULT_BITS)
-    folder = prepared_folder(model, packing, revision=revision, notify=notify)
-    loaded = build(folder, quantize=chosen, dtype=dtype)
-    template = template_for(loaded.config, folder)
-    name = model if model is not None else folder.name
+    packing = None if quantize == DENSE_BITS else recipe(quantize or DEFAULT_BITS)
+    ready = prepare(model, packing, revision=revision, notify=notify)
+    loaded = build(
+        ready.folder, quantize=packing if quantize and not ready.packed else None, dtype=dtype
+    )
+    template = template_for(loaded.config, ready.folder)
+    name = model if model is not None else ready.folder.name
     return VLM(name, loaded, template, time.perf_counter() - started)
 
 

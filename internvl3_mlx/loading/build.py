@@ -1,7 +1,5 @@
 """A checkpoint folder becomes a model ready to run."""
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +30,10 @@ class Loaded:
 
 
 def build(folder: Path, *, quantize: Recipe | None = None, dtype: str | None = None) -> Loaded:
-    """Read a folder of any layout. Every tensor is accounted for, or KeyMapError names those that
-    are not.
+    """Read a folder of any layout; every tensor finds its place, or KeyMapError names it.
 
-    ``quantize`` packs the weights on the way in; ``dtype`` is what they are computed in: by
-    default the checkpoint's
-    own on a GPU, and float32 on a CPU, where 16-bit arithmetic is emulated and slow.
+    ``quantize`` packs the weights on the way in. ``dtype`` is what they are computed in: by default
+    the checkpoint's own on a GPU, and float32 on a CPU, where 16-bit arithmetic is emulated.
     """
     checkpoint = open_checkpoint(folder)
     config, moves = arrange(checkpoint, read_config(folder))
@@ -113,15 +109,3 @@ def read_layer_by_layer(model: InternVL) -> None:
     for block in [*model.vision_model.encoder.layers, *model.language_model.model.layers]:
         mx.eval(block.parameters())
     mx.eval(model.parameters(), model.vision_model.embeddings.patch_embedding.raw)
-
-
-def part_of(name: str) -> str:
-    """Name the part that a tensor belongs to: vision_model, mlp1 or language_model."""
-    return re.split(r"\.", name, maxsplit=1)[0]
-
-
-def bytes_by_part(nbytes: Mapping[str, int]) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for name, size in nbytes.items():
-        totals[part_of(name)] = totals.get(part_of(name), 0) + size
-    return totals

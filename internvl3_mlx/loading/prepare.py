@@ -1,6 +1,7 @@
 """Get a model's folder ready: fetch it, and pack a published size once."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx.convert.pipeline import convert
@@ -22,28 +23,35 @@ Notify = Callable[
 ]  # told, in one line, of anything that takes long or that the user would wonder about
 
 
-def prepared_folder(
+@dataclass(frozen=True)
+class Ready:
+    """A model's folder on this machine; ``packed`` when it is our copy, made by the recipe."""
+
+    folder: Path
+    packed: bool = False
+
+
+def prepare(
     model: str | None, pack: Recipe | None, *, revision: str | None = None, notify: Notify
-) -> Path:
-    """Return the local folder of ``model``. Published sizes come packed with ``pack``; None keeps
-    them as published.
+) -> Ready:
+    """Get ``model`` here. Published sizes come packed with ``pack``; None keeps them as published.
 
     With no name at all it is the default size, or the demo where that cannot be had offline.
     """
     if model is None:
         try:
-            return prepared_folder(DEFAULT_MODEL, pack, revision=revision, notify=notify)
+            return prepare(DEFAULT_MODEL, pack, revision=revision, notify=notify)
         except DownloadError:
             notify(
                 f"no network and no {SIZES[DEFAULT_MODEL].repo} here: using the small demo model"
             )
-            return DEMO_FOLDER
+            return Ready(DEMO_FOLDER)
     place = find(model)
     if place.folder is not None:
-        return place.folder
+        return Ready(place.folder)
     if place.size is None or pack is None:
-        return downloaded(place, revision, packed=False, notify=notify)
-    return packed_size(place, pack, revision, notify)
+        return Ready(downloaded(place, revision, packed=False, notify=notify))
+    return Ready(packed_size(place, pack, revision, notify), packed=True)
 
 
 def downloaded(place: Place, revision: str | None, *, packed: bool, notify: Notify) -> Path:

@@ -96,6 +96,23 @@ def test_sixteen_bits_leave_a_size_as_it_was_published(repository, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_size_may_be_had_with_other_bits(repository, tmp_path):
+    vlm = load("1b", quantize=8)
+    assert vlm.loaded.folder == tmp_path / "cache" / "InternVL3-1B-8bit"
+    assert vlm.config.quantization.default.bits == 8
+
+
+def test_any_folder_may_be_packed_on_the_way_in():
+    folder = str(tiny(Recipe()).folder)
+    packed, dense = load(folder, quantize=4), load(folder)
+    linear = packed.model.language_model.model.layers[0].self_attn.qkv_proj
+    assert linear.bits == 4
+    assert packed.model.mlp1[1].bits == 8
+    assert not hasattr(packed.model.vision_model.encoder.layers[0].attn.qkv, "bits")
+    ids = dense.prepare("Hello").input_ids[None]
+    assert not mx.array_equal(packed.model(ids), dense.model(ids))
+
+
 def test_stopping_while_packing_leaves_nothing(repository, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
