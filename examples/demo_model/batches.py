@@ -43,8 +43,7 @@ QUESTIONS = 6  # asked about each picture
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold one step's data: tiles (B, T, S, S, 3) uint8, dense labels, and token rows unless the
-    tower is alone."""
+    """Hold a step's tiles (B, T, S, S, 3) uint8, dense labels, and token rows (stage ask)."""
 
     tiles: np.ndarray
     labels: Labels

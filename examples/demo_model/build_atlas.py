@@ -1,11 +1,10 @@
 """Draw the sprite atlas from icon packages: a build step, needed only to change the atlas.
 
-The writing comes from DejaVu fonts (``--fonts``) and, as the face that training never sees, from
-the
-Aileron font inside Pillow. Fetch the packages with ``npm install`` (their names are the values of
-``STYLES``, under ``@iconify-json/``)
-and the renderer with ``pip install resvg-py``, then run
-``python -m examples.demo_model.build_atlas --icons node_modules/@iconify-json``.
+The writing comes from DejaVu fonts and, as the face that training never sees, from the Aileron font
+inside Pillow. Fetch the icon packages with ``npm install`` (the values of ``STYLES``, under
+``@iconify-json/``) and the renderer with ``pip install resvg-py``, then run::
+
+    python -m examples.demo_model.build_atlas --icons node_modules/@iconify-json --fonts FOLDER
 """
 
 import argparse

@@ -34,8 +34,7 @@ def main() -> None:
 
 
 def export(model: InternVL, tokenizer: Tokenizer, out: Path, *, dtype: str, trained: bool) -> None:
-    """Write config.json, model.safetensors, tokenizer.json and the two small companions into
-    ``out``."""
+    """Write configuration, weights and tokenizer into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config_of(model.config, dtype, trained))
     write_json(out / "generation_config.json", {"_from_model_config": True})

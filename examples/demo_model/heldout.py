@@ -1,5 +1,4 @@
-"""Make the held-out questions: fixed seeds that training never uses, balanced answers, any picture
-size."""
+"""Make the held-out questions from seeds that training never uses, with balanced answers."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -24,8 +23,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Column:
-    """Describe one column of the evaluation: from what pictures are drawn, at what size, enlarged
-    how much."""
+    """Describe a column of the evaluation: what its pictures are drawn from, and their size."""
 
     seed: int
     look: Look = SEEN

@@ -1,5 +1,4 @@
-"""Label what lies under every patch and every visual token: the dense signal that teaches the tower
-to see."""
+"""Label what lies under every patch and visual token: the signal that teaches the tower to see."""
 
 from dataclasses import dataclass
 
@@ -55,8 +54,7 @@ def label_scene(scene: Scene, grid: tuple[int, int], size: int) -> tuple[np.ndar
 
 
 def owner_tiles(owner: np.ndarray, grid: tuple[int, int], size: int) -> tuple[np.ndarray, list]:
-    """Cut the owner map as the picture is cut; give each tile's rectangle in fractions of the
-    picture."""
+    """Cut the owner map as the picture is cut; give each tile's rectangle in fractions."""
     columns, rows = grid
     image = Image.fromarray(owner)
     whole = np.asarray(image.resize((columns * size, rows * size), Image.Resampling.NEAREST))
@@ -82,8 +80,7 @@ def part_table(parts: list[Part]) -> np.ndarray:
 
 
 def winner(owners: np.ndarray, region: int, stride: int) -> np.ndarray:
-    """Name the part that fills most of each square region: (N, S, S) -> (N, regions), -1 where
-    unclear."""
+    """Name the part that fills most of each region: (N, S, S) -> (N, regions), -1 where unclear."""
     N, S, _ = owners.shape
     count = S // region
     samples = owners.reshape(N, count, region, count, region)[:, :, 1::stride, :, 1::stride]

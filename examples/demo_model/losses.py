@@ -42,8 +42,10 @@ class SeeingHeads(nn.Module):
     def forward(
         self, patches: Tensor, tokens: Tensor, embedding: Tensor, labels: dict[str, Tensor]
     ) -> Tensor:
-        """Give the mean of all label losses. patches: (N, G, G, H), tokens: (N, V, D), embedding:
-        (vocab, D)."""
+        """Add up the label losses.
+
+        patches: (N, G, G, H), tokens: (N, V, D), embedding: (vocab, D).
+        """
         unit = F.rms_norm(tokens, tokens.shape[-1:])
         concepts = torch.cat([self.background[None], embedding[self.concepts]])
         side = unit @ embedding[self.sides].T * self.scale[2]
@@ -74,8 +76,7 @@ def weighted(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy over the places that have a label (a negative target has none); 0 when none
-    has."""
+    """Cross entropy over the places that have a label (not negative); 0 when none has."""
     target = torch.where(target < 0, IGNORE, target).flatten()
     total = F.cross_entropy(logits.flatten(0, -2), target, ignore_index=IGNORE, reduction="sum")
     return total / (target != IGNORE).sum().clamp(min=1)
@@ -89,8 +90,7 @@ def to_device(labels: Labels, device: torch.device) -> dict[str, Tensor]:
 def answer_loss(
     model: InternVL, visual: Tensor, row: Row, image_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Give the mean cross entropy of the answers' tokens, and the share of them that greedy choice
-    gets right."""
+    """Give the answers' mean cross entropy and the share of their tokens that greedy gets right."""
     ids, targets, positions, visible = (
         torch.from_numpy(array).to(device) for array in vars(row).values()
     )

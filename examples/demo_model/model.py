@@ -1,5 +1,4 @@
-"""The InternVL3 architecture in plain PyTorch, small; module names are the checkpoint's tensor
-names."""
+"""The InternVL3 architecture in plain PyTorch; modules carry the checkpoint's tensor names."""
 
 from dataclasses import dataclass
 
@@ -170,8 +169,7 @@ class TextAttention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of channels by their angle, rotate-half layout. x: (B, heads, L, D), cos, sin: (B,
-    1, L, D/2)."""
+    """Turn pairs of channels, rotate-half layout. x: (B, heads, L, D), cos, sin: (B, 1, L, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -217,8 +215,7 @@ class TextModel(nn.Module):
         )
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Decode: embeds (B, L, D), positions (B, L) float32, mask (B, 1, L, L) added -> (B, L,
-        D)."""
+        """Decode. embeds: (B, L, D), positions: (B, L) float32, mask: (B, 1, L, L) -> (B, L, D)."""
         angle = (positions[..., None] * self.freqs)[:, None]
         rotation = (angle.cos(), angle.sin())
         for block in self.layers:
@@ -262,8 +259,7 @@ class InternVL(nn.Module):
     def read(
         self, ids: Tensor, visual: Tensor, image_id: int, positions: Tensor, mask: Tensor
     ) -> Tensor:
-        """Decode ids (B, L) whose image places are filled, in order, by ``visual`` (..., D) ->
-        hidden (B, L, D)."""
+        """Decode ids (B, L), ``visual`` (..., D) in the image's places in order -> (B, L, D)."""
         embeds = self.language_model.model.embed_tokens(ids)
         place = (ids == image_id)[..., None]
         embeds = embeds.masked_scatter(place, visual.reshape(-1, embeds.shape[-1]).to(embeds.dtype))
@@ -271,8 +267,10 @@ class InternVL(nn.Module):
 
 
 def pixel_shuffle(x: Tensor) -> Tensor:
-    """Gather 2 x 2 patches into one: (T, H, W, C) -> (T, H/2, W/2, 4C), channels by (row, column,
-    channel)."""
+    """Gather 2 x 2 patches into one: (T, H, W, C) -> (T, H/2, W/2, 4C).
+
+    Channels run (row, column, channel): version 2 of the published models.
+    """
     T, H, W, C = x.shape
     return (
         x.view(T, H // 2, 2, W // 2, 2, C)

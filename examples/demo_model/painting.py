@@ -178,8 +178,7 @@ def jitter(random: Random, color: str) -> np.ndarray:
 def stamp(
     canvas: np.ndarray, owner: np.ndarray, part: np.ndarray, left: int, top: int, number: int
 ) -> None:
-    """Blend ``part`` (h, w, 4) onto the canvas in place and note in ``owner`` which pixels it
-    covers."""
+    """Blend ``part`` (h, w, 4) onto the canvas, and note in ``owner`` which pixels it covers."""
     x0, y0 = max(0, left), max(0, top)
     x1, y1 = min(canvas.shape[1], left + part.shape[1]), min(canvas.shape[0], top + part.shape[0])
     if x0 >= x1 or y0 >= y1:

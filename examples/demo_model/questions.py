@@ -1,5 +1,4 @@
-"""Ask about a scene: templates per task, and one generator that turns what was drawn into
-questions."""
+"""Ask about a scene: wordings per task, and what is true of the things that were drawn."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,8 +75,7 @@ class Question:
 
 
 def ask(items: list[Item], random: np.random.Generator) -> list[Question]:
-    """Give every kind of question that a picture with these items can answer, each in a random
-    wording."""
+    """Ask all that a picture with these items can answer, each in a random wording."""
     return [
         Question(task, word(task, random, blank), answer)
         for task, blank, answer in facts(items, random)

@@ -17,8 +17,7 @@ TALK = 0.1  # share of rows written as one conversation rather than as separate 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold token ids (B, L), targets (B, L), positions (B, L) float32 and who sees whom (B, L, L)
-    bool."""
+    """Hold ids, targets and positions (B, L), and which token sees which (B, L, L) bool."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -87,8 +86,7 @@ class RowBuilder:
     def row(
         self, tiles: int, questions: list[Question], delta: float, talk: bool
     ) -> tuple[np.ndarray, ...]:
-        """Build one row: ids, targets, positions, and the number of the question each token belongs
-        to."""
+        """Build one row: ids, targets, positions, and the question that each token belongs to."""
         ids = list(self.prefix(tiles))
         positions = visual_positions(ids, self.image_id, delta)
         targets, owners = [IGNORE] * len(ids), [0] * len(ids)
@@ -107,8 +105,7 @@ class RowBuilder:
 
 
 def visual_positions(ids: list[int], image_id: int, delta: float) -> list[float]:
-    """Count positions: 1 per text token, ``delta`` per visual token, whole again after each
-    picture."""
+    """Count positions: 1 per text token, ``delta`` per visual one, whole again after a picture."""
     positions: list[float] = []
     last, after_image = -1.0, False
     for token in ids:

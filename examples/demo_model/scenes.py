@@ -1,5 +1,4 @@
-"""Compose scenes: what lies where, painted, with an owner map that says which pixel belongs to
-which part."""
+"""Compose scenes: what lies where, painted, with a map that says which pixel is whose."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,8 +26,7 @@ COLOR_ID = {name: number for number, name in enumerate(COLORS, start=1)}
 
 @dataclass(frozen=True)
 class Look:
-    """Say from what a scene is drawn, so that training and each held-out column differ in one
-    place."""
+    """Say what scenes are drawn from: here training and the held-out columns differ."""
 
     styles: tuple[str, ...] = TRAIN_STYLES
     unseen_background: bool = False
@@ -42,8 +40,7 @@ UNSEEN_PLACE = Look(unseen_background=True, faces=(TRAIN_FACES,))
 
 @dataclass(frozen=True)
 class Part:
-    """Label one painted part: its concept, its colour (0: none) and the centre of the item it
-    belongs to."""
+    """Label a painted part: its concept, its colour (0: none) and its item's centre."""
 
     concept: int
     color: int
@@ -53,8 +50,7 @@ class Part:
 
 @dataclass
 class Scene:
-    """Hold a picture (H, W, 3), the owner of each pixel (H, W; 0 is background) and what was
-    drawn."""
+    """Hold a picture (H, W, 3), each pixel's owner (H, W; 0: background) and what was drawn."""
 
     pixels: np.ndarray
     owner: np.ndarray
@@ -127,8 +123,7 @@ def place(scene: Scene, part: np.ndarray, cell: Cell, concept: int, color: int) 
 
 
 def write(random: Random, scene: Scene, thing: Thing, cell: Cell, look: Look) -> None:
-    """Write a number or a word centred on a cell and inside the picture; every character is a
-    part."""
+    """Write a number or a word around a cell, inside the picture; every character is a part."""
     height, width = scene.owner.shape
     face = look.faces[random.integers(len(look.faces))]
     tall = round(cell.room)
@@ -248,8 +243,7 @@ def pick_thing(random: Random, shares: tuple[float, ...]) -> Thing:
 
 
 def pick_name(random: Random, kind: str) -> str:
-    """Pick what a thing is; a third of the words are random letters, so that reading is more than
-    recognising."""
+    """Pick what a thing is; a third of the words are random letters, to be spelled, not known."""
     if kind == "object":
         return str(random.choice(NAMES))
     if kind == "shape":

@@ -15,8 +15,7 @@ Random = np.random.Generator
 
 @cache
 def atlas() -> dict[tuple[str, str], Image.Image]:
-    """Load the atlas as ``(style, object) -> RGBA sprite``; objects a style does not draw are
-    absent."""
+    """Load the atlas as ``(style, object) -> RGBA sprite``, without what a style does not draw."""
     sheet = Image.open(ATLAS_PATH).convert("RGBA")
     found = {}
     for row, style in enumerate(STYLES):
@@ -31,8 +30,7 @@ def atlas() -> dict[tuple[str, str], Image.Image]:
 def draw_sprite(
     random: Random, style: str, name: str, side: int, *, vary: bool = True
 ) -> np.ndarray:
-    """Draw one object about ``side`` pixels large: (H, W, 4) uint8, mirrored, turned and tinted at
-    random."""
+    """Draw an object about ``side`` pixels large, varied at random: (H, W, 4) uint8."""
     sprite = atlas()[style, name]
     if style in ONE_COLOR_STYLES:
         sprite = fill(sprite, random)
@@ -59,8 +57,7 @@ def fill(sprite: Image.Image, random: Random) -> Image.Image:
 
 
 def recolor(sprite: Image.Image, random: Random) -> Image.Image:
-    """Shift hue, saturation and light; now and then gray, inverted light or a white sticker
-    border."""
+    """Shift hue, saturation and light; now and then gray, or with a white border."""
     pixels = np.asarray(sprite).astype(np.float32)
     ink, alpha = pixels[..., :3], pixels[..., 3:]
     gray = ink @ np.float32([0.299, 0.587, 0.114])
@@ -95,8 +92,7 @@ def with_border(pixels: np.ndarray) -> Image.Image:
 
 
 class SpriteBank:
-    """Hold ready-made variations of every object at fixed sizes: stamping one costs
-    microseconds."""
+    """Hold ready-made variations of every object at fixed sizes: drawing one costs nothing."""
 
     SIDES = tuple(round(28 * 1.18**step) for step in range(9))  # 28 … 105 pixels
 

@@ -7,8 +7,7 @@ questions::
     python -m examples.demo_model.train ask --run runs/ask --start runs/see --steps 9000
 
 Run the same command again to go on. The plan in ``RUN/plan.json`` is read every 20 steps: edit
-``steps`` and
-``decay_from`` there to let a running training end sooner or later.
+``steps`` and ``decay_from`` there to let a running training end sooner or later.
 """
 
 import argparse
@@ -33,9 +32,9 @@ from internvl3_mlx.images.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 WARMUP = 100
 MUON_RATE, ADAM_RATE = {"see": 0.01, "ask": 0.02}, 2e-3
-TOWER_SHARE = {"see": 1.0, "ask": 0.3}  # of the learning rate: what already sees changes slowly
+TOWER_SHARE = {"see": 1.0, "ask": 0.5}  # of the learning rate: what already sees changes slowly
 CLIP = 2.0  # largest gradient norm of what AdamW trains
-SEEING_SHARE = {"see": 1.0, "ask": 0.2}  # weight of the dense labels' loss
+SEEING_SHARE = {"see": 1.0, "ask": 0.3}  # weight of the dense labels' loss
 SAVE_SECONDS, LOG_STEPS, PLAN_STEPS = 180, 20, 20
 
 
