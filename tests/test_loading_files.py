@@ -152,41 +152,79 @@ class Storage:
 
 
 class View:
-    """A tensor over ``Storage``, of any shape, stride and start."""
+    """A tensor over ``Storage``: what torch.save writes, with any arguments."""
 
-    def __init__(self, *view):
-        self.view = view
+    def __init__(self, *arguments):
+        self.arguments = arguments
 
     def __reduce__(self):
-        shape, stride, start = self.view
-        return torch._utils._rebuild_tensor_v2, (Storage(), start, shape, stride, False, {})
+        return torch._utils._rebuild_tensor_v2, (Storage(), *self.arguments)
 
 
 class ViewPickler(pickle.Pickler):
+    """Names every ``Storage`` by ``known``, as torch.save names storages."""
+
+    known = ("storage", torch.FloatStorage, "0", "cpu", Storage.NUMBERS)
+
     def persistent_id(self, item):
-        known = ("storage", torch.FloatStorage, "0", "cpu", Storage.NUMBERS)
-        return known if isinstance(item, Storage) else None
+        return self.known if isinstance(item, Storage) else None
+
+
+def write_view(file, view, known=ViewPickler.known):
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("archive/data.pkl", "w") as stream:
+            pickler = ViewPickler(stream, protocol=2)
+            pickler.known = known
+            pickler.dump({"mlp1.3.bias": view})
+        archive.writestr("archive/data/0", bytes(4 * Storage.NUMBERS))
 
 
 @pytest.mark.parametrize(
-    ("shape", "stride", "start"),
+    ("start", "shape", "stride"),
     [
-        ((4,), (1_000_000_000,), 0),
-        ((2, 2), (2, 3), 0),
-        ((4,), (1,), -1),
-        ((2,), (1,), 3),
-        ((4,), (-1,), 0),
-        ((2,), (1, 1), 0),
-        ((-1,), (1,), 0),
+        (0, (4,), (1_000_000_000,)),
+        (0, (2, 2), (2, 3)),
+        (-1, (4,), (1,)),
+        (3, (2,), (1,)),
+        (0, (4,), (-1,)),
+        (0, (2,), (1, 1)),
+        (0, (-1,), (1,)),
+        (0, (0, 5), (1, 1)),
+        (0, (2.5,), (1,)),
+        ("0", (2,), (1,)),
+        (0, 2, 1),
     ],
 )
-def test_a_tensor_that_reaches_beyond_its_storage_is_refused(copy_of, shape, stride, start):
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(copy_of, start, shape, stride):
     folder = copy_of(Recipe(form="bin"))
     file = folder / "pytorch_model.bin"
-    with zipfile.ZipFile(file, "w") as archive:
-        with archive.open("archive/data.pkl", "w") as stream:
-            ViewPickler(stream, protocol=2).dump({"mlp1.3.bias": View(shape, stride, start)})
-        archive.writestr("archive/data/0", bytes(4 * Storage.NUMBERS))
+    write_view(file, View(start, shape, stride, False, {}))
+    refusal(folder, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        ((), ViewPickler.known),
+        ((0, (2,), (1,)), ("storage", torch.FloatStorage, "7", "cpu", 4)),
+        ((0, (2,), (1,)), ("storage", "QuantumStorage", "0", "cpu", 4)),
+        ((0, (2,), (1,)), ("storage",)),
+        ((0, (2,), (1,)), ("storage", torch.FloatStorage, "../../etc/passwd", "cpu", 4)),
+    ],
+    ids=["no arguments", "no such storage", "unknown type", "short name", "path"],
+)
+def test_a_pickle_that_names_no_tensor_is_refused(copy_of, arguments, known):
+    folder = copy_of(Recipe(form="bin"))
+    write_view(folder / "pytorch_model.bin", View(*arguments), known)
+    assert "pytorch_model.bin" in refusal(folder, CheckpointError)
+
+
+def test_an_old_file_with_a_flipped_byte_is_refused(copy_of):
+    folder = copy_of(Recipe(form="bin"))
+    file = folder / "pytorch_model.bin"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(bytes(data))
     assert "pytorch_model.bin" in refusal(folder, CheckpointError)
 
 

@@ -22,6 +22,22 @@ def test_logits_equal_transformers(style, tiles, folded):
     assert relative_error(ours, checkpoint.reference.logits(ids, pixels)) < TOLERANCE
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_every_epsilon_is_the_published_one(style):
+    model, checkpoint = bare_model(style, faint=True)
+    ids, pixels = token_row(checkpoint, (2, 1)), random_pixels(checkpoint, 3)
+    ours = numbers(model.vision_model(mx.array(pixels)))
+    assert np.square(ours).mean() < 1e-4
+    assert relative_error(ours, checkpoint.reference.tower(pixels)) < TOLERANCE
+    ours = numbers(model.see(mx.array(pixels)))
+    assert relative_error(ours, checkpoint.reference.features(pixels)) < TOLERANCE
+    ours = numbers(model(mx.array([ids]), mx.array(pixels)))
+    assert relative_error(ours, checkpoint.reference.logits(ids, pixels)) < TOLERANCE
+    text = token_row(checkpoint)
+    ours = numbers(model(mx.array([text])))
+    assert relative_error(ours, checkpoint.reference.logits(text)) < TOLERANCE
+
+
 def test_a_tied_head_reads_the_embedding():
     model, checkpoint = bare_model("300m", tied=True)
     ids = token_row(checkpoint)
