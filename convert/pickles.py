@@ -9,6 +9,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,6 +29,17 @@ STORAGES = {  # torch's class -> how its bytes are read, what MLX calls them, sa
     "ByteStorage": (np.uint8, mx.uint8, "U8"),
     "BoolStorage": (np.bool_, mx.bool_, "BOOL"),
 }
+MALFORMED = (  # what a damaged pickle makes the unpickler raise
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    OverflowError,
+    OSError,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ def describe(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
             item = np.dtype(element).itemsize
             nbytes = prod(tensor.shape) * item
             size = archive.getinfo(storage_path(archive, tensor.key)).file_size
-            if size < reach(tensor) * item or min(tensor.stride, default=0) < 0:
+            if size < reach(tensor) * item:
                 raise CheckpointError(f"{file}: the data of {name} is cut short; download it again")
             yield name, tensor.shape, dtype, nbytes
 
@@ -74,22 +86,20 @@ def load_tensor(file: Path, name: str) -> mx.array:
         return read(archive, directory(archive, file)[name])
 
 
-def opened(file: Path) -> zipfile.ZipFile:
+@contextmanager
+def opened(file: Path) -> Iterator[zipfile.ZipFile]:
+    """Open the file as the zip it should be; whatever is wrong inside is said in one line."""
     try:
-        return zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(
-            f"{file} is no PyTorch weights file ({error}); use a repo with safetensors"
-        ) from error
+        with zipfile.ZipFile(file) as archive:
+            yield archive
+    except MALFORMED as error:
+        raise CheckpointError(f"{file} is refused: {error}; use a repo with safetensors") from error
 
 
 def directory(archive: zipfile.ZipFile, file: Path) -> dict[str, StoredTensor]:
-    try:
-        [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        with archive.open(name) as stream:
-            content = TensorUnpickler(stream).load()
-    except (ValueError, EOFError, IndexError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} is refused: {error}; use a repo with safetensors") from error
+    [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+    with archive.open(name) as stream:
+        content = TensorUnpickler(stream).load()
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
     if not tensors:
@@ -117,12 +127,20 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def rebuild(storage: tuple[str, str], start: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
-    return StoredTensor(*storage, start, tuple(shape), tuple(stride))
+    kind, key = storage
+    numbers = (start, *shape, *stride)
+    if kind not in STORAGES or not all(type(n) is int and n >= 0 for n in numbers):
+        raise pickle.UnpicklingError(f"a tensor of shape {shape}, stride {stride}, start {start}")
+    if len(shape) != len(stride):
+        raise pickle.UnpicklingError(f"a tensor of shape {shape} but stride {stride}")
+    return StoredTensor(kind, str(key), start, tuple(shape), tuple(stride))
 
 
 def storage_path(archive: zipfile.ZipFile, key: str) -> str:
-    [path] = [name for name in archive.namelist() if name.endswith(f"data/{key}")]
-    return path
+    paths = [name for name in archive.namelist() if name.endswith(f"/data/{key}")]
+    if len(paths) != 1:
+        raise pickle.UnpicklingError(f"it holds {len(paths)} storages {key!r}")
+    return paths[0]
 
 
 def read(archive: zipfile.ZipFile, tensor: StoredTensor) -> mx.array:
