@@ -12,6 +12,7 @@ from internvl3_mlx.convert.arrange import arrange, arranged, check_tensors
 from internvl3_mlx.convert.checkpoint import open_checkpoint
 from internvl3_mlx.convert.quantize import Recipe, predicate
 from internvl3_mlx.errors import ConfigError, UserError
+from internvl3_mlx.loading.adapter import merged, read_adapter
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokens import Tokenizer
 
@@ -29,11 +30,18 @@ class Loaded:
     model: InternVL
 
 
-def build(folder: Path, *, quantize: Recipe | None = None, dtype: str | None = None) -> Loaded:
+def build(
+    folder: Path,
+    *,
+    quantize: Recipe | None = None,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+) -> Loaded:
     """Read a folder of any layout; every tensor finds its place, or KeyMapError names it.
 
-    ``quantize`` packs the weights on the way in. ``dtype`` is what they are computed in: by default
-    the checkpoint's own on a GPU, and float32 on a CPU, where 16-bit arithmetic is emulated.
+    ``adapter`` is merged into the weights and ``quantize`` packs them on the way in. ``dtype`` is
+    what they are computed in: by default the checkpoint's own on a GPU, and float32 on a CPU, where
+    16-bit arithmetic is emulated.
     """
     checkpoint = open_checkpoint(folder)
     config, moves = arrange(checkpoint, read_config(folder))
@@ -44,11 +52,14 @@ def build(folder: Path, *, quantize: Recipe | None = None, dtype: str | None = N
     shape_like(model, packed_modules(names), config.quantization)
     compute = compute_dtype(dtype, config.dtype)
     weights = {name: cast(x, compute) for name, x in arranged(checkpoint, config, moves)}
+    if adapter is not None:
+        check_dense(config, "an adapter is merged into 16-bit weights")
+        weights = merged(weights, read_adapter(adapter, config))
     check_tensors(weights, dict(tree_flatten(model.parameters())))
     model.load_weights(list(weights.items()))
     del weights
     if quantize is not None:
-        check_dense(config, quantize)
+        check_dense(config, f"{quantize.name} packs 16-bit weights")
         nn.quantize(model, class_predicate=predicate(quantize.choose))
     model.fold()
     model.eval()
@@ -65,11 +76,9 @@ def check_image_token(tokenizer: Tokenizer, config: ModelConfig) -> None:
         )
 
 
-def check_dense(config: ModelConfig, quantize: Recipe) -> None:
+def check_dense(config: ModelConfig, why: str) -> None:
     if config.quantization is not None:
-        raise UserError(
-            f"this checkpoint is quantized already; load it as it is, without {quantize.name}"
-        )
+        raise UserError(f"this checkpoint is quantized already and {why}; name the 16-bit one")
 
 
 def packed_modules(names: set[str]) -> set[str]:

@@ -72,6 +72,17 @@ def look(repo: str, revision: str | None = None) -> Remote:
 
 def check_room(remote: Remote, *, packed: bool) -> None:
     """Refuse a download that the disk cannot hold or whose model this machine's GPU cannot."""
+    check_disk(remote, packed=packed)
+    limit, need = gpu_bytes(), remote.nbytes * (0.3 if packed else 1.0)
+    if need > limit:
+        raise UserError(
+            f"{remote.repo} needs about {need / GB:.0f} GB, "
+            f"this machine can give the GPU {limit / GB:.0f} GB; " + better_choice(limit)
+        )
+
+
+def check_disk(remote: Remote, *, packed: bool) -> None:
+    """Refuse a download that the disk cannot hold."""
     cache = hub_cache()
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     needed = remote.nbytes * (1.3 if packed else 1.0) + SPARE_BYTES
@@ -80,12 +91,6 @@ def check_room(remote: Remote, *, packed: bool) -> None:
             f"{remote.repo} needs {needed / GB:.0f} GB of disk, "
             f"{free / GB:.0f} GB are free in {cache}; "
             "set HF_HOME to a larger disk"
-        )
-    limit, need = gpu_bytes(), remote.nbytes * (0.3 if packed else 1.0)
-    if need > limit:
-        raise UserError(
-            f"{remote.repo} needs about {need / GB:.0f} GB, "
-            f"this machine can give the GPU {limit / GB:.0f} GB; " + better_choice(limit)
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx.convert.pipeline import convert
-from internvl3_mlx.convert.quantize import Recipe
+from internvl3_mlx.convert.quantize import Recipe, recipe
 from internvl3_mlx.errors import DownloadError
 from internvl3_mlx.loading.hub import cached_snapshot, check_room, fetch, look
 from internvl3_mlx.loading.names import (
@@ -18,6 +18,9 @@ from internvl3_mlx.loading.names import (
     model_cache,
 )
 
+DEFAULT_BITS = 4
+DENSE_BITS = 16
+
 Notify = Callable[
     [str], None
 ]  # told, in one line, of anything that takes long or that the user would wonder about
@@ -25,33 +28,43 @@ Notify = Callable[
 
 @dataclass(frozen=True)
 class Ready:
-    """A model's folder on this machine; ``packed`` when it is our copy, made by the recipe."""
+    """A model's folder on this machine, and how its weights are still to be packed, if at all."""
 
     folder: Path
-    packed: bool = False
+    recipe: Recipe | None = None
 
 
 def prepare(
-    model: str | None, pack: Recipe | None, *, revision: str | None = None, notify: Notify
+    model: str | None,
+    bits: int | None,
+    *,
+    adapted: bool = False,
+    revision: str | None = None,
+    notify: Notify,
 ) -> Ready:
-    """Get ``model`` here. Published sizes come packed with ``pack``; None keeps them as published.
+    """Get ``model`` here. Published sizes come packed unless ``bits`` says 16.
 
-    With no name at all it is the default size, or the demo where that cannot be had offline.
+    ``adapted``: an adapter goes into the 16-bit weights first, so packing is left for later. With
+    no name at all it is the default size, or the demo where that cannot be had offline.
     """
+    asked = None if bits in (None, DENSE_BITS) else recipe(bits)
     if model is None:
         try:
-            return prepare(DEFAULT_MODEL, pack, revision=revision, notify=notify)
+            return prepare(DEFAULT_MODEL, bits, adapted=adapted, revision=revision, notify=notify)
         except DownloadError:
             notify(
                 f"no network and no {SIZES[DEFAULT_MODEL].repo} here: using the small demo model"
             )
-            return Ready(DEMO_FOLDER)
+            return Ready(DEMO_FOLDER, asked)
     place = find(model)
     if place.folder is not None:
-        return Ready(place.folder)
-    if place.size is None or pack is None:
-        return Ready(downloaded(place, revision, packed=False, notify=notify))
-    return Ready(packed_size(place, pack, revision, notify), packed=True)
+        return Ready(place.folder, asked)
+    if place.size is None:
+        return Ready(downloaded(place, revision, packed=asked is not None, notify=notify), asked)
+    pack = None if bits == DENSE_BITS else asked or recipe(DEFAULT_BITS)
+    if pack is None or adapted:
+        return Ready(downloaded(place, revision, packed=pack is not None, notify=notify), pack)
+    return Ready(packed_size(place, pack, revision, notify))
 
 
 def downloaded(place: Place, revision: str | None, *, packed: bool, notify: Notify) -> Path:
