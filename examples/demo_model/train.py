@@ -32,7 +32,7 @@ from internvl3_mlx.images.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 WARMUP = 100
 MUON_RATE, ADAM_RATE = {"see": 0.01, "ask": 0.02}, 2e-3
-TOWER_SHARE = {"see": 1.0, "ask": 0.5}  # of the learning rate: what already sees changes slowly
+TOWER_SHARE = {"see": 1.0, "ask": 0.2}  # of the learning rate: what already sees changes slowly
 CLIP = 2.0  # largest gradient norm of what AdamW trains
 SEEING_SHARE = {"see": 1.0, "ask": 0.3}  # weight of the dense labels' loss
 SAVE_SECONDS, LOG_STEPS, PLAN_STEPS = 180, 20, 20
