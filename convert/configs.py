@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.config import ModelConfig, Quantization
@@ -183,11 +182,3 @@ def with_dtype(content: Json, dtype: str) -> Json:
         key: with_dtype(value, dtype) if isinstance(value, dict) and key in PART_KEYS else value
         for key, value in named.items()
     }
-
-
-def model_name(folder: Path) -> str:
-    """Name a folder as its repository: a hub snapshot lies under models--OWNER--NAME."""
-    for part in folder.resolve().parts[::-1]:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
-    return folder.resolve().name

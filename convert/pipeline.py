@@ -12,8 +12,10 @@ from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.arrange import PATCH_WEIGHT, channels_first, channels_last
 from internvl3_mlx.convert.checkpoint import Checkpoint
 from internvl3_mlx.convert.configs import written_config
+from internvl3_mlx.convert.measure import Figures
 from internvl3_mlx.convert.plan import PACKED_PARTS, Plan, Planned, dtype_name, make_plan, packed
 from internvl3_mlx.convert.prove import prove
+from internvl3_mlx.convert.quality import prove_forward
 from internvl3_mlx.convert.quantize import Recipe
 from internvl3_mlx.convert.rows import DTYPES, NAMES, as_bytes, not_finite, slabs
 from internvl3_mlx.convert.sidefiles import write_side_files
@@ -32,6 +34,7 @@ class Options:
     dtype: str | None = None
     dequantize: bool = False
     overwrite: bool = False
+    compare: bool = False  # run source and target on one question before the target is kept
     learned: Mapping[str, mx.array] = field(default_factory=dict)  # tensors to write as they are
 
 
@@ -49,10 +52,12 @@ class Outcome:
     """What a conversion made: bytes, packed modules, and those whose odd width kept them dense."""
 
     target: Path
+    layout: str
     nbytes: int
     files: int
     packed: Mapping[str, Quantization]
     left_dense: Mapping[str, int]
+    forward: Figures | None = None  # the answer of source and target compared, if it was
 
 
 def convert(
@@ -88,7 +93,11 @@ def convert(
         (aside / "config.json").write_text(text, encoding="utf-8")
         write_side_files(plan, aside)
         prove(aside, entries, writer.checksums)
-    return Outcome(target, total, len(writer.shards), plan.packed, plan.left_dense)
+        same = not any(tensor.form for tensor in plan.tensors) and not options.learned
+        forward = prove_forward(source, aside, same=same) if options.compare else None
+    return Outcome(
+        target, plan.layout, total, len(writer.shards), plan.packed, plan.left_dense, forward
+    )
 
 
 def check_places(source: Path, target: Path) -> None:

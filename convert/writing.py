@@ -43,8 +43,7 @@ def writing_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     An existing ``target`` is refused, or with ``overwrite`` replaced at the very end.
     """
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists; name another folder, or pass --overwrite")
+    check_free(target, overwrite=overwrite)
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         remove_leftovers(target)
@@ -57,6 +56,13 @@ def writing_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_free(target: Path, *, overwrite: bool) -> None:
+    """Refuse a name that is taken; only a folder may be replaced."""
+    if target.is_file() or (target.exists() and not overwrite):
+        advice = "" if target.is_file() else ", or pass --overwrite"
+        raise CheckpointError(f"{target} exists; name another folder{advice}")
 
 
 def remove_leftovers(target: Path) -> None:

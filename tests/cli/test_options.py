@@ -3,6 +3,7 @@ from dataclasses import fields
 import pytest
 
 from internvl3_mlx.cli import options
+from internvl3_mlx.cli.convert import convert
 from internvl3_mlx.cli.generate import generate
 from internvl3_mlx.generation.settings import Settings
 
@@ -37,7 +38,8 @@ def test_every_flag_says_what_it_does():
 
 
 def test_every_heading_of_the_help_is_in_use():
-    used = {getattr(param, "section", options.OTHERS) for param in generate.params}
+    params = [*generate.params, *convert.params]
+    used = {getattr(param, "section", options.OTHERS) for param in params}
     assert used == {*options.SECTIONS}
 
 
