@@ -87,6 +87,16 @@ def test_a_smaller_v2pe_step_makes_many_pictures_fit(narrow):
     assert len(narrow.ask("Compare.", images, v2pe_delta=1 / 256, max_tokens=2).token_ids) == 2
 
 
+def test_v2pe_holds_a_prompt_to_the_trained_window_that_ntk_would_stretch(narrow):
+    images, question = [picture(100, 50)], "0" * (WINDOW - 60)
+    length = len(narrow.prepare(question, images).input_ids.tolist())
+    assert WINDOW + 20 < length < 2 * WINDOW
+    with pytest.raises(PromptError):
+        narrow.prepare(question, images, v2pe_delta=1 / 2)
+    with pytest.raises(PromptError):
+        narrow.prepare(question, images, ntk=False)
+
+
 def test_an_answer_ends_where_the_context_ends(narrow):
     length = len(narrow.prepare("Go on.").input_ids.tolist())
     answer = narrow.ask("Go on.", max_tokens=10_000, ntk=False)

@@ -122,6 +122,8 @@ def test_answers_beyond_the_trained_window_equal_transformers(case, spare, image
     given = inputs.input_ids.tolist(), pixels_of(inputs), STEPS
     theirs = narrow.reference.greedy(*given)
     assert vlm.ask(QUESTION, images, max_tokens=STEPS).token_ids == theirs
+    chunked = vlm.ask(QUESTION, images, max_tokens=STEPS, prefill_step_size=7)
+    assert chunked.token_ids == theirs
     assert theirs != checkpoint.reference.greedy(*given)
 
 

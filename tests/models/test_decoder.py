@@ -46,7 +46,7 @@ def test_fused_projections_give_the_same_logits(style):
     ids = mx.array([token_row(checkpoint)])
     before = numbers(model(ids))
     model.fold()
-    assert relative_error(numbers(model(ids)), before) < 1e-6
+    assert relative_error(numbers(model(ids)), before) < TOLERANCE
 
 
 @pytest.mark.parametrize("delta", [None, 1 / 4, 1 / 256])
