@@ -1,0 +1,261 @@
+"""What goes wrong is told in one line; the source is untouched and nothing half-written stays."""
+
+import json
+import os
+import resource
+import shutil
+from collections import namedtuple
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from fixtures.checkpoints import write_json
+from fixtures.converting import converted
+from fixtures.opened import tiny
+from fixtures.tiny import Bits, Recipe
+from safetensors.torch import load_file, save_file
+
+from internvl3_mlx.convert import prove, writing
+from internvl3_mlx.convert.quantize import recipe
+from internvl3_mlx.errors import InternVL3Error
+
+NORM = "language_model.model.norm.weight"
+DOWN = "language_model.model.layers.1.mlp.down_proj.weight"
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def source(tmp_path):
+    shutil.copytree(tiny(Recipe(shards=2)).folder, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def refusal(source: Path, target: Path, *, packing=None, **options) -> str:
+    """Expect a conversion to fail, in one line, and to leave everything as it was."""
+    before, around = contents(source), sorted(target.parent.iterdir())
+    with pytest.raises(InternVL3Error) as caught:
+        converted(source, target, packing, **options)
+    assert contents(source) == before
+    assert sorted(target.parent.iterdir()) == around
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def spoil(folder: Path, name: str, change) -> None:
+    """Change one tensor of one of the shards."""
+    for file in folder.glob("*.safetensors"):
+        weights = load_file(file)
+        if name in weights:
+            weights[name] = change(weights[name])
+            save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_a_truncated_shard_is_named(source, tmp_path):
+    shard = source / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert "model-00002-of-00002.safetensors is cut short" in refusal(source, tmp_path / "out")
+
+
+def test_an_index_that_names_the_wrong_file_is_refused(source, tmp_path):
+    index = source / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    files = sorted(set(table["weight_map"].values()))
+    other = dict(zip(files, reversed(files), strict=True))
+    table["weight_map"][NORM] = other[table["weight_map"][NORM]]
+    write_json(index, table)
+    assert "but it is not; download it again" in refusal(source, tmp_path / "out")
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused(source, tmp_path):
+    index = source / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"][NORM] = "../other/model.safetensors"
+    write_json(index, table)
+    assert "is no index of safetensors files" in refusal(source, tmp_path / "out")
+
+
+def test_a_half_downloaded_repository_is_refused(source, tmp_path):
+    (source / "model-00002-of-00002.safetensors").unlink()
+    message = refusal(source, tmp_path / "out")
+    assert "lacks model-00002-of-00002.safetensors, which its index names" in message
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_a_folder_without_its_small_files_is_refused(source, tmp_path, missing):
+    (source / missing).unlink()
+    assert missing.split(".")[0] in refusal(source, tmp_path / "out", layout="hf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("packing", [None, recipe(4, 32)], ids=["dense", "packed"])
+def test_weights_that_are_no_numbers_are_named(source, tmp_path, dtype, number, packing):
+    spoil(
+        source, DOWN, lambda x: x.to(getattr(torch, dtype)).index_fill(0, torch.tensor([7]), number)
+    )
+    message = refusal(source, tmp_path / "out", packing=packing)
+    assert message.startswith(f"{DOWN} holds numbers that are not finite")
+
+
+def test_numbers_too_large_for_the_type_asked_for_are_named(source, tmp_path):
+    spoil(source, NORM, lambda x: x * 1e6)
+    assert NORM in refusal(source, tmp_path / "out", dtype="float16")
+
+
+def test_the_source_as_target_is_refused(source, tmp_path):
+    message = refusal(source, source, overwrite=True)
+    assert "overlaps the source" in message
+
+
+@pytest.mark.parametrize("inside", ["out", "a/b"])
+def test_a_target_inside_the_source_is_refused(source, inside):
+    with pytest.raises(InternVL3Error, match="overlaps the source"):
+        converted(source, source / inside)
+
+
+def test_a_target_around_the_source_is_refused(source):
+    with pytest.raises(InternVL3Error, match="overlaps the source"):
+        converted(source, source.parent, overwrite=True)
+
+
+def test_too_little_room_is_told_before_anything_is_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: Usage(10**9, 0, 1000))
+    message = refusal(source, tmp_path / "out")
+    assert "needs 0.1 GB, 0.0 GB are free in" in message
+    assert message.endswith("make room or name another disk")
+
+
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing(source, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        message = refusal(source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message == f"cannot write {tmp_path / 'out'}: File too large; nothing was left behind"
+
+
+@contextmanager
+def as_nobody():
+    """Give up root's rights, to which no folder is read-only."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_read_only_target_is_told():
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        shutil.copytree(tiny(Recipe()).folder, place / "source")
+        (place / "shut").mkdir()
+        for folder in (place, place / "source"):
+            folder.chmod(0o755)
+        for file in (place / "source").iterdir():
+            file.chmod(0o644)
+        (place / "shut").chmod(0o555)
+        with as_nobody():
+            message = refusal(place / "source", place / "shut" / "out")
+        (place / "shut").chmod(0o755)
+    assert message.endswith("out: Permission denied; nothing was left behind")
+
+
+def test_a_target_below_a_file_is_told(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InternVL3Error, match="cannot write .*Not a directory; nothing was left"):
+        converted(source, tmp_path / "file" / "out")
+
+
+def test_a_disk_that_reads_back_other_bytes_is_noticed(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(prove, "checksum", lambda info: 1)
+    message = refusal(source, tmp_path / "out")
+    assert "reads back differently than it was written" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"packing": recipe(4)}, "is quantized already; convert the 16-bit checkpoint instead"),
+        ({"layout": "hf"}, "is quantized, PyTorch reads dense weights; add --dequantize"),
+        ({"layout": "gguf"}, "layout 'gguf' was asked for; known are mlx, original, hf"),
+        ({"dtype": "int8"}, "dtype 'int8' was asked for; known are float32, float16, bfloat16"),
+    ],
+)
+def test_a_wish_that_a_packed_checkpoint_cannot_fulfil_is_refused(tmp_path, options, words):
+    packed = tiny(Recipe(layout="mlx", bits=Bits(group_size=32)))
+    assert words in refusal(packed.folder, tmp_path / "out", **options)
+
+
+def test_a_dense_checkpoint_cannot_be_dequantized(source, tmp_path):
+    message = refusal(source, tmp_path / "out", dequantize=True)
+    assert "is not quantized; leave out --dequantize" in message
+
+
+def test_pytorch_layouts_are_not_packed(source, tmp_path):
+    message = refusal(source, tmp_path / "out", packing=recipe(4), layout="original")
+    assert message == "original checkpoints are not quantized; leave out one of --to and -q"
+
+
+def adapters(tmp_path: Path, change) -> Path:
+    shutil.copytree(tiny(Recipe(lora="adapters")).folder, tmp_path / "lora")
+    file = tmp_path / "lora" / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file)
+    return tmp_path / "lora"
+
+
+MODULE = "language_model.base_model.model.model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop(f"{MODULE}.lora_A.default.weight"), "has half an adapter"),
+        (lambda w: w.pop(f"{MODULE}.base_layer.weight"), "has an adapter but no weight"),
+        (
+            lambda w: w.update({f"{MODULE}.lora_A.default.weight": torch.ones(3, 7)}),
+            "its weight (192, 128)",
+        ),
+        (
+            lambda w: w.update({f"{MODULE}.lora_A.second.weight": torch.ones(3, 128)}),
+            "has two adapters",
+        ),
+        (
+            lambda w: w.update({f"{MODULE}.lora_magnitude_vector.default.weight": torch.ones(3)}),
+            "merge the LoRA adapter",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_named(tmp_path, change, words):
+    message = refusal(adapters(tmp_path, change), tmp_path / "out")
+    assert words in message
+    assert "layers.1.mlp.up_proj" in message
+
+
+def test_an_adapter_of_unknown_scale_is_refused(tmp_path):
+    folder = adapters(tmp_path, lambda weights: None)
+    content = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", content | {"use_llm_lora": 0})
+    assert "has an adapter whose scale nothing names" in refusal(folder, tmp_path / "out")
+
+
+def test_an_adapter_config_names_the_scale(tmp_path):
+    folder = adapters(tmp_path, lambda weights: None)
+    write_json(folder / "adapter_config.json", {"r": 3, "lora_alpha": 6})
+    converted(folder, tmp_path / "out")
+    write_json(folder / "adapter_config.json", {"r": 3, "lora_alpha": 3})
+    converted(folder, tmp_path / "half")
+    one, half = (load_file(tmp_path / n / "model.safetensors")[DOWN] for n in ("out", "half"))
+    assert not torch.equal(one, half)
