@@ -9,9 +9,13 @@ import numpy as np
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.generation.sampling import Choose
 from internvl3_mlx.models.cache import Cache, KVCache
+from internvl3_mlx.models.decoder import LAST
+from internvl3_mlx.models.device import on_gpu
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.rope import Positions, Rotary
 
+# tokens of a prompt; a CPU computes the scores under the causal mask too, fewer in shorter chunks
+PREFILL_STEP = 2048 if on_gpu() else 512
 ROOM_AHEAD = 256  # tokens of an answer that the cache holds before it must grow
 
 
@@ -30,22 +34,27 @@ class Engine:
     quantized_kv_start: int = 0
 
     def prefill(
-        self, ids: mx.array, features: mx.array | None, positions: np.ndarray | None, step: int
+        self,
+        ids: mx.array,
+        features: mx.array | None,
+        positions: np.ndarray | None,
+        step: int | None = None,
     ) -> mx.array:
         """Read the prompt in chunks of ``step`` tokens. ids: (1, L) -> logits of the next token
         (1, vocab).
 
         positions: (L,) float32, or None where they are the plain 0, 1, 2 ...
         """
-        length = ids.shape[1]
+        length, step = ids.shape[1], step or PREFILL_STEP
         embeds = self.model.embed(ids, features)
         for start in range(0, length, step):
             stop = min(start + step, length)
             rotary = self.rotary(part(positions, start, stop), length)
-            states = self.model.language_model.model(embeds[:, start:stop], rotary, self.cache)
+            chunk = embeds[:, start:stop]
+            states = self.model.language_model.model(chunk, rotary, self.cache, LAST)
             self.pack()
             if stop < length:
-                mx.eval(states, [layer.state for layer in self.cache])
+                mx.eval([layer.state for layer in self.cache])
                 mx.clear_cache()
         return self.model.language_model.head(states[:, -1])
 

@@ -48,7 +48,7 @@ class Settings:
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 0
-    prefill_step_size: int = 2048
+    prefill_step_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "video", "history"):  # one string or path is a list of one

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from internvl3_mlx.models.device import on_gpu
+
 INVERSE_SQRT_2 = 1 / math.sqrt(2)
 
 Elementwise = Callable[..., mx.array]
@@ -16,8 +18,7 @@ def fused(function: Elementwise) -> Elementwise:
     On a CPU MLX would call a C++ compiler at run time, which a user's machine may lack: there it
     stays plain.
     """
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    return mx.compile(function, shapeless=True) if on_gpu else function
+    return mx.compile(function, shapeless=True) if on_gpu() else function
 
 
 @fused

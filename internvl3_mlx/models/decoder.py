@@ -20,6 +20,8 @@ from internvl3_mlx.models.cache import Cache
 from internvl3_mlx.models.fusing import join_rows
 from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, powers_where_ordinary
 
+EVERY, LAST = slice(None), slice(-1, None)  # rows of a sequence
+
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions given from outside."""
@@ -37,19 +39,24 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
-    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache | None) -> mx.array:
-        queries, keys, values = self.project(x)
-        out = attend(rotary(queries), rotary(keys), values.transpose(0, 2, 1, 3), cache)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+    def __call__(
+        self, x: mx.array, rotary: Rotary, cache: Cache | None, rows: slice = EVERY
+    ) -> mx.array:
+        """x: (B, L, D) -> (B, R, D): all L rows are remembered, ``rows`` of them answered."""
+        turned, values = self.project(x)
+        queries, keys = mx.split(rotary(turned), [self.heads], axis=1)
+        out = attend(queries[:, :, rows], keys, values.transpose(0, 2, 1, 3), cache)
+        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
     def project(self, x: mx.array) -> list[mx.array]:
-        """x: (B, L, D) -> q (B, L, H, Dh), k and v (B, L, KV, Dh)."""
-        queries, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        """x: (B, L, D) -> q and k, to be turned together, (B, L, H + KV, Dh), and v (B, L, KV,
+        Dh)."""
         if "qkv_proj" in self:
-            parts = list(mx.split(self.qkv_proj(x), [queries, queries + kv], axis=-1))
+            joint = self.qkv_proj(x)
         else:
-            parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        return [part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts]
+            joint = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        heads = joint.reshape(*x.shape[:2], -1, self.head_dim)
+        return list(mx.split(heads, [self.heads + self.kv_heads], axis=2))
 
     def fuse(self) -> None:
         join_rows(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
@@ -83,8 +90,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn, self.mlp = Attention(config), MLP(config)
 
-    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+    def __call__(
+        self, x: mx.array, rotary: Rotary, cache: Cache | None, rows: slice = EVERY
+    ) -> mx.array:
+        x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, cache, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -98,11 +107,19 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: Sequence[Cache] | None = None
+        self,
+        x: mx.array,
+        rotary: Rotary,
+        cache: Sequence[Cache] | None = None,
+        rows: slice = EVERY,
     ) -> mx.array:
-        """x: (B, L, D) -> (B, L, D)."""
-        for block, layer_cache in zip(self.layers, cache or repeat(None), strict=False):
-            x = block(x, rotary, layer_cache)
+        """x: (B, L, D) -> (B, R, D), the states of ``rows`` alone.
+
+        Every layer but the last needs all rows; the last needs the others only in the cache.
+        """
+        last = len(self.layers) - 1
+        for i, (block, kept) in enumerate(zip(self.layers, cache or repeat(None), strict=False)):
+            x = block(x, rotary, kept, rows if i == last else EVERY)
         return self.norm(x)
 
 

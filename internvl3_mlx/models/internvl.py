@@ -13,13 +13,14 @@ import mlx.nn as nn
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.models.cache import Cache
 from internvl3_mlx.models.decoder import LanguageModel
+from internvl3_mlx.models.device import on_gpu
 from internvl3_mlx.models.projector import pixel_shuffle, projector
 from internvl3_mlx.models.rope import Positions
 from internvl3_mlx.models.vision import VisionModel
 
-TILES_AT_ONCE = (
-    2  # a tile already fills the matrix units with 1025 rows; more only raises the peak of memory
-)
+# a tile brings 1025 rows to each matrix product: more of them at once mostly cost memory, on a CPU
+# speed as well (docs/performance.md)
+TILES_AT_ONCE = 2 if on_gpu() else 1
 
 
 class InternVL(nn.Module):
