@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from internvl3_mlx.generation.answer import Answer, Piece
+    from internvl3_mlx.generation.conversation import Conversation
     from internvl3_mlx.generation.inputs import Inputs
     from internvl3_mlx.generation.settings import Settings
     from internvl3_mlx.generation.vlm import VLM, load
@@ -31,6 +32,7 @@ __all__ = [
     "Answer",
     "CheckpointError",
     "ConfigError",
+    "Conversation",
     "DownloadError",
     "ImageError",
     "Inputs",
@@ -50,6 +52,7 @@ __all__ = [
 HOMES = {
     "VLM": "generation.vlm",
     "Answer": "generation.answer",
+    "Conversation": "generation.conversation",
     "Inputs": "generation.inputs",
     "Media": "prompt.template",
     "Piece": "generation.answer",

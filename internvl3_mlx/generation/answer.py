@@ -12,9 +12,12 @@ SCALE = 1000  # the model names places in thousandths of the picture's sides
 
 @dataclass(frozen=True)
 class Usage:
+    """Tokens of a run. ``cached_tokens``: of the prompt, those that were not read again."""
+
     prompt_tokens: int
     image_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.config import TextConfig
+from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.sampling import Choose
-from internvl3_mlx.models.cache import Cache, KVCache
+from internvl3_mlx.generation.settings import KV_GROUP_SIZES, Settings
+from internvl3_mlx.models.cache import Cache, KVCache, Packing, QuantizedKVCache
 from internvl3_mlx.models.decoder import LAST
 from internvl3_mlx.models.device import on_gpu
 from internvl3_mlx.models.internvl import InternVL
@@ -21,17 +23,16 @@ ROOM_AHEAD = 256  # tokens of an answer that the cache holds before it must grow
 
 @dataclass
 class Engine:
-    """One sequence being read and continued."""
+    """One sequence being read and continued. ``read``: how many tokens the cache holds whole."""
 
     model: InternVL
     choose: Choose
     cache: list[Cache]
     next_position: float
+    read: int = 0
     keep_ids: bool = False  # penalties look back at the ids
     ntk: bool = True
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 0
+    packing: Packing | None = None
 
     def prefill(
         self,
@@ -40,19 +41,21 @@ class Engine:
         positions: np.ndarray | None,
         step: int | None = None,
     ) -> mx.array:
-        """Read the prompt in chunks of ``step`` tokens. ids: (1, L) -> logits of the next token
-        (1, vocab).
+        """Read the prompt's unread tokens in chunks of ``step``. ids: (1, L) -> logits of the next
+        token (1, vocab).
 
-        positions: (L,) float32, or None where they are the plain 0, 1, 2 ...
+        features: the visual tokens of the unread part. positions: (L,) float32, or None where they
+        are the plain 0, 1, 2 ...
         """
-        length, step = ids.shape[1], step or PREFILL_STEP
-        embeds = self.model.embed(ids, features)
-        for start in range(0, length, step):
+        length, known, step = ids.shape[1], self.read, step or PREFILL_STEP
+        embeds = self.model.embed(ids[:, known:], features)
+        for start in range(known, length, step):
             stop = min(start + step, length)
             rotary = self.rotary(part(positions, start, stop), length)
-            chunk = embeds[:, start:stop]
-            states = self.model.language_model.model(chunk, rotary, self.cache, LAST)
+            rows = embeds[:, start - known : stop - known]
+            states = self.model.language_model.model(rows, rotary, self.cache, LAST)
             self.pack()
+            self.read = stop
             if stop < length:
                 mx.eval([layer.state for layer in self.cache])
                 mx.clear_cache()
@@ -81,28 +84,50 @@ class Engine:
         embeds = self.model.embed(token[None])
         states = self.model.language_model.model(embeds, rotary, self.cache)
         self.pack()
+        self.read = length
         return self.model.language_model.head(states[:, -1])
 
     def rotary(self, positions: Positions, length: int) -> Rotary:
         return self.model.language_model.rotary(positions, length, ntk=self.ntk)
 
     def pack(self) -> None:
-        """Quantize the cache once it is longer than ``quantized_kv_start``."""
-        if self.kv_bits is None or self.cache[0].offset <= self.quantized_kv_start:
+        """Quantize the cache once it is longer than was asked for."""
+        if self.packing is None or self.cache[-1].offset <= self.packing.start:
             return
         for i, layer in enumerate(self.cache):
             if isinstance(layer, KVCache):
-                self.cache[i] = layer.quantized(self.kv_bits, self.kv_group_size)
+                self.cache[i] = layer.quantized(self.packing.bits, self.packing.group_size)
 
 
 def part(positions: np.ndarray | None, start: int, stop: int) -> Positions:
     return start if positions is None else mx.array(positions[start:stop])
 
 
-def new_cache(model: InternVL, prompt: int, max_tokens: int) -> list[Cache]:
-    """Make one cache a layer, with room for the prompt and the beginning of an answer."""
-    room = prompt + min(max_tokens, ROOM_AHEAD)
-    return [KVCache(room) for _ in model.language_model.model.layers]
+def new_cache(
+    model: InternVL, prompt: int, max_tokens: int, packing: Packing | None = None
+) -> list[Cache]:
+    """Make one cache a layer, with room for the prompt and the beginning of an answer.
+
+    One that is to be packed from the start is packed as it is read, so that the size of a chunk
+    changes nothing.
+    """
+    room, layers = prompt + min(max_tokens, ROOM_AHEAD), model.language_model.model.layers
+    if packing is not None and packing.start == 0:
+        return [QuantizedKVCache(packing.bits, packing.group_size, room) for _ in layers]
+    return [KVCache(room) for _ in layers]
+
+
+def packing_of(settings: Settings, head_dim: int) -> Packing | None:
+    """Read how the cache is to be packed; a group is never wider than a head."""
+    if settings.kv_bits is None:
+        return None
+    group_size = min(settings.kv_group_size, head_dim)
+    if head_dim % group_size or group_size not in KV_GROUP_SIZES:
+        raise UserError(
+            f"kv_group_size {settings.kv_group_size} does not divide this model's heads of "
+            f"{head_dim}; try {head_dim & -head_dim}, or leave kv_bits away"
+        )
+    return Packing(settings.kv_bits, group_size, settings.quantized_kv_start)
 
 
 def context_left(length: float, config: TextConfig, *, ntk: bool) -> int:

@@ -2,7 +2,10 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -11,6 +14,7 @@ import numpy as np
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.settings import Delta, Settings
+from internvl3_mlx.images.locate import short
 from internvl3_mlx.images.pixels import TilePolicy, normalize, to_tiles
 from internvl3_mlx.images.source import Picture, open_picture
 from internvl3_mlx.prompt.positions import (
@@ -22,8 +26,10 @@ from internvl3_mlx.prompt.positions import (
 )
 from internvl3_mlx.prompt.template import Media, Template, Turn
 from internvl3_mlx.prompt.tokens import Tokenizer
+from internvl3_mlx.prompt.turns import shown_order
 
 AUTO: Literal["auto"] = "auto"
+KEY_BYTES = 16  # of a picture's digest: none is ever met twice by chance
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,52 @@ class ImageInfo:
     tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One picture or frame, cut for the tower. tiles: raw colours (T, S, S, 3) uint8."""
+
+    tiles: np.ndarray
+    info: ImageInfo
+
+    @cached_property
+    def key(self) -> bytes:
+        """Name the content: equal for equal tiles, whatever the file is called."""
+        digest = blake2b(str(self.tiles.shape).encode(), digest_size=KEY_BYTES)
+        digest.update(np.ascontiguousarray(self.tiles).data)
+        return digest.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Film:
+    """A video as it was taken in: its frames, and when they are shown if the prompt tells."""
+
+    name: str
+    frames: tuple[Seen, ...]
+    times: tuple[float, ...] | None = None
+
+    @property
+    def media(self) -> Media:
+        return Media(tiles=(1,) * len(self.frames), kind="video", times=self.times)
+
+
+@dataclass(frozen=True, eq=False)
 class Inputs:
-    """What the model reads. ``tiles``: raw colours (T, S, S, 3) uint8; None without pictures."""
+    """What the model reads. ``seen``: the pictures and frames in the order of their tokens."""
 
     token_ids: list[int]
-    tiles: np.ndarray | None
+    seen: tuple[Seen, ...]
     positions: np.ndarray
-    images: tuple[ImageInfo, ...]
-    deltas: tuple[float, ...]
+    deltas: tuple[float, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def images(self) -> tuple[ImageInfo, ...]:
+        return tuple(seen.info for seen in self.seen)
+
+    @property
+    def tiles(self) -> np.ndarray | None:
+        """(T, S, S, 3) uint8, raw colours of all pictures; None without pictures."""
+        return np.concatenate([seen.tiles for seen in self.seen]) if self.seen else None
 
     @property
     def input_ids(self) -> mx.array:
@@ -56,7 +98,7 @@ class Inputs:
     @property
     def pixel_values(self) -> mx.array | None:
         """(T, S, S, 3) float32, normalised, equal to the published pipeline's to the bit."""
-        return None if self.tiles is None else mx.array(normalize(self.tiles))
+        return mx.array(normalize(self.tiles)) if self.tiles is not None else None
 
     @property
     def position_ids(self) -> mx.array:
@@ -93,20 +135,27 @@ class Preparer:
 
     def __call__(self, question: str, images: Sequence[Any], settings: Settings) -> Inputs:
         started = time.perf_counter()
-        policy = self.policy(settings)
-        pictures = [
-            self.see(open_picture(source, upright=settings.upright), policy) for source in images
-        ]
-        videos = [self.watch(source, settings) for source in settings.video]
-        turns = self.turns(question, [info.tiles for _, info in pictures], videos, settings)
-        seen = [*pictures, *(frame for frames, _ in videos for frame in frames)]
-        ids = self.tokenizer.encode(
-            self.template.render(turns, settings.system), self.config.num_image_token
-        )
-        tiles = np.concatenate([tile for tile, _ in seen]) if seen else None
-        infos = tuple(info for _, info in seen)
+        pictures = [self.look(source, settings) for source in images]
+        films = [self.watch(source, settings) for source in settings.video]
+        counts = [picture.info.tiles for picture in pictures]
+        history = [given_tiles(turn, counts) for turn in settings.history]
+        told = pictures[: len(pictures) - len(counts)]
+        turn, rest = asked(question, pictures[len(told) :], films)
+        inputs = self.lay([*history, turn], [*told, *rest], settings)
+        return replace(inputs, seconds=time.perf_counter() - started)
+
+    def look(self, source: Any, settings: Settings) -> Seen:
+        """Open one picture and cut it; one that was looked at before is taken as it is."""
+        if isinstance(source, Seen):
+            return source
+        return self.cut(open_picture(source, upright=settings.upright), self.policy(settings))
+
+    def lay(self, turns: Sequence[Turn], seen: Sequence[Seen], settings: Settings) -> Inputs:
+        """Write the prompt of some turns. ``seen``: what they show, in the order of the prompt."""
+        segments = self.template.render(turns, settings.system)
+        ids = self.tokenizer.encode(segments, self.config.num_image_token)
         positions, deltas = self.positions(ids, settings)
-        return Inputs(ids, tiles, positions, infos, deltas, time.perf_counter() - started)
+        return Inputs(ids, tuple(seen), positions, deltas)
 
     def policy(self, settings: Settings) -> TilePolicy:
         """Take what the settings leave open from the checkpoint's config."""
@@ -125,35 +174,23 @@ class Preparer:
             dynamic=config.dynamic_image_size or settings.max_tiles is not None,
         )
 
-    def see(self, picture: Picture, policy: TilePolicy) -> tuple[np.ndarray, ImageInfo]:
+    def cut(self, picture: Picture, policy: TilePolicy) -> Seen:
         tiles = to_tiles(picture.image, policy)
         tokens = len(tiles) * self.config.num_image_token
-        return tiles, ImageInfo(picture.name, picture.width, picture.height, len(tiles), tokens)
+        info = ImageInfo(picture.name, picture.width, picture.height, len(tiles), tokens)
+        return Seen(tiles, info)
 
-    def watch(
-        self, source: Any, settings: Settings
-    ) -> tuple[list[tuple[np.ndarray, ImageInfo]], Media]:
+    def watch(self, source: Any, settings: Settings) -> Film:
         """Read a video: each frame is one tile, without a thumbnail."""
+        if isinstance(source, Film):
+            return source
         from internvl3_mlx.images.video import read_frames
 
         frames = read_frames(source, settings.num_frames, upright=settings.upright)
         policy = TilePolicy(tile_size=self.config.force_image_size, max_tiles=1, dynamic=False)
-        seen = [self.see(frame.picture, policy) for frame in frames]
+        seen = tuple(self.cut(frame.picture, policy) for frame in frames)
         times = tuple(frame.seconds for frame in frames) if settings.frame_times else None
-        return seen, Media(tiles=(1,) * len(frames), kind="video", times=times)
-
-    def turns(
-        self,
-        question: str,
-        tiles: list[int],
-        videos: Sequence[tuple[Any, Media]],
-        settings: Settings,
-    ) -> list[Turn]:
-        """Share the pictures out: to the history's turns in order, the rest to this question."""
-        rest = list(tiles)
-        history = [given_tiles(turn, rest) for turn in settings.history]
-        media = tuple(Media(tiles=(count,)) for count in rest)
-        return [*history, Turn("user", question, media + tuple(media for _, media in videos))]
+        return Film(short_name(source), seen, times)
 
     def positions(self, ids: list[int], settings: Settings) -> tuple[np.ndarray, tuple[float, ...]]:
         """Place every token; return the step of each image run beside."""
@@ -180,6 +217,20 @@ class Preparer:
         return auto_delta(ids, self.tokenizer.image_id, self.config.text.max_position_embeddings)
 
 
+def asked(
+    question: str, pictures: Sequence[Seen], films: Sequence[Film]
+) -> tuple[Turn, list[Seen]]:
+    """Make the user's turn, and put what it shows in the order of the prompt."""
+    shown = [*((picture,) for picture in pictures), *(film.frames for film in films)]
+    media = [*(Media((picture.info.tiles,)) for picture in pictures), *(f.media for f in films)]
+    turn = Turn("user", question, tuple(media))
+    return turn, [seen for n in shown_order(turn) for seen in shown[n]]
+
+
+def short_name(source: Any) -> str:
+    return short(str(source)) if isinstance(source, str | Path) else "video"
+
+
 def given_tiles(turn: Turn, rest: list[int]) -> Turn:
     """Give a past turn as many pictures as it showed, tiled as they are now."""
     media = []
@@ -194,4 +245,4 @@ def given_tiles(turn: Turn, rest: list[int]) -> Turn:
             raise PromptError(
                 "a video in the history cannot be shown again; ask about it in the last turn"
             )
-    return Turn(turn.role, turn.text, tuple(media))
+    return replace(turn, media=tuple(media))

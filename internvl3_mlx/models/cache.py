@@ -1,5 +1,6 @@
 """Keys and values of the tokens already read: as they are, or packed to 8 or 4 bits."""
 
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import mlx.core as mx
@@ -7,6 +8,15 @@ import mlx.core as mx
 GROWTH = 256  # tokens; room is added in whole steps so that appending rarely copies
 
 Packed = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, scales and biases
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a cache is packed, and from how many tokens on."""
+
+    bits: int
+    group_size: int = 64
+    start: int = 0
 
 
 class KVCache:
@@ -25,9 +35,23 @@ class KVCache:
         self.values[..., start : self.offset, :] = values
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
 
+    def trim(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        self.offset = min(self.offset, length)
+
     @property
     def state(self) -> list[mx.array]:
         return [] if self.keys is None or self.values is None else [self.keys, self.values]
+
+    @property
+    def kept(self) -> list[mx.array]:
+        """Keys and values (B, KV, N, D) of the tokens that are remembered."""
+        return [part[..., : self.offset, :] for part in self.state]
+
+    def restore(self, parts: list[mx.array]) -> None:
+        """Take over what another cache of this kind kept."""
+        self.keys, self.values = parts
+        self.offset = self.keys.shape[2]
 
     def quantized(self, bits: int, group_size: int) -> "QuantizedKVCache":
         """Return the same memory, packed."""
@@ -59,6 +83,10 @@ class QuantizedKVCache:
         weights, scales, biases = (part[..., : self.offset, :] for part in kept)
         return weights, scales, biases
 
+    def trim(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        self.offset = min(self.offset, length)
+
     def unpack(self, packed: Packed) -> mx.array:
         return mx.dequantize(*packed, group_size=self.group_size, bits=self.bits)
 
@@ -78,6 +106,16 @@ class QuantizedKVCache:
     @property
     def state(self) -> list[mx.array]:
         return [*self.keys, *self.values]
+
+    @property
+    def kept(self) -> list[mx.array]:
+        """Weights, scales and biases of the remembered keys, then of the values."""
+        return [part[..., : self.offset, :] for part in self.state]
+
+    def restore(self, parts: list[mx.array]) -> None:
+        """Take over what another cache of this kind kept."""
+        self.keys, self.values = list(parts[:3]), list(parts[3:])
+        self.offset = self.keys[0].shape[2]
 
 
 def with_room(kept: mx.array | None, new: mx.array, needed: int, room: int) -> mx.array:

@@ -121,7 +121,7 @@ def _messages(told: Sequence[tuple[str, list[Segment]]], plain: bool) -> list[di
     for role, body in told:
         parts = []
         for segment in body:
-            if isinstance(segment, Text):
+            if not isinstance(segment, ImageRun):
                 parts.append({"type": "text", "text": SENTINEL.format(number)})
             else:
                 parts.append({"type": "image"})
@@ -145,7 +145,7 @@ def _substitute(rendered: str, given: Sequence[Segment]) -> list[Segment] | None
         literal, end = rendered[end : place.start()], place.end()
         number, segment = waiting.pop() if waiting else (-1, ImageRun(0))
         is_text = place["text"] is not None
-        if is_text != isinstance(segment, Text) or (is_text and int(place["text"]) != number):
+        if is_text == isinstance(segment, ImageRun) or (is_text and int(place["text"]) != number):
             return None
         after_image = bool(segments) and isinstance(segments[-1], ImageRun)
         if isinstance(segment, Text) and after_image and literal == "\n":

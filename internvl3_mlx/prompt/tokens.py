@@ -20,7 +20,7 @@ from internvl3_mlx.prompt.tokenizer_files import (
     end_name,
     read_added_tokens,
 )
-from internvl3_mlx.prompt.turns import ImageRun, Segment, Text
+from internvl3_mlx.prompt.turns import ImageRun, Segment, Spoken, Text
 from internvl3_mlx.prompt.vocabulary import (
     Lead,
     Vocabulary,
@@ -113,11 +113,14 @@ class Tokenizer:
     def _pieces(
         self, segments: Sequence[Segment], num_image_token: int
     ) -> Iterator[str | list[int]]:
-        """Yield plain texts, and ids of special tokens and images."""
+        """Yield plain texts, and ids of special tokens, images and answers."""
         for segment in segments:
             if isinstance(segment, ImageRun):
                 context = [self.image_id] * (segment.tiles * num_image_token)
                 yield [self.image_start_id, *context, self.image_end_id]
+                continue
+            if isinstance(segment, Spoken):
+                yield list(segment.token_ids)
                 continue
             pattern = self._typed_token if segment.typed else self._any_token
             for index, part in enumerate(pattern.split(segment.text)):

@@ -37,11 +37,16 @@ class Media:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. Only the user's carry pictures."""
+    """One message. Only the user's carry pictures.
+
+    ``token_ids``: of an answer, the ids that were generated. Its text cut anew may give others;
+    with them a prompt repeats what was said to the token.
+    """
 
     role: Literal["user", "assistant"]
     text: str
     media: tuple[Media, ...] = ()
+    token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ("user", "assistant"):
@@ -51,6 +56,8 @@ class Turn:
             )
         if self.media and self.role != "user":
             raise PromptError("pictures in an assistant turn: move them to the user's turn")
+        if self.token_ids and self.role != "assistant":
+            raise PromptError("token ids in a user's turn: only generated answers have them")
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,14 @@ class ImageRun:
     tiles: int
 
 
-Segment = Text | ImageRun
+@dataclass(frozen=True)
+class Spoken:
+    """An answer as it was generated, token by token."""
+
+    token_ids: tuple[int, ...]
+
+
+Segment = Text | ImageRun | Spoken
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
@@ -84,6 +98,8 @@ def content(turn: Turn) -> list[Segment]:
     Marks the user typed place the pictures when there are as many marks as pictures; otherwise
     the pictures stand in front (images, then the frames of videos) and the marks stay text.
     """
+    if turn.token_ids:
+        return [Spoken(turn.token_ids)]
     images = [medium for medium in turn.media if medium.kind == "image"]
     videos = [medium for medium in turn.media if medium.kind == "video"]
     front: list[Segment] = []
@@ -99,6 +115,18 @@ def content(turn: Turn) -> list[Segment]:
     return merge([*front, *_fill(turn.text, placed)])
 
 
+def shown_order(turn: Turn) -> list[int]:
+    """Say in which order the prompt shows a turn's media: their indices in ``turn.media``."""
+    waiting = {
+        mark: [n for n, medium in enumerate(turn.media) if medium.kind == kind]
+        for mark, kind in ((IMAGE_MARK, "image"), (VIDEO_MARK, "video"))
+    }
+    placed = [mark for mark, media in waiting.items() if turn.text.count(mark) == len(media) > 0]
+    front = [n for mark, media in waiting.items() if mark not in placed for n in media]
+    marks = re.findall("|".join(placed), turn.text) if placed else []
+    return front + [waiting[mark].pop(0) for mark in marks]
+
+
 def merge(segments: Iterable[Segment]) -> list[Segment]:
     """Join neighbouring texts of one kind and drop empty ones."""
     merged: list[Segment] = []
@@ -106,7 +134,7 @@ def merge(segments: Iterable[Segment]) -> list[Segment]:
         last = merged[-1] if merged else None
         if isinstance(segment, Text) and isinstance(last, Text) and last.typed == segment.typed:
             merged[-1] = Text(last.text + segment.text, last.typed)
-        elif isinstance(segment, ImageRun) or segment.text:
+        elif not isinstance(segment, Text) or segment.text:
             merged.append(segment)
     return merged
 

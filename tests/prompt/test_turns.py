@@ -2,7 +2,7 @@ import pytest
 
 from internvl3_mlx.errors import PromptError
 from internvl3_mlx.prompt.template import ImageRun, Media, Text, Turn
-from internvl3_mlx.prompt.turns import content
+from internvl3_mlx.prompt.turns import Spoken, content, shown_order
 
 
 def laid_out(text: str, *media: Media) -> list[str | int]:
@@ -119,3 +119,29 @@ def test_only_what_the_user_wrote_is_typed():
 def test_impossible_turns_are_refused(make, message):
     with pytest.raises(PromptError, match=message):
         make()
+
+
+def test_an_answer_with_its_ids_is_repeated_to_the_token():
+    assert content(Turn("assistant", "whatever", token_ids=(5, 3))) == [Spoken((5, 3))]
+    with pytest.raises(PromptError, match="token ids in a user's turn"):
+        Turn("user", "hi", token_ids=(5,))
+
+
+FILM = Media((1, 1), kind="video")
+
+
+@pytest.mark.parametrize(
+    ("text", "media", "order"),
+    [
+        ("no marks", (FILM, Media((3,)), Media((2,))), [1, 2, 0]),
+        ("<video> then <image>", (Media((3,)), FILM), [1, 0]),
+        ("<image> then <video>", (FILM, Media((3,))), [1, 0]),
+        ("<video> alone", (Media((3,)), FILM), [0, 1]),
+        ("<image> is one mark for two", (Media((3,)), Media((2,))), [0, 1]),
+        ("nothing shown <image>", (), []),
+    ],
+)
+def test_media_are_counted_in_the_order_in_which_the_prompt_shows_them(text, media, order):
+    assert shown_order(Turn("user", text, media)) == order
+    tiles = [n for n in laid_out(text, *media) if isinstance(n, int)]
+    assert tiles == [n for index in order for n in media[index].tiles]

@@ -1,0 +1,281 @@
+"""A talk costs only its new tokens, and answers as a fresh run of the same history does."""
+
+import mlx.core as mx
+import pytest
+from fixtures.inputs import picture, write_video
+from fixtures.opened import tiny
+from fixtures.tiny import Recipe
+
+from internvl3_mlx import PromptError, Turn, UserError, load
+from internvl3_mlx.prompt.positions import DELTAS
+
+CAT, DOG, SIGN = picture(130, 70), picture(60, 60, 1), picture(70, 150, 2)
+SHORT = {"max_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load(str(tiny(Recipe()).folder))
+
+
+@pytest.fixture
+def towers(vlm, monkeypatch):
+    """List the tiles of every call of the tower."""
+    calls = []
+    see = type(vlm.model).see
+    monkeypatch.setattr(
+        type(vlm.model), "see", lambda self, tiles: calls.append(len(tiles)) or see(self, tiles)
+    )
+    return calls
+
+
+def fresh(talk, question, images=(), **settings):
+    """Ask the same with nothing remembered: exactly the ids of the rendered history."""
+    past = [seen for exchange in talk.exchanges for seen in exchange.pictures]
+    wanted = {"system": talk.settings.system, "v2pe_delta": talk.settings.v2pe_delta, **settings}
+    return talk.vlm.ask(question, [*past, *images], history=talk.history, **wanted)
+
+
+def same(talk, question, images=(), **settings):
+    """Ask the talk and a fresh run; return the talk's answer if they agree to the token."""
+    expected = fresh(talk, question, images, **settings)
+    answer = talk.ask(question, images, **settings)
+    assert answer.token_ids == expected.token_ids
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+    return answer
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+def test_every_answer_equals_a_fresh_run_at_every_delta(vlm, delta):
+    talk = vlm.conversation(v2pe_delta=delta)
+    same(talk, "What is it?", [CAT], **SHORT)
+    same(talk, "And which is larger?", [DOG], **SHORT)
+    same(talk, "Why?", **SHORT)
+    talk.undo()
+    same(talk, "How many?", **SHORT)
+    assert talk.retry(**SHORT).token_ids == list(talk.exchanges[-1].token_ids)
+
+
+def test_ten_turns_over_three_pictures_read_nothing_twice(vlm, towers):
+    talk = vlm.conversation()
+    shown = {0: [CAT], 3: [DOG], 6: [SIGN]}
+    read_so_far = 0
+    for number in range(10):
+        answer = talk.ask(f"Question {number}?", shown.get(number, []), max_tokens=4)
+        new = answer.usage.prompt_tokens - answer.usage.cached_tokens
+        # the last token of an answer that ran out was never read: it belongs to the new ones
+        assert answer.usage.cached_tokens == read_so_far
+        assert new == answer.usage.prompt_tokens - read_so_far
+        read_so_far = answer.usage.prompt_tokens + answer.usage.completion_tokens - 1
+    assert len(towers) == 3
+    assert len(talk.images) == 3
+    final = talk.exchanges[-1]
+    talk.undo()
+    assert fresh(talk, "Question 9?", max_tokens=4).token_ids == list(final.token_ids)
+
+
+def test_another_picture_of_the_same_size_is_never_mistaken_for_the_first(vlm):
+    talk = vlm.conversation()
+    talk.ask("What is it?", [picture(60, 60, 7)], **SHORT)
+    talk.undo()
+    answer = same(talk, "What is it?", [picture(60, 60, 8)], **SHORT)
+    ids = vlm.prepare("What is it?", [DOG]).token_ids
+    assert answer.usage.cached_tokens == ids.index(vlm.tokenizer.image_id)
+
+
+def test_the_same_picture_under_another_name_is_known(vlm, towers, tmp_path):
+    CAT.save(tmp_path / "a.png")
+    CAT.save(tmp_path / "b.png")
+    talk = vlm.conversation()
+    talk.ask("One?", tmp_path / "a.png", **SHORT)
+    talk.ask("Two?", [tmp_path / "b.png"], **SHORT)
+    assert len(towers) == 1
+    assert [info.source for info in talk.images] == [
+        str(tmp_path / "a.png"),
+        str(tmp_path / "b.png"),
+    ]
+
+
+def test_what_was_generated_is_kept_even_where_its_text_cuts_differently(vlm):
+    talk = vlm.conversation()
+    answer = talk.ask("Say something odd.", temperature=3.0, seed=6, max_tokens=12)
+    assert talk.history[-1].token_ids == tuple(answer.token_ids)
+    recut = vlm.prepare("Go on.", history=(talk.history[0], Turn("assistant", answer.text)))
+    exact = vlm.prepare("Go on.", history=talk.history)
+    assert exact.token_ids != recut.token_ids
+    after = same(talk, "Go on.", **SHORT)
+    assert after.usage.cached_tokens == answer.usage.prompt_tokens + 11
+
+
+def test_an_image_token_that_the_model_made_up_is_no_picture(vlm):
+    talk = vlm.conversation()
+    answer = talk.ask("Say something odd.", temperature=3.0, seed=5, max_tokens=12)
+    assert vlm.tokenizer.image_id in answer.token_ids
+    assert talk.history[-1].token_ids == ()
+    same(talk, "Go on.", **SHORT)
+
+
+def test_a_stop_string_keeps_what_was_shown_not_what_was_made(vlm):
+    talk = vlm.conversation()
+    long = talk.ask("Tell me.", max_tokens=12)
+    talk.undo()
+    mark = long.text[2:4]
+    short = talk.ask("Tell me.", max_tokens=12, stop=mark)
+    assert mark not in short.text
+    assert talk.exchanges[-1].answer == short.text
+    same(talk, "Go on.", **SHORT)
+
+
+def test_dropping_a_picture_rebuilds_from_there(vlm, towers):
+    talk = vlm.conversation()
+    talk.ask("One?", [CAT, DOG], **SHORT)
+    talk.ask("Compare <image> with the rest.", [SIGN], **SHORT)
+    assert talk.drop_image(2).width == 60
+    assert [info.width for info in talk.images] == [130, 70]
+    same(talk, "And now?", **SHORT)
+    talk.drop_image(2)
+    assert talk.exchanges[1].question == "Compare  with the rest."
+    same(talk, "And now?", **SHORT)
+    with pytest.raises(UserError, match="no picture 5; this talk has 1"):
+        talk.drop_image(5)
+
+
+def test_editing_the_system_text_begins_the_prompt_anew(vlm, towers):
+    talk = vlm.conversation()
+    talk.ask("One?", [CAT], **SHORT)
+    talk.change(system="Be brief.")
+    seen = len(towers)
+    answer = same(talk, "Two?", **SHORT)
+    assert answer.usage.cached_tokens < 8  # the beginning of the template
+    assert len(towers) == seen + 1  # the fresh run's; the talk knows the picture
+
+
+def test_forgetting_the_oldest_makes_room(vlm):
+    talk = vlm.conversation()
+    for number in range(3):
+        talk.ask(f"{number}?", [picture(60, 60, number)], **SHORT)
+    before = talk.budget.positions
+    talk.forget(2)
+    assert talk.budget.positions < before
+    assert len(talk.images) == 1
+    same(talk, "Well?", **SHORT)
+    with pytest.raises(UserError, match="cannot forget 9 of 2 questions"):
+        talk.forget(9)
+
+
+def test_retry_takes_the_place_of_the_last_answer(vlm):
+    talk = vlm.conversation()
+    first = talk.ask("One?", [CAT], **SHORT)
+    again = talk.retry(temperature=3.0, seed=1, **SHORT)
+    assert len(talk.exchanges) == 1
+    assert again.token_ids != first.token_ids
+    assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+    assert talk.retry(**SHORT).token_ids == first.token_ids
+
+
+def test_nothing_to_undo_is_said(vlm):
+    with pytest.raises(UserError, match="nothing has been asked yet"):
+        vlm.conversation().undo()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_caches_answer_as_a_fresh_packed_run(vlm, bits):
+    talk = vlm.conversation(kv_bits=bits)
+    same(talk, "What is it?", [CAT], kv_bits=bits, **SHORT)
+    same(talk, "And this?", [DOG], kv_bits=bits, **SHORT)
+    talk.undo()
+    same(talk, "Why?", kv_bits=bits, prefill_step_size=3, **SHORT)
+
+
+def test_a_dense_cache_can_be_packed_in_the_middle_of_a_talk(vlm):
+    talk = vlm.conversation()
+    talk.ask("What is it?", [CAT], **SHORT)
+    talk.change(kv_bits=8)
+    answer = talk.ask("Why?", **SHORT)
+    assert answer.usage.cached_tokens > 0
+    assert talk.memory.is_packed
+    talk.change(kv_bits=None)
+    assert talk.ask("Why?", **SHORT).usage.cached_tokens == 0
+
+
+def test_a_group_wider_than_a_head_is_made_to_fit(vlm):
+    assert vlm.ask("Hi", kv_bits=8, kv_group_size=128, **SHORT).text
+
+
+def test_beyond_the_window_stretched_keys_are_never_reused():
+    short = load(str(tiny(Recipe(max_positions=96)).folder))
+    talk = short.conversation(system="")
+    for question in ("word " * 9, "some more words here", "and again", "and"):
+        same(talk, question, max_tokens=9)
+    assert talk.memory.stretched
+
+
+def test_auto_moves_every_position_when_the_step_changes():
+    short = load(str(tiny(Recipe(max_positions=120)).folder))
+    talk = short.conversation(system="", v2pe_delta="auto")
+    for number in range(3):
+        same(talk, "Hi", [picture(130, 60, number)], max_tokens=4)
+
+
+def test_a_talk_too_long_for_the_window_is_refused_and_kept(vlm):
+    short = load(str(tiny(Recipe(max_positions=96)).folder))
+    talk = short.conversation(system="")
+    talk.ask("Hi", max_tokens=3)
+    with pytest.raises(PromptError, match="the model holds 96"):
+        talk.ask("word " * 300)
+    assert len(talk.exchanges) == 1
+
+
+def test_the_budget_warns_before_the_window_is_full():
+    short = load(str(tiny(Recipe(max_positions=96)).folder))
+    talk = short.conversation(system="")
+    assert talk.budget.warning is None
+    talk.ask("word " * 14, max_tokens=12)
+    assert "of 96 positions; to make room: forget the oldest" in talk.budget.warning
+    talk.clear()
+    talk.ask("Hi", [picture(260, 60, number) for number in range(3)], max_tokens=2)
+    assert "a smaller v2pe-delta, fewer tiles, drop a picture" in talk.budget.warning
+
+
+def test_the_budget_knows_the_memory(vlm, monkeypatch):
+    talk = vlm.conversation()
+    talk.ask("Hi", **SHORT)
+    room = mx.get_active_memory() - talk.memory.nbytes + int(1.2 * talk.budget.nbytes)
+    monkeypatch.setattr("internvl3_mlx.generation.budget.gpu_bytes", lambda: room)
+    assert "kv-bits 8" in talk.budget.warning
+    talk.change(kv_bits=4)
+    assert talk.budget.warning is None
+
+
+def test_features_are_bounded_and_the_least_used_go_first(vlm, towers):
+    talk = vlm.conversation()
+    one = talk.look(CAT)
+    talk.memory.features.limit_bytes = one.info.tokens * 128 * 4 + 1
+    talk.ask("One?", [one], **SHORT)
+    talk.ask("Two?", [DOG], **SHORT)
+    assert [*talk.memory.features.kept] == [talk.look(DOG).key]
+    talk.change(system="Other.")
+    same(talk, "Three?", **SHORT)
+
+
+def test_a_video_stays_in_the_talk(vlm, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", frames=9)
+    talk = vlm.conversation(num_frames=3, frame_times=True)
+    first = talk.ask("What happens in <video> and <image>?", [DOG], video=clip, **SHORT)
+    assert [info.source for info in first.images][-1] == "image"
+    assert "Frame1 (0." in vlm.tokenizer.decode(talk.inputs([], talk.exchanges[0], talk.settings)
+                                                .token_ids)  # fmt: skip
+    second = talk.ask("And then?", **SHORT)
+    assert second.usage.cached_tokens > first.usage.image_tokens
+    inputs = talk.inputs(talk.exchanges[:1], talk.exchanges[1], talk.settings)
+    *_, last = vlm.answering(inputs, talk.settings)
+    assert last.answer.token_ids[:5] == second.token_ids
+
+
+def test_what_belongs_to_a_question_is_refused_for_the_talk(vlm):
+    with pytest.raises(UserError, match="history and video belong to one question"):
+        vlm.conversation(video="clip.mp4")
+    with pytest.raises(UserError, match="the talk is the history"):
+        vlm.conversation().ask("Hi", history=(Turn("user", "a"),))
+    with pytest.raises(UserError, match="did you mean 'system'"):
+        vlm.conversation(sistem="x")
