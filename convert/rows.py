@@ -3,9 +3,9 @@
 Tensors are taken a slab at a time, so that memory does not grow with the model.
 """
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from math import prod
 from pathlib import Path
 
@@ -49,12 +49,13 @@ class RowReader:
     checkpoint: Checkpoint
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     unpacked: Mapping[str, Quantization] = field(default_factory=dict)
-    files: dict[Path, int] = field(default_factory=dict)
+    files: dict[Path, FileIO] = field(default_factory=dict)
     whole: tuple[str, mx.array] | None = None
+    buffer: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
 
     def close(self) -> None:
         while self.files:
-            os.close(self.files.popitem()[1])
+            self.files.popitem()[1].close()
 
     def is_plain(self, rows: Iterable[Rows]) -> bool:
         """Tell whether these rows are written as they lie in the file."""
@@ -64,28 +65,33 @@ class RowReader:
         return all(self.checkpoint.tensors[name].start is not None for name in names)
 
     def raw(self, part: Rows) -> np.ndarray:
-        """Read rows as the file holds them, bfloat16 as its bits."""
+        """Read rows as the file holds them, bfloat16 as its bits; good until the next reading."""
         info = self.checkpoint.tensors[part.name]
         if info.dtype not in DTYPES or info.start is None:
             raise CheckpointError(
                 f"{part.name} is stored as {info.dtype}; known are {', '.join(DTYPES)}"
             )
         width = prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
-        data = self.read_bytes(info.file, info.start + part.start * width, part.count * width)
-        x: np.ndarray = np.frombuffer(data, dtype=DTYPES[info.dtype][0])
+        data = self.fetch(info.file, info.start + part.start * width, part.count * width)
+        x: np.ndarray = data.view(DTYPES[info.dtype][0])
         check_finite(x, info.dtype, part.name)
         return x.reshape(part.count, *info.shape[1:])
 
-    def read_bytes(self, file: Path, start: int, count: int) -> bytes:
+    def fetch(self, file: Path, start: int, count: int) -> np.ndarray:
+        """Read bytes into the one buffer: fresh memory for every slab costs as much as reading."""
         if file not in self.files:
-            self.files[file] = os.open(file, os.O_RDONLY)
-        data = os.pread(self.files[file], count, start)
-        while len(data) < count:
-            more = os.pread(self.files[file], count - len(data), start + len(data))
-            if not more:
+            self.files[file] = file.open("rb", buffering=0)
+        if len(self.buffer) < count:
+            self.buffer = np.empty(count, dtype=np.uint8)
+        wanted = self.buffer[:count]
+        done = 0
+        while done < count:
+            self.files[file].seek(start + done)
+            got = self.files[file].readinto(wanted[done:].data)
+            if not got:
                 raise CheckpointError(f"{file} is cut short; download it again")
-            data += more
-        return data
+            done += got
+        return wanted
 
     def stored(self, part: Rows) -> mx.array:
         """Read rows as MLX holds them, nothing added."""

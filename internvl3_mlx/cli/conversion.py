@@ -66,7 +66,7 @@ def check(request: Request) -> None:
     if request.calibrate is None and (request.target_bpw is not None or request.epochs is not None):
         raise UserError("--target-bpw and --epochs belong to --calibrate FOLDER; add it")
     if request.upload_repo is not None:
-        from internvl3_mlx.convert.upload import check_name
+        from internvl3_mlx.loading.upload import check_name
 
         check_name(request.upload_repo)
 
@@ -183,7 +183,7 @@ def measured(request: Request, session: Any) -> Any:
 
 
 def uploaded(request: Request, session: Any) -> str:
-    from internvl3_mlx.convert.upload import upload
+    from internvl3_mlx.loading.upload import upload
 
     def ask(question: str) -> bool:
         return request.yes or (sys.stdin.isatty() and click.confirm(question, err=True))

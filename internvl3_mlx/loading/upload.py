@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx.errors import DownloadError, UserError
+from internvl3_mlx.loading.hub import first_line, is_network
 
 Ask = Callable[[str], bool]
 
@@ -44,7 +45,9 @@ def upload(folder: Path, repo: str, ask: Ask, *, private: bool = False) -> Uploa
         raise UserError(f"uploading to {repo} needs a login: hf auth login") from error
     except HfHubHTTPError as error:
         raise DownloadError(f"the hub refused the upload to {repo}: {first_line(error)}") from error
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
+        if not is_network(error):
+            raise
         raise DownloadError(f"the upload to {repo} stopped: {first_line(error)}") from error
     return Uploaded(repo, str(commit.repo_url))
 
@@ -57,7 +60,3 @@ def check_name(repo: str) -> None:
 def files_to_upload(folder: Path) -> list[tuple[str, int]]:
     """List what would go up, with sizes."""
     return [(file.name, file.stat().st_size) for file in sorted(folder.iterdir()) if file.is_file()]
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
