@@ -1,0 +1,26 @@
+"""mlx-vlm's own command with its prompt replaced by the published one: ``python -m
+benchmarks.peer_command``.
+
+Everything else is mlx-vlm's: its imports, its flags, its loading, its printing.
+"""
+
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from mlx_vlm.generate import dispatch
+
+    folder = Path(sys.argv[sys.argv.index("--model") + 1])
+
+    def published(*_: object, num_images: int, **__: object) -> str:
+        from benchmarks.prompt import chat_text
+
+        return chat_text(folder, num_images)
+
+    dispatch.apply_chat_template = published
+    dispatch.main()
+
+
+if __name__ == "__main__":
+    main()

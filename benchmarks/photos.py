@@ -1,0 +1,35 @@
+"""Photos to look at: JPEG files with the texture of one, in sizes whose tile grids both programs
+choose alike."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+JPEG_QUALITY = 90
+SIZES = {  # name: (width, height); mlx-vlm takes other grids for squares of about 1 MP and for 720p
+    "1 tile": (448, 448),
+    "7 tiles": (1344, 896),
+    "13 tiles": (800, 600),
+    "1 MP": (1152, 864),
+    "12 MP": (4000, 3000),
+}
+
+
+def write_photo(folder: Path, name: str) -> Path:
+    """Write the photo ``name`` of SIZES into ``folder``, unless it is there already."""
+    path = folder / f"{name.replace(' ', '_')}.jpg"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        painted(*SIZES[name]).save(path, quality=JPEG_QUALITY)
+    return path
+
+
+def painted(width: int, height: int) -> Image.Image:
+    """Lay grain over soft patches of colour, so that JPEG has about a photo's work with it."""
+    draw = np.random.default_rng(0)
+    patches = draw.integers(0, 256, (height // 32 + 1, width // 32 + 1, 3), dtype=np.uint8)
+    soft = Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
+    grain = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    noise = Image.fromarray(grain).filter(ImageFilter.GaussianBlur(1.5))
+    return Image.blend(soft, noise, 0.3)

@@ -1,0 +1,74 @@
+"""Children: run one, weigh it from outside; run many, the two sides in turn."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.sides import OURS, PEER
+
+ROOT = Path(__file__).parents[1]
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Python:
+    """An interpreter to measure with."""
+
+    path: str = sys.executable
+
+    def probe(self, task: str, side: str, folder: Path, photos: Iterable[Path] = ()) -> Figures:
+        """Run one measured process; return the figures it prints."""
+        words = [task, side, str(folder), *map(str, photos)]
+        out, _ = self.run("-m", "benchmarks.probe", *words)
+        return dict(json.loads(out.splitlines()[-1]))  # mlx-vlm's libraries may print before
+
+    def whole(self, *words: str) -> Figures:
+        """Weigh a whole command, from its start to its end."""
+        return {"whole": self.run(*words)[1]}
+
+    def run(self, *words: str) -> tuple[str, dict[str, float]]:
+        """Run a command; return what it prints, and its processor and clock seconds.
+
+        Raises RuntimeError with the end of its error output when it fails.
+        """
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
+        before, started = os.times(), time.perf_counter()
+        done = subprocess.run(
+            [self.path, *words], capture_output=True, text=True, cwd=ROOT, env=environment
+        )
+        wall, after = time.perf_counter() - started, os.times()
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(words)} failed: {done.stderr[-2000:]}")
+        cpu = sum(after[2:4]) - sum(before[2:4])  # user and system time of children
+        return done.stdout, {"cpu": cpu, "wall": wall}
+
+
+def alternate(measure: Callable[[str], Figures], runs: int) -> dict[str, Figures]:
+    """Measure each side ``runs`` times, in turn, so that a busy minute falls on both; return
+    medians."""
+    found: dict[str, list[Figures]] = {side: [] for side in present()}
+    for _ in range(runs):
+        for side, results in found.items():
+            results.append(measure(side))
+    return {side: middle(results) for side, results in found.items()}
+
+
+def present() -> list[str]:
+    """List the sides that are installed: without mlx-vlm we are measured alone."""
+    return [OURS, PEER] if find_spec("mlx_vlm") else [OURS]
+
+
+def middle(results: Sequence[Any]) -> Any:
+    """Take medians leaf by leaf."""
+    first = results[0]
+    if isinstance(first, dict):
+        return {key: middle([result[key] for result in results]) for key in first}
+    return median(results)

@@ -1,0 +1,20 @@
+"""The question that both programs are asked, and the text in which mlx-vlm has to get it."""
+
+from pathlib import Path
+
+QUESTION = "Describe the picture in detail."
+
+
+def chat_text(folder: Path, pictures: int) -> str:
+    """Write out the published prompt with ``<image>`` for each picture, which mlx-vlm expands
+    itself.
+
+    Left alone, mlx-vlm asks ``User: <image>...`` without system text or turn marks.
+    """
+    from internvl3_mlx.config import read_config
+    from internvl3_mlx.prompt.template import Media, Turn, template_for
+    from internvl3_mlx.prompt.turns import ImageRun
+
+    turn = Turn("user", QUESTION, (Media(tiles=(1,)),) * pictures)
+    parts = template_for(read_config(folder), folder).render([turn], None)
+    return "".join("<image>" if isinstance(part, ImageRun) else part.text for part in parts)

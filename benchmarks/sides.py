@@ -1,0 +1,165 @@
+"""The two programs behind one set of verbs, each verb the program's own public way to do it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from benchmarks.prompt import QUESTION, chat_text
+
+OURS, PEER = "internvl3-mlx", "mlx-vlm"
+
+
+class Side(Protocol):
+    """One program with a checkpoint loaded."""
+
+    def read(self, photos: Sequence[Path]) -> Any:
+        """Turn photos and the question into what the model reads."""
+
+    def facts(self, inputs: Any) -> dict[str, Any]:
+        """Say what was read: the ids, and the sum of the normalised pixels."""
+
+    def see(self, inputs: Any) -> None:
+        """Run tower and projector, and put the features among the embeddings."""
+
+    def answer(self, photos: Sequence[Path], count: int) -> Iterator[int]:
+        """Yield ``count`` tokens about some photos."""
+
+    def go_on(self, ids: list[int], count: int) -> Iterator[int]:
+        """Yield ``count`` tokens after the text ``ids``."""
+
+    def bare(self, ids: list[int], count: int) -> Iterator[int]:
+        """Do the same with the model, its cache and an argmax alone."""
+
+
+class Ours:
+    def __init__(self, folder: Path):
+        from internvl3_mlx import load
+
+        self.vlm = load(str(folder))
+        self.vlm.tokenizer.stop_ids = frozenset()  # random weights must not end an answer early
+
+    def read(self, photos: Sequence[Path]) -> Any:
+        return self.vlm.prepare(QUESTION, photos)
+
+    def facts(self, inputs: Any) -> dict[str, Any]:
+        return {"ids": inputs.token_ids, "pixels": total(inputs.pixel_values)}
+
+    def see(self, inputs: Any) -> None:
+        features = self.vlm.model.see(mx.array(inputs.tiles))
+        mx.eval(self.vlm.model.embed(inputs.input_ids[None], features))
+
+    def answer(self, photos: Sequence[Path], count: int) -> Iterator[int]:
+        return tokens(self.vlm.stream(QUESTION, photos, max_tokens=count))
+
+    def go_on(self, ids: list[int], count: int) -> Iterator[int]:
+        from internvl3_mlx.generation.settings import Settings
+
+        return tokens(self.vlm.answering(self.text_inputs(ids), Settings(max_tokens=count)))
+
+    def bare(self, ids: list[int], count: int) -> Iterator[int]:
+        from internvl3_mlx.models.cache import KVCache
+
+        language = self.vlm.model.language_model
+        cache = [KVCache(len(ids) + count) for _ in language.model.layers]
+
+        def step(y: mx.array) -> mx.array:
+            rotary = language.rotary(cache[0].offset, cache[0].offset + y.size)
+            states = language.model(language.model.embed_tokens(y[None]), rotary, cache)
+            return language.head(states[:, -1])
+
+        return argmax_loop(step, ids, count)
+
+    def text_inputs(self, ids: list[int]) -> Any:
+        import numpy as np
+
+        positions = np.arange(len(ids), dtype=np.float32)
+        return replace(self.vlm.prepare(QUESTION), token_ids=ids, positions=positions)
+
+
+class Peer:
+    def __init__(self, folder: Path):
+        from mlx_vlm import load
+
+        self.folder = folder
+        self.model, self.processor = load(str(folder))
+        self.processor.tokenizer.stopping_criteria.eos_token_ids = []
+
+    def read(self, photos: Sequence[Path]) -> Any:
+        from mlx_vlm.utils import prepare_inputs
+
+        inputs = prepare_inputs(
+            self.processor,
+            images=[str(photo) for photo in photos],
+            prompts=chat_text(self.folder, len(photos)),
+            image_token_index=self.model.config.image_token_index,
+        )
+        mx.eval(inputs["pixel_values"])
+        return inputs
+
+    def facts(self, inputs: Any) -> dict[str, Any]:
+        pixels = total(inputs["pixel_values"])
+        return {"ids": inputs["input_ids"].flatten().tolist(), "pixels": pixels}
+
+    def see(self, inputs: Any) -> None:
+        named = {"image_token_index": inputs["image_token_index"]}
+        ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+        mx.eval(self.model.get_input_embeddings(ids, pixels, **named).inputs_embeds)
+
+    def answer(self, photos: Sequence[Path], count: int) -> Iterator[int]:
+        from mlx_vlm import stream_generate
+
+        text, names = chat_text(self.folder, len(photos)), [str(photo) for photo in photos]
+        stream = stream_generate(self.model, self.processor, text, names, max_tokens=count)
+        return islice(tokens(stream), count)
+
+    def go_on(self, ids: list[int], count: int) -> Iterator[int]:
+        from mlx_vlm import stream_generate
+
+        given = mx.array([ids])
+        stream = stream_generate(
+            self.model, self.processor, "", input_ids=given, max_tokens=count, temperature=0.0
+        )
+        return islice(tokens(stream), count)  # mlx-vlm names the last token twice
+
+    def bare(self, ids: list[int], count: int) -> Iterator[int]:
+        from mlx_vlm.models import cache as caches
+
+        language = self.model.language_model
+        cache = caches.make_prompt_cache(language)
+        return argmax_loop(lambda y: language(y[None], cache=cache).logits[:, -1], ids, count)
+
+
+SIDES = {OURS: Ours, PEER: Peer}
+
+
+def tokens(stream: Any) -> Iterator[int]:
+    """Keep the token of each piece, and nothing of the pieces that carry none."""
+    for piece in stream:
+        token = getattr(piece, "token_id", None)
+        token = getattr(piece, "token", None) if token is None else token
+        if token is not None:
+            yield int(token)
+
+
+def total(pixels: mx.array) -> float:
+    """Add pixels up in their own order of size, which the layout of axes does not change."""
+    import numpy as np
+
+    return float(np.sort(np.array(pixels).ravel()).astype(np.float64).sum())
+
+
+def argmax_loop(step: Any, ids: list[int], count: int) -> Iterator[int]:
+    """Decode with as little as can be: the next token is on its way while one is read."""
+    token = mx.argmax(step(mx.array(ids)), axis=-1)
+    mx.async_eval(token)
+    for left in range(count - 1, -1, -1):
+        following = token
+        if left:
+            following = mx.argmax(step(token), axis=-1)
+            mx.async_eval(following)
+        yield int(token.item())
+        token = following
