@@ -7,6 +7,7 @@ from fixtures.inputs import relative_error, token_row
 from fixtures.opened import bare_model, numbers
 
 from internvl3_mlx.models.cache import KVCache, QuantizedKVCache
+from internvl3_mlx.models.decoder import LAST
 
 TOLERANCE = 2e-5
 STYLES = ["300m", "6b", "9b"]
@@ -47,6 +48,22 @@ def test_fused_projections_give_the_same_logits(style):
     before = numbers(model(ids))
     model.fold()
     assert relative_error(numbers(model(ids)), before) < TOLERANCE
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_last_row_alone_is_the_last_of_all_rows_and_remembers_the_same(folded):
+    model, checkpoint = bare_model("300m")
+    if folded:
+        model.fold()
+    decoder, ids = model.language_model.model, mx.array([token_row(checkpoint, seed=3)] * 2)
+    rotary = model.language_model.rotary(0, ids.shape[1])
+    caches = [[KVCache() for _ in decoder.layers] for _ in range(2)]
+    every = decoder(model.embed(ids), rotary, caches[0])
+    last = decoder(model.embed(ids), rotary, caches[1], LAST)
+    assert last.shape == (2, 1, every.shape[2])
+    assert relative_error(numbers(last), numbers(every[:, -1:])) < TOLERANCE
+    for whole, alone in zip(*caches, strict=True):
+        assert mx.array_equal(whole.keys[:, :, : whole.offset], alone.keys[:, :, : alone.offset])
 
 
 @pytest.mark.parametrize("delta", [None, 1 / 4, 1 / 256])
