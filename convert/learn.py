@@ -24,6 +24,7 @@ from internvl3_mlx.models.internvl import InternVL
 LEARNING_RATE = 2e-3
 BATCH = 4  # samples whose gradients make one step
 ORDER_SEED = 0
+KINDS = ("weight", "scales", "biases")  # the mx formats have no biases
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,9 @@ def learn(
 ) -> Iterator[Step]:
     """Pack the modules of ``forms`` in place and train them; yield at every update.
 
-    The tower is not trained: its pictures are looked at once. Afterwards ``learned_tensors`` has
-    what is to be written.
+    The tower is not trained: its pictures are looked at once, so pack it with ``pack_fixed``
+    before. Afterwards ``learned_tensors`` has what is to be written.
     """
-    pack_fixed(model, {p: f for p, f in forms.items() if not is_learned(p, f)})
     features = [seen(model, sample) for sample in samples]
     chosen = {path: form for path, form in forms.items() if is_learned(path, form)}
     for path, form in chosen.items():
@@ -122,14 +122,20 @@ def is_learned(path: str, form: Quantization) -> bool:
     return path.startswith("language_model.") and form.mode == "affine"
 
 
-def pack_fixed(model: InternVL, forms: Mapping[str, Quantization]) -> None:
-    """Round the weights that are packed but not trained."""
+def pack_fixed(
+    model: InternVL, forms: Mapping[str, Quantization], dtype: mx.Dtype
+) -> dict[str, mx.array]:
+    """Pack in place what is not trained; return it under the names it is written with."""
+    written: dict[str, mx.array] = {}
     for path, form in forms.items():
+        if is_learned(path, form):
+            continue
         module = module_at(model, path)
-        parts = mx.quantize(
-            module.weight, group_size=form.group_size, bits=form.bits, mode=form.mode
-        )
+        weight = module.weight.astype(dtype)
+        parts = mx.quantize(weight, group_size=form.group_size, bits=form.bits, mode=form.mode)
+        written |= {f"{path}.{kind}": x for kind, x in zip(KINDS, parts, strict=False)}
         module.weight = unpacked(parts, form).astype(module.weight.dtype)
+    return written
 
 
 def seen(model: InternVL, sample: Sample) -> mx.array | None:

@@ -12,12 +12,13 @@ import numpy as np
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibrate import Allocation, allocate
 from internvl3_mlx.convert.checkpoint import open_checkpoint
-from internvl3_mlx.convert.learn import learn, learned_tensors
+from internvl3_mlx.convert.learn import learn, learned_tensors, pack_fixed
 from internvl3_mlx.convert.measure import Figures, compare, reference
 from internvl3_mlx.convert.opened import Opened, open_model
 from internvl3_mlx.convert.quantize import Recipe
 from internvl3_mlx.convert.samples import Sample, read_samples, split
 from internvl3_mlx.convert.sensitivity import Measured, module_at, sensitivities
+from internvl3_mlx.convert.smooth import changed_tensors, smooth
 from internvl3_mlx.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # what is being done, how far, of how much
@@ -49,6 +50,7 @@ class Wish:
     target_bpw: float
     tower_bits: int | None = None
     epochs: int = EPOCHS
+    scale: bool = True  # activation-aware scaling before anything is packed
     dtype: str | None = None
 
 
@@ -56,7 +58,11 @@ def calibrate(source: Path, pictures: Path, wish: Wish, progress: Progress) -> C
     """Measure every module on a folder of pictures, spend the bits, learn the scales."""
     opened = open_model(source)
     samples, _ = split(read_samples(pictures, opened))
+    packs_tower = wish.tower_bits is not None
     some = samples[:SAMPLES_FOR_BITS]
+    if wish.scale:
+        for number, name in enumerate(smooth(opened.model, some, tower=packs_tower), start=1):
+            progress(f"scaling {name}", number, 0)
     measured = []
     for entry in sensitivities(opened.model, some, tower_bits=wish.tower_bits):
         measured.append(entry)
@@ -78,14 +84,15 @@ def teach(
     wish: Wish,
     progress: Progress,
 ) -> dict[str, mx.array]:
-    """Learn scales for these packings; the opened model is used up."""
-    if not wish.epochs:
-        return {}
-    wanted = reference(opened.model, samples)
-    for step in learn(opened.model, samples, wanted, forms, epochs=wish.epochs):
+    """Learn scales for these packings and collect all that is changed; the model is used up."""
+    model, dtype = opened.model, DTYPES.get(wish.dtype or opened.config.dtype, mx.bfloat16)
+    wanted = reference(model, samples)
+    written = pack_fixed(model, forms, dtype)
+    for step in learn(model, samples, wanted, forms, epochs=wish.epochs):
         progress(f"learning scales, KL {step.kl:.4f}", step.number, step.total)
-    dtype = DTYPES.get(wish.dtype or opened.config.dtype, mx.bfloat16)
-    return learned_tensors(opened.model, forms, dtype)
+    if wish.scale:
+        written |= changed_tensors(model, dtype, tower=wish.tower_bits is not None)
+    return written | learned_tensors(model, forms, dtype)
 
 
 def measure(source: Path, target: Path, pictures: Path) -> Figures:

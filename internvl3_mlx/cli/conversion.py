@@ -153,7 +153,7 @@ def calibrated(request: Request, session: Any) -> "Calibration":
 
     assert request.calibrate is not None
     epochs = EPOCHS if request.epochs is None else request.epochs
-    wish = Wish(request.target_bpw or TARGET_BPW, request.q_vision, epochs, request.dtype)
+    wish = Wish(request.target_bpw or TARGET_BPW, request.q_vision, epochs, dtype=request.dtype)
     with progress.bar(quiet=request.quiet) as advance:
         found: Calibration = session.calibrate(Path(request.calibrate).expanduser(), wish, advance)
     return found
