@@ -1,0 +1,218 @@
+"""What packing costs the demo model: accuracy and KL by bits, for plain, mixed and calibrated
+recipes, in one table.
+
+    python -m benchmarks.quantization_table [--model FOLDER] [--items 20] [--samples 96]
+
+Pictures to learn from, to measure KL on and to ask about are held-out scenes of different seeds.
+Packed numbers are unpacked before they are run: the same numbers, quicker on a CPU.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from examples.demo_model.heldout import TASKS, Column, Item, items
+from internvl3_mlx.convert.calibrate import allocate
+from internvl3_mlx.convert.measure import Figures, bits_by_part, compare, reference
+from internvl3_mlx.convert.opened import Opened, open_model
+from internvl3_mlx.convert.pipeline import Options, convert
+from internvl3_mlx.convert.quality import Wish, teach
+from internvl3_mlx.convert.quantize import MIXES, Recipe, mixed, recipe
+from internvl3_mlx.convert.samples import Sample, continuation, prepared, read_samples
+from internvl3_mlx.convert.sensitivity import Measured, module_at, sensitivities
+from internvl3_mlx.convert.smooth import smooth
+from internvl3_mlx.loading.names import DEMO_FOLDER
+
+LEARN_SEED, MEASURE_SEED, ASK_SEED = 101, 102, 0  # columns of the held-out scenes; 0 is "square"
+ANSWER_TOKENS = 12
+EPOCHS = 8
+SOME = 24  # samples that decide the bits
+TARGETS = (3.5, 4.5, 5.5)  # bits per weight of the calibrated rows
+
+Tensors = Mapping[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    bits: float
+    nbytes: int
+    accuracy: float
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model and everything it is asked."""
+
+    source: Path
+    place: Path
+    learning: list[Sample]
+    measuring: list[Sample]
+    wanted: list[mx.array]
+    asked: list[tuple[Sample, str]]
+
+    def row(self, name: str, packing: Recipe | None, learned: Tensors | None = None) -> Row:
+        """Convert, unpack, measure, ask."""
+        target = self.place / name.replace(" ", "_").replace("/", "_")
+        for _ in convert(self.source, target, packing, Options(learned=learned or {})):
+            pass
+        dense = target
+        if packing is not None:
+            dense = target.with_name(target.name + "-dense")
+            for _ in convert(target, dense, None, Options(dequantize=True)):
+                pass
+        opened = open_model(dense)
+        figures = compare(opened.model, self.measuring, self.wanted)
+        nbytes = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+        bits = bits_by_part(target)["language model"]
+        row = Row(name, bits, nbytes, accuracy(opened, self.asked), figures)
+        print(line(row), flush=True)
+        return row
+
+
+def main() -> None:
+    """Print the table as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=DEMO_FOLDER)
+    parser.add_argument("--items", type=int, default=20, help="questions a task, for accuracy")
+    parser.add_argument("--samples", type=int, default=96, help="questions to learn from")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--out", type=Path, help="write the rows as JSON too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        bench = prepare(options, Path(name))
+        print("| recipe | bits per weight | size | accuracy | KL | top-1 |")
+        print("|---|---|---|---|---|---|")
+        rows = [*plain_rows(bench), *calibrated_rows(bench)]
+    if options.out:
+        table = [vars(row) | {"figures": row.figures.to_dict()} for row in rows]
+        options.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def prepare(options: argparse.Namespace, place: Path) -> Bench:
+    """Draw the pictures and let the 16-bit model answer them once."""
+    opened = open_model(options.model)
+    per_task = max(options.samples // len(options.tasks), 1)
+    learning = scenes(opened, place / "learn", LEARN_SEED, options.tasks, per_task)
+    measuring = scenes(opened, place / "measure", MEASURE_SEED, options.tasks, per_task)
+    asked = [
+        (asked_sample(opened, place, item), item.question.answer)
+        for task in options.tasks
+        for item in items(task, Column(ASK_SEED), options.items)
+    ]
+    wanted = reference(opened.model, measuring)
+    return Bench(options.model, place, learning, measuring, wanted, asked)
+
+
+def scenes(
+    opened: Opened, folder: Path, seed: int, tasks: Sequence[str], number: int
+) -> list[Sample]:
+    folder.mkdir()
+    sizes = ((112, 112), (180, 240), (256, 144))  # of pictures, in turn by task
+    lines = []
+    for at, task in enumerate(tasks):
+        column = Column(seed, size=sizes[at % len(sizes)])
+        for count, item in enumerate(items(task, column, number)):
+            name = f"{task}-{count}.png"
+            item.picture.save(folder / name)
+            lines.append(json.dumps({"image": name, "question": item.question.text}))
+    (folder / "questions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return read_samples(folder, opened)
+
+
+def asked_sample(opened: Opened, place: Path, item: Item) -> Sample:
+    path = place / "asked.png"
+    item.picture.save(path)
+    return prepared(opened, path, item.question.text)
+
+
+def accuracy(opened: Opened, asked: Sequence[tuple[Sample, str]]) -> float:
+    """Give the share of questions answered right to the letter."""
+    right = 0
+    for sample, answer in asked:
+        said = opened.tokenizer.decode(continuation(opened, sample, ANSWER_TOKENS))
+        right += said.strip() == answer
+    return right / len(asked)
+
+
+def plain_rows(bench: Bench) -> Iterator[Row]:
+    yield bench.row("16-bit", None)
+    for bits in (2, 3, 4, 5, 6, 8):
+        yield bench.row(f"plain {bits}-bit, groups of 64", recipe(bits))
+    yield bench.row("plain 4-bit, groups of 32", recipe(4, 32))
+    for mode in ("mxfp4", "nvfp4", "mxfp8"):
+        yield bench.row(mode, recipe(mode=mode))
+    for name in MIXES:
+        yield bench.row(name, mixed(name))
+
+
+def calibrated_rows(bench: Bench) -> Iterator[Row]:
+    """Calibrate with and without each of its three parts."""
+    plain = recipe(4)
+    yield bench.row("plain 4-bit, scales learned", plain, taught(bench, plain, EPOCHS, scale=False))
+    yield bench.row("plain 4-bit, scaled", plain, taught(bench, plain, 0, scale=True))
+    for scale in (False, True):
+        measured, sizes = sensitivity(bench, scale)
+        words = ", scaled" if scale else ""
+        for target in TARGETS:
+            bits = allocate(measured, sizes, target).recipe(f"{target}")
+            if target == TARGETS[1]:
+                learned = taught(bench, bits, 0, scale=scale)
+                yield bench.row(f"{target} bits allotted{words}", bits, learned)
+            started = time.perf_counter()
+            learned = taught(bench, bits, EPOCHS, scale=scale)
+            print(f"<!-- learned in {time.perf_counter() - started:.0f} s -->", flush=True)
+            yield bench.row(f"{target} bits allotted{words}, scales learned", bits, learned)
+
+
+def sensitivity(bench: Bench, scale: bool) -> tuple[list[Measured], dict[str, int]]:
+    opened, some = open_model(bench.source), bench.learning[:: len(bench.learning) // SOME]
+    if scale:
+        list(smooth(opened.model, some))
+    measured = list(sensitivities(opened.model, some))
+    paths = {path for entry in measured for path in entry.modules}
+    return measured, {path: module_at(opened.model, path).weight.size for path in paths}
+
+
+def taught(bench: Bench, packing: Recipe, epochs: int, *, scale: bool) -> Tensors:
+    """Learn the tensors of a recipe, as ``internvl3 convert --calibrate`` does."""
+    opened, some = open_model(bench.source), bench.learning[:: len(bench.learning) // SOME]
+    if scale:
+        list(smooth(opened.model, some))
+    depth = opened.config.text.num_hidden_layers
+    wish = Wish(target_bpw=0, epochs=epochs, scale=scale)
+    forms = {
+        path: form
+        for path in packable_paths(opened)
+        if (form := packing.for_depth(depth).choose(path)) is not None
+    }
+    return teach(opened, bench.learning, forms, wish, lambda *_: None)
+
+
+def packable_paths(opened: Opened) -> Iterator[str]:
+    """List the linears and embeddings of projector and language model."""
+    for path, module in opened.model.named_modules():
+        dense = hasattr(module, "to_quantized") and not path.startswith("vision_model.")
+        if dense:
+            yield path
+
+
+def line(row: Row) -> str:
+    figures = row.figures
+    return (
+        f"| {row.name} | {row.bits:.2f} | {row.nbytes / 1e6:.2f} MB | {row.accuracy:.1%} "
+        f"| {figures.kl:.5f} | {figures.top1:.1%} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

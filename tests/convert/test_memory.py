@@ -1,0 +1,48 @@
+"""Memory stays where it is, however large the model."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.checkpoint import Shape
+from benchmarks.convert_memory import write_sparse
+
+MB = 1_000_000
+GROWTH = 120 * MB  # beyond what Python and MLX take by themselves
+CODE = """
+import resource, sys
+from pathlib import Path
+from internvl3_mlx.convert.pipeline import Options, convert
+from internvl3_mlx.convert.quantize import recipe
+def peak():
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+source, target, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+before = peak()
+packing = None if kind == "hf" else recipe(mode=kind)
+for _ in convert(source, target, packing, Options(layout="hf" if kind == "hf" else "mlx")):
+    pass
+print(peak() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A checkpoint of 0.5 GB, its largest tensor 0.2 GB, of holes that take no room on disk."""
+    folder = tmp_path_factory.mktemp("large") / "source"
+    shape = Shape(vision_width=64, vision_layers=1, text_width=1024, text_layers=1, merges=100_000)
+    entries = write_sparse(folder, shape)
+    assert max(entry.nbytes for entry in entries) > 200 * MB
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["affine", "mxfp8", "hf"])
+def test_peak_memory_stays_below_the_largest_tensor(source, tmp_path, kind):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(source), str(tmp_path / "out"), kind],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < GROWTH
