@@ -16,8 +16,8 @@ def main(words: list[str] | None = None) -> None:
     for name in asked.only or GROUPS:
         print(f"{name} ...", file=sys.stderr, flush=True)
         rows += GROUPS[name](bench)
-    if asked.json:
-        asked.json.write_text(as_json(rows, asked.runs), encoding="utf-8")
+        if asked.json:  # after every group, so that an interrupted run leaves what it found
+            asked.json.write_text(as_json(rows, asked.runs), encoding="utf-8")
     if asked.markdown or not asked.json:
         print(as_markdown(rows))
 
