@@ -40,22 +40,23 @@ DTYPE_KEYS = ("torch_dtype", "dtype")
 EOS = "<|im_end|>"
 
 
-def written_config(plan: Plan, dtype: str | None) -> Json:
+def written_config(plan: Plan, tokenizer: Tokenizer, dtype: str | None) -> Json:
     """Write the config of the plan's layout. An original's own keys are kept, whatever they say."""
     own = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     writers = {"mlx": mlx_config, "original": original_config, "hf": native_config}
-    content = writers[plan.layout](own, plan)
+    content = writers[plan.layout](own, plan, tokenizer)
     if any(key in content for key in LORA_KEYS):
         content |= dict.fromkeys(LORA_KEYS, 0)  # whatever was wrapped is merged now
     return with_dtype(content, dtype) if dtype else content
 
 
-def mlx_config(own: Json, plan: Plan) -> Json:
+def mlx_config(own: Json, plan: Plan, tokenizer: Tokenizer) -> Json:
     """Write what this package and mlx-vlm read."""
     content = own if own["model_type"] == "internvl_chat" else original_form(plan.config)
     dropped = {"auto_map", *PACKED_KEYS}
     content = {key: value for key, value in content.items() if key not in dropped}
     content["format"] = "mlx"
+    content["image_token_index"] = tokenizer.image_id  # mlx-vlm's name for it
     if plan.packed:
         content["quantization"] = content["quantization_config"] = quantization_table(plan.packed)
     return content
@@ -68,7 +69,7 @@ def quantization_table(packed: Mapping[str, Quantization]) -> Json:
     return {**asdict(default), **others}
 
 
-def original_config(own: Json, plan: Plan) -> Json:
+def original_config(own: Json, plan: Plan, _: Tokenizer) -> Json:
     """Write what the published remote code reads; it is named, not copied."""
     chat = own["model_type"] == "internvl_chat"
     content = dict(own) if chat else original_form(plan.config)
@@ -110,12 +111,11 @@ def original_form(config: ModelConfig) -> Json:
     }
 
 
-def native_config(own: Json, plan: Plan) -> Json:
+def native_config(own: Json, plan: Plan, tokenizer: Tokenizer) -> Json:
     """Write what transformers' own InternVL classes read, from version 4.52 on."""
     if own["model_type"] == "internvl":
         return {key: value for key, value in own.items() if key not in PACKED_KEYS}
     config = plan.config
-    tokenizer = Tokenizer.from_folder(plan.source)
     return {
         "model_type": "internvl",
         "architectures": ["InternVLForConditionalGeneration"],

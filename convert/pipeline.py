@@ -21,6 +21,7 @@ from internvl3_mlx.convert.rows import DTYPES, NAMES, as_bytes, not_finite, slab
 from internvl3_mlx.convert.sidefiles import write_side_files
 from internvl3_mlx.convert.writing import Entry, ShardWriter, check_room, writing_folder
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.prompt.tokens import Tokenizer
 
 METADATA = {"mlx": {"format": "mlx"}, "original": {"format": "pt"}, "hf": {"format": "pt"}}
 CACHE_BYTES = 64_000_000  # of freed arrays that MLX may keep while tensors stream
@@ -77,6 +78,7 @@ def convert(
         dtype=options.dtype,
         dequantize=options.dequantize,
     )
+    tokenizer = Tokenizer.from_folder(source)
     entries = [entry for tensor in plan.tensors for entry in entries_of(tensor, options.learned)]
     total = sum(entry.nbytes for entry in entries)
     check_room(target, total)
@@ -88,10 +90,10 @@ def convert(
         finally:
             writer.close()
             plan.reader.close()
-        content = written_config(plan, options.dtype)
+        content = written_config(plan, tokenizer, options.dtype)
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (aside / "config.json").write_text(text, encoding="utf-8")
-        write_side_files(plan, aside)
+        write_side_files(plan, tokenizer, aside)
         prove(aside, entries, writer.checksums)
         same = not any(tensor.form for tensor in plan.tensors) and not options.learned
         forward = prove_forward(source, aside, same=same) if options.compare else None

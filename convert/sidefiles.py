@@ -46,7 +46,7 @@ NATIVE_TEMPLATE = """\
 """
 
 
-def write_side_files(plan: Plan, target: Path) -> None:
+def write_side_files(plan: Plan, tokenizer: Tokenizer, target: Path) -> None:
     """Let all but weights travel along, and make a ``tokenizer.json`` where there is none."""
     patterns = (*TRAVELLING, CODE) if plan.layout == "original" else TRAVELLING
     for pattern in patterns:
@@ -56,14 +56,14 @@ def write_side_files(plan: Plan, target: Path) -> None:
     if not (target / "tokenizer.json").exists() and (made := fast_tokenizer(plan.source)):
         write_json(target / "tokenizer.json", made)
     if plan.layout == "hf" and plan.config.layout != "native":
-        write_native_files(plan, target)
+        write_native_files(plan, tokenizer, target)
 
 
 def travels(file: Path) -> bool:
     return file.name not in STAYING and not file.name.endswith(".index.json") and file.is_file()
 
 
-def write_native_files(plan: Plan, target: Path) -> None:
+def write_native_files(plan: Plan, tokenizer: Tokenizer, target: Path) -> None:
     """Write what transformers' processor of the native layout reads."""
     size = {"height": plan.config.force_image_size, "width": plan.config.force_image_size}
     pixels = {
@@ -93,8 +93,7 @@ def write_native_files(plan: Plan, target: Path) -> None:
     }
     write_json(target / "processor_config.json", whole)
     (target / "chat_template.jinja").write_text(NATIVE_TEMPLATE, encoding="utf-8")
-    end = Tokenizer.from_folder(plan.source).im_end_id
-    write_json(target / "generation_config.json", {"eos_token_id": end})
+    write_json(target / "generation_config.json", {"eos_token_id": tokenizer.im_end_id})
     add_video_token(target)
 
 

@@ -49,6 +49,7 @@ def writing_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         remove_leftovers(target)
         aside.mkdir(parents=True)
         yield aside
+        check_free(target, overwrite=overwrite)
         put_in_place(aside, target)
     except OSError as error:
         raise CheckpointError(

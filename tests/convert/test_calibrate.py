@@ -3,6 +3,7 @@
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from fixtures.converting import converted, logits, tensors
@@ -12,7 +13,7 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibrate import allocate, hull
-from internvl3_mlx.convert.learn import learn, learned_tensors
+from internvl3_mlx.convert.learn import Learned, learn, learned_tensors
 from internvl3_mlx.convert.measure import (
     bits_by_part,
     compare,
@@ -24,8 +25,9 @@ from internvl3_mlx.convert.measure import (
 from internvl3_mlx.convert.opened import open_model
 from internvl3_mlx.convert.quality import Wish, calibrate, measure, prove_forward
 from internvl3_mlx.convert.quantize import recipe
-from internvl3_mlx.convert.samples import read_samples, split
+from internvl3_mlx.convert.samples import Sample, read_samples, split
 from internvl3_mlx.convert.sensitivity import Measured, module_at, packed_bits, sensitivities
+from internvl3_mlx.convert.smooth import smooth
 from internvl3_mlx.errors import CheckpointError, UserError
 
 TINY = Recipe(style="300m")
@@ -220,6 +222,60 @@ def test_a_calibrated_model_beats_the_plain_one_of_its_size(tmp_path, found, pic
     bits = [bits_by_part(tmp_path / n)["language model"] for n in ("plain", "ours")]
     assert bits[1] <= bits[0] + 0.05
     assert ours.kl < plain.kl / 1.5
+
+
+def test_packed_and_dense_products_learn_the_same():
+    layer, form = nn.Linear(64, 32), Quantization(4, 32)
+    learned, x = Learned(layer, form), mx.random.normal((5, 64))
+
+    def dense(stretch):
+        learned.stretch = stretch
+        return (learned(x) ** 2).sum()
+
+    def packed(stretch):
+        learned.stretch = stretch
+        parts = (learned._words, learned.scales, learned.biases)
+        y = mx.quantized_matmul(x, *parts, transpose=True, group_size=32, bits=4)
+        return ((y + layer.bias) ** 2).sum()
+
+    start = mx.zeros((32, 2))
+    for one, other in zip(*(mx.value_and_grad(f)(start) for f in (dense, packed)), strict=True):
+        assert mx.allclose(one, other, rtol=1e-4, atol=1e-4).item()
+
+
+def test_scaling_changes_no_answer(samples):
+    for style in ("300m", "6b", "9b"):
+        opened = open_model(tiny(Recipe(style=style)).folder)
+        wanted = reference(opened.model, samples) if style == "300m" else None
+        row = mx.array([list(range(5, 40))])
+        before = opened.model(row)
+        done = list(smooth(opened.model, own_samples(opened, samples, style), tower=True))
+        assert len(done) == opened.config.text.num_hidden_layers + len(
+            opened.model.vision_model.encoder.layers
+        )
+        assert mx.abs(opened.model(row) - before).max() < 1e-4 * mx.abs(before).max()
+        if wanted is not None:
+            assert compare(opened.model, samples, wanted).kl == pytest.approx(0, abs=1e-5)
+
+
+def own_samples(opened, samples, style):
+    """Give samples whose tiles and ids fit another tiny model."""
+    if style == "300m":
+        return samples
+    side, image = opened.config.force_image_size, opened.tokenizer.image_id
+    tile = np.random.default_rng(1).integers(0, 256, size=(1, side, side, 3), dtype=np.uint8)
+    return [Sample([image] * opened.config.num_image_token + [7, 8, 9, 10], tile, 1)]
+
+
+def test_a_tower_that_shares_the_budget_is_packed_and_written_as_measured(tmp_path, pictures):
+    source, silent = tiny(TINY), lambda *_: None
+    wish = Wish(5.5, tower_bits=6, epochs=1)
+    found = calibrate(source.folder, pictures, wish, silent)
+    outcome = converted(source.folder, tmp_path / "out", found.recipe, learned=found.learned)
+    tower = [form for path, form in outcome.packed.items() if path.startswith("vision_model.")]
+    assert tower
+    assert min(form.bits for form in tower) >= 6
+    assert measure(source.folder, tmp_path / "out", pictures).kl < 0.05
 
 
 def test_the_projector_of_a_calibrated_model_has_eight_bits(found):
