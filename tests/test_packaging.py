@@ -107,7 +107,7 @@ def test_what_is_imported_is_declared():
     libraries = {name.split(".")[0] for name in names} - {PACKAGE, *sys.stdlib_module_names}
     extras = PROJECT["project"]["optional-dependencies"]
     declared = requirement_names(PROJECT["project"]["dependencies"] + extras["all"])
-    for extra in ("video", "heic"):
+    for extra in ("video", "heic", "pdf", "structured"):
         declared |= requirement_names(extras[extra])
     wanted = {DISTRIBUTIONS.get(name, name).replace("_", "-") for name in libraries}
     # mlx-lm requires transformers; naming it again would only add a second bound
@@ -116,7 +116,8 @@ def test_what_is_imported_is_declared():
 
 def test_dependencies_have_lower_bounds_only():
     extras = PROJECT["project"]["optional-dependencies"]
-    ours = [*PROJECT["project"]["dependencies"], *extras["video"], *extras["heic"], *extras["cuda"]]
+    libraries = (extras[name] for name in ("video", "heic", "pdf", "structured", "cuda"))
+    ours = [*PROJECT["project"]["dependencies"], *(line for lines in libraries for line in lines)]
     for requirement in ours:
         bound = requirement.split(";")[0]
         assert re.fullmatch(r"[\w-]+(\[\w+\])?>=[\d.]+", bound), requirement

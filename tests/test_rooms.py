@@ -33,6 +33,8 @@ HOMES = {
     "PIL": {"images"},
     "pillow_heif": {"images"},
     "av": {"images"},
+    "pypdfium2": {"images"},
+    "llguidance": {"generation"},
     "tokenizers": {"prompt"},
     "jinja2": {"prompt"},
     "click": {"cli"},

@@ -11,7 +11,8 @@ from internvl3_mlx.cli import screen
 from internvl3_mlx.cli.options import DEBUG
 from internvl3_mlx.errors import InternVL3Error
 
-COMMANDS = ("convert", "generate", "info")  # each is a function of its own name in cli/<name>.py
+# each is a function of its own name in cli/<name>.py
+COMMANDS = ("chat", "completion", "convert", "generate", "info")
 FAILED, INTERRUPTED = 1, 130
 
 

@@ -82,12 +82,20 @@ debug = flag(
     help="Show the whole traceback when something fails.",
 )  # fmt: skip
 
+
+def _complete_models(ctx: click.Context, param: click.Parameter, typed: str) -> Any:
+    from internvl3_mlx.cli.completion import models
+
+    return models(ctx, param, typed)
+
+
 _POSITIVE, _COUNT, _SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
 
 LOADING: Mapping[str, Decorator] = {
     "model": flag(
         "Model", "--model", "model", metavar="PATH|REPO|SIZE", envvar="INTERNVL3_MODEL",
         show_envvar=True, help="A folder, a hub repository, a size such as 2b, or demo.",
+        shell_complete=_complete_models,
     ),
     "revision": flag(
         "Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub.",

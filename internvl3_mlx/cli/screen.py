@@ -45,6 +45,12 @@ def line(text: str = "") -> None:
     print(text, flush=True)
 
 
+def raw(sequence: str) -> None:
+    """Send a terminal its own language, such as a picture."""
+    sys.stdout.write(sequence)
+    sys.stdout.flush()
+
+
 def heading(name: str) -> None:
     """Begin the answer about one of several pictures."""
     print(f"== {name}", flush=True)
@@ -90,7 +96,9 @@ def figures(answer: "Answer") -> None:
 def describe(answer: "Answer") -> str:
     """Put the figures of a run in one line, such as ``18 tokens · 61.3 tok/s · prompt 2,041 …``."""
     usage, timing = answer.usage, answer.timing
-    images = f" ({usage.image_tokens:,} image)" if usage.image_tokens else ""
+    parts = [f"{usage.image_tokens:,} image"] if usage.image_tokens else []
+    parts += [f"{usage.cached_tokens:,} kept"] if getattr(usage, "cached_tokens", 0) else []
+    images = f" ({', '.join(parts)})" if parts else ""
     prompt_s = timing.preprocess_s + timing.vision_s + timing.prefill_s
     return " · ".join(
         (

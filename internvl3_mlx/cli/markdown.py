@@ -1,0 +1,98 @@
+"""Markdown on a terminal: each finished block is printed once, and nothing is ever redrawn."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from internvl3_mlx.cli import screen
+
+if TYPE_CHECKING:
+    from rich.markdown import Markdown
+
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+# What Markdown would swallow: tags, backslashes of formulas, pictures, hidden references.
+LOSSY = ("html_block", "html_inline", "escape", "image", "reference")
+
+
+class Blocks:
+    """Cuts text that is still arriving into blocks. A block ends where a line at the margin follows
+    a blank one, outside of fences."""
+
+    def __init__(self) -> None:
+        self.block = ""
+        self.tail = ""  # a line that has not ended
+        self.fence = ""
+
+    def add(self, text: str) -> Iterator[str]:
+        """Take more text and yield the blocks that it finishes."""
+        *lines, self.tail = (self.tail + text).split("\n")
+        for line in lines:
+            yield from self.take(line + "\n")
+
+    def finish(self) -> Iterator[str]:
+        """Yield what is left when the text has ended."""
+        last, self.tail = self.tail, ""
+        yield from self.take(last)
+        if self.block.strip():
+            yield self.block.strip("\n")
+        self.block = ""
+
+    def take(self, line: str) -> Iterator[str]:
+        after_blank = self.block.endswith("\n\n")
+        if not self.fence and after_blank and line.strip() and not line[0].isspace():
+            yield self.block.strip("\n")
+            self.block = ""
+        if line.strip() or self.block:
+            self.block += line
+        mark = FENCE.match(line)
+        if mark and not self.fence:
+            self.fence = mark[1]
+        elif mark and self.fence and mark[1].startswith(self.fence):
+            self.fence = ""
+
+
+class MarkdownWriter:
+    """Writes an answer to a terminal block by block, a blank line between two."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+
+        self.blocks, self.count, self.stream = Blocks(), 0, stream
+        self.console = Console(
+            file=stream,
+            force_terminal=True,
+            no_color=not screen.is_coloured(stream),
+            highlight=False,
+            emoji=False,
+            markup=False,
+        )
+
+    def add(self, text: str) -> None:
+        for block in self.blocks.add(text.translate(screen.CONTROLS)):
+            self.show(block)
+
+    def finish(self) -> None:
+        for block in self.blocks.finish():
+            self.show(block)
+
+    def show(self, block: str) -> None:
+        with self.console.capture() as kept:
+            self.console.print(rendered(block))
+        text = re.sub(r" +\n", "\n", kept.get()).strip("\n")  # rich fills lines with blanks
+        self.stream.write("\n" * bool(self.count) + text + "\n")
+        self.stream.flush()
+        self.count += 1
+
+
+def rendered(block: str) -> "Markdown":
+    """Parse one block so that no character of it is lost: line breaks stay, tags are text."""
+    from rich import markdown
+
+    content = markdown.Markdown(block, hyperlinks=False)
+    parser = markdown.MarkdownIt().enable(["strikethrough", "table"]).disable([*LOSSY])
+    content.parsed = parser.parse(block)
+    for token in content.parsed:
+        for child in token.children or ():
+            if child.type == "softbreak":
+                child.type = "hardbreak"
+    return content

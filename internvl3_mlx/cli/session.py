@@ -1,0 +1,183 @@
+"""A chat as it goes: what was attached, what is asked, how the answer is shown."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from internvl3_mlx.cli import screen
+from internvl3_mlx.cli.commands import COMMANDS, Command, named
+from internvl3_mlx.cli.line import Dropped, read_line
+from internvl3_mlx.cli.markdown import MarkdownWriter
+from internvl3_mlx.cli.thumbnails import Draw
+from internvl3_mlx.errors import InternVL3Error, UserError
+
+if TYPE_CHECKING:
+    from internvl3_mlx import Answer, Conversation, Piece
+    from internvl3_mlx.generation.inputs import Film, Seen
+
+STOPPED = "stopped; what was said is kept"
+TAKEN_BACK = "stopped before the first word; the question was taken back"
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """A picture or a video on the screen's side of the talk."""
+
+    name: str
+    content: "Seen | Film"
+
+    @property
+    def is_film(self) -> bool:
+        return hasattr(self.content, "frames")
+
+
+@dataclass(eq=False)
+class Session:
+    """One chat. ``pending``: attached, and sent with the next question."""
+
+    talk: "Conversation"
+    draw: Draw | None = None
+    quiet: bool = False
+    pending: list[Attached] = field(default_factory=list)
+    over: bool = False
+
+    def take(self, text: str) -> None:
+        """Do what one line says; mistakes are told and the chat goes on."""
+        try:
+            command = named(text)
+            if command is not None:
+                self.run(*command)
+            elif text.strip():
+                self.say(text)
+        except InternVL3Error as fault:
+            screen.error(str(fault))
+
+    def run(self, command: Command, argument: str) -> None:
+        if command.wants and not argument:
+            raise UserError(f"{command.name} wants {command.wants}")
+        command.act(self, argument)
+
+    def say(self, text: str) -> None:
+        """Attach the pictures of a line and ask its question."""
+        line = read_line(text)
+        if line.missing:  # a question about a picture that is not there is never asked
+            for fault in line.missing:
+                screen.error(fault)
+            return
+        for dropped in line.dropped:
+            self.attach(dropped)
+        if line.question.strip():
+            self.ask(line.question)
+
+    def attach(self, dropped: Dropped) -> None:
+        """Open what was dropped, tell what became of it, and keep it for the next question."""
+        if dropped.kind == "video":
+            film = self.talk.watch(dropped.source)
+            self.pending.append(Attached(Path(film.name).name, film))
+            tokens = sum(frame.info.tokens for frame in film.frames)
+            screen.hint(f"{Path(film.name).name} · {len(film.frames)} frames · {tokens:,} tokens")
+            return
+        for picture in opened(dropped, upright=self.talk.settings.upright):
+            seen = self.talk.look(picture)
+            name = os.path.basename(seen.info.source) or seen.info.source
+            self.pending.append(Attached(name, seen))
+            screen.hint(about(name, seen))
+            if self.draw is not None:
+                from internvl3_mlx.images.preview import preview_png
+
+                screen.raw(self.draw(preview_png(picture)))
+
+    def ask(self, question: str) -> None:
+        sent, self.pending = self.pending, []
+        pictures = [item.content for item in sent if not item.is_film]
+        films = tuple(item.content for item in sent if item.is_film)
+        try:
+            stream = self.talk.stream(question, pictures, video=films)
+            if not self.show(stream):
+                self.pending = sent
+        except InternVL3Error:
+            self.pending = sent
+            raise
+
+    def again(self) -> None:
+        self.show(self.talk.stream_retry())
+
+    def show(self, stream: "Iterator[Piece]") -> bool:
+        """Write an answer as it comes. Ctrl-C ends it; return False when nothing was said."""
+        before, answer = self.talk.exchanges, None
+        writer = answer_writer()
+        try:
+            with closing(stream):  # type: ignore[type-var]
+                for piece in self.patient(stream):
+                    writer.add(piece.text)
+                    answer = piece.answer
+        except KeyboardInterrupt:
+            writer.finish()
+            said = self.talk.exchanges is not before
+            screen.end_line()
+            screen.hint(STOPPED if said else TAKEN_BACK)
+            return said
+        writer.finish()
+        if answer is not None:
+            self.conclude(answer)
+        return True
+
+    def patient(self, stream: "Iterator[Piece]") -> "Iterator[Piece]":
+        """Show that something happens until the first piece comes."""
+        with screen.waiting("reading", quiet=self.quiet):
+            first = next(stream, None)
+        if first is not None:
+            yield first
+            yield from stream
+
+    def conclude(self, answer: "Answer") -> None:
+        if not self.quiet and screen.is_lively(sys.stderr):
+            screen.figures(answer)
+        warning = self.talk.budget.warning
+        if warning and not self.quiet:
+            screen.note(f"{warning} (/set, /drop and /forget do it)")
+
+
+class PlainWriter:
+    """Writes an answer as it comes, and a line end after it."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def add(self, text: str) -> None:
+        screen.answer_text(text)
+        self.last = text or self.last
+
+    def finish(self) -> None:
+        if not self.last.endswith("\n"):
+            screen.line()
+
+
+def answer_writer() -> PlainWriter | MarkdownWriter:
+    return MarkdownWriter(sys.stdout) if screen.is_lively(sys.stdout) else PlainWriter()
+
+
+def opened(dropped: Dropped, *, upright: bool):  # type: ignore[no-untyped-def]
+    """Open a picture, or every page of a document."""
+    if dropped.kind == "document":
+        from internvl3_mlx.images.document import read_pages
+
+        return read_pages(dropped.source)
+    from internvl3_mlx.images.source import open_picture
+
+    return [open_picture(dropped.source, upright=upright)]
+
+
+def about(name: str, seen: "Seen") -> str:
+    """Describe an attached picture: ``cat.png 1024×768 · 7 tiles · 1,792 tokens``."""
+    info = seen.info
+    tiles = f"{info.tiles} tile{'s' * (info.tiles != 1)}"
+    return f"{name} {info.width}×{info.height} · {tiles} · {info.tokens:,} tokens"
+
+
+Action = Callable[[Session, str], None]
+__all__ = ["COMMANDS", "Attached", "Session"]

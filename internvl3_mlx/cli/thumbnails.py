@@ -1,0 +1,62 @@
+"""Small pictures inside the terminal, by the two escape sequences that terminals understand."""
+
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+
+ROWS = 8  # lines of the terminal that a picture takes
+CHUNK = 4096  # longest payload of one kitty sequence
+
+Draw = Callable[[bytes], str]
+
+
+def drawer(env: Mapping[str, str], *, wanted: bool | None = None) -> Draw | None:
+    """Choose how this terminal shows pictures, or None where it cannot.
+
+    ``wanted``: None shows them where that is known to work; True also in VS Code, which has to be
+    set to it, and through tmux; False never.
+    """
+    if wanted is False or env.get("TERM") == "dumb":
+        return None
+    program = env.get("TERM_PROGRAM", "")
+    inside_tmux = bool(env.get("TMUX"))
+    draw = KNOWN.get(program)
+    if env.get("KITTY_WINDOW_ID") or env.get("TERM") in ("xterm-kitty", "xterm-ghostty"):
+        draw = kitty
+    if wanted and draw is None:
+        draw = iterm
+    if inside_tmux or program == "vscode":
+        return through_tmux(draw or iterm, inside_tmux) if wanted else None
+    return draw
+
+
+def iterm(png: bytes) -> str:
+    """Write OSC 1337, iTerm2's own."""
+    head = f"\x1b]1337;File=inline=1;size={len(png)};height={ROWS};preserveAspectRatio=1:"
+    return f"{head}{b64encode(png).decode()}\a\n"
+
+
+def kitty(png: bytes) -> str:
+    """Write kitty's graphics sequences, the payload in chunks."""
+    data = b64encode(png).decode()
+    chunks = [data[at : at + CHUNK] for at in range(0, len(data), CHUNK)]
+    text = ""
+    for number, chunk in enumerate(chunks, start=1):
+        more = int(number < len(chunks))
+        head = f"a=T,f=100,r={ROWS},m={more}" if number == 1 else f"m={more}"
+        text += f"\x1b_G{head};{chunk}\x1b\\"
+    return text + "\n"
+
+
+def through_tmux(draw: Draw, inside: bool) -> Draw:
+    """Wrap a sequence so that tmux passes it on."""
+    if not inside:
+        return draw
+
+    def wrapped(png: bytes) -> str:
+        escaped = draw(png).rstrip("\n").replace("\x1b", "\x1b\x1b")
+        return f"\x1bPtmux;{escaped}\x1b\\\n"
+
+    return wrapped
+
+
+KNOWN: dict[str, Draw] = {"iTerm.app": iterm, "WezTerm": iterm, "ghostty": kitty, "vscode": iterm}

@@ -1,0 +1,278 @@
+"""The chat without a terminal: its commands, its pipes, its mistakes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from fixtures.documents import write_pdf
+from fixtures.inputs import picture, write_video
+from fixtures.opened import tiny
+from fixtures.tiny import Recipe
+
+import internvl3_mlx
+from internvl3_mlx import load
+from internvl3_mlx.cli.main import main
+from internvl3_mlx.cli.session import Session
+
+ROOT = Path(internvl3_mlx.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load(str(tiny(Recipe()).folder))
+
+
+@pytest.fixture
+def session(vlm, tmp_path, monkeypatch):
+    """A chat in a folder of two pictures."""
+    monkeypatch.chdir(tmp_path)
+    picture(130, 70).save(tmp_path / "cat.png")
+    picture(60, 60, 1).save(tmp_path / "dog.png")
+    return Session(vlm.conversation(max_tokens=4))
+
+
+@pytest.fixture
+def told(session, capsys):
+    """Say a line and give what went to stderr."""
+
+    def tell(text):
+        session.take(text)
+        return capsys.readouterr().err
+
+    return tell
+
+
+def test_a_dropped_picture_waits_for_the_question(session, told):
+    assert told("cat.png") == "cat.png 130×70 · 3 tiles · 12 tokens\n"
+    assert session.talk.exchanges == []
+    told("What is it?")
+    assert [info.source for info in session.talk.images] == ["cat.png"]
+    assert session.pending == []
+
+
+def test_image_attaches_several_and_images_lists_them(session, told):
+    told("/image cat.png 'dog.png'")
+    told("Compare.")
+    told("dog.png")
+    assert told("/images").splitlines() == [
+        "1  cat.png · 3 tiles",
+        "2  dog.png · 1 tiles",
+        "3  dog.png · for the next question",
+    ]
+    assert told("/drop 3") == "dropped dog.png\n"
+    assert told("/drop 1") == "dropped cat.png\n"
+    assert [info.source for info in session.talk.images] == ["dog.png"]
+    assert "no picture 7; this talk has 1" in told("/drop 7")
+
+
+def test_a_missing_picture_is_told_and_the_question_is_not_asked(session, told):
+    assert "error: no file at cot.png: did you mean cat.png?" in told("cot.png what is it?")
+    assert session.talk.exchanges == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/hlep", "no such command or image: /hlep; did you mean /help?"),
+        ("/cat.png", "no such command or image: /cat.png; /help lists the commands"),
+        ("/image", "/image wants PATH…"),
+        ("/set", "/set wants NAME VALUE"),
+        ("/set temperature", "/set wants NAME VALUE, such as temperature 0.7"),
+        ("/set temperture 1", "no setting 'temperture'; did you mean 'temperature'?"),
+        ("/set temperature hot", "temperature cannot be hot; wanted a number"),
+        ("/set v2pe_delta 1/3", "V2PE step 1/3"),
+        ("/set history x", "/set wants NAME VALUE"),
+        ("/undo", "nothing has been asked yet"),
+        ("/retry", "nothing has been asked yet"),
+        ("/forget 3", "cannot forget 3 of 0 questions"),
+        ("/forget x", "/forget wants how many"),
+        ("/load nowhere.zip", "no file at nowhere.zip"),
+        ("/save a b", "one file at a time"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_the_chat_goes_on(session, told, line, message):
+    assert message in told(line)
+    assert not session.over
+
+
+def test_a_path_that_begins_with_a_slash_is_no_command(session, told, tmp_path):
+    assert "cat.png 130×70" in told(f"{tmp_path}/cat.png")
+    told("/usr/bin is a folder?")
+    assert session.talk.exchanges[0].question == "/usr/bin is a folder?"
+
+
+def test_undo_gives_the_pictures_back_to_the_next_question(session, told):
+    told("cat.png What is it?")
+    assert told("/undo") == "took back: What is it?\n"
+    assert [item.name for item in session.pending] == ["cat.png"]
+    told("And now?")
+    assert len(session.talk.images) == 1
+
+
+def test_retry_answers_in_the_place_of_the_last_answer(session, told):
+    told("cat.png What is it?")
+    first = session.talk.exchanges[0].answer
+    told("/retry")
+    assert [exchange.answer for exchange in session.talk.exchanges] == [first]
+
+
+def test_settings_hold_from_the_next_question_on(session, told):
+    assert told("/set temp 0.5") == "temperature = 0.5\n"
+    assert told("/set v2pe-delta 1/4") == "v2pe_delta = 0.25\n"
+    assert told("/set temperature default") == "temperature = 0.0\n"
+    told("/system Be brief.")
+    assert session.talk.settings.system == "Be brief."
+    shown = told("/show")
+    assert "v2pe delta  0.25" in shown
+    assert "positions" in shown
+    told("/system none")
+    assert session.talk.settings.system is None
+
+
+def test_save_load_and_clear(session, told, tmp_path):
+    told("cat.png What is it?")
+    assert told("/save my\\ talk.zip cache") == "saved my talk.zip with what was read\n"
+    assert (tmp_path / "my talk.zip.safetensors").is_file()
+    assert told("/clear") == "a new talk\n"
+    assert session.talk.exchanges == []
+    assert told("/load 'my talk.zip'") == "loaded 1 questions; nothing has to be read again\n"
+    assert len(session.talk.images) == 1
+    told("/save plain.zip")
+    session.talk.memory.reading = session.talk.memory.reading.upto(0)
+    assert "reads it all again" in told("/load plain.zip")
+
+
+def test_edit_changes_the_last_question_and_asks_again(session, told, monkeypatch):
+    monkeypatch.setattr("click.edit", lambda text: text.replace("it", "this"))
+    told("cat.png What is it?")
+    told("/edit")
+    assert [exchange.question for exchange in session.talk.exchanges] == ["What is this?"]
+    assert len(session.talk.images) == 1
+    monkeypatch.setattr("click.edit", lambda text: None)
+    assert told("/edit") == "nothing was changed\n"
+
+
+def test_forget_makes_room(session, told):
+    told("One?")
+    told("Two?")
+    assert told("/forget") == "1 questions are left\n"
+    assert session.talk.exchanges[0].question == "Two?"
+
+
+@pytest.mark.parametrize("word", ["/exit", "/quit", "/bye"])
+def test_leaving(session, told, word):
+    told(word)
+    assert session.over
+
+
+@pytest.mark.parametrize("word", ["/help", "/?"])
+def test_help_names_every_command(told, word):
+    from internvl3_mlx.cli.commands import COMMANDS
+
+    text = told(word)
+    assert all(command.name in text and command.help in text for command in COMMANDS)
+
+
+def test_paste_takes_the_picture_in_the_clipboard(session, told, monkeypatch):
+    monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: picture(60, 60))
+    assert "60×60 · 1 tile · 4 tokens" in told("/paste")
+    monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: None)
+    assert "no picture in the clipboard: copy one first" in told("/paste")
+
+
+def test_a_video_is_a_picture_that_moves(session, told, tmp_path):
+    write_video(tmp_path / "clip.mp4", frames=5)
+    told("/set num_frames 3")
+    assert told("clip.mp4") == "clip.mp4 · 3 frames · 12 tokens\n"
+    told("What happens?")
+    assert len(session.talk.exchanges[0].films[0].frames) == 3
+
+
+def test_the_pages_of_a_pdf_are_pictures(session, told, tmp_path):
+    write_pdf(tmp_path / "report.pdf", (100, 200), (100, 200))
+    first, second = told("report.pdf").splitlines()
+    assert re.match(r"report\.pdf page 1 89\d×179\d · \d+ tiles", first)
+    assert second.startswith("report.pdf page 2")
+
+
+def test_what_is_too_long_is_refused_and_its_pictures_are_kept(told, tmp_path, monkeypatch):
+    short = load(str(tiny(Recipe(max_positions=96)).folder))
+    monkeypatch.chdir(tmp_path)
+    picture(60, 60).save("dog.png")
+    session = Session(short.conversation(system=""))
+    session.take("dog.png")
+    session.take("word " * 300)
+    assert [item.name for item in session.pending] == ["dog.png"]
+
+
+def test_the_user_is_warned_before_the_window_is_full(capsys):
+    short = load(str(tiny(Recipe(max_positions=96)).folder))
+    session = Session(short.conversation(system="", max_tokens=12))
+    session.take("word " * 14)
+    assert "of 96 positions; to make room: forget the oldest" in capsys.readouterr().err
+
+
+def test_an_interrupt_before_the_first_word_takes_the_question_back(session, told, monkeypatch):
+    told("cat.png")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(session.talk.vlm.model), "see_chunk", interrupted)
+        assert "stopped before the first word" in told("What is it?")
+    assert [item.name for item in session.pending] == ["cat.png"]
+    assert session.talk.exchanges == []
+    told("What is it?")
+    assert len(session.talk.exchanges) == 1
+
+
+def piped(text, *words, cwd):
+    command = [sys.executable, "-m", "internvl3_mlx", "chat", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, input=text, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+def test_in_a_pipe_only_answers_are_written_and_nothing_hangs(session, vlm, tmp_path):
+    text = 'cat.png What is it?\n"""Two\nlines"""\n/exit\nnever read\n'
+    done = piped(text, "--model", str(vlm.loaded.folder), "-m", "4", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == "cat.png 130×70 · 3 tiles · 12 tokens\n"
+    talk = vlm.conversation(max_tokens=4)
+    answers = [
+        talk.ask("What is it?", [tmp_path / "cat.png"]).text,
+        talk.ask("Two\nlines").text,
+    ]
+    assert done.stdout == "".join(answer + "\n" for answer in answers)
+
+
+def test_a_picture_that_is_not_there_is_told_before_the_model_loads():
+    result = CliRunner().invoke(main, ["chat", "no.png", "--model", "/nowhere/at/all"])
+    assert result.exit_code == 2
+    assert "no file at no.png" in result.output
+
+
+@pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])
+def test_completion_prints_the_script_of_each_shell(shell):
+    result = CliRunner().invoke(main, ["completion", shell])
+    assert result.exit_code == 0
+    assert f"_INTERNVL3_COMPLETE={shell}_complete" in result.output
+    assert "_internvl3_completion" in result.output
+
+
+def test_models_are_completed_from_sizes_the_cache_and_folders(tmp_path, monkeypatch):
+    from internvl3_mlx.cli.completion import models
+
+    (tmp_path / "models--OpenGVLab--InternVL3-2B").mkdir()
+    (tmp_path / "models--other--thing").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    values = [item.value for item in models(None, None, "")]
+    assert "2b" in values
+    assert "OpenGVLab/InternVL3-2B" in values
+    assert "other/thing" not in values
+    assert [item.value for item in models(None, None, "Open")][0] == "OpenGVLab/InternVL3-2B"
+    assert models(None, None, "x")[-1].type == "dir"
