@@ -27,6 +27,27 @@ Ask = Callable[[list[Image.Image], list[str], float], list[str]]
 
 def main() -> None:
     """Answer every column, print the table and write it as JSON."""
+    options = parse()
+    ask = torch_asker(options.run) if options.run else library_asker(options.model)
+    table: dict[str, dict] = {}
+    said: list[str] = []
+    for name in options.columns:
+        column = COLUMNS[name]
+        table[name] = {
+            task: measure(ask, items(task, column, options.items), column.control, said)
+            for task in options.tasks
+        }
+        show(name, table[name])
+    if options.deltas:
+        table["deltas"] = measure_deltas(ask, options)
+    if options.out:
+        options.out.write_text(json.dumps(table, indent=1) + "\n")
+    if options.answers:
+        options.answers.write_text("\n".join(said) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,31 +57,22 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="questions per task and column")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument(
-        "--deltas", action="store_true", help="measure each of the nine deltas on the first column"
-    )
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    ask = torch_asker(options.run) if options.run else library_asker(options.model)
-    table: dict[str, dict] = {}
-    for name in options.columns:
-        table[name] = {
-            task: measure(ask, items(task, COLUMNS[name], options.items)) for task in options.tasks
-        }
-        show(name, table[name])
-    if options.deltas:
-        table["deltas"] = measure_deltas(ask, options)
-    if options.out:
-        options.out.write_text(json.dumps(table, indent=1) + "\n")
+    parser.add_argument("--deltas", action="store_true", help="measure all deltas, first column")
+    parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--answers", type=Path, help="write every answer here, one a line")
+    return parser.parse_args()
 
 
-def measure(ask: Ask, asked: list[Item], delta: float = 1.0) -> dict[str, float]:
-    """Score a task's items, and the same questions put to the picture of the next item."""
-    pictures, questions = [item.picture for item in asked], [item.question.text for item in asked]
-    return {
-        "right": score(ask(pictures, questions, delta), asked),
-        "swapped": score(ask(pictures[1:] + pictures[:1], questions, delta), asked),
-    }
+def measure(ask: Ask, asked: list[Item], control: bool, said: list[str]) -> dict[str, float]:
+    """Score a task's items and, as a control, the same questions put to the next item's picture."""
+    pictures = [item.picture for item in asked]
+    questions = [item.question.text for item in asked]
+    answers = ask(pictures, questions, 1.0)
+    said += map(json.dumps, answers)
+    found = {"right": score(answers, asked)}
+    if control:
+        found["swapped"] = score(ask(pictures[1:] + pictures[:1], questions, 1.0), asked)
+    return found
 
 
 def measure_deltas(ask: Ask, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -68,38 +80,27 @@ def measure_deltas(ask: Ask, options: argparse.Namespace) -> dict[str, dict[str,
     scores: dict[str, dict[str, float]] = {}
     for task in options.tasks:
         asked = items(task, COLUMNS[options.columns[0]], options.items)
-        pictures, questions = (
-            [item.picture for item in asked],
-            [item.question.text for item in asked],
-        )
-        scores[task] = {
-            f"1/{round(1 / d)}": score(ask(pictures, questions, d), asked) for d in DELTAS
-        }
-        print(
-            f"{task:10s}",
-            "  ".join(f"{name} {100 * right:.0f}" for name, right in scores[task].items()),
-            flush=True,
-        )
+        pictures = [item.picture for item in asked]
+        questions = [item.question.text for item in asked]
+        found = {d: score(ask(pictures, questions, d), asked) for d in DELTAS}
+        scores[task] = {f"1/{round(1 / d)}": right for d, right in found.items()}
+        cells = (f"{name} {100 * right:.0f}" for name, right in scores[task].items())
+        print(f"{task:10s}", "  ".join(cells), flush=True)
     return scores
 
 
 def score(answers: list[str], asked: list[Item]) -> float:
     """Give the share of answers that are right to the letter."""
-    return float(
-        np.mean(
-            [
-                answer.strip() == item.question.answer
-                for answer, item in zip(answers, asked, strict=True)
-            ]
-        )
-    )
+    pairs = zip(answers, asked, strict=True)
+    return float(np.mean([answer.strip() == item.question.answer for answer, item in pairs]))
 
 
 def show(name: str, scores: dict[str, dict[str, float]]) -> None:
-    """Print one column: accuracy, and the control in brackets."""
-    cells = (
-        f"{task} {100 * s['right']:.0f} ({100 * s['swapped']:.0f})" for task, s in scores.items()
-    )
+    """Print one column: accuracy, and the control in brackets where there is one."""
+    cells = []
+    for task, found in scores.items():
+        control = f" ({100 * found['swapped']:.0f})" if "swapped" in found else ""
+        cells.append(f"{task} {100 * found['right']:.0f}{control}")
     print(f"{name:16s}", "  ".join(cells), flush=True)
 
 

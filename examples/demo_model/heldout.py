@@ -23,18 +23,22 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Column:
-    """Describe a column of the evaluation: what its pictures are drawn from, and their size."""
+    """Describe a column of the evaluation: what its pictures are drawn from, and their size.
+
+    ``control`` says whether the questions are also put to swapped pictures.
+    """
 
     seed: int
     look: Look = SEEN
     size: tuple[int, int] = (112, 112)
     scale: int = 1
+    control: bool = False
 
 
 COLUMNS = {
-    "square": Column(0),
-    "unseen style": Column(1, look=UNSEEN_STYLE),
-    "unseen place": Column(2, look=UNSEEN_PLACE),
+    "square": Column(0, control=True),
+    "unseen style": Column(1, look=UNSEEN_STYLE, control=True),
+    "unseen place": Column(2, look=UNSEEN_PLACE, control=True),
     "large square": Column(3, size=(240, 240), scale=2),
     "portrait 3:4": Column(4, size=(180, 240), scale=2),
     "photo 4:3, 12 MP": Column(5, size=(240, 180), scale=17),

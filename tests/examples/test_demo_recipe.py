@@ -89,7 +89,12 @@ def test_questions_follow_from_the_items():
     asked = ask(items, np.random.default_rng(0))
     answers = {(q.task, q.answer) for q in asked}
     assert {("where", "top left"), ("where", "top right"), ("at", "dog"), ("at", "star")} <= answers
-    assert {("color", "red"), ("shape", "star"), ("count_all", "2"), ("list", "dog, star")} <= answers
+    assert {
+        ("color", "red"),
+        ("shape", "star"),
+        ("count_all", "2"),
+        ("list", "dog, star"),
+    } <= answers
     assert [q.answer for q in asked if q.task == "exists"] == ["yes", "no"]
 
 
@@ -147,7 +152,10 @@ def test_questions_that_share_a_picture_are_answered_as_if_asked_alone(tokenizer
     torch.manual_seed(1)
     model, rows = InternVL(TINY).eval(), RowBuilder(tokenizer, TINY.tokens_per_tile)
     visual = model.see(torch.randn(1, 3, 112, 112))[1]
-    asked = [Question("name", "What is this?", "dog"), Question("where", "Find the dog.", "top left")]
+    asked = [
+        Question("name", "What is this?", "dog"),
+        Question("where", "Find the dog.", "top left"),
+    ]
     shared = hidden(model, rows, visual, asked)
     for number, question in enumerate(asked):
         alone = hidden(model, rows, visual, [question])
@@ -253,4 +261,7 @@ def test_the_export_has_the_original_layout(tmp_path, tokenizer):
     assert tensors["language_model.lm_head.weight"].dtype == torch.float16
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["demo_trained"] is False
-    assert TilePolicy(config["force_image_size"], max_tiles=config["max_dynamic_patch"]) == batches.POLICY
+    assert (
+        TilePolicy(config["force_image_size"], max_tiles=config["max_dynamic_patch"])
+        == batches.POLICY
+    )
