@@ -21,7 +21,7 @@ MAX_SEED = 2**63 - 1
 OTHERS = "Other"
 SECTIONS = (
     "Question", "Pictures", "Answer", "Model", "Quantization", "Quality", "Upload",
-    "Output", "Memory", "Positions", OTHERS,
+    "Output", "Speed", "Memory", "Positions", OTHERS,
 )  # fmt: skip
 STDIN = "-"  # as a picture or as the question: read standard input
 
@@ -183,6 +183,19 @@ SETTINGS: Mapping[str, Decorator] = {
     "ntk": flag(
         "Positions", "--no-ntk", "ntk", flag_value=False, default=None, type=bool,
         help="Do not stretch the rotary base past the trained length.",
+    ),
+    "lookup": flag(
+        "Speed", "--lookup", "lookup", flag_value=True, default=None, type=bool,
+        help="Guess ahead what followed the same words before; the answer stays the same.",
+    ),
+    "draft": flag(
+        "Speed", "--draft-model", "draft", metavar="PATH|REPO|SIZE",
+        shell_complete=_complete_models,
+        help="Let a smaller model of the family guess ahead; the answer stays the same.",
+    ),
+    "num_draft_tokens": flag(
+        "Speed", "--num-draft-tokens", "num_draft_tokens", metavar="N", type=_POSITIVE,
+        show_default="4", help="Tokens guessed at once.",
     ),
     "kv_bits": flag(
         "Memory", "--kv-bits", "kv_bits", type=click.Choice(["4", "8"]),

@@ -99,6 +99,10 @@ def describe(answer: "Answer") -> str:
     parts = [f"{usage.image_tokens:,} image"] if usage.image_tokens else []
     parts += [f"{usage.cached_tokens:,} kept"] if getattr(usage, "cached_tokens", 0) else []
     images = f" ({', '.join(parts)})" if parts else ""
+    drafted = getattr(usage, "drafted_tokens", 0)
+    guesses = (
+        f"{usage.accepted_tokens / drafted:.0%} of {drafted:,} guesses right" if drafted else ""
+    )
     prompt_s = timing.preprocess_s + timing.vision_s + timing.prefill_s
     return " · ".join(
         (
@@ -106,6 +110,7 @@ def describe(answer: "Answer") -> str:
             f"{timing.decode_tps:,.1f} tok/s",
             f"prompt {usage.prompt_tokens:,}{images} in {prompt_s:.1f} s",
             f"peak {size(answer.peak_memory_gb * GB)}",
+            *filter(None, [guesses]),
         )
     )
 

@@ -12,12 +12,15 @@ SCALE = 1000  # the model names places in thousandths of the picture's sides
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a run. ``cached_tokens``: of the prompt, those that were not read again."""
+    """Tokens of a run. ``cached_tokens``: of the prompt, those that were not read again;
+    ``drafted_tokens``: guessed ahead, of which ``accepted_tokens`` were right."""
 
     prompt_tokens: int
     image_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

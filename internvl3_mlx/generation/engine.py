@@ -87,6 +87,30 @@ class Engine:
         self.read = length
         return self.model.language_model.head(states[:, -1])
 
+    def verify(self, tokens: list[int]) -> mx.array:
+        """Read several tokens at once: (K,) -> logits after each, (1, K, vocab)."""
+        length = self.read + len(tokens)
+        rotary = self.rotary(int(self.next_position), length)
+        self.next_position += len(tokens)
+        embeds = self.model.embed(mx.array([tokens], dtype=mx.int32))
+        states = self.model.language_model.model(embeds, rotary, self.cache)
+        self.pack()
+        self.read = length
+        return self.model.language_model.head(states)
+
+    def rewind(self, count: int) -> None:
+        """Forget the last ``count`` tokens, which were read in whole steps."""
+        self.read -= count
+        self.next_position -= count
+        for layer in self.cache:
+            layer.trim(self.read)
+
+    def is_stretched(self, ahead: int) -> bool:
+        """Tell whether dynamic NTK turns the next tokens, each by another length."""
+        text = self.model.config.text
+        beyond = self.read + ahead + 1 > text.max_position_embeddings
+        return self.ntk and beyond and text.rope_dynamic_factor is not None
+
     def rotary(self, positions: Positions, length: int) -> Rotary:
         return self.model.language_model.rotary(positions, length, ntk=self.ntk)
 

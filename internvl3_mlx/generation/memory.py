@@ -82,6 +82,7 @@ class Memory:
     cache: list[Cache] = field(default_factory=list)
     reading: Reading = field(default_factory=Reading.nothing)
     stretched: bool = False
+    draft: "Memory | None" = None  # the draft model's own
 
     def begin(
         self, model: InternVL, wanted: Reading, settings: Settings, *, stretched: bool

@@ -13,26 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.generation.memory import KEY_WORDS, Memory, Reading
 from internvl3_mlx.models.cache import Cache, KVCache, QuantizedKVCache
-from internvl3_mlx.models.internvl import InternVL
 
 OURS = "internvl3_mlx"  # our entry of the metadata
 SAMPLES = 16  # numbers of each tensor that tell models apart
 PACKED_PARTS = 3  # weights, scales, biases
 
 
-def fingerprint(model: InternVL) -> str:
+def fingerprint(model: Any) -> str:
     """Name a model by a few numbers of every tensor: other weights give another name."""
-    tensors: Any = tree_flatten(model.parameters())
+    whole = model.parameters() if isinstance(model, nn.Module) else [m.parameters() for m in model]
+    tensors: Any = tree_flatten(whole)
     samples = [
         value.reshape(-1)[:: max(1, value.size // SAMPLES)].astype(mx.float32)
         for _, value in tensors
     ]
-    content = np.array(mx.concatenate(samples)).tobytes() + repr(model.config).encode()
+    content = np.array(mx.concatenate(samples)).tobytes()
+    content += repr([(name, value.shape) for name, value in tensors]).encode()
+    content += repr(getattr(model, "config", None)).encode()
     return blake2b(content, digest_size=16).hexdigest()
 
 

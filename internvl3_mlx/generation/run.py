@@ -1,7 +1,7 @@
 """One question being answered: look, read, write. What is interrupted leaves the memory whole."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -13,11 +13,14 @@ from internvl3_mlx.generation.inputs import Inputs
 from internvl3_mlx.generation.memory import Memory, Reading
 from internvl3_mlx.generation.sampling import chooser, needs_history
 from internvl3_mlx.generation.settings import Settings
+from internvl3_mlx.generation.speculation import Drafter, Tally, speculate
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokens import Tokenizer
 
 GB = 1_000_000_000
+
+Drafting = Callable[[], Drafter]  # begins to guess, once the prompt was read
 
 
 @dataclass(eq=False)
@@ -31,6 +34,8 @@ class Run:
     settings: Settings
     memory: Memory
     load_seconds: float = 0.0
+    drafting: Drafting | None = None
+    tally: Tally = field(default_factory=Tally)
     said: list[int] = field(default_factory=list)
 
     @property
@@ -65,7 +70,12 @@ class Run:
         positions = None if self.inputs.is_ordinary else self.inputs.positions
         logits = engine.prefill(ids, features, positions, self.settings.prefill_step_size)
         left = context_left(self.inputs.next_position, self.config.text, ntk=engine.ntk)
-        return engine.decode(ids, logits, min(self.settings.max_tokens, max(left, 1)))
+        limit = min(self.settings.max_tokens, max(left, 1))
+        if self.drafting is None:
+            return engine.decode(ids, logits, limit)
+        drafter, count = self.drafting(), self.settings.num_draft_tokens
+        known = self.inputs.token_ids
+        return speculate(engine, known, logits, limit, drafter, count, self.tally)
 
     def noted(self, tokens: Iterable[int]) -> Iterator[int]:
         for token in tokens:
@@ -96,7 +106,14 @@ class Run:
 
     def answer(self, text: TextStream, clock: "Clock", kept: int) -> Answer:
         inputs = self.inputs
-        usage = Usage(len(inputs.token_ids), inputs.image_tokens, len(text.token_ids), kept)
+        usage = Usage(
+            prompt_tokens=len(inputs.token_ids),
+            image_tokens=inputs.image_tokens,
+            completion_tokens=len(text.token_ids),
+            cached_tokens=kept,
+            drafted_tokens=self.tally.drafted,
+            accepted_tokens=self.tally.accepted,
+        )
         marked = self.tokenizer.decode(text.token_ids, keep_boxes=True)
         return Answer(
             text=text.text,

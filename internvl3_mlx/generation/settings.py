@@ -22,6 +22,8 @@ class Settings:
     history: earlier turns, their pictures counted in ``images`` before this turn's.
     v2pe_delta: position step of image tokens, one of 1, 1/2 ... 1/256, ``"auto"``, or one a
     picture.
+    lookup: guess ahead what followed the same words before; the answer stays the same.
+    draft: a smaller model, or its name, that guesses ahead; the answer stays the same.
     ntk: stretch the rotary base beyond the trained window, as the checkpoint's rope_scaling says.
     """
 
@@ -49,6 +51,9 @@ class Settings:
     kv_group_size: int = 64
     quantized_kv_start: int = 0
     prefill_step_size: int | None = None
+    lookup: bool = False
+    draft: Any = None
+    num_draft_tokens: int = 4
 
     def __post_init__(self) -> None:
         for name in ("stop", "video", "history"):  # one string or path is a list of one
@@ -79,6 +84,7 @@ RANGES = {
     "seed": (0, 2**63),
     "quantized_kv_start": (0, MANY),
     "prefill_step_size": (1, MANY),
+    "num_draft_tokens": (1, 16),
 }
 
 

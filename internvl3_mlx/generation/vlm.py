@@ -3,17 +3,20 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.config import ModelConfig
-from internvl3_mlx.errors import PromptError
+from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.answer import Answer, Box, Piece, Timing, Usage
 from internvl3_mlx.generation.engine import context_left
 from internvl3_mlx.generation.inputs import ImageInfo, Inputs, Preparer
 from internvl3_mlx.generation.memory import Memory
-from internvl3_mlx.generation.run import Run
+from internvl3_mlx.generation.prefix_file import fingerprint
+from internvl3_mlx.generation.run import Drafting, Run
 from internvl3_mlx.generation.settings import Settings, changed
+from internvl3_mlx.generation.speculation import DraftModel, Lookup, check_greedy
 from internvl3_mlx.loading.build import Loaded, build
 from internvl3_mlx.loading.prepare import Notify, prepare
 from internvl3_mlx.models.internvl import InternVL
@@ -65,6 +68,7 @@ class VLM:
     loaded: Loaded = field(repr=False)
     template: Template
     load_seconds: float = 0.0
+    companions: "dict[str, VLM]" = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def model(self) -> InternVL:
@@ -120,9 +124,51 @@ class VLM:
         """Answer prepared inputs; with a ``memory`` only what it does not hold yet is read."""
         memory = Memory() if memory is None else memory
         run = Run(
-            self.name, self.model, self.tokenizer, inputs, settings, memory, self.load_seconds
+            self.name,
+            self.model,
+            self.tokenizer,
+            inputs,
+            settings,
+            memory,
+            self.load_seconds,
+            self.drafting(inputs, settings, memory),
         )
         return run.pieces()
+
+    def drafting(self, inputs: Inputs, settings: Settings, memory: Memory) -> Drafting | None:
+        """Say who guesses ahead, if anyone: a smaller model or the text itself."""
+        if settings.draft is None and not settings.lookup:
+            return None
+        check_greedy(settings)
+        if settings.draft is None:
+            return Lookup
+        small = self.companion(settings.draft)
+        memory.draft = memory.draft or Memory()
+        if small.tower_key == self.tower_key:
+            memory.draft.features = memory.features
+        return partial(DraftModel, small.model, inputs, settings, memory.draft)
+
+    def companion(self, draft: "VLM | str") -> "VLM":
+        """Return the model that drafts, loaded once if it was named; refuse another vocabulary."""
+        name = draft if isinstance(draft, str) else draft.name
+        if name not in self.companions:
+            self.companions[name] = load(draft) if isinstance(draft, str) else draft
+        small = self.companions[name]
+        ours, theirs = (
+            (v.tokenizer.added, v.config.force_image_size, v.config.num_image_token)
+            for v in (self, small)
+        )
+        if ours != theirs:
+            raise UserError(
+                f"{name} cannot draft for {self.name}: its tokens are others; "
+                "take a smaller size of the same family"
+            )
+        return small
+
+    @cached_property
+    def tower_key(self) -> str:
+        """Name tower and projector by their weights: models that share them share features."""
+        return fingerprint(self.model.vision_model) + fingerprint(self.model.mlp1)
 
     def conversation(self, **settings: Any) -> "Conversation":
         """Begin a talk: each question costs only its own tokens. ``Settings`` are its defaults."""
