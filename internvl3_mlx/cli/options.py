@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from internvl3_mlx.cli.callbacks import complete_models, read_schema
 from internvl3_mlx.errors import UserError
 
 Function = Callable[..., Any]
@@ -82,20 +83,13 @@ debug = flag(
     help="Show the whole traceback when something fails.",
 )  # fmt: skip
 
-
-def _complete_models(ctx: click.Context, param: click.Parameter, typed: str) -> Any:
-    from internvl3_mlx.cli.completion import models
-
-    return models(ctx, param, typed)
-
-
 _POSITIVE, _COUNT, _SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
 
 LOADING: Mapping[str, Decorator] = {
     "model": flag(
         "Model", "--model", "model", metavar="PATH|REPO|SIZE", envvar="INTERNVL3_MODEL",
         show_envvar=True, help="A folder, a hub repository, a size such as 2b, or demo.",
-        shell_complete=_complete_models,
+        shell_complete=complete_models,
     ),
     "revision": flag(
         "Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub.",
@@ -184,13 +178,26 @@ SETTINGS: Mapping[str, Decorator] = {
         "Positions", "--no-ntk", "ntk", flag_value=False, default=None, type=bool,
         help="Do not stretch the rotary base past the trained length.",
     ),
+    "json_schema": flag(
+        "Answer", "--json-schema", "json_schema", metavar="FILE", callback=read_schema,
+        help="Answer with JSON that fits the schema in this file.",
+    ),
+    "regex": flag(
+        "Answer", "--regex", "regex", metavar="PATTERN",
+        help="Answer with text that matches a regular expression.",
+    ),
+    "choice": flag(
+        "Answer", "--choice", "choice", metavar="A,B,C",
+        callback=lambda _ctx, _param, text: text and tuple(text.split(",")),
+        help="Answer with one of these.",
+    ),
     "lookup": flag(
         "Speed", "--lookup", "lookup", flag_value=True, default=None, type=bool,
         help="Guess ahead what followed the same words before; the answer stays the same.",
     ),
     "draft": flag(
         "Speed", "--draft-model", "draft", metavar="PATH|REPO|SIZE",
-        shell_complete=_complete_models,
+        shell_complete=complete_models,
         help="Let a smaller model of the family guess ahead; the answer stays the same.",
     ),
     "num_draft_tokens": flag(

@@ -15,6 +15,7 @@ from internvl3_mlx.generation.sampling import chooser, needs_history
 from internvl3_mlx.generation.settings import Settings
 from internvl3_mlx.generation.speculation import Drafter, Tally, speculate
 from internvl3_mlx.generation.stream import TextStream
+from internvl3_mlx.generation.structured import constraint, is_structured
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokens import Tokenizer
 
@@ -71,6 +72,9 @@ class Run:
         logits = engine.prefill(ids, features, positions, self.settings.prefill_step_size)
         left = context_left(self.inputs.next_position, self.config.text, ntk=engine.ntk)
         limit = min(self.settings.max_tokens, max(left, 1))
+        if is_structured(self.settings):
+            form = constraint(self.settings, self.tokenizer, self.config.text.vocab_size)
+            return form.tokens(engine, ids, logits, limit)
         if self.drafting is None:
             return engine.decode(ids, logits, limit)
         drafter, count = self.drafting(), self.settings.num_draft_tokens

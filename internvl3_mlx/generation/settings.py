@@ -24,6 +24,8 @@ class Settings:
     picture.
     lookup: guess ahead what followed the same words before; the answer stays the same.
     draft: a smaller model, or its name, that guesses ahead; the answer stays the same.
+    json_schema, regex, choice: the form the answer must have; at most one. A schema is a
+    dictionary or JSON text.
     ntk: stretch the rotary base beyond the trained window, as the checkpoint's rope_scaling says.
     """
 
@@ -54,9 +56,12 @@ class Settings:
     lookup: bool = False
     draft: Any = None
     num_draft_tokens: int = 4
+    json_schema: Any = None
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("stop", "video", "history"):  # one string or path is a list of one
+        for name in ("stop", "video", "history", "choice"):  # one string or path is a list of one
             value = getattr(self, name)
             alone = isinstance(value, str | bytes) or not isinstance(value, Sequence)
             object.__setattr__(self, name, (value,) if alone else tuple(value))
@@ -66,6 +71,11 @@ class Settings:
                 raise UserError(f"{name} is {value}; it goes from {lowest:g} to {highest:g}")
         if self.kv_bits is not None and self.kv_bits not in KV_BITS:
             raise UserError(f"kv_bits is {self.kv_bits}; the cache packs to 4 or 8 bits, or None")
+        forms = [name for name in ("json_schema", "regex", "choice") if getattr(self, name)]
+        if len(forms) > 1:
+            raise UserError(f"{' and '.join(forms)} at once; an answer has one form, choose one")
+        if forms and (self.lookup or self.draft is not None):
+            raise UserError(f"guessing ahead knows no {forms[0]}; leave lookup and draft away")
         if self.kv_group_size not in KV_GROUP_SIZES:
             raise UserError(f"kv_group_size is {self.kv_group_size}; MLX has 32, 64 and 128")
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
@@ -62,6 +63,7 @@ class Tokenizer:
         self.stop_ids = frozenset(
             n for n in named if isinstance(n, int) and 0 <= n < self.vocab_size
         )
+        self.for_structure: Any = None  # another library's view of this tokenizer, once built
         self._any_token = _pattern(self.added)
         self._typed_token = _pattern(GROUNDING & self.added.keys())
 
@@ -98,6 +100,10 @@ class Tokenizer:
         if specials:
             return self.encode([Text(text)], 0, bos=False)
         return self._cut(text, at_start=True)
+
+    def spell(self, token_id: int) -> bytes:
+        """Give the bytes a plain token stands for, a part of a character included."""
+        return self._vocabulary.spell(token_id)
 
     def decode(self, ids: Iterable[int], *, keep_boxes: bool = False) -> str:
         """Turn ids into text, special tokens skipped; ``keep_boxes`` keeps grounding tags."""

@@ -15,6 +15,7 @@ from fixtures.tiny import Recipe
 
 import internvl3_mlx
 from internvl3_mlx import load
+from internvl3_mlx.cli import screen
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.session import Session
 
@@ -229,6 +230,13 @@ def test_an_interrupt_before_the_first_word_takes_the_question_back(session, tol
     assert session.talk.exchanges == []
     told("What is it?")
     assert len(session.talk.exchanges) == 1
+
+
+def test_figures_tell_what_was_kept_and_how_many_guesses_were_right(vlm):
+    talk = vlm.conversation(max_tokens=20, draft=vlm)
+    talk.ask("What is it?", [picture(60, 60)])
+    text = screen.describe(talk.ask("Why?"))
+    assert re.search(r"prompt \d+ \(4 image, \d+ kept\) in .* · 100% of \d+ guesses right$", text)
 
 
 def piped(text, *words, cwd):
