@@ -10,6 +10,7 @@ import click
 
 from internvl3_mlx.cli import options, screen
 from internvl3_mlx.cli.commands import ALIASES, COMMANDS
+from internvl3_mlx.cli.generate import UNTRAINED
 from internvl3_mlx.cli.line import Dropped, kind_of, shown
 from internvl3_mlx.cli.options import SectionedCommand
 from internvl3_mlx.cli.session import Session
@@ -19,7 +20,6 @@ from internvl3_mlx.cli.thumbnails import drawer
 if TYPE_CHECKING:
     from internvl3_mlx import VLM
 
-UNTRAINED = "the demo model is untrained; its answers are noise (it shows that everything runs)"
 TITLE, ADVICE = "internvl3 chat", "drop an image or type · /help · Ctrl-D leaves"
 WIDTH = 66  # of the box, its corners not counted
 DENSE_BITS = 16

@@ -27,6 +27,7 @@ class Request:
     settings: dict[str, Any]
     loading: dict[str, Any]
     output: Output
+    batch_size: int = 1
 
 
 @click.command(cls=SectionedCommand)
@@ -42,6 +43,10 @@ class Request:
 @options.flag(
     "Pictures", "--video", "videos", multiple=True, metavar="PATH",
     help="A video, read as frames; may be repeated.",
+)  # fmt: skip
+@options.flag(
+    "Speed", "--batch-size", "batch_size", metavar="N", type=click.IntRange(min=1), default=1,
+    help="With --each: answers written together; each stays the same.",
 )  # fmt: skip
 @options.settings
 @options.loading
@@ -66,7 +71,11 @@ def generate(
         settings["video"] = tuple(_existing(video) for video in videos)
     if "v2pe_delta" in settings:
         settings["v2pe_delta"] = options.deltas(settings["v2pe_delta"])
-    request = Request(question, sources, settings, flags["loading"], output)
+    request = Request(question, sources, settings, flags["loading"], output, flags["batch_size"])
+    if output.each and request.batch_size > 1:
+        from internvl3_mlx.cli.batches import answer_batches
+
+        raise SystemExit(answer_batches(request))
     if output.each:
         raise SystemExit(_answer_each(request))
     _answer_once(request)
@@ -108,8 +117,8 @@ def _existing(video: str) -> str:
 
 
 def _answer_once(request: Request) -> None:
-    pictures = [_open(source, request) for source in request.sources]
-    vlm, output = _load(request), request.output
+    pictures = [open_one(source, request) for source in request.sources]
+    vlm, output = load_model(request), request.output
     if output.as_json or output.as_jsonl:
         answer = vlm.ask(request.question, pictures, **request.settings)
         screen.as_json(answer.to_dict(), indent=2 if output.as_json else None)
@@ -125,17 +134,17 @@ def _answer_each(request: Request) -> int:
     faults: list[InternVL3Error] = []
     for source in request.sources:
         try:
-            picture = _open(source, request)
+            picture = open_one(source, request)
         except InternVL3Error as fault:
             faults.append(fault)
-            _tell(source, fault, request.output)
+            tell(source, fault, request.output)
             continue
-        vlm = vlm or _load(request)  # not before one picture could be read
+        vlm = vlm or load_model(request)  # not before one picture could be read
         try:
             _show_one(vlm, picture, source, request)
         except InternVL3Error as fault:
             faults.append(fault)
-            _tell(source, fault, request.output)
+            tell(source, fault, request.output)
     if not faults:
         return 0
     return ALL_MISTAKEN if vlm is None else SOME_FAILED
@@ -153,20 +162,20 @@ def _show_one(vlm: "VLM", picture: "Picture", source: str, request: Request) -> 
         screen.figures(answer)
 
 
-def _tell(source: str, fault: InternVL3Error, output: Output) -> None:
+def tell(source: str, fault: InternVL3Error, output: Output) -> None:
     if output.as_jsonl:
         screen.as_json({"source": source, "error": str(fault)})
     else:
         screen.error(str(fault) if source in str(fault) else f"{source}: {fault}")
 
 
-def _open(source: str, request: Request) -> "Picture":
+def open_one(source: str, request: Request) -> "Picture":
     from internvl3_mlx.images.source import open_picture
 
     return open_picture(source, upright=request.settings.get("upright", True))
 
 
-def _load(request: Request) -> "VLM":
+def load_model(request: Request) -> "VLM":
     from internvl3_mlx import load
 
     quiet = request.output.quiet

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -47,13 +48,8 @@ class Run:
         """Yield the answer as it is made; the last piece carries the whole of it."""
         clock = Clock(time.perf_counter())
         mx.reset_peak_memory()
-        engine = self.engine()
-        known = Reading.of(self.inputs, self.model.image_id)
-        engine.read, engine.packing = self.memory.begin(
-            self.model, known, self.settings, stretched=self.stretched
-        )
-        engine.cache, kept = self.memory.cache, engine.read
-        text = self.text_stream()
+        engine, text = self.engine(), self.text_stream()
+        kept = engine.read
         try:
             features = self.memory.see(self.model, self.inputs, kept)
             clock.lap("vision_s")
@@ -61,10 +57,18 @@ class Run:
                 clock.token()
                 yield Piece(piece, token)
         finally:
-            self.memory.keep(known.then(self.said, self.inputs.next_position), engine.read)
+            read = self.reading.then(self.said, self.inputs.next_position)
+            self.memory.keep(read, engine.read)
         clock.token()
         rest = text.rest()
         yield Piece(rest, None, self.answer(text, clock, kept))
+
+    def begun(self, clock: "Clock") -> tuple[Engine, mx.array | None]:
+        """Look at the pictures, and give what reads the prompt."""
+        engine = self.engine()
+        features = self.memory.see(self.model, self.inputs, engine.read)
+        clock.lap("vision_s")
+        return engine, features
 
     def tokens(self, engine: Engine, features: mx.array | None) -> Iterator[int]:
         ids = self.inputs.input_ids[None]
@@ -86,12 +90,22 @@ class Run:
             self.said.append(token)
             yield token
 
+    @cached_property
+    def reading(self) -> Reading:
+        return Reading.of(self.inputs, self.model.image_id)
+
     def engine(self) -> Engine:
+        """Make what reads and writes, beginning where the memory ends."""
+        kept, packing = self.memory.begin(
+            self.model, self.reading, self.settings, stretched=self.stretched
+        )
         return Engine(
             model=self.model,
             choose=chooser(self.settings),
-            cache=[],
+            cache=self.memory.cache,
             next_position=self.inputs.next_position,
+            read=kept,
+            packing=packing,
             keep_ids=needs_history(self.settings),
             ntk=self.settings.ntk and self.inputs.is_ordinary,
         )

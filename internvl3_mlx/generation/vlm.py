@@ -1,7 +1,7 @@
 """The public face: ``load`` a model, then ``ask`` it, ``stream`` from it or ``prepare`` inputs."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -105,6 +105,19 @@ class VLM:
         """Yield the answer piece by piece; the last piece carries the finished ``Answer``."""
         asked = changed(Settings(), settings)
         return self.answering(self.prepared(question, images, asked), asked)
+
+    def ask_each(
+        self, question: str, images: Iterable[Any], *, batch_size: int = 8, **settings: Any
+    ) -> Iterator[Answer]:
+        """Ask the same of one picture after another, writing ``batch_size`` answers together.
+
+        Each answer is what ``ask`` would give.
+        """
+        from internvl3_mlx.generation.batch import answers
+
+        asked = changed(Settings(), settings)
+        prepared = (self.prepared(question, [image], asked) for image in images)
+        return answers(self, prepared, asked, batch_size)
 
     def prepared(self, question: str, images: Sequence[Any], settings: Settings) -> Inputs:
         alone = isinstance(images, str | bytes) or not isinstance(images, Sequence)

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.models.activations import swiglu
 from internvl3_mlx.models.attention import attend
+from internvl3_mlx.models.batch_cache import BatchKVCache
 from internvl3_mlx.models.cache import Cache
 from internvl3_mlx.models.fusing import join_rows
 from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, powers_where_ordinary
@@ -40,7 +41,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: Cache | None, rows: slice = EVERY
+        self, x: mx.array, rotary: Rotary, cache: Cache | BatchKVCache | None, rows: slice = EVERY
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D): all L rows are remembered, ``rows`` of them answered."""
         turned, values = self.project(x)
@@ -91,7 +92,7 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config), MLP(config)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: Cache | None, rows: slice = EVERY
+        self, x: mx.array, rotary: Rotary, cache: Cache | BatchKVCache | None, rows: slice = EVERY
     ) -> mx.array:
         x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, cache, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -110,7 +111,7 @@ class Decoder(nn.Module):
         self,
         x: mx.array,
         rotary: Rotary,
-        cache: Sequence[Cache] | None = None,
+        cache: Sequence[Cache | BatchKVCache] | None = None,
         rows: slice = EVERY,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D), the states of ``rows`` alone.
