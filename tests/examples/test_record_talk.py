@@ -1,0 +1,28 @@
+"""The README's talk is recorded from the program itself."""
+
+import re
+from xml.etree import ElementTree
+
+from examples.record_talk.record import drawn, main, unwrapped
+
+
+def test_a_talk_is_recorded_as_text_and_as_svg(tmp_path):
+    main([str(tmp_path / "talk"), "--max-tokens", "3"])
+    text = (tmp_path / "talk.txt").read_text("utf-8")
+    lines = text.splitlines()
+    assert lines[0].startswith("╭─ internvl3 chat")
+    assert "› dog.jpg What is this?" in lines
+    assert any(line.startswith("dog.jpg 240×240 · 5 tiles") for line in lines)
+    assert len(re.findall(r"tok/s · prompt", text)) == text.count("\n›") == 3
+    assert "try " not in text
+    root = ElementTree.fromstring((tmp_path / "talk.svg").read_text("utf-8"))
+    shown = [row.text for row in root if row.tag.endswith("text")]
+    assert shown == [line for line in lines if line]
+
+
+def test_what_a_terminal_broke_is_joined():
+    assert unwrapped(["try " + "a" * 96, "bc", "rest"]) == ["try " + "a" * 96 + "bc", "rest"]
+
+
+def test_svg_escapes_what_the_model_says():
+    assert "&lt;b&gt;" in drawn(["<b>"])
