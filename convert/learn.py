@@ -15,13 +15,14 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from internvl3_mlx.config import Quantization
+from internvl3_mlx.convert.feedback import Packed
 from internvl3_mlx.convert.measure import divergence, normalized
 from internvl3_mlx.convert.rows import unpacked
 from internvl3_mlx.convert.samples import Sample
 from internvl3_mlx.convert.sensitivity import module_at
 from internvl3_mlx.models.internvl import InternVL
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-4
 BATCH = 4  # samples whose gradients make one step
 ORDER_SEED = 0
 KINDS = ("weight", "scales", "biases")  # the mx formats have no biases
@@ -39,9 +40,9 @@ class Step:
 class Learned(nn.Module):
     """A packed matrix whose scales and offsets can be trained; also an embedding."""
 
-    def __init__(self, module: nn.Module, form: Quantization):
+    def __init__(self, module: nn.Module, form: Quantization, packed: Packed | None = None):
         super().__init__()
-        words, scales, biases = mx.quantize(
+        words, scales, biases = packed or mx.quantize(
             module.weight, group_size=form.group_size, bits=form.bits
         )
         self._form, self._words, self._scales, self._biases = form, words, scales, biases
@@ -86,16 +87,19 @@ def learn(
     forms: Mapping[str, Quantization],
     *,
     epochs: int,
+    packed: Mapping[str, Packed] | None = None,
 ) -> Iterator[Step]:
     """Pack the modules of ``forms`` in place and train them; yield at every update.
 
-    The tower is not trained: its pictures are looked at once, so pack it with ``pack_fixed``
-    before. Afterwards ``learned_tensors`` has what is to be written.
+    ``packed`` are modules that were rounded already; their scales are trained on. The
+    tower is not trained: its pictures are looked at once, so pack it with ``pack_fixed`` before.
+    Afterwards ``learned_tensors`` has what is to be written.
     """
     features = [seen(model, sample) for sample in samples]
     chosen = {path: form for path, form in forms.items() if is_learned(path, form)}
     for path, form in chosen.items():
-        replace_module(model, path, Learned(module_at(model, path), form))
+        given = (packed or {}).get(path)
+        replace_module(model, path, Learned(module_at(model, path), form, given))
     model.freeze()
     for path in chosen:
         module_at(model, path).unfreeze(recurse=False)

@@ -12,6 +12,7 @@ import numpy as np
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibrate import Allocation, allocate
 from internvl3_mlx.convert.checkpoint import open_checkpoint
+from internvl3_mlx.convert.feedback import round_with_feedback
 from internvl3_mlx.convert.learn import learn, learned_tensors, pack_fixed
 from internvl3_mlx.convert.measure import Figures, compare, reference
 from internvl3_mlx.convert.opened import Opened, open_model
@@ -23,8 +24,9 @@ from internvl3_mlx.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # what is being done, how far, of how much
 
-SAMPLES_FOR_BITS = 16  # samples that decide the bits; all of them teach the scales
-EPOCHS = 8
+SAMPLES_FOR_BITS = 24  # samples that decide the bits; all of them teach the scales
+SAMPLES_FOR_ROUNDING = 128
+EPOCHS = 1
 MEMORY_SHARE = 0.4  # of the machine's memory that a model may take for a proof
 PROOF_TOKENS, PROOF_SEED = 24, 5
 SAME_KL = 1e-3  # nats; a dense copy in another 16-bit type stays below
@@ -50,7 +52,8 @@ class Wish:
     target_bpw: float
     tower_bits: int | None = None
     epochs: int = EPOCHS
-    scale: bool = True  # activation-aware scaling before anything is packed
+    scale: bool = False  # activation-aware scaling before anything is packed
+    feedback: bool = True  # rounding that makes good its own errors
     dtype: str | None = None
 
 
@@ -59,7 +62,7 @@ def calibrate(source: Path, pictures: Path, wish: Wish, progress: Progress) -> C
     opened = open_model(source)
     samples, _ = split(read_samples(pictures, opened))
     packs_tower = wish.tower_bits is not None
-    some = samples[:SAMPLES_FOR_BITS]
+    some = samples[:: max(len(samples) // SAMPLES_FOR_BITS, 1)]
     if wish.scale:
         for number, name in enumerate(smooth(opened.model, some, tower=packs_tower), start=1):
             progress(f"scaling {name}", number, 0)
@@ -88,7 +91,13 @@ def teach(
     model, dtype = opened.model, DTYPES.get(wish.dtype or opened.config.dtype, mx.bfloat16)
     wanted = reference(model, samples)
     written = pack_fixed(model, forms, dtype)
-    for step in learn(model, samples, wanted, forms, epochs=wish.epochs):
+    packed = {}
+    if wish.feedback:
+        some = samples[:: max(len(samples) // SAMPLES_FOR_ROUNDING, 1)]
+        for path, parts in round_with_feedback(model, some, forms, dtype):
+            packed[path] = parts
+            progress(f"rounding {path}", len(packed), 0)
+    for step in learn(model, samples, wanted, forms, epochs=wish.epochs, packed=packed):
         progress(f"learning scales, KL {step.kl:.4f}", step.number, step.total)
     if wish.scale:
         written |= changed_tensors(model, dtype, tower=wish.tower_bits is not None)

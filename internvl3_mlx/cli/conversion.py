@@ -36,6 +36,7 @@ class Request:
     calibrate: str | None
     target_bpw: float | None
     epochs: int | None
+    feedback: bool
     measure: bool
     samples: str | None
     to: str
@@ -152,8 +153,13 @@ def calibrated(request: Request, session: Any) -> "Calibration":
     from internvl3_mlx.convert.quality import EPOCHS, Wish
 
     assert request.calibrate is not None
-    epochs = EPOCHS if request.epochs is None else request.epochs
-    wish = Wish(request.target_bpw or TARGET_BPW, request.q_vision, epochs, dtype=request.dtype)
+    wish = Wish(
+        target_bpw=request.target_bpw or TARGET_BPW,
+        tower_bits=request.q_vision,
+        epochs=EPOCHS if request.epochs is None else request.epochs,
+        feedback=request.feedback,
+        dtype=request.dtype,
+    )
     with progress.bar(quiet=request.quiet) as advance:
         found: Calibration = session.calibrate(Path(request.calibrate).expanduser(), wish, advance)
     return found

@@ -106,8 +106,15 @@ FLOATS = ("float32", "float16", "bfloat16")
     "epochs",
     type=click.IntRange(min=0),
     metavar="N",
-    show_default="8",
+    show_default="1",
     help="Rounds of learning scales; 0 for none.",
+)
+@flag(
+    "Quality",
+    "--feedback/--no-feedback",
+    "feedback",
+    default=True,
+    help="Round weights so that they make good each other's errors.",
 )
 @flag("Quality", "--measure", "measure", is_flag=True, help="Compare answers with the source's.")
 @flag(

@@ -189,7 +189,8 @@ def test_a_target_below_the_least_is_refused():
         allocate([entry("a", 2, 1.0)], {"a": 640}, 2.1)
 
 
-def test_learning_lowers_the_divergence(samples):
+def test_learning_lowers_the_divergence(samples, monkeypatch):
+    monkeypatch.setattr("internvl3_mlx.convert.learn.LEARNING_RATE", 2e-3)
     opened = open_model(tiny(TINY).folder)
     wanted = reference(opened.model, samples)
     choose = recipe(3, 32).choose
