@@ -11,7 +11,7 @@ import internvl3_mlx
 from internvl3_mlx.cli.main import COMMANDS, main
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide/command-line.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide/command-line.md", "docs/guide/chat.md")
 ENDS = {"|", ">", "&&"}
 
 
@@ -49,7 +49,7 @@ def test_the_first_command_asks_about_a_picture_that_ships():
     assert (ROOT / first[1]).is_file()
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["first"])
+@pytest.mark.parametrize("code", blocks("python"))
 def test_every_name_that_python_examples_import_exists(code):
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module == "internvl3_mlx":

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 TITLE, ADVICE = "internvl3 chat", "drop an image or type · /help · Ctrl-D leaves"
 WIDTH = 66  # of the box, its corners not counted
-DENSE_BITS = 16
 
 
 @click.command(cls=SectionedCommand, short_help="Talk about pictures.")
@@ -121,15 +120,13 @@ def described(vlm: "VLM") -> str:
 
     tensors: Any = tree_flatten(vlm.model.parameters())
     nbytes = sum(value.nbytes for _, value in tensors)
-    packed = [value for name, value in tensors if name.endswith(".scales")]
-    bits = f"{bits_of(vlm)}-bit" if packed else f"{DENSE_BITS}-bit"
-    return f"{Path(vlm.name).name} · {bits} · {screen.size(nbytes)}"
+    return f"{Path(vlm.name).name} · {bits_of(vlm)}-bit · {screen.size(nbytes)}"
 
 
 def bits_of(vlm: "VLM") -> int:
     """Read the bits of the language model, where most of the weights are."""
     layer = vlm.model.language_model.model.layers[0].mlp.down_proj
-    return int(getattr(layer, "bits", DENSE_BITS))
+    return int(getattr(layer, "bits", 8 * layer.weight.dtype.size))
 
 
 def memory_words() -> str:

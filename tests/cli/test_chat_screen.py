@@ -12,10 +12,11 @@ from fixtures.tiny import Recipe
 from internvl3_mlx import load
 from internvl3_mlx.cli.markdown import MarkdownWriter
 
+WIDTH = 110  # the figures of an answer stay on one line
 FIGURES = r"\d+ tokens? · [\d.,]+ tok/s · prompt \d+.* in [\d.]+ s · peak [\d.]+ .B"
 BOX = """\
 ╭─ internvl3 chat ─────────────────────────────────────────────────╮
-│  model  MODEL · 16-bit · N MB MEMORY│
+│  model  MODEL · 32-bit · N MB MEMORY│
 ╰─ drop an image or type · /help · Ctrl-D leaves ──────────────────╯
 ›"""
 
@@ -34,7 +35,7 @@ def open_chat(folder):
     programs = []
 
     def start(*words, model="internvl3-tiny", **env):
-        program = Program("chat", "--model", model, *words, cwd=folder, **env)
+        program = Program("chat", "--model", model, *words, cwd=folder, columns=WIDTH, **env)
         programs.append(program)
         return program
 
@@ -48,10 +49,10 @@ def lines(screen):
 
 
 def as_shown(text):
-    """Set an answer as the chat does on 80 columns, without its escape sequences."""
+    """Set an answer as the chat does on a terminal so wide, without its escape sequences."""
     stream = io.StringIO()
     writer = MarkdownWriter(stream)
-    writer.console.width = 80
+    writer.console.width = WIDTH
     writer.add(text)
     writer.finish()
     plain = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())

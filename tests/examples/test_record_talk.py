@@ -1,7 +1,7 @@
 """The README's talk is recorded from the program itself."""
 
 import re
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from examples.record_talk.record import drawn, main, unwrapped
 
@@ -15,7 +15,7 @@ def test_a_talk_is_recorded_as_text_and_as_svg(tmp_path):
     assert any(line.startswith("dog.jpg 240×240 · 5 tiles") for line in lines)
     assert len(re.findall(r"tok/s · prompt", text)) == text.count("\n›") == 3
     assert "try " not in text
-    root = ElementTree.fromstring((tmp_path / "talk.svg").read_text("utf-8"))
+    root = ET.fromstring((tmp_path / "talk.svg").read_text("utf-8"))
     shown = [row.text for row in root if row.tag.endswith("text")]
     assert shown == [line for line in lines if line]
 
