@@ -99,8 +99,10 @@ LOADING: Mapping[str, Decorator] = {
         callback=lambda _ctx, _param, bits: bits and int(bits),
         help="Bits of the language model. Sizes come with 4, other models as they are stored.",
     ),
-    # Hidden while ``load`` only explains what to do instead: the name is known from other tools.
-    "adapter": flag("Model", "--adapter-path", "adapter", metavar="PATH", hidden=True),
+    "adapter": flag(
+        "Model", "--adapter-path", "adapter", metavar="FOLDER",
+        help="A LoRA adapter in PEFT's form, merged as the model loads.",
+    ),
 }  # fmt: skip
 
 SETTINGS: Mapping[str, Decorator] = {
@@ -219,7 +221,7 @@ SETTINGS: Mapping[str, Decorator] = {
     ),
     "prefill_step_size": flag(
         "Memory", "--prefill-step-size", "prefill_step_size", metavar="N", type=_POSITIVE,
-        show_default="2048", help="Prompt tokens read at once.",
+        show_default="what suits the device", help="Prompt tokens read at once.",
     ),
 }  # fmt: skip
 

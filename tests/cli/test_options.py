@@ -23,7 +23,8 @@ def test_every_setting_but_those_of_a_conversation_has_a_flag():
 @pytest.mark.parametrize("name", sorted(SHOWN))
 def test_the_help_names_the_default_that_is_used(name):
     default = DEFAULTS[name]
-    assert SHOWN[name] == ("the model's own" if default is None else str(default))
+    chosen_elsewhere = "what suits the device" if name == "prefill_step_size" else "the model's own"
+    assert SHOWN[name] == (chosen_elsewhere if default is None else str(default))
 
 
 def test_a_flag_that_is_not_given_has_no_value_of_its_own():
