@@ -16,6 +16,7 @@ from internvl3_mlx.cli.options import SectionedCommand
 from internvl3_mlx.cli.session import Session
 from internvl3_mlx.cli.terminal import open_reader
 from internvl3_mlx.cli.thumbnails import drawer
+from internvl3_mlx.errors import UserError
 
 if TYPE_CHECKING:
     from internvl3_mlx import VLM
@@ -53,9 +54,13 @@ def chat(
     """
     if "v2pe_delta" in settings:
         settings["v2pe_delta"] = options.deltas(settings["v2pe_delta"])
+    if options.STDIN in (*images, *more_images):
+        raise UserError(
+            "standard input holds the questions of a chat; name a file, or use generate"
+        )
     dropped = [Dropped(name, kind_of(name) or "image") for name in (*images, *more_images)]
     check(dropped)
-    vlm = load(loading, quiet=quiet)
+    vlm = load(loading, settings.get("draft"), quiet=quiet)
     lively = screen.is_lively(sys.stderr) and sys.stdin is not None and sys.stdin.isatty()
     draw = drawer(os.environ, wanted=preview) if screen.is_lively(sys.stdout) else None
     session = Session(vlm.conversation(**settings), draw, quiet)
@@ -75,12 +80,14 @@ def check(dropped: list[Dropped]) -> None:
             locate(item.source)
 
 
-def load(loading: dict[str, Any], *, quiet: bool) -> "VLM":
+def load(loading: dict[str, Any], draft: str | None, *, quiet: bool) -> "VLM":
     from internvl3_mlx import load as load_model
 
     model = loading.get("model", "the model")
     with screen.waiting(f"loading {model}", quiet=quiet) as notify:
         vlm = load_model(**loading, notify=notify)
+        if draft is not None:
+            vlm.companion(draft)  # now rather than after the first question
     if not vlm.trained and not quiet:
         screen.note(UNTRAINED)
     return vlm

@@ -258,6 +258,35 @@ def test_in_a_pipe_only_answers_are_written_and_nothing_hangs(session, vlm, tmp_
     assert done.stdout == "".join(answer + "\n" for answer in answers)
 
 
+def test_a_pipe_that_closes_ends_the_chat_quietly(session, vlm, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "internvl3_mlx", "chat", "--model", str(vlm.loaded.folder)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-m", "9"], input="One?\nTwo?\n", stdout=writing, stderr=subprocess.PIPE,
+        text=True, cwd=tmp_path, env=env,
+    )  # fmt: skip
+    os.close(writing)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
+
+
+def test_a_draft_model_that_cannot_be_is_told_before_the_first_question(vlm, tmp_path):
+    other = str(tiny(Recipe(style="9b")).folder)
+    words = ["--model", str(vlm.loaded.folder), "--draft-model", other]
+    done = piped("One?\n", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "its tokens are others" in done.stderr
+    assert done.stdout == ""
+
+
+def test_standard_input_cannot_be_a_picture_and_the_questions():
+    result = CliRunner().invoke(main, ["chat", "-", "--model", "/nowhere"])
+    assert result.exit_code == 2
+    assert "standard input holds the questions of a chat" in result.output
+
+
 def test_a_picture_that_is_not_there_is_told_before_the_model_loads():
     result = CliRunner().invoke(main, ["chat", "no.png", "--model", "/nowhere/at/all"])
     assert result.exit_code == 2
