@@ -1,7 +1,7 @@
 """What packing costs the demo model: accuracy and KL by bits, for plain, mixed and calibrated
 recipes, in one table.
 
-    python -m benchmarks.quantization_table [--model FOLDER] [--items 20] [--samples 96]
+    python -m benchmarks.quantization_table [--model FOLDER] [--items 20] [--samples 384]
 
 Pictures to learn from, to measure KL on and to ask about are held-out scenes of different seeds.
 Packed numbers are unpacked before they are run: the same numbers, quicker on a CPU.
@@ -9,8 +9,8 @@ Packed numbers are unpacked before they are run: the same numbers, quicker on a 
 
 import argparse
 import json
+import re
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +31,8 @@ from internvl3_mlx.loading.names import DEMO_FOLDER
 
 LEARN_SEED, MEASURE_SEED, ASK_SEED = 101, 102, 0  # columns of the held-out scenes; 0 is "square"
 ANSWER_TOKENS = 12
-EPOCHS = 8
+MEASURED = 8  # questions a task to measure KL on
 SOME = 24  # samples that decide the bits
-TARGETS = (3.5, 4.5, 5.5)  # bits per weight of the calibrated rows
 
 Tensors = Mapping[str, mx.array]
 
@@ -62,7 +61,7 @@ class Bench:
 
     def row(self, name: str, packing: Recipe | None, learned: Tensors | None = None) -> Row:
         """Convert, unpack, measure, ask."""
-        target = self.place / name.replace(" ", "_").replace("/", "_")
+        target = self.place / re.sub(r"\W+", "-", name)
         for _ in convert(self.source, target, packing, Options(learned=learned or {})):
             pass
         dense = target
@@ -84,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DEMO_FOLDER)
     parser.add_argument("--items", type=int, default=20, help="questions a task, for accuracy")
-    parser.add_argument("--samples", type=int, default=96, help="questions to learn from")
+    parser.add_argument("--samples", type=int, default=384, help="questions to learn from")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--out", type=Path, help="write the rows as JSON too")
     options = parser.parse_args()
@@ -103,7 +102,7 @@ def prepare(options: argparse.Namespace, place: Path) -> Bench:
     opened = open_model(options.model)
     per_task = max(options.samples // len(options.tasks), 1)
     learning = scenes(opened, place / "learn", LEARN_SEED, options.tasks, per_task)
-    measuring = scenes(opened, place / "measure", MEASURE_SEED, options.tasks, per_task)
+    measuring = scenes(opened, place / "measure", MEASURE_SEED, options.tasks, MEASURED)
     asked = [
         (asked_sample(opened, place, item), item.question.answer)
         for task in options.tasks
@@ -156,22 +155,32 @@ def plain_rows(bench: Bench) -> Iterator[Row]:
 
 
 def calibrated_rows(bench: Bench) -> Iterator[Row]:
-    """Calibrate with and without each of its three parts."""
+    """Show what each part of a calibration brings, alone and together."""
     plain = recipe(4)
-    yield bench.row("plain 4-bit, scales learned", plain, taught(bench, plain, EPOCHS, scale=False))
-    yield bench.row("plain 4-bit, scaled", plain, taught(bench, plain, 0, scale=True))
+    for words, how in (
+        ("scaled by activations", Wish(4.5, scale=True, feedback=False)),
+        ("scales learned", Wish(4.5, epochs=1, feedback=False)),
+        ("rounded with feedback", Wish(4.5)),
+    ):
+        yield bench.row(f"plain 4-bit, {words}", plain, taught(bench, plain, how))
     for scale in (False, True):
         measured, sizes = sensitivity(bench, scale)
-        words = ", scaled" if scale else ""
-        for target in TARGETS:
-            bits = allocate(measured, sizes, target).recipe(f"{target}")
-            if target == TARGETS[1]:
-                learned = taught(bench, bits, 0, scale=scale)
-                yield bench.row(f"{target} bits allotted{words}", bits, learned)
-            started = time.perf_counter()
-            learned = taught(bench, bits, EPOCHS, scale=scale)
-            print(f"<!-- learned in {time.perf_counter() - started:.0f} s -->", flush=True)
-            yield bench.row(f"{target} bits allotted{words}, scales learned", bits, learned)
+        for name, target, how in CALIBRATED[scale]:
+            bits = allocate(measured, sizes, target).recipe(name)
+            yield bench.row(name, bits, taught(bench, bits, how))
+
+
+CALIBRATED = {  # rows without and with scaling: name, bits per weight, what is done
+    False: (
+        ("bits allotted, 4.5", 4.5, Wish(4.5, feedback=False)),
+        ("**calibrated 3.5**", 3.5, Wish(3.5)),
+        ("**calibrated 4.0**", 4.0, Wish(4.0)),
+        ("**calibrated 4.5**", 4.5, Wish(4.5)),
+        ("**calibrated 5.5**", 5.5, Wish(5.5)),
+        ("calibrated 4.5, then scales learned", 4.5, Wish(4.5, epochs=1)),
+    ),
+    True: (("calibrated 4.5, scaled by activations first", 4.5, Wish(4.5, scale=True)),),
+}
 
 
 def sensitivity(bench: Bench, scale: bool) -> tuple[list[Measured], dict[str, int]]:
@@ -183,19 +192,18 @@ def sensitivity(bench: Bench, scale: bool) -> tuple[list[Measured], dict[str, in
     return measured, {path: module_at(opened.model, path).weight.size for path in paths}
 
 
-def taught(bench: Bench, packing: Recipe, epochs: int, *, scale: bool) -> Tensors:
-    """Learn the tensors of a recipe, as ``internvl3 convert --calibrate`` does."""
+def taught(bench: Bench, packing: Recipe, how: Wish) -> Tensors:
+    """Make the tensors of a recipe as ``internvl3 convert --calibrate`` makes them."""
     opened, some = open_model(bench.source), bench.learning[:: len(bench.learning) // SOME]
-    if scale:
+    if how.scale:
         list(smooth(opened.model, some))
     depth = opened.config.text.num_hidden_layers
-    wish = Wish(target_bpw=0, epochs=epochs, scale=scale)
     forms = {
         path: form
         for path in packable_paths(opened)
         if (form := packing.for_depth(depth).choose(path)) is not None
     }
-    return teach(opened, bench.learning, forms, wish, lambda *_: None)
+    return teach(opened, bench.learning, forms, how, lambda *_: None)
 
 
 def packable_paths(opened: Opened) -> Iterator[str]:

@@ -45,8 +45,10 @@ class Learned(nn.Module):
         words, scales, biases = packed or mx.quantize(
             module.weight, group_size=form.group_size, bits=form.bits
         )
-        self._form, self._words, self._scales, self._biases = form, words, scales, biases
-        self.stretch, self.shift = mx.zeros_like(scales), mx.zeros_like(scales)
+        self._form, self._words = form, words
+        # 32 bits while they are learned: the optimizer's squares vanish in 16
+        self._scales, self._biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        self.stretch, self.shift = mx.zeros_like(self._scales), mx.zeros_like(self._scales)
         self._bias = module.get("bias")
 
     @property
@@ -70,7 +72,8 @@ class Learned(nn.Module):
         """Multiply packed where that is quick, dense where it is not; the same numbers."""
         if mx.default_device() == mx.Device(mx.cpu):
             return x @ self.dense().T
-        form, parts = self._form, (self._words, self.scales, self.biases)
+        scales, biases = self.scales.astype(x.dtype), self.biases.astype(x.dtype)
+        form, parts = self._form, (self._words, scales, biases)
         return mx.quantized_matmul(
             x, *parts, transpose=True, group_size=form.group_size, bits=form.bits
         )

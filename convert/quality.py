@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, how far, of ho
 
 SAMPLES_FOR_BITS = 24  # samples that decide the bits; all of them teach the scales
 SAMPLES_FOR_ROUNDING = 128
-EPOCHS = 1
+EPOCHS = 0  # learned scales did not help once weights were rounded with feedback
 MEMORY_SHARE = 0.4  # of the machine's memory that a model may take for a proof
 PROOF_TOKENS, PROOF_SEED = 24, 5
 SAME_KL = 1e-3  # nats; a dense copy in another 16-bit type stays below

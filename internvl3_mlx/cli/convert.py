@@ -106,8 +106,8 @@ FLOATS = ("float32", "float16", "bfloat16")
     "epochs",
     type=click.IntRange(min=0),
     metavar="N",
-    show_default="1",
-    help="Rounds of learning scales; 0 for none.",
+    show_default="0",
+    help="Rounds of learning scales.",
 )
 @flag(
     "Quality",

@@ -225,6 +225,19 @@ def test_a_calibrated_model_beats_the_plain_one_of_its_size(tmp_path, found, pic
     assert ours.kl < plain.kl / 1.5
 
 
+def test_scales_of_sixteen_bits_are_learned_in_thirty_two(samples):
+    opened = open_model(tiny(TINY).folder)
+    wanted = reference(opened.model, samples)
+    path, form = "language_model.model.layers.0.mlp.up_proj", Quantization(3, 32)
+    weight = module_at(opened.model, path).weight.astype(mx.float16)
+    packed = {path: mx.quantize(weight, group_size=32, bits=3)}
+    steps = list(learn(opened.model, samples, wanted, {path: form}, epochs=2, packed=packed))
+    assert all(np.isfinite(step.kl) for step in steps)
+    learned = learned_tensors(opened.model, {path: form}, mx.float16)
+    assert learned[f"{path}.scales"].dtype == mx.float16
+    assert mx.isfinite(learned[f"{path}.scales"]).all().item()
+
+
 def test_packed_and_dense_products_learn_the_same():
     layer, form = nn.Linear(64, 32), Quantization(4, 32)
     learned, x = Learned(layer, form), mx.random.normal((5, 64))
