@@ -1,6 +1,9 @@
-"""Markdown on a terminal: each finished block is printed once, and nothing is ever redrawn."""
+"""Markdown on a terminal: each finished block is printed once and never redrawn. What is still
+being written passes by on one dim line below."""
 
 import re
+import shutil
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
@@ -9,6 +12,7 @@ from internvl3_mlx.cli import screen
 if TYPE_CHECKING:
     from rich.markdown import Markdown
 
+TICK_S = 0.1  # a passing line changes no more often
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 # What Markdown would swallow: tags, backslashes of formulas, pictures, hidden references.
 LOSSY = ("html_block", "html_inline", "escape", "image", "reference")
@@ -58,6 +62,7 @@ class MarkdownWriter:
         from rich.console import Console
 
         self.blocks, self.count, self.stream = Blocks(), 0, stream
+        self.told = 0.0
         self.console = Console(
             file=stream,
             force_terminal=True,
@@ -70,18 +75,34 @@ class MarkdownWriter:
     def add(self, text: str) -> None:
         for block in self.blocks.add(text.translate(screen.CONTROLS)):
             self.show(block)
+        if time.monotonic() - self.told > TICK_S:
+            self.told = time.monotonic()
+            screen.passing(one_line(self.blocks.block + self.blocks.tail))
 
     def finish(self) -> None:
+        screen.passing("")
         for block in self.blocks.finish():
             self.show(block)
 
     def show(self, block: str) -> None:
         with self.console.capture() as kept:
             self.console.print(rendered(block))
+        screen.passing("")
         text = re.sub(r" +\n", "\n", kept.get()).strip("\n")  # rich fills lines with blanks
         self.stream.write("\n" * bool(self.count) + text + "\n")
         self.stream.flush()
         self.count += 1
+
+
+def one_line(text: str) -> str:
+    """Cut the end of a block that is still growing to what one line of the terminal holds."""
+    from rich.cells import cell_len
+
+    width = shutil.get_terminal_size().columns - 2
+    line = " ".join(text[-width:].split())
+    while cell_len(line) > width:
+        line = line[1:]
+    return line
 
 
 def rendered(block: str) -> "Markdown":

@@ -45,6 +45,13 @@ def line(text: str = "") -> None:
     print(text, flush=True)
 
 
+def passing(text: str) -> None:
+    """Show one line on a terminal until the next; an empty one clears it. Elsewhere nothing."""
+    if is_lively(sys.stderr):
+        sys.stderr.write(CLEAR_LINE + (_paint(text, dim=True) if text else ""))
+        sys.stderr.flush()
+
+
 def raw(sequence: str) -> None:
     """Send a terminal its own language, such as a picture."""
     sys.stdout.write(sequence)
