@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl3_mlx.cli import options, screen
+from internvl3_mlx.cli.line import kind_of
 from internvl3_mlx.cli.options import STDIN, Output, SectionedCommand
 from internvl3_mlx.errors import InternVL3Error, UserError
 
@@ -57,8 +58,8 @@ def generate(
 ) -> None:
     """Ask one question about some pictures and print the answer.
 
-    IMAGES are files, http(s) addresses, data URIs, - for standard input or clipboard for the
-    clipboard. Without any, the question is about text alone.
+    IMAGES are files (of a PDF every page), http(s) addresses, data URIs, - for standard input or
+    clipboard for the clipboard. Without any, the question is about text alone.
 
     Exit codes: 0 done, 1 failed, 2 a mistake in the request, 130 interrupted. With --each: 1 if
     some pictures failed, 2 if none could be read.
@@ -117,7 +118,7 @@ def _existing(video: str) -> str:
 
 
 def _answer_once(request: Request) -> None:
-    pictures = [open_one(source, request) for source in request.sources]
+    pictures = [shown for source in request.sources for shown in _open_all(source, request)]
     vlm, output = load_model(request), request.output
     if output.as_json or output.as_jsonl:
         answer = vlm.ask(request.question, pictures, **request.settings)
@@ -173,6 +174,15 @@ def open_one(source: str, request: Request) -> "Picture":
     from internvl3_mlx.images.source import open_picture
 
     return open_picture(source, upright=request.settings.get("upright", True))
+
+
+def _open_all(source: str, request: Request) -> "list[Picture]":
+    """Open a picture, or every page of a document."""
+    if kind_of(source) == "document":
+        from internvl3_mlx.images.document import read_pages
+
+        return read_pages(source)
+    return [open_one(source, request)]
 
 
 def load_model(request: Request) -> "VLM":

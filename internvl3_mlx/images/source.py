@@ -32,7 +32,7 @@ HEAD_BYTES = 512
 # First bytes of a file that is no picture: what it is, and what to do.
 STRANGERS = (
     (rb"\A\Z", "it is empty; save or download it again"),
-    (rb"\A%PDF", "it is a PDF; export the page as PNG"),
+    (rb"\A%PDF", "it is a PDF; ask about it alone, or export the page as PNG"),
     (rb"\A\s*<(\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<?svg", "it is an SVG drawing; export it as PNG"),
     (rb"\A\s*<(!doctype html|html)", "it is a web page; give the address of the picture itself"),
     (rb"\A(....ftyp|\x1aE\xdf\xa3)", "it is a video; ask about it as a video"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from fixtures.documents import write_pdf
 from fixtures.opened import tiny
 from fixtures.tiny import Recipe
 
@@ -50,3 +51,10 @@ def test_guessing_ahead_is_a_flag(model):
     assert run("--model", model, "-m", "20", "--lookup").output == plain.output
     drafted = run("--model", model, "-m", "20", "--draft-model", model, "--stats")
     assert "guesses right" in drafted.output
+
+
+def test_the_pages_of_a_pdf_are_pictures_in_order(model, tmp_path):
+    path = write_pdf(tmp_path / "report.pdf", (100, 200), (200, 100))
+    result = run("--model", model, str(path), "--json", "-m", "2", "--max-tiles", "1")
+    names = [image["source"] for image in json.loads(result.output)["images"]]
+    assert names == [f"{path} page 1", f"{path} page 2"]

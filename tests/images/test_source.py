@@ -100,7 +100,7 @@ def test_thin_pictures_open(size, kind):
     ("data", "words"),
     [
         (b"", "it is empty; save or download it again"),
-        (b"%PDF-1.7\n...", "it is a PDF; export the page as PNG"),
+        (b"%PDF-1.7\n...", "it is a PDF; ask about it alone, or export the page as PNG"),
         (b"<?xml version='1.0'?>\n<svg></svg>", "it is an SVG drawing; export it as PNG"),
         (b"<svg xmlns='x'></svg>", "it is an SVG drawing"),
         (b"\n<!DOCTYPE html><p>", "it is a web page; give the address of the picture itself"),
