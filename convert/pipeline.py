@@ -2,7 +2,7 @@
 for, a few rows at a time."""
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,11 +13,20 @@ from internvl3_mlx.convert.arrange import PATCH_WEIGHT, channels_first, channels
 from internvl3_mlx.convert.checkpoint import Checkpoint
 from internvl3_mlx.convert.configs import written_config
 from internvl3_mlx.convert.measure import Figures
-from internvl3_mlx.convert.plan import PACKED_PARTS, Plan, Planned, dtype_name, make_plan, packed
+from internvl3_mlx.convert.plan import (
+    FLOATS,
+    PACKED_PARTS,
+    Plan,
+    Planned,
+    dtype_name,
+    make_plan,
+    packed,
+)
 from internvl3_mlx.convert.prove import prove
 from internvl3_mlx.convert.quality import prove_forward
 from internvl3_mlx.convert.quantize import Recipe
 from internvl3_mlx.convert.rows import DTYPES, NAMES, as_bytes, not_finite, slabs
+from internvl3_mlx.convert.segments import Rows
 from internvl3_mlx.convert.sidefiles import write_side_files
 from internvl3_mlx.convert.writing import Entry, ShardWriter, check_room, writing_folder
 from internvl3_mlx.errors import UserError
@@ -143,21 +152,47 @@ def write_tensor(plan: Plan, tensor: Planned, writer: ShardWriter) -> None:
     reader, files = plan.reader, plan.reader.checkpoint
     plain = reader.is_plain(tensor.rows) and tensor.form is None and tensor.ours != PATCH_WEIGHT
     plain = plain and all(files.tensors[part.name].dtype == tensor.dtype for part in tensor.rows)
-    for part in slabs(tensor.rows, row_bytes(files, tensor.rows[0].name)):
-        if plain:
+    pieces = slabs(tensor.rows, row_bytes(files, tensor.rows[0].name))
+    if plain:
+        for part in pieces:
             writer.write(tensor.name, reader.raw(part).data.cast("B"))
-            continue
-        x = reader.dense(part)
-        if tensor.dtype in ("F32", "F16", "BF16"):
-            x = x.astype(DTYPES[tensor.dtype][1])
-        if tensor.ours == PATCH_WEIGHT:
-            x = channels_last(x) if plan.layout == "mlx" else channels_first(x)
-        if tensor.form is None:
-            write_array(writer, tensor.name, x)
-            continue
-        module = tensor.name.removesuffix(".weight")
-        for kind, array in zip(PACKED_PARTS, packed(x, tensor.form), strict=False):
-            write_array(writer, f"{module}.{kind}", array)
+        return
+    for arrays in one_ahead(made(plan, tensor, part) for part in pieces):
+        for name, (x, finite) in arrays.items():
+            if not bool(finite):
+                raise not_finite(name)
+            writer.write(name, as_bytes(x))
+
+
+Made = dict[str, tuple[mx.array, mx.array]]  # what is written, and whether it is finite
+
+
+def made(plan: Plan, tensor: Planned, part: Rows) -> Made:
+    """Make one slab of the target, computed only later."""
+    x = plan.reader.dense(part)
+    if tensor.dtype in FLOATS.values():
+        x = x.astype(DTYPES[tensor.dtype][1])
+    if tensor.ours == PATCH_WEIGHT:
+        x = channels_last(x) if plan.layout == "mlx" else channels_first(x)
+    if tensor.form is None:
+        return {tensor.name: (x, mx.isfinite(x).all())}
+    module = tensor.name.removesuffix(".weight")
+    return {
+        f"{module}.{kind}": (array, mx.isfinite(array).all())
+        for kind, array in zip(PACKED_PARTS, packed(x, tensor.form), strict=False)
+    }
+
+
+def one_ahead(slabs_made: Iterable[Made]) -> Iterator[Made]:
+    """Let MLX compute the next slab while this one is checked and written."""
+    waiting: Made | None = None
+    for arrays in slabs_made:
+        mx.async_eval([*arrays.values()])
+        if waiting is not None:
+            yield waiting
+        waiting = arrays
+    if waiting is not None:
+        yield waiting
 
 
 def row_bytes(checkpoint: Checkpoint, name: str) -> int:
@@ -166,6 +201,6 @@ def row_bytes(checkpoint: Checkpoint, name: str) -> int:
 
 
 def write_array(writer: ShardWriter, name: str, x: mx.array) -> None:
-    if mx.issubdtype(x.dtype, mx.floating) and not bool(mx.isfinite(x).all()):
+    if not bool(mx.isfinite(x).all()):
         raise not_finite(name)
     writer.write(name, as_bytes(x))
