@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl3_mlx.cli import options, screen
-from internvl3_mlx.cli.line import kind_of
+from internvl3_mlx.cli.line import Dropped, kind_of, open_dropped
 from internvl3_mlx.cli.options import STDIN, Output, SectionedCommand
 from internvl3_mlx.errors import InternVL3Error, UserError
 
@@ -178,11 +178,8 @@ def open_one(source: str, request: Request) -> "Picture":
 
 def _open_all(source: str, request: Request) -> "list[Picture]":
     """Open a picture, or every page of a document."""
-    if kind_of(source) == "document":
-        from internvl3_mlx.images.document import read_pages
-
-        return read_pages(source)
-    return [open_one(source, request)]
+    dropped = Dropped(source, kind_of(source) or "image")
+    return open_dropped(dropped, upright=request.settings.get("upright", True))
 
 
 def load_model(request: Request) -> "VLM":

@@ -5,10 +5,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from internvl3_mlx.errors import ImageError
+
+if TYPE_CHECKING:
+    from internvl3_mlx.images.source import Picture
 
 Kind = Literal["image", "video", "document"]
 
@@ -101,6 +104,17 @@ def fault_of(word: str) -> str | None:
     except ImageError as fault:
         return str(fault)
     return None
+
+
+def open_dropped(dropped: Dropped, *, upright: bool) -> "list[Picture]":
+    """Open a picture, or every page of a document."""
+    if dropped.kind == "document":
+        from internvl3_mlx.images.document import read_pages
+
+        return read_pages(dropped.source)
+    from internvl3_mlx.images.source import open_picture
+
+    return [open_picture(dropped.source, upright=upright)]
 
 
 def joined(before: str, after: str) -> str:

@@ -2,15 +2,15 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.cli import screen
-from internvl3_mlx.cli.commands import COMMANDS, Command, named
-from internvl3_mlx.cli.line import Dropped, read_line
+from internvl3_mlx.cli.commands import Command, named
+from internvl3_mlx.cli.line import Dropped, open_dropped, read_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
 from internvl3_mlx.cli.thumbnails import Draw
 from internvl3_mlx.errors import InternVL3Error, UserError
@@ -81,7 +81,7 @@ class Session:
             tokens = sum(frame.info.tokens for frame in film.frames)
             screen.hint(f"{Path(film.name).name} · {len(film.frames)} frames · {tokens:,} tokens")
             return
-        for picture in opened(dropped, upright=self.talk.settings.upright):
+        for picture in open_dropped(dropped, upright=self.talk.settings.upright):
             seen = self.talk.look(picture)
             name = os.path.basename(seen.info.source) or seen.info.source
             self.pending.append(Attached(name, seen))
@@ -161,23 +161,8 @@ def answer_writer() -> PlainWriter | MarkdownWriter:
     return MarkdownWriter(sys.stdout) if screen.is_lively(sys.stdout) else PlainWriter()
 
 
-def opened(dropped: Dropped, *, upright: bool):  # type: ignore[no-untyped-def]
-    """Open a picture, or every page of a document."""
-    if dropped.kind == "document":
-        from internvl3_mlx.images.document import read_pages
-
-        return read_pages(dropped.source)
-    from internvl3_mlx.images.source import open_picture
-
-    return [open_picture(dropped.source, upright=upright)]
-
-
 def about(name: str, seen: "Seen") -> str:
     """Describe an attached picture: ``cat.png 1024×768 · 7 tiles · 1,792 tokens``."""
     info = seen.info
     tiles = f"{info.tiles} tile{'s' * (info.tiles != 1)}"
     return f"{name} {info.width}×{info.height} · {tiles} · {info.tokens:,} tokens"
-
-
-Action = Callable[[Session, str], None]
-__all__ = ["COMMANDS", "Attached", "Session"]

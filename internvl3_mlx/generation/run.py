@@ -14,7 +14,7 @@ from internvl3_mlx.generation.inputs import Inputs
 from internvl3_mlx.generation.memory import Memory, Reading
 from internvl3_mlx.generation.sampling import chooser, needs_history
 from internvl3_mlx.generation.settings import Settings
-from internvl3_mlx.generation.speculation import Drafter, Tally, speculate
+from internvl3_mlx.generation.speculation import Drafter, Speculation, Tally
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import constraint, is_structured
 from internvl3_mlx.models.internvl import InternVL
@@ -81,9 +81,8 @@ class Run:
             return form.tokens(engine, ids, logits, limit)
         if self.drafting is None:
             return engine.decode(ids, logits, limit)
-        drafter, count = self.drafting(), self.settings.num_draft_tokens
-        known = self.inputs.token_ids
-        return speculate(engine, known, logits, limit, drafter, count, self.tally)
+        ahead = Speculation(self.drafting(), self.settings.num_draft_tokens, self.tally)
+        return ahead.tokens(engine, self.inputs.token_ids, logits, limit)
 
     def noted(self, tokens: Iterable[int]) -> Iterator[int]:
         for token in tokens:

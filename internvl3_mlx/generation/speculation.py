@@ -5,7 +5,7 @@ Only what greedy decoding would have chosen is kept, so the answer is the same t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -45,33 +45,43 @@ def check_greedy(settings: Settings) -> None:
         )
 
 
-def speculate(
-    engine: Engine, ids: list[int], logits: mx.array, limit: int, drafter: Drafter, count: int,
-    tally: Tally,
-) -> Iterator[int]:  # fmt: skip
-    """Yield up to ``limit`` tokens. ids: those read so far; the engine holds all of them."""
-    known, left = list(ids), limit
-    token = int(mx.argmax(logits, axis=-1).item())  # type: ignore[arg-type]
-    try:
-        while left:
-            yield token
-            known.append(token)
-            left -= 1
-            if not left:
-                return
-            room = 0 if engine.is_stretched(count) else min(count, left - 1)
-            draft = drafter.propose(known, room) if room else []
-            best = mx.argmax(engine.verify([token, *draft]), axis=-1)[0].tolist()
-            right = agreeing(draft, best)  # type: ignore[arg-type]
-            engine.rewind(len(draft) - right)
-            tally.drafted, tally.accepted = tally.drafted + len(draft), tally.accepted + right
-            for guessed in draft[:right]:
-                yield guessed
-                known.append(guessed)
-                left -= 1
-            token = best[right]  # type: ignore[index,assignment]
-    finally:
-        drafter.close(known)
+@dataclass
+class Speculation:
+    """Lets ``drafter`` guess ``count`` tokens at a time."""
+
+    drafter: Drafter
+    count: int
+    tally: Tally
+
+    def tokens(self, engine: Engine, ids: list[int], logits: mx.array, limit: int) -> Iterator[int]:
+        """Yield up to ``limit`` tokens. ids: those read so far; the engine holds all of them."""
+        known, end = list(ids), len(ids) + limit
+        token = int(mx.argmax(logits, axis=-1).item())  # type: ignore[arg-type]
+        try:
+            while True:
+                yield token
+                known.append(token)
+                if len(known) == end:
+                    return
+                draft, best = self.guessed(engine, known, end - len(known) - 1)
+                right = agreeing(draft, best)
+                engine.rewind(len(draft) - right)
+                self.tally.drafted += len(draft)
+                self.tally.accepted += right
+                for guess in draft[:right]:
+                    yield guess
+                    known.append(guess)
+                token = best[right]
+        finally:
+            self.drafter.close(known)
+
+    def guessed(self, engine: Engine, known: list[int], left: int) -> tuple[list[int], list[int]]:
+        """Guess up to ``left`` tokens, and read them after the last known one. Return them with
+        what greedy decoding chooses after each, one more."""
+        room = 0 if engine.is_stretched(self.count) else min(self.count, left)
+        draft = self.drafter.propose(known, room) if room else []
+        best = mx.argmax(engine.verify([known[-1], *draft]), axis=-1)[0]
+        return draft, cast(list[int], best.tolist())
 
 
 def agreeing(draft: Sequence[int], best: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from internvl3_mlx.errors import ImageError, MissingExtraError
 from internvl3_mlx.images.locate import Located, locate
@@ -34,7 +35,8 @@ def read_pages(source: str | Path | bytes, *, longer_side: int = LONGER_SIDE) ->
         document.close()
 
 
-def rendered(document, located: Located, longer_side: int) -> Iterator[Picture]:  # type: ignore[no-untyped-def]
+def rendered(document: Any, located: Located, longer_side: int) -> Iterator[Picture]:
+    """Yield the pages of a ``PdfDocument`` one by one."""
     count = len(document)
     if not 1 <= count <= MOST_PAGES:
         raise ImageError(
