@@ -10,7 +10,7 @@ from internvl3_mlx.cli import options, screen
 from internvl3_mlx.cli.options import SectionedCommand
 
 LIBRARIES = ("internvl3-mlx", "mlx", "mlx-lm", "numpy", "pillow", "huggingface-hub", "tokenizers")
-EXTRAS = {"video": "av", "heic": "pillow-heif"}
+EXTRAS = {"video": "av", "heic": "pillow-heif", "pdf": "pypdfium2", "structured": "llguidance"}
 FAMILY = "internvl3"  # what a cached repository's name holds
 CONFIG_LINES = ("template", "max_dynamic_patch", "use_thumbnail")
 
