@@ -72,8 +72,8 @@ class Conversation:
         self.exchanges = self.exchanges[count:]
 
     def clear(self) -> None:
-        """Begin anew; the pictures' features are kept."""
-        self.exchanges = []
+        """Begin anew and give the memory back; pictures that were looked at stay known."""
+        self.exchanges, self.memory = [], Memory(self.memory.features)
 
     def drop_image(self, number: int) -> ImageInfo:
         """Take one picture out of the talk, counted from 1 as in ``images``."""

@@ -173,6 +173,17 @@ def test_retry_takes_the_place_of_the_last_answer(vlm):
     assert talk.retry(**SHORT).token_ids == first.token_ids
 
 
+def test_clearing_gives_the_memory_back_and_still_knows_the_pictures(vlm, towers):
+    talk = vlm.conversation()
+    first = talk.ask("One?", [CAT], **SHORT)
+    talk.clear()
+    assert (talk.history, talk.images, talk.memory.nbytes) == ((), (), 0)
+    again = talk.ask("One?", [CAT], **SHORT)
+    assert again.token_ids == first.token_ids
+    assert again.usage.cached_tokens == 0
+    assert len(towers) == 1
+
+
 def test_nothing_to_undo_is_said(vlm):
     with pytest.raises(UserError, match="nothing has been asked yet"):
         vlm.conversation().undo()
