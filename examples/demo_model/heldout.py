@@ -50,10 +50,15 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Item:
-    """Pair one held-out picture with its question."""
+    """Pair one held-out picture with its question; the picture is enlarged when it is asked for."""
 
-    picture: Image.Image
+    pixels: np.ndarray
+    scale: int
     question: Question
+
+    @property
+    def picture(self) -> Image.Image:
+        return enlarge(self.pixels, self.scale)
 
 
 def items(task: str, column: Column, number: int) -> list[Item]:
@@ -80,8 +85,7 @@ def stream(task: str, column: Column) -> Iterator[Item]:
         scene = compose(random, column.size, column.look, draw)
         fitting = [question for question in ask(scene.items, random) if fits(task, question)]
         if fitting:
-            question = fitting[random.integers(len(fitting))]
-            yield Item(enlarge(scene.pixels, column.scale), question)
+            yield Item(scene.pixels, column.scale, fitting[random.integers(len(fitting))])
 
 
 def drawer(look: Look):

@@ -172,7 +172,7 @@ def plan_mixed(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]
             for other in things
         ):
             things.append(thing)
-    return spread(random, size, things, per_short_side=2)
+    return spread(random, size, things, side=2)
 
 
 def plan_same(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
@@ -182,7 +182,7 @@ def plan_same(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]
     if random.random() < 0.45:
         things += [second] * random.integers(1, 4)
     tight = len(things) > 4 or random.random() < 0.3
-    return spread(random, size, things, per_short_side=3 if tight else 2)
+    return spread(random, size, things, side=3 if tight else 2)
 
 
 def plan_shapes(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
@@ -197,30 +197,24 @@ def plan_shapes(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell
     things = [
         Thing("shape", str(name), str(color)) for name, color in zip(names, colors, strict=True)
     ]
-    return spread(random, size, things, per_short_side=2 if random.random() < 0.75 else 3)
+    return spread(random, size, things, side=2 if random.random() < 0.75 else 3)
 
 
 PLANS = {plan_alone: 0.28, plan_mixed: 0.36, plan_same: 0.22, plan_shapes: 0.14}
 
 
 def spread(
-    random: Random, size: tuple[int, int], things: list[Thing], *, per_short_side: int
+    random: Random, size: tuple[int, int], things: list[Thing], *, side: int
 ) -> list[tuple[Thing, Cell]]:
-    """Put things into different cells of a grid whose cells are about square."""
-    cell = min(size) / per_short_side
-    columns, rows = (max(per_short_side, round(side / cell)) for side in size)
-    columns, rows = (
-        columns + columns % 2 * (per_short_side == 2),
-        rows + rows % 2 * (per_short_side == 2),
-    )
-    wide, high = size[0] / columns, size[1] / rows
+    """Put things into different cells of a ``side`` x ``side`` grid over the whole picture."""
+    wide, high = size[0] / side, size[1] / side
     planned = []
-    for thing, number in zip(things, random.permutation(columns * rows), strict=False):
+    for thing, number in zip(things, random.permutation(side * side), strict=False):
         room = random.uniform(0.68, 1.0) * min(wide, high)
         if thing.kind == "number":
             room *= 0.62
-        x = (number % columns + 0.5) * wide + random.uniform(-0.5, 0.5) * (wide - room)
-        y = (number // columns + 0.5) * high + random.uniform(-0.5, 0.5) * (high - room)
+        x = (number % side + 0.5) * wide + random.uniform(-0.5, 0.5) * (wide - room)
+        y = (number // side + 0.5) * high + random.uniform(-0.5, 0.5) * (high - room)
         planned.append((thing, Cell(x, y, room)))
     return planned
 
