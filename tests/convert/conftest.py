@@ -1,0 +1,29 @@
+"""A tiny model, pictures, and what it answers about them."""
+
+import pytest
+from fixtures.inputs import picture
+from fixtures.opened import tiny
+from fixtures.tiny import Recipe
+
+from internvl3_mlx.convert.opened import open_model
+from internvl3_mlx.convert.samples import read_samples
+
+TINY = Recipe()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(4):
+        picture(90 + 40 * number, 70, seed=number).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def opened():
+    return open_model(tiny(TINY).folder)
+
+
+@pytest.fixture(scope="session")
+def samples(opened, pictures):
+    return read_samples(pictures, opened)
