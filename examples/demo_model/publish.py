@@ -60,11 +60,11 @@ SAMPLES: dict[str, tuple[tuple[int, int], Plan, str, str]] = {
         "What color is the star?",
         "yellow",
     ),
-    "number.jpg": (
-        (200, 200),
-        [(Thing("number", "42", "red"), Cell(100, 100, 86))],
-        "What number is this?",
-        "42",
+    "pineapple.jpg": (
+        (180, 240),
+        [(Thing("object", "pineapple"), Cell(92, 124, 150))],
+        "What kind of thing is this?",
+        "fruit",
     ),
     "phone.jpg": (
         (112, 236),
