@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,13 +85,14 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=20, help="questions a task, for accuracy")
     parser.add_argument("--samples", type=int, default=384, help="questions to learn from")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--out", type=Path, help="write the rows as JSON too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         bench = prepare(options, Path(name))
         print("| recipe | bits per weight | size | accuracy | KL | top-1 |")
         print("|---|---|---|---|---|---|")
-        rows = [*plain_rows(bench), *calibrated_rows(bench)]
+        rows = [row for name in options.rows for row in ROWS[name](bench)]
     if options.out:
         table = [vars(row) | {"figures": row.figures.to_dict()} for row in rows]
         options.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -155,32 +156,41 @@ def plain_rows(bench: Bench) -> Iterator[Row]:
 
 
 def calibrated_rows(bench: Bench) -> Iterator[Row]:
-    """Show what each part of a calibration brings, alone and together."""
+    """Calibrate as ``internvl3 convert`` does, at several sizes."""
+    measured, sizes = sensitivity(bench, scale=False)
+    for name, target, how in CALIBRATED:
+        bits = allocate(measured, sizes, target).recipe(name)
+        yield bench.row(name, bits, taught(bench, bits, how))
+
+
+def other_rows(bench: Bench) -> Iterator[Row]:
+    """Show what each way brings by itself, and what was tried and left out."""
     plain = recipe(4)
-    for words, how in (
-        ("scaled by activations", Wish(4.5, scale=True, feedback=False)),
-        ("scales learned", Wish(4.5, epochs=1, feedback=False)),
-        ("rounded with feedback", Wish(4.5)),
-    ):
+    for words, how in ALONE:
         yield bench.row(f"plain 4-bit, {words}", plain, taught(bench, plain, how))
-    for scale in (False, True):
-        measured, sizes = sensitivity(bench, scale)
-        for name, target, how in CALIBRATED[scale]:
-            bits = allocate(measured, sizes, target).recipe(name)
-            yield bench.row(name, bits, taught(bench, bits, how))
+    measured, sizes = sensitivity(bench, scale=True)
+    bits = allocate(measured, sizes, 4.5).recipe("scaled")
+    name = "calibrated 4.5, scaled by activations first"
+    yield bench.row(name, bits, taught(bench, bits, Wish(4.5, scale=True)))
 
 
-CALIBRATED = {  # rows without and with scaling: name, bits per weight, what is done
-    False: (
-        ("bits allotted, 4.5", 4.5, Wish(4.5, feedback=False)),
-        ("**calibrated 3.5**", 3.5, Wish(3.5)),
-        ("**calibrated 4.0**", 4.0, Wish(4.0)),
-        ("**calibrated 4.5**", 4.5, Wish(4.5)),
-        ("**calibrated 5.5**", 5.5, Wish(5.5)),
-        ("calibrated 4.5, then scales learned", 4.5, Wish(4.5, epochs=1)),
-    ),
-    True: (("calibrated 4.5, scaled by activations first", 4.5, Wish(4.5, scale=True)),),
+ROWS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
+    "plain": plain_rows,
+    "calibrated": calibrated_rows,
+    "others": other_rows,
 }
+ALONE = (
+    ("rounded with feedback", Wish(4.5)),
+    ("scaled by activations", Wish(4.5, scale=True, feedback=False)),
+    ("scales learned", Wish(4.5, epochs=1, feedback=False)),
+)
+CALIBRATED = (  # name, bits per weight, what is done
+    ("**calibrated 4.5**", 4.5, Wish(4.5)),
+    ("bits allotted only, 4.5", 4.5, Wish(4.5, feedback=False)),
+    ("**calibrated 3.5**", 3.5, Wish(3.5)),
+    ("**calibrated 5.5**", 5.5, Wish(5.5)),
+    ("calibrated 4.5, then scales learned", 4.5, Wish(4.5, epochs=1)),
+)
 
 
 def sensitivity(bench: Bench, scale: bool) -> tuple[list[Measured], dict[str, int]]:
