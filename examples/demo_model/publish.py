@@ -116,7 +116,7 @@ def card(table: dict[str, dict]) -> str:
     return CARD_PATH.read_text().format(
         told=rows(told, square),
         rest=rows(rest, square),
-        room=" and ".join(f"*{task}* ({percent(square[task]['right'])})" for task in room),
+        room=", ".join(f"*{task}* ({percent(square[task]['right'])})" for task in room),
         columns=columns(told, table),
         deltas=deltas(told, table),
         names=", ".join(NAMES),
