@@ -12,7 +12,7 @@ from internvl3_mlx.loading.names import DEMO_FOLDER
 
 WIDTH = 100
 CORNER = "╭"  # of the first screen; notes about the model stand before it
-FIGURES = "tok/s · prompt"
+FIGURES = r"\d+ tokens? · .*prompt \d"
 PROMPT = "› "
 CELL, LINE, MARGIN = 8.43, 19, 16  # pixels of a 14 pixel monospaced letter
 FONT = "ui-monospace,SFMono-Regular,Menlo,Consolas,monospace"
@@ -22,7 +22,8 @@ COLOURS = {"ground": "#1e1e2e", "text": "#cdd6f4", "dim": "#7f849c", "prompt": "
 def main(words: list[str] | None = None) -> None:
     asked = parser().parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
-        lines = asked.lines or samples(Path(folder))
+        pictures = samples(Path(folder))
+        lines = asked.lines or pictures
         screen = hold(lines, asked.model, asked.max_tokens, Path(folder))
     asked.out.with_suffix(".txt").write_text("\n".join(screen) + "\n", encoding="utf-8")
     asked.out.with_suffix(".svg").write_text(drawn(screen), encoding="utf-8")

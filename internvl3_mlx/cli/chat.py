@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from internvl3_mlx import VLM
 
 TITLE, ADVICE = "internvl3 chat", "drop an image or type · /help · Ctrl-D leaves"
+SUGGESTED = 3  # pictures to try
 WIDTH = 66  # of the box, its corners not counted
 
 
@@ -117,7 +118,7 @@ def first_screen(vlm: "VLM") -> None:
     screen.hint(f"╭─ {TITLE} {'─' * (width - len(TITLE) - 3)}╮")
     screen.hint(f"│{inner:<{width}}│")
     screen.hint(f"╰─ {ADVICE} {'─' * (width - len(ADVICE) - 3)}╯")
-    for path, question in samples(vlm):
+    for path, question in samples(vlm)[:SUGGESTED]:
         screen.hint(f"try  {shown(path)} {question}")
 
 

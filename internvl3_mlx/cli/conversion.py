@@ -238,6 +238,8 @@ def digits(value: Any) -> Any:
 
 
 def command_line() -> str:
+    """Repeat the command for the card, which may be published: of folders here only the names."""
     import shlex
 
-    return shlex.join(["internvl3", *sys.argv[1:]]).replace(str(Path.home()), "~")
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    return shlex.join(["internvl3", *words])

@@ -124,7 +124,10 @@ def joined(before: str, after: str) -> str:
 
 
 def shown(path: str) -> str:
-    """Write a path as one would type it into the chat: blanks escaped, the home folder short."""
-    home = os.path.expanduser("~")
-    short = "~" + path[len(home) :] if path.startswith(home + os.sep) else path
+    """Write a path as one would type it into the chat: short from here or home, blanks escaped."""
+    here, home, short = os.getcwd() + os.sep, os.path.expanduser("~") + os.sep, path
+    if path.startswith(here):
+        short = path[len(here) :]
+    elif path.startswith(home):
+        short = "~" + os.sep + path[len(home) :]
     return re.sub(r"([ \t\\])", r"\\\1", short)

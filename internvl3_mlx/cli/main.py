@@ -1,6 +1,7 @@
 """The command group: finds commands when they are used, and turns failures into one line each."""
 
 import difflib
+import errno
 import sys
 from importlib import import_module
 from typing import NoReturn
@@ -64,6 +65,11 @@ def _tell(error: Exception, *, debug: bool) -> int:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             screen.hint(f"see {error.ctx.command_path} --help")
         return error.exit_code
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        screen.error(
+            "cannot write the answer: no space left where it goes; make room and ask again"
+        )
+        return FAILED
     about = f"{type(error).__name__}: {error}".removesuffix(": ")
     screen.error(about if debug else f"{about} (run again with --debug to see where)")
     return FAILED

@@ -111,15 +111,14 @@ def describe(answer: "Answer") -> str:
         f"{usage.accepted_tokens / drafted:.0%} of {drafted:,} guesses right" if drafted else ""
     )
     prompt_s = timing.preprocess_s + timing.vision_s + timing.prefill_s
-    return " · ".join(
-        (
-            f"{usage.completion_tokens:,} token{'s' * (usage.completion_tokens != 1)}",
-            f"{timing.decode_tps:,.1f} tok/s",
-            f"prompt {usage.prompt_tokens:,}{images} in {prompt_s:.1f} s",
-            f"peak {size(answer.peak_memory_gb * GB)}",
-            *filter(None, [guesses]),
-        )
-    )
+    told = [
+        f"{usage.completion_tokens:,} token{'s' * (usage.completion_tokens != 1)}",
+        f"{timing.decode_tps:,.1f} tok/s" if timing.decode_tps else "",  # one token has no rate
+        f"prompt {usage.prompt_tokens:,}{images} in {prompt_s:.1f} s",
+        f"peak {size(answer.peak_memory_gb * GB)}",
+        guesses,
+    ]
+    return " · ".join(filter(None, told))
 
 
 def size(nbytes: float) -> str:

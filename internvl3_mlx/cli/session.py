@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STOPPED = "stopped; what was said is kept"
 TAKEN_BACK = "stopped before the first word; the question was taken back"
+AS_IT_WAS = "stopped before the first word; the last answer is kept"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +105,9 @@ class Session:
             raise
 
     def again(self) -> None:
-        self.show(self.talk.stream_retry())
+        self.show(self.talk.stream_retry(), nothing_said=AS_IT_WAS)
 
-    def show(self, stream: "Iterator[Piece]") -> bool:
+    def show(self, stream: "Iterator[Piece]", nothing_said: str = TAKEN_BACK) -> bool:
         """Write an answer as it comes. Ctrl-C ends it; return False when nothing was said."""
         before, answer = self.talk.exchanges, None
         writer = answer_writer()
@@ -119,7 +120,7 @@ class Session:
             writer.finish()
             said = self.talk.exchanges is not before
             screen.end_line()
-            screen.hint(STOPPED if said else TAKEN_BACK)
+            screen.hint(STOPPED if said else nothing_said)
             return said
         writer.finish()
         if answer is not None:

@@ -205,7 +205,7 @@ class Preparer:
             return (self.delta(given, ids),) * runs
         if len(given) != runs:
             raise PromptError(
-                f"{len(given)} values of v2pe_delta for {runs} pictures and frames; give one or all"
+                f"{len(given)} V2PE steps for {runs} pictures or frames; give one, or one for each"
             )
         return tuple(self.delta(delta, ids) for delta in given)
 

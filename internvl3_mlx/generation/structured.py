@@ -140,5 +140,7 @@ GRAMMARS = {
 
 
 def refused(form: str, words: str) -> UserError:
-    first = " ".join(words.split("\n")[0].split())
-    return UserError(f"{form} cannot be followed: {first}; correct it and ask again")
+    """Say why a form is refused: the last line of what the library tells is the reason."""
+    told = [" ".join(line.split()) for line in words.split("\n") if line.strip()]
+    reason = (told[-1] if told else "").removeprefix("error: ")
+    return UserError(f"{form} cannot be followed: {reason}; correct it and ask again")

@@ -29,6 +29,8 @@ def read_adapter(folder: Path, config: ModelConfig) -> dict[str, mx.array]:
 
     Raises when the folder is no adapter, changes nothing, or is not of an InternVL3 model.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"no folder at {folder}; an adapter is a folder that PEFT saved")
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"no {name} in {folder}; an adapter folder is what PEFT saves")

@@ -86,7 +86,10 @@ def test_a_near_miss_is_named(home):
     assert "did you mean" in read_line("~/cta.png").missing[0]
 
 
-def test_a_path_is_shown_as_it_would_be_typed(home):
+def test_a_path_is_shown_as_it_would_be_typed(home, monkeypatch):
     path = os.path.join(home, "My cat.png")
+    monkeypatch.chdir(home)
+    assert shown(path) == "My\\ cat.png"
+    monkeypatch.chdir("/")
     assert shown(path) == "~/My\\ cat.png"
     assert read_line(shown(path)).dropped[0].source == "~/My cat.png"

@@ -116,7 +116,7 @@ def test_auto_takes_the_largest_step_that_fits(short):
 def test_one_step_for_each_picture(vlm):
     inputs = vlm.prepare(QUESTION, PICTURES, v2pe_delta=["1/2", 1])
     assert inputs.deltas == (0.5, 1.0)
-    with pytest.raises(PromptError, match="3 values of v2pe_delta for 2 pictures"):
+    with pytest.raises(PromptError, match="3 V2PE steps for 2 pictures"):
         vlm.prepare(QUESTION, PICTURES, v2pe_delta=[1, 1, 1])
 
 
