@@ -135,12 +135,20 @@ class RowReader:
 
 
 def unpacked(parts: Sequence[mx.array], form: Quantization) -> mx.array:
-    """Undo ``mx.quantize``. parts: words, scales and, in affine mode, biases."""
+    """Undo ``mx.quantize``, in float32: 16-bit scales would round what they multiply.
+
+    parts: words, scales and, in affine mode, biases.
+    """
     words, scales, *rest = parts
-    biases = rest[0] if rest else None
+    scales, biases = widened(scales), widened(rest[0]) if rest else None
     return mx.dequantize(
         words, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode
     )
+
+
+def widened(x: mx.array) -> mx.array:
+    """Make floats float32; the scales of the mx formats are bytes and stay so."""
+    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
 def slabs(rows: Iterable[Rows], row_bytes: int) -> Iterable[Rows]:
