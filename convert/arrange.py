@@ -19,8 +19,7 @@ COLOURS = 3
 
 
 def arrange(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, list[Move]]:
-    """Plan how a checkpoint's tensors become ours, and take from their shapes what a config may
-    leave open."""
+    """Plan how tensors become ours, and take from their shapes what a config may leave open."""
     moves = KeyMap(config.layout).moves(checkpoint.tensors)
     names = {target for move in moves for target in move.targets}
     text = replace(
@@ -33,8 +32,7 @@ def arrange(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, l
 
 
 def head_dim(checkpoint: Checkpoint, moves: list[Move], text: TextConfig) -> int:
-    """Read the head dimension from the rows of the first query projection, which no quantization
-    changes."""
+    """Read the head dimension from the first query's rows, which no quantization changes."""
     target = f"{FIRST_QUERY}.weight"
     for move in moves:
         if target in move.targets:
@@ -68,8 +66,7 @@ def taken(source: mx.array, rows: Rows) -> mx.array:
 
 
 def channels_last(weight: mx.array) -> mx.array:
-    """Turn PyTorch's (C, 3, P, P) patch weight into MLX's (C, P, P, 3); one already turned
-    passes."""
+    """Turn PyTorch's (C, 3, P, P) into MLX's (C, P, P, 3); one already turned passes."""
     return weight if weight.shape[-1] == COLOURS else weight.transpose(0, 2, 3, 1)
 
 
@@ -80,8 +77,7 @@ def channels_first(weight: mx.array) -> mx.array:
 
 
 def check_tensors(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
-    """Raise KeyMapError, naming names, unless the tensors are exactly those that the model
-    expects."""
+    """Raise KeyMapError, naming names, unless the tensors are exactly those expected."""
     if missing := expected.keys() - found.keys():
         raise KeyMapError(f"missing: {listed(missing)}")
     if unknown := found.keys() - expected.keys():

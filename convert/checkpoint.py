@@ -17,16 +17,14 @@ TORCH_WEIGHTS = "pytorch_model*.bin"
 
 @dataclass
 class Checkpoint:
-    """The tensors of a folder by name. Headers are read at once and checked; data only when asked
-    for."""
+    """The tensors of a folder by name. Headers are checked at once, data read when asked for."""
 
     folder: Path
     tensors: dict[str, TensorInfo]
     lazy: dict[Path, dict[str, mx.array]] = field(default_factory=dict)
 
     def read(self, name: str) -> mx.array:
-        """Return one tensor, unevaluated where the format allows; its memory is the caller's
-        alone."""
+        """Return one tensor, unevaluated where the format allows; its memory is the caller's."""
         file = self.tensors[name].file
         if file not in self.lazy:
             self.lazy[file] = load_file(file)
@@ -61,8 +59,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List a folder's weight files, those its index names if it has one, else every safetensors
-    file."""
+    """List a folder's weight files: those its index names, else every safetensors file."""
     index = folder / INDEX
     if index.is_file():
         files = [folder / name for name in sorted(set(read_index(index).values()))]

@@ -19,8 +19,7 @@ SHOWN = 6  # names listed in an error before it says how many more there are
 
 @dataclass(frozen=True)
 class Rule:
-    """``ours`` is made of ``theirs``: one for one, or all of one side joined by rows from the
-    other."""
+    """``ours`` is made of ``theirs``: one for one, or one side joined by rows from the other."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -153,8 +152,7 @@ class KeyMap:
         ]
 
     def place(self, name: str) -> tuple[Rule, int, Callable[[str], str]]:
-        """Find the rule for one checkpoint name, its part in the rule, and how to fill the rule's
-        other names."""
+        """Find a checkpoint name's rule, its part in it, and how to fill the rule's other names."""
         for pattern, entry, part in self.patterns:
             if match := pattern.fullmatch(normalize_name(name)):
                 return entry, part, filler(match.groupdict())
@@ -168,8 +166,7 @@ class KeyMap:
         )
 
     def moves(self, names: Iterable[str]) -> list[Move]:
-        """Arrange all tensors of a checkpoint; raise when one is unknown, doubled or lacks its
-        siblings."""
+        """Arrange all tensors; raise when one is unknown, doubled or lacks its siblings."""
         found: dict[tuple[str, ...], tuple[Rule, dict[int, str]]] = {}
         for name in names:
             if DROPPED.search(name):

@@ -1,5 +1,4 @@
-"""A checkpoint as a bare model whose modules keep the checkpoint's names: to measure, calibrate and
-compare, never to answer quickly."""
+"""A checkpoint as a bare model under the checkpoint's names: to measure, calibrate and compare."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from mlx.utils import tree_flatten
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.convert.arrange import arrange, arranged, check_tensors
 from internvl3_mlx.convert.checkpoint import open_checkpoint
+from internvl3_mlx.convert.keymap import Move
 from internvl3_mlx.convert.quantize import predicate
 from internvl3_mlx.errors import ConfigError
 from internvl3_mlx.models.internvl import InternVL
@@ -36,21 +36,34 @@ def open_model(folder: Path) -> Opened:
     checkpoint = open_checkpoint(folder)
     config, moves = arrange(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
-    model = InternVL(config, tokenizer.image_id)
+    model = shaped_model(config, moves, tokenizer.image_id)
+    fill(model, {name: computable(x) for name, x in arranged(checkpoint, config, moves)})
+    model.eval()
+    mx.eval(model.parameters())
+    return Opened(folder, config, model, tokenizer, template_for(config, folder))
+
+
+def shaped_model(config: ModelConfig, moves: list[Move], image_id: int) -> InternVL:
+    """Make an empty model, packed where the checkpoint holds scales, whatever its config says."""
+    model = InternVL(config, image_id)
     names = {target for move in moves for target in move.targets}
     packed = {name.removesuffix(SCALES) for name in names if name.endswith(SCALES)}
     plan = config.quantization
     if packed and plan is None:
-        raise ConfigError(f"{folder} holds packed weights but config.json has no quantization")
+        raise ConfigError(
+            "the weights hold quantized tensors but config.json has no quantization; "
+            "download it again"
+        )
     if plan is not None:
         choose = predicate(lambda path: plan.of(path) if path in packed else None)
         nn.quantize(model, class_predicate=choose)
-    weights = {name: computable(x) for name, x in arranged(checkpoint, config, moves)}
+    return model
+
+
+def fill(model: InternVL, weights: dict[str, mx.array]) -> None:
+    """Give a model its tensors; KeyMapError names those that do not fit."""
     check_tensors(weights, dict(tree_flatten(model.parameters())))
     model.load_weights(list(weights.items()))
-    model.eval()
-    mx.eval(model.parameters())
-    return Opened(folder, config, model, tokenizer, template_for(config, folder))
 
 
 def computable(x: mx.array) -> mx.array:

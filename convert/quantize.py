@@ -1,5 +1,4 @@
-"""Quantization recipes: which module gets how many bits. Tables over module paths; the first match
-decides."""
+"""Quantization recipes: which module gets how many bits."""
 
 import re
 from collections.abc import Callable, Mapping

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from internvl3_mlx.config import ModelConfig, QuantizationPlan, read_config
-from internvl3_mlx.convert.arrange import arrange, arranged, check_tensors
+from internvl3_mlx.config import ModelConfig, read_config
+from internvl3_mlx.convert.arrange import arrange, arranged
 from internvl3_mlx.convert.checkpoint import open_checkpoint
+from internvl3_mlx.convert.opened import fill, shaped_model
 from internvl3_mlx.convert.quantize import Recipe, predicate
 from internvl3_mlx.errors import ConfigError, UserError
 from internvl3_mlx.loading.adapter import merged, read_adapter
@@ -17,7 +17,6 @@ from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokens import Tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-SCALES = ".scales"
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,13 @@ def build(
     config, moves = arrange(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
     check_image_token(tokenizer, config)
-    model = InternVL(config, tokenizer.image_id)
-    names = {target for move in moves for target in move.targets}
-    shape_like(model, packed_modules(names), config.quantization)
+    model = shaped_model(config, moves, tokenizer.image_id)
     compute = compute_dtype(dtype, config.dtype)
     weights = {name: cast(x, compute) for name, x in arranged(checkpoint, config, moves)}
     if adapter is not None:
         check_dense(config, "an adapter is merged into 16-bit weights")
         weights = merged(weights, read_adapter(adapter, config))
-    check_tensors(weights, dict(tree_flatten(model.parameters())))
-    model.load_weights(list(weights.items()))
+    fill(model, weights)
     del weights
     if quantize is not None:
         check_dense(config, f"{quantize.name} packs 16-bit weights")
@@ -79,25 +75,6 @@ def check_image_token(tokenizer: Tokenizer, config: ModelConfig) -> None:
 def check_dense(config: ModelConfig, why: str) -> None:
     if config.quantization is not None:
         raise UserError(f"this checkpoint is quantized already and {why}; name the 16-bit one")
-
-
-def packed_modules(names: set[str]) -> set[str]:
-    """List the modules that a checkpoint holds packed: those with scales."""
-    return {name.removesuffix(SCALES) for name in names if name.endswith(SCALES)}
-
-
-def shape_like(model: InternVL, packed: set[str], plan: QuantizationPlan | None) -> None:
-    """Make the packed modules of ``model`` packed too, so that their tensors find their places."""
-    if not packed:
-        return
-    if plan is None:
-        raise ConfigError(
-            "the weights hold quantized tensors but config.json has no quantization; "
-            "download it again"
-        )
-    nn.quantize(
-        model, class_predicate=predicate(lambda path: plan.of(path) if path in packed else None)
-    )
 
 
 def compute_dtype(asked: str | None, stored: str) -> mx.Dtype:
