@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from fixtures.documents import write_pdf
 from fixtures.inputs import picture, write_video
 from fixtures.opened import tiny
@@ -16,7 +15,6 @@ from fixtures.tiny import Recipe
 import internvl3_mlx
 from internvl3_mlx import load
 from internvl3_mlx.cli import screen
-from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.session import Session
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
@@ -232,6 +230,19 @@ def test_an_interrupt_before_the_first_word_takes_the_question_back(session, tol
     assert len(session.talk.exchanges) == 1
 
 
+def test_an_interrupted_retry_keeps_the_last_answer(session, told, monkeypatch):
+    told("What is it?")
+    before = session.talk.exchanges
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("internvl3_mlx.generation.engine.Engine.prefill", interrupted)
+        assert "the last answer is kept" in told("/retry")
+    assert session.talk.exchanges == before
+
+
 def test_figures_tell_what_was_kept_and_how_many_guesses_were_right(vlm):
     talk = vlm.conversation(max_tokens=20, draft=vlm)
     talk.ask("What is it?", [picture(60, 60)])
@@ -279,37 +290,3 @@ def test_a_draft_model_that_cannot_be_is_told_before_the_first_question(vlm, tmp
     assert done.returncode == 2
     assert "its tokens are others" in done.stderr
     assert done.stdout == ""
-
-
-def test_standard_input_cannot_be_a_picture_and_the_questions():
-    result = CliRunner().invoke(main, ["chat", "-", "--model", "/nowhere"])
-    assert result.exit_code == 2
-    assert "standard input holds the questions of a chat" in result.output
-
-
-def test_a_picture_that_is_not_there_is_told_before_the_model_loads():
-    result = CliRunner().invoke(main, ["chat", "no.png", "--model", "/nowhere/at/all"])
-    assert result.exit_code == 2
-    assert "no file at no.png" in result.output
-
-
-@pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])
-def test_completion_prints_the_script_of_each_shell(shell):
-    result = CliRunner().invoke(main, ["completion", shell])
-    assert result.exit_code == 0
-    assert f"_INTERNVL3_COMPLETE={shell}_complete" in result.output
-    assert "_internvl3_completion" in result.output
-
-
-def test_models_are_completed_from_sizes_the_cache_and_folders(tmp_path, monkeypatch):
-    from internvl3_mlx.cli.completion import models
-
-    (tmp_path / "models--OpenGVLab--InternVL3-2B").mkdir()
-    (tmp_path / "models--other--thing").mkdir()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    values = [item.value for item in models(None, None, "")]
-    assert "2b" in values
-    assert "OpenGVLab/InternVL3-2B" in values
-    assert "other/thing" not in values
-    assert [item.value for item in models(None, None, "Open")][0] == "OpenGVLab/InternVL3-2B"
-    assert models(None, None, "x")[-1].type == "dir"

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -153,3 +154,15 @@ def test_the_package_runs_as_a_module(call):
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout
+
+
+def test_a_full_disk_is_told_without_its_number(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("internvl3_mlx.cli.screen.facts", full)
+    result = invoke("info")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: cannot write the answer: no space left where it goes; make room and ask again\n"
+    )
