@@ -13,7 +13,6 @@ from internvl3_mlx.errors import KeyMapError
 
 PATCH_WEIGHT = "vision_model.embeddings.patch_embedding.weight"
 LM_HEAD = "language_model.lm_head.weight"
-EMBEDDING = "language_model.model.embed_tokens.weight"
 FIRST_QUERY = "language_model.model.layers.0.self_attn.q_proj"
 COLOURS = 3
 

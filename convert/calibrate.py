@@ -1,6 +1,6 @@
 """Spend bits where they matter: from measured sensitivities to a recipe of a given size."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -92,13 +92,3 @@ def best_upgrade(
             if value > most:
                 best, most = unit, value
     return best
-
-
-def ranked(measured: Iterable[Measured], bits: int) -> Iterator[Measured]:
-    """List units by how much they suffer at ``bits``, the worst first."""
-    entries = [
-        max((e for e in entries if e.form.bits == bits), key=lambda e: e.form.group_size)
-        for entries in by_unit(measured).values()
-        if any(e.form.bits == bits for e in entries)
-    ]
-    yield from sorted(entries, key=lambda e: -e.kl)

@@ -37,7 +37,6 @@ LORA_KEYS = ("use_llm_lora", "use_backbone_lora")
 PACKED_KEYS = ("quantization", "quantization_config", "format")
 PART_KEYS = ("vision_config", "llm_config", "text_config")
 DTYPE_KEYS = ("torch_dtype", "dtype")
-EOS = "<|im_end|>"
 
 
 def written_config(plan: Plan, tokenizer: Tokenizer, dtype: str | None) -> Json:

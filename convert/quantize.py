@@ -18,7 +18,6 @@ PROJECTOR = re.compile(r"mlp1\.")
 TOWER = re.compile(r"vision_model\.")
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP = 64
 
 

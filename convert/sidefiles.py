@@ -14,7 +14,6 @@ from internvl3_mlx.prompt.tokens import Tokenizer
 TRAVELLING = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 CODE = "*.py"  # copied for the original layout only; never run here
 STAYING = {"config.json", "adapter_config.json"}
-CARD = "README.md"
 VIDEO_TOKEN = "<video>"
 NATIVE_TOKENS = {
     "start_image_token": "<img>",

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.prompt.sentencepiece import open_pieces
 from internvl3_mlx.prompt.tokenizer_files import (
     AddedToken,
-    bos_name,
     read_added_tokens,
     read_json,
     read_text,
@@ -55,25 +54,11 @@ def byte_level(folder: Path) -> Json:
 def from_sentencepiece(folder: Path) -> Json:
     """Write the same pieces as merges: two pieces join when their union is a piece, the likelier
     first, which is what sentencepiece's BPE does."""
-    from sentencepiece import SentencePieceProcessor
-
-    path = folder / "tokenizer.model"
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{path} is no sentencepiece model; download it again") from error
-    size = model.get_piece_size()
-    vocab = {model.id_to_piece(n): n for n in range(size)}
-    scores = {model.id_to_piece(n): model.get_score(n) for n in range(size)}
-    control = {
-        model.id_to_piece(n): AddedToken(n, special=True)
-        for n in range(size)
-        if model.is_control(n) or model.is_unknown(n)
-    }
-    added = control | read_added_tokens(folder)
+    pieces = open_pieces(folder)
+    model, added, bos, prefixed = pieces.model, pieces.added, pieces.bos, pieces.prefixed
+    vocab = {model.id_to_piece(n): n for n in range(pieces.size)}
+    scores = {model.id_to_piece(n): model.get_score(n) for n in range(pieces.size)}
     unknown = model.id_to_piece(model.unk_id())
-    prefixed = model.decode([SPACE + "a"]) == "a"
-    bos = bos_name(folder, default=True)
     blanks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     steps = [{"type": "Prepend", "prepend": SPACE}, blanks] if prefixed else [blanks]
     return whole(

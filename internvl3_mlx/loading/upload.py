@@ -55,8 +55,3 @@ def upload(folder: Path, repo: str, ask: Ask, *, private: bool = False) -> Uploa
 def check_name(repo: str) -> None:
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise UserError(f"--upload-repo {repo} is no repository; wanted is OWNER/NAME")
-
-
-def files_to_upload(folder: Path) -> list[tuple[str, int]]:
-    """List what would go up, with sizes."""
-    return [(file.name, file.stat().st_size) for file in sorted(folder.iterdir()) if file.is_file()]
