@@ -1,0 +1,193 @@
+"""From Metal text to a shared library, kept by content.
+
+text -> clang -E -> rewrite -> C++ for OpenCL -> LLVM IR -> lint -> instrument -> clang -O2
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx
+
+from metal_emulator.errors import KernelRefused
+from metal_emulator.instrument import instrument, without_marks
+from metal_emulator.lint import lint
+from metal_emulator.rewrite import base_name, entry_point, rewrite
+from metal_emulator.signature import Parameter
+from metal_emulator.toolchain import FOLDER, aside, cache_folder, stub_folder, toolchain
+
+MLX_HEADERS = Path(next(iter(mlx.__path__)), "include")
+METAL_VERSION = 310
+LANGUAGE = ("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-w")
+MACHINE = (
+    *("-fPIC", "-Xclang", "-ffake-address-space-map", "-cl-single-precision-constant"),
+    *("-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64", "-Xclang", "-fno-validate-pch"),
+    # each operation on half and bfloat rounds, as on the GPU; no fused multiply-add unasked
+    *("-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none"),
+    *("-Xclang", "-fbfloat16-excess-precision=none"),
+    *("-O1", "-gline-tables-only", "-ftrivial-auto-var-init=pattern", "-fno-sanitize-recover=all"),
+    "-fsanitize=array-bounds,shift-exponent,integer-divide-by-zero",
+    *("-Xclang", "-disable-llvm-passes"),
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel ready to run: its library, parameters, and the places that it accesses memory at."""
+
+    library: ctypes.CDLL
+    parameters: tuple[Parameter, ...]
+    sites: tuple[str, ...]
+
+
+def compile_kernel(
+    text: str,
+    name: str,
+    constants: Mapping[int, bool | int | float] | None = None,
+    checked: bool = True,
+) -> Compiled:
+    """Compile the kernel that ``name`` is the host name of, or raise KernelRefused.
+
+    ``constants``: the pipeline's function constants. ``checked=False`` leaves memory unwatched.
+    """
+    key = repr((text, name, sorted((constants or {}).items()), checked, mlx_version()))
+    stem = cache_folder() / hashlib.sha256(key.encode()).hexdigest()[:24]
+    facts = stem.with_suffix(".json")
+    if not facts.exists():
+        described = _build(stem.with_suffix(".so"), text, name, dict(constants or {}), checked)
+        with aside(facts) as unfinished:
+            unfinished.write_text(json.dumps(described), "utf-8")
+    return _loaded(stem)
+
+
+@functools.cache
+def _loaded(stem: Path) -> Compiled:
+    facts = json.loads(stem.with_suffix(".json").read_text("utf-8"))
+    if "refused" in facts:
+        raise KernelRefused(facts["refused"])
+    parameters = tuple(Parameter(**parameter) for parameter in facts["parameters"])
+    runtime()  # the kernel's library calls it
+    return Compiled(ctypes.CDLL(str(stem.with_suffix(".so"))), parameters, tuple(facts["sites"]))
+
+
+def _build(
+    out: Path, text: str, name: str, constants: dict[int, bool | int | float], checked: bool
+) -> dict[str, object]:
+    """Build the library; returns what to remember of it, which may be why it is refused."""
+    try:
+        rewritten = rewrite(preprocess(text), constants)
+        expression = rewritten.instances.get(name, name)
+        if base_name(expression) not in rewritten.kernels:
+            known = sorted({*rewritten.kernels, *rewritten.instances})
+            raise KernelRefused(f"there is no kernel '{name}' among {known}")
+        parameters = rewritten.kernels[base_name(expression)]
+        ir = _front_end(rewritten.text + entry_point(expression, parameters), text)
+        ir, sites = instrument(ir) if checked else (without_marks(ir), [])
+    except KernelRefused as refusal:
+        return {"refused": str(refusal)}
+    _back_end(ir, out)
+    return {"parameters": [asdict(parameter) for parameter in parameters], "sites": sites}
+
+
+def preprocess(text: str) -> str:
+    """Expand the text's macros and includes; MLX's own headers are found."""
+    if not text.isascii():
+        raise KernelRefused("the source is not ASCII, and MLX hands it to Metal as ASCII")
+    done = toolchain().run(
+        *LANGUAGE, *toolchain().target, "-E", "-D__METAL__=1", "-DMLX_METAL_JIT",
+        f"-D__METAL_VERSION__={METAL_VERSION}", f"-I{stub_folder()}", f"-I{MLX_HEADERS}", "-",
+        text=text,
+    )  # fmt: skip
+    if done.returncode:
+        raise KernelRefused(_errors(done.stderr))
+    return done.stdout
+
+
+def _front_end(text: str, original: str) -> str:
+    """Compile to LLVM IR and read the syntax tree for what Metal refuses, both at once."""
+    with tempfile.NamedTemporaryFile("w", suffix=".clcpp", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        flags = [*LANGUAGE, *toolchain().target, *MACHINE, "-include-pch", str(precompiled())]
+        start = [*toolchain().clang, *flags]
+        tree = subprocess.Popen(
+            [*start, "-fsyntax-only", "-Xclang", "-ast-dump", file.name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        ir = toolchain().run(*flags, "-S", "-emit-llvm", "-o", "-", file.name)
+        dumped = tree.communicate()[0]
+    if ir.returncode:
+        raise KernelRefused(_errors(ir.stderr))
+    own = set(re.findall(r'^# \d+ "([^"]+)"', original, re.M)) | {"<stdin>"}
+    if found := lint(dumped, ir.stdout, own):
+        raise KernelRefused("\n".join(found))
+    return ir.stdout
+
+
+def _errors(diagnostics: str) -> str:
+    """Keep clang's errors, without what it adds to each."""
+    lines = diagnostics.splitlines()
+    return "\n".join([line for line in lines if "error:" in line] or lines)
+
+
+def _back_end(ir: str, out: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "kernel.o")
+        done = toolchain().run(
+            "-x", "ir", "-O2", "-fPIC", "-c", "-Wno-override-module", *toolchain().target,
+            "-o", str(made), "-", text=ir,
+        )  # fmt: skip
+        if done.returncode:
+            raise KernelRefused(done.stderr[:4000])
+        toolchain().link(out, made)
+
+
+@functools.cache
+def precompiled() -> Path:
+    """Precompile the shim once."""
+    out = cache_folder() / "msl.pch"
+    if not out.exists():
+        with aside(out) as unfinished:
+            done = toolchain().run(
+                *LANGUAGE, *toolchain().target, *MACHINE, "-Xclang", "-emit-pch", "-c",
+                "-o", str(unfinished), str(FOLDER / "shim" / "msl.h"),
+            )  # fmt: skip
+            if done.returncode:
+                raise KernelRefused(done.stderr)
+    return out
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """Compile and load the runtime; kernels find its functions among the process's own."""
+    out = cache_folder() / "runtime.so"
+    if not out.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            objects = []
+            for source in sorted((FOLDER / "runtime").glob("*.cpp")):
+                objects.append(Path(folder, source.stem + ".o"))
+                done = toolchain().run(
+                    "-std=c++17", "-O2", "-fPIC", "-ffreestanding", "-ffp-contract=off",
+                    *toolchain().target, "-c", "-o", str(objects[-1]), str(source),
+                )  # fmt: skip
+                if done.returncode:
+                    raise RuntimeError(done.stderr)
+            toolchain().link(out, *objects)
+    ctypes.CDLL(None, mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(out), mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def mlx_version() -> str:
+    import mlx.core as mx
+
+    return mx.__version__

@@ -1,0 +1,91 @@
+// Scalars, vectors, packed vectors, vector constructors and casts.
+typedef char int8_t; typedef unsigned char uint8_t; typedef short int16_t;
+typedef unsigned short uint16_t; typedef int int32_t; typedef unsigned int uint32_t;
+typedef long int64_t; typedef unsigned long uint64_t;
+typedef unsigned char uchar; typedef unsigned short ushort;
+typedef unsigned int uint; typedef unsigned long ulong;
+typedef __SIZE_TYPE__ size_t; typedef __PTRDIFF_TYPE__ ptrdiff_t;
+typedef __UINTPTR_TYPE__ uintptr_t; typedef __INTPTR_TYPE__ intptr_t;
+typedef __bf16 bfloat;
+
+namespace metal {
+template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
+}
+#define MSL_VECTOR(T, N) typedef T T##N __attribute__((ext_vector_type(N)));
+#define MSL_VECTORS(T) MSL_VECTOR(T, 2) MSL_VECTOR(T, 3) MSL_VECTOR(T, 4)
+MSL_EACH_INTEGER(MSL_VECTORS) MSL_EACH_FLOAT(MSL_VECTORS) MSL_VECTORS(bfloat)
+typedef int bool2 __attribute__((ext_vector_type(2)));
+typedef int bool3 __attribute__((ext_vector_type(3)));
+typedef int bool4 __attribute__((ext_vector_type(4)));
+
+#define MSL_PACKED(T) \
+  struct packed_##T##2 { T x, y; packed_##T##2() = default; packed_##T##2(T##2 v) : x(v.x), y(v.y) {} \
+    operator T##2() const { return T##2{x, y}; } }; \
+  struct packed_##T##3 { T x, y, z; packed_##T##3() = default; \
+    packed_##T##3(T##3 v) : x(v.x), y(v.y), z(v.z) {} \
+    operator T##3() const { return T##3{x, y, z}; } }; \
+  struct packed_##T##4 { T x, y, z, w; packed_##T##4() = default; \
+    packed_##T##4(T##4 v) : x(v.x), y(v.y), z(v.z), w(v.w) {} \
+    operator T##4() const { return T##4{x, y, z, w}; } };
+MSL_EACH_SMALL_INTEGER(MSL_PACKED) MSL_EACH_FLOAT(MSL_PACKED) MSL_PACKED(bfloat)
+
+// float4(a, b2, c): every component counted
+template <class V> struct __msl_vector {
+  static constexpr __constant bool is = false;
+  static constexpr __constant int size = 1;
+};
+template <class E, int N> struct __msl_vector<metal::vec<E, N>> {
+  using element = E;
+  static constexpr __constant bool is = true;
+  static constexpr __constant int size = N;
+};
+template <class V, int I> MSL_INLINE constexpr void __msl_put(V& v) {}
+template <class V, int I, class A, class... Rest>
+MSL_INLINE constexpr void __msl_put(V& v, A a, Rest... rest) {
+  using E = typename __msl_vector<V>::element;
+  constexpr int n = __msl_vector<A>::size;
+  if constexpr (__msl_vector<A>::is) {
+    for (int k = 0; k < n; k++) v[I + k] = (E)a[k];
+  } else {
+    v[I] = (E)a;
+  }
+  __msl_put<V, I + n>(v, rest...);
+}
+template <class V> MSL_INLINE constexpr V __msl_make() { return V{}; }
+template <class V, class A> MSL_INLINE constexpr V __msl_make(A a) {
+  if constexpr (__msl_vector<A>::is) {
+    static_assert(__msl_vector<A>::size == __msl_vector<V>::size, "vector size mismatch");
+    return __builtin_convertvector(a, V);
+  } else {
+    return (V)(typename __msl_vector<V>::element)a;
+  }
+}
+template <class V, class A, class B, class... Rest>
+MSL_INLINE constexpr V __msl_make(A a, B b, Rest... rest) {
+  constexpr int n = __msl_vector<B>::size + (__msl_vector<A>::size + ... + __msl_vector<Rest>::size);
+  static_assert(n == __msl_vector<V>::size, "wrong number of vector components");
+  V v;
+  __msl_put<V, 0>(v, a, b, rest...);
+  return v;
+}
+
+// static_cast: between half and bfloat it is legal in Metal, and clang has no such conversion
+template <class To, class From> MSL_INLINE constexpr To __msl_cast(From x) {
+  constexpr bool over_float = (__is_same(To, half) && __is_same(From, bfloat)) ||
+                              (__is_same(To, bfloat) && __is_same(From, half));
+  if constexpr (over_float) return (To)(float)x;
+  else return static_cast<To>(x);
+}
+template <class To, class From> MSL_INLINE To as_type(From x) {
+  static_assert(sizeof(To) == sizeof(From), "as_type size mismatch");
+  return __builtin_bit_cast(To, x);
+}
+
+// clang's C++ for OpenCL has no pointer += for a class that converts to an integer
+template <class T, class C, class = typename C::value_type>
+MSL_INLINE __private auto& operator+=(T* __private& p, C c) { return p = p + (typename C::value_type)c; }
+template <class T, class C, class = typename C::value_type>
+MSL_INLINE __private auto& operator-=(T* __private& p, C c) { return p = p - (typename C::value_type)c; }
+#undef MSL_VECTOR
+#undef MSL_VECTORS
+#undef MSL_PACKED

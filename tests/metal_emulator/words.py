@@ -1,0 +1,123 @@
+"""The words that Metal and C++ for OpenCL spell differently, and those that Metal refuses."""
+
+import re
+from collections.abc import Sequence
+
+from metal_emulator.errors import KernelRefused
+from metal_emulator.tokens import Token, closing
+
+SCALARS = "char uchar short ushort int uint long ulong half float bfloat bool".split()
+VECTORS = {f"{scalar}{n}" for scalar in SCALARS for n in (2, 3, 4)}
+# static_cast between half and bfloat is legal in Metal, and no conversion in clang
+SPELLED = {"device": "__global", "threadgroup": "__local", "static_cast": "__msl_cast"}
+# plain identifiers in Metal, keywords in OpenCL
+RENAMED = {
+    *("local", "global", "generic", "pipe", "private", "read_only", "write_only", "read_write"),
+    *(
+        "event_t",
+        "sampler_t",
+        "queue_t",
+        "image1d_t",
+        "image2d_t",
+        "image3d_t",
+        "half16",
+        "float16",
+    ),
+}
+REFUSED = {
+    **dict.fromkeys(("vertex", "fragment"), "a keyword in Metal"),
+    **dict.fromkeys(
+        (
+            *("double", "goto", "dynamic_cast", "typeid", "throw", "try", "catch", "new", "delete"),
+            *("virtual", "__global", "__local", "__constant", "__private", "__generic"),
+        ),
+        "not supported in Metal",
+    ),
+}
+BFLOAT = re.compile(r"([\d.][\d.eE+-]*)(?:bf|BF)$")
+BEFORE_A_CONSTRUCTOR = {")", "constexpr", "{", "}", ";", ":", "explicit", "inline", ""}
+
+
+def spell_words(tokens: Sequence[Token]) -> Sequence[Token]:
+    """Spell every word as C++ for OpenCL does, in place."""
+    for index, token in enumerate(tokens):
+        if token.kind == "number" and (found := BFLOAT.match(token.text)):
+            token.text = f"((bfloat){found[1]}f)"
+        elif token.kind == "word":
+            _refuse(token, tokens[index + 1])
+            if token.text in VECTORS or token.text == "vec":
+                _vector(tokens, index)
+            elif token.text == "thread":
+                token.text = "" if _qualifies_a_temporary(tokens, index) else "__private"
+            elif token.text == "constant":
+                token.text = "__constant" if _after_parenthesis(tokens, index) else _CONSTANT
+            elif token.text in RENAMED:
+                token.text = "__id_" + token.text
+            else:
+                token.text = SPELLED.get(token.text, token.text)
+    return tokens
+
+
+_CONSTANT = "const __constant"  # Metal's constant implies const
+
+
+def _refuse(token: Token, following: Token) -> None:
+    word = token.text
+    reason = REFUSED.get(word)
+    if word == "long" and following.text == "long":
+        word, reason = "long long", "not supported in Metal"
+    if reason:
+        raise KernelRefused(f"{token.file}:{token.line}: error: '{word}' is {reason}")
+
+
+def _vector(tokens: Sequence[Token], index: int) -> None:
+    """Turn ``float4(`` and ``vec<T, 2>(`` into calls of a template that counts the components."""
+    before = tokens[index - 1].text if index else ""
+    if before == "operator":
+        return
+    end = index
+    if tokens[index].text == "vec":
+        if tokens[index + 1].text != "<":
+            return
+        end = closing(tokens, index + 1)
+    if tokens[end + 1].text != "(":
+        return
+    if before == "::" and tokens[index - 2].text == "metal":
+        tokens[index - 1].text = tokens[index - 2].text = ""
+    tokens[index].text = f"__msl_make<metal::{tokens[index].text}"
+    tokens[end].text += ">"
+
+
+def _after_parenthesis(tokens: Sequence[Token], index: int) -> bool:
+    """Tell whether a member function is qualified here: ``) constant`` or ``) const constant``."""
+    before = tokens[index - 1].text
+    return before == ")" or (before == "const" and tokens[index - 2].text == ")")
+
+
+def _qualifies_a_temporary(tokens: Sequence[Token], index: int) -> bool:
+    """Tell whether ``thread`` qualifies a constructor or a conversion operator.
+
+    What those make is a temporary, which lives in OpenCL's generic space.
+    """
+    if not _after_parenthesis(tokens, index):
+        return False
+    start = _opening(tokens, index - 1 if tokens[index - 1].text == ")" else index - 2)
+    name, before = tokens[start - 1], tokens[start - 2].text
+    if name.kind != "word":
+        return False
+    if before == ">":
+        opening = _opening(tokens, start - 2)
+        return tokens[opening - 1].text == "template"
+    return before == "operator" or before in BEFORE_A_CONSTRUCTOR
+
+
+def _opening(tokens: Sequence[Token], end: int) -> int:
+    """Find what opens the ``)`` or ``>`` at ``end``."""
+    closer = tokens[end].text
+    opener = {")": "(", ">": "<"}[closer]
+    depth = 0
+    for index in range(end, -1, -1):
+        depth += {closer: 1, opener: -1}.get(tokens[index].text, 0)
+        if depth == 0:
+            return index
+    raise KernelRefused(f"{tokens[end].file}:{tokens[end].line}: error: '{closer}' opens nowhere")
