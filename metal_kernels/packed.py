@@ -1,0 +1,106 @@
+"""The packed cache's layout: one row of uint32 words per token and key-value head.
+
+A row holds the packed keys, the packed values, then a scale and a bias per group, keys' before
+values'. The numbers are mx.quantize's, bit for bit and in the model's own type, so that the
+accuracy is the known one: a 16-bit scale and its bias share a word (scale in the low half, MLX's
+machines being little-endian), a float32 pair takes two. One row is read front to back once per
+token, and one slice update appends it.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from internvl3_mlx.errors import UserError
+
+WORD_BITS = 32
+HEAD_DIMS, GROUP_SIZES, BITS = (32, 64, 128), (32, 64), (4, 8)
+HALVES, SINGLE = (mx.float16, mx.bfloat16), mx.float32
+
+Packed = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, scales and biases
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a row is cut. ``dtype``: the model's type, which scales and biases keep."""
+
+    head_dim: int
+    bits: int = 8
+    group_size: int = 64
+    dtype: mx.Dtype = mx.float16
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("head_dim", self.head_dim, HEAD_DIMS),
+            ("bits", self.bits, BITS),
+            ("group_size", self.group_size, GROUP_SIZES),
+            ("dtype", self.dtype, (*HALVES, SINGLE)),
+        ):
+            if value not in known:
+                listed = ", ".join(map(str, known))
+                raise UserError(f"packed rows: {name} {value} is not one of {listed}")
+        if self.group_size > self.head_dim:
+            raise UserError(
+                f"packed rows: groups of {self.group_size} do not fit head_dim {self.head_dim}; "
+                f"take group_size {GROUP_SIZES[0]}"
+            )
+
+    @property
+    def half_words(self) -> int:
+        """Words of the packed keys, and as many of the values."""
+        return self.head_dim * self.bits // WORD_BITS
+
+    @property
+    def groups(self) -> int:
+        return self.head_dim // self.group_size
+
+    @property
+    def pair_words(self) -> int:
+        """Words of one group's scale and bias."""
+        return 2 if self.dtype == SINGLE else 1
+
+    @property
+    def words(self) -> int:
+        return 2 * (self.half_words + self.groups * self.pair_words)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.words * WORD_BITS // 8
+
+    @property
+    def cuts(self) -> list[int]:
+        """Where values, the keys' scales and the values' scales begin."""
+        half, pairs = self.half_words, self.groups * self.pair_words
+        return [half, 2 * half, 2 * half + pairs]
+
+
+def pack(keys: mx.array, values: mx.array, layout: RowLayout) -> mx.array:
+    """Quantise and join. keys, values: (B, KV, L, D) -> rows (B, KV, L, W) uint32."""
+    weights, pairs = [], []
+    for part in (keys, values):
+        packed, scales, biases = mx.quantize(
+            part.astype(layout.dtype), group_size=layout.group_size, bits=layout.bits
+        )
+        weights.append(packed)
+        pairs.append(mx.stack([scales, biases], axis=-1).flatten(-2).view(mx.uint32))
+    return mx.concatenate([*weights, *pairs], axis=-1)
+
+
+def parts(rows: mx.array, layout: RowLayout) -> tuple[Packed, Packed]:
+    """Split rows (B, KV, L, W) into what mx.quantize gave for keys and for values."""
+    keys, values, key_pairs, value_pairs = mx.split(rows, layout.cuts, axis=-1)
+    return (keys, *_scales_biases(key_pairs, layout)), (values, *_scales_biases(value_pairs, layout))
+
+
+def unpack(rows: mx.array, layout: RowLayout) -> tuple[mx.array, mx.array]:
+    """Give back keys and values. rows: (B, KV, L, W) -> twice (B, KV, L, D) in the layout's type."""
+    keys, values = (
+        mx.dequantize(*packed, group_size=layout.group_size, bits=layout.bits)
+        for packed in parts(rows, layout)
+    )
+    return keys, values
+
+
+def _scales_biases(pairs: mx.array, layout: RowLayout) -> tuple[mx.array, mx.array]:
+    numbers = mx.contiguous(pairs).view(layout.dtype)
+    return numbers[..., ::2], numbers[..., 1::2]

@@ -1,0 +1,81 @@
+    // Attention of M query rows over one key-value head, in 8 x 8 matrix tiles; float32 throughout.
+    // q (B*KV, M, D); keys, values (B*KV, capacity, WIDTH): the same rows if packed; M = R * L rows,
+    // row m being new token m % L. Grid: (32 * SG, splits, B*KV), one threadgroup per split.
+    // out (B*KV, M, splits, D) unnormalised, top (the maximum) and sum (of weights) (B*KV, M, splits).
+    typedef Row<T, BITS, D, GS> Store;
+    typedef typename Store::word word_t;
+    constexpr int TILES = (M + 7) / 8;
+    constexpr bool SHARED = TILES > 1;  // one tile: a simdgroup's own tokens; more: its own rows
+    constexpr int PARTS = SHARED ? 1 : SG;
+    constexpr int STAGED = SHARED ? BLOCK * Store::WIDTH : 2;
+    threadgroup word_t key_stage[STAGED];
+    threadgroup word_t value_stage[BITS == 16 ? STAGED : 2];
+    threadgroup float tops[SHARED ? 1 : PARTS * M];
+    threadgroup float sums[SHARED ? 1 : PARTS * M];
+    threadgroup float outs[SHARED ? 1 : PARTS * M * D];
+
+    uint lane = thread_index_in_simdgroup;
+    uint group = simdgroup_index_in_threadgroup;
+    uint head = threadgroup_position_in_grid.z;
+    uint split = threadgroup_position_in_grid.y;
+    uint splits = threadgroups_per_grid.y;
+    int length = length_of(lengths, head / KV);
+    int share = ((length + int(splits) - 1) / int(splits) + 7) / 8 * 8;
+    int begin = int(split) * share;
+    int end = metal::min(length, begin + share);
+    size_t first = size_t(head) * keys_shape[2];
+
+    uint place = (SHARED ? group * 8 : 0) + lane_row(lane);
+    int seen = CAUSAL ? length - (L - 1) + int(place % L) : length;
+    Tile<D> tile;
+    tile.start(lane);
+    for (int k = 0; k < D / 8; k++) {
+      for (int e = 0; e < 2; e++) {
+        uint dim = (lane_column(lane) + e) * (D / 8) + k;
+        tile.q[k][e] = place < M ? scale * static_cast<float>(q[(head * M + place) * D + dim]) : 0.0f;
+      }
+    }
+    if (SHARED) {
+      for (int base = begin; base < end; base += BLOCK) {
+        int live = metal::min(BLOCK, end - base);
+        size_t at = (first + base) * Store::WIDTH;
+        for (int i = int(group * 32 + lane); i < live * Store::WIDTH; i += SG * 32) {
+          key_stage[i] = keys[at + i];
+          if (BITS == 16) value_stage[i] = values[at + i];
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        const threadgroup word_t* key_rows = &key_stage[0];
+        const threadgroup word_t* value_rows = BITS == 16 ? &value_stage[0] : &key_stage[0];
+        tile.template attend<Store, BLOCK, GS>(key_rows, value_rows, live, seen - base);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+      }
+    } else {
+      for (int base = begin + int(group) * BLOCK; base < end; base += SG * BLOCK) {
+        size_t at = (first + base) * Store::WIDTH;
+        tile.template attend<Store, BLOCK, GS>(keys + at, values + at, metal::min(BLOCK, end - base), seen - base);
+      }
+    }
+    float total = tile.total();
+    if (SHARED) {
+      if (place < M) {
+        uint at = (head * M + place) * splits + split;
+        tile.write(out + at * D);
+        if (lane_column(lane) == 0) {
+          top[at] = tile.top;
+          sum[at] = total;
+        }
+      }
+    } else {
+      if (place < M) {
+        uint at = group * M + place;
+        tile.write(&outs[0] + at * D);
+        if (lane_column(lane) == 0) {
+          tops[at] = tile.top;
+          sums[at] = total;
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      uint base = head * M * splits;
+      join_parts<PARTS, M, D, SG * 32>(&tops[0], &sums[0], &outs[0], out + size_t(base) * D, top + base, sum + base,
+                                       group * 32 + lane, split, splits);
+    }

@@ -1,0 +1,143 @@
+// Header of the flash-decode kernels: how a row of the store is read. Shapes: metal_kernels/packed.py.
+#include <metal_simdgroup_matrix>
+
+// Stands for minus infinity and keeps its order under fast maths; differences of it are never NaN.
+constant constexpr float LOWEST = -3.0e38f;
+
+inline int length_of(const constant int& length, uint) { return length; }
+inline int length_of(const constant int* lengths, uint b) { return lengths[b]; }
+inline int length_of(const device int* lengths, uint b) { return lengths[b]; }
+
+// Narrow and wide reads, one overload for each address space.
+inline uint half_word(const device uint* words, uint i) {
+  return reinterpret_cast<const device ushort*>(words)[i];
+}
+inline uint half_word(const threadgroup uint* words, uint i) {
+  return reinterpret_cast<const threadgroup ushort*>(words)[i];
+}
+inline uint2 word_pair(const device uint* words, uint i) {
+  return reinterpret_cast<const device uint2*>(words)[i];
+}
+inline uint2 word_pair(const threadgroup uint* words, uint i) {
+  return reinterpret_cast<const threadgroup uint2*>(words)[i];
+}
+template <typename T>
+inline vec<T, 4> four(const device T* numbers, uint i) {
+  return reinterpret_cast<const device vec<T, 4>*>(numbers)[i];
+}
+template <typename T>
+inline vec<T, 4> four(const threadgroup T* numbers, uint i) {
+  return reinterpret_cast<const threadgroup vec<T, 4>*>(numbers)[i];
+}
+
+// A scale and its bias: halves of one word (the scale is the low one), or two words of float32.
+template <typename T>
+struct Pair {
+  static constant constexpr int WORDS = 1;
+  template <typename P>
+  static float2 at(P pairs, uint group) {
+    uint both = pairs[group];
+    return float2(as_type<float>(both << 16), as_type<float>(both & 0xffff0000u));  // bfloat16_t
+  }
+};
+template <>
+struct Pair<half> {
+  static constant constexpr int WORDS = 1;
+  template <typename P>
+  static float2 at(P pairs, uint group) {
+    half2 both = as_type<half2>(pairs[group]);
+    return float2(static_cast<float>(both.x), static_cast<float>(both.y));
+  }
+};
+template <>
+struct Pair<float> {
+  static constant constexpr int WORDS = 2;
+  template <typename P>
+  static float2 at(P pairs, uint group) {
+    return float2(as_type<float>(pairs[2 * group]), as_type<float>(pairs[2 * group + 1]));
+  }
+};
+
+// A row of uint32 words: packed keys, packed values, the keys' scales, the values' scales.
+template <typename T, int BITS, int D, int GS>
+struct Row {
+  typedef uint32_t word;
+  static constant constexpr int GROUPS = D / GS;
+  static constant constexpr int VALUES = D * BITS / 32;
+  static constant constexpr int KEY_PAIRS = 2 * VALUES;
+  static constant constexpr int VALUE_PAIRS = KEY_PAIRS + GROUPS * Pair<T>::WORDS;
+  static constant constexpr int WIDTH = VALUE_PAIRS + GROUPS * Pair<T>::WORDS;
+
+  static void spread(uint bits, int count, thread float* x) {
+    for (int i = 0; i < count; i++) {
+      x[i] = static_cast<float>((bits >> (i * BITS)) & ((1u << BITS) - 1u));
+    }
+  }
+
+  // The chunk-th N numbers of a part, still unscaled: pairs of words, one word or half a word.
+  template <int N, typename P>
+  static void read(P part, uint chunk, thread float* x) {
+    constexpr int PER = 32 / BITS;
+    constexpr int WORDS = N / PER;
+    if (WORDS == 0) {
+      spread(half_word(part, chunk), N, x);
+    } else if (WORDS == 1) {
+      spread(part[chunk], PER, x);
+    }
+    for (int i = 0; i < WORDS / 2; i++) {
+      uint2 both = word_pair(part, chunk * (WORDS / 2) + i);
+      spread(both.x, PER, x + 2 * i * PER);
+      spread(both.y, PER, x + (2 * i + 1) * PER);
+    }
+  }
+
+  template <typename P>
+  static float2 pair(P pairs, uint group) { return Pair<T>::at(pairs, group); }
+};
+
+// A row of numbers as they are: keys and values lie in arrays of their own, nothing is scaled.
+template <typename T, int D, int GS>
+struct Row<T, 16, D, GS> {
+  typedef T word;
+  static constant constexpr int GROUPS = 1;
+  static constant constexpr int VALUES = 0;
+  static constant constexpr int KEY_PAIRS = 0;
+  static constant constexpr int VALUE_PAIRS = 0;
+  static constant constexpr int WIDTH = D;
+
+  template <int N, typename P>
+  static void read(P part, uint chunk, thread float* x) {
+    for (int i = 0; i < N / 4; i++) {
+      vec<T, 4> numbers = four(part, chunk * (N / 4) + i);
+      for (int j = 0; j < 4; j++) x[4 * i + j] = static_cast<float>(numbers[j]);
+    }
+  }
+
+  template <typename P>
+  static float2 pair(P, uint) { return float2(1.0f, 0.0f); }
+};
+
+// Weigh simdgroups that saw different tokens against each other: PARTS of M rows -> one of M rows.
+template <int PARTS, int M, int D, int THREADS>
+inline void join_parts(const threadgroup float* tops, const threadgroup float* sums,
+                       const threadgroup float* outs, device float* out, device float* top,
+                       device float* sum, uint thread_index, uint split, uint splits) {
+  for (uint i = thread_index; i < M * D; i += THREADS) {
+    uint row = i / D;
+    float highest = LOWEST;
+    for (int p = 0; p < PARTS; p++) highest = metal::max(highest, tops[p * M + row]);
+    float total = 0.0f;
+    float mixed = 0.0f;
+    for (int p = 0; p < PARTS; p++) {
+      float weight = metal::exp(tops[p * M + row] - highest);
+      total += weight * sums[p * M + row];
+      mixed += weight * outs[p * M * D + i];
+    }
+    uint at = row * splits + split;
+    out[at * D + i % D] = mixed;
+    if (i % D == 0) {
+      top[at] = highest;
+      sum[at] = total;
+    }
+  }
+}

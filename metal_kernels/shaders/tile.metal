@@ -1,0 +1,116 @@
+// Header of flash_tiles: eight query rows in the registers of one simdgroup.
+
+// Where a lane's two neighbouring elements stand in an 8 x 8 matrix: its row and its first column.
+inline uint lane_row(uint lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
+inline uint lane_column(uint lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
+
+inline float2 multiply_add(float2 a, float2 b, float2 c) {
+  simdgroup_matrix<float, 8, 8> A, B, C;
+  reinterpret_cast<thread float2&>(A.thread_elements()) = a;
+  reinterpret_cast<thread float2&>(B.thread_elements()) = b;
+  reinterpret_cast<thread float2&>(C.thread_elements()) = c;
+  simdgroup_multiply_accumulate(C, A, B, C);
+  return reinterpret_cast<thread float2&>(C.thread_elements());
+}
+
+// q and o: a lane's two elements of D/8 matrices. The dimensions are dealt out so that every lane
+// reads whole words: of a key an eighth, of a value a quarter. A sum over dimensions has no order.
+template <int D>
+struct Tile {
+  float2 q[D / 8];
+  float2 o[D / 8];
+  float top;
+  float sum;
+  uint lane;
+
+  void start(uint my_lane) thread {
+    for (int k = 0; k < D / 8; k++) o[k] = float2(0.0f);
+    top = LOWEST;
+    sum = 0.0f;
+    lane = my_lane;
+  }
+
+  // Take in BLOCK tokens, of which ``live`` exist and this lane's row may see ``seen``.
+  template <typename Store, int BLOCK, int GS, typename P>
+  void attend(P keys, P values, int live, int seen) thread {
+    seen = metal::min(seen, live);
+    float2 scores[BLOCK / 8];
+    float highest = top;
+    for (int f = 0; f < BLOCK / 8; f++) {
+      int token = 8 * f + int(lane_column(lane));
+      scores[f] = score<Store, GS>(keys + 8 * f * Store::WIDTH, live - 8 * f);
+      scores[f].x = token < seen ? scores[f].x : LOWEST;
+      scores[f].y = token + 1 < seen ? scores[f].y : LOWEST;
+      highest = metal::max(highest, metal::max(scores[f].x, scores[f].y));
+    }
+    highest = metal::max(highest, simd_shuffle_xor(highest, 1));
+    highest = metal::max(highest, simd_shuffle_xor(highest, 8));
+    float fade = metal::exp(top - highest);
+    top = highest;
+    sum *= fade;
+    for (int k = 0; k < D / 8; k++) o[k] *= fade;
+    for (int f = 0; f < BLOCK / 8; f++) {
+      int token = 8 * f + int(lane_column(lane));
+      float2 weight = float2(token < seen ? metal::exp(scores[f].x - top) : 0.0f,
+                             token + 1 < seen ? metal::exp(scores[f].y - top) : 0.0f);
+      sum += weight.x + weight.y;
+      gather<Store, GS>(values + 8 * f * Store::WIDTH, live - 8 * f, weight);
+    }
+  }
+
+  // Eight rows against eight tokens: the lane gets its row against tokens column and column + 1.
+  template <typename Store, int GS, typename P>
+  float2 score(P keys, int live) thread {
+    constexpr int N = D / 8;
+    uint row = lane_row(lane), column = lane_column(lane);
+    float first[N], second[N];
+    for (int k = 0; k < N; k++) first[k] = second[k] = 0.0f;
+    if (int(column) < live) Store::template read<N>(keys + column * Store::WIDTH, row, first);
+    if (int(column) + 1 < live) Store::template read<N>(keys + (column + 1) * Store::WIDTH, row, second);
+    float2 pair = one_pair<Store>(keys + Store::KEY_PAIRS, live);
+    uint group = row * N / GS;
+    float2 a = simd_shuffle(pair, ushort(column * Store::GROUPS + group));
+    float2 b = simd_shuffle(pair, ushort((column + 1) * Store::GROUPS + group));
+    float2 dots = float2(0.0f);
+    for (int k = 0; k < N; k++) {
+      dots = multiply_add(q[k], float2(first[k] * a.x + a.y, second[k] * b.x + b.y), dots);
+    }
+    return dots;
+  }
+
+  // Add eight weighted tokens: the lane reads a quarter of token ``row``.
+  template <typename Store, int GS, typename P>
+  void gather(P values, int live, float2 weight) thread {
+    constexpr int N = D / 4;
+    uint row = lane_row(lane), quarter = lane_column(lane) / 2;
+    float numbers[N];
+    for (int k = 0; k < N; k++) numbers[k] = 0.0f;
+    if (int(row) < live) Store::template read<N>(values + row * Store::WIDTH + Store::VALUES, quarter, numbers);
+    float2 pair = one_pair<Store>(values + Store::VALUE_PAIRS, live);
+    pair = simd_shuffle(pair, ushort(row * Store::GROUPS + quarter * N / GS));
+    for (int k = 0; k < N / 2; k++) {
+      float2 two = float2(numbers[2 * k], numbers[2 * k + 1]) * pair.x + pair.y;
+      o[k] = multiply_add(weight, two, o[k]);
+    }
+  }
+
+  // Each lane fetches one scale and bias of these eight tokens, to be handed round.
+  template <typename Store, typename P>
+  float2 one_pair(P pairs, int live) thread {
+    uint token = lane / Store::GROUPS;
+    bool mine = lane < 8 * Store::GROUPS && int(token) < live;
+    return mine ? Store::pair(pairs + token * Store::WIDTH, lane % Store::GROUPS) : float2(0.0f);
+  }
+
+  float total() thread {
+    float whole = sum + simd_shuffle_xor(sum, 1);
+    return whole + simd_shuffle_xor(whole, 8);
+  }
+
+  template <typename P>
+  void write(P row) thread {
+    for (int k = 0; k < D / 8; k++) {
+      for (int e = 0; e < 2; e++) row[lane_column(lane) / 2 * (D / 4) + 2 * k + e] = o[k][e];
+    }
+  }
+};
