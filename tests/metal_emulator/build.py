@@ -6,11 +6,12 @@ text -> clang -E -> rewrite -> C++ for OpenCL -> LLVM IR -> lint -> instrument -
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -112,6 +113,7 @@ def preprocess(text: str) -> str:
 
 def _front_end(text: str, original: str) -> str:
     """Compile to LLVM IR and read the syntax tree for what Metal refuses, both at once."""
+    own = {*re.findall(r'^# \d+ "([^"]+)"', original, re.M), "<stdin>"}
     with tempfile.NamedTemporaryFile("w", suffix=".clcpp", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -126,17 +128,27 @@ def _front_end(text: str, original: str) -> str:
         ir = toolchain().run(*flags, "-S", "-emit-llvm", "-o", "-", file.name)
         dumped = tree.communicate()[0]
     if ir.returncode:
-        raise KernelRefused(_errors(ir.stderr))
-    own = set(re.findall(r'^# \d+ "([^"]+)"', original, re.M)) | {"<stdin>"}
+        raise KernelRefused(_errors(ir.stderr, own))
     if found := lint(dumped, ir.stdout, own):
         raise KernelRefused("\n".join(found))
     return ir.stdout
 
 
-def _errors(diagnostics: str) -> str:
-    """Keep clang's errors, without what it adds to each."""
+def _errors(diagnostics: str, own: Set[str] = frozenset()) -> str:
+    """Keep clang's errors; one inside the shim is shown where the kernel's text led to it."""
     lines = diagnostics.splitlines()
-    return "\n".join([line for line in lines if "error:" in line] or lines)
+    errors = []
+    for index, line in enumerate(lines):
+        if ": error: " not in line:
+            continue
+        place, message = line.split(": error: ", 1)
+        following = itertools.takewhile(lambda text: ": error: " not in text, lines[index + 1 :])
+        notes = [text for text in following if ": note: " in text]
+        led_here = [text.split(": note: ")[0] for text in notes if text.split(":")[0] in own]
+        if place.split(":")[0] not in own and led_here:
+            place = led_here[0]
+        errors.append(f"{place}: error: {message}")
+    return "\n".join(errors or lines)
 
 
 def _back_end(ir: str, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""A call to the runtime before each access of device, constant and threadgroup memory in LLVM IR."""
+"""A call to the runtime before each access that a kernel's LLVM IR makes of shared memory."""
 
 import os
 import re

@@ -1,7 +1,8 @@
 """What Metal refuses and C++ for OpenCL accepts, read from clang's syntax tree and its LLVM IR."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 NODE = re.compile(
     r"^[ |`-]*(\w+) 0x[0-9a-f]+ (?:parent 0x[0-9a-f]+ )?(?:prev 0x[0-9a-f]+ )?"
@@ -10,6 +11,9 @@ NODE = re.compile(
 PLACE = re.compile(r"\s*((?:line|col):[\d:]+|[^\s']+:\d+:\d+) ")
 TYPE = re.compile(r"'([^']*)'(?::'([^']*)')?")
 VARIABLES = {"VarDecl", "ParmVarDecl", "FieldDecl"}
+COMPARISONS = ("'<'", "'>'", "'<='", "'>='", "'=='", "'!='")
+PASSES_A_MASK_ON = {"ParenExpr", "ImplicitCastExpr", "BinaryOperator", "UnaryOperator"}
+TAKES_A_MASK = re.compile(r" '(?:all|any|select)' ")
 FUNCTION = re.compile(r'^define .*?@"?([\w.$]+)"?\(')
 CALLED = re.compile(r'@"?([\w.$]+)"?\(')
 
@@ -23,22 +27,50 @@ def lint(tree: str, ir: str, files: set[str]) -> list[str]:
     return messages
 
 
+@dataclass
+class Node:
+    """One line of clang's dump."""
+
+    depth: int
+    kind: str
+    rest: str
+    callee: str = ""  # of a call: what it calls
+
+    @property
+    def type(self) -> str:
+        """The type, without the names that a typedef gives it."""
+        match = TYPE.search(self.rest)
+        return (match[2] or match[1]) if match else ""
+
+
 def _in_tree(tree: str, files: set[str]) -> Iterator[tuple[str, int, str]]:
     place = _Place()
-    skipped_below: int | None = None
+    above: list[Node] = []
     for line in tree.split("\n"):
         match = NODE.match(line)
         if not match:
             continue
-        kind, extent, rest = match.groups()
-        begin = place.enter(extent, rest)
-        depth = len(line) - len(line.lstrip(" |`-"))
-        if skipped_below is not None and depth > skipped_below:
-            continue
-        skipped_below = depth if kind.endswith("Decl") and " implicit" in rest else None
-        if skipped_below is None and begin[0] in files:
-            for message in _objections(kind, rest):
+        node = Node(len(line) - len(line.lstrip(" |`-")), match[1], match[3])
+        begin = place.enter(match[2], match[3])
+        while above and above[-1].depth >= node.depth:
+            above.pop()
+        if node.kind == "DeclRefExpr":
+            _name_callee(above, node)
+        if begin[0] in files and not any(_is_implicit(a) for a in (*above, node)):
+            for message in _objections(node, above):
                 yield *begin, message
+        above.append(node)
+
+
+def _is_implicit(node: Node) -> bool:
+    return node.kind.endswith("Decl") and " implicit" in node.rest
+
+
+def _name_callee(above: Sequence[Node], node: Node) -> None:
+    """Give the call its name: the first reference below it is what it calls."""
+    call = next((a for a in reversed(above) if a.kind != "ImplicitCastExpr"), None)
+    if call and call.kind == "CallExpr" and not call.callee:
+        call.callee = node.rest
 
 
 class _Place:
@@ -65,18 +97,42 @@ class _Place:
             self.file, self.line = file[0], int(line)
 
 
-def _objections(kind: str, rest: str) -> Iterator[str]:
-    match = TYPE.search(rest)
-    written = (match[2] or match[1]) if match else ""
-    if kind in VARIABLES and " implicit " not in rest:
+def _objections(node: Node, above: Sequence[Node]) -> Iterator[str]:
+    kind, rest, written = node.kind, node.rest, node.type
+    if kind in VARIABLES:
         name = (re.search(r"(\w+) '", rest) or ["", "?"])[1]
         if re.search(r"__generic [^*&]*[*&]", written) and "lambda" not in written:
             yield f"'{name}': a pointer or reference type needs an explicit address space"
         if kind == "VarDecl" and re.search(r"(^|[ ])__global [^*&]*$", written):
             yield f"'{name}': program-scope and static variables must be constant"
-    if kind == "ImplicitCastExpr" and "part_of_explicit_cast" not in rest:
-        if "<FloatingCast>" in rest and written.split()[-1:] in (["__bf16"], ["bfloat"]):
-            yield "implicit conversion to bfloat is not allowed in Metal: cast explicitly"
+    if _converts(node) and _element(written) == "bfloat":
+        yield "implicit conversion to bfloat is not allowed in Metal: cast explicitly"
+    if above and _converts(above[-1]) and {_element(written), _element(above[-1].type)} == _MIXED:
+        yield "half and bfloat do not mix in Metal: cast one of them explicitly"
+    is_mask = kind == "BinaryOperator" and rest.endswith(COMPARISONS) and "ext_vector" in written
+    if is_mask and not _becomes_bools(above):
+        yield "a comparison of vectors is a mask here, bool in Metal: put it into a bool vector"
+
+
+_MIXED = {"half", "bfloat"}
+
+
+def _converts(node: Node) -> bool:
+    implicit = node.kind == "ImplicitCastExpr" and "part_of_explicit_cast" not in node.rest
+    return implicit and "<FloatingCast>" in node.rest
+
+
+def _element(written: str) -> str:
+    word = (written.split() or [""])[-1]
+    return "bfloat" if word == "__bf16" else word
+
+
+def _becomes_bools(above: Sequence[Node]) -> bool:
+    """Tell whether a mask goes where only true and false matter."""
+    user = next((a for a in reversed(above) if a.kind not in PASSES_A_MASK_ON), None)
+    if user is None:
+        return False
+    return "__msl_bools" in user.rest or bool(TAKES_A_MASK.search(user.callee))
 
 
 def _recursion(ir: str) -> str | None:

@@ -41,12 +41,12 @@ def _function_constants(
 ) -> Iterator[Token]:
     """Give ``constant bool causal [[function_constant(3)]];`` the value it has in this pipeline."""
     for index, token in enumerate(tokens):
-        if token.text == "[[" and tokens[index + 1].text == "function_constant":
-            if tokens[attribute_end(tokens, index) + 1].text == ";":
-                value = constants.get(int(tokens[index + 3].text), 0)
-                written = str(value).lower() if isinstance(value, bool) else str(value)
-                kind = tokens[index - 2].text
-                yield Token("made", f"= ({kind}){written}", " ", token.file, token.line)
+        is_one = token.text == "[[" and tokens[index + 1].text == "function_constant"
+        if is_one and tokens[attribute_end(tokens, index) + 1].text == ";":
+            value = constants.get(int(tokens[index + 3].text), 0)
+            written = str(value).lower() if isinstance(value, bool) else str(value)
+            kind = tokens[index - 2].text
+            yield Token("made", f"= ({kind}){written}", " ", token.file, token.line)
         yield token
 
 
@@ -115,7 +115,7 @@ def _attributes(tokens: Sequence[Token]) -> Iterator[Token]:
 
 
 def entry_point(expression: str, parameters: Sequence[Parameter]) -> str:
-    """Write the function that the runtime calls for each thread: raw addresses to typed arguments."""
+    """Write what the runtime calls for each thread: raw addresses become typed arguments."""
     arguments = []
     for place, parameter in enumerate(parameters):
         kind = f"__msl_host::nth<__F, {place}>::type"

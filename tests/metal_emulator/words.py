@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from metal_emulator.errors import KernelRefused
 from metal_emulator.tokens import Token, closing
 
-SCALARS = "char uchar short ushort int uint long ulong half float bfloat bool".split()
+SCALARS = (
+    *("char", "uchar", "short", "ushort", "int", "uint", "long", "ulong"),
+    *("half", "float", "bfloat", "bool"),
+)
 VECTORS = {f"{scalar}{n}" for scalar in SCALARS for n in (2, 3, 4)}
 # static_cast between half and bfloat is legal in Metal, and no conversion in clang
 SPELLED = {"device": "__global", "threadgroup": "__local", "static_cast": "__msl_cast"}
@@ -35,6 +38,8 @@ REFUSED = {
     ),
 }
 BFLOAT = re.compile(r"([\d.][\d.eE+-]*)(?:bf|BF)$")
+# where vec<T, n> stands behind these nothing is deduced from it, and T may be bool
+BEFORE_A_TYPE = {"typedef", "typename", "=", ";", "{", "}", "const", "constexpr", ""}
 BEFORE_A_CONSTRUCTOR = {")", "constexpr", "{", "}", ";", ":", "explicit", "inline", ""}
 
 
@@ -80,11 +85,16 @@ def _vector(tokens: Sequence[Token], index: int) -> None:
         if tokens[index + 1].text != "<":
             return
         end = closing(tokens, index + 1)
+    scoped = before == "::" and tokens[index - 2].text == "metal"
     if tokens[end + 1].text != "(":
+        start = index - 2 if scoped else index
+        if end > index and (start == 0 or tokens[start - 1].text in BEFORE_A_TYPE):
+            tokens[index].text = "__vec" if scoped else "metal::__vec"
         return
-    if before == "::" and tokens[index - 2].text == "metal":
+    if scoped:
         tokens[index - 1].text = tokens[index - 2].text = ""
-    tokens[index].text = f"__msl_make<metal::{tokens[index].text}"
+    name = "__vec" if tokens[index].text == "vec" else tokens[index].text
+    tokens[index].text = f"__msl_make<{'metal::' * (name == '__vec')}{name}"
     tokens[end].text += ">"
 
 

@@ -50,6 +50,17 @@ template <class M, int N> MSL_INLINE bool any(vec<M, N> c) {
   for (int i = 0; i < N; i++) r = r || c[i];
   return r;
 }
+template <int N> MSL_INLINE bool all(__msl_bools<N> c) {
+  bool r = true;
+  for (int i = 0; i < N; i++) r = r && c[i];
+  return r;
+}
+template <int N> MSL_INLINE bool any(__msl_bools<N> c) { return !all(!c); }
+template <class T, int N> MSL_INLINE vec<T, N> select(vec<T, N> a, vec<T, N> b, __msl_bools<N> c) {
+  vec<T, N> r;
+  for (int i = 0; i < N; i++) r[i] = c[i] ? b[i] : a[i];
+  return r;
+}
 MSL_INLINE bool all(bool c) { return c; }
 MSL_INLINE bool any(bool c) { return c; }
 }  // namespace metal

@@ -14,10 +14,6 @@ template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
 #define MSL_VECTOR(T, N) typedef T T##N __attribute__((ext_vector_type(N)));
 #define MSL_VECTORS(T) MSL_VECTOR(T, 2) MSL_VECTOR(T, 3) MSL_VECTOR(T, 4)
 MSL_EACH_INTEGER(MSL_VECTORS) MSL_EACH_FLOAT(MSL_VECTORS) MSL_VECTORS(bfloat)
-typedef int bool2 __attribute__((ext_vector_type(2)));
-typedef int bool3 __attribute__((ext_vector_type(3)));
-typedef int bool4 __attribute__((ext_vector_type(4)));
-
 #define MSL_PACKED(T) \
   struct packed_##T##2 { T x, y; packed_##T##2() = default; packed_##T##2(T##2 v) : x(v.x), y(v.y) {} \
     operator T##2() const { return T##2{x, y}; } }; \
@@ -29,6 +25,38 @@ typedef int bool4 __attribute__((ext_vector_type(4)));
     operator T##4() const { return T##4{x, y, z, w}; } };
 MSL_EACH_SMALL_INTEGER(MSL_PACKED) MSL_EACH_FLOAT(MSL_PACKED) MSL_PACKED(bfloat)
 
+// Clang has no vectors of bool here. Its comparisons give vectors of masks, 0 and -1, which become
+// 0 and 1 in these; lint.py refuses a mask that is used as a number.
+template <int N> struct __msl_bools;
+#define MSL_BOOLS(N, ...) \
+  template <> struct __msl_bools<N> { \
+    bool __VA_ARGS__; \
+    __msl_bools() = default; \
+    constexpr __msl_bools(bool b) { for (int i = 0; i < N; i++) (*this)[i] = b; } \
+    template <class M> constexpr __msl_bools(metal::vec<M, N> mask) { \
+      for (int i = 0; i < N; i++) (*this)[i] = mask[i] != 0; \
+    } \
+    constexpr bool& operator[](int i) { return (&x)[i]; } \
+    constexpr bool operator[](int i) const { return (&x)[i]; } \
+  }; \
+  typedef __msl_bools<N> bool##N;
+MSL_BOOLS(2, x, y) MSL_BOOLS(3, x, y, z) MSL_BOOLS(4, x, y, z, w)
+#define MSL_BOOL_OPERATOR(SIGN) \
+  template <int N> MSL_INLINE __msl_bools<N> operator SIGN(__msl_bools<N> a, __msl_bools<N> b) { \
+    __msl_bools<N> r; \
+    for (int i = 0; i < N; i++) r[i] = a[i] SIGN b[i]; \
+    return r; \
+  }
+MSL_BOOL_OPERATOR(&) MSL_BOOL_OPERATOR(|) MSL_BOOL_OPERATOR(^) MSL_BOOL_OPERATOR(&&)
+MSL_BOOL_OPERATOR(||) MSL_BOOL_OPERATOR(==) MSL_BOOL_OPERATOR(!=)
+template <int N> MSL_INLINE __msl_bools<N> operator!(__msl_bools<N> a) { return a ^ __msl_bools<N>(true); }
+// what vec<T, N> means where nothing is deduced from it
+template <class T, int N> struct __msl_vec_of { using type = metal::vec<T, N>; };
+template <int N> struct __msl_vec_of<bool, N> { using type = __msl_bools<N>; };
+namespace metal {
+template <class T, int N> using __vec = typename __msl_vec_of<T, N>::type;
+}
+
 // float4(a, b2, c): every component counted
 template <class V> struct __msl_vector {
   static constexpr __constant bool is = false;
@@ -36,6 +64,11 @@ template <class V> struct __msl_vector {
 };
 template <class E, int N> struct __msl_vector<metal::vec<E, N>> {
   using element = E;
+  static constexpr __constant bool is = true;
+  static constexpr __constant int size = N;
+};
+template <int N> struct __msl_vector<__msl_bools<N>> {
+  using element = bool;
   static constexpr __constant bool is = true;
   static constexpr __constant int size = N;
 };
@@ -55,9 +88,13 @@ template <class V> MSL_INLINE constexpr V __msl_make() { return V{}; }
 template <class V, class A> MSL_INLINE constexpr V __msl_make(A a) {
   if constexpr (__msl_vector<A>::is) {
     static_assert(__msl_vector<A>::size == __msl_vector<V>::size, "vector size mismatch");
-    return __builtin_convertvector(a, V);
+    V v;
+    __msl_put<V, 0>(v, a);
+    return v;
   } else {
-    return (V)(typename __msl_vector<V>::element)a;
+    V v;
+    for (int k = 0; k < __msl_vector<V>::size; k++) v[k] = (typename __msl_vector<V>::element)a;
+    return v;
   }
 }
 template <class V, class A, class B, class... Rest>
@@ -89,3 +126,5 @@ MSL_INLINE __private auto& operator-=(T* __private& p, C c) { return p = p - (ty
 #undef MSL_VECTOR
 #undef MSL_VECTORS
 #undef MSL_PACKED
+#undef MSL_BOOLS
+#undef MSL_BOOL_OPERATOR
