@@ -83,19 +83,17 @@ def _note_instance(tokens: Sequence[Token], instances: dict[str, str]) -> None:
 
 def _kernels(tokens: Sequence[Token], kernels: dict[str, list[Parameter]]) -> None:
     """Note each kernel's parameters, take the words off that say it is one, mark its body."""
-    pending = False
+    start = -1
     for index, token in enumerate(tokens):
         if token.text == "kernel" and token.kind == "word":
-            pending = True
-            if tokens[index - 1].text != "[[":
-                token.text = ""
-        elif pending and token.text in {";", "{", "("}:
+            attribute = tokens[index - 1].text == "[["
+            start = attribute_end(tokens, index - 1) + 1 if attribute else index + 1
+            token.text = token.text if attribute else ""
+        elif index == start and token.text != "void":
             raise KernelRefused(f"{token.file}:{token.line}: error: a kernel must return void")
-        elif pending and token.text == "void":
-            pending = False
-            name, start = tokens[index + 1].text, index + 2
-            end = closing(tokens, start)
-            kernels[name] = read_parameters(tokens[start + 1 : end])
+        elif index == start:
+            end = closing(tokens, index + 2)
+            kernels[tokens[index + 1].text] = read_parameters(tokens[index + 3 : end])
             if tokens[end + 1].text == "{":
                 for inside in range(end + 1, closing(tokens, end + 1)):
                     tokens[inside].in_kernel = True

@@ -39,7 +39,7 @@ REFUSED = {
 }
 BFLOAT = re.compile(r"([\d.][\d.eE+-]*)(?:bf|BF)$")
 # where vec<T, n> stands behind these nothing is deduced from it, and T may be bool
-BEFORE_A_TYPE = {"typedef", "typename", "=", ";", "{", "}", "const", "constexpr", ""}
+BEFORE_A_TYPE = {"typedef", "=", ";", "{", "}", "const", "constexpr", ""}
 BEFORE_A_CONSTRUCTOR = {")", "constexpr", "{", "}", ";", ":", "explicit", "inline", ""}
 
 
@@ -88,7 +88,7 @@ def _vector(tokens: Sequence[Token], index: int) -> None:
     scoped = before == "::" and tokens[index - 2].text == "metal"
     if tokens[end + 1].text != "(":
         start = index - 2 if scoped else index
-        if end > index and (start == 0 or tokens[start - 1].text in BEFORE_A_TYPE):
+        if end > index and _deduces_nothing(tokens, start):
             tokens[index].text = "__vec" if scoped else "metal::__vec"
         return
     if scoped:
@@ -96,6 +96,13 @@ def _vector(tokens: Sequence[Token], index: int) -> None:
     name = "__vec" if tokens[index].text == "vec" else tokens[index].text
     tokens[index].text = f"__msl_make<{'metal::' * (name == '__vec')}{name}"
     tokens[end].text += ">"
+
+
+def _deduces_nothing(tokens: Sequence[Token], index: int) -> bool:
+    """Tell whether the type at ``index`` is only named: ``template <...> using a = vec<...>`` is not."""
+    if index == 0 or tokens[index - 1].text not in BEFORE_A_TYPE:
+        return index == 0
+    return not (tokens[index - 1].text == "=" and tokens[index - 4].text == ">")
 
 
 def _after_parenthesis(tokens: Sequence[Token], index: int) -> bool:
