@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -48,7 +48,9 @@ def setting() -> str:
     """Read INTERNVL3_KERNELS: off, on (where a measured table says that it pays) or force."""
     given = os.environ.get(SWITCH, ON).strip().lower() or ON
     if given not in SETTINGS:
-        raise UserError(f"{SWITCH}={given}: it may be {OFF}, {ON} or {FORCE}; leave it out for {ON}")
+        raise UserError(
+            f"{SWITCH}={given}: it may be {OFF}, {ON} or {FORCE}; leave it out for {ON}"
+        )
     return given
 
 
@@ -64,7 +66,7 @@ def launch(program: Program, inputs: Sequence[mx.array], call: Launch) -> list[m
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(program: Program) -> Any:
     """Build the kernel once; MLX compiles and keeps a variant for each template and input types."""
     return mx.fast.metal_kernel(
@@ -76,7 +78,7 @@ def compiled(program: Program) -> Any:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def shader(name: str) -> str:
     """Read a file of shaders/."""
     return (files(__package__) / "shaders" / f"{name}.metal").read_text("ascii")

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels import dispatch
+from internvl3_mlx.metal_kernels import dispatch, probe, table
 from internvl3_mlx.metal_kernels.dispatch import SIMD, Launch, Program
-from internvl3_mlx.metal_kernels.packed import RowLayout, unpack
+from internvl3_mlx.metal_kernels.merge import as_batch as as_batch
+from internvl3_mlx.metal_kernels.merge import as_rows as as_rows
+from internvl3_mlx.metal_kernels.merge import merge as merge
+from internvl3_mlx.metal_kernels.packed import HEAD_DIMS, RowLayout, pack, unpack
 
 MOST_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
+LONGEST_DRAFT = 8  # new tokens; from there on unpacking and MLX's own attention cost less
 TILE_ROWS, TILES_FROM = 8, 4  # below four rows a matrix tile would be mostly padding
 SIMDGROUPS = 4  # of a threadgroup whose rows fit one tile; each takes its own tokens
-BLOCK, WIDE_BLOCK_BYTES = 32, 512  # tokens between two rescalings; wider rows take half as many
-TOKENS_A_SPLIT, GROUPS_WANTED, MOST_SPLITS = 512, 160, 64  # 160: two for each core of 80
+BLOCK, WIDE_BYTES = 32, 512  # tokens between two rescalings; half of it where keys are this wide
+TOKENS_A_SPLIT, GROUPS_WANTED, MOST_SPLITS = 512, 160, 64  # 160: two for each of 80 cores
 LOWEST = -3.0e38  # stands for minus infinity where a row saw nothing, as in shaders/store.metal
 WHOLE = 16  # "bits" of numbers that are not packed, whatever their type
 
@@ -45,6 +49,9 @@ class Dense:
     def numbers(self) -> tuple[mx.array, mx.array]:
         return self.keys, self.values
 
+    def first(self, length: int) -> "Dense":
+        return Dense(self.keys[..., :length, :], self.values[..., :length, :])
+
     @property
     def arrays(self) -> tuple[mx.array, mx.array]:
         return self.keys, self.values
@@ -68,6 +75,9 @@ class PackedRows:
     def numbers(self) -> tuple[mx.array, mx.array]:
         return unpack(self.rows, self.layout)
 
+    def first(self, length: int) -> "PackedRows":
+        return PackedRows(self.rows[..., :length, :], self.layout)
+
     @property
     def arrays(self) -> tuple[mx.array, mx.array]:
         return self.rows, self.rows
@@ -78,16 +88,81 @@ Lengths = int | mx.array  # tokens to look at: one number, 0-d, or (B,) int32
 Attended = tuple[mx.array, mx.array]  # out (B, H, L, D), lse (B, H, L) float32
 
 
-@dataclass(frozen=True)
-class Span:
-    """How far the rows look. ``causal``: the last L of ``lengths`` tokens are the rows' own."""
+def flash_decode(
+    q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
+) -> Attended:
+    """Attend, by the kernel where it may be used. q: (B, H, L, D) -> out (B, H, L, D), lse (B, H,
+    L).
 
-    lengths: Lengths
-    causal: bool = False
-    scale: float | None = None  # None: 1 / sqrt(D)
+    ``lengths`` counts the L new tokens in when they are ``causal``: row i sees L-1-i fewer. A row
+    that sees nothing gets 0 and LOWEST. ``scale``: 1 / sqrt(D) if not given.
+    """
+    variant = FlashVariant.of(q, store, causal)
+    run = flash_decode_kernel if variant.fits and probe.usable(variant) else flash_decode_reference
+    return run(q, store, lengths, scale=scale, causal=causal)
 
 
-def flash_decode_kernel(q: mx.array, store: Store, span: Span) -> Attended:
+def attend(
+    q: mx.array, store: Store, length: int, *, scale: float | None = None, causal: bool = False
+) -> mx.array:
+    """Attend to the first ``length`` tokens, by the kernel only where it pays: q (B, H, L, D) ->
+    (B, H, L, D)."""
+    if chosen(FlashVariant.of(q, store, causal), length):
+        return flash_decode_kernel(q, store, length, scale=scale, causal=causal)[0]
+    return attend_built_in(q, store, length, scale=scale, causal=causal)
+
+
+def chosen(variant: "FlashVariant", tokens: int) -> bool:
+    """Say whether the kernel is to be taken: asked for, or measured to be faster, and sound."""
+    forced = dispatch.setting() == dispatch.FORCE
+    wanted = variant.fits and (forced or table.pays(variant.case, tokens))
+    return wanted and probe.usable(variant)
+
+
+def prefers_rows(layout: RowLayout, rows: int, tokens: int) -> bool:
+    """Say whether a packed cache had better be kept in rows, for our kernel, or as MLX packs.
+
+    ``rows``: query heads per key-value head. The numbers are the same either way.
+    """
+    return chosen(
+        FlashVariant(layout.dtype, layout.bits, layout.head_dim, layout.group_size, rows), tokens
+    )
+
+
+def flash_decode_reference(
+    q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
+) -> Attended:
+    """Compute the same in plain operations, float32 inside."""
+    batch, heads, length, dim = q.shape
+    keys, values = (part.astype(mx.float32) for part in store.numbers())
+    kv_heads, capacity = keys.shape[1:3]
+    ends = mx.broadcast_to(mx.array(lengths, mx.int32), (batch,))[:, None]
+    ends = ends - mx.arange(length - 1, -1, -1) if causal else mx.repeat(ends, length, axis=1)
+    seen = mx.arange(capacity) < ends[:, None, None, :, None]
+    grouped = q.astype(mx.float32).reshape(batch, kv_heads, -1, length, dim)
+    scores = grouped @ keys[:, :, None].swapaxes(-1, -2) * (dim**-0.5 if scale is None else scale)
+    scores = mx.where(seen, scores, LOWEST)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = mx.where(seen, mx.exp(scores - top), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = mx.where(total > 0, weights @ values[:, :, None] / mx.maximum(total, 1e-30), 0)
+    lse = mx.where(total > 0, top + mx.log(total), LOWEST)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:-1])
+
+
+def attend_built_in(
+    q: mx.array, store: Store, length: int, *, scale: float | None = None, causal: bool = False
+) -> mx.array:
+    """Let MLX's own attention do it; packed rows are unpacked first."""
+    keys, values = (part.astype(q.dtype) for part in store.first(length).numbers())
+    mask = "causal" if causal and q.shape[2] > 1 else None
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+
+
+def flash_decode_kernel(
+    q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
+) -> Attended:
     """Run the kernels: every byte of the store once, then the splits' results joined."""
     batch, heads, length, dim = q.shape
     kv_heads, capacity = store.arrays[0].shape[1:3]
@@ -97,19 +172,19 @@ def flash_decode_kernel(q: mx.array, store: Store, span: Span) -> Attended:
     splits = split_count(capacity, batch * kv_heads)
     values = {
         "T": q.dtype, "BITS": store.bits, "D": dim, "GS": store.group_size, "KV": kv_heads,
-        "M": rows, "L": length, "CAUSAL": span.causal and length > 1, "SG": simdgroups,
+        "M": rows, "L": length, "CAUSAL": causal and length > 1, "SG": simdgroups,
     }  # fmt: skip
     program = ROWS
     if rows >= TILES_FROM:
         program = TILES
-        wide = store.bits == WHOLE and dim * q.dtype.size >= WIDE_BLOCK_BYTES
+        wide = store.bits == WHOLE and dim * q.dtype.size >= WIDE_BYTES
         values["BLOCK"] = BLOCK // 2 if wide else BLOCK
     grid = (SIMD * simdgroups, splits, batch * kv_heads)
     shape = (batch * heads * length, splits)
-    scale = dim**-0.5 if span.scale is None else span.scale
+    scale = dim**-0.5 if scale is None else scale
     parts = dispatch.launch(
         program,
-        [q, *store.arrays, mx.array(span.lengths, mx.int32), mx.array(scale, mx.float32)],
+        [q, *store.arrays, mx.array(lengths, mx.int32), mx.array(scale, mx.float32)],
         Launch(
             tuple(values.items()), grid, (SIMD * simdgroups, 1, 1),
             ((*shape, dim), shape, shape), (mx.float32,) * 3,
@@ -127,6 +202,74 @@ def flash_decode_kernel(q: mx.array, store: Store, span: Span) -> Attended:
 
 
 def split_count(capacity: int, heads: int) -> int:
-    """Choose how many threadgroups share a head's tokens: enough to fill the GPU, none too short."""
+    """Choose how many threadgroups share a head's tokens: fill the GPU, none too short."""
     wanted = -(-GROUPS_WANTED // heads)
     return max(1, min(-(-capacity // TOKENS_A_SPLIT), wanted, MOST_SPLITS))
+
+
+@dataclass(frozen=True)
+class FlashVariant:
+    """One compiled form.
+
+    ``rows``: query heads per key-value head; ``draft``: query rows of each.
+    """
+
+    dtype: mx.Dtype
+    bits: int
+    head_dim: int
+    group_size: int
+    rows: int
+    draft: int = 1
+    causal: bool = False
+
+    instead = "MLX's own attention"
+
+    @staticmethod
+    def of(q: mx.array, store: Store, causal: bool = False) -> "FlashVariant":
+        _, heads, length, dim = q.shape
+        sharing = heads // store.arrays[0].shape[1]
+        causal = causal and length > 1
+        return FlashVariant(q.dtype, store.bits, dim, store.group_size, sharing, length, causal)
+
+    @property
+    def name(self) -> str:
+        kind = str(self.dtype).removeprefix("mlx.core.")
+        groups = "" if self.bits == WHOLE else f" in groups of {self.group_size}"
+        drafted = f" x {self.draft}{' causal' if self.causal else ''}" if self.draft > 1 else ""
+        return (
+            f"flash_decode {self.bits} bits{groups}, head_dim {self.head_dim}, "
+            f"{self.rows}{drafted} rows, {kind}"
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Say whether the kernel knows this shape and type at all."""
+        known = self.head_dim in HEAD_DIMS and self.dtype in probe.TOLERANCES
+        return known and self.rows * self.draft <= MOST_ROWS
+
+    @property
+    def case(self) -> str:
+        """Name what the table knows: it is measured with one query row of each head."""
+        return table.Entry("flash_decode", self.bits, self.head_dim, self.rows).case
+
+    def both(self) -> list[tuple[mx.array, mx.array]]:
+        """Run two sequences, of unequal length, with two key-value heads."""
+        key = mx.random.key(0)
+        batch, kv_heads, capacity = 2, 2, 48
+        q, keys, values = (
+            mx.random.normal((batch, heads, count, self.head_dim), self.dtype, key=part)
+            for part, heads, count in zip(
+                mx.random.split(key, 3),
+                (kv_heads * self.rows, kv_heads, kv_heads),
+                (self.draft, capacity, capacity),
+                strict=True,
+            )
+        )
+        store: Store = Dense(keys, values)
+        if self.bits != WHOLE:
+            layout = RowLayout(self.head_dim, self.bits, self.group_size, self.dtype)
+            store = PackedRows(pack(keys, values, layout), layout)
+        lengths = mx.array([capacity - 3, self.draft + 6], mx.int32)
+        found = flash_decode_kernel(q, store, lengths, causal=self.causal)
+        wanted = flash_decode_reference(q, store, lengths, causal=self.causal)
+        return [*zip(found, wanted, strict=True)]

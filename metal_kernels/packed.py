@@ -7,6 +7,7 @@ machines being little-endian), a float32 pair takes two. One row is read front t
 token, and one slice update appends it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -76,24 +77,35 @@ class RowLayout:
 
 def pack(keys: mx.array, values: mx.array, layout: RowLayout) -> mx.array:
     """Quantise and join. keys, values: (B, KV, L, D) -> rows (B, KV, L, W) uint32."""
-    weights, pairs = [], []
-    for part in (keys, values):
-        packed, scales, biases = mx.quantize(
-            part.astype(layout.dtype), group_size=layout.group_size, bits=layout.bits
-        )
-        weights.append(packed)
-        pairs.append(mx.stack([scales, biases], axis=-1).flatten(-2).view(mx.uint32))
-    return mx.concatenate([*weights, *pairs], axis=-1)
+    one, other = (
+        mx.quantize(part.astype(layout.dtype), group_size=layout.group_size, bits=layout.bits)
+        for part in (keys, values)
+    )
+    return join(one, other, layout)
+
+
+def join(keys: Sequence[mx.array], values: Sequence[mx.array], layout: RowLayout) -> mx.array:
+    """Lay what mx.quantize gave for keys and for values into rows (B, KV, L, W)."""
+    pairs = [
+        mx.stack([scales.astype(layout.dtype), biases.astype(layout.dtype)], axis=-1)
+        for _, scales, biases in (keys, values)
+    ]
+    return mx.concatenate(
+        [keys[0], values[0], *(pair.flatten(-2).view(mx.uint32) for pair in pairs)], axis=-1
+    )
 
 
 def parts(rows: mx.array, layout: RowLayout) -> tuple[Packed, Packed]:
     """Split rows (B, KV, L, W) into what mx.quantize gave for keys and for values."""
     keys, values, key_pairs, value_pairs = mx.split(rows, layout.cuts, axis=-1)
-    return (keys, *_scales_biases(key_pairs, layout)), (values, *_scales_biases(value_pairs, layout))
+    return (keys, *_scales_biases(key_pairs, layout)), (
+        values,
+        *_scales_biases(value_pairs, layout),
+    )
 
 
 def unpack(rows: mx.array, layout: RowLayout) -> tuple[mx.array, mx.array]:
-    """Give back keys and values. rows: (B, KV, L, W) -> twice (B, KV, L, D) in the layout's type."""
+    """Give back keys and values: rows (B, KV, L, W) -> (B, KV, L, D) twice, in layout.dtype."""
     keys, values = (
         mx.dequantize(*packed, group_size=layout.group_size, bits=layout.bits)
         for packed in parts(rows, layout)

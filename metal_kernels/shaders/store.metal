@@ -1,4 +1,4 @@
-// Header of the flash-decode kernels: how a row of the store is read. Shapes: metal_kernels/packed.py.
+// Header: how a row of the store is laid out and read. Shapes are those of metal_kernels/packed.py.
 #include <metal_simdgroup_matrix>
 
 // Stands for minus infinity and keeps its order under fast maths; differences of it are never NaN.
@@ -39,6 +39,10 @@ struct Pair {
     uint both = pairs[group];
     return float2(as_type<float>(both << 16), as_type<float>(both & 0xffff0000u));  // bfloat16_t
   }
+  static void put(device uint* pairs, uint group, float scale, float bias) {
+    uint high = as_type<ushort>(static_cast<T>(bias));
+    pairs[group] = (high << 16) | as_type<ushort>(static_cast<T>(scale));
+  }
 };
 template <>
 struct Pair<half> {
@@ -48,6 +52,9 @@ struct Pair<half> {
     half2 both = as_type<half2>(pairs[group]);
     return float2(static_cast<float>(both.x), static_cast<float>(both.y));
   }
+  static void put(device uint* pairs, uint group, float scale, float bias) {
+    pairs[group] = as_type<uint>(half2(static_cast<half>(scale), static_cast<half>(bias)));
+  }
 };
 template <>
 struct Pair<float> {
@@ -55,6 +62,10 @@ struct Pair<float> {
   template <typename P>
   static float2 at(P pairs, uint group) {
     return float2(as_type<float>(pairs[2 * group]), as_type<float>(pairs[2 * group + 1]));
+  }
+  static void put(device uint* pairs, uint group, float scale, float bias) {
+    pairs[2 * group] = as_type<uint>(scale);
+    pairs[2 * group + 1] = as_type<uint>(bias);
   }
 };
 

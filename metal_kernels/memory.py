@@ -1,0 +1,58 @@
+"""What is remembered between starts: which kernels work on this machine, and where they pay."""
+
+import json
+import os
+from functools import lru_cache
+from hashlib import blake2b
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from internvl3_mlx.metal_kernels import dispatch
+
+PROBES, TABLE = "probes.json", "table.json"
+
+
+def folder() -> Path:
+    """Return kernels/ in $INTERNVL3_CACHE, or in the user's cache folder."""
+    if named := os.environ.get("INTERNVL3_CACHE"):
+        return Path(named).expanduser() / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "internvl3-mlx" / "kernels"
+
+
+def recall(name: str) -> dict[str, Any]:
+    """Read what a file says of this machine, MLX and kernels; nothing if it speaks of others."""
+    try:
+        content = json.loads((folder() / name).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    fits = isinstance(content, dict) and content.get("of") == machine()
+    found = content.get("holds") if fits else None
+    return found if isinstance(found, dict) else {}
+
+
+def remember(name: str, holds: dict[str, Any]) -> bool:
+    """Write aside, then rename. False, and nothing lost but time, where the folder takes none."""
+    path = folder() / name
+    unfinished = path.with_name(f"{name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps({"of": machine(), "holds": holds}, indent=1), "utf-8")
+        unfinished.replace(path)
+    except OSError:
+        return False
+    return True
+
+
+def machine() -> dict[str, str]:
+    """Name all that a result depends on: the GPU, MLX, and the kernels' own text."""
+    return {"device": dispatch.device_name(), "mlx": version("mlx"), "kernels": text_digest()}
+
+
+@lru_cache(maxsize=1)
+def text_digest() -> str:
+    shaders = sorted((files(__package__) / "shaders").iterdir(), key=lambda file: file.name)
+    texts = [file.read_bytes() for file in shaders if file.name.endswith(".metal")]
+    return blake2b(b"".join(texts), digest_size=8).hexdigest()
