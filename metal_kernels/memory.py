@@ -4,10 +4,11 @@ import json
 import os
 from functools import lru_cache
 from hashlib import blake2b
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import dispatch
 
@@ -48,7 +49,7 @@ def remember(name: str, holds: dict[str, Any]) -> bool:
 
 def machine() -> dict[str, str]:
     """Name all that a result depends on: the GPU, MLX, and the kernels' own text."""
-    return {"device": dispatch.device_name(), "mlx": version("mlx"), "kernels": text_digest()}
+    return {"device": dispatch.device_name(), "mlx": str(getattr(mx, "__version__", "unknown")), "kernels": text_digest()}
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,47 @@
+"""Every kernel variant that the published sizes and the demo model use, for a whole self-check."""
+
+from itertools import product
+
+import mlx.core as mx
+
+from internvl3_mlx.metal_kernels.flash_decode import WHOLE, FlashVariant
+from internvl3_mlx.metal_kernels.new_row import NewRowVariant
+from internvl3_mlx.metal_kernels.packed import BITS, GROUP_SIZES, RowLayout
+from internvl3_mlx.metal_kernels.probe import Variant
+
+# (head_dim, query heads per key-value head): demo; 1B; 2B; 8B; 9B; 14B and 38B; 78B
+SHAPES = ((32, 3), (64, 7), (128, 6), (128, 7), (128, 16), (128, 5), (128, 8))
+TYPES = (mx.bfloat16, mx.float16)
+DRAFT = 4  # tokens of a speculative check, or candidates that share a prefix
+
+
+def variants() -> list[Variant]:
+    """List them: shapes at 16, 8 and 4 bits in both types, drafts, shared prefixes, new rows."""
+    return [*single(), *several(), *new_rows()]
+
+
+def single() -> list[Variant]:
+    return [
+        FlashVariant(dtype, bits, dim, group_of(dim, bits), rows)
+        for (dim, rows), bits, dtype in product(SHAPES, (WHOLE, *BITS), TYPES)
+    ]
+
+
+def several() -> list[Variant]:
+    return [
+        FlashVariant(TYPES[0], bits, dim, group_of(dim, bits), rows, DRAFT, causal)
+        for (dim, rows), bits, causal in product(SHAPES, (WHOLE, *BITS), (True, False))
+    ]
+
+
+def new_rows() -> list[Variant]:
+    dims = sorted({dim for dim, _ in SHAPES})
+    return [
+        NewRowVariant(RowLayout(dim, bits, group_of(dim, bits), dtype))
+        for dim, bits, dtype in product(dims, BITS, TYPES)
+    ]
+
+
+def group_of(dim: int, bits: int) -> int:
+    """Groups of 64, as the cache packs, or one group where a row is shorter."""
+    return dim if bits == WHOLE else min(dim, GROUP_SIZES[-1])

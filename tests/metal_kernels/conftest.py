@@ -1,0 +1,34 @@
+"""A machine that has Metal, as far as the kernels can tell."""
+
+from collections.abc import Callable
+
+import pytest
+from metal_emulator import emulated_metal
+
+from internvl3_mlx.metal_kernels import dispatch, probe, table
+
+
+@pytest.fixture
+def emulated() -> Callable:
+    """Give ``emulated_metal``, inside which kernels are built anew."""
+
+    def fresh(*args, **kwargs):
+        dispatch.compiled.cache_clear()
+        return emulated_metal(*args, **kwargs)
+
+    yield fresh
+    dispatch.compiled.cache_clear()
+
+
+@pytest.fixture
+def a_mac(monkeypatch, tmp_path):
+    """Let kernels find a GPU, an empty cache folder and nothing remembered."""
+    monkeypatch.setattr(dispatch, "metal_available", lambda: True)
+    monkeypatch.setattr(dispatch, "device_name", lambda: "Apple M9")
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
+    monkeypatch.delenv(dispatch.SWITCH, raising=False)
+    probe.known.clear()
+    table.measured.cache_clear()
+    yield tmp_path / "kernels"
+    probe.known.clear()
+    table.measured.cache_clear()

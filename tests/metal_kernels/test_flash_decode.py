@@ -1,0 +1,95 @@
+"""Flash decode, run thread by thread with every access watched, against float64."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fixtures.attended import ROUNDING, Ragged, float64, relative_error
+
+from internvl3_mlx.metal_kernels.flash_decode import (
+    LOWEST,
+    flash_decode_kernel,
+    flash_decode_reference,
+    split_count,
+)
+
+# few rows: one simdgroup holds them beside each other
+ROWS = [
+    *(Ragged(lengths, 3, 32, 4) for lengths in [(1, 7), (8, 9), (0, 33), (1023, 40)]),
+    *(Ragged(lengths, 3, 128, 8, 64, kv_heads=3) for lengths in [(9, 1), (31, 64)]),
+    *(Ragged(lengths, 1, 64, draft=3, causal=True) for lengths in [(3, 8), (130, 7), (2, 9)]),
+    Ragged((1, 8, 9, 7, 66, 5, 2, 40, 33), 3, 32, 4),
+    Ragged((4097, 1023), 3, 32, 4),
+]
+# up to eight rows: one matrix tile, a simdgroup to each stretch of tokens
+TILE = [
+    *(Ragged(lengths, 7, 64, 8, 64) for lengths in [(1, 7), (8, 9), (0, 130), (1023, 33)]),
+    *(Ragged(lengths, 6, 128, 4, 32, kv_heads=3) for lengths in [(9, 1), (31, 64)]),
+    *(Ragged(lengths, 2, 32, draft=4, causal=True) for lengths in [(4, 8), (131, 7), (3, 9)]),
+    Ragged((1, 8, 9, 7, 66, 5, 2, 40, 33), 7, 64, 8, 64),
+    Ragged((4097, 1023), 7, 64, 8, 64),
+]
+# more rows: a tile to each simdgroup, tokens brought in for all of them
+TILES = [
+    *(Ragged(lengths, 5, 64, 4, 64, draft=3, causal=True) for lengths in [(3, 7), (8, 9), (2, 65)]),
+    *(Ragged(lengths, 16, 128, 8, 64, kv_heads=3) for lengths in [(9, 1), (7, 33)]),
+    *(Ragged(lengths, 3, 32, draft=7) for lengths in [(1, 7), (130, 31), (0, 40)]),
+    *(Ragged(lengths, 16, 128, draft=1) for lengths in [(8, 9), (1, 35)]),
+    Ragged((1023, 4097), 5, 64, 4, 64, draft=3, causal=True),
+]
+WIDE = [Ragged((33, 5), 7, 128, 8, 64, draft=8)]  # eight candidates of the 8B: seven tiles
+
+each_type = pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+
+
+@each_type
+@pytest.mark.parametrize("shape", [*ROWS, *TILE, *TILES, *WIDE], ids=str)
+def test_the_kernel_agrees_with_float64_and_reads_each_byte_once(emulated, shape, dtype):
+    q, store = shape.made(dtype)
+    with emulated() as metal:
+        out, lse = flash_decode_kernel(
+            q, store, mx.array(shape.lengths, mx.int32), causal=shape.causal
+        )
+    wanted, sums = shape.exact(q, store)
+    assert out.dtype == dtype
+    assert relative_error(out, wanted) <= ROUNDING[dtype]
+    seen = sums > LOWEST
+    assert np.array_equal(np.array(lse) > LOWEST, seen)
+    np.testing.assert_allclose(np.array(lse)[seen], sums[seen], atol=1e-5)
+    read = [metal.dispatches[0].reads[name] for name in ("keys", "values")]
+    assert sum(part.total for part in read) == shape.fewest_bytes(store)
+    assert metal.dispatches[0].copied == ()
+
+
+def test_one_length_serves_all_sequences(emulated):
+    shape = Ragged((9, 9), 3, 32, 4)
+    q, store = shape.made()
+    with emulated(schedules=("forward",)):
+        out, _ = flash_decode_kernel(q, store, 9)
+    assert relative_error(out, shape.exact(q, store)[0]) <= ROUNDING[mx.float32]
+
+
+def test_a_token_that_outweighs_all_others_keeps_its_weight(emulated):
+    """The maximum rises and falls by hundreds from block to block, and nothing overflows."""
+    shape = Ragged((300, 150), 7, 64)
+    q, store = shape.made()
+    with emulated(schedules=("forward",)):
+        out, _ = flash_decode_kernel(q * 100, store, mx.array(shape.lengths))
+    assert relative_error(out, shape.exact(q * 100, store)[0]) <= 1e-4  # of scores near 300
+
+
+@pytest.mark.parametrize("shape", [ROWS[4], TILE[2], TILES[2], TILES[7]], ids=str)
+def test_the_plain_operations_agree_with_float64(shape):
+    q, store = shape.made()
+    clean = type(store).first(store, max(shape.lengths))
+    out, lse = flash_decode_reference(
+        q, clean, mx.array(shape.lengths, mx.int32), causal=shape.causal
+    )
+    wanted, sums = shape.exact(q, store)
+    assert relative_error(out, wanted) <= ROUNDING[mx.float32]
+    np.testing.assert_allclose(float64(lse), sums, rtol=1e-5)
+
+
+def test_splits_fill_a_large_gpu_and_leave_short_stores_whole():
+    assert [split_count(capacity, 2) for capacity in (1, 512, 513, 5000, 10**6)] == [1, 1, 2, 10, 64]
+    assert split_count(10**6, 16) == 10
+    assert split_count(10**6, 500) == 1
