@@ -21,7 +21,7 @@ ORDER = (
     ("convert",),
     ("loading",),
     ("generation",),
-    ("training", "evaluation"),
+    ("training", "evaluation", "measuring"),
     ("server",),
     ("cli",),
 )

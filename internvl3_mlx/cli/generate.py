@@ -29,6 +29,7 @@ class Request:
     loading: dict[str, Any]
     output: Output
     batch_size: int = 1
+    samples: int = 0
 
 
 @click.command(cls=SectionedCommand)
@@ -49,6 +50,10 @@ class Request:
     "Speed", "--batch-size", "batch_size", metavar="N", type=click.IntRange(min=1), default=1,
     help="With --each: answers written together; each stays the same.",
 )  # fmt: skip
+@options.flag(
+    "Answer", "--samples", "samples", metavar="N", type=click.IntRange(min=1),
+    help="Answer this often, the prompt read once; --temp lets answers differ.",
+)  # fmt: skip
 @options.settings
 @options.loading
 @options.output
@@ -67,19 +72,27 @@ def generate(
     settings, output = dict(flags["settings"]), flags["output"]
     sources = (*images, *more_images)
     _check_output(output, sources, videos)
+    if output.each and flags["samples"]:
+        raise UserError("--samples is for one question; leave --each away")
     question = _question(flags["prompt"], (*sources, *videos))
     if videos:
         settings["video"] = tuple(_existing(video) for video in videos)
     if "v2pe_delta" in settings:
         settings["v2pe_delta"] = options.deltas(settings["v2pe_delta"])
-    request = Request(question, sources, settings, flags["loading"], output, flags["batch_size"])
+    numbers = (flags["batch_size"], flags["samples"] or 0)
+    request = Request(question, sources, settings, flags["loading"], output, *numbers)
     if output.each and request.batch_size > 1:
         from internvl3_mlx.cli.batches import answer_batches
 
         raise SystemExit(answer_batches(request))
     if output.each:
         raise SystemExit(_answer_each(request))
-    _answer_once(request)
+    if request.samples:
+        from internvl3_mlx.cli.samples import answer_samples
+
+        answer_samples(request)
+    else:
+        _answer_once(request)
 
 
 def _check_output(output: Output, sources: tuple[str, ...], videos: tuple[str, ...]) -> None:
@@ -118,7 +131,7 @@ def _existing(video: str) -> str:
 
 
 def _answer_once(request: Request) -> None:
-    pictures = [shown for source in request.sources for shown in _open_all(source, request)]
+    pictures = open_all(request)
     vlm, output = load_model(request), request.output
     if output.as_json or output.as_jsonl:
         answer = vlm.ask(request.question, pictures, **request.settings)
@@ -176,10 +189,11 @@ def open_one(source: str, request: Request) -> "Picture":
     return open_picture(source, upright=request.settings.get("upright", True))
 
 
-def _open_all(source: str, request: Request) -> "list[Picture]":
-    """Open a picture, or every page of a document."""
-    dropped = Dropped(source, kind_of(source) or "image")
-    return open_dropped(dropped, upright=request.settings.get("upright", True))
+def open_all(request: Request) -> "list[Picture]":
+    """Open every picture, and every page of a document."""
+    upright = request.settings.get("upright", True)
+    dropped = [Dropped(source, kind_of(source) or "image") for source in request.sources]
+    return [shown for one in dropped for shown in open_dropped(one, upright=upright)]
 
 
 def load_model(request: Request) -> "VLM":

@@ -1,26 +1,16 @@
 """``internvl3 info``: what is installed, what a model folder or repository holds."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
 
 from internvl3_mlx.cli import options, screen
+from internvl3_mlx.cli.machine import device, installed, versions, with_units
 from internvl3_mlx.cli.options import SectionedCommand
 
-LIBRARIES = ("internvl3-mlx", "mlx", "mlx-lm", "numpy", "pillow", "huggingface-hub", "tokenizers")
 EXTRAS = {"video": "av", "heic": "pillow-heif", "pdf": "pypdfium2", "structured": "llguidance"}
 FAMILY = "internvl3"  # what a cached repository's name holds
 CONFIG_LINES = ("template", "max_dynamic_patch", "use_thumbnail")
-
-
-# what info calls a limit -> what MLX calls it
-LIMITS = {
-    "memory_nbytes": "memory_size",
-    "usable_by_gpu_nbytes": "max_recommended_working_set_size",
-    "largest_buffer_nbytes": "max_buffer_length",
-}
 
 
 @click.command(
@@ -53,59 +43,16 @@ def readable(table: dict[str, Any]) -> dict[str, Any]:
     config = table.get("config", {})
     chosen = {name: config[name] for name in CONFIG_LINES if name in config}
     rest = {name: value for name, value in table.items() if name != "config"}
-    return _with_units({**rest, **chosen})
-
-
-def _with_units(value: Any) -> Any:
-    """Give what is counted in bytes a unit: ``nbytes`` becomes size, ``x_nbytes`` becomes x."""
-    if isinstance(value, list):
-        return [_with_units(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        name.removesuffix("_nbytes").replace("nbytes", "size"): (
-            screen.size(item) if name.endswith("nbytes") else _with_units(item)
-        )
-        for name, item in value.items()
-    }
+    return with_units({**rest, **chosen})
 
 
 def about_machine() -> dict[str, Any]:
     """Gather versions, the device with its memory limits, and the InternVL3 models in the cache."""
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "system": _system(),
-            **{name: _installed(name) for name in LIBRARIES},
-        },
-        "extras": {extra: _installed(library) for extra, library in EXTRAS.items()},
-        "device": _device(),
+        "versions": versions(),
+        "extras": {extra: installed(library) for extra, library in EXTRAS.items()},
+        "device": device(),
         "cached_models": _cached_models() or "none",
-    }
-
-
-def _system() -> str:
-    release = platform.mac_ver()[0]
-    return f"{f'macOS {release}' if release else platform.platform()} {platform.machine()}"
-
-
-def _installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _device() -> dict[str, Any]:
-    """Describe what MLX computes on and how much memory that may take."""
-    import mlx.core as mx
-
-    facts = mx.device_info()
-    limits = {name: facts[key] for name, key in LIMITS.items() if key in facts}
-    return {
-        "computes_on": str(facts.get("device_name", mx.default_device())),
-        "metal": mx.metal.is_available(),
-        **limits,
     }
 
 

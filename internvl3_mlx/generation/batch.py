@@ -50,8 +50,8 @@ def goes_together(vlm: "VLM", group: Sequence[Inputs], settings: Settings) -> bo
     return longest <= text.max_position_embeddings or text.rope_dynamic_factor is None
 
 
-def alone(vlm: "VLM", inputs: Inputs, settings: Settings) -> Answer:
-    *_, last = vlm.answering(inputs, settings)
+def alone(vlm: "VLM", inputs: Inputs, settings: Settings, memory: Memory | None = None) -> Answer:
+    *_, last = vlm.answering(inputs, settings, memory)
     assert last.answer is not None
     return last.answer
 

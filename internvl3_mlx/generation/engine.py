@@ -10,7 +10,9 @@ from internvl3_mlx.config import TextConfig
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.sampling import Choose
 from internvl3_mlx.generation.settings import KV_GROUP_SIZES, Settings
-from internvl3_mlx.models.cache import Cache, KVCache, Packing, QuantizedKVCache
+from internvl3_mlx.metal_kernels.flash_decode import prefers_rows
+from internvl3_mlx.metal_kernels.packed import RowLayout
+from internvl3_mlx.models.cache import Cache, KVCache, PackedKVCache, Packing, QuantizedKVCache
 from internvl3_mlx.models.decoder import LAST
 from internvl3_mlx.models.device import on_gpu
 from internvl3_mlx.models.internvl import InternVL
@@ -115,12 +117,20 @@ class Engine:
         return self.model.language_model.rotary(positions, length, ntk=self.ntk)
 
     def pack(self) -> None:
-        """Quantize the cache once it is longer than was asked for."""
-        if self.packing is None or self.cache[-1].offset <= self.packing.start:
+        """Quantize the cache once it is longer than was asked for, in the form that is faster."""
+        packing = self.packing
+        if packing is None or self.cache[-1].offset <= packing.start:
             return
-        for i, layer in enumerate(self.cache):
-            if isinstance(layer, KVCache):
-                self.cache[i] = layer.quantized(self.packing.bits, self.packing.group_size)
+        if not isinstance(self.cache[-1], PackedKVCache):
+            layout = rows_layout(self.model, packing, self.cache[-1].offset)
+            self.cache[:] = [packed(layer, packing, layout) for layer in self.cache]
+
+
+def packed(layer: Cache, packing: Packing, layout: RowLayout | None) -> Cache:
+    """Return a layer quantized, and a row a token where there is a ``layout``."""
+    if isinstance(layer, KVCache):
+        layer = layer.quantized(packing.bits, packing.group_size)
+    return layer.as_rows(layout) if layout and isinstance(layer, QuantizedKVCache) else layer
 
 
 def part(positions: np.ndarray | None, start: int, stop: int) -> Positions:
@@ -136,9 +146,28 @@ def new_cache(
     changes nothing.
     """
     room, layers = prompt + min(max_tokens, ROOM_AHEAD), model.language_model.model.layers
-    if packing is not None and packing.start == 0:
-        return [QuantizedKVCache(packing.bits, packing.group_size, room) for _ in layers]
-    return [KVCache(room) for _ in layers]
+    if packing is None or packing.start:
+        return [KVCache(room) for _ in layers]
+    if layout := rows_layout(model, packing, prompt):
+        return [PackedKVCache(layout, room) for _ in layers]
+    return [QuantizedKVCache(packing.bits, packing.group_size, room) for _ in layers]
+
+
+def rows_layout(model: InternVL, packing: Packing, tokens: int) -> RowLayout | None:
+    """Say how a row of a packed cache is laid out, where our kernels read ``tokens`` of them faster
+    than MLX reads its own form."""
+    layout = layout_of(model, packing)
+    sharing = model.config.text.num_attention_heads // model.config.text.num_key_value_heads
+    return layout if layout and prefers_rows(layout, sharing, tokens) else None
+
+
+def layout_of(model: InternVL, packing: Packing) -> RowLayout | None:
+    """Say how a row is laid out; None for heads or groups that only MLX's own form knows."""
+    dtype = model.language_model.model.norm.weight.dtype
+    try:
+        return RowLayout(model.config.text.head_dim, packing.bits, packing.group_size, dtype)
+    except UserError:
+        return None
 
 
 def packing_of(settings: Settings, head_dim: int) -> Packing | None:

@@ -9,7 +9,7 @@ from internvl3_mlx.generation.engine import new_cache, packing_of
 from internvl3_mlx.generation.features import FeatureCache
 from internvl3_mlx.generation.inputs import Inputs
 from internvl3_mlx.generation.settings import Settings
-from internvl3_mlx.models.cache import Cache, KVCache, Packing, QuantizedKVCache
+from internvl3_mlx.models.cache import Cache, KVCache, Packing
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.positions import image_runs
 
@@ -101,7 +101,7 @@ class Memory:
     def fits(self, packing: Packing | None) -> bool:
         """Tell whether the cache can go on with this packing. A dense one is packed on the way;
         what was packed cannot be undone."""
-        packed = [layer for layer in self.cache if isinstance(layer, QuantizedKVCache)]
+        packed = [layer for layer in self.cache if not isinstance(layer, KVCache)]
         if packing is None:
             return not packed
         wanted = (packing.bits, packing.group_size)

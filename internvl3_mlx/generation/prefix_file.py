@@ -51,7 +51,7 @@ def write_prefix(path: Path, memory: Memory, model: str) -> None:
         arrays |= {f"{at}.{name}": part for name, part in parts.items()}
         arrays |= {f"{at}.{name}": mx.array(number) for name, number in numbers.items()}
         scalars += [f"{at}.{name}" for name in numbers]
-        metadata[f"1.{at}"] = type(layer).__name__
+        metadata[f"1.{at}"] = (KVCache if isinstance(layer, KVCache) else QuantizedKVCache).__name__
     metadata["2.0"] = ""
     for number, name in enumerate(scalars, start=1):
         metadata |= {f"2.{number}.0": name, f"2.{number}.1": "scalar"}
@@ -81,7 +81,10 @@ def read_prefix(path: Path, memory: Memory, model: str) -> bool:
 
 
 def layer_parts(layer: Cache) -> tuple[dict[str, mx.array], dict[str, int]]:
-    """Split a layer as mlx-lm's caches do: keys, values, offset, and of packed ones how."""
+    """Split a layer as mlx-lm's caches do: keys, values, offset, and of packed ones how.
+
+    Packed rows are written as MLX packs, the same numbers: a file serves wherever it is read.
+    """
     if isinstance(layer, KVCache):
         keys, values = layer.kept
         return {"0": keys, "1": values}, {"2": layer.offset}

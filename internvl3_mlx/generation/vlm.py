@@ -119,6 +119,19 @@ class VLM:
         prepared = (self.prepared(question, [image], asked) for image in images)
         return answers(self, prepared, asked, batch_size)
 
+    def ask_many(
+        self, question: str, images: Sequence[Any] = (), *, n: int = 8, **settings: Any
+    ) -> list[Answer]:
+        """Answer the same question ``n`` times: what differs is chance, so set a temperature.
+
+        Prompt and pictures are read once and kept once, whatever ``n`` is. With a ``seed``, answer
+        i draws what ``ask`` would with ``seed + i``.
+        """
+        from internvl3_mlx.generation.samples import samples
+
+        asked = changed(Settings(), settings)
+        return samples(self, self.prepared(question, images, asked), asked, n)
+
     def prepared(self, question: str, images: Sequence[Any], settings: Settings) -> Inputs:
         alone = isinstance(images, str | bytes) or not isinstance(images, Sequence)
         inputs = self.preparer(question, [images] if alone else images, settings)

@@ -1,15 +1,27 @@
-"""The one door to attention over a cache, dense or packed."""
+"""The one door to attention over a cache, dense or packed, of one sequence or several."""
+
+from typing import TypeGuard
 
 import mlx.core as mx
 
+from internvl3_mlx.metal_kernels import flash_decode as kernel
 from internvl3_mlx.models.batch_cache import BatchKVCache
-from internvl3_mlx.models.cache import Cache, Packed, QuantizedKVCache
+from internvl3_mlx.models.cache import (
+    Cache,
+    KVCache,
+    Packed,
+    PackedKVCache,
+    QuantizedKVCache,
+)
+from internvl3_mlx.models.shared_cache import SharedKVCache
+
+AnyCache = Cache | BatchKVCache | SharedKVCache
 
 # query rows: the fused kernels for few rows end at 8, from here reading dense once is cheaper
-UNPACK_FROM = 9
+UNPACK_FROM = kernel.LONGEST_DRAFT + 1
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, cache: Cache | BatchKVCache | None) -> mx.array:
+def attend(q: mx.array, k: mx.array, v: mx.array, cache: AnyCache | None) -> mx.array:
     """Attend causally over the cache and these rows. q: (B, H, L, D), k v: (B, KV, L, D) -> (B, H,
     L, D).
 
@@ -24,13 +36,45 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: Cache | BatchKVCache | 
         keys, values = cache.append(k, v)
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=cache.mask)
     if not isinstance(cache, QuantizedKVCache):
-        keys, values = cache.append(k, v)
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+        cache.append(k, v)
+        return attend_kept(q, cache)
     packed_keys, packed_values = cache.append(k, v)
     if q.shape[2] < UNPACK_FROM:
         return attend_packed(q * scale, packed_keys, packed_values, cache)
     keys, values = (cache.unpack(packed).astype(q.dtype) for packed in (packed_keys, packed_values))
     return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+
+
+def takes_unturned(cache: AnyCache | None, length: int) -> TypeGuard[PackedKVCache | SharedKVCache]:
+    """Tell whether ``length`` new keys go in as they were projected, turned and packed by one
+    kernel."""
+    kept = cache.suffix if isinstance(cache, SharedKVCache) else cache
+    return isinstance(kept, PackedKVCache) and length < UNPACK_FROM
+
+
+def attend_kept(q: mx.array, cache: KVCache | PackedKVCache | SharedKVCache) -> mx.array:
+    """Attend causally over a cache that holds these rows already: (B, H, L, D) -> (B, H, L, D).
+
+    By our kernel where it was measured to pay, else by MLX's own.
+    """
+    if isinstance(cache, SharedKVCache):
+        return attend_shared(q, cache)
+    return kernel.attend(q, cache.stored, cache.offset, causal=q.shape[2] > 1)
+
+
+def attend_shared(q: mx.array, cache: SharedKVCache) -> mx.array:
+    """Look at the prompt, which is read once for all, and at each answer's own words; join the two
+    by their log-sum-exp. q: (N, H, 1, D) -> (N, H, 1, D)."""
+    at_once = max(1, kernel.MOST_ROWS * cache.kv_heads // q.shape[1])
+    parts = [
+        kernel.flash_decode(kernel.as_rows(some), cache.prefix.stored, cache.prefix.offset)
+        for some in mx.split(q, range(at_once, q.shape[0], at_once))
+    ]
+    prompt = mx.concatenate([kernel.as_batch(out) for out, _ in parts])
+    sums = mx.concatenate([kernel.as_batch(lse) for _, lse in parts])
+    own = kernel.flash_decode(q, cache.suffix.stored, cache.suffix.offset)
+    out, _ = kernel.merge(prompt, sums, *own)
+    return out
 
 
 def attend_packed(q: mx.array, keys: Packed, values: Packed, cache: QuantizedKVCache) -> mx.array:

@@ -1,9 +1,21 @@
-"""Keys and values of the tokens already read: as they are, or packed to 8 or 4 bits."""
+"""Keys and values of the tokens already read: as they are, or packed to 8 or 4 bits.
+
+What is packed is kept in one of two forms with the same numbers: as MLX packs, which its own
+operations read fastest, or a row a token, which our Metal kernels read fastest.
+"""
 
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import mlx.core as mx
+
+from internvl3_mlx.metal_kernels.flash_decode import Dense, PackedRows
+from internvl3_mlx.metal_kernels.new_row import Turn, new_row
+from internvl3_mlx.metal_kernels.packed import RowLayout
+from internvl3_mlx.metal_kernels.packed import join as join_rows
+from internvl3_mlx.metal_kernels.packed import pack as pack_rows
+from internvl3_mlx.metal_kernels.packed import parts as split_rows
+from internvl3_mlx.metal_kernels.packed import unpack as unpack_rows
 
 GROWTH = 256  # tokens; room is added in whole steps so that appending rarely copies
 
@@ -40,6 +52,13 @@ class KVCache:
         self.offset = min(self.offset, length)
 
     @property
+    def stored(self) -> Dense:
+        """The whole backing arrays, as the kernels take them."""
+        assert self.keys is not None
+        assert self.values is not None
+        return Dense(self.keys, self.values)
+
+    @property
     def state(self) -> list[mx.array]:
         return [] if self.keys is None or self.values is None else [self.keys, self.values]
 
@@ -52,6 +71,11 @@ class KVCache:
         """Take over what another cache of this kind kept."""
         self.keys, self.values = parts
         self.offset = self.keys.shape[2]
+
+    def only(self, rows: mx.array) -> None:
+        """Go on with some of the batch, named by their indices."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
 
     def quantized(self, bits: int, group_size: int) -> "QuantizedKVCache":
         """Return the same memory, packed."""
@@ -112,10 +136,91 @@ class QuantizedKVCache:
         """Weights, scales and biases of the remembered keys, then of the values."""
         return [part[..., : self.offset, :] for part in self.state]
 
+    @property
+    def packed_keys(self) -> Packed:
+        weights, scales, biases, *_ = self.kept
+        return weights, scales, biases
+
+    @property
+    def packed_values(self) -> Packed:
+        *_, weights, scales, biases = self.kept
+        return weights, scales, biases
+
     def restore(self, parts: list[mx.array]) -> None:
         """Take over what another cache of this kind kept."""
         self.keys, self.values = list(parts[:3]), list(parts[3:])
         self.offset = self.keys[0].shape[2]
+
+    def as_rows(self, layout: RowLayout) -> "PackedKVCache":
+        """Return the same numbers a row a token."""
+        rows = PackedKVCache(layout, self.room)
+        if self.keys:
+            rows.store(join_rows(self.packed_keys, self.packed_values, layout))
+        return rows
+
+
+class PackedKVCache:
+    """Keys and values in 8 or 4 bits, a token's and a head's in one row of 32-bit words.
+
+    Rows are (B, KV, N, W) uint32; ``layout`` says what stands where in them.
+    """
+
+    def __init__(self, layout: RowLayout, room: int = 0):
+        self.layout, self.room, self.offset = layout, room, 0
+        self.rows: mx.array | None = None
+
+    @property
+    def bits(self) -> int:
+        return self.layout.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.layout.group_size
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Pack keys, already turned, and values: (B, KV, L, D)."""
+        self.store(pack_rows(keys, values, self.layout))
+
+    def append_unturned(self, keys: mx.array, values: mx.array, turn: Turn) -> None:
+        """Turn keys and pack both in one kernel. keys, values: (B, L, KV, D), as projected."""
+        self.store(new_row(keys, values, self.layout, turn))
+
+    def store(self, rows: mx.array) -> None:
+        """Put (B, KV, L, W) behind what is there."""
+        start, self.offset = self.offset, self.offset + rows.shape[2]
+        self.rows = with_room(self.rows, rows, self.offset, self.room)
+        self.rows[..., start : self.offset, :] = rows
+
+    @property
+    def stored(self) -> PackedRows:
+        """The whole backing array, as the kernels take it."""
+        assert self.rows is not None
+        return PackedRows(self.rows, self.layout)
+
+    def unpacked(self) -> tuple[mx.array, mx.array]:
+        """Return keys and values (B, KV, N, D) of the tokens that are remembered."""
+        return unpack_rows(self.stored.rows[..., : self.offset, :], self.layout)
+
+    def trim(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        self.offset = min(self.offset, length)
+
+    def only(self, rows: mx.array) -> None:
+        """Go on with some of the batch, named by their indices."""
+        if self.rows is not None:
+            self.rows = self.rows[rows]
+
+    @property
+    def state(self) -> list[mx.array]:
+        return [] if self.rows is None else [self.rows]
+
+    @property
+    def kept(self) -> list[mx.array]:
+        """Weights, scales and biases of the remembered keys, then of the values, as MLX packs."""
+        if self.rows is None:
+            return []
+        keys, values = split_rows(self.rows[..., : self.offset, :], self.layout)
+        return [*keys, *values]
 
 
 def with_room(kept: mx.array | None, new: mx.array, needed: int, room: int) -> mx.array:
@@ -129,4 +234,4 @@ def with_room(kept: mx.array | None, new: mx.array, needed: int, room: int) -> m
     return space if kept is None else mx.concatenate([kept, space], axis=2)
 
 
-Cache = KVCache | QuantizedKVCache
+Cache = KVCache | QuantizedKVCache | PackedKVCache

@@ -15,9 +15,7 @@ import mlx.nn as nn
 
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.models.activations import swiglu
-from internvl3_mlx.models.attention import attend
-from internvl3_mlx.models.batch_cache import BatchKVCache
-from internvl3_mlx.models.cache import Cache
+from internvl3_mlx.models.attention import AnyCache, attend, attend_kept, takes_unturned
 from internvl3_mlx.models.fusing import join_rows
 from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, powers_where_ordinary
 
@@ -41,12 +39,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: Cache | BatchKVCache | None, rows: slice = EVERY
+        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: slice = EVERY
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D): all L rows are remembered, ``rows`` of them answered."""
-        turned, values = self.project(x)
-        queries, keys = mx.split(rotary(turned), [self.heads], axis=1)
-        out = attend(queries[:, :, rows], keys, values.transpose(0, 2, 1, 3), cache)
+        joint, values = self.project(x)
+        if takes_unturned(cache, x.shape[1]):
+            queries, keys = mx.split(joint, [self.heads], axis=2)
+            cache.append_unturned(keys, values, rotary.turn(x.shape[1]))
+            out = attend_kept(rotary(queries)[:, :, rows], cache)
+        else:
+            queries, keys = mx.split(rotary(joint), [self.heads], axis=1)
+            out = attend(queries[:, :, rows], keys, values.transpose(0, 2, 1, 3), cache)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
     def project(self, x: mx.array) -> list[mx.array]:
@@ -92,7 +95,7 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config), MLP(config)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: Cache | BatchKVCache | None, rows: slice = EVERY
+        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: slice = EVERY
     ) -> mx.array:
         x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, cache, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -111,7 +114,7 @@ class Decoder(nn.Module):
         self,
         x: mx.array,
         rotary: Rotary,
-        cache: Sequence[Cache | BatchKVCache] | None = None,
+        cache: Sequence[AnyCache] | None = None,
         rows: slice = EVERY,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D), the states of ``rows`` alone.

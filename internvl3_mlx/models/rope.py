@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from internvl3_mlx.metal_kernels.new_row import Turn
+
 POSITIONS_PER_UNIT = 256  # the finest V2PE step is 1/256 (paper section 2.2)
 
 Positions = (
@@ -36,6 +38,18 @@ class Rotary:
         rows = x.reshape(batch * length, heads, 1, dim)
         turned = self.rotate(rows, offsets.reshape(-1), 1 / POSITIONS_PER_UNIT)
         return turned.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
+
+    def turn(self, length: int) -> Turn:
+        """Say the same in numbers, for the kernel that turns new keys as it packs them."""
+        start, base = self.positions, self.base
+        positions = (
+            mx.array([start + at for at in range(length)], dtype=mx.float32)
+            if isinstance(start, int)
+            else start
+        )
+        if isinstance(base, mx.array):
+            return Turn(positions, base)
+        return Turn.of(positions, self.head_dim, base)
 
     def rotate(self, x: mx.array, offset: int | mx.array, scale: float) -> mx.array:
         base, freqs = (None, self.base) if isinstance(self.base, mx.array) else (self.base, None)
