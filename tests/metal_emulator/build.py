@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mlx
 
-from metal_emulator.errors import KernelRefused
+from metal_emulator.errors import KernelRefused, NoToolchain
 from metal_emulator.instrument import instrument, without_marks
 from metal_emulator.lint import lint
 from metal_emulator.rewrite import base_name, entry_point, rewrite
@@ -34,7 +34,7 @@ MACHINE = (
     *("-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-fbfloat16-excess-precision=none"),
     *("-O1", "-gline-tables-only", "-ftrivial-auto-var-init=pattern", "-fno-sanitize-recover=all"),
-    "-fsanitize=array-bounds,shift-exponent,integer-divide-by-zero",
+    "-fsanitize=array-bounds,integer-divide-by-zero",
     *("-Xclang", "-disable-llvm-passes"),
 )
 
@@ -113,7 +113,7 @@ def preprocess(text: str) -> str:
 
 def _front_end(text: str, original: str) -> str:
     """Compile to LLVM IR and read the syntax tree for what Metal refuses, both at once."""
-    own = {*re.findall(r'^# \d+ "([^"]+)"', original, re.M), "<stdin>"}
+    own = {*re.findall(r'^# \d+ "([^"/]+)"', original, re.M), "<stdin>"}
     with tempfile.NamedTemporaryFile("w", suffix=".clcpp", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -196,6 +196,17 @@ def runtime() -> ctypes.CDLL:
             toolchain().link(out, *objects)
     ctypes.CDLL(None, mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(out), mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def why_unusable() -> str | None:
+    """Say why nothing compiles on this machine, or None where it does."""
+    text = "[[kernel]] void nothing(device float* x) { x[0] = 1; }"
+    try:
+        compile_kernel(text, "nothing")
+    except (KernelRefused, NoToolchain, OSError, subprocess.SubprocessError) as error:
+        return f"the Metal emulator does not work here: {error}"
+    return None
 
 
 @functools.cache

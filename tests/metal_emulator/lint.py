@@ -101,7 +101,7 @@ def _objections(node: Node, above: Sequence[Node]) -> Iterator[str]:
     kind, rest, written = node.kind, node.rest, node.type
     if kind in VARIABLES:
         name = (re.search(r"(\w+) '", rest) or ["", "?"])[1]
-        if re.search(r"__generic [^*&]*[*&]", written) and "lambda" not in written:
+        if re.search(r"(?<!\*)__generic [^*&]*[*&]", written) and "lambda" not in written:
             yield f"'{name}': a pointer or reference type needs an explicit address space"
         if kind == "VarDecl" and re.search(r"(^|[ ])__global [^*&]*$", written):
             yield f"'{name}': program-scope and static variables must be constant"

@@ -31,8 +31,7 @@ def rewrite(preprocessed: str, constants: Mapping[int, bool | int | float]) -> R
     tokens = list(_instantiations(tokens, result.instances))
     _kernels(tokens, result.kernels)
     tokens = list(_attributes(tokens))
-    tokens = list(threadgroup_variables(tokens))
-    result.text = join(spell_words(tokens))
+    result.text = join(threadgroup_variables(spell_words(tokens)))
     return result
 
 

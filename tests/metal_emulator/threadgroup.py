@@ -8,13 +8,13 @@ from metal_emulator.tokens import Token, collapse, plain, split_at
 
 
 def threadgroup_variables(tokens: Sequence[Token]) -> Iterator[Token]:
-    """Rewrite ``threadgroup float a[4], b;``; a threadgroup pointer is left as it is."""
+    """Rewrite ``__local float a[4], b;``; a pointer to threadgroup memory is left as it is."""
     numbers = count(1)
     index = 0
     while index < len(tokens):
         token = tokens[index]
         starts = index == 0 or tokens[index - 1].text in {";", "{", "}"}
-        if token.text == "threadgroup" and starts:
+        if token.text == "__local" and starts:
             end = index
             while tokens[end].text not in {";", "end"} and tokens[end].kind != "end":
                 end += 1

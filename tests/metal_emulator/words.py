@@ -16,16 +16,8 @@ SPELLED = {"device": "__global", "threadgroup": "__local", "static_cast": "__msl
 # plain identifiers in Metal, keywords in OpenCL
 RENAMED = {
     *("local", "global", "generic", "pipe", "private", "read_only", "write_only", "read_write"),
-    *(
-        "event_t",
-        "sampler_t",
-        "queue_t",
-        "image1d_t",
-        "image2d_t",
-        "image3d_t",
-        "half16",
-        "float16",
-    ),
+    *("event_t", "sampler_t", "queue_t", "image1d_t", "image2d_t", "image3d_t", "half16", "float16"),
+    *("atomic_int", "atomic_uint", "atomic_bool", "atomic_float"),
 }
 REFUSED = {
     **dict.fromkeys(("vertex", "fragment"), "a keyword in Metal"),
@@ -99,7 +91,7 @@ def _vector(tokens: Sequence[Token], index: int) -> None:
 
 
 def _deduces_nothing(tokens: Sequence[Token], index: int) -> bool:
-    """Tell whether the type at ``index`` is only named: ``template <...> using a = vec<...>`` is not."""
+    """Tell whether the type at ``index`` is only named, which an alias template's is not."""
     if index == 0 or tokens[index - 1].text not in BEFORE_A_TYPE:
         return index == 0
     return not (tokens[index - 1].text == "=" and tokens[index - 4].text == ">")

@@ -117,16 +117,22 @@ static Buffer* buffer_at(u64 address) {
   return nullptr;
 }
 
+static u64 distance(const Buffer& b, u64 address) {
+  return address < b.base ? b.base - address : address - b.base;
+}
+
 [[noreturn]] static void outside(u64 address, u32 size, bool write, u32 where) {
-  const i64 NEAR = 65536;
+  if (!job->buffer_count) fail("%s of %u bytes in no buffer at %s", verb(write), size, site(where));
+  Buffer* nearest = job->buffers;  // the access is meant for the buffer that begins or ends nearest
+  u64 least = ~0ull;
   for (u32 i = 0; i < job->buffer_count; i++) {
     Buffer& b = job->buffers[i];
-    i64 offset = (i64)(address - b.base);
-    if (offset >= -NEAR && offset < (i64)b.size + NEAR)
-      fail("out of bounds: %s of %u bytes at byte %lld of '%s', which has %llu, at %s", verb(write), size,
-           offset, b.name, b.size, site(where));
+    u64 end = address - b.base - b.size, near = distance(b, address);
+    if (address >= b.base + b.size && end < near) near = end;
+    if (near < least) least = near, nearest = &b;
   }
-  fail("out of bounds: %s of %u bytes in no buffer at %s", verb(write), size, site(where));
+  fail("out of bounds: %s of %u bytes at byte %lld of '%s', which has %llu, at %s", verb(write), size,
+       (i64)(address - nearest->base), nearest->name, nearest->size, site(where));
 }
 
 static void count_read(Buffer& b, u64 offset, u32 size) {

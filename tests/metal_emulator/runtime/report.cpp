@@ -73,5 +73,4 @@ struct SourceLocation { const char* file; u32 line, column; };
     __ubsan_handle_##NAME##_abort(at, value, more); \
   }
 TRAP(out_of_bounds, "array index out of bounds")
-TRAP(shift_out_of_bounds, "shift amount out of range")
 TRAP(divrem_overflow, "integer division by zero or overflow")

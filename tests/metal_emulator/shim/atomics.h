@@ -4,10 +4,11 @@ extern "C" void __msl_atomic_begin();
 extern "C" void __msl_atomic_end();
 namespace metal {
 template <class T> struct atomic { T __v; };
-typedef atomic<int> atomic_int;
-typedef atomic<uint> atomic_uint;
-typedef atomic<bool> atomic_bool;
-typedef atomic<float> atomic_float;
+// OpenCL has types of these names: the rewriter renames Metal's
+typedef atomic<int> __id_atomic_int;
+typedef atomic<uint> __id_atomic_uint;
+typedef atomic<bool> __id_atomic_bool;
+typedef atomic<float> __id_atomic_float;
 #define MSL_ATOMIC(S, NAME, RESULT) \
   template <class T> \
   MSL_INLINE T atomic_##NAME##_explicit(volatile S atomic<T>* p, T v, memory_order) { \

@@ -12,12 +12,12 @@ MSL_SIGNED(char) MSL_SIGNED(short) MSL_SIGNED(int) MSL_SIGNED(long)
   MSL_INLINE T min3(T x, T y, T z) { return min(min(x, y), z); } \
   MSL_INLINE T abs(T x) { return x < 0 ? -x : x; } \
   MSL_INLINE T popcount(T x) { \
-    return (T)__builtin_popcountll((ulong)(typename __unsigned<T>::type)x); } \
+    return (T)__builtin_popcountl((ulong)(typename __unsigned<T>::type)x); } \
   MSL_INLINE T clz(T x) { \
     const int bits = 8 * sizeof(T); \
-    return (T)(x ? __builtin_clzll((ulong)(typename __unsigned<T>::type)x) - 64 + bits : bits); } \
+    return (T)(x ? __builtin_clzl((ulong)(typename __unsigned<T>::type)x) - 64 + bits : bits); } \
   MSL_INLINE T ctz(T x) { \
-    return (T)(x ? __builtin_ctzll((ulong)(typename __unsigned<T>::type)x) : 8 * sizeof(T)); } \
+    return (T)(x ? __builtin_ctzl((ulong)(typename __unsigned<T>::type)x) : 8 * sizeof(T)); } \
   MSL_INLINE T rotate(T x, T k) { \
     const uint bits = 8 * sizeof(T), s = (uint)k % bits; \
     auto u = (typename __unsigned<T>::type)x; \
