@@ -12,6 +12,7 @@ from internvl3_mlx.cli import options, screen
 from internvl3_mlx.cli.commands import ALIASES, COMMANDS
 from internvl3_mlx.cli.generate import UNTRAINED
 from internvl3_mlx.cli.line import Dropped, kind_of, shown
+from internvl3_mlx.cli.machine import hear_kernels
 from internvl3_mlx.cli.options import SectionedCommand
 from internvl3_mlx.cli.session import Session
 from internvl3_mlx.cli.terminal import open_reader
@@ -84,6 +85,7 @@ def check(dropped: list[Dropped]) -> None:
 def load(loading: dict[str, Any], draft: str | None, *, quiet: bool) -> "VLM":
     from internvl3_mlx import load as load_model
 
+    hear_kernels(quiet=quiet)
     model = loading.get("model", "the model")
     with screen.waiting(f"loading {model}", quiet=quiet) as notify:
         vlm = load_model(**loading, notify=notify)

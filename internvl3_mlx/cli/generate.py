@@ -8,6 +8,7 @@ import click
 
 from internvl3_mlx.cli import options, screen
 from internvl3_mlx.cli.line import Dropped, kind_of, open_dropped
+from internvl3_mlx.cli.machine import hear_kernels
 from internvl3_mlx.cli.options import STDIN, Output, SectionedCommand
 from internvl3_mlx.errors import InternVL3Error, UserError
 
@@ -200,6 +201,7 @@ def load_model(request: Request) -> "VLM":
     from internvl3_mlx import load
 
     quiet = request.output.quiet
+    hear_kernels(quiet=quiet)
     model = request.loading.get("model", "the model")
     with screen.waiting(f"loading {model}", quiet=quiet) as notify:
         vlm = load(**request.loading, notify=notify)

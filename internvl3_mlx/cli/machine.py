@@ -61,3 +61,12 @@ def with_units(value: Any) -> Any:
         )
         for name, item in value.items()
     }
+
+
+def hear_kernels(*, quiet: bool) -> None:
+    """Show the one line that tells of a kernel that does not work here; refuse a switch that is set
+    to something unknown before any work is done."""
+    from internvl3_mlx.metal_kernels import dispatch
+
+    dispatch.setting()
+    dispatch.on_fallback((lambda _: None) if quiet else screen.note)

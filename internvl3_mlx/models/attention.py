@@ -4,6 +4,7 @@ from typing import TypeGuard
 
 import mlx.core as mx
 
+from internvl3_mlx.metal_kernels import dispatch, table
 from internvl3_mlx.metal_kernels import flash_decode as kernel
 from internvl3_mlx.models.batch_cache import BatchKVCache
 from internvl3_mlx.models.cache import (
@@ -35,6 +36,11 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: AnyCache | None) -> mx.
     if isinstance(cache, BatchKVCache):
         keys, values = cache.append(k, v)
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=cache.mask)
+    if isinstance(cache, KVCache):
+        keys, values = cache.append(k, v)
+        if q.shape[2] < UNPACK_FROM and kernels_wanted():
+            return attend_kept(q, cache)
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
     if not isinstance(cache, QuantizedKVCache):
         cache.append(k, v)
         return attend_kept(q, cache)
@@ -43,6 +49,12 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: AnyCache | None) -> mx.
         return attend_packed(q * scale, packed_keys, packed_values, cache)
     keys, values = (cache.unpack(packed).astype(q.dtype) for packed in (packed_keys, packed_values))
     return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+
+
+def kernels_wanted() -> bool:
+    """Tell whether any of our kernels may be chosen here at all: asked once a layer and token, so
+    without the shapes."""
+    return bool(table.measured()) or dispatch.setting() == dispatch.FORCE
 
 
 def takes_unturned(cache: AnyCache | None, length: int) -> TypeGuard[PackedKVCache | SharedKVCache]:

@@ -1,0 +1,152 @@
+"""``internvl3 bench``: how fast this machine is and how near to its limit we come."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from internvl3_mlx.cli import machine, options, progress, screen
+from internvl3_mlx.cli.options import SectionedCommand
+from internvl3_mlx.errors import UserError
+
+if TYPE_CHECKING:
+    from internvl3_mlx.measuring.bench import Bench
+    from internvl3_mlx.measuring.figures import Figure
+    from internvl3_mlx.measuring.limits import Limits
+
+GROUPS = ("tower", "prefill", "decode", "kernels")  # in the order of the report
+KILO = 1024
+MOST_TOKENS = 2**20
+
+
+def read_contexts(
+    _ctx: click.Context, _param: click.Parameter, text: str | None
+) -> tuple[int, ...]:
+    """Read ``1k,4096,128k``: tokens, k for 1024 of them."""
+    words = [] if text is None else [word.strip().lower() for word in text.split(",")]
+    found = [
+        int(word.removesuffix("k")) * (KILO if word.endswith("k") else 1)
+        for word in words
+        if word.removesuffix("k").isdecimal()
+    ]
+    if len(found) < len(words) or not all(0 < count <= MOST_TOKENS for count in found):
+        raise UserError(f"--contexts {text}: give tokens with commas between, such as 1k,4k,16k")
+    return tuple(found)
+
+
+@click.command(
+    cls=SectionedCommand, short_help="Measure this machine, our kernels, and a model's stages."
+)
+@options.LOADING["model"]
+@options.LOADING["quantize"]
+@options.flag(
+    "Speed", "--contexts", "contexts", metavar="N,N,…", callback=read_contexts,
+    show_default="1k to 128k on a GPU", help="Tokens already read; k is 1024.",
+)  # fmt: skip
+@options.flag("Speed", "--quick", "quick", is_flag=True, help="Small arrays, few shapes.")
+@options.flag(
+    "Output", "--svg", "svg", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw what was reached under the machine's limits.",
+)  # fmt: skip
+@options.flag("Output", "--json", "as_json", is_flag=True, help="One JSON object.")
+@options.OUTPUT["quiet"]
+@options.debug
+def bench(contexts: tuple[int, ...], quick: bool, svg: Path | None, **flags: Any) -> None:
+    """Measure decoding, reading, the vision tower and our kernels, beside the machine's own limits.
+
+    Bytes a second and operations a second are measured here too, so each line says how near it
+    comes to them. Without --model the demo model is measured. Where our kernels beat MLX's own
+    operations is noted, and used from then on. Interrupt at any time: what was measured is shown.
+    """
+    from internvl3_mlx import load
+    from internvl3_mlx.measuring.bench import Bench
+
+    if svg is not None and not svg.parent.is_dir():
+        raise UserError(f"cannot write {svg}: no folder {svg.parent}; make it first")
+    machine.hear_kernels(quiet=flags["quiet"])
+    with screen.waiting("loading the model", quiet=flags["quiet"]) as notify:
+        vlm = load(flags["model"] or "demo", quantize=flags["quantize"], notify=notify)
+    run = Bench(vlm.model, contexts, quick)
+    try:
+        measure(run, quiet=flags["quiet"])
+    finally:  # an interrupt shows what was measured until then
+        if run.limits is not None:
+            told(run, run.limits, vlm.name, svg, as_json=flags["as_json"])
+
+
+def measure(run: "Bench", *, quiet: bool) -> None:
+    """Measure everything, saying how far it is; keep where our kernels pay."""
+    from internvl3_mlx.metal_kernels.table import write_table
+
+    with progress.bar(quiet=quiet) as advance:
+        for done, name in enumerate(run.run()):
+            advance(name, done, len(run))
+    if run.entries and not write_table(run.entries) and not quiet:
+        screen.note("where kernels pay could not be kept: the cache folder takes no files")
+
+
+def told(run: "Bench", limits: "Limits", model: str, svg: Path | None, *, as_json: bool) -> None:
+    device = machine.device()
+    if svg is not None:
+        from internvl3_mlx.measuring.roofline import roofline
+
+        write(svg, roofline(run.figures, limits, f"{device['computes_on']}, {model}"))
+    if as_json:
+        screen.as_json(as_data(run, limits, device, model), indent=2)
+    else:
+        screen.facts(as_table(run, limits, device, model))
+
+
+def as_data(run: "Bench", limits: "Limits", device: dict[str, Any], model: str) -> dict[str, Any]:
+    return {
+        "machine": {**machine.versions(), **device},
+        "model": model,
+        "limits": limits.to_dict(),
+        "figures": [figure.to_dict(limits) for figure in run.figures],
+        "kernels_pay": {entry.case: entry.tokens for entry in run.entries},
+    }
+
+
+def as_table(run: "Bench", limits: "Limits", device: dict[str, Any], model: str) -> dict[str, Any]:
+    """Put all figures in columns, a table for each group, and say why some are missing."""
+    groups = {
+        group: [row(figure, limits) for figure in run.figures if figure.group == group]
+        for group in GROUPS
+    }
+    pays = {e.case: f"from {e.tokens:,} tokens" for e in run.entries if e.tokens is not None}
+    missing = sorted({figure.why for figure in run.figures if figure.why})
+    return {
+        "machine": machine.with_units({"system": machine.system(), **device, "model": model}),
+        "limits": limits.told(),
+        **{group: rows for group, rows in groups.items() if rows},
+        "kernels pay": pays or "nowhere yet",
+        **({"not measured": "; ".join(missing)} if missing else {}),
+    }
+
+
+def row(figure: "Figure", limits: "Limits") -> dict[str, Any]:
+    share = figure.share(limits)
+    ratio = figure.peer / figure.seconds if figure.peer and figure.seconds else None
+    built_in = {"built_in_ms": ms(figure.peer), "times_faster": ratio} if figure.peer else {}
+    return {
+        "what": figure.name,
+        **({"context": figure.context} if figure.context else {}),
+        "ms": ms(figure.seconds),
+        **built_in,
+        "limit_ms": ms(limits.seconds(figure.nbytes, figure.flops)),
+        "of_the_limit": None if share is None else f"{share:.0%}",
+    }
+
+
+def ms(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds * 1e3:,.3g}"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file aside and rename it when whole."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, "utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another place") from error

@@ -1,0 +1,79 @@
+"""The whole measurement in its order: the machine's limits, our kernels, a model's stages."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import mlx.core as mx
+
+from internvl3_mlx.measuring import kernels, limits
+from internvl3_mlx.measuring.clock import RUNS
+from internvl3_mlx.measuring.figures import Figure, Task
+from internvl3_mlx.measuring.kernels import Trial
+from internvl3_mlx.measuring.limits import Limits
+from internvl3_mlx.measuring.whole import TILES, Stages
+from internvl3_mlx.metal_kernels import dispatch
+from internvl3_mlx.metal_kernels.table import Entry
+from internvl3_mlx.models.device import on_gpu
+from internvl3_mlx.models.internvl import InternVL
+
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+QUICK_CONTEXTS = (1024, 4096, 16384)
+CPU_CONTEXTS, QUICK_CPU_CONTEXTS = (1024, 4096), (512,)  # a processor needs seconds for more
+QUICK_RUNS = 3
+
+
+@dataclass
+class Bench:
+    """What is to be measured, and what has been so far. ``contexts``: none for what suits."""
+
+    model: InternVL
+    contexts: Sequence[int] = ()
+    quick: bool = False
+    limits: Limits | None = None
+    figures: list[Figure] = field(default_factory=list)
+    kernels: dict[Trial, list[Figure]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        suited = (QUICK_CONTEXTS if self.quick else CONTEXTS) if on_gpu() else (
+            QUICK_CPU_CONTEXTS if self.quick else CPU_CONTEXTS
+        )  # fmt: skip
+        self.contexts = sorted({*(self.contexts or suited)})
+
+    def __len__(self) -> int:
+        return 1 + len(self.tasks)
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """Name every figure and how it is measured."""
+        runs = QUICK_RUNS if self.quick else RUNS
+        tiles = TILES[:1] if self.quick else TILES
+        return [
+            Task(
+                f"kernels, {trial.name}, {context:,} tokens",
+                partial(self.kernel, trial, context, runs),
+            )
+            for trial in kernels.trials(quick=self.quick)
+            for context in self.contexts
+        ] + Stages(self.model, self.contexts, tiles, runs=runs).tasks()
+
+    def run(self) -> Iterator[str]:
+        """Measure one thing after another, naming each before it is begun. What was measured
+        stays, however this ends."""
+        yield "the machine's own limits"
+        self.limits = limits.measure(quick=self.quick)
+        for task in self.tasks:
+            yield task.name
+            self.figures.append(task.measure())
+            mx.clear_cache()
+
+    def kernel(self, trial: Trial, context: int, runs: int) -> Figure:
+        figure = kernels.measured(trial, context, runs)
+        self.kernels.setdefault(trial, []).append(figure)
+        return figure
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Say where our kernels pay, from the trials whose contexts were all measured."""
+        whole = {t: found for t, found in self.kernels.items() if len(found) == len(self.contexts)}
+        return kernels.entries(whole) if dispatch.metal_available() else []
