@@ -118,5 +118,5 @@
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint base = head * M * splits;
-    join_parts<SG, M, D, SG * 32>(&tops[0], &sums[0], &outs[0], out + size_t(base) * D, top + base, sum + base,
-                                  group * 32 + lane, split, splits);
+    join_parts<SG, M, D, D, SG * 32>(&tops[0], &sums[0], &outs[0], out + size_t(base) * D, top + base,
+                                     sum + base, group * 32 + lane, 0, uint2(split, splits));

@@ -8,11 +8,13 @@
     constexpr bool SHARED = TILES > 1;  // one tile: a simdgroup's own tokens; more: its own rows
     constexpr int PARTS = SHARED ? 1 : SG;
     constexpr int STAGED = SHARED ? BLOCK * Store::WIDTH : 2;
+    constexpr int ROUNDS = D > 64 ? 2 : 1;  // outputs change hands in halves: room for more groups
+    constexpr int WIDTH = D / ROUNDS;
     threadgroup word_t key_stage[STAGED];
     threadgroup word_t value_stage[BITS == 16 ? STAGED : 2];
     threadgroup float tops[SHARED ? 1 : PARTS * M];
     threadgroup float sums[SHARED ? 1 : PARTS * M];
-    threadgroup float outs[SHARED ? 1 : PARTS * M * D];
+    threadgroup float outs[SHARED ? 1 : PARTS * M * WIDTH];
 
     uint lane = thread_index_in_simdgroup;
     uint group = simdgroup_index_in_threadgroup;
@@ -56,26 +58,27 @@
       }
     }
     float total = tile.total();
+    bool first_column = lane_column(lane) == 0;
     if (SHARED) {
-      if (place < M) {
-        uint at = (head * M + place) * splits + split;
-        tile.write(out + at * D);
-        if (lane_column(lane) == 0) {
-          top[at] = tile.top;
-          sum[at] = total;
-        }
+      uint at = (head * M + place) * splits + split;
+      if (place < M) tile.template write<D / 4>(out + size_t(at) * D, 0);
+      if (place < M && first_column) {
+        top[at] = tile.top;
+        sum[at] = total;
       }
     } else {
-      if (place < M) {
-        uint at = group * M + place;
-        tile.write(&outs[0] + at * D);
-        if (lane_column(lane) == 0) {
-          tops[at] = tile.top;
-          sums[at] = total;
-        }
+      uint at = group * M + place;
+      if (place < M && first_column) {
+        tops[at] = tile.top;
+        sums[at] = total;
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
       uint base = head * M * splits;
-      join_parts<PARTS, M, D, SG * 32>(&tops[0], &sums[0], &outs[0], out + size_t(base) * D, top + base, sum + base,
-                                       group * 32 + lane, split, splits);
+      for (uint start = 0; start < D / 4; start += WIDTH / 4) {
+        if (start > 0) threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (place < M) tile.template write<WIDTH / 4>(&outs[0] + at * WIDTH, start);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        join_parts<PARTS, M, D, WIDTH, SG * 32>(
+            &tops[0], &sums[0], &outs[0], out + size_t(base) * D, top + base, sum + base,
+            group * 32 + lane, start, uint2(split, splits));
+      }
     }

@@ -129,12 +129,13 @@ struct Row<T, 16, D, GS> {
 };
 
 // Weigh simdgroups that saw different tokens against each other: PARTS of M rows -> one of M rows.
-template <int PARTS, int M, int D, int THREADS>
+// outs (PARTS, M, W): the four quarters of a row of D, W / 4 numbers of each, from ``start`` on.
+template <int PARTS, int M, int D, int W, int THREADS>
 inline void join_parts(const threadgroup float* tops, const threadgroup float* sums,
                        const threadgroup float* outs, device float* out, device float* top,
-                       device float* sum, uint thread_index, uint split, uint splits) {
-  for (uint i = thread_index; i < M * D; i += THREADS) {
-    uint row = i / D;
+                       device float* sum, uint thread_index, uint start, uint2 split) {
+  for (uint i = thread_index; i < M * W; i += THREADS) {
+    uint row = i / W;
     float highest = LOWEST;
     for (int p = 0; p < PARTS; p++) highest = metal::max(highest, tops[p * M + row]);
     float total = 0.0f;
@@ -142,11 +143,11 @@ inline void join_parts(const threadgroup float* tops, const threadgroup float* s
     for (int p = 0; p < PARTS; p++) {
       float weight = metal::exp(tops[p * M + row] - highest);
       total += weight * sums[p * M + row];
-      mixed += weight * outs[p * M * D + i];
+      mixed += weight * outs[p * M * W + i];
     }
-    uint at = row * splits + split;
-    out[at * D + i % D] = mixed;
-    if (i % D == 0) {
+    uint at = row * split.y + split.x;
+    out[at * D + i % W / (W / 4) * (D / 4) + start + i % (W / 4)] = mixed;
+    if (i % W == 0 && start == 0) {
       top[at] = highest;
       sum[at] = total;
     }

@@ -62,18 +62,23 @@ struct Tile {
   template <typename Store, int GS, typename P>
   float2 score(P keys, int live) thread {
     constexpr int N = D / 8;
+    constexpr int PIECE = N < 8 ? N : 8;  // few numbers at a time: registers decide how many groups run
     uint row = lane_row(lane), column = lane_column(lane);
-    float first[N], second[N];
-    for (int k = 0; k < N; k++) first[k] = second[k] = 0.0f;
-    if (int(column) < live) Store::template read<N>(keys + column * Store::WIDTH, row, first);
-    if (int(column) + 1 < live) Store::template read<N>(keys + (column + 1) * Store::WIDTH, row, second);
     float2 pair = one_pair<Store>(keys + Store::KEY_PAIRS, live);
     uint group = row * N / GS;
     float2 a = simd_shuffle(pair, ushort(column * Store::GROUPS + group));
     float2 b = simd_shuffle(pair, ushort((column + 1) * Store::GROUPS + group));
     float2 dots = float2(0.0f);
-    for (int k = 0; k < N; k++) {
-      dots = multiply_add(q[k], float2(first[k] * a.x + a.y, second[k] * b.x + b.y), dots);
+    for (int piece = 0; piece < N / PIECE; piece++) {
+      float one[PIECE], next[PIECE];
+      for (int k = 0; k < PIECE; k++) one[k] = next[k] = 0.0f;
+      uint chunk = row * (N / PIECE) + piece;
+      if (int(column) < live) Store::template read<PIECE>(keys + column * Store::WIDTH, chunk, one);
+      if (int(column) + 1 < live) Store::template read<PIECE>(keys + (column + 1) * Store::WIDTH, chunk, next);
+      for (int k = 0; k < PIECE; k++) {
+        float2 two = float2(one[k] * a.x + a.y, next[k] * b.x + b.y);
+        dots = multiply_add(q[piece * PIECE + k], two, dots);
+      }
     }
     return dots;
   }
@@ -82,15 +87,20 @@ struct Tile {
   template <typename Store, int GS, typename P>
   void gather(P values, int live, float2 weight) thread {
     constexpr int N = D / 4;
+    constexpr int PIECE = 8;
     uint row = lane_row(lane), quarter = lane_column(lane) / 2;
-    float numbers[N];
-    for (int k = 0; k < N; k++) numbers[k] = 0.0f;
-    if (int(row) < live) Store::template read<N>(values + row * Store::WIDTH + Store::VALUES, quarter, numbers);
     float2 pair = one_pair<Store>(values + Store::VALUE_PAIRS, live);
     pair = simd_shuffle(pair, ushort(row * Store::GROUPS + quarter * N / GS));
-    for (int k = 0; k < N / 2; k++) {
-      float2 two = float2(numbers[2 * k], numbers[2 * k + 1]) * pair.x + pair.y;
-      o[k] = multiply_add(weight, two, o[k]);
+    for (int piece = 0; piece < N / PIECE; piece++) {
+      float numbers[PIECE];
+      for (int k = 0; k < PIECE; k++) numbers[k] = 0.0f;
+      uint chunk = quarter * (N / PIECE) + piece;
+      if (int(row) < live) Store::template read<PIECE>(values + row * Store::WIDTH + Store::VALUES, chunk, numbers);
+      for (int k = 0; k < PIECE / 2; k++) {
+        float2 two = float2(numbers[2 * k], numbers[2 * k + 1]) * pair.x + pair.y;
+        uint at = piece * (PIECE / 2) + k;
+        o[at] = multiply_add(weight, two, o[at]);
+      }
     }
   }
 
@@ -107,10 +117,11 @@ struct Tile {
     return whole + simd_shuffle_xor(whole, 8);
   }
 
-  template <typename P>
-  void write(P row) thread {
-    for (int k = 0; k < D / 8; k++) {
-      for (int e = 0; e < 2; e++) row[lane_column(lane) / 2 * (D / 4) + 2 * k + e] = o[k][e];
+  // Hand out WIDTH numbers of each quarter, from ``start`` on.
+  template <int WIDTH, typename P>
+  void write(P row, uint start) thread {
+    for (uint i = 0; i < WIDTH; i++) {
+      row[lane_column(lane) / 2 * WIDTH + i] = o[(start + i) / 2][i % 2];
     }
   }
 };
