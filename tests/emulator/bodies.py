@@ -13,10 +13,12 @@ NUMPY |= {"uint": np.uint32, "ulong": np.uint64}
 
 def around(body: str, helper: str = "", parameters: str = PARAMETERS) -> str:
     """Write a whole kernel; its body begins in line 1 of body.metal."""
-    first = "uint i = thread_position_in_grid.x;"
+    start = (
+        f"[[kernel]] void kernel_under_test({parameters}) {{ uint i = thread_position_in_grid.x;"
+    )
     return (
-        f'{PRELUDE}# 1 "helper.metal"\n{helper}\n# 1 "kernel.metal"\n'
-        f'[[kernel]] void kernel_under_test({parameters}) {{ {first}\n# 1 "body.metal"\n{body}\n}}\n'
+        f'{PRELUDE}# 1 "helper.metal"\n{helper}\n# 1 "kernel.metal"\n{start}\n'
+        f'# 1 "body.metal"\n{body}\n}}\n'
     )
 
 

@@ -1,4 +1,4 @@
-"""The emulator's tests need a compiler: on Linux it must be there, elsewhere they say what is not."""
+"""The emulator's tests need a compiler. On Linux it must be there; else they skip."""
 
 import sys
 from pathlib import Path

@@ -8,7 +8,9 @@ from metal_emulator import Binding, KernelRefused, dispatch
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 SHARED = "threadgroup float t[64];"
 ON_Y = "y[i] = x[i]; BARRIER if (i < 32) y[i] = y[i + 32];"
-TREE = f"{SHARED} t[i] = x[i]; BARRIER if (lane == 0 && simd == 0) t[0] = t[33]; BARRIER y[i] = t[0];"
+TREE = (
+    f"{SHARED} t[i] = x[i]; BARRIER if (lane == 0 && simd == 0) t[0] = t[33]; BARRIER y[i] = t[0];"
+)
 DIVERGING = "float v = x[i]; if (CONDITION) v = simd_sum(v); y[i] = v;"
 MATRIX = (
     "simdgroup_float8x8 a = make_filled_simdgroup_matrix<float, 8, 8>(1.0f), c = a; "
@@ -78,7 +80,11 @@ CHECKS = {
         f"{SHARED} t[i] = 1; BARRIER y[i] = t[i];",
     ),
     "an unset output": ("read of the unset output 'y'", "y[i] = y[i] + 1;", "y[i] = 1; y[i] += 1;"),
-    "an unwritten output": ("1 elements of output 1 are never written", "if (i) y[i] = 1;", "y[i] = 1;"),
+    "an unwritten output": (
+        "1 elements of output 1 are never written",
+        "if (i) y[i] = 1;",
+        "y[i] = 1;",
+    ),
     "a thread that left before the barrier": (
         "barrier divergence: 1 of 64 threads returned",
         "y[i] = 1; if (i == 5) return; BARRIER",

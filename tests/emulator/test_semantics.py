@@ -61,7 +61,8 @@ UINTS = {
         for n in range(1, 33)
     ],
     "extract_bits(0xabcdu, 4, 8) + rotate(v, 31u) / 0x80000000u": 0xBC + (X % 2),
-    "mulhi(v << 28, 32u) + max3(v, 5u, 9u) + min(v, 7u)": (X * 2) % 32 + np.maximum(X, 9)
+    "mulhi(v << 28, 32u) + max3(v, 5u, 9u) + min(v, 7u)": (X * 2) % 32
+    + np.maximum(X, 9)
     + np.minimum(X, 7),
 }
 
@@ -90,7 +91,9 @@ def test_expressions_of_integers_are_what_metal_says():
 
 def test_a_partial_simdgroup_sums_the_lanes_that_it_has():
     done = run("y[i] = simd_sum(x[i]);", 52, 52)
-    np.testing.assert_array_equal(done.outputs[1], np.r_[[528] * 32, [np.arange(33, 53).sum()] * 20])
+    np.testing.assert_array_equal(
+        done.outputs[1], np.r_[[528] * 32, [np.arange(33, 53).sum()] * 20]
+    )
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("half", "float16"), ("bfloat", "bfloat16")])

@@ -203,6 +203,7 @@ def why_unusable() -> str | None:
     """Say why nothing compiles on this machine, or None where it does."""
     text = "[[kernel]] void nothing(device float* x) { x[0] = 1; }"
     try:
+        toolchain()
         compile_kernel(text, "nothing")
     except (KernelRefused, NoToolchain, OSError, subprocess.SubprocessError) as error:
         return f"the Metal emulator does not work here: {error}"

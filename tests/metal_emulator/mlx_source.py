@@ -154,7 +154,7 @@ def _kernel_name(
 ) -> str:
     full = f"custom_kernel_{name}"
     if values is not None:
-        full += "__" + re.sub(r", |[<>]", "_", values)
+        full += "__" + re.sub(r", |\W", "_", values)
     for array in inputs:
         size = "s" if array.ndim == 0 else "c" if array.size < CONSTANT_BELOW else ""
         full += f"_{TYPES[array.dtype]}{size}"

@@ -16,7 +16,16 @@ SPELLED = {"device": "__global", "threadgroup": "__local", "static_cast": "__msl
 # plain identifiers in Metal, keywords in OpenCL
 RENAMED = {
     *("local", "global", "generic", "pipe", "private", "read_only", "write_only", "read_write"),
-    *("event_t", "sampler_t", "queue_t", "image1d_t", "image2d_t", "image3d_t", "half16", "float16"),
+    *(
+        "event_t",
+        "sampler_t",
+        "queue_t",
+        "image1d_t",
+        "image2d_t",
+        "image3d_t",
+        "half16",
+        "float16",
+    ),
     *("atomic_int", "atomic_uint", "atomic_bool", "atomic_float"),
 }
 REFUSED = {

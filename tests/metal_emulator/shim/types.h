@@ -14,17 +14,6 @@ template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
 #define MSL_VECTOR(T, N) typedef T T##N __attribute__((ext_vector_type(N)));
 #define MSL_VECTORS(T) MSL_VECTOR(T, 2) MSL_VECTOR(T, 3) MSL_VECTOR(T, 4)
 MSL_EACH_INTEGER(MSL_VECTORS) MSL_EACH_FLOAT(MSL_VECTORS) MSL_VECTORS(bfloat)
-#define MSL_PACKED(T) \
-  struct packed_##T##2 { T x, y; packed_##T##2() = default; packed_##T##2(T##2 v) : x(v.x), y(v.y) {} \
-    operator T##2() const { return T##2{x, y}; } }; \
-  struct packed_##T##3 { T x, y, z; packed_##T##3() = default; \
-    packed_##T##3(T##3 v) : x(v.x), y(v.y), z(v.z) {} \
-    operator T##3() const { return T##3{x, y, z}; } }; \
-  struct packed_##T##4 { T x, y, z, w; packed_##T##4() = default; \
-    packed_##T##4(T##4 v) : x(v.x), y(v.y), z(v.z), w(v.w) {} \
-    operator T##4() const { return T##4{x, y, z, w}; } };
-MSL_EACH_SMALL_INTEGER(MSL_PACKED) MSL_EACH_FLOAT(MSL_PACKED) MSL_PACKED(bfloat)
-
 // Clang has no vectors of bool here. Its comparisons give vectors of masks, 0 and -1, which become
 // 0 and 1 in these; lint.py refuses a mask that is used as a number.
 template <int N> struct __msl_bools;
@@ -106,6 +95,25 @@ MSL_INLINE constexpr V __msl_make(A a, B b, Rest... rest) {
   return v;
 }
 
+// packed_float3 and the others: no padding, the scalar's alignment
+#define MSL_PACKED_OF(T, N, ...) \
+  struct packed_##T##N { \
+    T __VA_ARGS__; \
+    packed_##T##N() = default; \
+    packed_##T##N(T##N v) { for (int i = 0; i < N; i++) (*this)[i] = v[i]; } \
+    T& operator[](int i) { return (&x)[i]; } \
+    T operator[](int i) const { return (&x)[i]; } \
+    operator T##N() const { T##N v; for (int i = 0; i < N; i++) v[i] = (*this)[i]; return v; } \
+  }; \
+  template <> struct __msl_vector<packed_##T##N> { \
+    using element = T; \
+    static constexpr __constant bool is = true; \
+    static constexpr __constant int size = N; \
+  };
+#define MSL_PACKED(T) \
+  MSL_PACKED_OF(T, 2, x, y) MSL_PACKED_OF(T, 3, x, y, z) MSL_PACKED_OF(T, 4, x, y, z, w)
+MSL_EACH_SMALL_INTEGER(MSL_PACKED) MSL_EACH_FLOAT(MSL_PACKED) MSL_PACKED(bfloat)
+
 // static_cast: between half and bfloat it is legal in Metal, and clang has no such conversion
 template <class To, class From> MSL_INLINE constexpr To __msl_cast(From x) {
   constexpr bool over_float = (__is_same(To, half) && __is_same(From, bfloat)) ||
@@ -126,5 +134,6 @@ MSL_INLINE __private auto& operator-=(T* __private& p, C c) { return p = p - (ty
 #undef MSL_VECTOR
 #undef MSL_VECTORS
 #undef MSL_PACKED
+#undef MSL_PACKED_OF
 #undef MSL_BOOLS
 #undef MSL_BOOL_OPERATOR
