@@ -81,7 +81,7 @@ CHECKS = {
     ),
     "an unset output": ("read of the unset output 'y'", "y[i] = y[i] + 1;", "y[i] = 1; y[i] += 1;"),
     "an unwritten output": (
-        "1 elements of output 1 are never written",
+        "1 elements of 'y' are never written",
         "if (i) y[i] = 1;",
         "y[i] = 1;",
     ),
@@ -142,6 +142,15 @@ def test_a_check_trips_on_the_wrong_kernel_and_leaves_its_twin_alone(promise):
     findings = result(wrong).findings
     assert any(message in finding for finding in findings), findings
     assert [result(right, schedule).findings for schedule in range(3)] == [(), (), ()]
+
+
+def test_a_kernel_that_does_nothing_leaves_its_outputs_unwritten():
+    assert result("").findings == ("64 elements of 'y' are never written",)
+
+
+def test_a_thread_with_too_much_memory_of_its_own_is_stopped():
+    body = "float a[30000]; for (uint k = 0; k < s; k++) a[k * 7] = k; y[i] = a[uint(s) / 2];"
+    assert "a thread's own memory exceeds 98304 bytes" in str(result(body).error)
 
 
 def test_a_finding_names_the_place_and_the_thread():

@@ -139,7 +139,7 @@ def test_an_initial_value_fills_what_the_kernel_leaves():
     with emulated_metal():
         y = scaled(mx.ones((8,)), 1.0, source=body, init_value=7)
         assert y.tolist() == [7, 1] * 4
-        with pytest.raises(KernelFault, match="4 elements of output 2 are never written"):
+        with pytest.raises(KernelFault, match="4 elements of 'y' are never written"):
             scaled(mx.ones((8,)), 1.0, source=body)
 
 

@@ -46,6 +46,7 @@ class Compiled:
     library: ctypes.CDLL
     parameters: tuple[Parameter, ...]
     sites: tuple[str, ...]
+    checked: bool
 
 
 def compile_kernel(
@@ -75,7 +76,8 @@ def _loaded(stem: Path) -> Compiled:
         raise KernelRefused(facts["refused"])
     parameters = tuple(Parameter(**parameter) for parameter in facts["parameters"])
     runtime()  # the kernel's library calls it
-    return Compiled(ctypes.CDLL(str(stem.with_suffix(".so"))), parameters, tuple(facts["sites"]))
+    library = ctypes.CDLL(str(stem.with_suffix(".so")))
+    return Compiled(library, parameters, tuple(facts["sites"]), facts["checked"])
 
 
 def _build(
@@ -94,7 +96,8 @@ def _build(
     except KernelRefused as refusal:
         return {"refused": str(refusal)}
     _back_end(ir, out)
-    return {"parameters": [asdict(parameter) for parameter in parameters], "sites": sites}
+    described = [asdict(parameter) for parameter in parameters]
+    return {"parameters": described, "sites": sites, "checked": checked}
 
 
 def preprocess(text: str) -> str:
@@ -205,7 +208,7 @@ def why_unusable() -> str | None:
     try:
         toolchain()
         compile_kernel(text, "nothing")
-    except (KernelRefused, NoToolchain, OSError, subprocess.SubprocessError) as error:
+    except (KernelRefused, NoToolchain, OSError, RuntimeError) as error:
         return f"the Metal emulator does not work here: {error}"
     return None
 

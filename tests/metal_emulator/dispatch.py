@@ -19,8 +19,8 @@ MARGIN = 4096
 class Reads:
     """Bytes read from one buffer.
 
-    ``total`` counts each thread's loads, ``by_groups`` each byte once per threadgroup that read it,
-    ``distinct`` each byte once.
+    ``total`` counts each thread's loads; of inputs ``by_groups`` counts each byte once per
+    threadgroup that read it, and ``distinct`` each byte once.
     """
 
     total: int = 0
@@ -35,7 +35,7 @@ class Run:
     outputs: dict[int, np.ndarray]
     error: str | None
     warnings: tuple[str, ...]
-    unwritten: dict[int, int]  # output -> elements that the kernel left unset
+    unwritten: dict[str, int]  # elements of an output that the kernel left unset
     reads: dict[str, Reads]
     writes: dict[str, int]  # bytes
     threads: int
@@ -48,7 +48,7 @@ class Run:
     @property
     def findings(self) -> tuple[str, ...]:
         """Everything that is wrong, worst first."""
-        unset = [f"{n} elements of output {i} are never written" for i, n in self.unwritten.items()]
+        unset = [f"{n} elements of '{o}' are never written" for o, n in self.unwritten.items()]
         return (*([self.error] if self.error else ()), *self.warnings, *unset)
 
 
@@ -102,7 +102,7 @@ def dispatch(
     names = {p.index: p.name for p in kernel.parameters if p.is_buffer}
     _need_every_buffer(kernel, bindings)
     arguments = (ctypes.c_uint64 * 64)()
-    buffers = [*_constants(kernel.library)] if kernel.sites else []
+    buffers = _constants(kernel.library) if kernel.checked else []
     bound = []
     for index, binding in bindings.items():
         _place(binding)
@@ -119,7 +119,7 @@ def dispatch(
     job = _Job(
         ctypes.cast(kernel.library.__msl_entry, ctypes.c_void_p).value,
         ctypes.addressof(arguments), ctypes.addressof(table), ctypes.addressof(sites),
-        len(table), len(sites), tuple(threads), tuple(group), schedule, bool(kernel.sites),
+        len(table), len(sites), tuple(threads), tuple(group), schedule, kernel.checked,
     )  # fmt: skip
     start = time.perf_counter()
     failed = runtime().msl_run(ctypes.byref(job))
@@ -170,7 +170,7 @@ def _result(
             stored = binding.memory[MARGIN : MARGIN + array.nbytes]
             outputs[index] = stored.copy().view(array.dtype).reshape(array.shape)
             if buffer.unwritten and not binding.filled and not failed:
-                unwritten[index] = buffer.unwritten // array.itemsize
+                unwritten[name] = buffer.unwritten // array.itemsize
     return Run(
         outputs=outputs,
         error=library.msl_error().decode() if failed else None,

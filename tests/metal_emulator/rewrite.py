@@ -81,25 +81,33 @@ def _note_instance(tokens: Sequence[Token], instances: dict[str, str]) -> None:
 
 
 def _kernels(tokens: Sequence[Token], kernels: dict[str, list[Parameter]]) -> None:
-    """Note each kernel's parameters, take the words off that say it is one, mark its body."""
-    start = -1
+    """Note each kernel's parameters, blank the word that says it is one, mark its body."""
+    attribute = -1  # where the attribute ends that was opened last
     for index, token in enumerate(tokens):
-        if token.text == "kernel" and token.kind == "word":
-            attribute = tokens[index - 1].text == "[["
-            start = attribute_end(tokens, index - 1) + 1 if attribute else index + 1
-            token.text = token.text if attribute else ""
-        elif index == start and token.text != "void":
-            raise KernelRefused(f"{token.file}:{token.line}: error: a kernel must return void")
-        elif index == start:
-            end = closing(tokens, index + 2)
-            kernels[tokens[index + 1].text] = read_parameters(tokens[index + 3 : end])
-            if tokens[end + 1].text == "{":
-                for inside in range(end + 1, closing(tokens, end + 1)):
-                    tokens[inside].in_kernel = True
+        if token.text == "[[":
+            attribute = attribute_end(tokens, index)
+        elif token.text == "kernel" and token.kind == "word":
+            start = max(index, attribute) + 1
+            while tokens[start].text == "[[":
+                start = attribute_end(tokens, start) + 1
+            token.text = ""
+            _kernel(tokens, start, kernels)
+
+
+def _kernel(tokens: Sequence[Token], start: int, kernels: dict[str, list[Parameter]]) -> None:
+    """Read the kernel whose type is at ``start``."""
+    token = tokens[start]
+    if token.text != "void":
+        raise KernelRefused(f"{token.file}:{token.line}: error: a kernel must return void")
+    end = closing(tokens, start + 2)
+    kernels[tokens[start + 1].text] = read_parameters(tokens[start + 3 : end])
+    if tokens[end + 1].text == "{":
+        for inside in range(end + 1, closing(tokens, end + 1)):
+            tokens[inside].in_kernel = True
 
 
 def _attributes(tokens: Sequence[Token]) -> Iterator[Token]:
-    """Leave out ``[[...]]``, and check that each is one we know."""
+    """Leave out ``[[...]]``, of which the kernels' are read by now."""
     index = 0
     while index < len(tokens):
         if tokens[index].text == "[[":

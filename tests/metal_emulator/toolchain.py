@@ -41,9 +41,13 @@ class Toolchain:
     target: tuple[str, ...]
 
     def run(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        """Run the compiler; it may refuse the text, and must not crash over it."""
+        done = subprocess.run(
             [*self.clang, *arguments], input=text, capture_output=True, text=True, check=False
         )
+        if done.returncode not in {0, 1}:
+            raise RuntimeError(f"{self.name} crashed: {done.stderr[-2000:]}")
+        return done
 
     def link(self, out: Path, *objects: Path) -> None:
         """Link a shared library whole or not at all, however many processes do so at once."""

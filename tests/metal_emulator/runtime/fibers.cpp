@@ -38,6 +38,9 @@ asm(".text\n.globl " SYMBOL("msl_switch") "\n.p2align 2\n" SYMBOL("msl_switch") 
     "  add sp, sp, #160\n  ret\n");
 #endif
 
+// The lowest word is zero until a thread has used all of its stack; below the first is a spare.
+static u8* stack_of(const Fiber& fiber) { return stacks + (fiber.index + 1) * STACK_BYTES; }
+
 static void begin() {
   job->entry(job->arguments, current->positions);
   current->state = DONE;
@@ -46,8 +49,9 @@ static void begin() {
 }
 
 void fiber_start(Fiber& fiber) {
-  if (!stacks) stacks = (u8*)calloc(MOST_THREADS, STACK_BYTES);
-  u64 top = (u64)(stacks + (fiber.index + 1) * STACK_BYTES - 64) & ~15ull;
+  if (!stacks) stacks = (u8*)calloc(MOST_THREADS + 1, STACK_BYTES);
+  *(u64*)stack_of(fiber) = 0;
+  u64 top = (u64)(stack_of(fiber) + STACK_BYTES - 64) & ~15ull;
   void** words = (void**)top;
 #if defined(__x86_64__)
   *--words = nullptr;  // where begin() would return to; aligns the stack as a call does
@@ -64,6 +68,7 @@ void fiber_start(Fiber& fiber) {
 void fiber_run(Fiber& fiber) {
   current = &fiber;
   msl_switch(&main_stack, fiber.stack_pointer);
+  if (*(u64*)stack_of(fiber)) stop("a thread's own memory exceeds %llu bytes", STACK_BYTES);
 }
 
 void fiber_wait() { msl_switch(&current->stack_pointer, main_stack); }

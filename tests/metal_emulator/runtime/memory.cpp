@@ -1,6 +1,7 @@
 // Every access of device, constant and threadgroup memory: bounds, alignment, races, unset bytes.
 #include "runtime.h"
 
+const u64 MOST_ACCESSES = 1ull << 31;  // minutes: a loop without end
 const u32 ARENA = 96 * 1024, RED_ZONE = 64, MOST_VARIABLES = 256;
 // Metal places threadgroup variables at 16 bytes: an assumption, as MLX casts them to wider types
 const u32 LEAST_ALIGNMENT = 16;
@@ -170,7 +171,7 @@ static void access_device(u64 address, u32 size, bool write, bool atomic, u32 wh
 
 // info: bits 0-15 size, 16 write, 17 atomic, 18-20 address space, 21-25 log2 of the alignment
 extern "C" void __msl_access(u64 address, u32 info, u32 where) {
-  job->accesses++;
+  if (++job->accesses > MOST_ACCESSES) fail("the kernel does not come to an end at %s", site(where));
   u32 size = info & 0xffff, space = info >> 18 & 7;
   bool write = info >> 16 & 1, atomic = info >> 17 & 1;
   u64 align = 1ull << (info >> 21 & 31);
