@@ -1,0 +1,150 @@
+"""Whole answers through the kernels, run by the emulator, are those of MLX's own operations."""
+
+import pytest
+from fixtures.inputs import picture
+from fixtures.opened import tiny
+from fixtures.tiny import TEXT, Recipe
+
+from internvl3_mlx import load
+from internvl3_mlx.metal_kernels import dispatch
+from internvl3_mlx.metal_kernels.table import Entry, write_table
+from internvl3_mlx.models.cache import PackedKVCache, QuantizedKVCache
+
+CAT, DOG = picture(130, 70), picture(60, 60, 1)
+ASKED = ("the the the image the the image", [CAT])
+LENGTH, LAYERS = 32, TEXT["300m"]["num_hidden_layers"]
+CACHES = [None, 8, 4]
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load(str(tiny(Recipe(head_dim=64)).folder))
+
+
+@pytest.fixture(scope="module")
+def twin():
+    """The same weights once more: all its guesses are right."""
+    return load(str(tiny(Recipe(head_dim=64, shards=2)).folder))
+
+
+@pytest.fixture(scope="module")
+def stranger():
+    """Other weights for the same tokens: its guesses are mostly wrong, and taken back."""
+    return load(str(tiny(Recipe(head_dim=64, seed=3)).folder))
+
+
+@pytest.fixture
+def by_kernels(emulated, request, monkeypatch):
+    """Run something on what seems a Mac that is to take every kernel; give what it launched."""
+
+    def run(ask, setting="force"):
+        request.getfixturevalue("a_mac")
+        monkeypatch.setenv(dispatch.SWITCH, setting)
+        with emulated(schedules=("forward",), checked=False) as metal:
+            answer = ask()
+        monkeypatch.setattr(dispatch, "metal_available", lambda: False)
+        launched = [one.kernel for one in metal.dispatches]
+        return answer, {name: launched.count(name) for name in launched}
+
+    return run
+
+
+@pytest.mark.parametrize("bits", CACHES)
+@pytest.mark.parametrize("delta", [1, "1/16"])
+def test_an_answer_is_the_same_to_the_token(vlm, by_kernels, bits, delta):
+    settings = {"max_tokens": LENGTH, "kv_bits": bits, "v2pe_delta": delta}
+    plain = vlm.ask(*ASKED, **settings)
+    found, launched = by_kernels(lambda: vlm.ask(*ASKED, **settings))
+    assert found.token_ids == plain.token_ids
+    assert len(found.token_ids) == LENGTH
+    each = LAYERS * (LENGTH - 1)
+    assert launched["flash_rows"] > each  # the prompt's last row, and the trial
+    assert launched.get("new_row", 0) == (0 if bits is None else each + 1)
+
+
+@pytest.mark.parametrize("bits, delta", [(None, "1/16"), (8, 1), (4, "1/16")])
+@pytest.mark.parametrize("name", ["twin", "stranger"])
+def test_guesses_are_checked_by_the_kernels(vlm, request, by_kernels, bits, delta, name):
+    settings = {"max_tokens": 20, "kv_bits": bits, "v2pe_delta": delta}
+    plain = vlm.ask(*ASKED, **settings)
+    guess = {"draft": request.getfixturevalue(name), "num_draft_tokens": 7}
+    found, launched = by_kernels(lambda: vlm.ask(*ASKED, **settings, **guess))
+    assert found.token_ids == plain.token_ids
+    assert launched["flash_tiles"] > LAYERS  # several rows at once
+    accepted, drafted = found.usage.accepted_tokens, found.usage.drafted_tokens
+    assert (accepted == drafted) == (name == "twin")
+
+
+@pytest.mark.parametrize("bits", CACHES)
+@pytest.mark.parametrize("delta", [1, "1/16"])
+def test_many_answers_read_their_prompt_together(vlm, by_kernels, bits, delta):
+    settings = {"max_tokens": 6, "kv_bits": bits, "v2pe_delta": delta}
+    plain = vlm.ask(*ASKED, **settings)
+    found, launched = by_kernels(lambda: vlm.ask_many(*ASKED, n=3, **settings))
+    assert [answer.token_ids for answer in found] == [plain.token_ids] * 3
+    assert launched["flash_tiles"] == 1 + LAYERS * 5  # the prompt: two heads' rows, three times
+
+
+def test_the_demo_model_names_its_dog(by_kernels):
+    from internvl3_mlx.loading.names import DEMO_FOLDER
+
+    demo, dog = load("demo"), DEMO_FOLDER / "samples" / "dog.jpg"
+    found, launched = by_kernels(lambda: demo.ask("What is this?", [dog], kv_bits=8))
+    assert found.text == "dog"
+    assert {"flash_rows", "new_row"} <= launched.keys()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_talk_is_saved_and_read_with_and_without_kernels(vlm, by_kernels, tmp_path, bits):
+    """A file holds what MLX packs, so that either side reads what the other wrote."""
+    whole, path = vlm.conversation(max_tokens=5, kv_bits=bits), tmp_path / "talk.zip"
+    whole.ask("What is it?", [CAT])
+    whole.save(path, cache=True)
+    wanted = whole.ask("And?", [DOG])
+
+    def go_on():
+        talk = vlm.conversation(max_tokens=5, kv_bits=bits)
+        assert talk.load(path)
+        assert isinstance(talk.memory.cache[0], QuantizedKVCache)
+        answer = talk.ask("And?", [DOG])
+        assert isinstance(talk.memory.cache[0], PackedKVCache)
+        talk.save(tmp_path / "later.zip", cache=True)
+        return answer, talk.ask("Why?")
+
+    (found, last), _ = by_kernels(go_on)
+    assert found.token_ids == wanted.token_ids
+    assert found.usage.cached_tokens == wanted.usage.cached_tokens > 0
+    later = vlm.conversation(max_tokens=5, kv_bits=bits)
+    assert later.load(tmp_path / "later.zip")
+    assert later.ask("Why?").token_ids == last.token_ids
+
+
+def test_the_cache_takes_the_form_that_was_measured_to_pay(vlm, by_kernels):
+    settings = {"max_tokens": 12, "kv_bits": 8}
+    plain = vlm.ask(*ASKED, **settings)
+    start, forms = plain.usage.prompt_tokens + 4, []
+
+    def ask():
+        write_table([Entry("flash_decode", 8, 64, 2, start)])
+        talk = vlm.conversation(**settings)
+        pieces = talk.stream(*ASKED)
+        ids = []
+        for piece in pieces:
+            ids += [] if piece.token_id is None else [piece.token_id]
+            forms.append(type(talk.memory.cache[0]))
+        return ids
+
+    found, launched = by_kernels(ask, setting="on")
+    assert found == plain.token_ids
+    assert forms[0] is QuantizedKVCache
+    assert forms[-1] is PackedKVCache
+    assert LAYERS < launched["flash_rows"] < LAYERS * 10
+
+
+@pytest.mark.parametrize("setting", ["on", "off"])
+def test_without_a_measurement_or_a_wish_no_kernel_is_launched(vlm, by_kernels, setting):
+    settings = {"max_tokens": 4, "kv_bits": 8}
+    plain = vlm.ask(*ASKED, **settings)
+    found, launched = by_kernels(lambda: vlm.ask(*ASKED, **settings), setting)
+    assert found.token_ids == plain.token_ids
+    assert launched == {}
