@@ -62,7 +62,7 @@ def test_an_answer_is_the_same_to_the_token(vlm, by_kernels, bits, delta):
     assert launched.get("new_row", 0) == (0 if bits is None else each + 1)
 
 
-@pytest.mark.parametrize("bits, delta", [(None, "1/16"), (8, 1), (4, "1/16")])
+@pytest.mark.parametrize(("bits", "delta"), [(None, "1/16"), (8, 1), (4, "1/16")])
 @pytest.mark.parametrize("name", ["twin", "stranger"])
 def test_guesses_are_checked_by_the_kernels(vlm, request, by_kernels, bits, delta, name):
     settings = {"max_tokens": 20, "kv_bits": bits, "v2pe_delta": delta}
