@@ -58,7 +58,7 @@ CHECKS = {
         "threadgroup float t[2]; if (lane == 0) t[simd] = i; y[i] = 1;",
     ),
     "a missing barrier": (
-        "race in threadgroup memory: read after a write",
+        "race in threadgroup memory: write after a read",
         TREE.replace("BARRIER", "", 1),
         TREE,
     ),

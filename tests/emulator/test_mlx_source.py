@@ -6,9 +6,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from metal_emulator import KernelRefused, emulated_metal
-from metal_emulator.mlx_source import TYPES, Definition, generate, printed_by_mlx
+from metal_emulator.mlx_source import TYPES, Call, Definition, generate, printed_by_mlx
 
 F32, F16 = mx.float32, mx.float16
+GRID = (8, 1, 1)
 X = "uint i = thread_position_in_grid.x; y[i] = x[i];"
 
 
@@ -78,15 +79,11 @@ SIGNATURES = {
 def test_our_text_is_the_text_that_mlx_prints(name):
     wanted = SIGNATURES[name]
     kernel = Definition("k", wanted.names, wanted.outputs, wanted.body, **wanted.more)
-    call = {
-        "template": list(wanted.template),
-        "grid": (8, 1, 1),
-        "threadgroup": (8, 1, 1),
-        "output_shapes": [(4,)] * len(wanted.dtypes),
-        "output_dtypes": list(wanted.dtypes),
-    }
-    printed = printed_by_mlx(kernel.real(mx.fast.metal_kernel), wanted.inputs, call)
-    ours = generate(kernel, wanted.inputs, wanted.dtypes, list(wanted.template))
+    call = Call(
+        wanted.inputs, [(4,)] * len(wanted.dtypes), wanted.dtypes, GRID, GRID, wanted.template
+    )
+    printed = printed_by_mlx(kernel.real(mx.fast.metal_kernel), call)
+    ours = generate(kernel, call)
     assert ours.text.strip() == printed.strip()
     assert f"void {ours.name}(" in printed
 
@@ -101,5 +98,5 @@ def test_a_text_that_differs_is_refused(monkeypatch):
         kernel = mx.fast.metal_kernel(name="k", input_names=["x"], output_names=["y"], source=X)
         call = {"inputs": [z((8,))], "output_shapes": [(8,)], "output_dtypes": [F32]}
         with pytest.raises(KernelRefused, match="MLX writes another text"):
-            kernel(**call, grid=(8, 1, 1), threadgroup=(8, 1, 1))
+            kernel(**call, grid=GRID, threadgroup=GRID)
     assert metal.dispatches == []

@@ -9,8 +9,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Definition:
     header: str = ""
     ensure_row_contiguous: bool = True
     atomic_outputs: bool = False
-    more: Mapping[str, Any] = field(default_factory=dict)
+    compile_options: Any = None
 
     def real(self, metal_kernel: Any) -> Any:
         """Make the kernel object that MLX itself would."""
@@ -74,8 +74,21 @@ class Definition:
             header=self.header,
             ensure_row_contiguous=self.ensure_row_contiguous,
             atomic_outputs=self.atomic_outputs,
-            **self.more,
+            **({"compile_options": self.compile_options} if self.compile_options else {}),
         )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a kernel object is called with."""
+
+    inputs: Sequence[mx.array]
+    output_shapes: Sequence[Sequence[int]]
+    output_dtypes: Sequence[mx.Dtype]
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    template: Sequence[tuple[str, Any]] | None = None
+    init_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,20 +111,16 @@ class Source:
         return '#include "mlx/backend/metal/kernels/utils.h"\n' + "\n".join(marked)
 
 
-def generate(
-    kernel: Definition,
-    inputs: Sequence[mx.array],
-    output_dtypes: Sequence[mx.Dtype],
-    template: Sequence[tuple[str, Any]],
-) -> Source:
-    """Write what MLX writes for these inputs, output types and template values."""
+def generate(kernel: Definition, call: Call) -> Source:
+    """Write what MLX writes for the call's inputs, output types and template values."""
+    template = call.template or ()
     values = ", ".join(_value(value) for _, value in template)
-    name = _kernel_name(kernel.name, values if template else None, inputs, output_dtypes)
+    name = _kernel_name(kernel.name, values if template else None, call)
     descriptions = tuple(
         tuple(suffix for suffix in DESCRIPTIONS if array.ndim and label + suffix in kernel.source)
-        for label, array in zip(kernel.input_names, inputs, strict=True)
+        for label, array in zip(kernel.input_names, call.inputs, strict=True)
     )
-    lines = [*_parameters(kernel, inputs, output_dtypes, descriptions)]
+    lines = [*_parameters(kernel, call, descriptions)]
     attributes = [f"  {kind} {a} [[{a}]]" for a, kind in ATTRIBUTES.items() if a in kernel.source]
     signature = f"[[kernel]] void {name}(\n" + ",\n".join([*lines, *attributes]) + ") {\n"
     made = ""
@@ -126,13 +135,10 @@ def generate(
 
 
 def _parameters(
-    kernel: Definition,
-    inputs: Sequence[mx.array],
-    output_dtypes: Sequence[mx.Dtype],
-    descriptions: Sequence[Sequence[str]],
+    kernel: Definition, call: Call, descriptions: Sequence[Sequence[str]]
 ) -> Iterator[str]:
     index = 0
-    for label, array, wanted in zip(kernel.input_names, inputs, descriptions, strict=True):
+    for label, array, wanted in zip(kernel.input_names, call.inputs, descriptions, strict=True):
         space = "constant" if array.size < CONSTANT_BELOW else "device"
         mark = "*" if array.ndim else "&"
         yield f"  const {space} {TYPES[array.dtype]}{mark} {label} [[buffer({index})]]"
@@ -140,25 +146,20 @@ def _parameters(
         for suffix in wanted:
             yield f"  const constant {DESCRIPTIONS[suffix]} {label}{suffix} [[buffer({index})]]"
             index += 1
-    for label, dtype in zip(kernel.output_names, output_dtypes, strict=True):
+    for label, dtype in zip(kernel.output_names, call.output_dtypes, strict=True):
         kind = f"atomic<{TYPES[dtype]}>" if kernel.atomic_outputs else TYPES[dtype]
         yield f"  device {kind}* {label} [[buffer({index})]]"
         index += 1
 
 
-def _kernel_name(
-    name: str,
-    values: str | None,
-    inputs: Sequence[mx.array],
-    output_dtypes: Sequence[mx.Dtype],
-) -> str:
+def _kernel_name(name: str, values: str | None, call: Call) -> str:
     full = f"custom_kernel_{name}"
     if values is not None:
         full += "__" + re.sub(r", |\W", "_", values)
-    for array in inputs:
+    for array in call.inputs:
         size = "s" if array.ndim == 0 else "c" if array.size < CONSTANT_BELOW else ""
         full += f"_{TYPES[array.dtype]}{size}"
-    return full + "".join(f"_{TYPES[dtype]}" for dtype in output_dtypes)
+    return full + "".join(f"_{TYPES[dtype]}" for dtype in call.output_dtypes)
 
 
 def _value(value: Any) -> str:
@@ -171,14 +172,23 @@ def _kind(value: Any) -> str:
     return "bool" if isinstance(value, bool) else "int"
 
 
-def printed_by_mlx(kernel: Any, inputs: Sequence[mx.array], call: Mapping[str, Any]) -> str:
+def printed_by_mlx(kernel: Any, call: Call) -> str:
     """Return the text that MLX prints for a call of its own kernel object."""
 
     def run(*arrays: mx.array) -> tuple[mx.array, ...]:
-        return tuple(kernel(inputs=list(arrays), **call, verbose=True))
+        outputs = kernel(
+            inputs=list(arrays),
+            output_shapes=[tuple(shape) for shape in call.output_shapes],
+            output_dtypes=list(call.output_dtypes),
+            grid=call.grid,
+            threadgroup=call.threadgroup,
+            template=list(call.template or ()),
+            verbose=True,
+        )
+        return tuple(outputs)
 
     with tempfile.TemporaryDirectory() as folder:
-        stand_ins = [mx.zeros(array.shape, array.dtype) for array in inputs]
+        stand_ins = [mx.zeros(array.shape, array.dtype) for array in call.inputs]
         with open(Path(folder, "printed"), "w+b") as file, _standard_output_to(file.fileno()):
             mx.export_function(str(Path(folder, "exported.mlxfn")), run, *stand_ins)
         printed = Path(folder, "printed").read_text("utf-8")

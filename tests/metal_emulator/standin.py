@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
+from metal_emulator.arrays import bindings, not_contiguous, to_mlx
 from metal_emulator.build import compile_kernel
-from metal_emulator.dispatch import SCHEDULES, Binding, Reads, Run, dispatch
+from metal_emulator.dispatch import SCHEDULES, Reads, Run, dispatch
 from metal_emulator.errors import KernelFault, KernelRefused
-from metal_emulator.mlx_source import Definition, Source, generate, printed_by_mlx
-
-NUMPY = {mx.bfloat16: np.uint16, mx.bool_: np.bool_}
+from metal_emulator.mlx_source import Call, Definition, Source, generate, printed_by_mlx
 
 
 @dataclass(frozen=True)
@@ -94,22 +92,9 @@ def emulated_metal(
         raise ValueError(f"no kernel that ran has the text {unused[0]!r}")
 
 
-def _metal_kernel(
-    emulation: Emulation,
-    real: Any,
-    name: str,
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    source: str,
-    header: str = "",
-    ensure_row_contiguous: bool = True,
-    atomic_outputs: bool = False,
-    **more: Any,
-) -> "EmulatedKernel":
-    definition = Definition(
-        name, input_names, output_names, source, header, ensure_row_contiguous, atomic_outputs, more
-    )
-    return EmulatedKernel(emulation, definition, real)
+def _metal_kernel(emulation: Emulation, real: Any, *names: Any, **definition: Any) -> Any:
+    """Take what ``mx.fast.metal_kernel`` takes, by position or by name."""
+    return EmulatedKernel(emulation, Definition(*names, **definition), real)
 
 
 class EmulatedKernel:
@@ -120,130 +105,60 @@ class EmulatedKernel:
         self.compared: set[str] = set()
 
     def __call__(
-        self,
-        *,
-        inputs: Sequence[Any],
-        output_shapes: Sequence[Sequence[int]],
-        output_dtypes: Sequence[mx.Dtype],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        template: Sequence[tuple[str, Any]] | None = None,
-        init_value: float | None = None,
-        verbose: bool = False,
-        stream: Any = None,
+        self, *, inputs: Sequence[Any], verbose: bool = False, stream: Any = None, **call: Any
     ) -> list[mx.array]:
-        """Run the kernel; see ``mx.fast.metal_kernel`` for the arguments."""
+        """Run the kernel; ``mx.fast.metal_kernel`` describes the arguments."""
         arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
-        source = generate(self.definition, arrays, output_dtypes, list(template or ()))
-        call = dict(
-            grid=grid, threadgroup=threadgroup, template=list(template or ()),
-            output_shapes=[tuple(shape) for shape in output_shapes], output_dtypes=output_dtypes,
-        )  # fmt: skip
-        self._compare(source, arrays, call)
+        return self._run(Call(arrays, **call))
+
+    def _run(self, call: Call) -> list[mx.array]:
+        source = generate(self.definition, call)
+        self._compare(source, call)
         text = self.emulation.changed(source.marked(self.definition.name))
         compiled = compile_kernel(text, source.name, checked=self.emulation.checked)
-        group = tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
-        bind = functools.partial(
-            _bindings, self.definition, source, arrays, call["output_shapes"], output_dtypes,
-            init_value,
-        )  # fmt: skip
-        runs = [
-            dispatch(compiled, bind(), grid, group, SCHEDULES[schedule])
-            for schedule in self.emulation.schedules
-        ]
-        self._record(source, runs, grid, group, _not_contiguous(self.definition, arrays))
-        outputs = [runs[0].outputs[index] for index in sorted(runs[0].outputs)]
-        return [_to_mlx(o, dtype) for o, dtype in zip(outputs, output_dtypes, strict=True)]
+        group = tuple(min(t, g) for t, g in zip(call.threadgroup, call.grid, strict=True))
+        runs = {
+            name: dispatch(
+                compiled, bindings(self.definition, source, call), call.grid, group, SCHEDULES[name]
+            )
+            for name in self.emulation.schedules
+        }
+        self._record(source, call, group, runs)
+        return to_mlx(self.emulation.last.run.outputs, call.output_dtypes)
 
-    def _compare(self, source: Source, arrays: Sequence[mx.array], call: dict[str, Any]) -> None:
+    def _compare(self, source: Source, call: Call) -> None:
         """Hold our restatement against MLX's own text, once for each."""
         if source.name in self.compared:
             return
-        printed = printed_by_mlx(self.definition.real(self.real), arrays, call)
+        printed = printed_by_mlx(self.definition.real(self.real), call)
         if printed.strip() != source.text.strip():
             raise KernelRefused(f"MLX writes another text than expected:\n{printed}")
         self.compared.add(source.name)
 
     def _record(
-        self,
-        source: Source,
-        runs: Sequence[Run],
-        grid: tuple[int, ...],
-        group: tuple[int, ...],
-        copied: tuple[str, ...],
+        self, source: Source, call: Call, group: tuple[int, ...], runs: dict[str, Run]
     ) -> None:
-        names = self.emulation.schedules
-        disagree = tuple(
-            name for name, run in zip(names, runs, strict=True) if not _same(run, runs[0])
-        )
+        first = next(iter(runs.values()))
+        disagree = tuple(name for name, run in runs.items() if not _same(run, first))
         if self.definition.atomic_outputs:
             disagree = ()  # the order of additions is anyone's
-        findings = [finding for run in runs for finding in run.findings]
+        findings = [finding for run in runs.values() for finding in run.findings]
         if disagree and not findings:
             findings.append(f"the result depends on the order of threads: {', '.join(disagree)}")
         record = Dispatch(
-            self.definition.name, source.text, grid, group, copied, tuple(dict.fromkeys(findings)),
-            disagree, runs[0], sum(run.seconds for run in runs),
-        )  # fmt: skip
+            kernel=self.definition.name,
+            text=source.text,
+            grid=tuple(call.grid),
+            threadgroup=group,
+            copied=not_contiguous(self.definition, call),
+            findings=tuple(dict.fromkeys(findings)),
+            disagree=disagree,
+            run=first,
+            seconds=sum(run.seconds for run in runs.values()),
+        )
         self.emulation.dispatches.append(record)
         if record.findings and self.emulation.strict:
             raise KernelFault(f"{record.kernel}: " + "\n".join(record.findings))
-
-
-def _bindings(
-    kernel: Definition,
-    source: Source,
-    arrays: Sequence[mx.array],
-    output_shapes: Sequence[Sequence[int]],
-    output_dtypes: Sequence[mx.Dtype],
-    init_value: float | None,
-) -> dict[int, Binding]:
-    """Lay out the buffers in the order of the signature."""
-    bound: list[Binding] = []
-    for array, wanted in zip(arrays, source.descriptions, strict=True):
-        memory, strides = _memory(array, kernel.ensure_row_contiguous)
-        bound.append(Binding(memory))
-        described = {
-            "_shape": np.array(array.shape, np.int32),
-            "_strides": np.array(strides, np.int64),
-            "_ndim": np.array([array.ndim], np.int32),
-        }
-        bound += [Binding(described[suffix]) for suffix in wanted]
-    for shape, dtype in zip(output_shapes, output_dtypes, strict=True):
-        filled = _to_numpy(mx.full(tuple(shape), init_value or 0, dtype))
-        bound.append(Binding(filled, written=True, filled=init_value is not None))
-    return dict(enumerate(bound))
-
-
-def _memory(array: mx.array, row_contiguous: bool) -> tuple[np.ndarray, list[int]]:
-    """Give the memory that a kernel may read, and the strides in elements."""
-    values = _to_numpy(array)
-    if row_contiguous:
-        values = np.ascontiguousarray(values)
-    strides = [stride // values.itemsize for stride in values.strides]
-    if values.size == 0:
-        return values, strides
-    span = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
-    return np.lib.stride_tricks.as_strided(values, (span,), (values.itemsize,)), strides
-
-
-def _not_contiguous(kernel: Definition, arrays: Sequence[mx.array]) -> tuple[str, ...]:
-    if not kernel.ensure_row_contiguous:
-        return ()
-    pairs = zip(kernel.input_names, arrays, strict=True)
-    return tuple(name for name, a in pairs if not _to_numpy(a).flags.c_contiguous)
-
-
-def _to_numpy(array: mx.array) -> np.ndarray:
-    """View an array's memory with the strides that MLX gives it."""
-    mx.eval(array)
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-    return np.asarray(array)
-
-
-def _to_mlx(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
-    return mx.array(array).view(dtype) if dtype == mx.bfloat16 else mx.array(array)
 
 
 def _same(one: Run, other: Run) -> bool:

@@ -28,7 +28,7 @@ STUBS = (
     *("matrix", "pack", "quadgroup", "relational", "simdgroup", "simdgroup_matrix", "type_traits"),
     *("types", "uniform"),
 )
-AFTER_COMPILING = {"__init__.py", "dispatch.py", "mlx_source.py", "standin.py"}
+AFTER_COMPILING = {"__init__.py", "arrays.py", "dispatch.py", "mlx_source.py", "standin.py"}
 
 
 @dataclass(frozen=True)
