@@ -142,7 +142,9 @@ def flash_decode_reference(
     grouped = q.astype(mx.float32).reshape(batch, kv_heads, -1, length, dim)
     scores = grouped @ keys[:, :, None].swapaxes(-1, -2) * (dim**-0.5 if scale is None else scale)
     scores = mx.where(seen, scores, LOWEST)
-    values = mx.where(seen.any(axis=(2, 3))[..., None], values, 0)  # what lies beyond may be anything
+    values = mx.where(
+        seen.any(axis=(2, 3))[..., None], values, 0
+    )  # what lies beyond may be anything
     top = scores.max(axis=-1, keepdims=True)
     weights = mx.where(seen, mx.exp(scores - top), 0)
     total = weights.sum(axis=-1, keepdims=True)

@@ -49,7 +49,11 @@ def remember(name: str, holds: dict[str, Any]) -> bool:
 
 def machine() -> dict[str, str]:
     """Name all that a result depends on: the GPU, MLX, and the kernels' own text."""
-    return {"device": dispatch.device_name(), "mlx": str(getattr(mx, "__version__", "unknown")), "kernels": text_digest()}
+    return {
+        "device": dispatch.device_name(),
+        "mlx": str(getattr(mx, "__version__", "unknown")),
+        "kernels": text_digest(),
+    }
 
 
 @lru_cache(maxsize=1)

@@ -147,7 +147,7 @@ inline void join_parts(const threadgroup float* tops, const threadgroup float* s
     }
     uint at = row * split.y + split.x;
     out[at * D + i % W / (W / 4) * (D / 4) + start + i % (W / 4)] = mixed;
-    if (i % W == 0 && start == 0) {
+    if (i % W == 0) {
       top[at] = highest;
       sum[at] = total;
     }
