@@ -176,7 +176,12 @@ RIGHT = {
         "",
         "void f(const device float*& p) { p += 1; }",
     ),
-    "half and bfloat by static_cast": Snippet("y[i] = static_cast<bfloat>(half(1.0h));"),
+    "half and bfloat by explicit casts": Snippet(
+        "bfloat b = static_cast<bfloat>(half(1.0h)); half h = half(b); y[i] = bfloat(h) + A()();",
+        "",
+        "class A { public: float operator()() const { return n; } "
+        "private: constexpr static constant half n = half(2); };",
+    ),
     "simdgroup matrices": Snippet(
         "simdgroup_matrix<float, 8, 8> a, b, c; simdgroup_load(a, x, 8); "
         "simdgroup_load(b, x, 8, 0, true); c = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from emulator.bodies import around
-from metal_emulator import NoToolchain, toolchain, why_unusable
+from metal_emulator import NoToolchain, reason_to_skip, toolchain
 from metal_emulator.toolchain import CACHE_VARIABLE, CLANG_VARIABLE
 
 TESTS = Path(__file__).parents[1]
@@ -76,7 +76,10 @@ def test_a_machine_without_a_compiler_says_what_to_install(monkeypatch):
             NoToolchain, match=r"pip install ziglang, or a system clang 19 or newer"
         ):
             toolchain()
-        assert "pip install ziglang" in why_unusable()
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert "pip install ziglang" in reason_to_skip.__wrapped__()
+        monkeypatch.setattr(sys, "platform", "linux")
+        assert reason_to_skip.__wrapped__() is None
     finally:
         toolchain.cache_clear()
 

@@ -27,7 +27,7 @@ What it cannot tell: speed, registers and the thread limit that they set, the ac
 functions, the order in which the GPU adds within a simdgroup or a matrix, Apple's compiler's bugs.
 """
 
-from metal_emulator.build import Compiled, compile_kernel, why_unusable
+from metal_emulator.build import Compiled, compile_kernel, reason_to_skip
 from metal_emulator.dispatch import Binding, Reads, Run, dispatch
 from metal_emulator.errors import KernelError, KernelFault, KernelRefused, NoToolchain
 from metal_emulator.standin import Dispatch, Emulation, emulated_metal
@@ -48,6 +48,6 @@ __all__ = [
     "compile_kernel",
     "dispatch",
     "emulated_metal",
+    "reason_to_skip",
     "toolchain",
-    "why_unusable",
 ]

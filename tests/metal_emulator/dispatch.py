@@ -2,7 +2,7 @@
 
 import ctypes
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from metal_emulator.errors import KernelRefused
 SCHEDULES = {"forward": 0, "backward": 1, "shuffled": 2}
 POISON = 0xFF  # unset bytes: NaN in every float type
 MARGIN = 4096
+MOST_ARGUMENTS = 31
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Binding:
     filled: bool = True
     memory: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8), repr=False)
 
+    @property
+    def defined(self) -> bool:
+        """Whether the kernel may read it before it writes it."""
+        return self.filled or not self.written
+
 
 class _Buffer(ctypes.Structure):
     _fields_ = (
@@ -99,22 +105,12 @@ def dispatch(
 
     ``schedule``: 0 forward, 1 backward, any other a shuffle.
     """
-    names = {p.index: p.name for p in kernel.parameters if p.is_buffer}
     _need_every_buffer(kernel, bindings)
-    arguments = (ctypes.c_uint64 * 64)()
-    buffers = _constants(kernel.library) if kernel.checked else []
-    bound = []
-    for index, binding in bindings.items():
-        _place(binding)
-        arguments[index] = binding.memory.ctypes.data + MARGIN
-        name = names.get(index, f"buffer {index}").encode()
-        row = _Buffer(
-            arguments[index], binding.array.nbytes, binding.written,
-            binding.filled or not binding.written, name,
-        )  # fmt: skip
-        bound.append((index, binding, len(buffers)))
-        buffers.append(row)
-    table = (_Buffer * len(buffers))(*buffers)
+    arguments = (ctypes.c_uint64 * MOST_ARGUMENTS)()
+    rows = [*_bound(kernel, bindings), *_constants(kernel)]
+    for index, row in zip(bindings, rows, strict=False):
+        arguments[index] = row.base
+    table = (_Buffer * len(rows))(*rows)
     sites = (ctypes.c_char_p * len(kernel.sites))(*(site.encode() for site in kernel.sites))
     job = _Job(
         ctypes.cast(kernel.library.__msl_entry, ctypes.c_void_p).value,
@@ -122,9 +118,8 @@ def dispatch(
         len(table), len(sites), tuple(threads), tuple(group), schedule, kernel.checked,
     )  # fmt: skip
     start = time.perf_counter()
-    failed = runtime().msl_run(ctypes.byref(job))
-    seconds = time.perf_counter() - start
-    return _result(job, table, bound, bool(failed), seconds)
+    failed = bool(runtime().msl_run(ctypes.byref(job)))
+    return _result(job, table, bindings, failed, time.perf_counter() - start)
 
 
 def _need_every_buffer(kernel: Compiled, bindings: Mapping[int, Binding]) -> None:
@@ -134,11 +129,23 @@ def _need_every_buffer(kernel: Compiled, bindings: Mapping[int, Binding]) -> Non
             raise KernelRefused(f"buffer {parameter.index} ('{parameter.name}') is not bound")
 
 
-def _constants(library: ctypes.CDLL) -> list[_Buffer]:
-    """List the program's constant tables, which are memory as well."""
-    count = ctypes.c_uint32.in_dll(library, "__msl_constant_count").value
-    rows = (_Constant * count).in_dll(library, "__msl_constants") if count else ()
-    return [_Buffer(row.place, row.size, 0, 1, b"a constant of the program") for row in rows]
+def _bound(kernel: Compiled, bindings: Mapping[int, Binding]) -> Iterator[_Buffer]:
+    """Describe the bound buffers, in the order of the bindings."""
+    names = {p.index: p.name for p in kernel.parameters if p.is_buffer}
+    for index, binding in bindings.items():
+        _place(binding)
+        name = names.get(index, f"buffer {index}").encode()
+        base, size = binding.memory.ctypes.data + MARGIN, binding.array.nbytes
+        yield _Buffer(base, size, binding.written, binding.defined, name)
+
+
+def _constants(kernel: Compiled) -> Iterator[_Buffer]:
+    """Describe the program's constant tables, which are memory as well."""
+    if kernel.checked:
+        count = ctypes.c_uint32.in_dll(kernel.library, "__msl_constant_count").value
+        rows = (_Constant * count).in_dll(kernel.library, "__msl_constants") if count else ()
+        for row in rows:
+            yield _Buffer(row.place, row.size, 0, 1, b"a constant of the program")
 
 
 def _place(binding: Binding) -> None:
@@ -147,29 +154,29 @@ def _place(binding: Binding) -> None:
     binding.memory = np.full(flat.nbytes + 2 * MARGIN + 64, POISON, np.uint8)
     start = -binding.memory.ctypes.data % 64  # as aligned as MLX's own buffers
     binding.memory = binding.memory[start:]
-    if binding.filled or not binding.written:
+    if binding.defined:
         binding.memory[MARGIN : MARGIN + flat.nbytes] = flat
 
 
 def _result(
     job: _Job,
     table: Sequence[_Buffer],
-    bound: list[tuple[int, Binding, int]],
+    bindings: Mapping[int, Binding],
     failed: bool,
     seconds: float,
 ) -> Run:
     library = runtime()
     library.msl_error.restype = library.msl_warning.restype = ctypes.c_char_p
     outputs, unwritten, reads, writes = {}, {}, {}, {}
-    for index, binding, row in bound:
-        buffer, array = table[row], binding.array
+    for buffer, (index, binding) in zip(table, bindings.items(), strict=False):
+        array = binding.array
         name = buffer.name.decode()
         reads[name] = Reads(buffer.total, buffer.by_groups, buffer.distinct)
         if binding.written:
             writes[name] = buffer.written
             stored = binding.memory[MARGIN : MARGIN + array.nbytes]
             outputs[index] = stored.copy().view(array.dtype).reshape(array.shape)
-            if buffer.unwritten and not binding.filled and not failed:
+            if buffer.unwritten and not binding.defined and not failed:
                 unwritten[name] = buffer.unwritten // array.itemsize
     return Run(
         outputs=outputs,

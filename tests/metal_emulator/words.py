@@ -11,21 +11,12 @@ SCALARS = (
     *("half", "float", "bfloat", "bool"),
 )
 VECTORS = {f"{scalar}{n}" for scalar in SCALARS for n in (2, 3, 4)}
-# static_cast between half and bfloat is legal in Metal, and no conversion in clang
 SPELLED = {"device": "__global", "threadgroup": "__local", "static_cast": "__msl_cast"}
+CAST_BY_NAME = {"half", "bfloat"}  # between the two clang has no conversion of its own
 # plain identifiers in Metal, keywords in OpenCL
 RENAMED = {
-    *("local", "global", "generic", "pipe", "private", "read_only", "write_only", "read_write"),
-    *(
-        "event_t",
-        "sampler_t",
-        "queue_t",
-        "image1d_t",
-        "image2d_t",
-        "image3d_t",
-        "half16",
-        "float16",
-    ),
+    *("local", "global", "generic", "pipe", "read_only", "write_only", "read_write"),
+    *("event_t", "sampler_t", "queue_t", "image1d_t", "image2d_t", "image3d_t"),
     *("atomic_int", "atomic_uint", "atomic_bool", "atomic_float"),
 }
 REFUSED = {
@@ -53,6 +44,8 @@ def spell_words(tokens: Sequence[Token]) -> Sequence[Token]:
             _refuse(token, tokens[index + 1])
             if token.text in VECTORS or token.text == "vec":
                 _vector(tokens, index)
+            elif token.text in CAST_BY_NAME and _is_a_cast(tokens, index):
+                token.text = f"__msl_cast<{token.text}>"
             elif token.text == "thread":
                 token.text = "" if _qualifies_a_temporary(tokens, index) else "__private"
             elif token.text == "constant":
@@ -74,6 +67,10 @@ def _refuse(token: Token, following: Token) -> None:
         word, reason = "long long", "not supported in Metal"
     if reason:
         raise KernelRefused(f"{token.file}:{token.line}: error: '{word}' is {reason}")
+
+
+def _is_a_cast(tokens: Sequence[Token], index: int) -> bool:
+    return tokens[index + 1].text == "(" and tokens[index - 1].text != "operator"
 
 
 def _vector(tokens: Sequence[Token], index: int) -> None:

@@ -27,6 +27,3 @@ MSL_BUILTIN_FILL(shuffle_and_fill_down) MSL_BUILTIN_FILL(shuffle_and_fill_up)
 MSL_BUILTIN_REDUCE(max) MSL_BUILTIN_REDUCE(min) MSL_BUILTIN_REDUCE(product) MSL_BUILTIN_REDUCE(sum)
 MSL_BUILTIN_REDUCE(prefix_exclusive_product) MSL_BUILTIN_REDUCE(prefix_exclusive_sum)
 MSL_BUILTIN_REDUCE(prefix_inclusive_product) MSL_BUILTIN_REDUCE(prefix_inclusive_sum)
-#undef MSL_EACH_UNARY
-#undef MSL_EACH_BINARY
-#undef MSL_EACH_TERNARY

@@ -46,5 +46,3 @@ typedef atomic<float> __id_atomic_float;
   }
 MSL_ATOMICS(__global) MSL_ATOMICS(__local)
 }  // namespace metal
-#undef MSL_ATOMIC
-#undef MSL_ATOMICS

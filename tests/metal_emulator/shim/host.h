@@ -19,4 +19,3 @@ template <class E, int N> struct position<metal::vec<E, N>> {
   }
 };
 }  // namespace __msl_host
-#undef MSL_POINTER

@@ -64,6 +64,3 @@ template <class T, int N> MSL_INLINE vec<T, N> select(vec<T, N> a, vec<T, N> b, 
 MSL_INLINE bool all(bool c) { return c; }
 MSL_INLINE bool any(bool c) { return c; }
 }  // namespace metal
-#undef MSL_SIGNED
-#undef MSL_INTEGER
-#undef MSL_SELECT

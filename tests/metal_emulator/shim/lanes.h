@@ -112,4 +112,3 @@ MSL_INLINE bool simd_all(bool b, __msl_place at = MSL_PLACE) { return __vote(MSL
 MSL_INLINE bool simd_any(bool b, __msl_place at = MSL_PLACE) { return __vote(MSL_ANY, b, at); }
 MSL_INLINE bool simd_is_first(__msl_place at = MSL_PLACE) { return __vote(MSL_IS_FIRST, 0, at); }
 }  // namespace metal
-#undef MSL_TYPE

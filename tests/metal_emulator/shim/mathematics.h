@@ -101,11 +101,3 @@ template <class T, int N> MSL_INLINE T dot(vec<T, N> a, vec<T, N> b) {
 template <class T, int N> MSL_INLINE T length_squared(vec<T, N> a) { return dot(a, a); }
 template <int N> MSL_INLINE float length(vec<float, N> a) { return sqrt(dot(a, a)); }
 }  // namespace metal
-#undef MSL_C_UNARY
-#undef MSL_UNARY
-#undef MSL_BINARY
-#undef MSL_TERNARY
-#undef MSL_COMMON
-#undef MSL_OVER_VECTORS
-#undef MSL_MATHEMATICS
-#undef MSL_CLASSES

@@ -60,4 +60,3 @@ MSL_INLINE void simdgroup_multiply(
   }
 MSL_LOAD_STORE(__global) MSL_LOAD_STORE(__local)
 }  // namespace metal
-#undef MSL_LOAD_STORE

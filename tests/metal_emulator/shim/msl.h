@@ -18,6 +18,3 @@
 #include "atomics.h"
 #include "apple.h"
 #include "host.h"
-#undef MSL_EACH_INTEGER
-#undef MSL_EACH_SMALL_INTEGER
-#undef MSL_EACH_FLOAT

@@ -82,7 +82,3 @@ template <class T, int N> struct array {
   constexpr static uint size() { return N; }
 };
 }  // namespace metal
-#undef MSL_SPACE
-#undef MSL_INTEGRAL
-#undef MSL_FLOATING
-#undef MSL_UNSIGNED

@@ -114,7 +114,8 @@ MSL_INLINE constexpr V __msl_make(A a, B b, Rest... rest) {
   MSL_PACKED_OF(T, 2, x, y) MSL_PACKED_OF(T, 3, x, y, z) MSL_PACKED_OF(T, 4, x, y, z, w)
 MSL_EACH_SMALL_INTEGER(MSL_PACKED) MSL_EACH_FLOAT(MSL_PACKED) MSL_PACKED(bfloat)
 
-// static_cast: between half and bfloat it is legal in Metal, and clang has no such conversion
+// static_cast<half>(b) and half(b) are legal in Metal, and clang converts no bfloat to half
+template <class To> MSL_INLINE constexpr To __msl_cast() { return To(); }
 template <class To, class From> MSL_INLINE constexpr To __msl_cast(From x) {
   constexpr bool over_float = (__is_same(To, half) && __is_same(From, bfloat)) ||
                               (__is_same(To, bfloat) && __is_same(From, half));
@@ -131,9 +132,3 @@ template <class T, class C, class = typename C::value_type>
 MSL_INLINE __private auto& operator+=(T* __private& p, C c) { return p = p + (typename C::value_type)c; }
 template <class T, class C, class = typename C::value_type>
 MSL_INLINE __private auto& operator-=(T* __private& p, C c) { return p = p - (typename C::value_type)c; }
-#undef MSL_VECTOR
-#undef MSL_VECTORS
-#undef MSL_PACKED
-#undef MSL_PACKED_OF
-#undef MSL_BOOLS
-#undef MSL_BOOL_OPERATOR
