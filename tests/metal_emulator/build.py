@@ -203,7 +203,6 @@ def runtime() -> ctypes.CDLL:
 
 
 @functools.cache
-@functools.cache
 def reason_to_skip() -> str | None:
     """Say why no kernel runs on this machine, for tests to skip.
 
