@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -38,6 +38,17 @@ class Launch:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[mx.Dtype, ...]
 
+    @cached_property
+    def call(self) -> dict[str, Any]:
+        """Name the arguments as MLX does."""
+        return {
+            "template": list(self.template),
+            "grid": self.grid,
+            "threadgroup": self.threadgroup,
+            "output_shapes": [list(shape) for shape in self.shapes],
+            "output_dtypes": list(self.dtypes),
+        }
+
 
 def metal_available() -> bool:
     """Say whether kernels can run: the one place that asks. Tests put an emulator in its stead."""
@@ -54,16 +65,9 @@ def setting() -> str:
     return given
 
 
-def launch(program: Program, inputs: Sequence[mx.array], call: Launch) -> list[mx.array]:
+def launch(program: Program, inputs: Sequence[mx.array], how: Launch) -> list[mx.array]:
     """Start a kernel. Its text is compiled when the result is evaluated, so errors come there."""
-    return compiled(program)(
-        inputs=list(inputs),
-        template=list(call.template),
-        grid=call.grid,
-        threadgroup=call.threadgroup,
-        output_shapes=[list(shape) for shape in call.shapes],
-        output_dtypes=list(call.dtypes),
-    )
+    return compiled(program)(inputs=list(inputs), **how.call)
 
 
 @cache

@@ -7,6 +7,7 @@ candidates). Every byte of the store is read once for all rows of its head. The 
 """
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 
@@ -15,7 +16,11 @@ from internvl3_mlx.metal_kernels.dispatch import SIMD, Launch, Program
 from internvl3_mlx.metal_kernels.merge import as_batch as as_batch
 from internvl3_mlx.metal_kernels.merge import as_rows as as_rows
 from internvl3_mlx.metal_kernels.merge import merge as merge
-from internvl3_mlx.metal_kernels.packed import HEAD_DIMS, RowLayout, pack, unpack
+from internvl3_mlx.metal_kernels.packed import HEAD_DIMS, RowLayout, pack
+from internvl3_mlx.metal_kernels.store import WHOLE as WHOLE
+from internvl3_mlx.metal_kernels.store import Dense as Dense
+from internvl3_mlx.metal_kernels.store import PackedRows as PackedRows
+from internvl3_mlx.metal_kernels.store import Store as Store
 
 MOST_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
 LONGEST_DRAFT = 8  # new tokens; from there on unpacking and MLX's own attention cost less
@@ -24,7 +29,6 @@ SIMDGROUPS = 4  # of a threadgroup whose rows fit one tile; each takes its own t
 BLOCK, WIDE_BYTES = 32, 512  # tokens between two rescalings; half of it where keys are this wide
 TOKENS_A_SPLIT, GROUPS_WANTED, MOST_SPLITS = 512, 160, 64  # 160: two for each of 80 cores
 LOWEST = -3.0e38  # stands for minus infinity where a row saw nothing, as in shaders/store.metal
-WHOLE = 16  # "bits" of numbers that are not packed, whatever their type
 
 INPUTS = ("q", "keys", "values", "lengths", "scale")
 PARTS = ("out", "top", "sum")
@@ -33,57 +37,6 @@ ROWS = Program("flash_rows", INPUTS, PARTS, "flash_rows", ("store",))
 JOIN = Program("flash_join", ("parts", "tops", "sums"), ("out", "lse"), "flash_join", ("store",))
 
 
-@dataclass(frozen=True)
-class Dense:
-    """Keys and values as they are: (B, KV, C, D) each, the whole backing arrays."""
-
-    keys: mx.array
-    values: mx.array
-
-    bits = WHOLE
-
-    @property
-    def group_size(self) -> int:
-        return self.keys.shape[-1]
-
-    def numbers(self) -> tuple[mx.array, mx.array]:
-        return self.keys, self.values
-
-    def first(self, length: int) -> "Dense":
-        return Dense(self.keys[..., :length, :], self.values[..., :length, :])
-
-    @property
-    def arrays(self) -> tuple[mx.array, mx.array]:
-        return self.keys, self.values
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Packed rows: (B, KV, C, W) uint32, the whole backing array."""
-
-    rows: mx.array
-    layout: RowLayout
-
-    @property
-    def bits(self) -> int:
-        return self.layout.bits
-
-    @property
-    def group_size(self) -> int:
-        return self.layout.group_size
-
-    def numbers(self) -> tuple[mx.array, mx.array]:
-        return unpack(self.rows, self.layout)
-
-    def first(self, length: int) -> "PackedRows":
-        return PackedRows(self.rows[..., :length, :], self.layout)
-
-    @property
-    def arrays(self) -> tuple[mx.array, mx.array]:
-        return self.rows, self.rows
-
-
-Store = Dense | PackedRows
 Lengths = int | mx.array  # tokens to look at: one number, 0-d, or (B,) int32
 Attended = tuple[mx.array, mx.array]  # out (B, H, L, D), lse (B, H, L) float32
 
@@ -125,7 +78,7 @@ def prefers_rows(layout: RowLayout, rows: int, tokens: int) -> bool:
     ``rows``: query heads per key-value head. The numbers are the same either way.
     """
     return chosen(
-        FlashVariant(layout.dtype, layout.bits, layout.head_dim, layout.group_size, rows), tokens
+        flash_variant(layout.dtype, layout.bits, layout.head_dim, layout.group_size, rows), tokens
     )
 
 
@@ -142,9 +95,7 @@ def flash_decode_reference(
     grouped = q.astype(mx.float32).reshape(batch, kv_heads, -1, length, dim)
     scores = grouped @ keys[:, :, None].swapaxes(-1, -2) * (dim**-0.5 if scale is None else scale)
     scores = mx.where(seen, scores, LOWEST)
-    values = mx.where(
-        seen.any(axis=(2, 3))[..., None], values, 0
-    )  # what lies beyond may be anything
+    values = mx.where(seen.any(axis=(2, 3))[..., None], values, 0)  # beyond, there may be NaN
     top = scores.max(axis=-1, keepdims=True)
     weights = mx.where(seen, mx.exp(scores - top), 0)
     total = weights.sum(axis=-1, keepdims=True)
@@ -167,41 +118,60 @@ def flash_decode_kernel(
     q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
 ) -> Attended:
     """Run the kernels: every byte of the store once, then the splits' results joined."""
-    batch, heads, length, dim = q.shape
     kv_heads, capacity = store.arrays[0].shape[1:3]
-    rows = heads * length // kv_heads
+    plan = planned(FlashVariant.of(q, store, causal), q.shape[0], kv_heads, capacity)
+    given = lengths if isinstance(lengths, mx.array) else number(lengths, mx.int32)
+    factor = number(q.shape[-1] ** -0.5 if scale is None else scale, mx.float32)
+    inputs = [q, *store.arrays, given.astype(mx.int32), factor]
+    out, lse = dispatch.launch(JOIN, dispatch.launch(plan.program, inputs, plan.split), plan.join)
+    return out, lse
+
+
+@lru_cache(maxsize=64)
+def number(value: float, dtype: mx.Dtype) -> mx.array:
+    """Give a 0-d array, the same one to every layer."""
+    return mx.array(value, dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Both launches of one shape."""
+
+    program: Program
+    split: Launch
+    join: Launch
+
+
+@lru_cache(maxsize=256)
+def planned(variant: "FlashVariant", batch: int, kv_heads: int, capacity: int) -> Plan:
+    """Cut a shape into threadgroups: a split of a head's tokens each."""
+    dim, rows, dtype = variant.head_dim, variant.rows * variant.draft, variant.dtype
     tiles = -(-rows // TILE_ROWS)
     simdgroups = tiles if tiles > 1 else SIMDGROUPS
-    splits = split_count(capacity, batch * kv_heads)
+    heads, splits = batch * kv_heads, split_count(capacity, batch * kv_heads)
     values = {
-        "T": q.dtype, "BITS": store.bits, "D": dim, "GS": store.group_size, "KV": kv_heads,
-        "M": rows, "L": length, "CAUSAL": causal and length > 1, "SG": simdgroups,
+        "T": dtype, "BITS": variant.bits, "D": dim, "GS": variant.group_size, "KV": kv_heads,
+        "M": rows, "L": variant.draft, "CAUSAL": variant.causal, "SG": simdgroups,
     }  # fmt: skip
-    program = ROWS
-    if rows >= TILES_FROM:
-        program = TILES
-        wide = store.bits == WHOLE and dim * q.dtype.size >= WIDE_BYTES
+    program = TILES if rows >= TILES_FROM else ROWS
+    if program is TILES:
+        wide = variant.bits == WHOLE and dim * dtype.size >= WIDE_BYTES
         values["BLOCK"] = BLOCK // 2 if wide else BLOCK
-    grid = (SIMD * simdgroups, splits, batch * kv_heads)
-    shape = (batch * heads * length, splits)
-    scale = dim**-0.5 if scale is None else scale
-    parts = dispatch.launch(
+    group = (SIMD * simdgroups, 1, 1)
+    parts = (heads * rows, splits)
+    answer = (batch, kv_heads * variant.rows, variant.draft)
+    single = (mx.float32,) * 3
+    return Plan(
         program,
-        [q, *store.arrays, mx.array(lengths, mx.int32), mx.array(scale, mx.float32)],
         Launch(
-            tuple(values.items()), grid, (SIMD * simdgroups, 1, 1),
-            ((*shape, dim), shape, shape), (mx.float32,) * 3,
+            tuple(values.items()), (group[0], splits, heads), group, ((*parts, dim), parts, parts),
+            single,
+        ),
+        Launch(
+            (("T", dtype), ("D", dim)), (SIMD, parts[0], 1), (SIMD, 1, 1),
+            ((*answer, dim), answer), (dtype, mx.float32),
         ),
     )  # fmt: skip
-    out, lse = dispatch.launch(
-        JOIN,
-        parts,
-        Launch(
-            (("T", q.dtype), ("D", dim)), (SIMD, shape[0], 1), (SIMD, 1, 1),
-            (q.shape, q.shape[:-1]), (q.dtype, mx.float32),
-        ),
-    )  # fmt: skip
-    return out, lse
 
 
 def split_count(capacity: int, heads: int) -> int:
@@ -232,9 +202,9 @@ class FlashVariant:
         _, heads, length, dim = q.shape
         sharing = heads // store.arrays[0].shape[1]
         causal = causal and length > 1
-        return FlashVariant(q.dtype, store.bits, dim, store.group_size, sharing, length, causal)
+        return flash_variant(q.dtype, store.bits, dim, store.group_size, sharing, length, causal)
 
-    @property
+    @cached_property
     def name(self) -> str:
         kind = str(self.dtype).removeprefix("mlx.core.")
         groups = "" if self.bits == WHOLE else f" in groups of {self.group_size}"
@@ -244,13 +214,13 @@ class FlashVariant:
             f"{self.rows}{drafted} rows, {kind}"
         )
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         """Say whether the kernel knows this shape and type at all."""
         known = self.head_dim in HEAD_DIMS and self.dtype in probe.TOLERANCES
         return known and self.rows * self.draft <= MOST_ROWS
 
-    @property
+    @cached_property
     def case(self) -> str:
         """Name what the table knows: it is measured with one query row of each head."""
         return table.Entry("flash_decode", self.bits, self.head_dim, self.rows).case
@@ -276,3 +246,6 @@ class FlashVariant:
         found = flash_decode_kernel(q, store, lengths, causal=self.causal)
         wanted = flash_decode_reference(q, store, lengths, causal=self.causal)
         return [*zip(found, wanted, strict=True)]
+
+
+flash_variant = lru_cache(maxsize=256)(FlashVariant)  # one object a form, which knows its name

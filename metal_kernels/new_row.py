@@ -5,7 +5,7 @@ it is one kernel and one slice update.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 
 import mlx.core as mx
 
@@ -47,7 +47,7 @@ def new_row(
     ``bias`` (KV*D,) is added to the keys first, where the projection left it out. The kernel's
     trial decides alone: rows are only kept where the kernel that reads them was chosen.
     """
-    variant = NewRowVariant.of(layout, biased=bias is not None)
+    variant = new_row_variant(layout, bias is not None)
     run = new_row_kernel if probe.usable(variant) else new_row_reference
     return run(keys, values, layout, turn, bias)
 
@@ -69,23 +69,27 @@ def new_row_kernel(
     keys: mx.array, values: mx.array, layout: RowLayout, turn: Turn, bias: mx.array | None = None
 ) -> mx.array:
     """Run the kernel: one simdgroup for each token and key-value head."""
-    batch, length, heads, dim = keys.shape
+    batch, length, heads, _ = keys.shape
+    positions = mx.broadcast_to(turn.positions, (batch, length))
+    inputs = [keys, values, turn.freqs if bias is None else bias, positions, turn.freqs]
+    how = planned(new_row_variant(layout, bias is not None), batch, length, heads)
+    return dispatch.launch(PROGRAM, inputs, how)[0]
+
+
+@lru_cache(maxsize=256)
+def planned(variant: "NewRowVariant", batch: int, length: int, heads: int) -> Launch:
+    layout = variant.layout
     template = {
-        "T": layout.dtype, "BITS": layout.bits, "D": dim, "GS": layout.group_size, "KV": heads,
-        "BIASED": bias is not None,
+        "T": layout.dtype, "BITS": layout.bits, "D": layout.head_dim, "GS": layout.group_size,
+        "KV": heads, "BIASED": variant.biased,
     }  # fmt: skip
-    rows, = dispatch.launch(
-        PROGRAM,
-        [
-            keys, values, turn.freqs if bias is None else bias,
-            mx.broadcast_to(turn.positions, (batch, length)), turn.freqs,
-        ],
-        Launch(
-            tuple(template.items()), (SIMD, length, batch * heads), (SIMD, 1, 1),
-            ((batch, heads, length, layout.words),), (mx.uint32,),
-        ),
-    )  # fmt: skip
-    return rows
+    return Launch(
+        tuple(template.items()),
+        (SIMD, length, batch * heads),
+        (SIMD, 1, 1),
+        ((batch, heads, length, layout.words),),
+        (mx.uint32,),
+    )
 
 
 @dataclass(frozen=True)
@@ -97,15 +101,11 @@ class NewRowVariant:
 
     instead = "MLX's rotary embedding and quantisation"
 
-    @staticmethod
-    def of(layout: RowLayout, *, biased: bool) -> "NewRowVariant":
-        return NewRowVariant(layout, biased)
-
     @property
     def dtype(self) -> mx.Dtype:
         return self.layout.dtype
 
-    @property
+    @cached_property
     def name(self) -> str:
         kind = str(self.dtype).removeprefix("mlx.core.")
         layout, biased = self.layout, ", bias" if self.biased else ""
@@ -128,3 +128,6 @@ class NewRowVariant:
             for run in (new_row_kernel, new_row_reference)
         )
         return [*zip(found, wanted, strict=True)]
+
+
+new_row_variant = lru_cache(maxsize=64)(NewRowVariant)  # one object a form, which knows its name
