@@ -105,5 +105,6 @@ def verdict(found: list[dict[str, str]]) -> str:
     if wrong := results.count(WRONG):
         return f"{wrong} of {len(found)} checks are wrong; please report this"
     if lost := results.count(FALLS_BACK):
-        return f"results are right, but {lost} kernels do not work here; please report this"
+        kernels = "a kernel does" if lost == 1 else f"{lost} kernels do"
+        return f"results are right, but {kernels} not work here; please report this"
     return "all is well"

@@ -1,0 +1,118 @@
+"""``internvl3 bench``: a table, JSON or a picture of what was measured, however it ends."""
+
+import json
+from xml.etree import ElementTree as ET
+
+import pytest
+from click.testing import CliRunner
+from fixtures.opened import tiny
+from fixtures.tiny import Recipe
+
+from internvl3_mlx.cli.main import main
+from internvl3_mlx.measuring import clock, kernels, limits
+from internvl3_mlx.measuring.bench import Bench
+from internvl3_mlx.measuring.kernels import NO_METAL, Trial
+from internvl3_mlx.measuring.limits import Limits
+from internvl3_mlx.metal_kernels import table
+from internvl3_mlx.metal_kernels.table import Entry
+
+LIMITS = Limits(bandwidth=2.5e9, rate=3e10, launch_s=5e-6, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch, tmp_path):
+    """Measure each thing once, one kernel alone, on a machine of known limits."""
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(clock, "LEAST_S", 0.0)
+    monkeypatch.setattr(limits, "measure", lambda *, quick: LIMITS)
+    monkeypatch.setattr(kernels, "trials", lambda *, quick: [Trial("odd", 6, 2, 64, 8)])
+    table.measured.cache_clear()
+    yield
+    table.measured.cache_clear()
+
+
+def bench(*words):
+    model = str(tiny(Recipe(head_dim=64)).folder)
+    command = ["bench", "--quick", "--contexts", "7,1k", "--model", model, *words]
+    return CliRunner().invoke(main, command, prog_name="internvl3")
+
+
+def test_a_table_for_every_stage():
+    result = bench()
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert "  memory                   2.5 GB/s" in lines
+    assert "  float32 products         30.0 GFLOP/s" in lines
+    assert [line for line in lines if line in ("tower", "prefill", "decode", "kernels")] == [
+        "tower",
+        "prefill",
+        "decode",
+        "kernels",
+    ]
+    assert f"not measured  {NO_METAL}" in lines
+    shares = [line for line in lines if line.endswith("%")]
+    assert len(shares) == 1 + 2 + 3 * 2  # a tile, two contexts, three caches at both
+
+
+def test_json_holds_every_figure_and_its_limit():
+    content = json.loads(bench("--json").stdout)
+    assert content["limits"] == LIMITS.to_dict()
+    assert {figure["context"] for figure in content["figures"]} == {0, 7, 1024}
+    assert content["kernels_pay"] == {}
+    decode = next(figure for figure in content["figures"] if figure["group"] == "decode")
+    assert decode["share"] == pytest.approx(decode["limit_s"] / decode["seconds"])
+
+
+def test_a_picture_is_written_whole(tmp_path):
+    path = tmp_path / "roof.svg"
+    assert bench("--svg", str(path)).exit_code == 0
+    assert ET.fromstring(path.read_text("utf-8")).tag.endswith("svg")
+    assert [p.name for p in tmp_path.iterdir() if p.suffix] == ["roof.svg"]
+
+
+def test_a_place_that_is_none_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bench, "run", None)
+    result = bench("--svg", str(tmp_path / "nowhere" / "roof.svg"))
+    assert result.exit_code == 2
+    assert "no folder" in result.stderr
+
+
+@pytest.mark.parametrize("words", ["one", "1k,,2k", "0", "-3", "1.5k", "9999k"])
+def test_contexts_that_are_no_numbers_of_tokens_are_refused(words):
+    result = CliRunner().invoke(main, ["bench", "--contexts", words])
+    assert result.exit_code == 2
+    assert f"--contexts {words}: give tokens with commas between, such as 1k,4k,16k" in (
+        result.stderr
+    )
+
+
+def test_an_interrupt_shows_what_was_measured(monkeypatch):
+    measured = kernels.measured
+
+    def broken(trial, context, runs):
+        if context > 7:
+            raise KeyboardInterrupt
+        return measured(trial, context, runs)
+
+    monkeypatch.setattr(kernels, "measured", broken)
+    result = bench("--json")
+    assert result.exit_code == 130
+    assert [figure["context"] for figure in json.loads(result.stdout)["figures"]] == [7]
+
+
+def test_where_kernels_pay_is_kept_and_told(monkeypatch):
+    pays = Entry("flash_decode", 8, 64, 3, 1024)
+    monkeypatch.setattr(Bench, "entries", [pays, Entry("flash_decode", 4, 64, 3, None)])
+    result = bench()
+    assert f"  {pays.case}  from 1,024 tokens\n" in result.stdout
+    assert table.pays(pays.case, 1024)
+    assert not table.pays(pays.case, 1023)
+
+
+def test_a_cache_folder_that_takes_no_files_is_told(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(Bench, "entries", [Entry("flash_decode", 8, 64, 3, 1024)])
+    result = bench()
+    assert result.exit_code == 0
+    assert "note: where kernels pay could not be kept" in result.stderr

@@ -1,0 +1,146 @@
+"""The report says what is right, what falls back and what is wrong, and names no paths."""
+
+import json
+from dataclasses import dataclass
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from fixtures.inputs import picture
+from fixtures.opened import tiny
+from fixtures.tiny import Recipe
+
+import internvl3_mlx
+from internvl3_mlx.cli import doctor as doctor_module
+from internvl3_mlx.cli.main import main
+from internvl3_mlx.measuring import health
+from internvl3_mlx.metal_kernels import catalogue, dispatch, probe, table
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
+    monkeypatch.delenv(dispatch.SWITCH, raising=False)
+    table.measured.cache_clear()
+    yield
+    probe.known.clear()
+    table.measured.cache_clear()
+
+
+def doctor(*words):
+    return CliRunner().invoke(main, ["doctor", *words], prog_name="internvl3")
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A kernel that computes what it should."""
+
+    name: str = "sound"
+    dtype: mx.Dtype = mx.float32
+    instead: str = "MLX"
+    fault: str = ""
+
+    def both(self):
+        if self.fault:
+            raise RuntimeError(self.fault)
+        return [(mx.ones(3), mx.ones(3))]
+
+
+@pytest.fixture
+def a_mac(monkeypatch):
+    monkeypatch.setattr(dispatch, "metal_available", lambda: True)
+    return lambda *variants: monkeypatch.setattr(catalogue, "variants", lambda: [*variants])
+
+
+def test_without_metal_that_is_said_and_the_rest_is_tried():
+    result = doctor()
+    assert result.exit_code == 0
+    assert "not tried: Metal is not here" in result.stdout
+    assert "rotary at V2PE positions" in result.stdout
+    assert "says 'dog'" in result.stdout
+    assert result.stdout.endswith("verdict  all is well\n")
+
+
+def test_the_report_is_one_json_object():
+    report = json.loads(doctor("--json").stdout)
+    assert report["versions"]["mlx"] == mx.__version__.split("+")[0]
+    assert report["kernels"]["setting"] == "on"
+    assert [check["result"] for check in report["checks"]] == ["skipped", *["ok"] * 7]
+
+
+def test_kernels_that_work_and_kernels_that_do_not(a_mac):
+    a_mac(Sound(), Sound("broken", fault="cannot open /Users/ada/Library/x.metallib: no"))
+    result = doctor("--json")
+    report = json.loads(result.stdout)
+    sound, broken, *_ = report["checks"]
+    assert sound == {"check": "sound", "result": "ok", "detail": "relative error 0"}
+    assert broken["result"] == "falls back"
+    assert broken["detail"] == "does not run here (cannot open …: no)"
+    assert report["verdict"].startswith("results are right, but a kernel does not work here")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_a_wrong_result_ends_with_an_exit_code(monkeypatch):
+    monkeypatch.setitem(health.CHECKS, "attention, 8-bit cache", lambda: 0.5)
+    result = doctor()
+    assert result.exit_code == 1
+    assert "attention, 8-bit cache             WRONG    relative error 5e-01" in result.stdout
+    assert "1 of 8 checks are wrong; please report this" in result.stdout
+
+
+def test_a_model_that_fails_is_a_result(monkeypatch):
+    def load(_):
+        raise OSError("no room in /private/var/ada")
+
+    monkeypatch.setitem(vars(internvl3_mlx), "load", load)
+    report = json.loads(doctor("--json").stdout)
+    assert report["checks"][-1]["detail"] == "OSError: no room in …"
+    assert report["checks"][-1]["result"] == "WRONG"
+
+
+def test_where_kernels_pay_is_told():
+    table.write_table([table.Entry("flash_decode", 8, 64, 7, 4096)])
+    used = json.loads(doctor("--json").stdout)["kernels"]["used"]
+    assert used == {"flash_decode, 8 bits, head_dim 64, 7 rows": "from 4,096 tokens"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("at ~/models/x and /a/b/c.py:3", "at … and …:3"),
+        ("3/4 of 1/16", "3/4 of 1/16"),
+        ("error 1e-05, GB/s", "error 1e-05, GB/s"),
+    ],
+)
+def test_paths_are_left_out_and_nothing_else(text, shown):
+    assert doctor_module.line("a", "ok", text)["detail"] == shown
+
+
+def ask(monkeypatch, tmp_path, switch, *words):
+    picture(60, 60).save(tmp_path / "a.png")
+    monkeypatch.setenv(dispatch.SWITCH, switch)
+    model = str(tiny(Recipe()).folder)
+    words = [*words, "-p", "?", "--model", model, "-m", "3", "--kv-bits", "8"]
+    return CliRunner().invoke(main, ["generate", str(tmp_path / "a.png"), *words])
+
+
+def test_a_kernel_that_does_not_work_is_told_in_one_line(monkeypatch, tmp_path, a_mac):
+    from internvl3_mlx.metal_kernels.flash_decode import FlashVariant
+
+    plain = ask(monkeypatch, tmp_path, "off")
+    monkeypatch.setattr(FlashVariant, "both", Sound(fault="no such function").both)
+    result = ask(monkeypatch, tmp_path, "force")
+    assert result.stdout == plain.stdout
+    assert result.stderr.startswith("note: Metal kernel flash_decode 8 bits")
+    assert "(no such function): using MLX's own attention" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    probe.known.clear()
+    (tmp_path / "kernels" / "probes.json").unlink()
+    assert ask(monkeypatch, tmp_path, "force", "-q").stderr == ""
+
+
+def test_an_unknown_wish_is_refused_before_a_model_loads(monkeypatch, tmp_path):
+    monkeypatch.setitem(vars(internvl3_mlx), "load", None)
+    result = ask(monkeypatch, tmp_path, "maybe")
+    assert result.exit_code == 2
+    assert "INTERNVL3_KERNELS=maybe: it may be off, on or force" in result.stderr

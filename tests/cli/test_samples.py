@@ -1,0 +1,66 @@
+"""``generate --samples N``: N answers to one question, numbered."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from fixtures.inputs import picture
+from fixtures.opened import tiny
+from fixtures.tiny import Recipe
+
+from internvl3_mlx import load
+from internvl3_mlx.cli.main import main
+from internvl3_mlx.cli.samples import ALL_THE_SAME
+
+DRAWN = ("--temp", "1", "--seed", "4")
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """What Python gives for the same question and seed."""
+    vlm = load(str(tiny(Recipe()).folder))
+    drawn = {"temperature": 1.0, "seed": 4, "max_tokens": 5}
+    return [answer.text for answer in vlm.ask_many("What?", [picture(60, 60)], n=3, **drawn)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    picture(60, 60).save(tmp_path / "a.png")
+    model = str(tiny(Recipe()).folder)
+    question = ["generate", str(tmp_path / "a.png"), "-p", "What?", "--model", model, "-m", "5"]
+    return lambda *words: CliRunner().invoke(main, [*question, *words])
+
+
+def test_answers_are_numbered(run, answers):
+    result = run("--samples", "3", *DRAWN, "-q")
+    wanted = "".join(f"== {number}\n{text}\n" for number, text in enumerate(answers, start=1))
+    assert (result.stdout, result.stderr, result.exit_code) == (wanted, "", 0)
+
+
+def test_json_is_a_list(run, answers):
+    result = run("--samples", "3", *DRAWN, "--json", "-q")
+    assert [entry["text"] for entry in json.loads(result.stdout)] == answers
+
+
+def test_json_lines_name_their_number(run, answers):
+    result = run("--samples", "3", *DRAWN, "--jsonl", "-q")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["sample"], line["text"]) for line in lines] == [*enumerate(answers, start=1)]
+
+
+def test_figures_of_each_are_told(run):
+    assert run("--samples", "2", *DRAWN, "--stats").stderr.count("tok/s") == 2
+
+
+def test_greedy_answers_are_all_the_same_and_that_is_said(run):
+    result = run("--samples", "2")
+    assert f"note: {ALL_THE_SAME}\n" in result.stderr
+    _, first, second = result.stdout.replace("== 2", "== 1").split("== 1\n")
+    assert first == second
+    assert ALL_THE_SAME not in run("--samples", "2", *DRAWN).stderr
+
+
+def test_many_pictures_one_by_one_are_refused(run):
+    result = run("--samples", "2", "--each")
+    assert result.exit_code == 2
+    assert "--samples is for one question; leave --each away" in result.stderr
