@@ -8,10 +8,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from metal_emulator.errors import KernelRefused
 from metal_emulator.signature import Parameter, read_parameters
 from metal_emulator.threadgroup import threadgroup_variables
-from metal_emulator.tokens import Token, attribute_end, closing, collapse, join, plain, tokenize
+from metal_emulator.tokens import (
+    Token,
+    attribute_end,
+    closing,
+    collapse,
+    join,
+    plain,
+    refusal,
+    tokenize,
+)
 from metal_emulator.words import spell_words
 
 
@@ -96,9 +104,8 @@ def _kernels(tokens: Sequence[Token], kernels: dict[str, list[Parameter]]) -> No
 
 def _kernel(tokens: Sequence[Token], start: int, kernels: dict[str, list[Parameter]]) -> None:
     """Read the kernel whose type is at ``start``."""
-    token = tokens[start]
-    if token.text != "void":
-        raise KernelRefused(f"{token.file}:{token.line}: error: a kernel must return void")
+    if tokens[start].text != "void":
+        raise refusal(tokens[start], "a kernel must return void")
     end = closing(tokens, start + 2)
     kernels[tokens[start + 1].text] = read_parameters(tokens[start + 3 : end])
     if tokens[end + 1].text == "{":

@@ -4,8 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metal_emulator.errors import KernelRefused
-from metal_emulator.tokens import Token, attribute_end, plain, split_at
+from metal_emulator.tokens import Token, attribute_end, plain, refusal, split_at
 
 # attribute -> its first place in the runtime's row of positions (runtime.h has the same order)
 POSITIONS = {
@@ -56,7 +55,7 @@ def read_parameters(tokens: Sequence[Token]) -> list[Parameter]:
     ]
     buffers = {parameter.index for parameter in parameters if parameter.is_buffer}
     if len(buffers) > MOST_BUFFERS or max(buffers, default=0) >= MOST_BUFFERS:
-        _refuse(tokens[0], f"more than {MOST_BUFFERS} buffer arguments")
+        raise refusal(tokens[0], f"more than {MOST_BUFFERS} buffer arguments")
     return parameters
 
 
@@ -75,9 +74,9 @@ def _describe(part: list[Token]) -> tuple[str, bool, int | None, bool]:
         if kind in POSITIONS:
             return name, False, POSITIONS[kind], optional
         if kind != "function_constant":
-            _refuse(part[0], f"unknown attribute [[{text}]] of kernel parameter '{name}'")
+            raise refusal(part[0], f"unknown attribute [[{text}]] of kernel parameter '{name}'")
     if not is_pointer:
-        _refuse(part[0], f"kernel parameter '{name}' has no address space and no attribute")
+        raise refusal(part[0], f"kernel parameter '{name}' has no address space and no attribute")
     _need_address_space(words, name)
     return name, True, None, optional
 
@@ -109,10 +108,6 @@ def _name(words: list[Token]) -> str:
 
 def _need_address_space(words: list[Token], name: str) -> None:
     if not ADDRESS_SPACES & {token.text for token in words}:
-        _refuse(words[0], f"kernel parameter '{name}': a pointer needs an address space")
+        raise refusal(words[0], f"kernel parameter '{name}': a pointer needs an address space")
     if {"threadgroup", "thread"} & {token.text for token in words}:
-        _refuse(words[0], f"kernel parameter '{plain(words)}' is neither device nor constant")
-
-
-def _refuse(token: Token, message: str) -> None:
-    raise KernelRefused(f"{token.file}:{token.line}: error: {message}")
+        raise refusal(words[0], f"kernel parameter '{plain(words)}' is neither device nor constant")

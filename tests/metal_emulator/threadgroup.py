@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from metal_emulator.errors import KernelRefused
-from metal_emulator.tokens import Token, collapse, plain, split_at
+from metal_emulator.tokens import Token, collapse, plain, refusal, split_at
 
 
 def threadgroup_variables(tokens: Sequence[Token]) -> Iterator[Token]:
@@ -12,39 +11,43 @@ def threadgroup_variables(tokens: Sequence[Token]) -> Iterator[Token]:
     numbers = count(1)
     index = 0
     while index < len(tokens):
-        token = tokens[index]
-        starts = index == 0 or tokens[index - 1].text in {";", "{", "}"}
-        if token.text == "__local" and starts:
-            end = index
-            while tokens[end].text not in {";", "end"} and tokens[end].kind != "end":
-                end += 1
-            parts = split_at(tokens[index + 1 : end], ",")
-            if not _is_pointer(parts[0]):
-                if not token.in_kernel:
-                    raise KernelRefused(
-                        f"{token.file}:{token.line}: error: "
-                        "threadgroup variables may only be declared in a kernel function"
-                    )
-                yield collapse(tokens[index : end + 1], _references(parts, numbers, token.line))
-                index = end + 1
-                continue
-        yield token
-        index += 1
+        end = _declaration_end(tokens, index)
+        if end:
+            references = _references(tokens[index:end], numbers)
+            yield collapse(tokens[index : end + 1], references)
+        else:
+            yield tokens[index]
+        index = (end or index) + 1
 
 
-def _is_pointer(declaration: list[Token]) -> bool:
+def _declaration_end(tokens: Sequence[Token], index: int) -> int | None:
+    """Find the semicolon of the declaration of variables that begins at ``index``, if one does."""
+    starts = index == 0 or tokens[index - 1].text in {";", "{", "}"}
+    if tokens[index].text != "__local" or not starts:
+        return None
+    ahead = range(index, len(tokens))
+    end = next(i for i in ahead if tokens[i].text == ";" or tokens[i].kind == "end")
+    if _is_pointer(tokens[index + 1 : end]):
+        return None
+    if not tokens[index].in_kernel:
+        raise refusal(
+            tokens[index], "threadgroup variables may only be declared in a kernel function"
+        )
+    return end
+
+
+def _is_pointer(declaration: Sequence[Token]) -> bool:
     """Tell whether a ``*`` or ``&`` stands outside every bracket, ahead of an initialiser."""
     depth = 0
     for token in declaration:
         depth += {"<": 1, "(": 1, "[": 1, ">": -1, ")": -1, "]": -1}.get(token.text, 0)
-        if depth == 0 and token.text == "=":
-            return False
-        if depth == 0 and token.text in {"*", "&"}:
-            return True
+        if depth == 0 and token.text in {"=", ",", "*", "&"}:
+            return token.text in {"*", "&"}
     return False
 
 
-def _references(parts: list[list[Token]], numbers: Iterator[int], line: int) -> str:
+def _references(declaration: Sequence[Token], numbers: Iterator[int]) -> str:
+    parts, line = split_at(declaration[1:], ","), declaration[0].line
     kind, name, sizes = _declarator(parts[0])
     declared = [(name, sizes), *(_declarator(part)[1:] for part in parts[1:])]
     return " ".join(

@@ -51,6 +51,11 @@ def tokenize(text: str) -> list[Token]:
     return [*tokens, Token("end", "", before, file, line)]
 
 
+def refusal(token: Token, message: str) -> KernelRefused:
+    """Make an error that says where the token stands."""
+    return KernelRefused(f"{token.file}:{token.line}: error: {message}")
+
+
 def join(tokens: Iterable[Token]) -> str:
     return "".join(token.before + token.text for token in tokens)
 
@@ -78,8 +83,7 @@ def closing(tokens: Sequence[Token], start: int) -> int:
             depth -= 1
             if depth == 0:
                 return index
-    token = tokens[start]
-    raise KernelRefused(f"{token.file}:{token.line}: error: '{opening}' is never closed")
+    raise refusal(tokens[start], f"'{opening}' is never closed")
 
 
 def attribute_end(tokens: Sequence[Token], start: int) -> int:
@@ -89,8 +93,7 @@ def attribute_end(tokens: Sequence[Token], start: int) -> int:
         depth += {"[[": 2, "[": 1, "]": -1}.get(tokens[index].text, 0)
         if depth == 0:
             return index
-    token = tokens[start]
-    raise KernelRefused(f"{token.file}:{token.line}: error: '[[' is never closed")
+    raise refusal(tokens[start], "'[[' is never closed")
 
 
 def split_at(tokens: Iterable[Token], separator: str) -> list[list[Token]]:

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from metal_emulator.errors import KernelRefused
-from metal_emulator.tokens import Token, closing
+from metal_emulator.tokens import Token, closing, refusal
 
 SCALARS = (
     *("char", "uchar", "short", "ushort", "int", "uint", "long", "ulong"),
@@ -66,7 +65,7 @@ def _refuse(token: Token, following: Token) -> None:
     if word == "long" and following.text == "long":
         word, reason = "long long", "not supported in Metal"
     if reason:
-        raise KernelRefused(f"{token.file}:{token.line}: error: '{word}' is {reason}")
+        raise refusal(token, f"'{word}' is {reason}")
 
 
 def _is_a_cast(tokens: Sequence[Token], index: int) -> bool:
@@ -135,4 +134,4 @@ def _opening(tokens: Sequence[Token], end: int) -> int:
         depth += {closer: 1, opener: -1}.get(tokens[index].text, 0)
         if depth == 0:
             return index
-    raise KernelRefused(f"{tokens[end].file}:{tokens[end].line}: error: '{closer}' opens nowhere")
+    raise refusal(tokens[end], f"'{closer}' opens nowhere")

@@ -8,7 +8,7 @@ const u16 QUIET_NAN = 0x7fc0;
 static float load(const void* p, u32 type) {
   if (type == MSL_FLOAT) return *(const float*)p;
   if (type == MSL_HALF) return (float)*(const _Float16*)p;
-  return __builtin_bit_cast(float, (u32)*(const u16*)p << 16);
+  return __builtin_bit_cast(float, (u32) * (const u16*)p << 16);
 }
 
 static u16 to_bfloat(float f) {  // round to nearest, ties to even
@@ -18,17 +18,23 @@ static u16 to_bfloat(float f) {  // round to nearest, ties to even
 }
 
 static void store(void* p, u32 type, float f) {
-  if (type == MSL_FLOAT) *(float*)p = f;
-  else if (type == MSL_HALF) *(_Float16*)p = (_Float16)f;
-  else *(u16*)p = to_bfloat(f);
+  if (type == MSL_FLOAT)
+    *(float*)p = f;
+  else if (type == MSL_HALF)
+    *(_Float16*)p = (_Float16)f;
+  else
+    *(u16*)p = to_bfloat(f);
 }
 
-// The compiler calls this to round to bfloat. The result travels in the low half of a float register,
-// and a float as the return type gives it the right one.
+// The compiler calls this to round to bfloat. The result travels in the low half of a float
+// register, and a float as the return type gives it the right one.
 extern "C" float __truncsfbf2(float f) { return __builtin_bit_cast(float, (u32)to_bfloat(f)); }
 extern "C" u32 __msl_lane() { return current->lane; }
 
-struct Value { float f; i64 i; };
+struct Value {
+  float f;
+  i64 i;
+};
 
 static Value get(const void* p, u32 type) {
   switch (type) {
@@ -43,8 +49,10 @@ static Value get(const void* p, u32 type) {
 }
 
 static void put(void* p, u32 type, Value v) {
-  if (type >= MSL_HALF) store(p, type, v.f);
-  else __builtin_memcpy(p, &v.i, TYPE_SIZE[type]);
+  if (type >= MSL_HALF)
+    store(p, type, v.f);
+  else
+    __builtin_memcpy(p, &v.i, TYPE_SIZE[type]);
 }
 
 static Value combine(u32 operation, u32 type, Value a, Value b) {
@@ -75,8 +83,10 @@ static void reduce(Fiber** lanes, u32 width, u8 in[][LARGEST_VALUE]) {
       if ((active[i] = lanes[i])) v[i] = get(in[i] + at, first->type);
     for (u32 step = 1; step < width; step *= 2)
       for (u32 i = 0; i < width; i += 2 * step) {
-        if (active[i] && active[i + step]) v[i] = combine(first->operation, first->type, v[i], v[i + step]);
-        else if (active[i + step]) v[i] = v[i + step];
+        if (active[i] && active[i + step])
+          v[i] = combine(first->operation, first->type, v[i], v[i + step]);
+        else if (active[i + step])
+          v[i] = v[i + step];
         active[i] |= active[i + step];
       }
     for (u32 i = 0; i < width; i++)
@@ -86,13 +96,15 @@ static void reduce(Fiber** lanes, u32 width, u8 in[][LARGEST_VALUE]) {
 
 static void prefix(Fiber** lanes, u32 width, const Fiber* first, u8 in[][LARGEST_VALUE]) {
   bool product = first->operation >= MSL_INCLUSIVE_PRODUCT;
-  bool inclusive = first->operation == MSL_INCLUSIVE_SUM || first->operation == MSL_INCLUSIVE_PRODUCT;
+  bool inclusive =
+      first->operation == MSL_INCLUSIVE_SUM || first->operation == MSL_INCLUSIVE_PRODUCT;
   for (u32 k = 0; k < first->count; k++) {
     u32 at = k * TYPE_SIZE[first->type];
     Value so_far = product ? Value{1, 1} : Value{0, 0};
     for (u32 i = 0; i < width; i++) {
       if (!lanes[i]) continue;
-      Value with = combine(product ? MSL_PRODUCT : MSL_SUM, first->type, so_far, get(in[i] + at, first->type));
+      Value with = combine(product ? MSL_PRODUCT : MSL_SUM, first->type, so_far,
+                           get(in[i] + at, first->type));
       put((u8*)lanes[i]->values + at, first->type, inclusive ? with : so_far);
       so_far = with;
     }
@@ -129,8 +141,8 @@ static void move(Fiber** lanes, int width, int first, u8 in[][LARGEST_VALUE]) {
     }
     current = &f;
     warn((u64)f.place.file + f.place.line, 100 + f.place.column,
-         "shuffle or broadcast from the inactive lane %d at %s:%u:%u", from, base_name(f.place.file),
-         f.place.line, f.place.column);
+         "shuffle or broadcast from the inactive lane %d at %s:%u:%u", from,
+         base_name(f.place.file), f.place.line, f.place.column);
     __builtin_memset(f.values, 0xff, bytes);
   }
 }
@@ -154,7 +166,10 @@ static void vote(Fiber** lanes, u32 width, const Fiber* first) {
   }
 }
 
-struct MatrixArguments { u8 *d, *a, *b, *c; u32 td, ta, tb, tc; };
+struct MatrixArguments {
+  u8 *d, *a, *b, *c;
+  u32 td, ta, tb, tc;
+};
 
 // d = a b + c in float, k ascending, rounded once: Apple's order is not known
 static void multiply(Fiber** lanes) {

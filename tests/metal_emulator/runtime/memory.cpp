@@ -5,13 +5,22 @@ const u64 MOST_ACCESSES = 1ull << 31;  // minutes: a loop without end
 const u32 ARENA = 96 * 1024, RED_ZONE = 64, MOST_VARIABLES = 256;
 // Metal places threadgroup variables at 16 bytes: an assumption, as MLX casts them to wider types
 const u32 LEAST_ALIGNMENT = 16;
-enum Kind { UNSET, RACE_AFTER_WRITE, RACE_AFTER_READ, UNSET_OUTPUT, DEVICE_AFTER_WRITE, DEVICE_AFTER_READ };
+enum Kind {
+  UNSET,
+  RACE_AFTER_WRITE,
+  RACE_AFTER_READ,
+  UNSET_OUTPUT,
+  DEVICE_AFTER_WRITE,
+  DEVICE_AFTER_READ
+};
 
 alignas(16) static u8 arena[ARENA];
 static u32 set_by_group[ARENA];  // the group that wrote each byte
 static u16 owner[ARENA];         // the variable each byte belongs to, 0: a red zone
 static Shadow writes[ARENA], reads[ARENA];
-static struct { u64 offset, size; } variables[MOST_VARIABLES];
+static struct {
+  u64 offset, size;
+} variables[MOST_VARIABLES];
 static u64 arena_top;
 
 void memory_begin() {
@@ -98,12 +107,15 @@ static void access_threadgroup(u64 offset, u32 size, bool write, bool atomic, u3
       warn(where, UNSET, "read of unset threadgroup memory at %s", site(where));
     if (write || atomic) set_by_group[k] = now.group;
     Shadow &w = writes[k], &r = reads[k];
-    if (w.touch && w.touch != ATOMICALLY && !atomic && w.group == now.group && !ordered(w, epoch, simd_epoch))
-      warn(where, RACE_AFTER_WRITE, "race in threadgroup memory: %s after a write by thread %u at %s",
-           verb(write), w.thread, site(where));
+    if (w.touch && w.touch != ATOMICALLY && !atomic && w.group == now.group &&
+        !ordered(w, epoch, simd_epoch))
+      warn(where, RACE_AFTER_WRITE,
+           "race in threadgroup memory: %s after a write by thread %u at %s", verb(write), w.thread,
+           site(where));
     if (write && !atomic && r.touch && r.group == now.group && !ordered(r, epoch, simd_epoch))
-      warn(where, RACE_AFTER_READ, "race in threadgroup memory: write after a read by thread %u at %s",
-           r.thread, site(where));
+      warn(where, RACE_AFTER_READ,
+           "race in threadgroup memory: write after a read by thread %u at %s", r.thread,
+           site(where));
     note(write ? w : r, epoch, simd_epoch, write, atomic);
   }
 }
@@ -132,8 +144,8 @@ static u64 distance(const Buffer& b, u64 address) {
     if (address >= b.base + b.size && end < near) near = end;
     if (near < least) least = near, nearest = &b;
   }
-  fail("out of bounds: %s of %u bytes at byte %lld of '%s', which has %llu, at %s", verb(write), size,
-       (i64)(address - nearest->base), nearest->name, nearest->size, site(where));
+  fail("out of bounds: %s of %u bytes at byte %lld of '%s', which has %llu, at %s", verb(write),
+       size, (i64)(address - nearest->base), nearest->name, nearest->size, site(where));
 }
 
 static void count_read(Buffer& b, u64 offset, u32 size) {
@@ -151,27 +163,33 @@ static void access_device(u64 address, u32 size, bool write, bool atomic, u32 wh
   if (!b || address + size > b->base + b->size) outside(address, size, write, where);
   if (write && !b->writable) fail("write to the input '%s' at %s", b->name, site(where));
   u64 offset = address - b->base;
-  if (write) b->written_bytes += size;
-  else count_read(*b, offset, size);
+  if (write)
+    b->written_bytes += size;
+  else
+    count_read(*b, offset, size);
   if (!b->writes) return;
   u32 epoch = now.device, simd_epoch = now.simd_device[current->simd];
   for (u64 k = offset; k < offset + size; k++) {
     Shadow &w = b->writes[k], &r = b->reads[k];
     if (!write && !w.touch && !b->defined)
       warn(where, UNSET_OUTPUT, "read of the unset output '%s' at %s", b->name, site(where));
-    if (w.touch && w.touch != ATOMICALLY && !atomic && (w.group != now.group || !ordered(w, epoch, simd_epoch)))
-      warn(where, DEVICE_AFTER_WRITE, "race on '%s': %s after a write by thread %u of %s threadgroup at %s",
-           b->name, verb(write), w.thread, whose(w), site(where));
+    if (w.touch && w.touch != ATOMICALLY && !atomic &&
+        (w.group != now.group || !ordered(w, epoch, simd_epoch)))
+      warn(where, DEVICE_AFTER_WRITE,
+           "race on '%s': %s after a write by thread %u of %s threadgroup at %s", b->name,
+           verb(write), w.thread, whose(w), site(where));
     if (write && !atomic && r.touch && (r.group != now.group || !ordered(r, epoch, simd_epoch)))
-      warn(where, DEVICE_AFTER_READ, "race on '%s': write after a read by thread %u of %s threadgroup at %s",
-           b->name, r.thread, whose(r), site(where));
+      warn(where, DEVICE_AFTER_READ,
+           "race on '%s': write after a read by thread %u of %s threadgroup at %s", b->name,
+           r.thread, whose(r), site(where));
     note(write ? w : r, epoch, simd_epoch, write, atomic);
   }
 }
 
 // info: bits 0-15 size, 16 write, 17 atomic, 18-20 address space, 21-25 log2 of the alignment
 extern "C" void __msl_access(u64 address, u32 info, u32 where) {
-  if (++job->accesses > MOST_ACCESSES) fail("the kernel does not come to an end at %s", site(where));
+  if (++job->accesses > MOST_ACCESSES)
+    fail("the kernel does not come to an end at %s", site(where));
   u32 size = info & 0xffff, space = info >> 18 & 7;
   bool write = info >> 16 & 1, atomic = info >> 17 & 1;
   u64 align = 1ull << (info >> 21 & 31);
@@ -181,10 +199,11 @@ extern "C" void __msl_access(u64 address, u32 info, u32 where) {
     space = in_arena ? 3 : 1;
   }
   if (address & (align - 1))
-    fail("misaligned %s of %u bytes, which need %llu-byte alignment, at %s", verb(write), size, align,
-         site(where));
+    fail("misaligned %s of %u bytes, which need %llu-byte alignment, at %s", verb(write), size,
+         align, site(where));
   if (space != 3) return access_device(address, size, write, atomic, where);
-  if (!in_arena) fail("%s of %u bytes outside threadgroup memory at %s", verb(write), size, site(where));
+  if (!in_arena)
+    fail("%s of %u bytes outside threadgroup memory at %s", verb(write), size, site(where));
   access_threadgroup(address - (u64)arena, size, write, atomic, where);
 }
 

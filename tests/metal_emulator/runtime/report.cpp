@@ -4,7 +4,10 @@
 const u32 MOST_WARNINGS = 32, LONGEST = 512;
 static char error[LONGEST];
 static char warnings[MOST_WARNINGS][LONGEST];
-static struct { u64 where; u32 kind; } known[MOST_WARNINGS];
+static struct {
+  u64 where;
+  u32 kind;
+} known[MOST_WARNINGS];
 static u32 warning_count;
 bool stopped;
 
@@ -64,13 +67,16 @@ void warn(u64 where, u32 kind, const char* format, ...) {
 }
 
 // what -fsanitize calls
-struct SourceLocation { const char* file; u32 line, column; };
-#define TRAP(NAME, MESSAGE) \
-  extern "C" void __ubsan_handle_##NAME##_abort(SourceLocation* at, u64 value, u64) { \
+struct SourceLocation {
+  const char* file;
+  u32 line, column;
+};
+#define TRAP(NAME, MESSAGE)                                                                     \
+  extern "C" void __ubsan_handle_##NAME##_abort(SourceLocation* at, u64 value, u64) {           \
     fail(MESSAGE " (%lld) at %s:%u:%u", (i64)value, base_name(at->file), at->line, at->column); \
-  } \
-  extern "C" void __ubsan_handle_##NAME(SourceLocation* at, u64 value, u64 more) { \
-    __ubsan_handle_##NAME##_abort(at, value, more); \
+  }                                                                                             \
+  extern "C" void __ubsan_handle_##NAME(SourceLocation* at, u64 value, u64 more) {              \
+    __ubsan_handle_##NAME##_abort(at, value, more);                                             \
   }
 TRAP(out_of_bounds, "array index out of bounds")
 TRAP(divrem_overflow, "integer division by zero or overflow")

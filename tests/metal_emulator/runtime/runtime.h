@@ -21,10 +21,26 @@ float fmaxf(float, float);
 
 // places in a thread's row of positions: signature.py has the same
 enum Position {
-  IN_GRID = 0, GROUP_IN_GRID = 3, IN_GROUP = 6, GROUP_SIZE = 9, GRID_SIZE = 12, GROUPS = 15,
-  DISPATCHED_GROUP_SIZE = 18, ORIGIN = 21, GRID_SIZE_AGAIN = 24, INDEX_IN_GROUP = 27, LANE = 28,
-  SIMDGROUP = 29, SIMDGROUPS = 30, SIMD_WIDTH = 31, DISPATCHED_SIMDGROUPS = 32, QUAD_LANE = 33,
-  QUAD = 34, QUADS = 35, DISPATCHED_QUADS = 36, POSITIONS = 40
+  IN_GRID = 0,
+  GROUP_IN_GRID = 3,
+  IN_GROUP = 6,
+  GROUP_SIZE = 9,
+  GRID_SIZE = 12,
+  GROUPS = 15,
+  DISPATCHED_GROUP_SIZE = 18,
+  ORIGIN = 21,
+  GRID_SIZE_AGAIN = 24,
+  INDEX_IN_GROUP = 27,
+  LANE = 28,
+  SIMDGROUP = 29,
+  SIMDGROUPS = 30,
+  SIMD_WIDTH = 31,
+  DISPATCHED_SIMDGROUPS = 32,
+  QUAD_LANE = 33,
+  QUAD = 34,
+  QUADS = 35,
+  DISPATCHED_QUADS = 36,
+  POSITIONS = 40
 };
 const u32 LANES = 32, QUAD_LANES = 4, MOST_THREADS = 1024, MOST_THREADGROUP_BYTES = 32768;
 
@@ -60,7 +76,10 @@ struct Job {
 };
 
 enum State { RUNNING, AT_SIMD, AT_BARRIER, DONE };
-struct Place { const char* file; u32 line, column; };
+struct Place {
+  const char* file;
+  u32 line, column;
+};
 struct Fiber {
   void* stack_pointer;
   State state;
@@ -78,13 +97,16 @@ extern Fiber fibers[MOST_THREADS];
 extern bool stopped;
 
 // the running group, counted over all dispatches, and the barriers that it has passed
-struct Epochs { u32 group, threadgroup, device, simd_threadgroup[LANES], simd_device[LANES]; };
+struct Epochs {
+  u32 group, threadgroup, device, simd_threadgroup[LANES], simd_device[LANES];
+};
 extern Epochs now;
 
 // report.cpp
 void report_reset();
-void stop(const char* format, ...) __attribute__((format(printf, 1, 2)));             // and go on
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));  // leave the fiber
+void stop(const char* format, ...) __attribute__((format(printf, 1, 2)));  // and go on
+[[noreturn]] void fail(const char* format, ...)
+    __attribute__((format(printf, 1, 2)));  // leave the fiber
 void warn(u64 where, u32 kind, const char* format, ...) __attribute__((format(printf, 3, 4)));
 const char* base_name(const char* path);
 

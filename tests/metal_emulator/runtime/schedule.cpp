@@ -71,7 +71,8 @@ static void set_positions(Fiber& f, u32 index, const u32 group[3], const u32 gro
 }
 
 static void begin_group(u32 number, const u32 groups[3]) {
-  u32 group[3] = {number % groups[0], number / groups[0] % groups[1], number / groups[0] / groups[1]};
+  u32 group[3] = {number % groups[0], number / groups[0] % groups[1],
+                  number / groups[0] / groups[1]};
   for (u32 i = 0; i < 3; i++) {  // the groups at the edge are ragged
     u32 left = job->threads[i] - group[i] * job->group[i];
     group_size[i] = left < job->group[i] ? left : job->group[i];
@@ -110,16 +111,19 @@ static void run_lanes(u32 begin, u32 n) {
 static bool meet(u32 begin, u32 n) {
   Fiber* first = nullptr;
   for (u32 i = begin; i < begin + n; i++)
-    if (fibers[i].state == AT_SIMD && (!first || fibers[i].place.line < first->place.line)) first = &fibers[i];
+    if (fibers[i].state == AT_SIMD && (!first || fibers[i].place.line < first->place.line))
+      first = &fibers[i];
   if (!first) return false;
   Fiber* lanes[LANES] = {};
   u32 elsewhere = 0;
   for (u32 i = 0; i < n; i++) {
     Fiber& f = fibers[begin + i];
-    bool together = f.state == AT_SIMD && f.operation == first->operation && f.type == first->type &&
-                    same_place(f.place, first->place);
-    if (together) lanes[i] = &f;
-    else elsewhere += f.state != DONE;
+    bool together = f.state == AT_SIMD && f.operation == first->operation &&
+                    f.type == first->type && same_place(f.place, first->place);
+    if (together)
+      lanes[i] = &f;
+    else
+      elsewhere += f.state != DONE;
   }
   if (elsewhere) {
     current = first;

@@ -4,7 +4,8 @@
 #define MSL_BUILTIN_2(N, RESULT) \
   MSL_INLINE float __metal_##N(float x, float y, bool = false) { return metal::N(x, y); }
 #define MSL_BUILTIN_3(N, RESULT) \
-  MSL_INLINE float __metal_##N(float x, float y, float z, bool = false) { return metal::N(x, y, z); }
+  MSL_INLINE float __metal_##N(float x, float y, float z, bool = false) { \
+    return metal::N(x, y, z); }
 MSL_EACH_UNARY(MSL_BUILTIN_1) MSL_EACH_BINARY(MSL_BUILTIN_2) MSL_EACH_TERNARY(MSL_BUILTIN_3)
 MSL_INLINE float __metal_ldexp(float x, int k, bool = false) { return metal::ldexp(x, k); }
 MSL_INLINE float __metal_frexp(float x, __private int* e) { return frexpf(x, e); }

@@ -23,13 +23,15 @@ typedef atomic<float> __id_atomic_float;
   MSL_ATOMIC(S, fetch_max, c > v ? c : v) MSL_ATOMIC(S, fetch_min, c < v ? c : v) \
   MSL_ATOMIC(S, fetch_and, c & v) MSL_ATOMIC(S, fetch_or, c | v) MSL_ATOMIC(S, fetch_xor, c ^ v) \
   MSL_ATOMIC(S, exchange, v) \
-  template <class T> MSL_INLINE T atomic_load_explicit(const volatile S atomic<T>* p, memory_order) { \
+  template <class T> \
+  MSL_INLINE T atomic_load_explicit(const volatile S atomic<T>* p, memory_order) { \
     __msl_atomic_begin(); \
     T c = ((const S atomic<T>*)p)->__v; \
     __msl_atomic_end(); \
     return c; \
   } \
-  template <class T> MSL_INLINE void atomic_store_explicit(volatile S atomic<T>* p, T v, memory_order) { \
+  template <class T> \
+  MSL_INLINE void atomic_store_explicit(volatile S atomic<T>* p, T v, memory_order) { \
     __msl_atomic_begin(); \
     ((S atomic<T>*)p)->__v = v; \
     __msl_atomic_end(); \

@@ -7,8 +7,10 @@ template <class R, class A, class... B, int I> struct nth<R(A, B...), I> {
 };
 template <class A> struct pointer;
 #define MSL_POINTER(S) \
-  template <class T> struct pointer<S T*> { static MSL_INLINE S T* get(ulong v) { return (S T*)v; } }; \
-  template <class T> struct pointer<S T&> { static MSL_INLINE S T& get(ulong v) { return *(S T*)v; } };
+  template <class T> struct pointer<S T*> { \
+    static MSL_INLINE S T* get(ulong v) { return (S T*)v; } }; \
+  template <class T> struct pointer<S T&> { \
+    static MSL_INLINE S T& get(ulong v) { return *(S T*)v; } };
 MSL_POINTER(__global) MSL_POINTER(__constant)
 template <class A> struct position { static MSL_INLINE A get(const uint* p) { return (A)*p; } };
 template <class E, int N> struct position<metal::vec<E, N>> {

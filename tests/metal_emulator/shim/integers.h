@@ -24,7 +24,8 @@ MSL_SIGNED(char) MSL_SIGNED(short) MSL_SIGNED(int) MSL_SIGNED(long)
     return s ? (T)((u << s) | (u >> (bits - s))) : x; } \
   MSL_INLINE T extract_bits(T x, uint offset, uint n) { \
     const uint bits = 8 * sizeof(T); \
-    return n ? (T)((T)((typename __unsigned<T>::type)x << (bits - offset - n)) >> (bits - n)) : (T)0; }
+    T top = (T)((typename __unsigned<T>::type)x << (bits - offset - n)); \
+    return n ? (T)(top >> (bits - n)) : (T)0; }
 MSL_EACH_INTEGER(MSL_INTEGER)
 MSL_INLINE int mulhi(int a, int b) { return (int)(((long)a * (long)b) >> 32); }
 MSL_INLINE uint mulhi(uint a, uint b) { return (uint)(((ulong)a * (ulong)b) >> 32); }
@@ -35,7 +36,8 @@ MSL_INLINE uint mad24(uint a, uint b, uint c) { return a * b + c; }
 
 #define MSL_SELECT(T) MSL_INLINE T select(T a, T b, bool c) { return c ? b : a; }
 MSL_EACH_INTEGER(MSL_SELECT) MSL_EACH_FLOAT(MSL_SELECT) MSL_SELECT(bool)
-template <class T, int N, class M> MSL_INLINE vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<M, N> c) {
+template <class T, int N, class M>
+MSL_INLINE vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<M, N> c) {
   vec<T, N> r;
   for (int i = 0; i < N; i++) r[i] = c[i] ? b[i] : a[i];
   return r;

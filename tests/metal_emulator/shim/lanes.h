@@ -1,5 +1,5 @@
-// <metal_simdgroup> and <metal_quadgroup>: each call hands its values to the runtime, which waits for
-// the other lanes.
+// <metal_simdgroup> and <metal_quadgroup>: each call hands its values to the runtime, which waits
+// for the other lanes.
 namespace metal {
 template <class T> constexpr __constant uint __type_of = ~0u;
 #define MSL_TYPE(T, CODE) template <> constexpr __constant uint __type_of<T> = CODE;
@@ -9,21 +9,18 @@ MSL_TYPE(long, MSL_LONG) MSL_TYPE(ulong, MSL_ULONG)
 MSL_TYPE(half, MSL_HALF) MSL_TYPE(bfloat, MSL_BFLOAT) MSL_TYPE(float, MSL_FLOAT)
 
 template <class T> MSL_INLINE T __together(uint operation, T v, ulong argument, __msl_place at) {
-  __msl_simd(operation, __type_of<T>, 1, (ulong)(__private T*)&v, argument, at.file, at.line,
-             at.column);
+  __msl_meet(operation, __type_of<T>, 1, (ulong)(__private T*)&v, argument, at);
   return v;
 }
 template <class T, int N>
 MSL_INLINE vec<T, N> __together_n(uint operation, vec<T, N> v, ulong argument, __msl_place at) {
-  __msl_simd(operation, __type_of<T>, N, (ulong)(__private vec<T, N>*)&v, argument, at.file, at.line,
-             at.column);
+  __msl_meet(operation, __type_of<T>, N, (ulong)(__private vec<T, N>*)&v, argument, at);
   return v;
 }
 template <class T>
 MSL_INLINE T __filled(uint operation, T v, T fill, ulong argument, __msl_place at) {
   T x[2] = {v, fill};
-  __msl_simd(operation, __type_of<T>, 1, (ulong)(__private T*)x, argument, at.file, at.line,
-             at.column);
+  __msl_meet(operation, __type_of<T>, 1, (ulong)(__private T*)x, argument, at);
   return x[0];
 }
 template <class T, int N>
@@ -31,13 +28,13 @@ MSL_INLINE vec<T, N> __filled_n(uint operation, vec<T, N> v, vec<T, N> fill, ulo
                                 __msl_place at) {
   T x[2 * N];
   for (int i = 0; i < N; i++) x[i] = v[i], x[N + i] = fill[i];
-  __msl_simd(operation, __type_of<T>, N, (ulong)(__private T*)x, argument, at.file, at.line, at.column);
+  __msl_meet(operation, __type_of<T>, N, (ulong)(__private T*)x, argument, at);
   for (int i = 0; i < N; i++) v[i] = x[i];
   return v;
 }
 MSL_INLINE ulong __vote(uint operation, bool b, __msl_place at) {
   ulong r;
-  __msl_simd(operation, 0, 0, (ulong)(__private ulong*)&r, b, at.file, at.line, at.column);
+  __msl_meet(operation, 0, 0, (ulong)(__private ulong*)&r, b, at);
   return r;
 }
 

@@ -1,4 +1,4 @@
-// <metal_math> and <metal_common>: the same in metal::, fast:: and precise::, all from the C library.
+// <metal_math>, <metal_common>: the same in metal::, fast:: and precise::, all from the C library.
 extern "C" {
 #define MSL_C_UNARY(N) float N##f(float);
 MSL_C_UNARY(exp) MSL_C_UNARY(exp2) MSL_C_UNARY(log) MSL_C_UNARY(log2) MSL_C_UNARY(log10)
@@ -46,7 +46,8 @@ MSL_INLINE float __msl_sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x =
     vec<T, N> r; for (int i = 0; i < N; i++) r[i] = NAME(v[i], w[i]); return r; }
 #define MSL_TERNARY(NAME, RESULT) \
   MSL_INLINE float NAME(float x, float y, float z) { return RESULT; } \
-  MSL_INLINE half NAME(half f, half g, half h) { float x = f, y = g, z = h; return (half)(RESULT); } \
+  MSL_INLINE half NAME(half f, half g, half h) { \
+    float x = f, y = g, z = h; return (half)(RESULT); } \
   template <class T, int N> MSL_INLINE vec<T, N> NAME(vec<T, N> u, vec<T, N> v, vec<T, N> w) { \
     vec<T, N> r; for (int i = 0; i < N; i++) r[i] = NAME(u[i], v[i], w[i]); return r; }
 #define MSL_COMMON(T) \
@@ -71,7 +72,8 @@ MSL_INLINE float __msl_sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x =
     vec<T, N> r; for (int i = 0; i < N; i++) r[i] = min(v[i], w[i]); return r; } \
   template <class T, int N> MSL_INLINE vec<T, N> abs(vec<T, N> v) { \
     vec<T, N> r; for (int i = 0; i < N; i++) r[i] = abs(v[i]); return r; } \
-  template <class T, int N> MSL_INLINE vec<T, N> clamp(vec<T, N> v, vec<T, N> low, vec<T, N> high) { \
+  template <class T, int N> \
+  MSL_INLINE vec<T, N> clamp(vec<T, N> v, vec<T, N> low, vec<T, N> high) { \
     vec<T, N> r; for (int i = 0; i < N; i++) r[i] = clamp(v[i], low[i], high[i]); return r; } \
   template <class T, int N> MSL_INLINE vec<T, N> mix(vec<T, N> v, vec<T, N> w, vec<T, N> a) { \
     vec<T, N> r; for (int i = 0; i < N; i++) r[i] = mix(v[i], w[i], a[i]); return r; }

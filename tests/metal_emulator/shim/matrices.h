@@ -28,7 +28,7 @@ MSL_INLINE void simdgroup_multiply_accumulate(
   __matrix_arguments m = {(ulong)(__private void*)&dd, (ulong)(__private void*)&aa,
                           (ulong)(__private void*)&bb, (ulong)(__private void*)&cc,
                           __type_of<D>, __type_of<A>, __type_of<B>, __type_of<C>};
-  __msl_simd(MSL_MATRIX, 0, 0, (ulong)(__private void*)&m, 0, at.file, at.line, at.column);
+  __msl_meet(MSL_MATRIX, 0, 0, (ulong)(__private void*)&m, 0, at);
   d.__e = dd;
 }
 template <class D, class A, class B>
@@ -40,8 +40,9 @@ MSL_INLINE void simdgroup_multiply(
 }
 #define MSL_LOAD_STORE(S) \
   template <class T> \
-  MSL_INLINE void simdgroup_load(__private simdgroup_matrix<T, 8, 8>& d, const S T* p, ulong row = 8, \
-                                 ulong2 origin = (ulong2)(0ul), bool transposed = false) { \
+  MSL_INLINE void simdgroup_load(__private simdgroup_matrix<T, 8, 8>& d, const S T* p, \
+                                 ulong row = 8, ulong2 origin = (ulong2)(0ul), \
+                                 bool transposed = false) { \
     uint lane = __msl_lane(), q = lane / 4; \
     ulong r = (q & 4) + (lane / 2) % 4, c = (q & 2) * 2 + (lane % 2) * 2; \
     for (uint e = 0; e < 2; e++) \

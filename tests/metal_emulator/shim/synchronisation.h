@@ -7,6 +7,11 @@ void __msl_simd(uint operation, uint type, uint count, ulong values, ulong argum
 void __msl_barrier(uint memory, const __constant char* file, uint line, uint column);
 ulong __msl_variable_address(uint number, ulong size, uint align, uint line);
 }
+// wait for the other lanes of the simdgroup, and do with them what all ask for
+MSL_INLINE void __msl_meet(uint operation, uint type, uint count, ulong values, ulong argument,
+                           __msl_place at) {
+  __msl_simd(operation, type, count, values, argument, at.file, at.line, at.column);
+}
 template <class T> MSL_INLINE __local T& __msl_variable(uint number, uint line) {
   return *(__local T*)__msl_variable_address(number, sizeof(T), alignof(T), line);
 }
@@ -30,7 +35,7 @@ MSL_INLINE void threadgroup_barrier(mem_flags flags, __msl_place at = MSL_PLACE)
   __msl_barrier((uint)flags, at.file, at.line, at.column);
 }
 MSL_INLINE void simdgroup_barrier(mem_flags flags, __msl_place at = MSL_PLACE) {
-  __msl_simd(MSL_SIMD_BARRIER, 0, 0, 0, (ulong)flags, at.file, at.line, at.column);
+  __msl_meet(MSL_SIMD_BARRIER, 0, 0, 0, (ulong)flags, at);
 }
 MSL_INLINE void atomic_thread_fence(mem_flags, memory_order = memory_order_seq_cst,
                                     thread_scope = thread_scope_device) {}

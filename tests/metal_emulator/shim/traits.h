@@ -22,7 +22,9 @@ template <class T> struct remove_const<const T> { using type = T; };
 template <class T> struct remove_volatile { using type = T; };
 template <class T> struct remove_volatile<volatile T> { using type = T; };
 template <class T> using remove_const_t = typename remove_const<T>::type;
-template <class T> struct remove_cv { using type = typename remove_volatile<remove_const_t<T>>::type; };
+template <class T> struct remove_cv {
+  using type = typename remove_volatile<remove_const_t<T>>::type;
+};
 template <class T> using remove_cv_t = typename remove_cv<T>::type;
 template <class T> struct remove_reference { using type = T; };
 template <class T> struct remove_reference<T&> { using type = T; };
@@ -42,7 +44,8 @@ template <class T> using decay_t = remove_cv_t<remove_addrspace_t<remove_referen
 template <class A, class B> constexpr __constant bool is_same_v = __is_same(A, B);
 template <class A, class B> struct is_same : bool_constant<is_same_v<A, B>> {};
 template <class A, class B> constexpr __constant bool is_convertible_v =
-    __is_convertible(A, B) && !((__is_same(A, float) || __is_same(A, half)) && __is_same(B, bfloat));
+    __is_convertible(A, B) &&
+    !((__is_same(A, float) || __is_same(A, half)) && __is_same(B, bfloat));
 template <class A, class B> struct is_convertible : bool_constant<is_convertible_v<A, B>> {};
 template <class...> struct _disjunction : false_type {};
 template <class A, class... B> struct _disjunction<A, B...>

@@ -38,7 +38,9 @@ MSL_BOOLS(2, x, y) MSL_BOOLS(3, x, y, z) MSL_BOOLS(4, x, y, z, w)
   }
 MSL_BOOL_OPERATOR(&) MSL_BOOL_OPERATOR(|) MSL_BOOL_OPERATOR(^) MSL_BOOL_OPERATOR(&&)
 MSL_BOOL_OPERATOR(||) MSL_BOOL_OPERATOR(==) MSL_BOOL_OPERATOR(!=)
-template <int N> MSL_INLINE __msl_bools<N> operator!(__msl_bools<N> a) { return a ^ __msl_bools<N>(true); }
+template <int N> MSL_INLINE __msl_bools<N> operator!(__msl_bools<N> a) {
+  return a ^ __msl_bools<N>(true);
+}
 // what vec<T, N> means where nothing is deduced from it
 template <class T, int N> struct __msl_vec_of { using type = metal::vec<T, N>; };
 template <int N> struct __msl_vec_of<bool, N> { using type = __msl_bools<N>; };
@@ -88,7 +90,8 @@ template <class V, class A> MSL_INLINE constexpr V __msl_make(A a) {
 }
 template <class V, class A, class B, class... Rest>
 MSL_INLINE constexpr V __msl_make(A a, B b, Rest... rest) {
-  constexpr int n = __msl_vector<B>::size + (__msl_vector<A>::size + ... + __msl_vector<Rest>::size);
+  constexpr int n =
+      __msl_vector<B>::size + (__msl_vector<A>::size + ... + __msl_vector<Rest>::size);
   static_assert(n == __msl_vector<V>::size, "wrong number of vector components");
   V v;
   __msl_put<V, 0>(v, a, b, rest...);
@@ -129,6 +132,10 @@ template <class To, class From> MSL_INLINE To as_type(From x) {
 
 // clang's C++ for OpenCL has no pointer += for a class that converts to an integer
 template <class T, class C, class = typename C::value_type>
-MSL_INLINE __private auto& operator+=(T* __private& p, C c) { return p = p + (typename C::value_type)c; }
+MSL_INLINE __private auto& operator+=(T* __private& p, C c) {
+  return p = p + (typename C::value_type)c;
+}
 template <class T, class C, class = typename C::value_type>
-MSL_INLINE __private auto& operator-=(T* __private& p, C c) { return p = p - (typename C::value_type)c; }
+MSL_INLINE __private auto& operator-=(T* __private& p, C c) {
+  return p = p - (typename C::value_type)c;
+}
