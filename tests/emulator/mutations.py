@@ -1,5 +1,6 @@
 """Thirty wrongs done to MLX's own kernels: barriers and guards gone, sizes and strides spoilt."""
 
+import functools
 from dataclasses import dataclass
 
 from emulator.mlx_kernels import CASES
@@ -24,12 +25,17 @@ class Mutation:
 
     def text(self) -> str:
         """Give the spoilt text."""
-        whole = preprocess(CASES[self.kernel]("float32").text)
+        whole = _expanded(self.kernel)
         start = 0
         for mark in self.after.split(" ... "):
             start = whole.index(mark, start) + len(mark)
         at = whole.index(self.old, start)
         return whole[:at] + self.new + whole[at + len(self.old) :]
+
+
+@functools.cache
+def _expanded(kernel: str) -> str:
+    return preprocess(CASES[kernel]("float32").text)
 
 
 _SOFTMAX = "void softmax_single_row("

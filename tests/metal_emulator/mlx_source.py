@@ -4,6 +4,7 @@ The restatement knows which buffer is which. MLX's own text comes out of a verbo
 ``mx.export_function``, which records custom kernels where no Metal device exists.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -198,18 +199,15 @@ def printed_by_mlx(kernel: Any, call: Call) -> str:
     return found[1]
 
 
-class _standard_output_to:  # noqa: N801 - reads as a word where it is used
+@contextlib.contextmanager
+def _standard_output_to(descriptor: int) -> Iterator[None]:
     """Send the process's own standard output, C's included, to a file."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def __enter__(self) -> None:
-        sys.stdout.flush()
-        self.kept = os.dup(1)
-        os.dup2(self.descriptor, 1)
-
-    def __exit__(self, *_: object) -> None:
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(descriptor, 1)
+    try:
+        yield
+    finally:
         ctypes.CDLL(None).fflush(None)
-        os.dup2(self.kept, 1)
-        os.close(self.kept)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,5 +1,6 @@
 """Which compiler this machine has: a system clang, or the one inside PyPI's ziglang."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,9 +110,12 @@ def _linker(name: str, clang: tuple[str, ...]) -> tuple[str, ...] | None:
 def cache_folder() -> Path:
     """Give where compiled kernels are kept: by content, so that nothing there is ever stale."""
     default = Path(tempfile.gettempdir(), f"internvl3-metal-emulator-{os.getuid()}")
-    folder = Path(os.environ.get(CACHE_VARIABLE, default), tool_key())
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    folder = Path(os.environ.get(CACHE_VARIABLE, default))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise NoToolchain(f"{folder} belongs to somebody else: set {CACHE_VARIABLE}")
+    (folder / tool_key()).mkdir(exist_ok=True)
+    return folder / tool_key()
 
 
 @functools.cache
@@ -123,21 +129,15 @@ def tool_key() -> str:
     return hashlib.sha256(text + version.encode()).hexdigest()[:16]
 
 
-class aside:  # noqa: N801 - reads as a word where it is used
-    """Write to a file beside ``path`` and rename it when it is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.unfinished = path.with_name(f"{path.name}.{os.getpid()}.{id(self)}")
-
-    def __enter__(self) -> Path:
-        return self.unfinished
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self.unfinished.exists():
-            self.unfinished.replace(self.path)
-        else:
-            self.unfinished.unlink(missing_ok=True)
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Give a file beside ``path`` to write to; it takes the name when it is whole."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @functools.cache
