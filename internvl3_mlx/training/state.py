@@ -1,0 +1,181 @@
+"""Checkpoints of a run: everything that the next update depends on, to the bit.
+
+``checkpoints/step-000120/`` holds ``state.safetensors`` (trained weights in float32, optimizer,
+random state, reward shift) and ``state.json`` (counters, the recipe, what data it was). A folder
+takes its name when it is whole.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from internvl3_mlx.convert.writing import remove_leftovers, writing_folder
+from internvl3_mlx.errors import CheckpointError, UserError
+from internvl3_mlx.training.recipe import TrainRecipe
+from internvl3_mlx.training.trainer import Learner, hand_over
+
+FOLDER, ARRAYS, FACTS = "checkpoints", "state.safetensors", "state.json"
+NAME = re.compile(r"step-(\d{6,})")
+FORM = 1  # of state.json: raised when an older one can no longer be read
+# settings that change nothing of what is computed from one update to the next
+FREE = frozenset({
+    "model", "data", "valid_data", "adapter_path", "resume_adapter_file", "cache_features",
+    "cache_reference", "memory_limit", "compile", "grad_checkpoint", "steps_per_report",
+    "steps_per_eval", "val_batches", "eval_accuracy", "patience", "save_every", "keep_last",
+    "report_to",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run knows beside its weights. ``identity`` names model and data by their content."""
+
+    identity: Mapping[str, str]
+    best_loss: float | None = None
+    best_update: int = 0
+    stale: int = 0  # validations since the best one
+    seconds: float = 0.0
+
+
+def save_state(
+    learner: Learner, run: Path, progress: Progress, extra: Callable[[Path], None] | None = None
+) -> Path:
+    """Write a checkpoint of now under ``run``; ``extra`` puts more files into its folder."""
+    target = run / FOLDER / f"step-{learner.update:06d}"
+    facts = {
+        "form": FORM,
+        "update": learner.update,
+        "micro": learner.micro,
+        "lost": learner.lost,
+        "world": learner.ranks.size,
+        "updates": learner.updates,
+        "recipe": learner.recipe.to_dict(),
+        **{name: getattr(progress, name) for name in Progress.__dataclass_fields__},
+    }
+    with writing_folder(target, overwrite=True) as aside:
+        mx.save_safetensors(str(aside / ARRAYS), arrays_of(learner))
+        (aside / FACTS).write_text(json.dumps(facts, indent=2, default=dict) + "\n", "utf-8")
+        if extra is not None:
+            extra(aside)
+    return target
+
+
+def arrays_of(learner: Learner) -> dict[str, mx.array]:
+    """Name all arrays of a learner."""
+    groups = {
+        "weights": learner.weights,
+        "optimizer": learner.optimizer.state,
+        "random": list(mx.random.state),
+        "method": learner.state.arrays(),
+    }
+    return {
+        f"{group}/{name}": array
+        for group, tree in groups.items()
+        for name, array in tree_flatten(tree)
+    }
+
+
+def load_state(learner: Learner, folder: Path) -> Progress:
+    """Put a learner where the checkpoint in ``folder`` was. Raises when its weights are others."""
+    facts = read_facts(folder)
+    groups: dict[str, list[tuple[str, mx.array]]] = {}
+    for name, array in read_arrays(folder).items():
+        group, _, rest = name.partition("/")
+        groups.setdefault(group, []).append((rest, array))
+    check_weights(learner, dict(groups["weights"]), folder)
+    learner.weights = tree_unflatten(groups["weights"])
+    learner.optimizer.state = tree_unflatten(groups["optimizer"])
+    learner.optimizer.init(learner.weights)  # finds all there is; adds nothing
+    learner.state = learner.state.restored(tree_unflatten(groups.get("method", [])) or {})
+    mx.random.state[:] = [array for _, array in sorted(groups["random"])]
+    learner.update, learner.micro, learner.lost = facts["update"], facts["micro"], facts["lost"]
+    hand_over(learner)
+    mx.eval(learner.weights, learner.optimizer.state, learner.model.trainable_parameters())
+    return Progress(**{name: facts[name] for name in Progress.__dataclass_fields__})
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / FACTS).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint of a run: {error}") from error
+    if facts.get("form") != FORM:
+        raise CheckpointError(
+            f"{folder} was written by another version, in form {facts.get('form')}; "
+            f"this one reads form {FORM}"
+        )
+    found: dict[str, Any] = facts
+    return found
+
+
+def read_arrays(folder: Path) -> dict[str, mx.array]:
+    try:
+        arrays: dict[str, mx.array] = mx.load(str(folder / ARRAYS))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read {folder / ARRAYS}: {error}") from error
+    return arrays
+
+
+def check_weights(learner: Learner, saved: Mapping[str, mx.array], folder: Path) -> None:
+    own = {name: w.shape for name, w in tree_flatten(learner.weights)}
+    theirs = {name: w.shape for name, w in saved.items()}
+    odd = sorted(own.items() ^ theirs.items())
+    if odd:
+        raise CheckpointError(
+            f"{folder} trained other weights, such as {odd[0][0]} {odd[0][1]}; resume with the "
+            "recipe it was begun with"
+        )
+
+
+def differences(
+    facts: Mapping[str, Any], recipe: TrainRecipe, identity: Mapping[str, str], world: int
+) -> list[str]:
+    """Say what would be other than in the run that a checkpoint is of."""
+    now, then = recipe.to_dict(), facts["recipe"]
+    told = [
+        f"{name} was {then.get(name)} and is {value}"
+        for name, value in now.items()
+        if name not in FREE and then.get(name) != value
+    ]
+    told += [
+        f"the {name} is another"
+        for name, value in identity.items()
+        if facts["identity"].get(name) != value
+    ]
+    if facts["world"] != world:
+        told.append(f"{facts['world']} processes trained and now {world}")
+    return told
+
+
+def check_same(told: list[str], folder: Path) -> None:
+    """Refuse to go on with another run than the one that was begun."""
+    if told:
+        raise UserError(
+            f"{folder} is of another run: {'; '.join(told)}. Go on with the old settings, or pass "
+            "--accept-changes"
+        )
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """List the whole checkpoints of a run, the latest last."""
+    found = [
+        (int(match[1]), path)
+        for path in (run / FOLDER).glob("step-*")
+        if (match := NAME.fullmatch(path.name)) and (path / FACTS).is_file()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the last checkpoints, and what a killed run left half-written."""
+    for path in checkpoints(run)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints(run):
+        remove_leftovers(path)
