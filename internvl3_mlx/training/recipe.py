@@ -73,7 +73,22 @@ class TrainRecipe:
     max_tiles: int | None = setting(
         None, "Data", "Most tiles a picture is cut into.", low=1, unset="the model's own"
     )
-    augment: bool = setting(False, "Data", "Re-encode tiles as JPEG of random quality, 75 to 100.")
+    max_packed_tiles: int = setting(48, "Data", "Most tiles of a packed row.", low=1)
+    num_frames: int = setting(8, "Data", "Frames taken from each video.", low=1)
+    augment: bool | None = setting(
+        None,
+        "Data",
+        "Re-encode tiles as JPEG of random quality, 75 to 100.",
+        unset="as a meta JSON says",
+    )
+    grouping: bool = setting(True, "Data", "Bring samples of like length together.")
+    system: str | None = setting(
+        None,
+        "Data",
+        "System text of rows that have none.",
+        metavar="TEXT",
+        unset="the model's own",
+    )
     v2pe_delta: str = setting(
         "1", "Data", "Position step of an image token: 1, 1/2 ... 1/256 or random.", metavar="STEP"
     )
