@@ -1,106 +1,105 @@
-"""LoRA adapters in PEFT's form, merged into the weights as a model is loaded.
-
-``adapter_model.safetensors`` holds ``base_model.model.X.lora_A.weight`` (r, in) and ``lora_B``
-(out, r) for modules X, named as the model it was trained on names them; ``adapter_config.json``
-holds r and alpha. What is added, ``alpha / r * B A``, is a tensor like any other and takes the way
-of the layout's rules: a native adapter fits an original checkpoint and the other way round.
-"""
+"""An adapter joins a model: merged into dense weights, or beside layers that are packed."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from internvl3_mlx.config import ModelConfig
-from internvl3_mlx.convert.adapters import PART, both, read_settings, scale_of
-from internvl3_mlx.convert.arrange import moved
-from internvl3_mlx.convert.checkpoint import Checkpoint
-from internvl3_mlx.convert.headers import read_header
-from internvl3_mlx.convert.keymap import KeyMap, listed, normalize_name
-from internvl3_mlx.errors import CheckpointError, KeyMapError, UserError
+from internvl3_mlx.convert.keymap import listed
+from internvl3_mlx.convert.peft import Adapter
+from internvl3_mlx.errors import KeyMapError
+from internvl3_mlx.models.lora import Factors, LoRALinear, adapters, replace_module, sides
 
-WEIGHTS = "adapter_model.safetensors"
-SETTINGS = "adapter_config.json"
-NAMINGS = ("original", "native")
+LINEAR = (nn.Linear, nn.QuantizedLinear)
 
 
-def read_adapter(folder: Path, config: ModelConfig) -> dict[str, mx.array]:
-    """Read what an adapter adds to our weights: name -> (out, in) float32, unevaluated.
-
-    Raises when the folder is no adapter, changes nothing, or is not of an InternVL3 model.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"no folder at {folder}; an adapter is a folder that PEFT saved")
-    for name in (SETTINGS, WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"no {name} in {folder}; an adapter folder is what PEFT saves")
-    tensors = {info.name: info for info in read_header(folder / WEIGHTS)}
-    deltas = read_deltas(Checkpoint(folder, tensors), read_settings(folder))
-    keymap = naming(deltas)
-    deltas = with_siblings(deltas, keymap)
-    return {
-        target: part
-        for move in keymap.moves(deltas)
-        for target, part in moved({name: deltas[name] for name in move.sources}, move, config)
+def merged(weights: Mapping[str, mx.array], adapter: Adapter) -> dict[str, mx.array]:
+    """Merge an adapter into dense weights; raise when it is not of their model."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    check_fit(adapter, shapes)
+    changed = {
+        name: factors.applied(weights[name]).astype(weights[name].dtype)
+        for name, factors in adapter.changes.items()
     }
+    replaced = {name: x.astype(weights[name].dtype) for name, x in adapter.whole.items()}
+    return {**weights, **changed, **replaced}
 
 
-def read_deltas(adapter: Checkpoint, settings: Mapping[str, object]) -> dict[str, mx.array]:
-    """Multiply out each module's two factors: the name of its weight -> (out, in)."""
-    sides: dict[str, dict[str, str]] = {}
-    for name in adapter.tensors:
-        match = PART.fullmatch(name)
-        if match is None:
-            raise KeyMapError(f"{name!r} is no LoRA factor; DoRA and saved modules must be merged")
-        sides.setdefault(match["module"], {})[match["side"]] = name
-    changes, deltas = False, {}
-    for module, found in sides.items():
-        down, up = (adapter.read(name).astype(mx.float32) for name in both(module, found))
-        changes = changes or bool(mx.any(up != 0))
-        deltas[f"{module}.weight"] = scale_of(module, settings) * (up @ down)
-    if not changes:
-        raise UserError(f"the adapter in {adapter.folder} changes nothing: all its B factors are 0")
-    return deltas
+def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> tuple[str, ...]:
+    """Put an adapter beside a model's layers, or into those it has; return their names.
 
-
-def naming(deltas: Mapping[str, mx.array]) -> KeyMap:
-    """Find the layout whose names an adapter bears."""
-    faults = []
-    for keymap in map(KeyMap, NAMINGS):
-        try:
-            for name in deltas:
-                keymap.place(name)
-            return keymap
-        except KeyMapError as fault:
-            faults.append(fault)
-    raise KeyMapError(f"the adapter is not of an InternVL3 model: {faults[0]}")
-
-
-def with_siblings(deltas: Mapping[str, mx.array], keymap: KeyMap) -> dict[str, mx.array]:
-    """Add nothing, in so many zeros, to what is joined with a changed weight but unchanged itself.
-
-    A native tower has q, k and v apart; adapted in one or two, they still become one matrix.
+    Raises when it is not of this model, or when the model is adapted in another way.
     """
-    whole = {normalize_name(name): delta for name, delta in deltas.items()}
-    for name, delta in list(whole.items()):
-        entry, _, fill = keymap.place(name)
-        whole = {fill(sibling): mx.zeros_like(delta) for sibling in entry.theirs} | whole
-    return whole
+    modules = dict(model.named_modules())
+    check_fit(adapter, shapes_of(model))
+    present = {f"{path}.weight" for path, _ in adapters(model)}
+    if present and present != adapter.changes.keys():
+        other = present ^ adapter.changes.keys()
+        raise KeyMapError(f"the adapter and the model are not adapted alike: {listed(other)}")
+    for name, factors in adapter.changes.items():
+        path = name.removesuffix(".weight")
+        if isinstance(modules[path], LoRALinear):
+            refill(path, modules[path], factors)
+        else:
+            replace_module(model, path, LoRALinear(modules[path], factors, dropout))
+    for name, x in adapter.whole.items():
+        replace_tensor(model, modules, name, x)
+    return tuple(name.removesuffix(".weight") for name in adapter.changes)
 
 
-def merged(weights: dict[str, mx.array], deltas: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Add an adapter's deltas; raise when it changes an absent weight or one of another shape."""
-    if absent := deltas.keys() - weights.keys():
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Give all parameters' shapes, of a packed or adapted layer those it stands for."""
+    shapes = {name: tuple(x.shape) for name, x in tree_flatten(model.parameters())}
+    for path, module in model.named_modules():
+        linear = module.base if isinstance(module, LoRALinear) else module
+        if isinstance(linear, LINEAR):
+            shapes[f"{path}.weight"] = sides(linear)
+    return shapes
+
+
+def check_fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise when an adapter changes an absent weight or one of another shape."""
+    wanted = {name: factors.shape for name, factors in adapter.changes.items()}
+    wanted |= {name: tuple(x.shape) for name, x in adapter.whole.items()}
+    if absent := wanted.keys() - shapes.keys():
         raise KeyMapError(f"the adapter changes what this model lacks: {listed(absent)}")
     wrong = [
-        f"{name} by {delta.shape}, it is {weights[name].shape}"
-        for name, delta in deltas.items()
-        if delta.shape != weights[name].shape
+        f"{name} by {shape}, it is {shapes[name]}"
+        for name, shape in wanted.items()
+        if shape != shapes[name]
     ]
     if wrong:
         raise KeyMapError(f"the adapter is of another model: it changes {listed(wrong)}")
-    added = {
-        name: (weights[name].astype(mx.float32) + delta).astype(weights[name].dtype)
-        for name, delta in deltas.items()
-    }
-    return weights | added
+
+
+def refill(path: str, layer: LoRALinear, factors: Factors) -> None:
+    """Give an adapted layer other factors of the same form."""
+    own = layer.factors
+    if (own.down.shape, own.magnitude is None) != (factors.down.shape, factors.magnitude is None):
+        raise KeyMapError(
+            f"{path} is adapted with {described(own)}, the adapter has {described(factors)}"
+        )
+    layer.take(factors)
+
+
+def described(factors: Factors) -> str:
+    kind = "LoRA" if factors.magnitude is None else "DoRA"
+    return f"{kind} of rank {factors.down.shape[0]}"
+
+
+def replace_tensor(
+    model: nn.Module, modules: Mapping[str, nn.Module], name: str, x: mx.array
+) -> None:
+    """Set a tensor that was trained whole; a packed layer becomes a dense one."""
+    path, key = name.rpartition(".")[::2]
+    module = modules[path]
+    if isinstance(module, nn.QuantizedLinear) and key == "weight":
+        rows, columns = sides(module)
+        dense = nn.Linear(columns, rows, bias="bias" in module)
+        dense.weight = x.astype(module.scales.dtype)
+        if "bias" in module:
+            dense.bias = module.bias
+        replace_module(model, path, dense)
+        return
+    module[key] = x.astype(module[key].dtype)

@@ -1,0 +1,114 @@
+"""Write an adapter folder in PEFT's form, named as the original or the native layout names it."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from internvl3_mlx.config import ModelConfig
+from internvl3_mlx.convert.arrange import moved
+from internvl3_mlx.convert.factors import renamed
+from internvl3_mlx.convert.keymap import KeyMap
+from internvl3_mlx.convert.peft import SETTINGS, WEIGHTS, Adapter
+from internvl3_mlx.errors import UserError
+from internvl3_mlx.models.lora import Factors
+
+PREFIX = "base_model.model."
+# our word for a naming -> the layout whose names it writes; "mlx" keeps a run's factors to the bit
+LAYOUTS = {"original": "original", "native": "hf", "mlx": "mlx"}
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an adapter's config says beside its ranks."""
+
+    alpha: float
+    rslora: bool = False
+    dropout: float = 0.0
+    base: str | None = None  # the model it was trained on
+
+
+def write_adapter(
+    adapter: Adapter, folder: Path, config: ModelConfig, form: Form, naming: str
+) -> None:
+    """Write both files into ``folder``, which exists. The caller renames it when it is whole."""
+    if naming not in LAYOUTS:
+        raise UserError(f"naming {naming!r} was asked for; known are {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[naming]
+    keymap = KeyMap.back(layout, config.text.family)
+    changes = renamed(adapter.changes, keymap, config.text)
+    modules = {module_name(name, layout): factors for name, factors in changes.items()}
+    whole = {
+        native_name(name) if layout == "hf" else name: x
+        for move in keymap.moves(adapter.whole)
+        for name, x in moved({n: adapter.whole[n] for n in move.sources}, move, config)
+    }
+    tensors = {f"{PREFIX}{name}": x for name, x in whole.items()}
+    for module, factors in modules.items():
+        tensors |= named(f"{PREFIX}{module}", factors)
+    mx.save_safetensors(str(folder / WEIGHTS), tensors, metadata={"format": "pt"})
+    content = settings_of(modules, [*whole], form)
+    (folder / SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def module_name(weight: str, layout: str) -> str:
+    name = weight.removesuffix(".weight")
+    return native_name(name) if layout == "hf" else name
+
+
+def native_name(name: str) -> str:
+    """Name a module as transformers' classes do in memory, which is what PEFT sees."""
+    if name.startswith("language_model.lm_head"):
+        return name.removeprefix("language_model.")
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
+
+
+def named(module: str, factors: Factors) -> dict[str, mx.array]:
+    tensors = {f"{module}.lora_A.weight": factors.down, f"{module}.lora_B.weight": factors.up}
+    if factors.magnitude is not None:
+        tensors[f"{module}.lora_magnitude_vector"] = factors.magnitude
+    return {name: mx.contiguous(x) for name, x in tensors.items()}
+
+
+def settings_of(modules: Mapping[str, Factors], whole: list[str], form: Form) -> Json:
+    """Say what PEFT needs to build the adapter again, each module by its full name.
+
+    A bare q_proj would hit the native layout's tower too.
+    """
+    ranks = {module: factors.down.shape[0] for module, factors in modules.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    alphas = {module: alpha_of(factors, form) for module, factors in modules.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": form.base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": form.alpha,
+        "lora_dropout": form.dropout,
+        "use_rslora": form.rslora,
+        "use_dora": any(factors.magnitude is not None for factors in modules.values()),
+        "target_modules": sorted(modules),
+        "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in whole}) or None,
+        "rank_pattern": {pattern(m): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {pattern(m): a for m, a in alphas.items() if a != form.alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def alpha_of(factors: Factors, form: Form) -> float:
+    """Give the alpha that makes a module's scale of its rank; whole numbers stay whole."""
+    rank = factors.down.shape[0]
+    alpha = factors.scale * (rank**0.5 if form.rslora else rank)
+    return float(f"{alpha:.12g}")
+
+
+def pattern(module: str) -> str:
+    return module.replace(".", r"\.")
