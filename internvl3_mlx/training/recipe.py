@@ -146,11 +146,10 @@ class TrainRecipe:
         metavar="PARTS",
     )
     lora_keys: tuple[str, ...] = setting(
-        (),
+        ("language",),
         "Weights",
-        "Patterns of the layers that are adapted, with commas.",
-        metavar="PATTERNS",
-        unset="the linear layers of the language model",
+        "Layers that are adapted: language, vision, projector, all, names or patterns.",
+        metavar="KEYS",
     )
     num_layers: int | None = setting(
         None, "Weights", "Adapt only the last N layers of the language model.", low=1, unset="all"
@@ -164,8 +163,13 @@ class TrainRecipe:
     )
     dora: bool = setting(False, "Weights", "Train magnitude and direction apart (DoRA).")
     rslora: bool = setting(False, "Weights", "Divide by the root of the rank (rsLoRA).")
-    drop_path: float = setting(
-        0.0, "Weights", "Share of the tower's branches left out while it is trained.", low=0, high=1
+    drop_path: float | None = setting(
+        None,
+        "Weights",
+        "Share of a trained tower's branches left out.",
+        low=0,
+        high=1,
+        unset="the checkpoint's",
     )
     dpo_weight: float = setting(0.8, "Preference", "Weight of the preference term.", low=0)
     bco_weight: float = setting(0.2, "Preference", "Weight of the quality term.", low=0)
@@ -249,7 +253,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
         "text_ratio": 0.25,
         "batch_size": 1,
         "grad_accumulation_steps": 8,
-        "drop_path": 0.1,
     },
 })  # fmt: skip
 
@@ -262,8 +265,8 @@ def check_together(recipe: TrainRecipe) -> None:
         raise UserError(f"report_to is {unknown[0]}; known are {', '.join(LOGGERS)}")
     if recipe.iters is None and recipe.epochs == 0:
         raise UserError("epochs is 0; give epochs above 0, or iters")
-    if not recipe.adapts and (recipe.dora or recipe.rslora or recipe.lora_keys):
-        raise UserError("dora, rslora and lora_keys shape adapters; add lora to train")
+    if not recipe.adapts and (recipe.dora or recipe.rslora):
+        raise UserError("dora and rslora shape adapters; add lora to train")
     if recipe.dora and recipe.rslora:
         raise UserError("dora and rslora both set the scale of adapters; choose one")
     if recipe.method == "mpo":

@@ -15,8 +15,8 @@ REDUCTIONS = ("token", "sample", "square")
 LOGGERS = ("wandb", "tensorboard", "swanlab")
 DTYPES = ("float32", "bfloat16", "float16")
 LORA = "lora"
-PARTS = (LORA, "language_model", "mlp1", "vision_model")
-ALL_PARTS = PARTS[1:]
+PARTS = (LORA, "language_model", "mlp1", "vision_model", "lm_head")
+ALL_PARTS = PARTS[1:4]
 RANDOM = "random"  # of V2PE: another step for every picture
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: everything that the next update depends on, to the bit.
 
 ``checkpoints/step-000120/`` holds ``state.safetensors`` (trained weights in float32, optimizer,
-random state, reward shift) and ``state.json`` (counters, the recipe, what data it was). A folder
-takes its name when it is whole.
+reward shift) and ``state.json`` (counters, the recipe, what data it was). Where the data stands and
+what is drawn next follow from the seed and the counters. A folder takes its name when it is whole.
 """
 
 import json
@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from internvl3_mlx.convert.writing import remove_leftovers, writing_folder
 from internvl3_mlx.errors import CheckpointError, UserError
+from internvl3_mlx.training.methods import MethodState
 from internvl3_mlx.training.recipe import TrainRecipe
 from internvl3_mlx.training.trainer import Learner, hand_over
 
@@ -72,8 +73,7 @@ def arrays_of(learner: Learner) -> dict[str, mx.array]:
     groups = {
         "weights": learner.weights,
         "optimizer": learner.optimizer.state,
-        "random": list(mx.random.state),
-        "method": learner.state.arrays(),
+        "method": {"shift": learner.state.shift, "count": learner.state.count},
     }
     return {
         f"{group}/{name}": array
@@ -93,8 +93,7 @@ def load_state(learner: Learner, folder: Path) -> Progress:
     learner.weights = tree_unflatten(groups["weights"])
     learner.optimizer.state = tree_unflatten(groups["optimizer"])
     learner.optimizer.init(learner.weights)  # finds all there is; adds nothing
-    learner.state = learner.state.restored(tree_unflatten(groups.get("method", [])) or {})
-    mx.random.state[:] = [array for _, array in sorted(groups["random"])]
+    learner.state = MethodState(**dict(groups["method"]))
     learner.update, learner.micro, learner.lost = facts["update"], facts["micro"], facts["lost"]
     hand_over(learner)
     mx.eval(learner.weights, learner.optimizer.state, learner.model.trainable_parameters())

@@ -2,7 +2,7 @@
 validate, to save and to stop is the caller's."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -27,8 +27,10 @@ from internvl3_mlx.training.optimizers import (
     shrunk,
     step_size,
 )
+from internvl3_mlx.training.parts import into_training
 from internvl3_mlx.training.recipe import TrainRecipe
 
+COUNTED = ("tokens",)  # figures that a step has as sums already
 PATIENCE = 5  # updates in a row whose numbers are none: the run is lost, not unlucky
 
 
@@ -110,7 +112,7 @@ def make_update(learner: Learner, works: Iterator[Work]) -> Step | None:
     """Read some works and move the weights once; None when there are no works left."""
     started, before = time.perf_counter(), learner.state
     total = Sums()
-    learner.model.train()
+    into_training(learner.model)
     for work in works:
         micro_step(learner, work, total)
     if not total.micro:
@@ -157,31 +159,44 @@ class Sums:
 
 def micro_step(learner: Learner, work: Work, total: Sums) -> None:
     """Add one batch's numerator, denominator and gradients to the sums, and evaluate them."""
-    (numerator, denominator, figures, state), gradients = value_and_grad(learner)(work)
+    mx.random.seed(seed_of(learner))
+    (numerator, denominator, figures, shift, count), gradients = value_and_grad(learner)(work)
     gradients = tree_map(lambda g: g.astype(mx.float32), gradients)
     if total.gradients is not None:
         gradients = tree_map(mx.add, total.gradients, gradients)
     total.gradients = gradients
     total.numerator = total.numerator + numerator
     total.denominator = total.denominator + denominator
-    learner.state = state
-    mx.eval(total.numerator, total.denominator, gradients, figures, list(state.arrays()))
-    for name, value in figures.items():
-        total.figures.setdefault(name, []).append(value.item())
+    learner.state = MethodState(shift, count)
+    mx.eval(total.numerator, total.denominator, gradients, figures, shift, count)
+    take_in(total.figures, figures)
     total.tokens += len(work.batch.ids)
     total.targets += len(work.batch.targets)
     total.micro += 1
     learner.micro += 1
 
 
-def value_and_grad(learner: Learner) -> Callable[[Work], Any]:
-    """Give the function from a work to (numerator, denominator, figures, state) and gradients."""
+def seed_of(learner: Learner) -> int:
+    """Give each micro-step of each rank a random stream of its own: a run that is resumed draws
+    what it would have drawn."""
+    place = (learner.recipe.seed, learner.ranks.rank, learner.micro)
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
-    def objective(work: Work) -> tuple[mx.array, mx.array, dict[str, mx.array], MethodState]:
+
+def take_in(figures: dict[str, list[float]], found: Mapping[str, mx.array]) -> None:
+    for name, value in found.items():
+        if name not in COUNTED:
+            figures.setdefault(name, []).append(value.item())
+
+
+def value_and_grad(learner: Learner) -> Callable[[Work], Any]:
+    """Give the function from a work to what a method finds, the numerator first, and gradients."""
+
+    def objective(work: Work) -> tuple[mx.array | dict[str, mx.array], ...]:
         micro, state = learner.method(
             learner.model, work.batch, work.vision, work.reference, learner.state
         )
-        return micro.numerator, micro.denominator, micro.figures, state
+        return micro.numerator, micro.denominator, micro.figures, state.shift, state.count
 
     return nn.value_and_grad(learner.model, objective)
 
@@ -216,7 +231,6 @@ def validate(learner: Learner, works: Iterator[Work]) -> tuple[float, dict[str, 
         )
         numerator, denominator = numerator + micro.numerator, denominator + micro.denominator
         mx.eval(numerator, denominator, micro.figures)
-        for name, value in micro.figures.items():
-            figures.setdefault(name, []).append(value.item())
+        take_in(figures, micro.figures)
     numerator, denominator = learner.ranks.summed((numerator, denominator))
     return (numerator / denominator).item(), learner.ranks.means(figures)
