@@ -4,18 +4,23 @@ import mlx.core as mx
 
 from internvl3_mlx.models.batch_cache import BatchKVCache
 from internvl3_mlx.models.cache import Cache, Packed, QuantizedKVCache
+from internvl3_mlx.models.spans import Spans, attend_spans
 
 # query rows: the fused kernels for few rows end at 8, from here reading dense once is cheaper
 UNPACK_FROM = 9
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, cache: Cache | BatchKVCache | None) -> mx.array:
+def attend(
+    q: mx.array, k: mx.array, v: mx.array, cache: Cache | BatchKVCache | Spans | None
+) -> mx.array:
     """Attend causally over the cache and these rows. q: (B, H, L, D), k v: (B, KV, L, D) -> (B, H,
     L, D).
 
     The causal mask is aligned to the lower right, so the rows see the whole cache and what stands
     before them. Of a batch every row looks at its own tokens alone, one new one at a time.
     """
+    if isinstance(cache, Spans):
+        return attend_spans(q, k, v, cache)
     scale = q.shape[-1] ** -0.5
     mask = "causal" if q.shape[2] > 1 else None
     if cache is None:

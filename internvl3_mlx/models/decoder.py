@@ -17,11 +17,15 @@ from internvl3_mlx.config import TextConfig
 from internvl3_mlx.models.activations import swiglu
 from internvl3_mlx.models.attention import attend
 from internvl3_mlx.models.batch_cache import BatchKVCache
+from internvl3_mlx.models.blocks import Run, plainly
 from internvl3_mlx.models.cache import Cache
 from internvl3_mlx.models.fusing import join_rows
 from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, powers_where_ordinary
+from internvl3_mlx.models.spans import Spans
 
-EVERY, LAST = slice(None), slice(-1, None)  # rows of a sequence
+Rows = slice | mx.array  # of a sequence: a stretch, or (R,) indices where it is cut into spans
+EVERY, LAST = slice(None), slice(-1, None)
+Kept = Cache | BatchKVCache | Spans
 
 
 class Attention(nn.Module):
@@ -41,12 +45,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: Cache | BatchKVCache | None, rows: slice = EVERY
+        self, x: mx.array, rotary: Rotary, cache: Kept | None, rows: Rows = EVERY
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D): all L rows are remembered, ``rows`` of them answered."""
         turned, values = self.project(x)
         queries, keys = mx.split(rotary(turned), [self.heads], axis=1)
-        out = attend(queries[:, :, rows], keys, values.transpose(0, 2, 1, 3), cache)
+        values = values.transpose(0, 2, 1, 3)
+        if isinstance(cache, Spans):  # the rows lie in several spans: attend first, choose after
+            out = attend(queries, keys, values, cache)[:, :, rows]
+        else:
+            out = attend(queries[:, :, rows], keys, values, cache)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
     def project(self, x: mx.array) -> list[mx.array]:
@@ -92,7 +100,7 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config), MLP(config)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: Cache | BatchKVCache | None, rows: slice = EVERY
+        self, x: mx.array, rotary: Rotary, cache: Kept | None, rows: Rows = EVERY
     ) -> mx.array:
         x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, cache, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -111,16 +119,18 @@ class Decoder(nn.Module):
         self,
         x: mx.array,
         rotary: Rotary,
-        cache: Sequence[Cache | BatchKVCache] | None = None,
-        rows: slice = EVERY,
+        cache: Sequence[Kept] | None = None,
+        rows: Rows = EVERY,
+        run: Run = plainly,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D), the states of ``rows`` alone.
 
         Every layer but the last needs all rows; the last needs the others only in the cache.
+        ``run`` calls each block; training runs some of them twice.
         """
         last = len(self.layers) - 1
         for i, (block, kept) in enumerate(zip(self.layers, cache or repeat(None), strict=False)):
-            x = block(x, rotary, kept, rows if i == last else EVERY)
+            x = run(block, x, rotary, kept, rows if i == last else EVERY)
         return self.norm(x)
 
 
