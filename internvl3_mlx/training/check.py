@@ -42,7 +42,6 @@ class Survey:
     left_out: int
     shortened: int
     sizes: Sizes
-    learned: int
 
     def raise_faults(self) -> None:
         """Raise ``DataError`` with all that must be mended."""
@@ -85,7 +84,7 @@ class Surveyor:
         self.maker = maker
         self.faults, self.notes = Tally(), Tally()
         self.numbers, self.tokens, self.tiles = array("q"), array("i"), array("i")
-        self.left_out = self.shortened = self.learned = 0
+        self.left_out = self.shortened = 0
 
     def see(self, entry: Entry) -> None:
         """Check one row."""
@@ -110,7 +109,14 @@ class Surveyor:
         self.numbers.append(entry.number)
         self.tokens.append(measure.tokens)
         self.tiles.append(measure.tiles)
-        self.learned += measure.learned
+
+    def repeat(self, known: int, rows: int, passes: int) -> None:
+        """Count what was found since ``known`` once more for each further pass through a file."""
+        numbers, tokens, tiles = self.numbers[known:], self.tokens[known:], self.tiles[known:]
+        for again in range(1, passes):
+            self.numbers.extend(number + again * rows for number in numbers)
+            self.tokens.extend(tokens)
+            self.tiles.extend(tiles)
 
     def survey(self, rows: int) -> Survey:
         columns = (self.numbers, self.tokens, self.tiles)
@@ -123,16 +129,19 @@ class Surveyor:
             self.left_out,
             self.shortened,
             Sizes(*(np.array(column) for column in columns)),
-            self.learned,
         )
 
 
 def survey(data: Data, maker: Maker) -> Iterator[Look]:
     """Look at every row, its pictures' headers included; yield after each, the last with all."""
-    surveyor, total = Surveyor(maker), len(data)
-    for entry in data:
-        surveyor.see(entry)
-        yield Look(entry.number + 1, total)
+    surveyor, total, first = Surveyor(maker), len(data), 0
+    for source in data.sources:
+        known = len(surveyor.numbers)
+        for number in range(first, first + len(source.taken)):
+            surveyor.see(data[number])
+            yield Look(number + 1, total)
+        surveyor.repeat(known, len(source.taken), source.passes)
+        first += len(source)
     yield Look(total, total, surveyor.survey(total))
 
 
