@@ -69,9 +69,9 @@ def source_heights(changes: Changes, move: Move, text: TextConfig) -> dict[str, 
 def joined(parts: Sequence[Part]) -> Factors:
     """Join rows of several adapters. One and the same A is kept once, others stand in blocks."""
     whole = [factors for factors, _, _ in parts if factors is not None]
-    blocks = distinct(whole)
-    first = whole[0]
-    scale = first.scale if all(f.scale == first.scale for f in whole) else 1.0
+    adding = [factors for factors in whole if factors.down.shape[0]]
+    blocks, first = distinct(adding), adding[0]
+    scale = first.scale if all(factors.scale == first.scale for factors in adding) else 1.0
     ups = [up_rows(part, blocks, scale) for part in parts]
     down = mx.concatenate([block.down for block in blocks]) if len(blocks) > 1 else first.down
     magnitude = None
@@ -99,7 +99,7 @@ def up_rows(part: Part, blocks: Sequence[Factors], scale: float) -> mx.array:
     """Give a part's rows of the joined B: zeros in the columns of other blocks."""
     factors, start, stop = part
     columns = [block.down.shape[0] for block in blocks]
-    if factors is None:
+    if factors is None or not factors.down.shape[0]:
         return mx.zeros((stop - start, sum(columns)))
     up = factors.up[start:stop]
     if factors.scale != scale:

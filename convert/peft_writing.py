@@ -37,10 +37,8 @@ def write_adapter(
     adapter: Adapter, folder: Path, config: ModelConfig, form: Form, naming: str
 ) -> None:
     """Write both files into ``folder``, which exists. The caller renames it when it is whole."""
-    if naming not in LAYOUTS:
-        raise UserError(f"naming {naming!r} was asked for; known are {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[naming]
-    keymap = KeyMap.back(layout, config.text.family)
+    keymap = written_names(naming, config)
+    layout = keymap.layout
     changes = renamed(adapter.changes, keymap, config.text)
     modules = {module_name(name, layout): factors for name, factors in changes.items()}
     whole = {
@@ -54,6 +52,13 @@ def write_adapter(
     mx.save_safetensors(str(folder / WEIGHTS), tensors, metadata={"format": "pt"})
     content = settings_of(modules, [*whole], form)
     (folder / SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def written_names(naming: str, config: ModelConfig) -> KeyMap:
+    """Give the way from our names to those of ``naming``."""
+    if naming not in LAYOUTS:
+        raise UserError(f"naming {naming!r} was asked for; known are {', '.join(LAYOUTS)}")
+    return KeyMap.back(LAYOUTS[naming], config.text.family)
 
 
 def module_name(weight: str, layout: str) -> str:

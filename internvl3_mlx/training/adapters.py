@@ -9,13 +9,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from internvl3_mlx.convert.factors import siblings
 from internvl3_mlx.convert.peft import Adapter, read_adapter
-from internvl3_mlx.convert.peft_writing import Form, write_adapter
+from internvl3_mlx.convert.peft_writing import Form, write_adapter, written_names
 from internvl3_mlx.convert.writing import writing_folder
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.adapter import attach
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.models.lora import LoRALinear, adapters, replace_module
+from internvl3_mlx.models.lora import (
+    Factors,
+    LoRALinear,
+    adapters,
+    dense_weight,
+    lengths,
+    replace_module,
+    sides,
+)
 from internvl3_mlx.training.parts import chosen_layers
 
 
@@ -112,15 +121,26 @@ def write_into(
 ) -> None:
     """Write the two files of an adapter into a folder that exists, such as a checkpoint's."""
     form = Form(settings.alpha, settings.rslora, settings.dropout, base)
-    write_adapter(adapter_of(model), folder, model.config, form, naming)
+    write_adapter(adapter_of(model, naming), folder, model.config, form, naming)
 
 
-def adapter_of(model: InternVL) -> Adapter:
+def adapter_of(model: InternVL, naming: str) -> Adapter:
     """Gather what was trained: factors, and whole modules beside them."""
     changes = {f"{path}.weight": layer.factors for path, layer in adapters(model)}
     if not changes:
         raise UserError("the model has no adapters to save; save the model instead")
-    return Adapter(changes, trained_modules(model))
+    keymap = written_names(naming, model.config)
+    lengthened = {name: f for name, f in changes.items() if f.magnitude is not None}
+    idle = {name: idle_factors(model, name) for name in siblings(lengthened, keymap)}
+    return Adapter({**changes, **idle}, trained_modules(model))
+
+
+def idle_factors(model: InternVL, name: str) -> Factors:
+    """State the rows' own lengths of a layer that DoRA leaves alone, to be joined with others."""
+    linear = dict(model.named_modules())[name.removesuffix(".weight")]
+    rows, columns = sides(linear)
+    own = lengths(dense_weight(linear))
+    return Factors(mx.zeros((0, columns)), mx.zeros((rows, 0)), 1.0, own)
 
 
 def trained_modules(model: InternVL) -> dict[str, mx.array]:
