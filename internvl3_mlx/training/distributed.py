@@ -4,6 +4,7 @@ MLX's engine connects them (``mlx.launch``: ring, MPI or JACCL). Sums are made o
 and evaluated at once: on the GPU a rank that waits for a slow one would run into its watchdog.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,13 @@ class Ranks:
         names = sorted(own)
         total = self.summed([mx.array([own[name] for name in names])])[0] / self.size
         return dict(zip(names, total.tolist(), strict=True))
+
+    @property
+    def across(self) -> "Callable[[mx.array], mx.array] | None":
+        """The mean of a number over the ranks, as a step inside a graph."""
+        if self.size == 1:
+            return None
+        return lambda x: mx.distributed.all_sum(x, group=self.group, stream=mx.cpu) / self.size
 
     def agree(self, wish: bool) -> bool:
         """Tell whether any rank wishes it, so that all stop, save or go on together."""

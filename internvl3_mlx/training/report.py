@@ -51,8 +51,16 @@ def row_of(step: Step, checked: Mapping[str, float] | None) -> dict[str, float |
 
 
 @contextmanager
-def reporting(recipe: TrainRecipe, run: Path, after: int = 0) -> "Iterator[Report]":
-    """Open all that a recipe reports to; of a run that was resumed rows are kept to ``after``."""
+def reporting(
+    recipe: TrainRecipe, run: Path, after: int = 0, *, writes: bool = True
+) -> "Iterator[Report]":
+    """Open all that a recipe reports to; of a run that was resumed rows are kept to ``after``.
+
+    ``writes``: only one rank of several does; the others report to nobody.
+    """
+    if not writes:
+        yield Report([])
+        return
     report = Report(
         [Table(run, after), *(open_logger(name, recipe, run) for name in recipe.report_to)]
     )
