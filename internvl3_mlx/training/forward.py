@@ -37,8 +37,8 @@ def supervised_states(
     """Compute the normed states that predict the batch's targets: -> (N, D).
 
     vision: what is known of the pictures, all of them in order: features (T, V, D), the tower's
-    states (T, 1 + G*G, C), tiles (T, S, S, 3), or None for the batch's own tiles. Positions are taken as
-    they are, also beyond the trained window: the published training never stretched them.
+    states (T, 1 + G*G, C), tiles (T, S, S, 3), or None for the batch's own tiles. Positions are
+    taken as they are, also beyond the trained window: the published training never stretched them.
     """
     how = how or Forward()
     run = recomputing() if how.recompute and learns(model) else plainly
@@ -63,7 +63,7 @@ def visual_rows(model: InternVL, seen: mx.array, how: Forward, run: Run) -> mx.a
     """Bring pictures from the stage they are at to the decoder's width: -> (V, D)."""
     if seen.ndim == TILE_AXES:
         seen = tower_states(model, seen, how, run)
-    if seen.shape[1] == 1 + model.config.vision.grid**2:
+    if seen.shape[-2] == 1 + model.config.vision.grid**2:
         seen = model.project(seen)
     return seen.reshape(-1, seen.shape[-1])
 

@@ -19,29 +19,42 @@ CHUNK = 128  # states whose logits exist at once: 78 MB of float32 for 151674 wo
 
 
 def log_probs(
-    model: LanguageModel, states: mx.array, targets: mx.array, *, chunk: int = CHUNK
+    model: LanguageModel,
+    states: mx.array,
+    targets: mx.array,
+    *,
+    chunk: int = CHUNK,
+    learning: bool = False,
 ) -> mx.array:
-    """Score each target under the state that predicts it: (N, D), (N,) -> (N,) float32."""
+    """Score each target under the state that predicts it: (N, D), (N,) -> (N,) float32.
+
+    ``learning``: a gradient will be asked for, so that a frozen head had better prepare it. It is
+    there either way.
+    """
     head = model.lm_head if "lm_head" in model else model.model.embed_tokens
-    if model.training and not learns(head):
+    if learning and not learns(head):
         return with_slopes(model, states, targets, chunk)
     return recomputed(model, head, states, targets, chunk)
 
 
 def with_slopes(model: LanguageModel, states: mx.array, targets: mx.array, chunk: int) -> mx.array:
-    """Score, and find at once how each score changes with its own state: a frozen head's logits
-    are then needed only once.
+    """Score, and find at once how each score changes with its own state.
+
+    A score depends on one state alone, so the slope needs no gradient from outside, and a frozen
+    head's logits are made only once.
     """
     fixed = mx.stop_gradient(states)
-    values, slopes = [], []
+    values: list[mx.array] = []
+    slopes: list[mx.array] = []
     for start in range(0, states.shape[0], chunk):
         part = after(fixed[start : start + chunk], [*values[-1:], *slopes[-1:]])
         wanted = targets[start : start + chunk]
         ones = [mx.ones(part.shape[0])]
-        found, slope = mx.vjp(lambda x, t=wanted: score(model, x, t), [part], ones)
+        found, change = mx.vjp(lambda x, t=wanted: score(model, x, t), [part], ones)
         values += found
-        slopes += slope
-    value, slope = (mx.stop_gradient(mx.concatenate(x)) for x in (values, slopes))
+        slopes += change
+    value = mx.stop_gradient(mx.concatenate(values))
+    slope = mx.stop_gradient(mx.concatenate(slopes))
     # (states - fixed) is zero and its gradient is one: the sum has the value and the slope
     return value + ((states - fixed) * slope).astype(mx.float32).sum(axis=-1)
 
@@ -51,11 +64,11 @@ def recomputed(
 ) -> mx.array:
     """Score, and make the logits again in the backward pass; the head itself may be trained."""
     starts = range(0, states.shape[0], chunk)
-    names = [name for name, _ in tree_flatten(head.trainable_parameters())]
+    trained: dict[str, mx.array] = dict(tree_flatten(head.trainable_parameters()))
     seed = None if isinstance(head, NEVER_DRAWS) else fresh_seed()
 
     def part(start: int, x: mx.array, own: list[mx.array]) -> mx.array:
-        weights = tree_unflatten(list(zip(names, own, strict=True)))
+        weights = tree_unflatten(list(zip(trained, own, strict=True)))
         stream = nullcontext() if seed is None else drawing_from(seed + start)
         with holding(head, weights), stream:
             return score(model, x, targets[start : start + chunk])
@@ -80,9 +93,7 @@ def recomputed(
             sums = [a + b for a, b in zip(sums, found[1:], strict=True)]
         return mx.concatenate(rows), sums
 
-    out: mx.array = scored(
-        states, [value for _, value in tree_flatten(head.trainable_parameters())]
-    )
+    out: Any = scored(states, list(trained.values()))
     return out
 
 

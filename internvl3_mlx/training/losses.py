@@ -1,4 +1,4 @@
-"""Losses over the supervised tokens: log-probabilities, label weights, SFT and MPO.
+"""The terms of mixed preference optimisation, from log-probabilities.
 
 Sources: InternVL3 (arXiv 2504.10479) section 2; MPO (arXiv 2411.10442) section 3; DPO (2305.18290);
 BCO (2404.04656).
@@ -9,16 +9,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from numpy.typing import NDArray
-
-POWERS = {"token": 0.0, "sample": 1.0, "square": 0.5}  # a label of l weighs 1 / l ** power
-
-
-def label_weights(owner: NDArray[np.integer], reduction: str) -> NDArray[np.float32]:
-    """Weigh each target by how many its answer has: owner (N,) -> (N,) float32."""
-    lengths = np.bincount(owner)[owner]
-    return (lengths.astype(np.float64) ** -POWERS[reduction]).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.spans import Span
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.forward import Forward, supervised_states
 from internvl3_mlx.training.head import CHUNK, log_probs
@@ -115,53 +117,86 @@ class MixedPreference:
         reference: mx.array | None,
         state: MethodState,
     ) -> tuple[Micro, MethodState]:
-        policy = answers_log_probs(model, batch, vision, self.how, self.chunk)
-        if reference is None and self.needs_reference:
-            raise UserError(
-                "mpo compares with a reference and none was given; see --cache-reference"
-            )
-        ratio = policy - (policy if reference is None else mx.stop_gradient(reference))
+        if not self.needs_reference:
+            loss = chosen_loss(chosen := chosen_alone(batch), self.policy(model, chosen, vision))
+            return Micro(self.sft_weight * loss, mx.array(1.0), {"sft": loss}), state
+        if reference is None:
+            raise UserError("dpo and bco compare with a reference, and none was given")
+        policy = self.policy(model, batch, vision)
+        sums = answer_sums(batch, policy - mx.stop_gradient(reference))
+        sft = chosen_loss(batch, policy)
         how = replace(self.preference, running=self.preference.running and model.training)
-        sums = answer_sums(batch, ratio)
-        terms = preference_terms(
-            sums[0::2], sums[1::2], chosen_loss(batch, policy), how, state.shift, state.count
-        )
-        loss = sum(
-            (weight * term for weight, term in self.weighed(terms) if weight), start=mx.array(0.0)
-        )
-        after = MethodState(terms.shift, terms.count)
-        return Micro(loss, mx.array(1.0), self.figures(terms)), after
+        terms = preference_terms(sums[0::2], sums[1::2], sft, how, state.shift, state.count)
+        micro = Micro(self.mixed(terms), mx.array(1.0), figures_of(terms))
+        return micro, MethodState(terms.shift, terms.count)
 
-    def weighed(self, terms: Terms) -> tuple[tuple[float, mx.array], ...]:
-        return (
+    def policy(self, model: InternVL, batch: Batch, vision: mx.array | None) -> mx.array:
+        return answers_log_probs(model, batch, vision, self.how, self.chunk)
+
+    def mixed(self, terms: Terms) -> mx.array:
+        """Add the terms up; one that weighs nothing is never computed."""
+        weighed = (
             (self.dpo_weight, terms.dpo),
             (self.bco_weight, terms.bco),
             (self.sft_weight, terms.sft),
         )
+        return sum((weight * term for weight, term in weighed if weight), start=mx.array(0.0))
 
-    def figures(self, terms: Terms) -> dict[str, mx.array]:
-        """Report each term and what the answers' rewards do, apart."""
-        if not self.needs_reference:
-            return {"sft": terms.sft}
-        margin = terms.chosen_reward - terms.rejected_reward
-        return {
-            "dpo": terms.dpo,
-            "bco": terms.bco,
-            "sft": terms.sft,
-            "shift": terms.shift,
-            "chosen_reward": terms.chosen_reward.mean(),
-            "rejected_reward": terms.rejected_reward.mean(),
-            "margin": margin.mean(),
-            "accuracy": (margin > 0).astype(mx.float32).mean(),
-        }
+
+def figures_of(terms: Terms) -> dict[str, mx.array]:
+    """Report each term and what the answers' rewards do, apart."""
+    margin = terms.chosen_reward - terms.rejected_reward
+    return {
+        "dpo": terms.dpo,
+        "bco": terms.bco,
+        "sft": terms.sft,
+        "shift": terms.shift,
+        "chosen_reward": terms.chosen_reward.mean(),
+        "rejected_reward": terms.rejected_reward.mean(),
+        "margin": margin.mean(),
+        "accuracy": (margin > 0).astype(mx.float32).mean(),
+    }
+
+
+def chosen_alone(batch: Batch) -> Batch:
+    """Leave the rejected answers out: every second one behind a prompt."""
+    kept = np.ones(len(batch.ids), bool)
+    rejected = [span for span in batch.spans if span.prefix is not None][1::2]
+    for span in rejected:
+        kept[span.start : span.stop] = False
+    place, mine = np.cumsum(kept) - 1, np.asarray(batch.owner) % 2 == 0
+    return replace(
+        batch,
+        ids=np.asarray(batch.ids)[kept],
+        positions=np.asarray(batch.positions)[kept],
+        spans=tuple(moved(span, place) for span in batch.spans if span not in rejected),
+        rows=place[np.asarray(batch.rows)[mine]],
+        targets=np.asarray(batch.targets)[mine],
+        owner=np.asarray(batch.owner)[mine],
+        weights=np.asarray(batch.weights)[mine],
+    )
+
+
+def moved(span: Span, place: np.ndarray) -> Span:
+    """Say where a span lies when the row has lost some tokens before it."""
+
+    def at(start: int, stop: int) -> tuple[int, int]:
+        return int(place[start]), int(place[stop - 1]) + 1
+
+    return Span(*at(span.start, span.stop), span.prefix and at(*span.prefix))
 
 
 def answers_log_probs(
-    model: InternVL, batch: Batch, vision: mx.array | None, how: Forward, chunk: int
+    model: InternVL,
+    batch: Batch,
+    vision: mx.array | None,
+    how: Forward | None = None,
+    chunk: int = CHUNK,
 ) -> mx.array:
     """Score every target of a batch: -> (N,) float32."""
     states = supervised_states(model, batch, vision, how)
-    return log_probs(model.language_model, states, mx.array(batch.targets), chunk=chunk)
+    targets, learning = mx.array(batch.targets), model.training
+    return log_probs(model.language_model, states, targets, chunk=chunk, learning=learning)
 
 
 def answer_sums(batch: Batch, values: mx.array) -> mx.array:

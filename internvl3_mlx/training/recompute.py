@@ -41,8 +41,8 @@ def recomputing() -> Run:
 
 def fresh_seed() -> int:
     """Draw where a forward pass's seeds begin. Waits for nothing but a number of its own."""
-    drawn: int = mx.random.randint(0, SEEDS).item()
-    return drawn * STREAMS
+    drawn: Any = mx.random.randint(0, SEEDS).item()
+    return STREAMS * int(drawn)
 
 
 @contextmanager
@@ -59,7 +59,8 @@ def holding(module: nn.Module, weights: dict[str, Any]) -> Iterator[None]:
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
     """Draw random numbers from ``seed``; afterwards go on where the generator stood."""
-    high, low = mx.random.state[0].tolist()
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
     mx.random.seed(seed)
     try:
         yield
