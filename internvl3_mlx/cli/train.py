@@ -10,7 +10,7 @@ from internvl3_mlx.cli import options
 from internvl3_mlx.cli.options import Decorator, Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.recipe import PRESETS, TrainRecipe
-from internvl3_mlx.training.recipe_file import build_recipe, kind_of
+from internvl3_mlx.training.recipe_file import RECIPE, build_recipe, kind_of
 from internvl3_mlx.training.setting import about
 
 TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, tuple: click.STRING}
@@ -88,7 +88,20 @@ def train(config: str | None, **flags: Any) -> None:
 
     names = [entry.name for entry in fields(TrainRecipe)]
     given = {name: value for name in names if (value := flags.pop(name)) is not None}
-    recipe = build_recipe(given, Path(config).expanduser() if config else None)
+    recipe = build_recipe(given, recipe_file(config, given, resumes=flags["resume"]))
     if recipe.data is None:
         raise UserError("no data to learn from: pass --data with a folder or a JSONL file")
     raise SystemExit(carry_out(Request(recipe, **flags)))
+
+
+def recipe_file(config: str | None, given: dict[str, Any], *, resumes: bool) -> Path | None:
+    """Choose the YAML below the flags: the one that is named, or that of the run to go on with."""
+    if config is not None:
+        return Path(config).expanduser()
+    folder = given.get("adapter_path", default_of("adapter_path"))
+    kept = Path(folder).expanduser() / RECIPE
+    return kept if resumes and kept.is_file() else None
+
+
+def default_of(name: str) -> Any:
+    return next(entry.default for entry in fields(TrainRecipe) if entry.name == name)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from internvl3_mlx.training.session import Session
 
 INTERRUPTED = 130
+SHOWN_FIGURES = ("dpo", "bco", "sft", "margin")
 FEW_UPDATES = 30  # fewer hardly move a model
 
 
@@ -96,8 +97,8 @@ def run(request: Request, ground: "Ground") -> int:
     from internvl3_mlx.training.session import open_session, resume
 
     ranks = connect()
-    with screen.waiting("loading the model", quiet=request.quiet):
-        session = open_session(ground, ranks)
+    with progress.bar(quiet=request.quiet) as advance:
+        session = open_session(ground, ranks, advance)
         if request.resume:
             resume(session, accept_changes=request.accept_changes)
     if request.overwrite and ranks.writes:
@@ -228,13 +229,10 @@ def describe(moment: "Moment") -> str:
     step = moment.step
     if step.skipped:
         return f"skipped: loss {step.loss}, gradient {step.norm}"
-    figures = {
-        name: step.figures[name] for name in ("dpo", "bco", "sft", "margin") if name in step.figures
-    }
-    checked = {name.replace("_", " "): value for name, value in (moment.checked or {}).items()}
-    parts = [
-        f"{name} {value:.4f}" for name, value in {"loss": step.loss, **figures, **checked}.items()
-    ]
+    told: dict[str, float] = {"loss": step.loss}
+    told |= {name: step.figures[name] for name in SHOWN_FIGURES if name in step.figures}
+    told |= {name.replace("_", " "): value for name, value in (moment.checked or {}).items()}
+    parts = [f"{name} {value:.4f}" for name, value in told.items()]
     parts += [f"{step.tokens / step.seconds:,.0f} tok/s", screen.size(step.memory)]
     return " · ".join(parts)
 

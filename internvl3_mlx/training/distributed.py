@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
+
+from internvl3_mlx.training.trees import named
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,7 @@ class Ranks:
         """Add up a tree of float32 arrays over the ranks, in one message."""
         if self.size == 1:
             return tree
-        flat = [(name, x) for name, x in tree_flatten(tree)]
+        flat = named(tree)
         joined = mx.concatenate([x.astype(mx.float32).reshape(-1) for _, x in flat])
         total = mx.distributed.all_sum(joined, group=self.group, stream=mx.cpu)
         mx.eval(total)

@@ -60,7 +60,9 @@ class Ground:
 
     @cached_property
     def valid_corpus(self) -> Corpus | None:
-        return self.valid and corpus(self.valid.data, self.maker, self.valid.survey)
+        if self.valid is None:
+            return None
+        return corpus(self.valid.data, self.maker, self.valid.survey)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -86,7 +88,7 @@ def look_around(recipe: TrainRecipe, notify: Notify, advance: Advance) -> Ground
         ready,
         maker,
         Rows(train, surveyed(train, maker, "checking rows", advance)),
-        valid and Rows(valid, surveyed(valid, maker, "checking validation rows", advance)),
+        Rows(valid, surveyed(valid, maker, "checking validation rows", advance)) if valid else None,
     )
 
 

@@ -8,15 +8,14 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_reduce
+from mlx.utils import tree_map, tree_reduce
 
 from internvl3_mlx.training.recipe import TrainRecipe
+from internvl3_mlx.training.trees import Tree
 
-Tree = Any  # a tree of arrays, as MLX nests the parameters of a module
 EPSILON = 1e-6  # a gradient of 0 has no direction to divide by
 
 # none decays weights by itself: ``shrunk`` does, in the same way for all of them
@@ -103,7 +102,3 @@ def shrunk(weights: Tree, by: float) -> Tree:
 def masters(weights: Tree) -> Tree:
     """Copy the trained weights in float32, where they are not already."""
     return tree_map(lambda w: w.astype(mx.float32), weights)
-
-
-def count(weights: Tree) -> int:
-    return sum(w.size for _, w in tree_flatten(weights))

@@ -224,6 +224,11 @@ class TrainRecipe:
         return LORA in self.train
 
     @property
+    def only_adapts(self) -> bool:
+        """Whether the base stays as it is below its adapters."""
+        return self.train == (LORA,)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the model before training."""
         return self.method == "mpo" and bool(self.dpo_weight or self.bco_weight)
@@ -278,7 +283,10 @@ def check_preference(recipe: TrainRecipe) -> None:
         raise UserError("packing is for samples; mpo lays each pair behind its prompt already")
     if not (recipe.dpo_weight or recipe.bco_weight or recipe.sft_weight):
         raise UserError("dpo_weight, bco_weight and sft_weight are all 0; nothing would be learned")
-    if not recipe.adapts and not recipe.cache_reference and recipe.needs_reference:
+    if recipe.needs_reference and not (recipe.only_adapts or recipe.cache_reference):
         raise UserError(
-            "mpo without adapters has no reference once the weights move; add cache_reference"
+            f"train is {','.join(recipe.train)}: once more than lora moves, the base is gone that "
+            "mpo compares with; add cache_reference, which asks it beforehand"
         )
+    if recipe.needs_reference and not recipe.only_adapts and recipe.v2pe_delta == RANDOM:
+        raise UserError("v2pe_delta random cannot be asked beforehand; train lora alone, or fix it")

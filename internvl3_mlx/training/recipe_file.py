@@ -20,6 +20,7 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.recipe import PRESETS, TrainRecipe
 from internvl3_mlx.training.setting import METHODS
 
+RECIPE = "recipe.yaml"  # the name under which a run keeps its own
 NUMBERS = (int, float)
 YES_NO = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

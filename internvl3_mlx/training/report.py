@@ -91,7 +91,9 @@ class Table:
     rows: list[Row] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = [row for row in read_table(self.run / TABLE) if row[UPDATE] <= self.after]
+        self.rows = [
+            row for row in read_table(self.run / TABLE) if (row[UPDATE] or 0) <= self.after
+        ]
         self.rewrite()
 
     def log(self, row: Row) -> None:

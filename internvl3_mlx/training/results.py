@@ -7,11 +7,12 @@ from pathlib import Path
 from internvl3_mlx.convert.peft import SETTINGS, WEIGHTS
 from internvl3_mlx.convert.writing import writing_folder
 from internvl3_mlx.training.adapters import write_into
+from internvl3_mlx.training.recipe_file import RECIPE
 from internvl3_mlx.training.report import PLOT, TABLE
 from internvl3_mlx.training.session import Session, lora_settings
 from internvl3_mlx.training.state import FOLDER as CHECKPOINTS
 
-BEST, LATEST, RECIPE = "best", ".latest", "recipe.yaml"
+BEST, LATEST = "best", ".latest"
 
 
 def save_results(session: Session) -> None:

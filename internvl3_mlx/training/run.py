@@ -8,9 +8,9 @@ import mlx.core as mx
 
 from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.loading.memory import gpu_bytes
-from internvl3_mlx.training.recipe_file import write_file
+from internvl3_mlx.training.recipe_file import RECIPE, write_file
 from internvl3_mlx.training.report import GB, Report, reporting, row_of
-from internvl3_mlx.training.results import RECIPE, save_best, save_results
+from internvl3_mlx.training.results import save_best, save_results
 from internvl3_mlx.training.session import Session
 from internvl3_mlx.training.state import prune, save_state
 from internvl3_mlx.training.trainer import Step, train, validate
@@ -42,7 +42,7 @@ def go(session: Session, asked_to_stop: Callable[[], bool]) -> Iterator[Moment]:
         write_file(session.recipe, session.folder / RECIPE)
     with reporting(session.recipe, session.folder, learner.update, writes=writes) as report:
         try:
-            for step in train(learner, session.works()):
+            for step in train(learner, session.left()):
                 moment = after_update(session, step, report, asked_to_stop)
                 yield moment
                 if moment.stopped:
@@ -70,7 +70,7 @@ def after_update(
 def check(session: Session) -> Checked:
     """Validate, and keep the best adapter so far beside the run."""
     learner, progress = session.learner, session.progress
-    loss, figures = validate(learner, session.valid_works())
+    loss, figures = validate(learner, session.valid())
     checked = {"val_loss": loss, **{f"val_{name}": value for name, value in figures.items()}}
     if progress.best_loss is None or loss < progress.best_loss:
         session.progress = replace(progress, best_loss=loss, best_update=learner.update, stale=0)
@@ -101,6 +101,7 @@ def reason_to_stop(session: Session, step: Step, asked_to_stop: Callable[[], boo
 
 def save(session: Session) -> Path | None:
     """Write a checkpoint and, beside it, what the run has to show; only one rank does."""
+    session.works.keep()
     if not session.learner.ranks.writes:
         return None
     saved = save_state(session.learner, session.folder, session.progress)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from math import ceil
 from pathlib import Path
 
@@ -10,20 +10,15 @@ import mlx.core as mx
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.build import build
-from internvl3_mlx.loading.names import model_cache
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.training.adapters import LoraSettings, adapt, load_adapter, switched_off
-from internvl3_mlx.training.batch import Batch
+from internvl3_mlx.training.adapters import LoraSettings, adapt, load_adapter
 from internvl3_mlx.training.distributed import ALONE, Ranks
-from internvl3_mlx.training.features import FrozenFeatures, Keeping, What
 from internvl3_mlx.training.forward import Forward
-from internvl3_mlx.training.ground import Ground
-from internvl3_mlx.training.head import CHUNK
+from internvl3_mlx.training.ground import Advance, Ground
 from internvl3_mlx.training.losses import Preference
-from internvl3_mlx.training.methods import METHODS, Method, answers_log_probs
+from internvl3_mlx.training.methods import METHODS, Method
 from internvl3_mlx.training.parts import set_trainable
 from internvl3_mlx.training.recipe import TrainRecipe
-from internvl3_mlx.training.recompute import learns
 from internvl3_mlx.training.state import (
     Progress,
     check_same,
@@ -33,8 +28,16 @@ from internvl3_mlx.training.state import (
     read_facts,
 )
 from internvl3_mlx.training.trainer import Learner, Work
+from internvl3_mlx.training.works import (
+    Works,
+    features_of,
+    kept_references,
+    switched_off_reference,
+)
 
-FEATURES = "features"  # beside the packed models in the cache
+
+def silent(*_: object) -> None:
+    """Tell nobody how far it is."""
 
 
 @dataclass(eq=False)
@@ -43,7 +46,7 @@ class Session:
 
     ground: Ground
     learner: Learner
-    features: FrozenFeatures | None
+    works: Works
     progress: Progress
     adapted: tuple[str, ...] = ()
 
@@ -53,61 +56,41 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        return run_folder(self.recipe)
+        return Path(self.recipe.adapter_path).expanduser()
 
-    def works(self) -> Iterator[Work]:
+    def left(self) -> Iterator[Work]:
         """Yield the works that are left, from where the learner stands."""
-        left = None
-        if self.recipe.iters is None:
-            left = planned_batches(self.ground, self.learner.ranks) - self.learner.micro
-        return islice(map(self.work, self.batches()), left)
+        done = self.learner.micro
+        if self.recipe.iters is not None:
+            return self.works.train(done)
+        return islice(
+            self.works.train(done), planned_batches(self.ground, self.learner.ranks) - done
+        )
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield this rank's batches without end, epoch by epoch, from where the learner stands."""
-        corpus, ranks = self.ground.train_corpus, self.learner.ranks
-        skipped = self.learner.micro
-        for epoch in count():
-            here = corpus.count(epoch, ranks.size)
-            if skipped < here:
-                yield from corpus.epoch(epoch, start=skipped, rank=ranks.rank, ranks=ranks.size)
-            skipped = max(skipped - here, 0)
-
-    def valid_works(self) -> Iterator[Work]:
-        """Yield the validation rows once."""
-        corpus, ranks = self.ground.valid_corpus, self.learner.ranks
-        assert corpus is not None
-        batches = corpus.every(rank=ranks.rank, ranks=ranks.size)
-        return map(self.work, islice(batches, self.recipe.val_batches))
-
-    def work(self, batch: Batch) -> Work:
-        """Add what a frozen tower sees and what the reference thinks of a batch."""
-        model, method = self.learner.model, self.learner.method
-        vision = self.seen(batch)
-        if not method.needs_reference:
-            return Work(batch, vision)
-        with switched_off(model):
-            reference = answers_log_probs(model, batch, vision, Forward(), CHUNK)
-            mx.eval(reference)
-        return Work(batch, vision, reference)
-
-    def seen(self, batch: Batch) -> mx.array | None:
-        """Look a batch's pictures up as far as they do not change: None where the tower learns."""
-        return self.features.of(batch.seen) if self.features else None
+    def valid(self) -> Iterator[Work]:
+        """Yield the works of a validation."""
+        return self.works.valid(self.recipe.val_batches)
 
 
-def open_session(ground: Ground, ranks: Ranks = ALONE) -> Session:
+def open_session(ground: Ground, ranks: Ranks = ALONE, advance: Advance = silent) -> Session:
     """Load the model, choose what is trained, and stand at the beginning of the run."""
     recipe = ground.recipe
     mx.random.seed(recipe.seed)  # all ranks begin with the same adapters
     model = build(
         ground.ready.folder, quantize=ground.ready.recipe, dtype=recipe.dtype, for_training=True
     ).model
+    references = kept_references(model, ground)
     adapted = adapted_layers(model, recipe)
     set_trainable(model, recipe.train)
+    works = Works(ground, ranks, features_of(model, ground), references=references)
+    if recipe.needs_reference:
+        works.reference = references.of if references else switched_off_reference(model)
+    if references and not recipe.only_adapts:
+        works.look_ahead(advance)
     learner = Learner(
         model, recipe, method_of(recipe, ranks), planned_updates(ground, ranks), ranks
     )
-    return Session(ground, learner, features_of(model, ground), Progress(ground.identity), adapted)
+    return Session(ground, learner, works, Progress(ground.identity), adapted)
 
 
 def adapted_layers(model: InternVL, recipe: TrainRecipe) -> tuple[str, ...]:
@@ -166,24 +149,6 @@ def planned_batches(ground: Ground, ranks: Ranks) -> int:
             "--batch-size or start fewer"
         )
     return total
-
-
-def features_of(model: InternVL, ground: Ground) -> FrozenFeatures | None:
-    """Keep what the frozen parts of the model make of pictures, on disk if the recipe says so.
-
-    Pictures that are drawn anew each time are not kept: none comes back.
-    """
-    if learns(model.vision_model):
-        return None
-    what: What = "states" if any(map(learns, model.mlp1)) else "features"
-    if ground.draws_pictures:
-        return FrozenFeatures(model, what, Keeping(memory_bytes=0))
-    folder = model_cache() / FEATURES if ground.recipe.cache_features else None
-    return FrozenFeatures(model, what, Keeping(folder))
-
-
-def run_folder(recipe: TrainRecipe) -> Path:
-    return Path(recipe.adapter_path).expanduser()
 
 
 def resume(session: Session, *, accept_changes: bool) -> Path:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from internvl3_mlx.convert.writing import remove_leftovers, writing_folder
 from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.training.methods import MethodState
 from internvl3_mlx.training.recipe import TrainRecipe
 from internvl3_mlx.training.trainer import Learner, hand_over
+from internvl3_mlx.training.trees import named
 
 FOLDER, ARRAYS, FACTS = "checkpoints", "state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
@@ -76,9 +77,7 @@ def arrays_of(learner: Learner) -> dict[str, mx.array]:
         "method": {"shift": learner.state.shift, "count": learner.state.count},
     }
     return {
-        f"{group}/{name}": array
-        for group, tree in groups.items()
-        for name, array in tree_flatten(tree)
+        f"{group}/{name}": array for group, tree in groups.items() for name, array in named(tree)
     }
 
 
@@ -116,14 +115,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def read_arrays(folder: Path) -> dict[str, mx.array]:
     try:
-        arrays: dict[str, mx.array] = mx.load(str(folder / ARRAYS))
+        found: Any = mx.load(str(folder / ARRAYS))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot read {folder / ARRAYS}: {error}") from error
+    arrays: dict[str, mx.array] = found
     return arrays
 
 
 def check_weights(learner: Learner, saved: Mapping[str, mx.array], folder: Path) -> None:
-    own = {name: w.shape for name, w in tree_flatten(learner.weights)}
+    own = {name: w.shape for name, w in named(learner.weights)}
     theirs = {name: w.shape for name, w in saved.items()}
     odd = sorted(own.items() ^ theirs.items())
     if odd:

@@ -19,7 +19,6 @@ from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.distributed import ALONE, Ranks
 from internvl3_mlx.training.methods import Method, MethodState
 from internvl3_mlx.training.optimizers import (
-    Tree,
     build_optimizer,
     clipped,
     global_norm,
@@ -29,6 +28,7 @@ from internvl3_mlx.training.optimizers import (
 )
 from internvl3_mlx.training.parts import into_training
 from internvl3_mlx.training.recipe import TrainRecipe
+from internvl3_mlx.training.trees import Tree, number
 
 COUNTED = ("tokens",)  # figures that a step has as sums already
 PATIENCE = 5  # updates in a row whose numbers are none: the run is lost, not unlucky
@@ -124,7 +124,7 @@ def make_update(learner: Learner, works: Iterator[Work]) -> Step | None:
     norm, loss = global_norm(gradients), numerator / denominator
     learner.update += 1
     rate = step_size(learner.recipe, learner.update, learner.updates)
-    skipped = not np.isfinite([loss.item(), norm.item()]).all()
+    skipped = not np.isfinite([number(loss), number(norm)]).all()
     if skipped:
         learner.lost, learner.state = learner.lost + 1, before
     else:
@@ -132,10 +132,10 @@ def make_update(learner: Learner, works: Iterator[Work]) -> Step | None:
         move(learner, clipped(gradients, norm, learner.recipe.max_grad_norm), rate)
     return Step(
         update=learner.update,
-        loss=loss.item(),
+        loss=number(loss),
         figures=learner.ranks.means(total.figures),
         learning_rate=rate,
-        norm=norm.item(),
+        norm=number(norm),
         tokens=learner.ranks.count(total.tokens),
         targets=learner.ranks.count(total.targets),
         seconds=time.perf_counter() - started,
@@ -186,7 +186,7 @@ def seed_of(learner: Learner) -> int:
 def take_in(figures: dict[str, list[float]], found: Mapping[str, mx.array]) -> None:
     for name, value in found.items():
         if name not in COUNTED:
-            figures.setdefault(name, []).append(value.item())
+            figures.setdefault(name, []).append(number(value))
 
 
 def value_and_grad(learner: Learner) -> Callable[[Work], Any]:
@@ -233,4 +233,4 @@ def validate(learner: Learner, works: Iterator[Work]) -> tuple[float, dict[str, 
         mx.eval(numerator, denominator, micro.figures)
         take_in(figures, micro.figures)
     numerator, denominator = learner.ranks.summed((numerator, denominator))
-    return (numerator / denominator).item(), learner.ranks.means(figures)
+    return number(numerator / denominator), learner.ranks.means(figures)
