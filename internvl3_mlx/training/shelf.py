@@ -45,7 +45,7 @@ class Shelf:
             array, about = loaded[0][ARRAY], loaded[1]
             mx.eval(array)
             if array.shape[0] == rows and about.get(SUM) == digest(array):
-                return array  # type: ignore[no-any-return]
+                return array
         except (OSError, RuntimeError, ValueError, KeyError):
             pass
         path.unlink(missing_ok=True)
@@ -60,7 +60,7 @@ class Shelf:
         try:
             mx.save_safetensors(str(aside), {ARRAY: array}, {SUM: digest(array)})
             os.replace(aside, path)
-            self.nbytes += array.nbytes
+            self.nbytes += path.stat().st_size
         except (OSError, RuntimeError) as error:
             self.open = False
             self.notify(f"features are not kept on disk any more: {error}")
