@@ -1,7 +1,7 @@
 """Log-probabilities of the targets without a table of all states by all words.
 
-The head's logits of a few states at a time are the largest thing that ever exists. One chunk is
-finished before the next begins, forward and backward.
+The logits of a few states at a time are the largest thing that ever exists: one chunk follows the
+other, forward and backward.
 """
 
 from contextlib import nullcontext
@@ -12,10 +12,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from internvl3_mlx.models.decoder import LanguageModel
+from internvl3_mlx.models.device import on_gpu
 from internvl3_mlx.training.recompute import drawing_from, fresh_seed, holding, learns
 
 NEVER_DRAWS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
-CHUNK = 128  # states whose logits exist at once: 78 MB of float32 for 151674 words
+# states whose logits are made at once: of 128 and 151674 words they take 78 MB. A CPU makes room
+# for the next chunks while one is computed, and gains nothing from large products
+CHUNK = 128 if on_gpu() else 16
 
 
 def log_probs(
