@@ -13,7 +13,7 @@ from internvl3_mlx.cli.options import DEBUG
 from internvl3_mlx.errors import InternVL3Error
 
 # each is a function of its own name in cli/<name>.py
-COMMANDS = ("chat", "completion", "convert", "generate", "info", "train")
+COMMANDS = ("chat", "completion", "convert", "fuse", "generate", "info", "train")
 FAILED, INTERRUPTED = 1, 130
 
 

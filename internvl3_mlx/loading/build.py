@@ -8,12 +8,13 @@ import mlx.nn as nn
 
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.convert.arrange import arrange, arranged
+from internvl3_mlx.convert.attaching import attach
 from internvl3_mlx.convert.checkpoint import open_checkpoint
 from internvl3_mlx.convert.opened import fill, shaped_model
 from internvl3_mlx.convert.peft import read_adapter
 from internvl3_mlx.convert.quantize import Recipe, predicate
 from internvl3_mlx.errors import ConfigError, UserError
-from internvl3_mlx.loading.adapter import attach, merged
+from internvl3_mlx.loading.adapter import merged
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokens import Tokenizer
 

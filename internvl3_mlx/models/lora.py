@@ -133,14 +133,20 @@ def dense_weight(linear: nn.Module) -> mx.array:
     if not isinstance(linear, nn.QuantizedLinear):
         weight: mx.array = linear.weight
         return weight.astype(mx.float32)
-    wide = [
-        x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
-        for x in (linear.scales, linear.get("biases"))
-        if x is not None
-    ]
+    biases = linear.get("biases")
     return mx.dequantize(
-        linear.weight, *wide, group_size=linear.group_size, bits=linear.bits, mode=linear.mode
+        linear.weight,
+        widened(linear.scales),
+        None if biases is None else widened(biases),
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
     ).astype(mx.float32)
+
+
+def widened(x: mx.array) -> mx.array:
+    """Make floats float32; the scales of the mx formats are bytes and stay so."""
+    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
 def product(linear: nn.Module, x: mx.array) -> mx.array:

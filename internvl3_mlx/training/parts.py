@@ -101,7 +101,8 @@ def set_trainable(model: InternVL, parts: Sequence[str]) -> None:
 def unfreeze(model: InternVL, part: str) -> None:
     """Let the parameters that ``part`` means be trained."""
     modules = dict(model.named_modules())
-    names = [name for name, _ in tree_flatten(model.parameters()) if is_meant(part, name)]
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    names = [name for name in parameters if is_meant(part, name)]
     if not names:
         raise UserError(nothing_to_train(model, part))
     for name in names:
@@ -164,8 +165,8 @@ def count_parameters(model: nn.Module) -> Counts:
         for key, value in module.items():
             if isinstance(value, mx.array) and not key.startswith("_"):
                 total += size(module, key, value)
-    trainable = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
-    return Counts(trainable, total)
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    return Counts(sum(value.size for value in trained.values()), total)
 
 
 def size(module: nn.Module, key: str, value: mx.array) -> int:
