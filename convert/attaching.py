@@ -1,6 +1,7 @@
 """An adapter stands beside a model's layers, dense or packed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -68,11 +69,25 @@ def check_fit(adapter: Adapter, shapes: Shapes) -> None:
 def refill(path: str, layer: LoRALinear, factors: Factors) -> None:
     """Give an adapted layer other factors of the same form."""
     own = layer.factors
+    factors = one_block(factors, own.down.shape[0])
     if (own.down.shape, own.magnitude is None) != (factors.down.shape, factors.magnitude is None):
         raise KeyMapError(
             f"{path} is adapted with {described(own)}, the adapter has {described(factors)}"
         )
     layer.take(factors)
+
+
+def one_block(factors: Factors, rank: int) -> Factors:
+    """Undo what joining with others did to factors of ``rank``: keep the block that is in use."""
+    wide = factors.down.shape[0]
+    if wide == rank or wide % rank:
+        return factors
+    blocks = [slice(start, start + rank) for start in range(0, wide, rank)]
+    used = [block for block in blocks if bool(mx.any(factors.up[:, block] != 0))]
+    if len(used) > 1:
+        return factors
+    block = used[0] if used else blocks[0]
+    return replace(factors, down=factors.down[block], up=factors.up[:, block])
 
 
 def described(factors: Factors) -> str:

@@ -79,16 +79,16 @@ def adapt(model: InternVL, settings: LoraSettings) -> tuple[str, ...]:
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Make the model its base, as it answers: no adapter, no dropout, no drop path."""
-    layers = [layer for _, layer in adapters(model)]
+    layers = [(layer, layer.active) for _, layer in adapters(model)]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        for layer in layers:
+        for layer, _ in layers:
             layer.active = False
         yield
     finally:
-        for layer in layers:
-            layer.active = True
+        for layer, active in layers:
+            layer.active = active
         for module, training in modes:
             module.train(training)
 

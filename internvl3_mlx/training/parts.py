@@ -34,6 +34,7 @@ LORA = "lora"
 LORA_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 PARTS = ("language_model", "mlp1", "vision_model", LM_HEAD)
 SHOWN = 3
+LINEAR = (nn.Linear, nn.QuantizedLinear)
 PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 WORD_BITS = 32
 
@@ -49,20 +50,20 @@ def chosen_layers(
     modules = dict(model.named_modules())
     if any(isinstance(module, LoRALinear) for module in modules.values()):
         raise UserError("the model has adapters already; load it anew to adapt it otherwise")
-    linear = [path for path, module in modules.items() if is_adaptable(path, module)][::-1]
+    linear = [path for path, module in modules.items() if isinstance(module, LINEAR)][::-1]
     within = [path for path in linear if in_range(model, path, layers, vision_layers)]
     chosen: set[str] = set()
     for key in keys:
-        found = [path for path in within if means(key, path)]
+        found = [path for path in within if asks_for(key, path)]
         if not found:
             raise UserError(unmatched(key, linear))
         chosen.update(found)
     return tuple(sorted(chosen, key=linear.index))
 
 
-def is_adaptable(path: str, module: nn.Module) -> bool:
-    """Tell whether a layer may have an adapter: every linear one but the head."""
-    return isinstance(module, (nn.Linear, nn.QuantizedLinear)) and not path.endswith(LM_HEAD)
+def asks_for(key: str, path: str) -> bool:
+    """Tell whether a key means a layer; the head is adapted only by its own name."""
+    return means(key, path) and (not path.endswith(LM_HEAD) or key.endswith(LM_HEAD))
 
 
 def in_range(model: InternVL, path: str, layers: int | None, vision_layers: int | None) -> bool:
