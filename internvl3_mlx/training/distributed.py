@@ -6,6 +6,7 @@ and evaluated at once: on the GPU a rank that waits for a slow one would run int
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -40,7 +41,7 @@ class Ranks:
             ends.append(ends[-1] + x.size)
         parts = [
             (name, total[start:stop].reshape(x.shape))
-            for (name, x), start, stop in zip(flat, ends, ends[1:], strict=True)
+            for (name, x), (start, stop) in zip(flat, pairwise(ends), strict=True)
         ]
         return tree_unflatten(parts)
 

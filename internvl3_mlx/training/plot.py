@@ -47,7 +47,11 @@ PANELS: Mapping[str, tuple[Curve, ...]] = {
         Curve("rejected_reward", "rejected", "#d8673b", smooth=True),
         Curve("shift", "shift", "#8a8a96"),
     ),
-    "accuracy": (Curve("val_accuracy", "validation", "#2f9e6b"),),
+    "share that is right": (
+        Curve("accuracy", "chosen preferred", "#3b7dd8", smooth=True),
+        Curve("val_accuracy", "the same in validation", "#d8673b"),
+        Curve("val_exact", "answers word for word", "#2f9e6b"),
+    ),
     "learning rate": (Curve("learning_rate", "learning rate", "#8a8a96"),),
 }
 Points = list[tuple[float, float]]

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.loading.memory import gpu_bytes
+from internvl3_mlx.training.accuracy import accuracy
 from internvl3_mlx.training.recipe_file import RECIPE, write_file
 from internvl3_mlx.training.report import GB, Report, reporting, row_of
 from internvl3_mlx.training.results import save_best, save_results
@@ -72,6 +73,8 @@ def check(session: Session) -> Checked:
     learner, progress = session.learner, session.progress
     loss, figures = validate(learner, session.valid())
     checked = {"val_loss": loss, **{f"val_{name}": value for name, value in figures.items()}}
+    if session.recipe.eval_accuracy:
+        checked["val_exact"] = accuracy(learner, session.valid())
     if progress.best_loss is None or loss < progress.best_loss:
         session.progress = replace(progress, best_loss=loss, best_update=learner.update, stale=0)
         if learner.ranks.writes:
