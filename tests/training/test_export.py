@@ -2,15 +2,19 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from fixtures.adapting import adapted, logits
 from fixtures.converting import converted, tensors
-from fixtures.inputs import relative_error
+from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.opened import numbers, tiny
+from fixtures.original_torch import torch_logits
 from fixtures.tiny import Bits, Recipe
 from mlx.utils import tree_flatten, tree_map
+from transformers import InternVLForConditionalGeneration
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.convert.opened import open_model
@@ -41,8 +45,9 @@ def exported(model, source, target, **options):
     return target
 
 
-@pytest.mark.parametrize("layout", ["original", "native_a", "mlx"])
-@pytest.mark.parametrize("style", ["300m", "6b", "9b"])
+@pytest.mark.parametrize(
+    ("style", "layout"), [("300m", "original"), ("6b", "native_a"), ("9b", "original")]
+)
 def test_what_was_trained_comes_back(style, layout, tmp_path):
     case = tiny(Recipe(style=style, layout=layout))
     model = trained(case)
@@ -64,10 +69,6 @@ def test_it_converts_to_pytorchs_layouts(to, tmp_path):
 
 
 def test_transformers_reads_it_once_converted(tmp_path):
-    from fixtures.inputs import random_pixels, token_row
-    from fixtures.original_torch import torch_logits
-    from transformers import InternVLForConditionalGeneration
-
     case = tiny(Recipe())
     model = trained(case)
     folder = exported(model, case.folder, tmp_path / "out")
@@ -107,23 +108,25 @@ def test_adapters_beside_what_was_trained_are_merged(tmp_path):
     assert relative_error(logits(load(str(folder)).model, case), logits(model, case)) < TOLERANCE
 
 
+MLX_VLM = """
+import sys
+from pathlib import Path
+import mlx.core as mx, numpy as np
+from mlx_vlm.utils import load_model
+out = load_model(Path(sys.argv[1]))(mx.array([[3, 4, 5, 6]]), pixel_values=None, mask=None)
+np.save(sys.argv[2], np.array(out.logits.astype(mx.float32)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mlx_vlm") is None, reason="mlx-vlm is not installed")
 def test_mlx_vlm_reads_it(tmp_path):
     case = tiny(Recipe())
     model = trained(case)
     folder = exported(model, case.folder, tmp_path / "out")
-    code = (
-        "import sys, numpy as np, mlx.core as mx\n"
-        "from pathlib import Path\n"
-        "from mlx_vlm.utils import load_model\n"
-        "model = load_model(Path(sys.argv[1]))\n"
-        "ids = mx.array([[3, 4, 5, 6]])\n"
-        "np.save(sys.argv[2], np.array(model(ids, pixel_values=None).logits.astype(mx.float32)))\n"
-    )
-    words = [sys.executable, "-c", code, str(folder), str(tmp_path / "theirs.npy")]
+    words = [sys.executable, "-c", MLX_VLM, str(folder), str(tmp_path / "theirs.npy")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    import numpy as np
-
     ours = numbers(model(mx.array([[3, 4, 5, 6]])))
     assert relative_error(ours, np.load(tmp_path / "theirs.npy")) < TOLERANCE
 
