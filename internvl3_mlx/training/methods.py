@@ -4,7 +4,7 @@ A method gives a numerator, whose gradient is taken, and a denominator: the trai
 micro-batches and ranks and divides once, so that a token weighs the same however a batch is cut.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -38,14 +38,6 @@ class MethodState:
 
     shift: mx.array = field(default_factory=lambda: mx.array(0.0))
     count: mx.array = field(default_factory=lambda: mx.array(0.0))
-
-    def arrays(self) -> dict[str, mx.array]:
-        """Name what is to be saved."""
-        return {"shift": self.shift, "count": self.count}
-
-    def restored(self, arrays: Mapping[str, mx.array]) -> "MethodState":
-        """Make the state that was saved; what was not saved stays as it is."""
-        return replace(self, **arrays)
 
 
 class Method(Protocol):

@@ -224,9 +224,3 @@ def test_preferences_without_a_reference_are_refused(opened):
     batch = laid_pairs(two_pairs(checkpoint))
     with pytest.raises(UserError, match="dpo and bco compare with a reference, and none was given"):
         METHODS["mpo"]()(model, batch, None, None, MethodState())
-
-
-def test_a_saved_state_comes_back():
-    state = MethodState(mx.array(0.25), mx.array(9.0))
-    back = MethodState().restored(state.arrays())
-    assert (back.shift.item(), back.count.item()) == (0.25, 9.0)
