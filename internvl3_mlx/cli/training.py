@@ -1,10 +1,10 @@
 """One training run as the command line asks for it: checked, set up, shown while it goes."""
 
+import shlex
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,8 +153,6 @@ class Show:
     request: Request
     session: "Session"
     last: "Moment | None" = None
-    tokens: int = 0
-    started: float = field(default_factory=time.perf_counter)
 
     @property
     def silent(self) -> bool:
@@ -169,15 +167,20 @@ class Show:
             screen.as_json({"event": "plan", **plan})
         elif not self.request.quiet:
             screen.facts(plan)
-            updates = self.session.learner.updates
-            if updates < FEW_UPDATES:
-                screen.note(f"only {updates} updates; --epochs or --iters make more")
+            self.tell_odd()
+
+    def tell_odd(self) -> None:
+        """Note what a person would wonder about later."""
+        updates, done = self.session.learner.updates, self.session.learner.update
+        if done >= updates:
+            screen.note(f"all {updates} updates are made; more of them: --iters N --accept-changes")
+        elif updates < FEW_UPDATES:
+            screen.note(f"only {updates} updates; --epochs or --iters make more")
 
     def moment(self, moment: "Moment", advance: progress.Advance) -> None:
         """Move the bar, and write a line where it is time for one."""
         step, recipe = moment.step, self.session.recipe
         self.last = moment
-        self.tokens += step.tokens
         if self.silent and not self.request.as_json:
             return
         told = describe(moment)
@@ -201,27 +204,45 @@ class Show:
         return 1 if stopped.startswith("memory") else 0
 
     def tell_end(self, stopped: str) -> None:
-        folder, learner = self.session.folder, self.session.learner
-        report: dict[str, Any] = {
-            "adapter": str(folder),
-            "updates": learner.update,
-            "loss": self.last.step.loss if self.last else None,
-            "best_update": self.session.progress.best_update or None,
-            "best_loss": self.session.progress.best_loss,
-            "seconds": round(time.perf_counter() - self.started, 2),
-            "stopped": stopped or None,
-        }
+        """Sum the run up, and say what to do with it."""
+        report = self.report(stopped)
         if self.request.as_json:
             screen.as_json({"event": "end", **report})
-            return
-        if self.request.quiet:
-            return
+        elif not self.request.quiet:
+            if stopped:
+                screen.note(f"stopped: {stopped}")
+            screen.facts({name: value for name, value in report.items() if value is not None})
+            for advice in self.advice(stopped):
+                screen.hint(advice)
+
+    def report(self, stopped: str) -> dict[str, Any]:
+        from internvl3_mlx.training.results import BEST, result_folder
+
+        session, best = self.session, self.session.progress.best_update
+        return {
+            "updates": session.learner.update,
+            "loss": self.last.step.loss if self.last else None,
+            "result": str(result_folder(session)),
+            "best": str(session.folder / BEST) if best else None,
+            "best_update": best or None,
+            "best_loss": session.progress.best_loss,
+            "seconds": round(session.progress.seconds, 2),
+            "stopped": stopped or None,
+        }
+
+    def advice(self, stopped: str) -> "Iterator[str]":
+        """Say what can be typed next."""
+        from internvl3_mlx.loading.names import DEFAULT_MODEL
+        from internvl3_mlx.training.results import MODEL
+
+        recipe, folder = self.session.recipe, shlex.quote(str(self.session.folder))
         if stopped:
-            screen.note(f"stopped: {stopped}; saved in {folder}, go on with --resume")
-        screen.facts({name: value for name, value in report.items() if value is not None})
-        screen.hint(
-            f"try it: internvl3 chat --model {self.session.recipe.model} --adapter-path {folder}"
-        )
+            yield f"go on with: internvl3 train --resume --adapter-path {folder}"
+        if recipe.adapts:
+            name = shlex.quote(recipe.model or DEFAULT_MODEL)
+            yield f"try it with: internvl3 chat --model {name} --adapter-path {folder}"
+        else:
+            yield f"try it with: internvl3 chat --model {folder}/{MODEL}"
 
 
 def describe(moment: "Moment") -> str:

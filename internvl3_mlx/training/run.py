@@ -49,7 +49,7 @@ def go(session: Session, asked_to_stop: Callable[[], bool]) -> Iterator[Moment]:
                 if moment.stopped:
                     return
         except TrainingError:
-            save(session)
+            save(session, final=True)
             raise
 
 
@@ -65,7 +65,9 @@ def after_update(
     report.log(row_of(step, checked))
     stopped = "" if last else reason_to_stop(session, step, asked_to_stop)
     due = last or stopped or step.update % recipe.save_every == 0
-    return Moment(step, checked, save(session) if due else None, stopped)
+    return Moment(
+        step, checked, save(session, final=last or bool(stopped)) if due else None, stopped
+    )
 
 
 def check(session: Session) -> Checked:
@@ -102,12 +104,12 @@ def reason_to_stop(session: Session, step: Step, asked_to_stop: Callable[[], boo
     return ""
 
 
-def save(session: Session) -> Path | None:
+def save(session: Session, *, final: bool) -> Path | None:
     """Write a checkpoint and, beside it, what the run has to show; only one rank does."""
     session.works.keep()
     if not session.learner.ranks.writes:
         return None
     saved = save_state(session.learner, session.folder, session.progress)
-    save_results(session)
+    save_results(session, final=final)
     prune(session.folder, session.recipe.keep_last)
     return saved
