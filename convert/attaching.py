@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 from internvl3_mlx.convert.keymap import listed
 from internvl3_mlx.convert.peft import Adapter
 from internvl3_mlx.errors import KeyMapError
-from internvl3_mlx.models.lora import Factors, LoRALinear, adapters, replace_module, sides
+from internvl3_mlx.models.factors import Factors
+from internvl3_mlx.models.lora import LoRALinear, adapters, replace_module, sides
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 Shapes = Mapping[str, tuple[int, ...]]

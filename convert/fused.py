@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from internvl3_mlx.convert.peft import Adapter
 from internvl3_mlx.convert.segments import Rows
-from internvl3_mlx.models.lora import Factors
+from internvl3_mlx.models.factors import Factors
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,11 +18,11 @@ import mlx.core as mx
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.convert.arrange import moved
 from internvl3_mlx.convert.checkpoint import Checkpoint
-from internvl3_mlx.convert.factors import renamed
 from internvl3_mlx.convert.headers import read_header
 from internvl3_mlx.convert.keymap import KeyMap, normalize_name
+from internvl3_mlx.convert.renaming import renamed
 from internvl3_mlx.errors import CheckpointError, KeyMapError, UserError
-from internvl3_mlx.models.lora import Factors
+from internvl3_mlx.models.factors import Factors
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"

@@ -11,11 +11,11 @@ import mlx.core as mx
 
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.convert.arrange import moved
-from internvl3_mlx.convert.factors import renamed
 from internvl3_mlx.convert.keymap import KeyMap
 from internvl3_mlx.convert.peft import SETTINGS, WEIGHTS, Adapter
+from internvl3_mlx.convert.renaming import renamed
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.models.lora import Factors
+from internvl3_mlx.models.factors import Factors
 
 PREFIX = "base_model.model."
 # our word for a naming -> the layout whose names it writes; "mlx" keeps a run's factors to the bit

@@ -7,52 +7,11 @@ and 2402.09353; initialisation, dropout and scaling are PEFT's, and so are the f
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """What an adapter does to one weight: ``scale * up @ down`` is added, then rows are stretched.
-
-    down: (r, in), up: (out, r), magnitude: (out,) the rows' lengths, for DoRA alone; a row whose
-    magnitude is NaN keeps the length of the weight's own row.
-    """
-
-    down: mx.array
-    up: mx.array
-    scale: float
-    magnitude: mx.array | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[0], self.down.shape[1]
-
-    def rows(self, start: int, stop: int) -> "Factors":
-        """Take what concerns rows ``start`` to ``stop`` of the weight."""
-        magnitude = None if self.magnitude is None else self.magnitude[start:stop]
-        return Factors(self.down, self.up[start:stop], self.scale, magnitude)
-
-    def applied(self, weight: mx.array) -> mx.array:
-        """Merge into dense rows, in float32. weight: (out, in) -> (out, in) float32."""
-        own = weight.astype(mx.float32)
-        up, down = self.up.astype(mx.float32), self.down.astype(mx.float32)
-        changed = own + self.scale * (up @ down)
-        if self.magnitude is None:
-            return changed
-        wanted = filled(self.magnitude.astype(mx.float32), lengths(own))
-        return changed * (wanted / lengths(changed))[:, None]
-
-
-def lengths(rows: mx.array) -> mx.array:
-    """Measure rows: (out, in) -> (out,)."""
-    return mx.sqrt(mx.square(rows).sum(axis=-1))
-
-
-def filled(magnitude: mx.array, own: mx.array) -> mx.array:
-    return mx.where(mx.isnan(magnitude), own, magnitude)
+from internvl3_mlx.models.factors import Factors, filled
 
 
 class LoRALinear(nn.Module):

@@ -10,18 +10,17 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.convert.attaching import attach
-from internvl3_mlx.convert.factors import siblings
 from internvl3_mlx.convert.peft import Adapter, read_adapter
 from internvl3_mlx.convert.peft_writing import Form, write_adapter, written_names
+from internvl3_mlx.convert.renaming import siblings
 from internvl3_mlx.convert.writing import writing_folder
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.models.factors import Factors, lengths
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import (
-    Factors,
     LoRALinear,
     adapters,
     dense_weight,
-    lengths,
     replace_module,
     sides,
 )
