@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_reduce
 
 from internvl3_mlx.training.recipe import TrainRecipe
-from internvl3_mlx.training.trees import Tree
+from internvl3_mlx.training.trees import Arrays, Tree
 
 EPSILON = 1e-6  # a gradient of 0 has no direction to divide by
 
@@ -99,6 +99,6 @@ def shrunk(weights: Tree, by: float) -> Tree:
     return tree_map(lambda w: w * (1 - by) if w.ndim > 1 else w, weights)
 
 
-def masters(weights: Tree) -> Tree:
-    """Copy the trained weights in float32, where they are not already."""
-    return tree_map(lambda w: w.astype(mx.float32), weights)
+def masters(weights: Arrays) -> Arrays:
+    """Take arrays in float32; those that are so already are not copied."""
+    return {name: w.astype(mx.float32) for name, w in weights.items()}

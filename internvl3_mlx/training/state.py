@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
 from internvl3_mlx.convert.writing import remove_leftovers, writing_folder
 from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.training.methods import MethodState
 from internvl3_mlx.training.recipe import TrainRecipe
 from internvl3_mlx.training.trainer import Learner, hand_over
-from internvl3_mlx.training.trees import named
+from internvl3_mlx.training.trees import Arrays
 
 FOLDER, ARRAYS, FACTS = "checkpoints", "state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
@@ -69,34 +68,45 @@ def save_state(
     return target
 
 
-def arrays_of(learner: Learner) -> dict[str, mx.array]:
-    """Name all arrays of a learner."""
-    groups = {
-        "weights": learner.weights,
-        "optimizer": learner.optimizer.state,
-        "method": {"shift": learner.state.shift, "count": learner.state.count},
-    }
-    return {
-        f"{group}/{name}": array for group, tree in groups.items() for name, array in named(tree)
-    }
+def arrays_of(learner: Learner) -> Arrays:
+    """Name all arrays of a learner: ``weights/NAME``, ``optimizer/NAME/m``, ``method/shift``."""
+    found = {f"weights/{name}": w for name, w in learner.weights.items()}
+    for name, slots in learner.optimizer.state.items():
+        if isinstance(slots, dict):
+            found |= {f"optimizer/{name}/{slot}": x for slot, x in slots.items()}
+        else:
+            found[f"optimizer/{name}"] = slots
+    return found | {"method/shift": learner.state.shift, "method/count": learner.state.count}
 
 
 def load_state(learner: Learner, folder: Path) -> Progress:
     """Put a learner where the checkpoint in ``folder`` was. Raises when its weights are others."""
     facts = read_facts(folder)
-    groups: dict[str, list[tuple[str, mx.array]]] = {}
-    for name, array in read_arrays(folder).items():
-        group, _, rest = name.partition("/")
-        groups.setdefault(group, []).append((rest, array))
-    check_weights(learner, dict(groups["weights"]), folder)
-    learner.weights = tree_unflatten(groups["weights"])
-    learner.optimizer.state = tree_unflatten(groups["optimizer"])
-    learner.optimizer.init(learner.weights)  # finds all there is; adds nothing
-    learner.state = MethodState(**dict(groups["method"]))
+    weights, optimizer, method = sorted_out(read_arrays(folder))
+    check_weights(learner, weights, folder)
+    learner.weights, learner.optimizer.state = weights, optimizer
+    learner.optimizer.init(weights)  # finds all there is; adds nothing
+    learner.state = MethodState(**method)
     learner.update, learner.micro, learner.lost = facts["update"], facts["micro"], facts["lost"]
     hand_over(learner)
     mx.eval(learner.weights, learner.optimizer.state, learner.model.trainable_parameters())
     return Progress(**{name: facts[name] for name in Progress.__dataclass_fields__})
+
+
+def sorted_out(arrays: Arrays) -> tuple[Arrays, dict[str, Any], Arrays]:
+    """Undo ``arrays_of``: weights, the optimizer's state, the method's state."""
+    weights, optimizer, method = Arrays(), dict[str, Any](), Arrays()
+    for path, array in arrays.items():
+        group, name, *slot = path.split("/")
+        if group == "weights":
+            weights[name] = array
+        elif group == "method":
+            method[name] = array
+        elif slot:
+            optimizer.setdefault(name, {})[slot[0]] = array
+        else:
+            optimizer[name] = array
+    return weights, optimizer, method
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -113,17 +123,17 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_arrays(folder: Path) -> dict[str, mx.array]:
+def read_arrays(folder: Path) -> Arrays:
     try:
         found: Any = mx.load(str(folder / ARRAYS))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot read {folder / ARRAYS}: {error}") from error
-    arrays: dict[str, mx.array] = found
+    arrays: Arrays = found
     return arrays
 
 
-def check_weights(learner: Learner, saved: Mapping[str, mx.array], folder: Path) -> None:
-    own = {name: w.shape for name, w in named(learner.weights)}
+def check_weights(learner: Learner, saved: Arrays, folder: Path) -> None:
+    own = {name: w.shape for name, w in learner.weights.items()}
     theirs = {name: w.shape for name, w in saved.items()}
     odd = sorted(own.items() ^ theirs.items())
     if odd:

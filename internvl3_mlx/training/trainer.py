@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_unflatten
 
 from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.models.internvl import InternVL
@@ -28,7 +28,7 @@ from internvl3_mlx.training.optimizers import (
 )
 from internvl3_mlx.training.parts import into_training
 from internvl3_mlx.training.recipe import TrainRecipe
-from internvl3_mlx.training.trees import Tree, number
+from internvl3_mlx.training.trees import Arrays, named, number
 
 COUNTED = ("tokens",)  # figures that a step has as sums already
 PATIENCE = 5  # updates in a row whose numbers are none: the run is lost, not unlucky
@@ -79,11 +79,11 @@ class Learner:
     update: int = 0
     micro: int = 0
     lost: int = 0
-    weights: Tree = field(init=False)
+    weights: Arrays = field(init=False)
     optimizer: optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.weights = masters(self.model.trainable_parameters())
+        self.weights = masters(dict(named(self.model.trainable_parameters())))
         self.optimizer = build_optimizer(self.recipe)
         self.optimizer.init(self.weights)
 
@@ -150,7 +150,7 @@ class Sums:
 
     numerator: mx.array = field(default_factory=lambda: mx.array(0.0))
     denominator: mx.array = field(default_factory=lambda: mx.array(0.0))
-    gradients: Tree = None
+    gradients: Arrays = field(default_factory=dict)
     figures: dict[str, list[float]] = field(default_factory=dict)
     tokens: int = 0
     targets: int = 0
@@ -160,9 +160,9 @@ class Sums:
 def micro_step(learner: Learner, work: Work, total: Sums) -> None:
     """Add one batch's numerator, denominator and gradients to the sums, and evaluate them."""
     mx.random.seed(seed_of(learner))
-    (numerator, denominator, figures, shift, count), gradients = value_and_grad(learner)(work)
-    gradients = tree_map(lambda g: g.astype(mx.float32), gradients)
-    if total.gradients is not None:
+    (numerator, denominator, figures, shift, count), found = value_and_grad(learner)(work)
+    gradients = masters(dict(named(found)))
+    if total.gradients:
         gradients = tree_map(mx.add, total.gradients, gradients)
     total.gradients = gradients
     total.numerator = total.numerator + numerator
@@ -201,7 +201,7 @@ def value_and_grad(learner: Learner) -> Callable[[Work], Any]:
     return nn.value_and_grad(learner.model, objective)
 
 
-def move(learner: Learner, gradients: Tree, rate: float) -> None:
+def move(learner: Learner, gradients: Arrays, rate: float) -> None:
     """Move the weights by one update, and give the model a copy in what it computes in."""
     weights = shrunk(learner.weights, rate * learner.recipe.weight_decay)
     learner.optimizer.learning_rate = rate
@@ -212,11 +212,9 @@ def move(learner: Learner, gradients: Tree, rate: float) -> None:
 
 def hand_over(learner: Learner) -> None:
     """Let the model compute with the weights as they are now."""
-    model = learner.model
-    model.update(
-        tree_map(
-            lambda w, held: w.astype(held.dtype), learner.weights, model.trainable_parameters()
-        )
+    held = named(learner.model.trainable_parameters())
+    learner.model.update(
+        tree_unflatten([(name, learner.weights[name].astype(x.dtype)) for name, x in held])
     )
 
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 Tree = Any
+Arrays = dict[str, mx.array]  # by their dotted names
 
 
 def named(tree: Tree) -> list[tuple[str, mx.array]]:

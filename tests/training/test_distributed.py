@@ -14,7 +14,6 @@ from fixtures.runs import recipe, session, write_data
 from internvl3_mlx.training.distributed import ALONE, connect
 from internvl3_mlx.training.recipe_file import write_file
 from internvl3_mlx.training.trainer import train
-from internvl3_mlx.training.trees import named
 
 PATIENCE_S = 240
 LAUNCH = "from mlx._distributed_utils.launch import main; main()"  # what mlx.launch runs
@@ -29,7 +28,6 @@ from internvl3_mlx.training.ground import look_around
 from internvl3_mlx.training.recipe_file import build_recipe
 from internvl3_mlx.training.session import open_session
 from internvl3_mlx.training.trainer import train, validate
-from internvl3_mlx.training.trees import named
 ranks = connect()
 folder = Path(sys.argv[1])
 ground = look_around(build_recipe({}, folder / "recipe.yaml"), lambda _: None, lambda *_: None)
@@ -42,7 +40,7 @@ def noted():
 steps = [*islice(train(session.learner, noted()), 2)]
 loss, _ = validate(session.learner, session.valid())
 own = folder / f"rank{ranks.rank}.safetensors"
-mx.save_safetensors(str(own), dict(named(session.learner.weights)))
+mx.save_safetensors(str(own), session.learner.weights)
 told = {
     "size": ranks.size, "writes": ranks.writes, "places": places, "val_loss": loss,
     "losses": [step.loss for step in steps], "tokens": [step.tokens for step in steps],
@@ -86,7 +84,7 @@ def test_two_processes_make_the_updates_of_one_with_twice_the_batch(tmp_path, se
     here = session(tmp_path, **doubled)
     steps = [*islice(train(here.learner, here.left()), 2)]
     one, other = (loaded(tmp_path / f"rank{n}.safetensors") for n in range(2))
-    alone = {name: np.array(w) for name, w in named(here.learner.weights)}
+    alone = {name: np.array(w) for name, w in here.learner.weights.items()}
     assert all(np.array_equal(one[name], other[name]) for name in alone)
     if settings is SFT:  # one process moves the reward shift twice as often: other updates
         assert max(float(np.abs(one[name] - alone[name]).max()) for name in alone) < 1e-7

@@ -22,7 +22,7 @@ def trained(folder, updates, **settings):
     """Run some updates; return the weights by name and the steps."""
     here = session(folder, lora_dropout=0, **settings)
     steps = [*islice(train(here.learner, here.left()), updates)]
-    return {name: np.array(w) for name, w in named(here.learner.weights)}, steps
+    return {name: np.array(w) for name, w in here.learner.weights.items()}, steps
 
 
 def difference(a, b):
@@ -129,7 +129,7 @@ def test_an_update_that_is_no_number_is_skipped_and_told(tmp_path):
     here.learner.method = Spoiled({2})
     held = []
     for step in train(here.learner, here.left()):
-        held.append({name: np.array(w) for name, w in named(here.learner.weights)})
+        held.append({name: np.array(w) for name, w in here.learner.weights.items()})
         assert step.skipped == (step.update == 2)
         assert math.isnan(step.loss) == step.skipped
     assert difference(held[0], held[1]) == 0
@@ -146,7 +146,7 @@ def test_a_run_whose_numbers_are_lost_stops_with_what_was_good(tmp_path):
     message = f"no number {PATIENCE} times in a row, up to update 7; lower --learning-rate"
     with pytest.raises(TrainingError, match=message):
         steps.extend(train(here.learner, here.left()))
-    assert all(np.isfinite(np.array(w)).all() for _, w in named(here.learner.weights))
+    assert all(np.isfinite(np.array(w)).all() for _, w in here.learner.weights.items())
 
 
 def test_a_run_ends_where_its_epochs_end(tmp_path):
@@ -257,10 +257,10 @@ def test_gradients_are_shortened_as_pytorch_shortens_them(longest):
 def test_weights_are_kept_in_float32_below_a_model_of_16_bits(tmp_path):
     write_data(tmp_path / "data", 4)
     here = session(tmp_path, dtype="bfloat16", train="mlp1", iters=3, learning_rate=1e-6)
-    start = {name: np.array(w) for name, w in named(here.learner.weights)}
+    start = {name: np.array(w) for name, w in here.learner.weights.items()}
     assert {w.dtype for _, w in named(here.learner.model.trainable_parameters())} == {mx.bfloat16}
     assert len([*train(here.learner, here.left())]) == 3
-    for name, weight in named(here.learner.weights):
+    for name, weight in here.learner.weights.items():
         assert weight.dtype == mx.float32
         assert 0 < np.abs(np.array(weight) - start[name]).max() < 1e-5, name
 
