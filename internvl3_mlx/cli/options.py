@@ -101,7 +101,7 @@ LOADING: Mapping[str, Decorator] = {
     ),
     "adapter": flag(
         "Model", "--adapter-path", "adapter", metavar="FOLDER",
-        help="A LoRA adapter in PEFT's form, merged as the model loads.",
+        help="A LoRA or DoRA adapter, as train and PEFT write it.",
     ),
 }  # fmt: skip
 

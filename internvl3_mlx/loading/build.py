@@ -41,10 +41,11 @@ def build(
 ) -> Loaded:
     """Read a folder of any layout; every tensor finds its place, or KeyMapError names it.
 
-    ``adapter`` is merged into dense weights and stands beside packed ones; ``quantize`` packs them
-    on the way in. ``dtype`` is what they are computed in: by default the checkpoint's own on a GPU,
-    and float32 on a CPU, where 16-bit arithmetic is emulated. ``for_training`` keeps the
-    checkpoint's names, joins nothing, and lets an adapter stand beside its layers to be trained on.
+    ``quantize`` packs them on the way in. ``adapter`` is merged into dense weights and stands
+    beside packed ones, as it did when it was trained over them. ``dtype`` is what is computed in:
+    by default the checkpoint's own on a GPU, and float32 on a CPU, where 16-bit arithmetic is
+    emulated. ``for_training`` keeps the checkpoint's names, joins nothing, and lets an adapter
+    stand beside its layers to be trained on.
     """
     checkpoint = open_checkpoint(folder)
     config, moves = arrange(checkpoint, read_config(folder))
@@ -54,7 +55,7 @@ def build(
     compute = compute_dtype(dtype, config.dtype, for_training=for_training)
     weights = {name: cast(x, compute) for name, x in arranged(checkpoint, config, moves)}
     change = read_adapter(adapter, config) if adapter is not None else None
-    beside = for_training or config.quantization is not None
+    beside = for_training or quantize is not None or config.quantization is not None
     if change is not None and not beside:
         weights = merged(weights, change)
     fill(model, weights)

@@ -26,6 +26,8 @@ from internvl3_mlx.models.lora import (
 )
 from internvl3_mlx.training.parts import chosen_layers
 
+WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -51,6 +53,9 @@ class LoraSettings:
             raise UserError(f"a LoRA alpha of {self.alpha:g} was asked for; it is above 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"a LoRA dropout of {self.dropout:g} was asked for; wanted is 0 to 1")
+        for last in (self.layers, self.vision_layers):
+            if last is not None and last < 1:
+                raise UserError(f"the last {last} layers were asked for; it is 1 or more")
         if not self.keys:
             raise UserError("no LoRA keys; name layers, such as language, vision or q_proj")
 
@@ -152,7 +157,7 @@ def trained_modules(model: InternVL) -> dict[str, mx.array]:
         trained = [key for key in own if key in dict(tree_flatten(module.trainable_parameters()))]
         if not trained:
             continue
-        if not {*own} <= {"weight", "bias"}:
+        if not isinstance(module, WHOLE):
             raise UserError(
                 f"{path}.{trained[0]} is trained beside adapters, and PEFT has no place for it; "
                 "train layers and norms, or the whole model"

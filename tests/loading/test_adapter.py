@@ -112,7 +112,7 @@ def test_a_third_of_a_joined_matrix_may_be_adapted(case, tmp_path):
 def test_an_adapted_model_may_be_packed(case, pairs, tmp_path):
     adapter = write_adapter(tmp_path / "a", pairs)
     vlm = load(str(case.folder), adapter=adapter, quantize=8)
-    assert vlm.model.language_model.model.layers[1].mlp.down_proj.bits == 8
+    assert vlm.model.language_model.model.layers[1].mlp.down_proj.base.bits == 8
     adapted, plain = merged_by_hand(case, pairs), logits(load(str(case.folder)), case)
     packed = logits(vlm, case)
     assert relative_error(packed, adapted) < relative_error(packed, plain) / 2

@@ -1,6 +1,7 @@
 """Adapters over packed checkpoints: beside the layers, with the same answers everywhere."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fixtures.tiny import Bits, Recipe
 
 from internvl3_mlx import KeyMapError, load
 from internvl3_mlx.cli.main import main
+from internvl3_mlx.generation.prefix_file import fingerprint
 from internvl3_mlx.loading.build import build
 from internvl3_mlx.models.lora import LoRALinear, adapters
 from internvl3_mlx.training.adapters import load_adapter, save_adapter
@@ -81,6 +83,18 @@ def test_generate_over_a_packed_model_speaks_as_the_adapted_one(tmp_path):
     expected = vlm.ask("What?", [str(tmp_path / "p.png")], max_tokens=5).text
     assert json.loads(ours.stdout)["text"] == expected
     assert json.loads(plain.stdout)["text"] != expected
+
+
+def test_what_was_read_with_one_alpha_is_not_taken_for_another(tmp_path):
+    case = packed()
+    model, settings = adapted(case, keys=("v_proj",))
+    save_adapter(model, tmp_path / "a", settings)
+    for _, layer in adapters(model):
+        layer.scale *= 2
+    save_adapter(model, tmp_path / "b", replace(settings, alpha=14.0))
+    one, other = (load(str(case.folder), adapter=str(tmp_path / name)).model for name in "ab")
+    assert relative_error(logits(one, case), logits(other, case)) > 1e-3
+    assert fingerprint(one) != fingerprint(other)
 
 
 def test_whole_modules_replace_packed_ones(tmp_path):
