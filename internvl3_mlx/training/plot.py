@@ -7,10 +7,12 @@ from itertools import pairwise
 from xml.sax.saxutils import escape
 
 Row = Mapping[str, float | int | None]
-WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 760, 220, 64, 24, 34, 30  # pixels
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 64, 24, 34, 30  # pixels
+FIRST_HEIGHT, HEIGHT = 240, 160  # of the panel that matters most, and of the others
 GAP = 18
-TICKS = 5
+TICKS = 4
 SMOOTHING = 0.9  # of the train curve, which is drawn faint as it is and bold as a running mean
+BLANK = "\N{NO-BREAK SPACE}"  # not every program counts gaps given as numbers
 MANY = 30  # points: fewer are not smoothed
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # between two marks of an axis, times a power of ten
 STYLE = """
@@ -64,12 +66,12 @@ def draw(rows: Sequence[Row]) -> str:
         for title, curves in PANELS.items()
         if (found := [(c, p) for c in curves if (p := points(rows, c.column))])
     ]
-    height = GAP + len(panels) * (PANEL + GAP)
     last = max(float(row["update"] or 0) for row in rows)
-    body = [
-        panel(title, curves, GAP + at * (PANEL + GAP), last)
-        for at, (title, curves) in enumerate(panels)
-    ]
+    body, height = [], GAP
+    for title, curves in panels:
+        bottom = height + (FIRST_HEIGHT if height == GAP else HEIGHT)
+        body.append(panel(title, curves, (height, bottom), last))
+        height = bottom + GAP
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" font-family="system-ui, sans-serif" font-size="12">',
@@ -86,12 +88,15 @@ def points(rows: Sequence[Row], column: str) -> Points:
     return [(float(x), float(y)) for x, y in found if x and y is not None and math.isfinite(y)]
 
 
-def panel(title: str, curves: list[tuple[Curve, Points]], y: float, last: float) -> str:
-    """Draw one panel whose top is at ``y``: axes, curves, legend."""
+def panel(
+    title: str, curves: list[tuple[Curve, Points]], reach: tuple[int, int], last: float
+) -> str:
+    """Draw one panel that reaches from one height to another: axes, curves, legend."""
+    y = reach[0]
     values = [value for _, found in curves for _, value in found]
     marks = ticks(min(values), max(values))
     low, high = marks[0], marks[-1]
-    right, bottom = WIDTH - RIGHT, y + PANEL - BOTTOM
+    right, bottom = WIDTH - RIGHT, reach[1] - BOTTOM
 
     def place(point: tuple[float, float]) -> str:
         x = LEFT + (point[0] - 1) / max(last - 1, 1) * (right - LEFT)
@@ -109,7 +114,8 @@ def panel(title: str, curves: list[tuple[Curve, Points]], y: float, last: float)
         parts.append(f'<text x="{at}" y="{bottom + 18:.1f}" text-anchor="middle">{mark:,}</text>')
     for curve, found in curves:
         parts.append(trace(curve, found, place))
-    return "\n".join([*parts, legend([curve for curve, _ in curves], y + 16)])
+    named = [curve for curve, _ in curves if curve.label != title]
+    return "\n".join([*parts, legend(named, y + 16)])
 
 
 def trace(curve: Curve, found: Points, place) -> str:  # type: ignore[no-untyped-def]
@@ -137,21 +143,19 @@ def smoothed(found: Points) -> Points:
 
 
 def legend(curves: Sequence[Curve], y: float) -> str:
-    """Name the curves at the right, last to first."""
-    parts, x = [], WIDTH - RIGHT
-    for curve in reversed(curves):
-        parts.append(f'<text x="{x}" y="{y:.0f}" text-anchor="end">{escape(curve.label)}</text>')
-        x -= 8 + 7 * len(curve.label)
-        parts.append(f'<circle cx="{x}" cy="{y - 4:.0f}" r="4" fill="{curve.colour}"/>')
-        x -= 16
-    return "".join(parts)
+    """Name the curves at the right, each behind a dot of its colour."""
+    names = (BLANK * 3).join(
+        f'<tspan fill="{curve.colour}">\N{BLACK CIRCLE}</tspan>{BLANK}{escape(curve.label)}'
+        for curve in curves
+    )
+    return f'<text x="{WIDTH - RIGHT}" y="{y:.0f}" text-anchor="end">{names}</text>'
 
 
-def ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float, about: int = TICKS) -> list[float]:
     """Choose round marks that enclose all values."""
     if high - low < 1e-12:
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
-    rough = (high - low) / TICKS
+    rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step * power for step in STEPS if step * power >= rough)
     first, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -160,6 +164,10 @@ def ticks(low: float, high: float) -> list[float]:
 
 def whole_ticks(last: float) -> list[int]:
     """Choose round updates along the way, the first and the last among them."""
-    inner = [int(mark) for mark in ticks(0, last) if mark == int(mark) and 1 < mark < last * 0.94]
+    inner = [
+        int(mark)
+        for mark in ticks(0, last, 2 * TICKS)
+        if mark == int(mark) and 1 < mark < last * 0.94
+    ]
     marks = sorted({1, *inner, int(last)})
     return [a for a, b in pairwise([*marks, marks[-1] * 2 + 9]) if b - a > last * 0.03]
