@@ -2,12 +2,14 @@
 
 import json
 
+import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from fixtures.adapting import LORA_FORMS, adapted, logits
 from fixtures.converting import tensors
+from fixtures.hub import running_hub
 from fixtures.inputs import relative_error
 from fixtures.opened import tiny
 from fixtures.tiny import Bits, Recipe
@@ -160,6 +162,19 @@ def test_the_card_names_the_adapter_and_the_screen_its_folder(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "with the adapter `a` fused into it" in card
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
+    case = tiny(Recipe())
+    saved(case, tmp_path / "a", keys=("mlp1",))
+    with running_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+        report = fused(case, tmp_path, "--no-proof", "--upload-repo", "me/mine")
+        assert report["uploaded"].endswith("me/mine")
+        card = (tmp_path / "out" / "README.md").read_bytes()
+        assert hub.repos["me/mine"]["README.md"] == card
 
 
 @pytest.mark.parametrize(

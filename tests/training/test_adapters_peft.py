@@ -4,14 +4,16 @@ import json
 from copy import deepcopy
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
 from fixtures.adapting import LORA_FORMS, adapted, logits
 from fixtures.inputs import random_pixels, relative_error, token_row
-from fixtures.opened import tiny
+from fixtures.opened import numbers, tiny
 from fixtures.original_torch import OriginalInternVL, skeleton, torch_logits
 from fixtures.tiny import Recipe
+from mlx.utils import tree_flatten
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from internvl3_mlx import load
@@ -67,6 +69,35 @@ def test_an_adapter_made_here_works_in_peft(naming, form, tmp_path):
     theirs = PeftModel.from_pretrained(base, tmp_path / "a").eval()
     assert relative_error(asked(theirs, case, naming), logits(model, case)) < TOLERANCE
     assert relative_error(before, logits(model, case)) > 1e-2
+
+
+@pytest.mark.parametrize("form", LORA_FORMS, ids=str)
+def test_slopes_of_every_factor_in_the_model_are_pefts(form, tmp_path):
+    case = tiny(Recipe())
+    model, settings = adapted(case, keys=("all",), **form)
+    save_adapter(model, tmp_path / "a", settings)
+    theirs = PeftModel.from_pretrained(OriginalInternVL(case), tmp_path / "a", is_trainable=True)
+    rows, pixels = [token_row(case, [2, 1])], random_pixels(case, 3)
+    mix = np.random.default_rng(7).normal(size=case.tokens.vocab_size).astype(np.float32)
+    tiles = torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
+    (theirs(torch.tensor(rows), tiles) @ torch.tensor(mix)).sum().backward()
+
+    def score():
+        features = model.see_chunk(mx.array(pixels))
+        ids = mx.array(rows)
+        language = model.language_model
+        states = language.model(model.embed(ids, features), language.rotary(0, ids.shape[1]))
+        return (language.head(states) @ mx.array(mix)).sum()
+
+    slopes = dict(tree_flatten(nn.value_and_grad(model, score)()[1]))
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): x
+        for name, x in theirs.named_parameters()
+        if x.grad is not None
+    }
+    assert slopes.keys() == expected.keys()
+    for name, x in expected.items():
+        assert relative_error(numbers(slopes[name]), x.grad.numpy()) < 1e-4, name
 
 
 @pytest.mark.parametrize("naming", ["original", "native"])
