@@ -24,7 +24,7 @@ from internvl3_mlx.models.lora import (
     replace_module,
     sides,
 )
-from internvl3_mlx.training.parts import chosen_layers
+from internvl3_mlx.training.parts import LORA, chosen_layers, set_trainable
 
 WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
 
@@ -67,7 +67,7 @@ class LoraSettings:
 def adapt(model: InternVL, settings: LoraSettings) -> tuple[str, ...]:
     """Put fresh adapters beside the layers that ``settings`` choose; return their names.
 
-    The draws come from MLX's random state: seed it first. Raises UserError, with near names, for a
+    They alone are trained from then on, unless ``set_trainable`` says otherwise. The draws come from MLX's random state: seed it first. Raises UserError, with near names, for a
     key that matches no layer.
     """
     names = chosen_layers(model, settings.keys, settings.layers, settings.vision_layers)
@@ -77,6 +77,7 @@ def adapt(model: InternVL, settings: LoraSettings) -> tuple[str, ...]:
             modules[name], settings.rank, settings.scale, settings.dropout, dora=settings.dora
         )
         replace_module(model, name, adapted)
+    set_trainable(model, (LORA,))
     return names
 
 
@@ -169,6 +170,11 @@ def trained_modules(model: InternVL) -> dict[str, mx.array]:
 def load_adapter(model: InternVL, folder: Path) -> tuple[str, ...]:
     """Give a model, adapted already or not, the adapters of a folder; return their names.
 
-    Raises when the folder's layers or ranks are not those that the model is adapted with.
+    Where it was not, they alone are trained from then on. Raises when the folder's layers or ranks
+    are not those that the model is adapted with.
     """
-    return attach(model, read_adapter(folder, model.config))
+    was_adapted = any(adapters(model))
+    names = attach(model, read_adapter(folder, model.config))
+    if not was_adapted:
+        set_trainable(model, (LORA,))
+    return names

@@ -118,6 +118,7 @@ def test_settings_check_themselves(changes, message):
 def test_a_model_is_adapted_once():
     model = fresh()
     adapt(model, LoraSettings(keys=("q_proj",)))
+    assert {name.rsplit(".", 1)[1] for name in trained(model)} == {"lora_A", "lora_B"}
     with pytest.raises(UserError, match="has adapters already"):
         adapt(model, LoraSettings(keys=("k_proj",)))
 
