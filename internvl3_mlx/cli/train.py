@@ -32,8 +32,8 @@ def flag_of(entry: "Field[Any]") -> Decorator:
     name = "--" + entry.name.replace("_", "-")
     extra: dict[str, Any] = {"help": known.help, "default": None}
     if kind is bool:
-        return flag(known.section, f"{name}/--no-{name[2:]}", entry.name, **extra)
-    if known.choices:
+        name = f"{name}/--no-{name[2:]}"
+    elif known.choices:
         extra["type"] = click.Choice(known.choices)
     else:
         extra |= {"type": TYPES[kind], "metavar": known.metavar or METAVARS[kind]}
@@ -42,7 +42,7 @@ def flag_of(entry: "Field[Any]") -> Decorator:
 
 def shown_default(entry: "Field[Any]") -> str | bool:
     """Put a default in words, with what the methods make of it."""
-    own = in_words(entry.default) if entry.default is not None else about(entry).unset
+    own = about(entry).unset if entry.default is None else in_words(entry.default)
     others = [
         f"{method} {in_words(preset[entry.name])}"
         for method, preset in PRESETS.items()
@@ -52,6 +52,8 @@ def shown_default(entry: "Field[Any]") -> str | bool:
 
 
 def in_words(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, tuple):
         return ",".join(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -126,10 +126,13 @@ def test_presets_change_settings_that_exist_to_values_they_can_have():
     assert {*PRESETS} == {*setting.METHODS} == {*METHODS}
     for method, preset in PRESETS.items():
         assert {*preset} <= {*FIELDS}
-        assert build_recipe({"method": method}).to_dict().items() >= {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in preset.items()
-        }.items()
+        assert (
+            build_recipe({"method": method}).to_dict().items()
+            >= {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in preset.items()
+            }.items()
+        )
 
 
 def test_names_to_choose_from_are_those_that_can_be_built():
