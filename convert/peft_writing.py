@@ -9,17 +9,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.config import ModelConfig
-from internvl3_mlx.convert.arrange import moved
+from internvl3_mlx.config import ModelConfig, read_config
+from internvl3_mlx.convert.arrange import arrange, moved
+from internvl3_mlx.convert.checkpoint import open_checkpoint
 from internvl3_mlx.convert.keymap import KeyMap
-from internvl3_mlx.convert.peft import SETTINGS, WEIGHTS, Adapter
+from internvl3_mlx.convert.peft import SETTINGS, WEIGHTS, Adapter, read_adapter
 from internvl3_mlx.convert.renaming import renamed
-from internvl3_mlx.errors import UserError
+from internvl3_mlx.convert.writing import writing_folder
+from internvl3_mlx.errors import KeyMapError, UserError
 from internvl3_mlx.models.factors import Factors
 
 PREFIX = "base_model.model."
 # our word for a naming -> the layout whose names it writes; "mlx" keeps a run's factors to the bit
-LAYOUTS = {"original": "original", "native": "hf", "mlx": "mlx"}
+LAYOUTS = {"original": "original", "native": "hf", "hf": "hf", "mlx": "mlx"}
 Json = dict[str, Any]
 
 
@@ -32,6 +34,28 @@ class Form:
     dropout: float = 0.0
     base: str | None = None  # the model it was trained on
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Form":
+        """Take what an adapter_config.json says."""
+        base = settings.get("base_model_name_or_path")
+        rslora, dropout = bool(settings.get("use_rslora")), settings.get("lora_dropout") or 0.0
+        return cls(float(settings["lora_alpha"]), rslora, float(dropout), base)
+
+
+def rename_adapter(
+    source: Path, target: Path, model: Path, naming: str, *, overwrite: bool = False
+) -> list[str]:
+    """Write an adapter again under another layout's names; return the modules it changes.
+
+    model: the folder of the model it was made for, whose headers and config alone are read.
+    """
+    config, _ = arrange(open_checkpoint(model), read_config(model))
+    adapter = read_adapter(source, config)
+    with writing_folder(target, overwrite=overwrite) as aside:
+        write_adapter(adapter, aside, config, Form.of(adapter.settings), naming)
+        written: Json = json.loads((aside / SETTINGS).read_text(encoding="utf-8"))
+    return [str(name) for name in written["target_modules"]]
+
 
 def write_adapter(
     adapter: Adapter, folder: Path, config: ModelConfig, form: Form, naming: str
@@ -40,6 +64,7 @@ def write_adapter(
     keymap = written_names(naming, config)
     layout = keymap.layout
     changes = renamed(adapter.changes, keymap, config.text)
+    check_lengths(changes)
     modules = {module_name(name, layout): factors for name, factors in changes.items()}
     whole = {
         native_name(name) if layout == "hf" else name: x
@@ -52,6 +77,15 @@ def write_adapter(
     mx.save_safetensors(str(folder / WEIGHTS), tensors, metadata={"format": "pt"})
     content = settings_of(modules, [*whole], form)
     (folder / SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_lengths(changes: Mapping[str, Factors]) -> None:
+    for name, factors in changes.items():
+        if factors.magnitude is not None and bool(mx.isnan(factors.magnitude).any()):
+            raise KeyMapError(
+                f"{name} is joined from parts of which DoRA changes only some; "
+                "fuse the adapter into its model instead"
+            )
 
 
 def written_names(naming: str, config: ModelConfig) -> KeyMap:

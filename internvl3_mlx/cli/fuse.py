@@ -26,6 +26,7 @@ class Request(Asked):
     """The command line, as one value."""
 
     adapter: str
+    adapter_only: bool
 
 
 @click.command(cls=SectionedCommand, short_help="Merge an adapter into its model.")
@@ -58,6 +59,13 @@ class Request(Asked):
     show_default="as stored",
     help="Type of what is not packed.",
 )
+@flag(
+    "Model",
+    "--adapter-only",
+    "adapter_only",
+    is_flag=True,
+    help="Write the adapter itself, named for the layout of --to, and merge nothing.",
+)
 @flag("Model", "-d", "--dequantize", "dequantize", is_flag=True, help="Unpack a packed model.")
 @flag("Model", "--overwrite", "overwrite", is_flag=True, help="Replace FOLDER if it exists.")
 @flag(
@@ -86,8 +94,32 @@ def fuse(source: str | None, adapter: str | None, **flags: Any) -> None:
     if flags["target"] is None:
         raise UserError("name the folder for the result: --save-path FOLDER")
     request = Request(source=source, adapter=adapter, **flags)
+    check(request)
+    if request.adapter_only:
+        rename(request)
+    else:
+        run(request)
+
+
+def check(request: Request) -> None:
     check_upload(request)
-    run(request)
+    unused = request.dequantize or request.dtype is not None or request.upload_repo is not None
+    if request.adapter_only and unused:
+        raise UserError(
+            "--adapter-only writes an adapter; leave out --dequantize, --dtype and --upload-repo"
+        )
+
+
+def rename(request: Request) -> None:
+    """Write the adapter under the names of another layout's model."""
+    from internvl3_mlx.convert.peft_writing import rename_adapter
+
+    folder, target = Path(request.adapter).expanduser(), Path(request.target or "").expanduser()
+    modules = rename_adapter(
+        folder, target, local_source(request), request.to, overwrite=request.overwrite
+    )
+    report = {"adapter": str(folder), "target": str(target), "layout": request.to}
+    show(request, {**report, "modules": len(modules)})
 
 
 def run(request: Request) -> None:

@@ -152,6 +152,42 @@ def test_modules_trained_whole_are_fused_too(base, tmp_path):
         assert bool(mx.array_equal(after[name], layer[name.rsplit(".", 1)[1]])), name
 
 
+@pytest.mark.parametrize("style", ["300m", "9b"])
+@pytest.mark.parametrize("form", LORA_FORMS, ids=str)
+def test_an_adapter_alone_is_renamed_for_another_model(style, form, tmp_path):
+    case = tiny(Recipe(style=style))
+    saved(case, tmp_path / "a", **form)
+    report = fused(case, tmp_path, "--adapter-only", "--to", "hf")
+    there = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert report["modules"] == len(there["target_modules"]) == 3 * 7 + 2 * 6 + 2
+    assert "model.vision_tower.encoder.layer.0.attention.k_proj" in there["target_modules"]
+    (tmp_path / "back").mkdir()
+    (tmp_path / "out").rename(tmp_path / "back" / "a")
+    fused(case, tmp_path / "back", "--adapter-only", "--to", "original")
+    before, after = tensors(tmp_path / "a"), tensors(tmp_path / "back" / "out")
+    if style == "300m":  # to and fro every bit is kept
+        assert before.keys() == after.keys()
+        assert all(bool(mx.array_equal(x, after[name])) for name, x in before.items())
+    ours, theirs = (
+        load(str(case.folder), adapter=str(folder)).model
+        for folder in (tmp_path / "a", tmp_path / "back" / "out")
+    )
+    assert relative_error(logits(theirs, case), logits(ours, case)) < TOLERANCE
+
+
+def test_rows_whose_length_only_the_model_knows_are_not_made_up(tmp_path):
+    case = tiny(Recipe(style="9b"))
+    model = saved(case, tmp_path / "a", "mlx", keys=("q_proj",), dora=True)
+    words = ("--model", case.folder, "--adapter-path", tmp_path / "a", "-o", tmp_path / "out")
+    result = fuse(*words, "--adapter-only", "--to", "original")
+    assert result.exit_code == 2
+    assert "joined from parts of which DoRA changes only some; fuse" in result.stderr
+    assert not (tmp_path / "out").exists()
+    fused(case, tmp_path, "--to", "original")
+    out = logits(open_model(tmp_path / "out").model, case)
+    assert relative_error(out, logits(model, case)) < TOLERANCE
+
+
 def test_the_card_names_the_adapter_and_the_screen_its_folder(tmp_path):
     case = tiny(Recipe())
     saved(case, tmp_path / "a")
@@ -187,6 +223,10 @@ def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
         (("--model", "{model}", "--adapter-path", "{model}", "-o", "{out}"), "adapter_config.json"),
         (("--model", "{model}", "--adapter-path", "{a}", "-o", "{a}"), "exists; name another"),
         (("--model", "{model}", "--adapter-path", "{a}", "-o", "{out}", "-d"), "is not quantized"),
+        (
+            ("--model", "{model}", "--adapter-path", "{a}", "-o", "{out}", "--adapter-only", "-d"),
+            "--adapter-only writes an adapter; leave out --dequantize",
+        ),
         (("--model", "{other}", "--adapter-path", "{a}", "-o", "{out}"), "what this model lacks"),
         (
             ("--model", "{packed}", "--adapter-path", "{a}", "-o", "{out}", "--to", "hf"),
