@@ -17,8 +17,8 @@ from internvl3_mlx.training.recompute import drawing_from, fresh_seed, holding, 
 
 NEVER_DRAWS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 # states whose logits are made at once: of 128 and 151674 words they take 78 MB. A CPU makes room
-# for the next chunks while one is computed, and gains nothing from large products
-CHUNK = 128 if on_gpu() else 16
+# for the next chunks while one is computed, and gains little from large products
+CHUNK = 128 if on_gpu() else 32
 
 
 def log_probs(

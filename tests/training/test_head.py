@@ -17,7 +17,16 @@ from internvl3_mlx.training.head import log_probs
 TOLERANCE = 2e-5
 VOCABULARY = 151_674  # InternVL3's
 STATES, CHUNK = 11, 4  # the last chunk is shorter
-HEADS = ["frozen", "trained", "tied", "tied and trained", "packed", "adapted", "packed and adapted"]
+HEADS = [
+    "frozen",
+    "trained",
+    "packed",
+    "adapted",
+    "packed and adapted",
+    "tied",
+    "tied and trained",
+    "tied and packed",
+]
 
 
 def language_with(head):
@@ -25,7 +34,8 @@ def language_with(head):
     model, _ = bare_model("300m", tied=head.startswith("tied"))
     language = model.language_model
     if "packed" in head:
-        nn.quantize(language, class_predicate=lambda path, _: path == "lm_head")
+        packed = "model.embed_tokens" if head.startswith("tied") else "lm_head"
+        nn.quantize(language, class_predicate=lambda path, _: path == packed)
     if "adapted" in head:
         language.lm_head = LoRALinear.fresh(language.lm_head, rank=3, scale=2.0)
         language.lm_head.lora_B = mx.random.normal(language.lm_head.lora_B.shape)
