@@ -16,6 +16,7 @@ from internvl3_mlx.convert.quantize import Recipe, predicate
 from internvl3_mlx.errors import ConfigError, UserError
 from internvl3_mlx.loading.adapter import merged
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.lora import adapters
 from internvl3_mlx.prompt.tokens import Tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -67,6 +68,8 @@ def build(
         attach(model, change)
     if not for_training:
         model.fold()
+        for _, layer in adapters(model):
+            layer.settle(compute)
     model.eval()
     read_layer_by_layer(model, folded=not for_training)
     return Loaded(folder, config, tokenizer, model)

@@ -33,6 +33,7 @@ class LoRALinear(nn.Module):
     def take(self, factors: Factors) -> None:
         """Hold these factors from now on."""
         self.scale = factors.scale
+        self.pop("_lengths", None)
         self.lora_A = factors.down.astype(mx.float32)
         self.lora_B = factors.up.astype(mx.float32)
         if factors.magnitude is not None:
@@ -61,9 +62,23 @@ class LoRALinear(nn.Module):
         added = (self.scale * down) @ self.lora_B.T
         if "lora_magnitude_vector" not in self:
             return (y + added).astype(y.dtype)
-        ratio = self.lora_magnitude_vector / mx.stop_gradient(self.row_lengths())
+        ratio = self.lora_magnitude_vector / self.divisor()
         own = product(self.base, seen) if drops else without_bias(y, self.base)
         return (y + (ratio - 1) * own + ratio * added).astype(y.dtype)
+
+    def divisor(self) -> mx.array:
+        """Give the rows' lengths, constants to every gradient: (out,)."""
+        settled: mx.array | None = self.get("_lengths")
+        return mx.stop_gradient(self.row_lengths()) if settled is None else settled
+
+    def settle(self, dtype: mx.Dtype) -> None:
+        """Work out once what changes no more: for a trained adapter, in a model of ``dtype``.
+
+        Otherwise each token would read the weight twice for DoRA and cast A anew.
+        """
+        if "lora_magnitude_vector" in self:
+            self._lengths = self.row_lengths()
+        self.lora_A = self.lora_A.astype(dtype)
 
     def row_lengths(self) -> mx.array:
         """Measure the rows of W + scale * B A, (out,), without ever making them.

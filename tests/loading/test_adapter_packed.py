@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -143,6 +144,20 @@ def test_the_9bs_joined_factors_part_again_when_training_goes_on(tmp_path):
     for (path, ours), (_, theirs) in zip(adapters(model), adapters(other), strict=True):
         np.testing.assert_array_equal(np.array(ours.lora_A), np.array(theirs.lora_A), path)
         np.testing.assert_array_equal(np.array(ours.lora_B), np.array(theirs.lora_B), path)
+
+
+def test_in_16_bits_the_answers_stay_close_and_the_factors_are_cast_once(tmp_path):
+    case = packed()
+    model, settings = adapted(case, keys=("all",), dora=True)
+    save_adapter(model, tmp_path / "a", settings)
+    narrow = load(str(case.folder), adapter=str(tmp_path / "a"), dtype="bfloat16").model
+    layers = [layer for _, layer in adapters(narrow)]
+    assert {layer.lora_A.dtype for layer in layers} == {mx.bfloat16}
+    assert {layer.lora_B.dtype for layer in layers} == {mx.float32}
+    assert all("_lengths" in layer for layer in layers)
+    plain, wide = (load(str(case.folder), dtype=name).model for name in ("bfloat16", "float32"))
+    usual = relative_error(logits(plain, case), logits(wide, case))  # what 16 bits cost anyway
+    assert relative_error(logits(narrow, case), logits(model, case)) < 1.5 * usual
 
 
 def test_a_model_for_training_keeps_its_names_and_its_packing():

@@ -204,6 +204,21 @@ def test_the_length_of_rows_needs_no_merged_matrix():
     assert relative_error(numbers(layer.row_lengths()), expected) < TOLERANCE
 
 
+def test_a_settled_adapter_answers_the_same_and_measures_no_more(monkeypatch):
+    layer = same_layer(peft_layer({"use_dora": True}))
+    x = mx.array(some_x())
+    before = numbers(layer(x))
+    layer.settle(mx.float32)
+    calls = []
+    monkeypatch.setattr(LoRALinear, "row_lengths", lambda self: calls.append(self))
+    np.testing.assert_array_equal(numbers(layer(x)), before)
+    assert not calls
+    monkeypatch.undo()
+    other = same_layer(peft_layer({"use_dora": True})).factors
+    layer.take(Factors(other.down * 2, other.up, other.scale, other.magnitude))
+    assert relative_error(numbers(layer.divisor()), numbers(layer.row_lengths())) == 0
+
+
 def test_an_adapter_switched_off_is_its_base():
     layer = same_layer(peft_layer({"use_dora": True}))
     x = mx.array(some_x())
