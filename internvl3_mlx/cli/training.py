@@ -211,7 +211,9 @@ class Show:
         elif not self.request.quiet:
             if stopped:
                 screen.note(f"stopped: {stopped}")
-            screen.facts({name: value for name, value in report.items() if value is not None})
+            screen.facts(
+                {name: in_words(value) for name, value in report.items() if value is not None}
+            )
             for advice in self.advice(stopped):
                 screen.hint(advice)
 
@@ -226,7 +228,7 @@ class Show:
             "best": str(session.folder / BEST) if best else None,
             "best_update": best or None,
             "best_loss": session.progress.best_loss,
-            "seconds": round(session.progress.seconds, 2),
+            "seconds": round(session.progress.seconds),
             "stopped": stopped or None,
         }
 
@@ -243,6 +245,11 @@ class Show:
             yield f"try it with: internvl3 chat --model {name} --adapter-path {folder}"
         else:
             yield f"try it with: internvl3 chat --model {folder}/{MODEL}"
+
+
+def in_words(value: Any) -> Any:
+    """Give a loss of 0.0032 its digits: the screen would round it to 0."""
+    return f"{value:.4f}" if isinstance(value, float) else value
 
 
 def describe(moment: "Moment") -> str:
