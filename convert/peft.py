@@ -124,6 +124,10 @@ def factors_of(
     down, up = parts["A"], parts["B"]
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
         raise KeyMapError(f"the adapter of {module} is {up.shape} by {down.shape}; they must fit")
+    if not all(bool(mx.isfinite(x).all()) for x in parts.values()):
+        raise CheckpointError(
+            f"the adapter of {module} holds numbers that are not finite; take another copy"
+        )
     scale = scale_of(module, down.shape[0], settings)
     return Factors(down, up, scale, parts.get("magnitude_vector"))
 

@@ -7,6 +7,8 @@ import mlx.core as mx
 
 from internvl3_mlx.errors import KeyMapError
 
+SHORTEST = 1e-12  # a row's length that is divided by
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:
@@ -38,12 +40,17 @@ class Factors:
         if self.magnitude is None:
             return changed
         wanted = filled(self.magnitude.astype(mx.float32), lengths(own))
-        return changed * (wanted / lengths(changed))[:, None]
+        return changed * (wanted / divisors(mx.square(changed).sum(axis=-1)))[:, None]
 
 
 def lengths(rows: mx.array) -> mx.array:
     """Measure rows: (out, in) -> (out,)."""
     return mx.sqrt(mx.square(rows).sum(axis=-1))
+
+
+def divisors(squares: mx.array) -> mx.array:
+    """Take the root of squared lengths, never zero: a row of zeros is stretched to zeros."""
+    return mx.sqrt(mx.maximum(squares, SHORTEST**2))
 
 
 def filled(magnitude: mx.array, own: mx.array) -> mx.array:

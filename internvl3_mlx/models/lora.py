@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
-from internvl3_mlx.models.factors import Factors, filled
+from internvl3_mlx.models.factors import Factors, divisors, filled
 
 
 class LoRALinear(nn.Module):
@@ -88,7 +88,7 @@ class LoRALinear(nn.Module):
         a, b = self.lora_A, self.lora_B
         crossed = product(self.base, a).astype(mx.float32).T
         mixed = 2 * self.scale * crossed + self.scale**2 * (b @ (a @ a.T))
-        return mx.sqrt(self._squares + (b * mixed).sum(axis=-1))
+        return divisors(self._squares + (b * mixed).sum(axis=-1))
 
     @property
     def factors(self) -> Factors:

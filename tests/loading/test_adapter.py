@@ -146,6 +146,10 @@ def test_half_an_adapter_and_what_is_none_are_refused(case, pairs, tmp_path):
     without = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "use_dora": True}
     with pytest.raises(KeyMapError, match="half an adapter"):
         load(str(case.folder), adapter=write_adapter(tmp_path / "c", pairs, without))
+    down, up = pairs["mlp1.1"]
+    broken = pairs | {"mlp1.1": (down, up.index_fill(0, torch.tensor([3]), float("nan")))}
+    with pytest.raises(CheckpointError, match=r"mlp1\.1 holds numbers that are not finite"):
+        load(str(case.folder), adapter=write_adapter(tmp_path / "e", broken))
     words = {"base_model.model.language_model.lora_embedding_A": torch.ones(RANK, 9)}
     with pytest.raises(KeyMapError, match="is no LoRA factor; merge adapters of this kind in PEFT"):
         load(str(case.folder), adapter=write_adapter(tmp_path / "d", pairs, extra=words))

@@ -204,6 +204,23 @@ def test_the_length_of_rows_needs_no_merged_matrix():
     assert relative_error(numbers(layer.row_lengths()), expected) < TOLERANCE
 
 
+def test_rows_of_zeros_and_rows_that_cancel_never_become_nan():
+    base = nn.Linear(WIDTH, OUT, bias=False)
+    base.weight = mx.where(mx.arange(OUT)[:, None] < 3, 0, base.weight)
+    down = mx.eye(RANK, WIDTH)
+    up = mx.zeros((OUT, RANK))
+    up[5] = -base.weight[5, :RANK]  # takes away all that the row has
+    base.weight[5] = mx.where(mx.arange(WIDTH) < RANK, base.weight[5], 0)
+    layer = LoRALinear(base, Factors(down, up, 1.0, mx.full((OUT,), mx.nan)))
+    x = mx.array(some_x())
+    out, slopes = nn.value_and_grad(layer, lambda: layer(x).square().sum())()
+    assert bool(mx.isfinite(out))
+    assert all(bool(mx.isfinite(slope).all()) for _, slope in tree_flatten(slopes))
+    merged = layer.factors.applied(base.weight)
+    assert bool(mx.isfinite(merged).all())
+    assert not numbers(merged[:3]).any()
+
+
 def test_a_settled_adapter_answers_the_same_and_measures_no_more(monkeypatch):
     layer = same_layer(peft_layer({"use_dora": True}))
     x = mx.array(some_x())
