@@ -191,8 +191,8 @@ class TrainRecipe:
         low=0,
         unset="what the GPU may take",
     )
-    compile: bool | None = setting(
-        None, "Memory", "Compile the step for lengths that come back.", unset="on a GPU"
+    compile: bool = setting(
+        False, "Memory", "Compile the step; samples are rounded up to few lengths."
     )
     steps_per_report: int = setting(10, "Run", "Updates between two lines of figures.", low=1)
     steps_per_eval: int = setting(100, "Run", "Updates between two validations.", low=1)
@@ -274,6 +274,10 @@ def check_together(recipe: TrainRecipe) -> None:
         raise UserError("dora and rslora shape adapters; add lora to train")
     if recipe.dora and recipe.rslora:
         raise UserError("dora and rslora both set the scale of adapters; choose one")
+    if recipe.compile and (recipe.packing or recipe.grad_checkpoint or recipe.method == "mpo"):
+        raise UserError(
+            "compile is for samples of few lengths; leave out packing, grad_checkpoint and mpo"
+        )
     if recipe.method == "mpo":
         check_preference(recipe)
 

@@ -12,6 +12,7 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.build import build
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.adapters import LoraSettings, adapt, load_adapter
+from internvl3_mlx.training.compiled import Compiled
 from internvl3_mlx.training.distributed import ALONE, Ranks
 from internvl3_mlx.training.forward import Forward
 from internvl3_mlx.training.ground import Advance, Ground
@@ -90,6 +91,8 @@ def open_session(ground: Ground, ranks: Ranks = ALONE, advance: Advance = silent
     learner = Learner(
         model, recipe, method_of(recipe, ranks), planned_updates(ground, ranks), ranks
     )
+    if recipe.compile:
+        learner.compute = Compiled(learner)
     return Session(ground, learner, works, Progress(ground.identity), adapted)
 
 

@@ -28,10 +28,13 @@ from internvl3_mlx.training.optimizers import (
 )
 from internvl3_mlx.training.parts import into_training
 from internvl3_mlx.training.recipe import TrainRecipe
-from internvl3_mlx.training.trees import Arrays, named, number
+from internvl3_mlx.training.trees import Arrays, Tree, named, number
 
 COUNTED = ("tokens",)  # figures that a step has as sums already
 PATIENCE = 5  # updates in a row whose numbers are none: the run is lost, not unlucky
+
+
+Found = tuple[tuple[Any, ...], Tree]  # numerator, denominator, figures, shift, count; gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,7 @@ class Learner:
     """A model while it learns: all that changes from update to update, and is saved.
 
     ``weights`` are the trained ones in float32; the model holds them in what it computes in.
-    ``micro`` counts the batches read so far, of this rank.
+    ``micro`` counts the batches read so far, of this rank; ``compute``: a compiled step.
     """
 
     model: InternVL
@@ -75,6 +78,7 @@ class Learner:
     method: Method
     updates: int
     ranks: Ranks = ALONE
+    compute: "Callable[[Work], Found] | None" = None
     state: MethodState = field(default_factory=MethodState)
     update: int = 0
     micro: int = 0
@@ -160,7 +164,8 @@ class Sums:
 def micro_step(learner: Learner, work: Work, total: Sums) -> None:
     """Add one batch's numerator, denominator and gradients to the sums, and evaluate them."""
     mx.random.seed(seed_of(learner))
-    (numerator, denominator, figures, shift, count), found = value_and_grad(learner)(work)
+    compute = learner.compute or value_and_grad(learner, learner.state)
+    (numerator, denominator, figures, shift, count), found = compute(work)
     gradients = masters(dict(named(found)))
     if total.gradients:
         gradients = tree_map(mx.add, total.gradients, gradients)
@@ -189,16 +194,15 @@ def take_in(figures: dict[str, list[float]], found: Mapping[str, mx.array]) -> N
             figures.setdefault(name, []).append(number(value))
 
 
-def value_and_grad(learner: Learner) -> Callable[[Work], Any]:
+def value_and_grad(learner: Learner, state: MethodState) -> Callable[[Work], Found]:
     """Give the function from a work to what a method finds, the numerator first, and gradients."""
 
     def objective(work: Work) -> tuple[mx.array | dict[str, mx.array], ...]:
-        micro, state = learner.method(
-            learner.model, work.batch, work.vision, work.reference, learner.state
-        )
-        return micro.numerator, micro.denominator, micro.figures, state.shift, state.count
+        micro, after = learner.method(learner.model, work.batch, work.vision, work.reference, state)
+        return micro.numerator, micro.denominator, micro.figures, after.shift, after.count
 
-    return nn.value_and_grad(learner.model, objective)
+    compute: Callable[[Work], Found] = nn.value_and_grad(learner.model, objective)
+    return compute
 
 
 def move(learner: Learner, gradients: Arrays, rate: float) -> None:
