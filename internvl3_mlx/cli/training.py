@@ -4,7 +4,7 @@ import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:
+    from internvl3_mlx.training.distributed import Ranks
     from internvl3_mlx.training.ground import Ground
     from internvl3_mlx.training.run import Moment
     from internvl3_mlx.training.session import Session
@@ -41,11 +42,15 @@ class Request:
 
 
 def carry_out(request: Request) -> int:
-    """Check, or train; return the exit code."""
+    """Check, or train; return the exit code. Of several processes one speaks and writes."""
+    from internvl3_mlx.training.distributed import connect
     from internvl3_mlx.training.ground import look_around
     from internvl3_mlx.training.report import check_loggers
 
-    if not request.check:
+    ranks = connect()
+    if not ranks.writes:
+        request = replace(request, quiet=True, as_json=False)
+    elif not request.check:
         check_folder(request)
         check_loggers(request.recipe)
     with progress.bar(quiet=request.quiet) as advance:
@@ -55,7 +60,7 @@ def carry_out(request: Request) -> int:
 
         return show_check(ground, as_json=request.as_json)
     tell_rows(request, ground)
-    return run(request, ground)
+    return run(request, ground, ranks)
 
 
 def check_folder(request: Request) -> None:
@@ -91,23 +96,20 @@ def tell_rows(request: Request, ground: "Ground") -> None:
         )
 
 
-def run(request: Request, ground: "Ground") -> int:
+def run(request: Request, ground: "Ground", ranks: "Ranks") -> int:
     """Load the model and train it."""
-    from internvl3_mlx.training.distributed import connect
     from internvl3_mlx.training.session import open_session, resume
 
-    ranks = connect()
     with progress.bar(quiet=request.quiet) as advance:
         session = open_session(ground, ranks, advance)
         if request.resume:
             resume(session, accept_changes=request.accept_changes)
-    if request.overwrite and ranks.writes:
-        clear(request.folder)
     show = Show(request, session)
-    if ranks.writes:
-        show.plan()
+    show.plan()
     if request.dry_run:
         return 0
+    if request.overwrite and ranks.writes:
+        clear(request.folder)
     return train(session, show)
 
 
@@ -121,7 +123,7 @@ def clear(folder: Path) -> None:
 def train(session: "Session", show: "Show") -> int:
     from internvl3_mlx.training.run import go
 
-    with stopping() as asked, progress.bar(quiet=show.silent) as advance:
+    with stopping() as asked, progress.bar(quiet=show.request.quiet) as advance:
         for moment in go(session, asked):
             show.moment(moment, advance)
     return show.end()
@@ -154,10 +156,6 @@ class Show:
     session: "Session"
     last: "Moment | None" = None
 
-    @property
-    def silent(self) -> bool:
-        return self.request.quiet or not self.session.learner.ranks.writes
-
     def plan(self) -> None:
         """Say what is about to be done, in figures."""
         from internvl3_mlx.training.plan import plan_of
@@ -179,26 +177,21 @@ class Show:
 
     def moment(self, moment: "Moment", advance: progress.Advance) -> None:
         """Move the bar, and write a line where it is time for one."""
-        step, recipe = moment.step, self.session.recipe
+        step, recipe, updates = moment.step, self.session.recipe, self.session.learner.updates
         self.last = moment
-        if self.silent and not self.request.as_json:
-            return
-        told = describe(moment)
         if self.request.as_json:
-            if self.session.learner.ranks.writes:
-                screen.as_json({"event": "update", **as_row(moment)})
-            return
-        advance(told, step.update, self.session.learner.updates)
-        due = step.update % recipe.steps_per_report == 0 or moment.checked or step.skipped
-        if due or step.update == self.session.learner.updates:
-            screen.hint(f"{step.update:>{len(str(self.session.learner.updates))}} · {told}")
+            screen.as_json({"event": "update", **as_row(moment)})
+        elif not self.request.quiet:
+            advance(" · ".join([f"loss {step.loss:.4f}", *speed(moment)]), step.update, updates)
+            due = step.update % recipe.steps_per_report == 0 or moment.checked or step.skipped
+            if due or step.update == updates:
+                screen.hint(f"{step.update:>{len(str(updates))}} · {describe(moment)}")
 
     def end(self) -> int:
         """Say how it ended and what to do now; return the exit code."""
         moment = self.last
         stopped = moment.stopped if moment else ""
-        if self.session.learner.ranks.writes:
-            self.tell_end(stopped)
+        self.tell_end(stopped)
         if stopped == "interrupted":
             return INTERRUPTED
         return 1 if stopped.startswith("memory") else 0
@@ -261,8 +254,12 @@ def describe(moment: "Moment") -> str:
     told |= {name: step.figures[name] for name in SHOWN_FIGURES if name in step.figures}
     told |= {name.replace("_", " "): value for name, value in (moment.checked or {}).items()}
     parts = [f"{name} {value:.4f}" for name, value in told.items()]
-    parts += [f"{step.tokens / step.seconds:,.0f} tok/s", screen.size(step.memory)]
-    return " · ".join(parts)
+    return " · ".join([*parts, *speed(moment)])
+
+
+def speed(moment: "Moment") -> list[str]:
+    step = moment.step
+    return [f"{step.tokens / step.seconds:,.0f} tok/s", screen.size(step.memory)]
 
 
 def as_row(moment: "Moment") -> dict[str, Any]:

@@ -6,11 +6,11 @@ and evaluated at once: on the GPU a rank that waits for a slow one would run int
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map
 
 from internvl3_mlx.training.trees import named
 
@@ -29,21 +29,20 @@ class Ranks:
         return self.rank == 0
 
     def summed(self, tree: Any) -> Any:
-        """Add up a tree of float32 arrays over the ranks, in one message."""
+        """Add up a tree of arrays over the ranks, in one message and in float32."""
         if self.size == 1:
             return tree
-        flat = named(tree)
-        joined = mx.concatenate([x.astype(mx.float32).reshape(-1) for _, x in flat])
+        arrays = [x for _, x in named(tree)]
+        joined = mx.concatenate([x.astype(mx.float32).reshape(-1) for x in arrays])
         total = mx.distributed.all_sum(joined, group=self.group, stream=mx.cpu)
         mx.eval(total)
-        ends = [0]
-        for _, x in flat:
-            ends.append(ends[-1] + x.size)
-        parts = [
-            (name, total[start:stop].reshape(x.shape))
-            for (name, x), (start, stop) in zip(flat, pairwise(ends), strict=True)
-        ]
-        return tree_unflatten(parts)
+        ends = list(accumulate((x.size for x in arrays), initial=0))
+        parts = (total[start:stop] for start, stop in pairwise(ends))
+        return tree_map(lambda x: next(parts).reshape(x.shape).astype(x.dtype), tree)
+
+    def from_first(self, tree: Any) -> Any:
+        """Give all ranks the arrays of the first; theirs must have the same names and shapes."""
+        return self.summed(tree if self.writes else tree_map(mx.zeros_like, tree))
 
     def count(self, number: int) -> int:
         """Add up a whole number; exact as long as it has 24 bits."""

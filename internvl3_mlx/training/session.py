@@ -27,6 +27,7 @@ from internvl3_mlx.training.state import (
     differences,
     load_state,
     read_facts,
+    spread,
 )
 from internvl3_mlx.training.trainer import Learner, Work
 from internvl3_mlx.training.works import (
@@ -154,15 +155,20 @@ def planned_batches(ground: Ground, ranks: Ranks) -> int:
     return total
 
 
-def resume(session: Session, *, accept_changes: bool) -> Path:
-    """Go to where the last checkpoint of the run's folder is. Raises where there is none, or where
-    it is of another run."""
-    found = checkpoints(session.folder)
-    if not found:
-        raise UserError(f"no checkpoint in {session.folder} to go on from; leave out --resume")
-    last, learner = found[-1], session.learner
-    if not accept_changes:
-        world, identity = learner.ranks.size, session.ground.identity
-        check_same(differences(read_facts(last), learner.recipe, identity, world), last)
-    session.progress = load_state(learner, last)
-    return last
+def resume(session: Session, *, accept_changes: bool) -> None:
+    """Go to where the last checkpoint of the run's folder is; only the first rank needs to have it.
+
+    Raises where there is none, or where it is of another run.
+    """
+    learner = session.learner
+    if learner.ranks.writes:
+        found = checkpoints(session.folder)
+        if not found:
+            raise UserError(f"no checkpoint in {session.folder} to go on from; leave out --resume")
+        if not accept_changes:
+            world, identity = learner.ranks.size, session.ground.identity
+            check_same(
+                differences(read_facts(found[-1]), learner.recipe, identity, world), found[-1]
+            )
+        session.progress = load_state(learner, found[-1])
+    session.progress = spread(learner, session.progress)

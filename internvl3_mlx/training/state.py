@@ -6,10 +6,11 @@ what is drawn next follow from the seed and the counters. A folder takes its nam
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def arrays_of(learner: Learner) -> Arrays:
             found |= {f"optimizer/{name}/{slot}": x for slot, x in slots.items()}
         else:
             found[f"optimizer/{name}"] = slots
-    return found | {"method/shift": learner.state.shift, "method/count": learner.state.count}
+    found |= {"method/shift": learner.state.shift, "method/count": learner.state.count}
+    return dict(sorted(found.items()))  # one order on all ranks, wherever the arrays come from
 
 
 def load_state(learner: Learner, folder: Path) -> Progress:
@@ -84,13 +86,32 @@ def load_state(learner: Learner, folder: Path) -> Progress:
     facts = read_facts(folder)
     weights, optimizer, method = sorted_out(read_arrays(folder))
     check_weights(learner, weights, folder)
+    take(learner, weights, optimizer, method)
+    learner.update, learner.micro, learner.lost = facts["update"], facts["micro"], facts["lost"]
+    return Progress(**{name: facts[name] for name in Progress.__dataclass_fields__})
+
+
+def take(learner: Learner, weights: Arrays, optimizer: dict[str, Any], method: Arrays) -> None:
+    """Put arrays into a learner, and its weights into the model."""
     learner.weights, learner.optimizer.state = weights, optimizer
     learner.optimizer.init(weights)  # finds all there is; adds nothing
     learner.state = MethodState(**method)
-    learner.update, learner.micro, learner.lost = facts["update"], facts["micro"], facts["lost"]
     hand_over(learner)
     mx.eval(learner.weights, learner.optimizer.state, learner.model.trainable_parameters())
-    return Progress(**{name: facts[name] for name in Progress.__dataclass_fields__})
+
+
+def spread(learner: Learner, progress: Progress) -> Progress:
+    """Put every rank where the first one is; return the first one's progress."""
+    ranks = learner.ranks
+    if ranks.size == 1:
+        return progress
+    take(learner, *sorted_out(ranks.from_first(arrays_of(learner))))
+    best = math.nan if progress.best_loss is None else progress.best_loss
+    own = [learner.update, learner.micro, learner.lost, progress.stale, progress.best_update]
+    counts, [best] = (x.tolist() for x in ranks.from_first([mx.array(own), mx.array([best])]))
+    learner.update, learner.micro, learner.lost, stale, best_update = counts
+    best_loss = None if math.isnan(best) else best
+    return replace(progress, best_loss=best_loss, best_update=best_update, stale=stale)
 
 
 def sorted_out(arrays: Arrays) -> tuple[Arrays, dict[str, Any], Arrays]:

@@ -28,9 +28,12 @@ from internvl3_mlx.training.ground import look_around
 from internvl3_mlx.training.recipe_file import build_recipe
 from internvl3_mlx.training.session import open_session
 from internvl3_mlx.training.trainer import train, validate
+from internvl3_mlx.training.session import resume
+from internvl3_mlx.training.state import save_state
 ranks = connect()
 folder = Path(sys.argv[1])
-ground = look_around(build_recipe({}, folder / "recipe.yaml"), lambda _: None, lambda *_: None)
+own = {"adapter_path": str(folder / f"run{ranks.rank}")}  # as on two machines
+ground = look_around(build_recipe(own, folder / "recipe.yaml"), lambda _: None, lambda *_: None)
 session = open_session(ground, ranks)
 places, works = [], session.left()
 def noted():
@@ -39,12 +42,19 @@ def noted():
         yield work
 steps = [*islice(train(session.learner, noted()), 2)]
 loss, _ = validate(session.learner, session.valid())
-own = folder / f"rank{ranks.rank}.safetensors"
-mx.save_safetensors(str(own), session.learner.weights)
+mine = folder / f"rank{ranks.rank}.safetensors"
+mx.save_safetensors(str(mine), session.learner.weights)
+if ranks.writes:
+    save_state(session.learner, session.folder, session.progress)
+again = open_session(ground, ranks)
+resume(again, accept_changes=False)
+held, now = session.learner.weights, again.learner.weights
+same = all(mx.array_equal(w, now[name]).item() for name, w in held.items())
 told = {
     "size": ranks.size, "writes": ranks.writes, "places": places, "val_loss": loss,
     "losses": [step.loss for step in steps], "tokens": [step.tokens for step in steps],
     "figures": steps[-1].figures, "shift": session.learner.state.shift.item(),
+    "resumed": same and again.learner.optimizer.step.item() == again.learner.update == 2,
     "agree": [ranks.agree(ranks.rank == 1), ranks.agree(False)],
 }
 (folder / f"rank{ranks.rank}.json").write_text(json.dumps(told))
@@ -97,6 +107,7 @@ def test_two_processes_make_the_updates_of_one_with_twice_the_batch(tmp_path, se
     for name in ("losses", "figures", "val_loss", "shift"):
         assert ranks[0][name] == ranks[1][name]
     assert [rank["writes"] for rank in ranks] == [True, False]
+    assert [rank["resumed"] for rank in ranks] == [True, True]
     assert ranks[0]["agree"] == ranks[1]["agree"] == [True, False]
 
 
