@@ -4,20 +4,22 @@ import json
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from fixtures.adapting import LORA_FORMS, adapted, logits
-from fixtures.inputs import picture, relative_error
-from fixtures.opened import tiny
+from fixtures.inputs import picture, random_pixels, relative_error, token_row
+from fixtures.opened import numbers, tiny
 from fixtures.tiny import Bits, Recipe
+from mlx.utils import tree_flatten
 
 from internvl3_mlx import KeyMapError, load
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.generation.prefix_file import fingerprint
 from internvl3_mlx.loading.build import build
 from internvl3_mlx.models.lora import LoRALinear, adapters
-from internvl3_mlx.training.adapters import load_adapter, save_adapter
+from internvl3_mlx.training.adapters import LoraSettings, adapt, load_adapter, save_adapter
 from internvl3_mlx.training.parts import set_trainable
 
 TOLERANCE = 2e-5
@@ -158,6 +160,44 @@ def test_in_16_bits_the_answers_stay_close_and_the_factors_are_cast_once(tmp_pat
     plain, wide = (load(str(case.folder), dtype=name).model for name in ("bfloat16", "float32"))
     usual = relative_error(logits(plain, case), logits(wide, case))  # what 16 bits cost anyway
     assert relative_error(logits(narrow, case), logits(model, case)) < 1.5 * usual
+
+
+def slopes_of(model, case):
+    """The slopes of all factors for a loss over some next tokens."""
+    ids, pixels = mx.array([token_row(case, [2])]), mx.array(random_pixels(case, 2))
+
+    def loss():
+        language = model.language_model
+        x = model.embed(ids, model.see_chunk(pixels))
+        logits = language.head(language.model(x, language.rotary(0, ids.shape[1])))
+        return nn.losses.cross_entropy(logits[:, :-1].astype(mx.float32), ids[:, 1:]).mean()
+
+    return dict(tree_flatten(nn.value_and_grad(model, loss)()[1]))
+
+
+@pytest.mark.parametrize("bits", BITS, ids=lambda bits: f"{bits.mode}-{bits.bits}")
+@pytest.mark.parametrize("dora", [False, True])
+def test_slopes_over_packed_weights_are_those_over_the_numbers_they_stand_for(bits, dora):
+    dense = tiny(Recipe(layout="mlx", bits=bits, dequantised=True))
+    ours, theirs = (
+        slopes_of(adapted(case, keys=("all",), dora=dora)[0], case)
+        for case in (packed(bits), dense)
+    )
+    assert ours.keys() == theirs.keys()
+    assert {name.rsplit(".", 1)[1] for name in ours} >= {"lora_A", "lora_B"}
+    for name, slope in theirs.items():
+        assert relative_error(numbers(ours[name]), numbers(slope)) < 1e-4, name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_16_bits_over_packed_weights_no_slope_is_nan(dtype):
+    case = packed()
+    model = build(case.folder, for_training=True, dtype=dtype).model
+    mx.random.seed(1)
+    adapt(model, LoraSettings(rank=3, keys=("all",), dora=True, dropout=0.3))
+    for name, slope in slopes_of(model, case).items():
+        assert slope.dtype == mx.float32, name
+        assert bool(mx.isfinite(slope).all()), name
 
 
 def test_a_model_for_training_keeps_its_names_and_its_packing():
