@@ -34,6 +34,7 @@ class Facts:
     tensors: int
     figures: Figures | None = None
     forward: Figures | None = None
+    adapter: str | None = None  # what was fused into it
 
 
 def write_card(folder: Path, facts: Facts, licence: Mapping[str, Any]) -> str:
@@ -81,7 +82,7 @@ def body(facts: Facts) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in facts.versions.items())
     parts = [
         f"# {facts.name}",
-        f"{link(facts.base)}, converted with internvl3-mlx.",
+        f"{link(facts.base)}{fused(facts)}, converted with internvl3-mlx.",
         *running(facts),
         "## What is inside",
         table(("part", "bits per parameter"), [(p, f"{b:.2f}") for p, b in facts.bits.items()]),
@@ -93,6 +94,10 @@ def body(facts: Facts) -> str:
         f"```sh\n{facts.command}\n```\n\nVersions: {versions}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def fused(facts: Facts) -> str:
+    return f" with the adapter `{facts.adapter}` fused into it" if facts.adapter else ""
 
 
 def link(base: str) -> str:

@@ -46,6 +46,7 @@ class Options:
     overwrite: bool = False
     compare: bool = False  # run source and target on one question before the target is kept
     learned: Mapping[str, mx.array] = field(default_factory=dict)  # tensors to write as they are
+    adapter: Path | None = None  # a folder in PEFT's form, to be fused
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def convert(
         layout=options.layout,
         dtype=options.dtype,
         dequantize=options.dequantize,
+        adapter=options.adapter,
     )
     tokenizer = Tokenizer.from_folder(source)
     entries = [entry for tensor in plan.tensors for entry in entries_of(tensor, options.learned)]
@@ -105,7 +107,9 @@ def convert(
         write_side_files(plan, tokenizer, aside)
         prove(aside, entries, writer.checksums)
         same = not any(tensor.form for tensor in plan.tensors) and not options.learned
-        forward = prove_forward(source, aside, same=same) if options.compare else None
+        forward = None
+        if options.compare:
+            forward = prove_forward(source, aside, same=same, adapter=options.adapter)
     return Outcome(
         target, plan.layout, total, len(writer.shards), plan.packed, plan.left_dense, forward
     )

@@ -11,8 +11,11 @@ from mlx.utils import tree_flatten
 from internvl3_mlx.config import ModelConfig, Quantization, read_config
 from internvl3_mlx.convert.adapters import split_adapters
 from internvl3_mlx.convert.arrange import COLOURS, PATCH_WEIGHT, arrange
+from internvl3_mlx.convert.attaching import check_fit
 from internvl3_mlx.convert.checkpoint import Checkpoint, open_checkpoint
+from internvl3_mlx.convert.fused import fused_pieces
 from internvl3_mlx.convert.keymap import KeyMap
+from internvl3_mlx.convert.peft import Adapter, read_adapter
 from internvl3_mlx.convert.quantize import Recipe, fitting
 from internvl3_mlx.convert.rows import DTYPES, NAMES, WORD_BITS, RowReader
 from internvl3_mlx.convert.segments import Rows, compose, place_rows
@@ -80,8 +83,12 @@ def make_plan(
     layout: str = "mlx",
     dtype: str | None = None,
     dequantize: bool = False,
+    adapter: Path | None = None,
 ) -> Plan:
-    """Read headers and config of ``source`` and plan the target. Nothing is read of the weights."""
+    """Read headers and config of ``source`` and plan the target. Nothing is read of the weights.
+
+    ``adapter`` is fused into them; a packed weight that it changes is packed again as it was.
+    """
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"dtype {dtype!r} was asked for; known are {', '.join(FLOATS)}")
     opened = open_checkpoint(source)
@@ -95,15 +102,22 @@ def make_plan(
         for move in moves
         for target, rows in zip(move.targets, place_rows(move, heights, config.text), strict=True)
     }
-    unpacked = unpacking(made, config) if dequantize else {}
-    reader = RowReader(Checkpoint(source, opened.tensors), adapters, unpacked)
-    dense = tuple(dense_tensors(made, reader, config, layout, dtype))
-    if recipe is None:
-        return Plan(source, layout, config, reader, dense)
-    forms, odd = packable(config, recipe)
-    tensors = tuple(replace(t, form=forms.get(t.ours.removesuffix(".weight"))) for t in dense)
-    tensors = tuple(t if t.ours.endswith(".weight") else replace(t, form=None) for t in tensors)
+    change = read_adapter(adapter, config) if adapter else Adapter({})
+    check_fit(change, dense_shapes(made, checkpoint, config))
+    was = unpacking(made, config)
+    again = {} if dequantize else packed_again(change, made, was)
+    touched = {rows.name for module in again for rows in made[f"{module}.weight"]}
+    unpacked = {name: form for name, form in was.items() if dequantize or name in touched}
+    files = Checkpoint(source, opened.tensors)
+    reader = RowReader(files, adapters, unpacked, fused_pieces(change, made))
+    dense = dense_tensors(made, reader, config, layout, dtype)
+    forms, odd = packable(config, recipe) if recipe is not None else (again, {})
+    tensors = tuple(replace(tensor, form=form_of(tensor.ours, forms)) for tensor in dense)
     return Plan(source, layout, config, reader, tensors, odd)
+
+
+def form_of(name: str, forms: Mapping[str, Quantization]) -> Quantization | None:
+    return forms.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
 
 
 def check_request(
@@ -124,12 +138,41 @@ def check_request(
 
 def unpacking(made: Mapping[str, tuple[Rows, ...]], config: ModelConfig) -> dict[str, Quantization]:
     """Say how each packed weight of the source unpacks, by the source's names."""
-    assert config.quantization is not None
+    if config.quantization is None:
+        return {}
     return {
         rows.name: config.quantization.of(module)
         for module in packed_modules(made)
         for rows in made[f"{module}.weight"]
     }
+
+
+def packed_again(
+    change: Adapter,
+    made: Mapping[str, tuple[Rows, ...]],
+    forms: Mapping[str, Quantization],
+) -> dict[str, Quantization]:
+    """Say which packed modules must be unpacked, changed and packed as they were."""
+    names = {*change.changes, *change.whole}
+    touched = {rows.name for name in names for rows in made[name]} & forms.keys()
+    return {
+        module: forms[made[f"{module}.weight"][0].name]
+        for module in packed_modules(made)
+        if made[f"{module}.weight"][0].name in touched
+    }
+
+
+def dense_shapes(
+    made: Mapping[str, tuple[Rows, ...]], checkpoint: Checkpoint, config: ModelConfig
+) -> dict[str, tuple[int, ...]]:
+    """Give our tensors' shapes, a packed weight's as unpacked."""
+    forms, shapes = unpacking(made, config), {}
+    for name, rows in made.items():
+        tail = checkpoint.tensors[rows[0].name].shape[1:]
+        if form := forms.get(rows[0].name):
+            tail = (tail[0] * WORD_BITS // form.bits,)
+        shapes[name] = (sum(part.count for part in rows), *tail)
+    return shapes
 
 
 def packed_modules(names: "Iterator[str] | Mapping[str, object]") -> set[str]:

@@ -10,12 +10,14 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.config import Quantization
+from internvl3_mlx.convert.attaching import attach
 from internvl3_mlx.convert.calibrate import Allocation, allocate
 from internvl3_mlx.convert.checkpoint import open_checkpoint
 from internvl3_mlx.convert.feedback import round_with_feedback
 from internvl3_mlx.convert.learn import learn, learned_tensors, pack_fixed
 from internvl3_mlx.convert.measure import Figures, compare, reference
 from internvl3_mlx.convert.opened import Opened, open_model
+from internvl3_mlx.convert.peft import read_adapter
 from internvl3_mlx.convert.quantize import Recipe
 from internvl3_mlx.convert.samples import Sample, read_samples, split
 from internvl3_mlx.convert.sensitivity import Measured, module_at, sensitivities
@@ -30,6 +32,7 @@ EPOCHS = 0  # learned scales did not help once weights were rounded with feedbac
 MEMORY_SHARE = 0.4  # of the machine's memory that a model may take for a proof
 PROOF_TOKENS, PROOF_SEED = 24, 5
 SAME_KL = 1e-3  # nats; a dense copy in another 16-bit type stays below
+FUSED_KL = 1e-2  # an adapter rounded to 16 bits with its weights, beside one that is not
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -116,21 +119,26 @@ def measure(source: Path, target: Path, pictures: Path) -> Figures:
     return compare(open_model(target).model, kept, wanted)
 
 
-def prove_forward(source: Path, written: Path, *, same: bool) -> Figures | None:
+def prove_forward(
+    source: Path, written: Path, *, same: bool, adapter: Path | None = None
+) -> Figures | None:
     """Run source and target on one made-up question; None when memory does not allow it.
 
-    Raises CheckpointError when the target gives no numbers, or, with ``same``, other ones.
+    ``adapter`` stands beside the source's layers. Raises CheckpointError when the target gives no
+    numbers, or, with ``same``, other ones.
     """
     if not fits_memory(source):
         return None
     opened = open_model(source)
+    if adapter is not None:
+        attach(opened.model, read_adapter(adapter, opened.config))
     sample = made_up(opened)
     wanted = reference(opened.model, [sample])
     del opened
     figures = compare(open_model(written).model, [sample], wanted)
     if not isfinite(figures.kl):
         raise CheckpointError(f"{source} gives no finite answers once converted; nothing was kept")
-    if same and figures.kl > SAME_KL:
+    if same and figures.kl > (SAME_KL if adapter is None else FUSED_KL):
         raise CheckpointError(
             f"the converted model answers differently (KL {figures.kl:.4f}); nothing was kept"
         )

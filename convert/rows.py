@@ -15,9 +15,11 @@ import numpy as np
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.adapters import Adapter
 from internvl3_mlx.convert.checkpoint import Checkpoint
+from internvl3_mlx.convert.fused import Piece, changed
 from internvl3_mlx.convert.headers import ITEM_BYTES
 from internvl3_mlx.convert.segments import Rows
 from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.models.lora import widened
 
 SLAB_BYTES = 4_000_000  # of source; MLX needs up to forty times that to pack it on a CPU
 WORD_BITS = 32
@@ -44,11 +46,13 @@ EXPONENTS = {
 
 @dataclass
 class RowReader:
-    """Reads rows by the source's names. ``unpacked`` are the weights to be dequantized."""
+    """Reads rows by the source's names. ``unpacked`` are the weights to be dequantized, ``fused``
+    those that an adapter changes."""
 
     checkpoint: Checkpoint
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     unpacked: Mapping[str, Quantization] = field(default_factory=dict)
+    fused: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
     files: dict[Path, FileIO] = field(default_factory=dict)
     whole: tuple[str, mx.array] | None = None
     buffer: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
@@ -60,7 +64,7 @@ class RowReader:
     def is_plain(self, rows: Iterable[Rows]) -> bool:
         """Tell whether these rows are written as they lie in the file."""
         names = {part.name for part in rows}
-        if names & {*self.adapters, *self.unpacked}:
+        if names & {*self.adapters, *self.unpacked, *self.fused}:
             return False
         return all(self.checkpoint.tensors[name].start is not None for name in names)
 
@@ -108,9 +112,13 @@ class RowReader:
         return x.view(mx.bfloat16) if info.dtype == "BF16" else x
 
     def dense(self, part: Rows) -> mx.array:
-        """Read rows, unpacked and with their adapter added."""
-        if form := self.unpacked.get(part.name):
-            return self.unpack(part, form)
+        """Read rows, unpacked and with every adapter added."""
+        form = self.unpacked.get(part.name)
+        x = self.unpack(part, form) if form else self.merged(part)
+        return changed(x, part, self.fused.get(part.name, ()))
+
+    def merged(self, part: Rows) -> mx.array:
+        """Read dense rows with the adapter added that the checkpoint itself holds."""
         x = self.stored(part)
         adapter = self.adapters.get(part.name)
         if adapter is None:
@@ -144,11 +152,6 @@ def unpacked(parts: Sequence[mx.array], form: Quantization) -> mx.array:
     return mx.dequantize(
         words, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode
     )
-
-
-def widened(x: mx.array) -> mx.array:
-    """Make floats float32; the scales of the mx formats are bytes and stay so."""
-    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
 def slabs(rows: Iterable[Rows], row_bytes: int) -> Iterable[Rows]:

@@ -26,11 +26,12 @@ WORST = 8  # units named in a report
 
 @dataclass(frozen=True)
 class Session:
-    """Source, target and the command that asked for it."""
+    """Source, target and the command that asked for it; and the adapter that is fused, if any."""
 
     source: Path
     target: Path
     command: str
+    adapter: Path | None = None
 
     def check(self, *, overwrite: bool) -> None:
         """Refuse a target that may not be written, before any work is done for it."""
@@ -84,6 +85,7 @@ class Session:
             tensors=len(open_checkpoint(self.target).tensors),
             figures=figures,
             forward=outcome.forward,
+            adapter=None if self.adapter is None else self.adapter.resolve().name,
         )
         return write_card(self.target, facts, read_licence(self.source))
 

@@ -22,6 +22,10 @@ class PromptError(UserError):
     """A question that cannot be put to the model, such as one longer than its context."""
 
 
+class DataError(UserError):
+    """Rows that cannot be trained on: the file and the line, and what is wrong there."""
+
+
 class CheckpointError(UserError):
     """A model folder that is missing something, damaged, or of a kind we do not know."""
 
@@ -36,6 +40,10 @@ class KeyMapError(CheckpointError):
 
 class DownloadError(InternVL3Error):
     """A repository that cannot be fetched: no network, no such name, no room on disk."""
+
+
+class TrainingError(InternVL3Error):
+    """A training run that cannot go on: its numbers are none any more, or memory runs out."""
 
 
 class MissingExtraError(UserError):

@@ -11,7 +11,11 @@ import internvl3_mlx
 from internvl3_mlx.cli.main import COMMANDS, main
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide/command-line.md", "docs/guide/chat.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/guide/{name}.md" for name in ("command-line", "chat", "training", "adapters")),
+)
 ENDS = {"|", ">", "&&"}
 
 

@@ -21,12 +21,33 @@ TARGET_BPW = 4.5
 FIGURES = {"measured", "calibration", "proof_kl"}  # of a report: shown with all their digits
 
 
-@dataclass(frozen=True)
-class Request:
-    """The command line, as one value."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What every command that writes a checkpoint is told."""
 
     source: str
     target: str | None
+    to: str
+    dtype: str | None
+    dequantize: bool
+    overwrite: bool
+    proof: bool
+    upload_repo: str | None
+    private: bool
+    yes: bool
+    revision: str | None
+    as_json: bool
+    quiet: bool
+
+    @property
+    def packs(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Asked):
+    """The command line of a conversion, as one value."""
+
     quantize: bool
     q_bits: int | None
     q_group_size: int | None
@@ -39,18 +60,7 @@ class Request:
     feedback: bool
     measure: bool
     samples: str | None
-    to: str
-    dtype: str | None
-    dequantize: bool
-    overwrite: bool
-    proof: bool
-    upload_repo: str | None
-    private: bool
     dry_run: bool
-    yes: bool
-    revision: str | None
-    as_json: bool
-    quiet: bool
 
     @property
     def packs(self) -> bool:
@@ -66,6 +76,10 @@ def check(request: Request) -> None:
         raise UserError("--calibrate chooses bits and groups itself; give --target-bpw instead")
     if request.calibrate is None and (request.target_bpw is not None or request.epochs is not None):
         raise UserError("--target-bpw and --epochs belong to --calibrate FOLDER; add it")
+    check_upload(request)
+
+
+def check_upload(request: Asked) -> None:
     if request.upload_repo is not None:
         from internvl3_mlx.loading.upload import check_name
 
@@ -98,7 +112,7 @@ def run(request: Request) -> None:
     return None
 
 
-def local_source(request: Request) -> Path:
+def local_source(request: Asked) -> Path:
     """Find or fetch the source. Only the disk must hold it: conversion does not load the model."""
     from internvl3_mlx.loading import hub
     from internvl3_mlx.loading.names import find
@@ -188,7 +202,7 @@ def measured(request: Request, session: Any) -> Any:
         return session.measure(Path(folder).expanduser() if folder else None)
 
 
-def uploaded(request: Request, session: Any) -> str:
+def uploaded(request: Asked, session: Any) -> str:
     from internvl3_mlx.loading.upload import upload
 
     def ask(question: str) -> bool:
@@ -210,7 +224,7 @@ def _asked(notify: Any, ask: Any, question: str) -> bool:
     return bool(ask(question))
 
 
-def show(request: Request, report: dict[str, Any]) -> None:
+def show(request: Asked, report: dict[str, Any]) -> None:
     if request.as_json:
         screen.as_json(report, indent=2)
     else:

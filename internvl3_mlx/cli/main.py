@@ -13,7 +13,9 @@ from internvl3_mlx.cli.options import DEBUG
 from internvl3_mlx.errors import InternVL3Error
 
 # each is a function of its own name in cli/<name>.py
-COMMANDS = ("bench", "chat", "completion", "convert", "doctor", "generate", "info")
+COMMANDS = (
+    "bench", "chat", "completion", "convert", "doctor", "fuse", "generate", "info", "train",
+)  # fmt: skip
 FAILED, INTERRUPTED = 1, 130
 
 

@@ -21,8 +21,8 @@ DEBUG = "internvl3_mlx.debug"  # the key under which --debug is kept while a com
 MAX_SEED = 2**63 - 1
 OTHERS = "Other"
 SECTIONS = (
-    "Question", "Pictures", "Answer", "Model", "Quantization", "Quality", "Upload",
-    "Output", "Speed", "Memory", "Positions", OTHERS,
+    "Question", "Pictures", "Answer", "Run", "Model", "Data", "Training", "Weights", "Preference",
+    "Quantization", "Quality", "Upload", "Output", "Speed", "Memory", "Positions", OTHERS,
 )  # fmt: skip
 STDIN = "-"  # as a picture or as the question: read standard input
 
@@ -101,7 +101,7 @@ LOADING: Mapping[str, Decorator] = {
     ),
     "adapter": flag(
         "Model", "--adapter-path", "adapter", metavar="FOLDER",
-        help="A LoRA adapter in PEFT's form, merged as the model loads.",
+        help="A LoRA or DoRA adapter, as train and PEFT write it.",
     ),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import time
 import traceback as tracebacks
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -56,6 +56,31 @@ def raw(sequence: str) -> None:
     """Send a terminal its own language, such as a picture."""
     sys.stdout.write(sequence)
     sys.stdout.flush()
+
+
+# how a training sample is written out: colour on a terminal, marks around it elsewhere
+STYLES: Mapping[str, tuple[dict[str, Any], str, str]] = {
+    "read": ({"dim": True}, "", ""),
+    "picture": ({"fg": "cyan"}, "", ""),
+    "learned": ({"fg": "green", "bold": True}, "»", "«"),
+    "rejected": ({"fg": "red"}, "›", "‹"),
+}
+
+
+def stretches(parts: Sequence[tuple[str, str]]) -> None:
+    """Write a text whose parts differ in style, and below it what the styles mean."""
+    coloured = is_coloured(sys.stdout)
+    for text, style in parts:
+        look, opening, closing = STYLES[style]
+        shown = text.translate(CONTROLS)
+        sys.stdout.write(click.style(shown, **look) if coloured else opening + shown + closing)
+    print(flush=True)
+    used = {style for _, style in parts}
+    legend = {
+        "learned": "green is learned" if coloured else "»learned«",
+        "rejected": "red is the rejected answer" if coloured else "›rejected answer‹",
+    }
+    hint(" · ".join(text for style, text in legend.items() if style in used))
 
 
 def heading(name: str) -> None:

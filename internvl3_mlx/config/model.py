@@ -28,9 +28,15 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_normalization: bool = True
+    drop_path_rate: float = 0.0  # in training alone
 
     def __post_init__(self) -> None:
         check_numbers(self, "vision_config")
+        if self.drop_path_rate >= 1:
+            raise ConfigError(
+                f"vision_config.drop_path_rate is {self.drop_path_rate!r}; a share below 1 was "
+                "expected"
+            )
         if self.norm_type not in ("layer_norm", "rms_norm"):
             raise ConfigError(
                 f"vision_config.norm_type is {self.norm_type!r}; known are layer_norm and rms_norm"
@@ -154,12 +160,16 @@ class ModelConfig:
         return self.vision.patch_size
 
 
+MAY_BE_ZERO = ("drop_path_rate",)
+
+
 def check_numbers(config: VisionConfig | TextConfig, name: str) -> None:
     """Raise ConfigError for a size that is no positive number."""
     for entry in fields(config):
         value = getattr(config, entry.name)
         whole, number = entry.type is int, entry.type in (int, float)
-        if number and not (is_number(value, whole) and value > 0):
+        nought = entry.name in MAY_BE_ZERO and value == 0
+        if number and not nought and not (is_number(value, whole) and value > 0):
             raise ConfigError(f"{name}.{entry.name} is {value!r}; a positive number was expected")
 
 

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from internvl3_mlx.generation.memory import KEY_WORDS, Memory, Reading
 from internvl3_mlx.models.cache import Cache, KVCache, QuantizedKVCache
+from internvl3_mlx.models.lora import adapters
 
 OURS = "internvl3_mlx"  # our entry of the metadata
 SAMPLES = 16  # numbers of each tensor that tell models apart
@@ -27,8 +28,11 @@ PACKED_PARTS = 3  # weights, scales, biases
 
 def fingerprint(model: Any) -> str:
     """Name a model by a few numbers of every tensor: other weights give another name."""
-    whole = model.parameters() if isinstance(model, nn.Module) else [m.parameters() for m in model]
-    tensors: Any = tree_flatten(whole)
+    alone = isinstance(model, nn.Module)
+    tensors: Any = tree_flatten(
+        model.parameters() if alone else [part.parameters() for part in model]
+    )
+    scales = [layer.scale for part in ([model] if alone else model) for _, layer in adapters(part)]
     samples = [
         value.reshape(-1)[:: max(1, value.size // SAMPLES)].astype(mx.float32)
         for _, value in tensors
@@ -36,6 +40,7 @@ def fingerprint(model: Any) -> str:
     content = np.array(mx.concatenate(samples)).tobytes()
     content += repr([(name, value.shape) for name, value in tensors]).encode()
     content += repr(getattr(model, "config", None)).encode()
+    content += repr(scales).encode() if scales else b""
     return blake2b(content, digest_size=16).hexdigest()
 
 

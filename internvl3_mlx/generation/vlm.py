@@ -46,13 +46,14 @@ def load(
 
     quantize: bits for the language model. Published sizes come with 4, packed once and kept; 16
     leaves them as they are. Anything else is loaded as it is stored unless bits are given.
-    adapter: a folder with a LoRA adapter in PEFT's form, merged into the weights.
+    adapter: a folder with a LoRA or DoRA adapter in PEFT's form: merged into dense weights, kept
+    beside packed ones.
     dtype: what is computed in, "float32", "bfloat16" or "float16"; by default the checkpoint's own,
     float32 on a CPU.
     notify: called with one line when something takes long.
     """
     started = time.perf_counter()
-    ready = prepare(model, quantize, adapted=bool(adapter), revision=revision, notify=notify)
+    ready = prepare(model, quantize, revision=revision, notify=notify)
     adapter_folder = Path(adapter).expanduser() if adapter else None
     loaded = build(ready.folder, quantize=ready.recipe, adapter=adapter_folder, dtype=dtype)
     template = template_for(loaded.config, ready.folder)

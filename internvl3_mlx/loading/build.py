@@ -8,12 +8,15 @@ import mlx.nn as nn
 
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.convert.arrange import arrange, arranged
+from internvl3_mlx.convert.attaching import attach
 from internvl3_mlx.convert.checkpoint import open_checkpoint
 from internvl3_mlx.convert.opened import fill, shaped_model
+from internvl3_mlx.convert.peft import read_adapter
 from internvl3_mlx.convert.quantize import Recipe, predicate
 from internvl3_mlx.errors import ConfigError, UserError
-from internvl3_mlx.loading.adapter import merged, read_adapter
+from internvl3_mlx.loading.adapter import merged
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.lora import adapters
 from internvl3_mlx.prompt.tokens import Tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -35,31 +38,40 @@ def build(
     quantize: Recipe | None = None,
     adapter: Path | None = None,
     dtype: str | None = None,
+    for_training: bool = False,
 ) -> Loaded:
     """Read a folder of any layout; every tensor finds its place, or KeyMapError names it.
 
-    ``adapter`` is merged into the weights and ``quantize`` packs them on the way in. ``dtype`` is
-    what they are computed in: by default the checkpoint's own on a GPU, and float32 on a CPU, where
-    16-bit arithmetic is emulated.
+    ``quantize`` packs them on the way in. ``adapter`` is merged into dense weights and stands
+    beside packed ones, as it did when it was trained over them. ``dtype`` is what is computed in:
+    by default the checkpoint's own on a GPU, and float32 on a CPU, where 16-bit arithmetic is
+    emulated. ``for_training`` keeps the checkpoint's names, joins nothing, and lets an adapter
+    stand beside its layers to be trained on.
     """
     checkpoint = open_checkpoint(folder)
     config, moves = arrange(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
     check_image_token(tokenizer, config)
     model = shaped_model(config, moves, tokenizer.image_id)
-    compute = compute_dtype(dtype, config.dtype)
+    compute = compute_dtype(dtype, config.dtype, for_training=for_training)
     weights = {name: cast(x, compute) for name, x in arranged(checkpoint, config, moves)}
-    if adapter is not None:
-        check_dense(config, "an adapter is merged into 16-bit weights")
-        weights = merged(weights, read_adapter(adapter, config))
+    change = read_adapter(adapter, config) if adapter is not None else None
+    beside = for_training or quantize is not None or config.quantization is not None
+    if change is not None and not beside:
+        weights = merged(weights, change)
     fill(model, weights)
     del weights
     if quantize is not None:
         check_dense(config, f"{quantize.name} packs 16-bit weights")
         nn.quantize(model, class_predicate=predicate(quantize.choose))
-    model.fold()
+    if change is not None and beside:
+        attach(model, change)
+    if not for_training:
+        model.fold()
+        for _, layer in adapters(model):
+            layer.settle(compute)
     model.eval()
-    read_layer_by_layer(model)
+    read_layer_by_layer(model, folded=not for_training)
     return Loaded(folder, config, tokenizer, model)
 
 
@@ -77,9 +89,11 @@ def check_dense(config: ModelConfig, why: str) -> None:
         raise UserError(f"this checkpoint is quantized already and {why}; name the 16-bit one")
 
 
-def compute_dtype(asked: str | None, stored: str) -> mx.Dtype:
+def compute_dtype(asked: str | None, stored: str, *, for_training: bool = False) -> mx.Dtype:
+    """Choose what is computed in. Slopes leave float16's range, so it is no default of training."""
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    name = asked or ("float32" if on_cpu else stored)
+    wide = on_cpu or (for_training and stored == "float16")
+    name = asked or ("float32" if wide else stored)
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} was asked for; known are {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -90,8 +104,10 @@ def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
     return x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
-def read_layer_by_layer(model: InternVL) -> None:
+def read_layer_by_layer(model: InternVL, *, folded: bool) -> None:
     """Evaluate a layer at a time: joining and casting never hold two copies of the model."""
     for block in [*model.vision_model.encoder.layers, *model.language_model.model.layers]:
         mx.eval(block.parameters())
-    mx.eval(model.parameters(), model.vision_model.embeddings.patch_embedding.raw)
+    mx.eval(model.parameters())
+    if folded:
+        mx.eval(model.vision_model.embeddings.patch_embedding.raw)

@@ -38,19 +38,17 @@ def prepare(
     model: str | None,
     bits: int | None,
     *,
-    adapted: bool = False,
     revision: str | None = None,
     notify: Notify,
 ) -> Ready:
     """Get ``model`` here. Published sizes come packed unless ``bits`` says 16.
 
-    ``adapted``: an adapter goes into the 16-bit weights first, so packing is left for later. With
-    no name at all it is the default size, or the demo where that cannot be had offline.
+    With no name at all it is the default size, or the demo where that cannot be had offline.
     """
     asked = None if bits in (None, DENSE_BITS) else recipe(bits)
     if model is None:
         try:
-            return prepare(DEFAULT_MODEL, bits, adapted=adapted, revision=revision, notify=notify)
+            return prepare(DEFAULT_MODEL, bits, revision=revision, notify=notify)
         except DownloadError:
             notify(
                 f"no network and no {SIZES[DEFAULT_MODEL].repo} here: using the small demo model"
@@ -62,8 +60,8 @@ def prepare(
     if place.size is None:
         return Ready(downloaded(place, revision, packed=asked is not None, notify=notify), asked)
     pack = None if bits == DENSE_BITS else asked or recipe(DEFAULT_BITS)
-    if pack is None or adapted:
-        return Ready(downloaded(place, revision, packed=pack is not None, notify=notify), pack)
+    if pack is None:
+        return Ready(downloaded(place, revision, packed=False, notify=notify))
     return Ready(packed_size(place, pack, revision, notify))
 
 

@@ -15,8 +15,9 @@ from internvl3_mlx.models.cache import (
     QuantizedKVCache,
 )
 from internvl3_mlx.models.shared_cache import SharedKVCache
+from internvl3_mlx.models.spans import Spans, attend_spans
 
-AnyCache = Cache | BatchKVCache | SharedKVCache
+AnyCache = Cache | BatchKVCache | SharedKVCache | Spans
 
 # query rows: the fused kernels for few rows end at 8, from here reading dense once is cheaper
 UNPACK_FROM = kernel.LONGEST_DRAFT + 1
@@ -29,6 +30,8 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: AnyCache | None) -> mx.
     The causal mask is aligned to the lower right, so the rows see the whole cache and what stands
     before them. Of a batch every row looks at its own tokens alone, one new one at a time.
     """
+    if isinstance(cache, Spans):
+        return attend_spans(q, k, v, cache)
     scale = q.shape[-1] ** -0.5
     mask = "causal" if q.shape[2] > 1 else None
     if cache is None:

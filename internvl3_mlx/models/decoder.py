@@ -16,10 +16,13 @@ import mlx.nn as nn
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.models.activations import swiglu
 from internvl3_mlx.models.attention import AnyCache, attend, attend_kept, takes_unturned
+from internvl3_mlx.models.blocks import Run, plainly
 from internvl3_mlx.models.fusing import join_rows
 from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, powers_where_ordinary
+from internvl3_mlx.models.spans import Spans
 
-EVERY, LAST = slice(None), slice(-1, None)  # rows of a sequence
+Rows = slice | mx.array  # of a sequence: a stretch, or (R,) indices where it is cut into spans
+EVERY, LAST = slice(None), slice(-1, None)
 
 
 class Attention(nn.Module):
@@ -39,7 +42,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: slice = EVERY
+        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: Rows = EVERY
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D): all L rows are remembered, ``rows`` of them answered."""
         joint, values = self.project(x)
@@ -48,9 +51,17 @@ class Attention(nn.Module):
             cache.append_unturned(keys, values, rotary.turn(x.shape[1]))
             out = attend_kept(rotary(queries)[:, :, rows], cache)
         else:
-            queries, keys = mx.split(rotary(joint), [self.heads], axis=1)
-            out = attend(queries[:, :, rows], keys, values.transpose(0, 2, 1, 3), cache)
+            out = self.attend(rotary(joint), values.transpose(0, 2, 1, 3), cache, rows)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
+
+    def attend(
+        self, turned: mx.array, values: mx.array, cache: AnyCache | None, rows: Rows
+    ) -> mx.array:
+        """turned: q and k (B, H + KV, L, Dh), values (B, KV, L, Dh) -> (B, H, R, Dh)."""
+        queries, keys = mx.split(turned, [self.heads], axis=1)
+        if isinstance(cache, Spans):  # the rows lie in several spans: attend first, choose after
+            return attend(queries, keys, values, cache)[:, :, rows]
+        return attend(queries[:, :, rows], keys, values, cache)
 
     def project(self, x: mx.array) -> list[mx.array]:
         """x: (B, L, D) -> q and k, to be turned together, (B, L, H + KV, Dh), and v (B, L, KV,
@@ -95,7 +106,7 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config), MLP(config)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: slice = EVERY
+        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: Rows = EVERY
     ) -> mx.array:
         x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, cache, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -115,15 +126,17 @@ class Decoder(nn.Module):
         x: mx.array,
         rotary: Rotary,
         cache: Sequence[AnyCache] | None = None,
-        rows: slice = EVERY,
+        rows: Rows = EVERY,
+        run: Run = plainly,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D), the states of ``rows`` alone.
 
         Every layer but the last needs all rows; the last needs the others only in the cache.
+        ``run`` calls each block; training runs some of them twice.
         """
         last = len(self.layers) - 1
         for i, (block, kept) in enumerate(zip(self.layers, cache or repeat(None), strict=False)):
-            x = block(x, rotary, kept, rows if i == last else EVERY)
+            x = run(block, x, rotary, kept, rows if i == last else EVERY)
         return self.norm(x)
 
 

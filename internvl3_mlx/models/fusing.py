@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from internvl3_mlx.models.factors import joined as join
+from internvl3_mlx.models.lora import LoRALinear
+
 PACKING = ("group_size", "bits", "mode")
 
 
@@ -12,17 +15,30 @@ def join_rows(module: nn.Module, names: Sequence[str], joined: str) -> None:
     """Replace the layers ``names`` of ``module`` by ``joined``, their rows stacked in order.
 
     Layers that differ in kind or packing (mixed recipes give some more bits) stay apart; the
-    result is the same.
+    result is the same. Their adapters, if any, are joined as well.
     """
     layers = [module[name] for name in names]
-    if len({form(layer) for layer in layers}) != 1 or form(layers[0]) is None:
+    bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
+    if len({form(base) for base in bases}) != 1 or form(bases[0]) is None:
         return
-    first = layers[0]
+    first, heights = bases[0], [base.weight.shape[0] for base in bases]
     for key in first.parameters():
-        first[key] = mx.concatenate([layer[key] for layer in layers], axis=0)
+        first[key] = mx.concatenate([base[key] for base in bases], axis=0)
     for name in names:
         module.pop(name)
-    module[joined] = first
+    module[joined] = with_adapters(first, layers, heights)
+
+
+def with_adapters(
+    base: nn.Module, layers: Sequence[nn.Module], heights: Sequence[int]
+) -> nn.Module:
+    """Put the adapters that some layers had beside the layer that they became."""
+    own = [layer.factors if isinstance(layer, LoRALinear) else None for layer in layers]
+    if not any(own):
+        return base
+    return LoRALinear(
+        base, join([(factors, 0, rows) for factors, rows in zip(own, heights, strict=True)])
+    )
 
 
 def form(layer: nn.Module) -> tuple[object, ...] | None:

@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from internvl3_mlx.config import VisionConfig
 from internvl3_mlx.models.activations import gelu
+from internvl3_mlx.models.blocks import Run, plainly
 
 CHANNELS = 3
 BYTE = 255.0
@@ -129,9 +130,10 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(config), MLP(config)
         self.ls1, self.ls2 = mx.ones(width), mx.ones(width)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.scale("ls1", self.attn(self.norm1(x)))
-        return x + self.scale("ls2", self.mlp(self.norm2(x)))
+    def __call__(self, x: mx.array, drop: float = 0.0) -> mx.array:
+        """x: (T, N, C) -> (T, N, C). ``drop``: how likely a tile goes past each branch."""
+        x = x + drop_path(self.scale("ls1", self.attn(self.norm1(x))), drop)
+        return x + drop_path(self.scale("ls2", self.mlp(self.norm2(x))), drop)
 
     def scale(self, name: str, branch: mx.array) -> mx.array:
         return branch * self[name] if name in self else branch
@@ -143,6 +145,17 @@ class Block(nn.Module):
                 scale, dtype = self.pop(name).astype(mx.float32), linear.weight.dtype
                 linear.weight = (linear.weight.astype(mx.float32) * scale[:, None]).astype(dtype)
                 linear.bias = (linear.bias.astype(mx.float32) * scale).astype(dtype)
+
+
+def drop_path(branch: mx.array, rate: float) -> mx.array:
+    """Leave the branch out for some tiles, whole, and raise the others to the same mean.
+
+    branch: (T, N, C) -> (T, N, C). Stochastic depth (arXiv 1603.09382).
+    """
+    if rate == 0:
+        return branch
+    kept = mx.random.bernoulli(1 - rate, (branch.shape[0], 1, 1))
+    return branch * (kept.astype(branch.dtype) / (1 - rate))
 
 
 class Encoder(nn.Module):
@@ -159,16 +172,24 @@ class VisionModel(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
 
-    def __call__(self, pixels: mx.array, select_layer: int = -1) -> mx.array:
+    def __call__(
+        self,
+        pixels: mx.array,
+        select_layer: int = -1,
+        drop_path_rate: float = 0.0,
+        run: Run = plainly,
+    ) -> mx.array:
         """pixels: (T, S, S, 3) -> (T, 1 + G*G, C), the class token first.
 
         ``select_layer`` counts the embeddings as state 0 and may be negative; layers above it are
-        not computed.
+        not computed. ``drop_path_rate``: for training, the last block's, rising evenly from 0;
+        ``run`` calls each block.
         """
         x = self.embeddings(pixels)
-        states = len(self.encoder.layers) + 1
-        for block in self.encoder.layers[: range(states)[select_layer]]:
-            x = block(x)
+        layers = self.encoder.layers
+        step = drop_path_rate / max(len(layers) - 1, 1)
+        for depth, block in enumerate(layers[: range(len(layers) + 1)[select_layer]]):
+            x = run(block, x, step * depth)
         return x
 
     def fold(self) -> None:

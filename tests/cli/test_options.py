@@ -5,6 +5,7 @@ import pytest
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.convert import convert
 from internvl3_mlx.cli.generate import generate
+from internvl3_mlx.cli.train import train
 from internvl3_mlx.generation.settings import Settings
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
@@ -39,7 +40,7 @@ def test_every_flag_says_what_it_does():
 
 
 def test_every_heading_of_the_help_is_in_use():
-    params = [*generate.params, *convert.params]
+    params = [*generate.params, *convert.params, *train.params]
     used = {getattr(param, "section", options.OTHERS) for param in params}
     assert used == {*options.SECTIONS}
 

@@ -1,12 +1,15 @@
 """Memory stays where it is, however large the model."""
 
+import json
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
 
 from benchmarks.checkpoint import Shape
 from benchmarks.convert_memory import write_sparse
+from internvl3_mlx.convert.checkpoint import open_checkpoint
 
 MB = 1_000_000
 GROWTH = 120 * MB  # beyond what Python and MLX take by themselves
@@ -20,8 +23,10 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 source, target, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 before = peak()
-packing = None if kind == "hf" else recipe(mode=kind)
-for _ in convert(source, target, packing, Options(layout="hf" if kind == "hf" else "mlx")):
+packing = None if kind in ("hf", "fuse") else recipe(mode=kind)
+adapter = Path(sys.argv[4]) if kind == "fuse" else None
+layout = "hf" if kind == "hf" else "mlx"
+for _ in convert(source, target, packing, Options(layout=layout, adapter=adapter)):
     pass
 print(peak() - before)
 """
@@ -37,10 +42,28 @@ def source(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["affine", "mxfp8", "hf"])
-def test_peak_memory_stays_below_the_largest_tensor(source, tmp_path, kind):
+@pytest.fixture(scope="module")
+def adapter(source, tmp_path_factory):
+    """A DoRA adapter of the largest tensor, the head."""
+    folder = tmp_path_factory.mktemp("adapter")
+    head = open_checkpoint(source).tensors["language_model.lm_head.weight"]
+    rows, columns = head.shape
+    module = "base_model.model.language_model.lm_head"
+    factors = {
+        f"{module}.lora_A.weight": mx.ones((4, columns)),
+        f"{module}.lora_B.weight": mx.ones((rows, 4)),
+        f"{module}.lora_magnitude_vector": mx.ones(rows),
+    }
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), factors)
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["affine", "mxfp8", "hf", "fuse"])
+def test_peak_memory_stays_below_the_largest_tensor(source, adapter, tmp_path, kind):
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(source), str(tmp_path / "out"), kind],
+        [sys.executable, "-c", CODE, str(source), str(tmp_path / "out"), kind, str(adapter)],
         capture_output=True,
         text=True,
     )

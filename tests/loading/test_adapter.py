@@ -112,18 +112,10 @@ def test_a_third_of_a_joined_matrix_may_be_adapted(case, tmp_path):
 def test_an_adapted_model_may_be_packed(case, pairs, tmp_path):
     adapter = write_adapter(tmp_path / "a", pairs)
     vlm = load(str(case.folder), adapter=adapter, quantize=8)
-    assert vlm.model.language_model.model.layers[1].mlp.down_proj.bits == 8
+    assert vlm.model.language_model.model.layers[1].mlp.down_proj.base.bits == 8
     adapted, plain = merged_by_hand(case, pairs), logits(load(str(case.folder)), case)
     packed = logits(vlm, case)
     assert relative_error(packed, adapted) < relative_error(packed, plain) / 2
-
-
-def test_a_packed_checkpoint_takes_no_adapter(pairs, tmp_path):
-    from fixtures.tiny import Bits
-
-    folder = tiny(Recipe(layout="mlx", bits=Bits())).folder
-    with pytest.raises(UserError, match="quantized already and an adapter is merged into 16-bit"):
-        load(str(folder), adapter=write_adapter(tmp_path / "a", pairs))
 
 
 def test_an_adapter_that_changes_nothing_is_an_error(case, pairs, tmp_path):
@@ -144,13 +136,54 @@ def test_an_adapter_of_another_model_is_named(case, tmp_path):
         load(str(case.folder), adapter=write_adapter(tmp_path / "c", other_size))
 
 
-def test_half_an_adapter_and_dora_are_refused(case, pairs, tmp_path):
+def test_half_an_adapter_and_what_is_none_are_refused(case, pairs, tmp_path):
     half = {"base_model.model.mlp1.3.lora_A.weight": torch.ones(RANK, 128)}
     with pytest.raises(KeyMapError, match="half an adapter"):
         load(str(case.folder), adapter=write_adapter(tmp_path / "a", pairs, extra=half))
-    dora = {"base_model.model.mlp1.3.lora_magnitude_vector": torch.ones(128)}
-    with pytest.raises(KeyMapError, match="DoRA and saved modules must be merged"):
-        load(str(case.folder), adapter=write_adapter(tmp_path / "b", pairs, extra=dora))
+    alone = {"base_model.model.mlp1.3.lora_magnitude_vector": torch.ones(128)}
+    with pytest.raises(KeyMapError, match="half an adapter"):
+        load(str(case.folder), adapter=write_adapter(tmp_path / "b", pairs, extra=alone))
+    without = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "use_dora": True}
+    with pytest.raises(KeyMapError, match="half an adapter"):
+        load(str(case.folder), adapter=write_adapter(tmp_path / "c", pairs, without))
+    down, up = pairs["mlp1.1"]
+    broken = pairs | {"mlp1.1": (down, up.index_fill(0, torch.tensor([3]), float("nan")))}
+    with pytest.raises(CheckpointError, match=r"mlp1\.1 holds numbers that are not finite"):
+        load(str(case.folder), adapter=write_adapter(tmp_path / "e", broken))
+    words = {"base_model.model.language_model.lora_embedding_A": torch.ones(RANK, 9)}
+    with pytest.raises(KeyMapError, match="is no LoRA factor; merge adapters of this kind in PEFT"):
+        load(str(case.folder), adapter=write_adapter(tmp_path / "d", pairs, extra=words))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LOHA", "r": RANK, "lora_alpha": ALPHA}, "of kind LOHA; LoRA and DoRA can"),
+        (
+            {"r": RANK, "lora_alpha": ALPHA, "init_lora_weights": "pissa_niter_4"},
+            "changes the base",
+        ),
+        ({"r": RANK + 1, "lora_alpha": ALPHA}, "has rank 3, its adapter_config.json says 4"),
+        ({"r": RANK}, "names no r or no lora_alpha for"),
+        ([1], "is no adapter_config.json; save the adapter again"),
+    ],
+)
+def test_settings_that_say_otherwise_are_refused(case, pairs, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        load(str(case.folder), adapter=write_adapter(tmp_path / "a", pairs, settings))
+
+
+def test_alpha_and_rank_may_differ_by_pattern(case, pairs, tmp_path):
+    patterns = {r".*\.q_proj": ALPHA / 2, "no_such": 99}
+    settings = {"r": 7, "rank_pattern": {"q_proj|down_proj|1": RANK}, "lora_alpha": ALPHA}
+    vlm = load(
+        str(case.folder),
+        adapter=write_adapter(tmp_path / "a", pairs, settings | {"alpha_pattern": patterns}),
+    )
+    down, up = pairs[ADAPTED[0]]
+    halved = pairs | {ADAPTED[0]: (down, up / 2)}
+    expected = load(str(case.folder), adapter=write_adapter(tmp_path / "b", halved))
+    assert relative_error(logits(vlm, case), logits(expected, case)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.attended import ROUNDING, Ragged, relative_error
-from fixtures.rows import Projected
+from fixtures.projected import Projected
 from metal_emulator import KernelFault, KernelRefused
 
 from internvl3_mlx.metal_kernels.flash_decode import flash_decode_kernel

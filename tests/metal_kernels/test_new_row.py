@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.attended import float64, unpacked
-from fixtures.rows import BASE, Projected
+from fixtures.projected import BASE, Projected
 
 from internvl3_mlx.metal_kernels.new_row import Turn, new_row_kernel, new_row_reference
 from internvl3_mlx.metal_kernels.packed import parts

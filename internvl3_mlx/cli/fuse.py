@@ -1,0 +1,150 @@
+"""``internvl3 fuse``: an adapter becomes part of its model's weights."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from internvl3_mlx.cli import options, progress
+from internvl3_mlx.cli.conversion import (
+    Asked,
+    check_upload,
+    command_line,
+    local_source,
+    show,
+    uploaded,
+)
+from internvl3_mlx.cli.convert import FLOATS, LAYOUTS
+from internvl3_mlx.cli.options import SectionedCommand, flag
+from internvl3_mlx.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Asked):
+    """The command line, as one value."""
+
+    adapter: str
+    adapter_only: bool
+
+
+@click.command(cls=SectionedCommand, short_help="Merge an adapter into its model.")
+@flag("Model", "--model", "source", metavar="PATH|REPO|SIZE", help="What the adapter was made for.")
+@flag("Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub.")
+@flag("Model", "--adapter-path", "adapter", metavar="FOLDER", help="The adapter, in PEFT's form.")
+@flag(
+    "Model",
+    "--save-path",
+    "--mlx-path",
+    "-o",
+    "target",
+    metavar="FOLDER",
+    help="Where the result goes.",
+)
+@flag(
+    "Model",
+    "--to",
+    "to",
+    type=click.Choice(LAYOUTS),
+    default="mlx",
+    show_default=True,
+    help="Layout of the result: MLX, or PyTorch under the original's or transformers' names.",
+)
+@flag(
+    "Model",
+    "--dtype",
+    "dtype",
+    type=click.Choice(FLOATS),
+    show_default="as stored",
+    help="Type of what is not packed.",
+)
+@flag(
+    "Model",
+    "--adapter-only",
+    "adapter_only",
+    is_flag=True,
+    help="Write the adapter itself, named for the layout of --to, and merge nothing.",
+)
+@flag("Model", "-d", "--dequantize", "dequantize", is_flag=True, help="Unpack a packed model.")
+@flag("Model", "--overwrite", "overwrite", is_flag=True, help="Replace FOLDER if it exists.")
+@flag(
+    "Quality",
+    "--proof/--no-proof",
+    "proof",
+    default=True,
+    help="Ask result and adapter one question before the result is kept.",
+)
+@flag("Upload", "--upload-repo", "upload_repo", metavar="OWNER/NAME", help="Put it on the hub.")
+@flag("Upload", "--private", "private", is_flag=True, help="Make a new repository private.")
+@flag("Upload", "-y", "--yes", "yes", is_flag=True, help="Do not ask before replacing.")
+@flag("Output", "--json", "as_json", is_flag=True, help="One JSON object.")
+@flag("Output", "--quiet", "quiet", is_flag=True, help="No notes, no progress.")
+@options.debug
+def fuse(source: str | None, adapter: str | None, **flags: Any) -> None:
+    """Merge a LoRA or DoRA adapter into the model it was trained on.
+
+    What comes out is a plain model. Packed weights that the adapter changes are packed again as
+    they were, or left dense with --dequantize. Weights stream, so memory stays small.
+    """
+    if source is None:
+        raise UserError("name the model that the adapter was made for: --model PATH|REPO|SIZE")
+    if adapter is None:
+        raise UserError("name the adapter to fuse: --adapter-path FOLDER")
+    if flags["target"] is None:
+        raise UserError("name the folder for the result: --save-path FOLDER")
+    request = Request(source=source, adapter=adapter, **flags)
+    check(request)
+    if request.adapter_only:
+        rename(request)
+    else:
+        run(request)
+
+
+def check(request: Request) -> None:
+    check_upload(request)
+    unused = request.dequantize or request.dtype is not None or request.upload_repo is not None
+    if request.adapter_only and unused:
+        raise UserError(
+            "--adapter-only writes an adapter; leave out --dequantize, --dtype and --upload-repo"
+        )
+
+
+def rename(request: Request) -> None:
+    """Write the adapter under the names of another layout's model."""
+    from internvl3_mlx.convert.peft_writing import rename_adapter
+
+    folder, target = Path(request.adapter).expanduser(), Path(request.target or "").expanduser()
+    modules = rename_adapter(
+        folder, target, local_source(request), request.to, overwrite=request.overwrite
+    )
+    report = {"adapter": str(folder), "target": str(target), "layout": request.to}
+    show(request, {**report, "modules": len(modules)})
+
+
+def run(request: Request) -> None:
+    from internvl3_mlx.convert.pipeline import Options
+    from internvl3_mlx.convert.session import Session
+
+    started = time.perf_counter()
+    assert request.target is not None
+    folder = Path(request.adapter).expanduser()
+    target = Path(request.target).expanduser()
+    session = Session(local_source(request), target, command_line(), folder)
+    session.check(overwrite=request.overwrite)
+    chosen = Options(
+        layout=request.to,
+        dtype=request.dtype,
+        dequantize=request.dequantize,
+        overwrite=request.overwrite,
+        compare=request.proof,
+        adapter=folder,
+    )
+    with progress.bar(quiet=request.quiet, counts_bytes=True) as advance:
+        outcome = session.convert(None, chosen, advance)
+    session.write_card(outcome, None)
+    report = {"adapter": str(folder), **session.report(outcome, None, None)}
+    report["seconds"] = round(time.perf_counter() - started, 2)
+    if request.upload_repo is not None:
+        report["uploaded"] = uploaded(request, session)
+    show(request, report)

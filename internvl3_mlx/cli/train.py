@@ -1,0 +1,109 @@
+"""``internvl3 train``: fine-tune. The flags are the fields of ``TrainRecipe``."""
+
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from internvl3_mlx.cli import options
+from internvl3_mlx.cli.options import Decorator, Function, SectionedCommand, flag
+from internvl3_mlx.errors import UserError
+from internvl3_mlx.training.recipe import PRESETS, TrainRecipe
+from internvl3_mlx.training.recipe_file import RECIPE, build_recipe, kind_of
+from internvl3_mlx.training.setting import about
+
+TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, tuple: click.STRING}
+METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAMES"}
+
+
+def recipe_flags(command: Function) -> Function:
+    """Give ``command`` a flag for each field of the recipe."""
+    for entry in reversed(fields(TrainRecipe)):
+        command = flag_of(entry)(command)
+    return command
+
+
+def flag_of(entry: "Field[Any]") -> Decorator:
+    """Make a flag of one field. Not given it has no value: YAML and presets show through."""
+    if entry.name == "model":
+        return options.LOADING["model"]
+    known, (kind, _) = about(entry), kind_of(entry.name)
+    name = "--" + entry.name.replace("_", "-")
+    extra: dict[str, Any] = {"help": known.help, "default": None}
+    if kind is bool:
+        name = f"{name}/--no-{name[2:]}"
+    elif known.choices:
+        extra["type"] = click.Choice(known.choices)
+    else:
+        extra |= {"type": TYPES[kind], "metavar": known.metavar or METAVARS[kind]}
+    return flag(known.section, name, entry.name, show_default=shown_default(entry), **extra)
+
+
+def shown_default(entry: "Field[Any]") -> str | bool:
+    """Put a default in words, with what the methods make of it."""
+    own = about(entry).unset if entry.default is None else in_words(entry.default)
+    others = [
+        f"{method} {in_words(preset[entry.name])}"
+        for method, preset in PRESETS.items()
+        if entry.name in preset
+    ]
+    return "; ".join(filter(None, [own, *others])) or False
+
+
+def in_words(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@click.command(cls=SectionedCommand, short_help="Fine-tune a model on your own rows.")
+@flag("Run", "-c", "--config", "config", metavar="FILE", help="A YAML recipe; flags go over it.")
+@flag("Run", "--check", "check", is_flag=True, help="Check the data, show one sample, and leave.")
+@flag("Run", "--dry-run", "dry_run", is_flag=True, help="Say what would be done; train nothing.")
+@flag("Run", "--resume", "resume", is_flag=True, help="Go on where the run in FOLDER stopped.")
+@flag(
+    "Run", "--accept-changes", "accept_changes", is_flag=True,
+    help="Go on even with other settings or data.",
+)  # fmt: skip
+@flag("Run", "--overwrite", "overwrite", is_flag=True, help="Replace an earlier run in FOLDER.")
+@recipe_flags
+@flag("Output", "--json", "as_json", is_flag=True, help="JSON lines.")
+@flag("Output", "--quiet", "quiet", is_flag=True, help="No notes, no progress.")
+@options.debug
+def train(config: str | None, **flags: Any) -> None:
+    """Fine-tune a model on rows of your own, with adapters or in whole parts.
+
+    --data is checked whole before the model loads. FOLDER of --adapter-path receives the adapter in
+    PEFT's form, checkpoints, the recipe, metrics.csv and loss.svg; Ctrl-C saves, and --resume goes
+    on to the bit.
+
+    --method sft learns the answers of conversations, mpo prefers one answer to another, pretrain
+    trains all weights on packed text and pictures. Each has the published settings as its defaults;
+    of those, batches are small and steps adapted to LoRA.
+
+    Several Macs: mlx.launch --hostfile hosts.json -- internvl3 train -c recipe.yaml
+    """
+    from internvl3_mlx.cli.training import Request, carry_out
+
+    names = [entry.name for entry in fields(TrainRecipe)]
+    given = {name: value for name in names if (value := flags.pop(name)) is not None}
+    recipe = build_recipe(given, recipe_file(config, given, resumes=flags["resume"]))
+    if recipe.data is None:
+        raise UserError("no data to learn from: pass --data with a folder or a JSONL file")
+    raise SystemExit(carry_out(Request(recipe, **flags)))
+
+
+def recipe_file(config: str | None, given: dict[str, Any], *, resumes: bool) -> Path | None:
+    """Choose the YAML below the flags: the one that is named, or that of the run to go on with."""
+    if config is not None:
+        return Path(config).expanduser()
+    folder = given.get("adapter_path", default_of("adapter_path"))
+    kept = Path(folder).expanduser() / RECIPE
+    return kept if resumes and kept.is_file() else None
+
+
+def default_of(name: str) -> Any:
+    return next(entry.default for entry in fields(TrainRecipe) if entry.name == name)

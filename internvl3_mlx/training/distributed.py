@@ -1,0 +1,78 @@
+"""Several Macs train one model: each reads rows of its own, and all add up what they found.
+
+MLX's engine connects them (``mlx.launch``: ring, MPI or JACCL). Sums are made on the CPU's stream
+and evaluated at once: on the GPU a rank that waits for a slow one would run into its watchdog.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from internvl3_mlx.training.trees import named
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The processes of a run, of which this is number ``rank``. One alone sums nothing."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is this one that writes files and shows figures."""
+        return self.rank == 0
+
+    def summed(self, tree: Any) -> Any:
+        """Add up a tree of arrays over the ranks, in one message and in float32."""
+        if self.size == 1:
+            return tree
+        arrays = [x for _, x in named(tree)]
+        joined = mx.concatenate([x.astype(mx.float32).reshape(-1) for x in arrays])
+        total = mx.distributed.all_sum(joined, group=self.group, stream=mx.cpu)
+        mx.eval(total)
+        ends = list(accumulate((x.size for x in arrays), initial=0))
+        parts = (total[start:stop] for start, stop in pairwise(ends))
+        return tree_map(lambda x: next(parts).reshape(x.shape).astype(x.dtype), tree)
+
+    def from_first(self, tree: Any) -> Any:
+        """Give all ranks the arrays of the first; theirs must have the same names and shapes."""
+        return self.summed(tree if self.writes else tree_map(mx.zeros_like, tree))
+
+    def count(self, number: int) -> int:
+        """Add up a whole number; exact as long as it has 24 bits."""
+        return number if self.size == 1 else round(self.summed([mx.array(float(number))])[0].item())
+
+    def means(self, figures: dict[str, list[float]]) -> dict[str, float]:
+        """Average figures over micro-steps and ranks."""
+        own = {name: sum(values) / len(values) for name, values in figures.items()}
+        if self.size == 1 or not own:
+            return own
+        names = sorted(own)
+        total = self.summed([mx.array([own[name] for name in names])])[0] / self.size
+        return dict(zip(names, total.tolist(), strict=True))
+
+    @property
+    def across(self) -> "Callable[[mx.array], mx.array] | None":
+        """The mean of a number over the ranks, as a step inside a graph."""
+        if self.size == 1:
+            return None
+        return lambda x: mx.distributed.all_sum(x, group=self.group, stream=mx.cpu) / self.size
+
+    def agree(self, wish: bool) -> bool:
+        """Tell whether any rank wishes it, so that all stop, save or go on together."""
+        return bool(self.count(int(wish)))
+
+
+ALONE = Ranks()
+
+
+def connect() -> Ranks:
+    """Join the run that ``mlx.launch`` started; outside of one, be alone."""
+    group = mx.distributed.init()
+    return Ranks(group.rank(), group.size(), group) if group.size() > 1 else ALONE

@@ -1,0 +1,176 @@
+"""Names of a model's parts: which layers a key means, and what is trained."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from internvl3_mlx.errors import UserError
+from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.lora import LoRALinear
+
+DECODER, TOWER = "language_model.model.layers.*.", "vision_model.encoder.layers.*."
+LANGUAGE = (
+    *(DECODER + f"self_attn.{p}_proj" for p in "qkvo"),
+    *(DECODER + f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+)
+VISION = (*(TOWER + f"attn.{p}" for p in ("qkv", "proj")), *(TOWER + f"mlp.fc{i}" for i in (1, 2)))
+PROJECTOR = ("mlp1.1", "mlp1.3")
+# what --lora-keys may name at once; InternVL's own recipe adapts "language" and "vision"
+PRESETS = {
+    "language": LANGUAGE,
+    "vision": VISION,
+    "projector": PROJECTOR,
+    "all": (*LANGUAGE, *VISION, *PROJECTOR),
+}
+LAYER = re.compile(r"^(language_model\.model|vision_model\.encoder)\.layers\.(\d+)\.")
+LM_HEAD = "lm_head"
+LORA = "lora"
+LORA_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
+PARTS = ("language_model", "mlp1", "vision_model", LM_HEAD)
+SHOWN = 3
+LINEAR = (nn.Linear, nn.QuantizedLinear)
+PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+WORD_BITS = 32
+
+
+def chosen_layers(
+    model: InternVL, keys: Sequence[str], layers: int | None, vision_layers: int | None
+) -> tuple[str, ...]:
+    """List the linear layers that any key means, in the model's order.
+
+    A key is a preset, or some whole parts of a name ("q_proj", "mlp1", "layers.3"), which may hold
+    an asterisk.
+    """
+    modules = dict(model.named_modules())
+    if any(isinstance(module, LoRALinear) for module in modules.values()):
+        raise UserError("the model has adapters already; load it anew to adapt it otherwise")
+    linear = [path for path, module in modules.items() if isinstance(module, LINEAR)][::-1]
+    within = [path for path in linear if in_range(model, path, layers, vision_layers)]
+    chosen: set[str] = set()
+    for key in keys:
+        found = [path for path in within if asks_for(key, path)]
+        if not found:
+            raise UserError(unmatched(key, linear))
+        chosen.update(found)
+    return tuple(sorted(chosen, key=linear.index))
+
+
+def asks_for(key: str, path: str) -> bool:
+    """Tell whether a key means a layer; the head is adapted only by its own name."""
+    return means(key, path) and (not path.endswith(LM_HEAD) or key.endswith(LM_HEAD))
+
+
+def in_range(model: InternVL, path: str, layers: int | None, vision_layers: int | None) -> bool:
+    """Tell whether a layer is among the last so many of its tower; what is in none is."""
+    match = LAYER.match(path)
+    if match is None:
+        return True
+    is_text = match[1].startswith("language")
+    asked = layers if is_text else vision_layers
+    config = model.config.text if is_text else model.config.vision
+    return asked is None or int(match[2]) >= config.num_hidden_layers - asked
+
+
+def means(key: str, path: str) -> bool:
+    patterns = PRESETS.get(key, (key,))
+    forms = (form for p in patterns for form in (p, f"*.{p}", f"{p}.*", f"*.{p}.*"))
+    return any(fnmatchcase(path, form) for form in forms)
+
+
+def unmatched(key: str, paths: Iterable[str]) -> str:
+    """Say that a key means no layer, and which names are near."""
+    names = {path.rsplit(".", 1)[-1] for path in paths} | {*PRESETS}
+    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], sorted(names), n=SHOWN)
+    advice = f"near are {', '.join(near)}" if near else f"presets are {', '.join(PRESETS)}"
+    return f"LoRA key {key!r} matches no linear layer of this model; {advice}"
+
+
+def set_trainable(model: InternVL, parts: Sequence[str]) -> None:
+    """Train ``parts`` and nothing else: "lora", a part of the model, or patterns over its names."""
+    model.freeze()
+    for part in parts:
+        unfreeze(model, part)
+    into_training(model)
+
+
+def unfreeze(model: InternVL, part: str) -> None:
+    """Let the parameters that ``part`` means be trained."""
+    modules = dict(model.named_modules())
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    names = [name for name in parameters if is_meant(part, name)]
+    if not names:
+        raise UserError(nothing_to_train(model, part))
+    for name in names:
+        path, key = name.rpartition(".")[::2]
+        if isinstance(modules[path], PACKED):
+            raise UserError(
+                f"{part} cannot be trained in full: {path} is quantized; "
+                "train adapters over it, or name the 16-bit checkpoint"
+            )
+        modules[path].unfreeze(recurse=False, keys=[key])
+
+
+def is_meant(part: str, name: str) -> bool:
+    """Tell whether a parameter belongs to a part. What an adapter stands beside stays frozen."""
+    is_lora = name.rsplit(".", 1)[-1] in LORA_NAMES
+    if part == LORA or is_lora:
+        return part == LORA and is_lora
+    return ".base." not in name and means(part, name)
+
+
+def nothing_to_train(model: InternVL, part: str) -> str:
+    if part == LORA:
+        return "the model has no adapters to train; adapt it first"
+    if part == LM_HEAD:
+        return (
+            "this model has no lm_head of its own; its head is the embedding, "
+            "train language_model.model.embed_tokens"
+        )
+    names = {step for path, _ in model.named_modules() for step in path.split(".")} | {*PARTS}
+    near = difflib.get_close_matches(part.rsplit(".", 1)[-1], sorted(names), n=SHOWN)
+    advice = f"near are {', '.join(near)}" if near else f"parts are {', '.join((LORA, *PARTS))}"
+    return f"{part!r} names nothing that can be trained; {advice}"
+
+
+def into_training(model: nn.Module) -> None:
+    """Put what is trained, and what holds it, into training mode, all else into evaluation mode.
+
+    So a frozen tower drops no path. Call it again after an evaluation.
+    """
+    for _, module in model.named_modules():
+        module.train(bool(tree_flatten(module.trainable_parameters())))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many numbers a model has, and how many of them are trained."""
+
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.total
+
+
+def count_parameters(model: nn.Module) -> Counts:
+    """Count numbers, a packed weight's as many as it stands for; scales are not counted."""
+    total = 0
+    for _, module in model.named_modules():
+        for key, value in module.items():
+            if isinstance(value, mx.array) and not key.startswith("_"):
+                total += size(module, key, value)
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    return Counts(sum(value.size for value in trained.values()), total)
+
+
+def size(module: nn.Module, key: str, value: mx.array) -> int:
+    if not isinstance(module, PACKED) or key == "bias":
+        return value.size
+    return value.size * WORD_BITS // module.bits if key == "weight" else 0

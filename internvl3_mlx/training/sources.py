@@ -1,0 +1,161 @@
+"""Files of rows: a folder with train.jsonl, one JSONL file, or InternVL's meta JSON.
+
+A file is read once for where its lines begin; from then on a row is read when it is wanted, so that
+a file of any size takes sixteen bytes of memory a line.
+"""
+
+import json
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl3_mlx.errors import DataError
+from internvl3_mlx.training.data_settings import DataSettings
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """The lines of a file that are not blank, found by where they begin."""
+
+    path: Path
+    starts: np.ndarray
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(int(self.starts[index]))
+            return file.readline()
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One file of rows. ``taken``: which lines are used, in order; ``passes``: how often.
+
+    root: where pictures are looked for. augment, max_tiles: what a meta JSON says, if anything.
+    """
+
+    name: str
+    lines: Lines
+    root: Path
+    taken: np.ndarray
+    passes: int = 1
+    augment: bool | None = None
+    max_tiles: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.taken) * self.passes
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A row as it stands in its file. ``number``: its place among all rows; ``place``: for a
+    user."""
+
+    number: int
+    place: str
+    line: bytes
+    source: Source
+
+    @property
+    def value(self) -> Any:
+        """The row as JSON; raises DataError."""
+        try:
+            return json.loads(self.line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.place}: not UTF-8; save the file as UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.place}: not JSON ({error}); wanted one row a line") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """All rows of a split, numbered through its files."""
+
+    sources: tuple[Source, ...]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        return list(accumulate(len(source) for source in self.sources))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, number: int) -> Entry:
+        which = bisect_right(self.ends, number)
+        source = self.sources[which]
+        within = number - (self.ends[which - 1] if which else 0)
+        line = int(source.taken[within % len(source.taken)])
+        place = f"{source.name}:{source.lines.numbers[line]}"
+        return Entry(number, place, source.lines[line], source)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (self[number] for number in range(len(self)))
+
+
+def open_data(
+    path: str | Path, split: str = "train", *, settings: DataSettings | None = None
+) -> Data | None:
+    """Find the rows of a split; None where a folder has none of it.
+
+    One file, or a meta JSON, is the train split and no other. Raises ``DataError``.
+    """
+    settings = settings or DataSettings()
+    given = Path(path).expanduser()
+    if given.is_dir():
+        file = given / f"{split}.jsonl"
+        if not file.is_file():
+            check_folder(given)
+            return None
+        return Data((plain(file),))
+    if not given.is_file():
+        raise DataError(f"no data at {path}: wanted a folder with train.jsonl, or a file; check it")
+    if split != "train":
+        return None
+    if given.suffix.lower() == ".json":
+        from internvl3_mlx.training.meta import open_meta
+
+        return Data(tuple(open_meta(given, settings)))
+    return Data((plain(given),))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder without a train split."""
+    if not (folder / "train.jsonl").is_file():
+        near = sorted(entry.name for entry in folder.glob("*.json*"))[:5]
+        there = f"; there are {', '.join(near)}, name one of them" if near else ""
+        raise DataError(f"no train.jsonl in {folder}{there}")
+
+
+def plain(file: Path) -> Source:
+    """Take all rows of a file, its pictures beside it."""
+    lines = index_lines(file)
+    return Source(str(file), lines, file.parent, np.arange(len(lines), dtype=np.int32))
+
+
+def index_lines(path: Path) -> Lines:
+    """Find where the lines of a file begin, in one pass over it."""
+    starts, numbers, at = array("q"), array("i"), 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    starts.append(at)
+                    numbers.append(number)
+                at += len(line)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the file") from error
+    if not starts:
+        raise DataError(f"no rows in {path}: it is empty; wanted one JSON object a line")
+    return Lines(path, np.frombuffer(starts, np.int64), np.frombuffer(numbers, np.int32))

@@ -1,0 +1,260 @@
+"""``internvl3 train`` by whole screens."""
+
+import json
+import re
+from dataclasses import fields
+
+import pytest
+from click.testing import CliRunner
+from fixtures.rows import talk, write_rows
+from fixtures.runs import SMALL, write_data
+from fixtures.terminal import Program
+
+from internvl3_mlx.cli import options
+from internvl3_mlx.cli.main import main
+from internvl3_mlx.cli.train import in_words, train
+from internvl3_mlx.training.recipe import PRESETS, TrainRecipe
+from internvl3_mlx.training.recipe_file import build_recipe
+from internvl3_mlx.training.setting import about
+from internvl3_mlx.training.state import checkpoints
+
+FIELDS = {entry.name: entry for entry in fields(TrainRecipe)}
+FLAGS = {param.name: param for param in train.params}
+SHORT = [
+    word
+    for name, value in (SMALL | {"iters": 3, "steps_per_report": 1}).items()
+    for word in (
+        [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
+        if isinstance(value, bool)
+        else [f"--{name.replace('_', '-')}", str(value)]
+    )
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    write_data(tmp_path / "data", 6, 2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def invoke(*words):
+    return CliRunner().invoke(main, ["train", *map(str, words)], prog_name="internvl3")
+
+
+def begin(*words):
+    return invoke("--data", "data", *SHORT, *words)
+
+
+def test_every_field_has_one_flag_of_its_name():
+    assert {*FIELDS} <= {*FLAGS}
+    for name in FIELDS:
+        assert f"--{name.replace('_', '-')}" in FLAGS[name].opts
+    spellings = [name for param in train.params for name in (*param.opts, *param.secondary_opts)]
+    assert len(spellings) == len({*spellings})
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_the_help_names_the_default_that_is_used(name):
+    shown, entry = FLAGS[name].show_default, FIELDS[name]
+    if name == "model":
+        return
+    own = about(entry).unset if entry.default is None else in_words(entry.default)
+    presets = [f"{m} {in_words(p[name])}" for m, p in PRESETS.items() if name in p]
+    assert (shown or "") == "; ".join(filter(None, [own, *presets]))
+
+
+def test_a_flag_that_is_not_given_has_no_value_of_its_own(monkeypatch):
+    monkeypatch.delenv("INTERNVL3_MODEL", raising=False)
+    context = train.make_context("train", [])
+    assert {name for name in FIELDS if context.params[name] is not None} == set()
+
+
+def test_every_flag_stands_under_a_heading_and_says_what_it_does():
+    for param in train.params:
+        assert isinstance(param, options.Flag)
+        assert param.help
+        assert param.section in options.SECTIONS
+
+
+def test_a_run_from_the_first_word_to_the_last(folder):
+    result = begin("--steps-per-eval", 2)
+    assert result.exit_code == 0, result.stderr
+    facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in result.stdout.splitlines())
+    assert facts["method"] == "sft"
+    assert re.fullmatch(r"[\d,]+ of [\d,]+ parameters \(\d+\.\d\d%\)", facts["trained"])
+    assert (facts["rows"], facts["rows validated"], facts["updates"]) == ("6", "2", "3")
+    assert (facts["result"], facts["best"]) == ("adapters", "adapters/best")
+    lines = result.stderr.splitlines()
+    assert lines[0] == "note: only 3 updates; --epochs or --iters make more"
+    assert re.fullmatch(r"1 · loss \d+\.\d{4} · [\d,]+ tok/s · [\d.]+ MB", lines[1])
+    assert re.match(r"2 · loss \d+\.\d{4} · val loss \d+\.\d{4} · ", lines[2])
+    assert lines[-1] == "try it with: internvl3 chat --model demo --adapter-path adapters"
+    assert (folder / "adapters" / "loss.svg").read_text().startswith("<svg")
+
+
+def test_the_adapter_of_a_run_changes_answers(folder):
+    assert begin("--learning-rate", "0.05", "--iters", 8).exit_code == 0
+    ask = ["generate", "data/0.png", "-p", "Who is it?", "--model", "demo", "-m", "4"]
+    plain = CliRunner().invoke(main, ask).stdout
+    adapted = CliRunner().invoke(main, [*ask, "--adapter-path", "adapters"])
+    assert adapted.exit_code == 0, adapted.stderr
+    assert adapted.stdout != plain
+
+
+def test_a_recipe_from_a_file_with_flags_over_it(folder):
+    lines = [f"{name}: {value}" for name, value in SMALL.items()]
+    (folder / "mine.yaml").write_text("\n".join([*lines, "data: data", "iters: 5", "seed: 1"]))
+    result = invoke("-c", "mine.yaml", "--iters", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    kept = build_recipe({}, folder / "adapters" / "recipe.yaml")
+    assert (kept.iters, kept.seed, kept.lora_rank) == (2, 1, 3)
+
+
+def test_json_is_one_line_for_each_thing_that_happens(folder):
+    result = begin("--json", "--save-every", 2, "--steps-per-eval", 3)
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["plan", "update", "update", "update", "end"]
+    assert events[0]["rows"] == 6
+    assert [event.get("saved", "")[-6:] for event in events[1:4]] == ["", "000002", "000003"]
+    assert events[3]["val_loss"] == events[4]["best_loss"]
+    assert events[4]["stopped"] is None
+    assert result.stderr == ""
+
+
+def test_quiet_says_nothing(folder):
+    result = begin("--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_dry_run_writes_nothing(folder):
+    result = begin("--dry-run")
+    assert result.exit_code == 0
+    assert "updates" in result.stdout
+    assert not (folder / "adapters").exists()
+
+
+def test_a_run_goes_on_by_its_folder_alone(folder):
+    assert begin().exit_code == 0
+    result = invoke("--resume")
+    assert result.exit_code == 0, result.stderr
+    assert "goes on after update  3" in result.stdout
+    assert "all 3 updates are made; more of them: --iters N --accept-changes" in result.stderr
+    further = invoke("--resume", "--iters", 4)
+    assert further.exit_code == 2
+    assert "iters was 3 and is 4" in further.stderr
+    assert invoke("--resume", "--iters", 4, "--accept-changes").exit_code == 0
+    assert checkpoints(folder / "adapters")[-1].name == "step-000004"
+
+
+def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
+    assert begin().exit_code == 0
+    (folder / "adapters" / "mine.txt").write_text("mine")
+    again = begin()
+    assert again.exit_code == 2
+    assert again.stderr == (
+        "error: adapters is not empty; go on with --resume, name another --adapter-path, or pass "
+        "--overwrite\n"
+    )
+    assert begin("--overwrite", "--iters", 2).exit_code == 0
+    assert [path.name for path in checkpoints(folder / "adapters")] == ["step-000002"]
+    assert (folder / "adapters" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no data to learn from: pass --data with a folder or a JSONL file"),
+        (["--data", "none"], "no data at none"),
+        (["--data", "data", "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--data", "data", "--batch-size", "x"], "'x' is not a valid integer"),
+        (["--data", "data", "--lora-keys", "q_prj", "--model", "demo"], "matches no linear layer"),
+        (["--data", "data", "--resume", "--overwrite"], "--resume goes on with a run and"),
+        (["--data", "data", "--resume", "--model", "demo"], "no checkpoint in adapters to go on"),
+        (["--data", "data", "--v2pe-delta", "auto"], "v2pe_delta auto is for prompts"),
+        (["-c", "none.yaml"], "cannot read none.yaml"),
+        (["--data", "data", "--method", "mpo", "--model", "demo"], "--method mpo compares answers"),
+    ],
+)
+def test_a_mistake_is_told_and_nothing_is_left_behind(folder, words, message):
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert not (folder / "adapters").exists()
+
+
+def test_check_shows_a_sample_with_what_is_learned_of_it(folder):
+    result = invoke("--data", "data", "--model", "demo", "--check", "--max-tiles", 1)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[:3] == ["train", "  rows           6", "  faulty         0"]
+    assert re.search(r"data/train.jsonl:1: \d+ tokens, \d+ of them learned", result.stdout)
+    assert "[picture: 16 tokens]" in result.stdout
+    assert lines[-1] == "»cat<|im_end|>«"
+    assert result.stderr == "»learned«\n"
+    assert not (folder / "adapters").exists()
+
+
+def test_check_tells_every_fault_by_file_and_line(folder):
+    rows = [talk(), {"messages": []}, "{", talk(images=["gone.png"])]
+    write_rows(folder / "data" / "train.jsonl", rows)
+    result = invoke("--data", "data", "--model", "demo", "--check")
+    assert result.exit_code == 2
+    told = result.stderr.splitlines()
+    assert [line[: len("error: data/train.jsonl:2: ")] for line in told] == [
+        f"error: data/train.jsonl:{n}: " for n in (2, 3, 4)
+    ]
+    as_json = json.loads(invoke("--data", "data", "--model", "demo", "--check", "--json").stdout)
+    assert len(as_json["train"]["faults"]) == 3
+    assert as_json["sample"] is None
+    assert begin().exit_code == 2
+
+
+def test_check_in_json_holds_the_sample(folder):
+    result = invoke("--data", "data", "--model", "demo", "--check", "--json")
+    sample = json.loads(result.stdout)["sample"]
+    assert [part["text"] for part in sample["parts"] if part["learned"]] == ["cat<|im_end|>"]
+
+
+def test_both_answers_of_a_pair_are_told_apart(folder):
+    write_data(folder / "pairs", 2, pairs=True)
+    result = invoke("--data", "pairs", "--model", "demo", "--check", "--method", "mpo")
+    assert result.exit_code == 0, result.stderr
+    assert "»cat<|im_end|>«›no cat<|im_end|>‹" in result.stdout.replace("\n", "")
+
+
+@pytest.fixture
+def terminal(folder):
+    programs = []
+
+    def start(*words):
+        env = {"INTERNVL3_CACHE": str(folder / "cache")}
+        programs.append(Program("train", *words, cwd=folder, columns=110, **env))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.close()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, terminal):
+    program = terminal("--data", "data", *SHORT, "--iters", "400", "--save-every", "300")
+    program.wait_for(r"3 · loss")
+    program.type("\x03")
+    screen = program.wait_for("chat --model demo --adapter-path adapters")
+    assert program.ended() == 130
+    assert "stopping after this update, then saving; Ctrl-C again stops at once" in screen
+    assert "note: stopped: interrupted" in screen
+    assert "go on with: internvl3 train --resume --adapter-path adapters" in screen
+    assert len(checkpoints(folder / "adapters")) == 1
+    assert (folder / "adapters" / "adapter_model.safetensors").exists()
+
+
+def test_on_a_terminal_what_is_learned_has_a_colour(terminal):
+    program = terminal("--data", "data", "--model", "demo", "--check", "--max-tiles", "1")
+    program.wait_for("green is learned")
+    assert program.ended() == 0
+    assert re.search(r"\x1b\[32m\x1b\[1mcat<\|im_end\|>\x1b\[0m", program.raw)
+    assert "»" not in program.raw

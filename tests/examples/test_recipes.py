@@ -1,0 +1,49 @@
+"""Every recipe that ships reads, and makes an update on the demo model."""
+
+import re
+from pathlib import Path
+
+import pytest
+from fixtures.runs import silent, write_data
+
+import internvl3_mlx
+from internvl3_mlx.training.ground import look_around
+from internvl3_mlx.training.recipe_file import build_recipe
+from internvl3_mlx.training.run import go
+from internvl3_mlx.training.session import open_session
+
+ROOT = Path(internvl3_mlx.__file__).parents[1]
+RECIPES = sorted(
+    path
+    for path in (ROOT / "examples").rglob("*.yaml")
+    if "internvl3 train" in path.read_text("utf-8")
+)
+# what a test can wait for; all else is the recipe's
+TINY = {
+    "model": "demo", "iters": 1, "epochs": 1, "batch_size": 2, "grad_accumulation_steps": 1,
+    "max_tiles": 1, "max_seq_length": 120, "cache_features": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipe_makes_an_update(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
+    own = build_recipe({}, path)
+    write_data(tmp_path / "data", 4, 1, pairs=own.method == "mpo")
+    where = {"data": str(tmp_path / "data"), "adapter_path": str(tmp_path / "run")}
+    recipe = build_recipe({**TINY, **where}, path)
+    here = open_session(look_around(recipe, silent, silent))
+    [moment] = go(here, lambda: False)
+    assert moment.step.norm > 0
+    assert not moment.step.skipped
+    assert moment.saved
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipe_says_how_it_is_run(path):
+    command = re.search(r"^# internvl3 train -c (\S+)", path.read_text("utf-8"), re.M)
+    assert ROOT / command[1] == path
+
+
+def test_there_is_a_recipe_for_every_method():
+    assert {build_recipe({}, path).method for path in RECIPES} == {"sft", "mpo", "pretrain"}

@@ -1,0 +1,149 @@
+"""A full fine-tune becomes a checkpoint that loads, converts, and holds what was trained."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fixtures.adapting import adapted, logits
+from fixtures.converting import converted, tensors
+from fixtures.inputs import random_pixels, relative_error, token_row
+from fixtures.opened import numbers, tiny
+from fixtures.original_torch import torch_logits
+from fixtures.tiny import Bits, Recipe
+from mlx.utils import tree_flatten, tree_map
+from transformers import InternVLForConditionalGeneration
+
+from internvl3_mlx import UserError, load
+from internvl3_mlx.convert.opened import open_model
+from internvl3_mlx.loading.build import build
+from internvl3_mlx.training.export import export
+from internvl3_mlx.training.parts import set_trainable
+
+TOLERANCE = 2e-5
+PARTS = ("vision_model", "mlp1", "language_model")
+
+
+def trained(case, parts=PARTS):
+    """A model of which some parts have moved, as training moves them."""
+    model = build(case.folder, for_training=True).model
+    set_trainable(model, parts)
+    mx.random.seed(1)
+    moved = tree_map(
+        lambda x: x + 0.02 * mx.random.normal(x.shape).astype(x.dtype),
+        model.trainable_parameters(),
+    )
+    model.update(moved)
+    return model
+
+
+def exported(model, source, target, **options):
+    for _ in export(model, source, target, **options):
+        pass
+    return target
+
+
+@pytest.mark.parametrize(
+    ("style", "layout"), [("300m", "original"), ("6b", "native_a"), ("9b", "original")]
+)
+def test_what_was_trained_comes_back(style, layout, tmp_path):
+    case = tiny(Recipe(style=style, layout=layout))
+    model = trained(case)
+    folder = exported(model, case.folder, tmp_path / "out")
+    assert relative_error(logits(load(str(folder)).model, case), logits(model, case)) < TOLERANCE
+    assert relative_error(logits(model, case), logits(load(str(case.folder)).model, case)) > 0.1
+    for name, x in tree_flatten(model.parameters()):
+        assert bool(mx.array_equal(tensors(folder)[name], x)), name
+
+
+@pytest.mark.parametrize("to", ["hf", "original"])
+def test_it_converts_to_pytorchs_layouts(to, tmp_path):
+    case = tiny(Recipe(style="9b"))
+    model = trained(case, ("language_model", "mlp1"))
+    folder = exported(model, case.folder, tmp_path / "out")
+    converted(folder, tmp_path / "there", layout=to)
+    there = logits(open_model(tmp_path / "there").model, case)
+    assert relative_error(there, logits(model, case)) < TOLERANCE
+
+
+def test_transformers_reads_it_once_converted(tmp_path):
+    case = tiny(Recipe())
+    model = trained(case)
+    folder = exported(model, case.folder, tmp_path / "out")
+    converted(folder, tmp_path / "hf", layout="hf")
+    theirs = InternVLForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    found = torch_logits(theirs, token_row(case, [2]), random_pixels(case, 2), native=True)
+    assert relative_error(found, logits(model, case)) < TOLERANCE
+
+
+def test_frozen_parts_keep_the_sources_bytes_and_trained_ones_its_type(tmp_path):
+    case = tiny(Recipe(dtype="bfloat16", shards=2))
+    model = trained(case, ("mlp1",))
+    after = tensors(exported(model, case.folder, tmp_path / "out"))
+    before = tensors(case.folder)
+    for name, x in after.items():
+        assert x.dtype == mx.bfloat16, name
+        if not name.startswith("mlp1") and "patch" not in name:
+            assert bool(mx.array_equal(x, before[name])), name
+    own = dict(tree_flatten(model.parameters()))["mlp1.1.weight"]
+    assert relative_error(numbers(after["mlp1.1.weight"]), numbers(own)) < 2**-8
+
+
+def test_a_dense_part_of_a_packed_model_may_be_trained_and_saved(tmp_path):
+    bits = Bits(group_size=32, overrides={"mlp1.1": False, "mlp1.3": False})
+    case = tiny(Recipe(layout="mlx", bits=bits))
+    model = trained(case, ("mlp1",))
+    folder = exported(model, case.folder, tmp_path / "out")
+    assert relative_error(logits(load(str(folder)).model, case), logits(model, case)) < TOLERANCE
+
+
+def test_adapters_beside_what_was_trained_are_merged(tmp_path):
+    case = tiny(Recipe())
+    model, _ = adapted(case, keys=("language", "vision"))
+    set_trainable(model, ("lora", "mlp1"))
+    model.mlp1[1].bias = model.mlp1[1].bias + 1
+    folder = exported(model, case.folder, tmp_path / "out")
+    assert relative_error(logits(load(str(folder)).model, case), logits(model, case)) < TOLERANCE
+
+
+MLX_VLM = """
+import sys
+from pathlib import Path
+import mlx.core as mx, numpy as np
+from mlx_vlm.utils import load_model
+out = load_model(Path(sys.argv[1]))(mx.array([[3, 4, 5, 6]]), pixel_values=None, mask=None)
+np.save(sys.argv[2], np.array(out.logits.astype(mx.float32)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mlx_vlm") is None, reason="mlx-vlm is not installed")
+def test_mlx_vlm_reads_it(tmp_path):
+    case = tiny(Recipe())
+    model = trained(case)
+    folder = exported(model, case.folder, tmp_path / "out")
+    words = [sys.executable, "-c", MLX_VLM, str(folder), str(tmp_path / "theirs.npy")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours = numbers(model(mx.array([[3, 4, 5, 6]])))
+    assert relative_error(ours, np.load(tmp_path / "theirs.npy")) < TOLERANCE
+
+
+def test_mistakes_are_told_and_leave_nothing(tmp_path):
+    case = tiny(Recipe())
+    model = trained(case, ("mlp1",))
+    model.mlp1[1].bias = model.mlp1[1].bias * mx.inf
+    with pytest.raises(UserError, match=r"left numbers in mlp1\.1\.bias that are not finite"):
+        export(model, case.folder, tmp_path / "out")
+    model.freeze()
+    with pytest.raises(UserError, match="nothing of the model was trained"):
+        export(model, case.folder, tmp_path / "out")
+    packed = tiny(Recipe(layout="mlx", bits=Bits(group_size=32)))
+    over, _ = adapted(packed, keys=("q_proj",))
+    with pytest.raises(UserError, match="adapted over packed weights; save the adapter and fuse"):
+        export(over, packed.folder, tmp_path / "out")
+    with pytest.raises(UserError, match="was trained dense and is packed in"):
+        export(trained(case, ("mlp1",)), packed.folder, tmp_path / "out")
+    assert [*tmp_path.iterdir()] == []

@@ -1,0 +1,72 @@
+"""From a batch to states: pictures find their places, whatever stage they come in at."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fixtures.inputs import relative_error
+from fixtures.laid import sample
+from fixtures.opened import bare_model, numbers
+
+from internvl3_mlx.errors import PromptError
+from internvl3_mlx.models.internvl import TILES_AT_ONCE
+from internvl3_mlx.training.batches import laid
+from internvl3_mlx.training.forward import supervised_states
+from internvl3_mlx.training.parts import set_trainable
+
+TOLERANCE = 2e-5
+
+
+@pytest.fixture
+def case():
+    model, checkpoint = bare_model("6b")
+    samples = [sample(checkpoint, (2, 1), seed=1), sample(checkpoint), sample(checkpoint, (3,))]
+    batch = laid(samples)
+    return model, batch, mx.array(np.concatenate([seen.tiles for seen in batch.seen]))
+
+
+def test_states_are_the_models_own(case):
+    model, batch, tiles = case
+    found = numbers(supervised_states(model, batch, None))
+    span = batch.spans[0]
+    ids = mx.array(batch.ids[: span.stop])[None]
+    language = model.language_model
+    rotary = language.rotary(mx.array(batch.positions[: span.stop]), span.stop)
+    alone = numbers(language.model(model.embed(ids, model.see(tiles[:3])), rotary))[0]
+    mine = batch.rows < span.stop
+    assert relative_error(found[mine], alone[batch.rows[mine]]) < TOLERANCE
+
+
+@pytest.mark.parametrize("trained", [(), ("mlp1",), ("vision_model",)])
+def test_tiles_tower_states_and_features_lead_to_the_same_states(case, trained):
+    model, batch, tiles = case
+    model.freeze()
+    if trained:
+        set_trainable(model, trained)
+    model.eval()
+    stages = [None, tiles, model.vision_model(tiles), model.see(tiles)]
+    assert tiles.shape[0] > TILES_AT_ONCE
+    own, *others = (numbers(supervised_states(model, batch, stage)) for stage in stages)
+    assert max(relative_error(other, own) for other in others) < TOLERANCE
+
+
+def test_a_layer_below_the_last_is_selected_in_training_too(case, monkeypatch):
+    model, batch, tiles = case
+    last = numbers(supervised_states(model, batch, None))
+    monkeypatch.setattr(model, "config", changed(model.config, select_layer=-2))
+    lower = numbers(supervised_states(model, batch, None))
+    states = model.vision_model(tiles, -2)
+    assert relative_error(lower, numbers(supervised_states(model, batch, states))) < TOLERANCE
+    assert relative_error(lower, last) > 1e-3
+
+
+def changed(config, **fields):
+    return type(config)(**{**vars(config), **fields})
+
+
+def test_pictures_that_do_not_fit_the_tokens_are_refused_by_place(case):
+    model, batch, tiles = case
+    with pytest.raises(
+        PromptError,
+        match=r"rows.jsonl:2, rows.jsonl:1, rows.jsonl:1: 54 image tokens but 45 visual tokens",
+    ):
+        supervised_states(model, batch, model.see(tiles[1:]))

@@ -1,0 +1,174 @@
+"""Gradients of whole training steps against transformers': every tensor of every part."""
+
+from copy import deepcopy
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from fixtures.inputs import relative_error
+from fixtures.laid import answered, pair, sample
+from fixtures.layouts import to_layout
+from fixtures.opened import bare_model, numbers
+from mlx.utils import tree_flatten
+
+from internvl3_mlx.models.vision import IMAGENET_MEAN, IMAGENET_STD
+from internvl3_mlx.training.batches import laid, laid_pairs
+from internvl3_mlx.training.forward import Forward
+from internvl3_mlx.training.losses import Preference
+from internvl3_mlx.training.methods import METHODS, MethodState
+from internvl3_mlx.training.parts import set_trainable
+
+TOLERANCE = 1e-4  # of a tensor's largest slope: two frameworks' float32, twice through the model
+SEEN = 1e-3  # of the largest slope of all: a tensor below it is measured by that
+PARTS = {
+    "full": ("vision_model", "mlp1", "language_model"),
+    "tower": ("vision_model",),
+    "projector": ("mlp1",),
+    "decoder": ("language_model",),
+}
+
+
+def torch_scores(model, one):
+    """Score a sample's learned tokens with transformers: (N,), differentiable."""
+    ids = torch.tensor(one.ids, dtype=torch.long)[None]
+    raw = np.concatenate([seen.tiles for seen in one.seen]) / np.float32(255)
+    normal = (raw - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+    out = model(
+        input_ids=ids,
+        pixel_values=torch.tensor(normal.transpose(0, 3, 1, 2).astype(np.float32)),
+        position_ids=torch.tensor(one.positions)[None],
+        attention_mask=torch.ones_like(ids),
+        use_cache=False,
+    )
+    targets = np.flatnonzero(one.supervised)
+    scores = out.logits[0, targets - 1].log_softmax(-1)
+    return scores[torch.arange(len(targets)), ids[0, targets]]
+
+
+def torch_slopes(model, checkpoint, loss):
+    """Give transformers' gradient of every tensor, under our names."""
+    loss.backward()
+    slopes = {name: value.grad for name, value in model.named_parameters()}
+    named = to_layout(slopes, checkpoint.recipe)
+    return {name: channels_last(value.numpy()) for name, value in named.items()}
+
+
+def channels_last(slope):
+    return slope.transpose(0, 2, 3, 1) if slope.ndim == 4 else slope
+
+
+def our_slopes(model, loss):
+    value, slopes = nn.value_and_grad(model, loss)()
+    mx.eval(value, slopes)
+    return value.item(), {name: numbers(slope) for name, slope in tree_flatten(slopes)}
+
+
+def assert_close(ours, theirs):
+    most = max(np.abs(slope).max() for slope in theirs.values())
+    for name, slope in ours.items():
+        least = max(np.abs(theirs[name]).max(), SEEN * most)
+        assert np.abs(slope - theirs[name]).max() < TOLERANCE * least, name
+
+
+@pytest.fixture(scope="module", params=["300m", "6b"])
+def sft(request):
+    """Two packed samples with pictures, and transformers' loss and gradient of them."""
+    _, checkpoint = bare_model(request.param)
+    samples = [
+        sample(checkpoint, (2,), seed=1, turns=(4, 2), delta=1 / 4),
+        sample(checkpoint, (1,), seed=2, turns=(3,)),
+    ]
+    model = deepcopy(checkpoint.reference.model)
+    scores = [torch_scores(model, one) for one in samples]
+    weights = [len(score) ** -0.5 for score in scores]
+    loss = -sum(w * score.sum() for w, score in zip(weights, scores, strict=True))
+    loss = loss / sum(w * len(score) for w, score in zip(weights, scores, strict=True))
+    slopes = torch_slopes(model, checkpoint, loss)
+    return request.param, laid(samples, "square"), loss.item(), slopes
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_sft_has_transformers_gradients(sft, part, recompute):
+    style, batch, loss, theirs = sft
+    model, _ = bare_model(style)
+    set_trainable(model, PARTS[part])
+    model.train()
+    method = METHODS["sft"](how=Forward(recompute, drop_path_rate=0.0), chunk=4)
+
+    def step():
+        micro, _ = method(model, batch, None, None, MethodState())
+        return micro.numerator / micro.denominator
+
+    value, ours = our_slopes(model, step)
+    assert value == pytest.approx(loss, rel=1e-5)
+    assert ours.keys() == {name for name in theirs if name.startswith(PARTS[part])}
+    assert_close(ours, theirs)
+
+
+def test_features_seen_beforehand_give_the_same_gradients(sft):
+    style, batch, _, theirs = sft
+    model, _ = bare_model(style)
+    tiles = mx.array(np.concatenate([seen.tiles for seen in batch.seen]))
+    stages = {"mlp1": model.vision_model(tiles), "language_model": model.see(tiles)}
+    mx.eval(stages)
+    for part, vision in stages.items():
+        set_trainable(model, (part,))
+        model.train()
+
+        def step(vision=vision):
+            micro, _ = METHODS["sft"]()(model, batch, vision, None, MethodState())
+            return micro.numerator / micro.denominator
+
+        assert_close(our_slopes(model, step)[1], theirs)
+
+
+def test_mpo_has_torchs_gradients():
+    model, checkpoint = bare_model("300m")
+    pairs = [
+        pair(checkpoint, (1,), seed=1, lengths=(5, 3), delta=1 / 4),
+        pair(checkpoint, (2,), seed=2, lengths=(2, 6)),
+    ]
+    policy = deepcopy(checkpoint.reference.model)
+    scores = [
+        torch_scores(policy, answered(one, w)) for one in pairs for w in ("chosen", "rejected")
+    ]
+    draw = torch.Generator().manual_seed(5)
+    base = [s.detach() + torch.randn(s.shape, generator=draw) for s in scores]
+    ratios = torch.stack([(s - b).sum() for s, b in zip(scores, base, strict=True)])
+    good, bad = 0.1 * ratios[0::2], 0.1 * ratios[1::2]
+    shift = torch.cat([good, bad]).mean().detach()
+    log = torch.nn.functional.logsigmoid
+    dpo = -0.9 * log(good - bad) - 0.1 * log(bad - good)
+    bco = -log(good - shift) - log(shift - bad)
+    loss = 0.8 * dpo.mean() + 0.2 * bco.mean() - torch.cat(scores[0::2]).mean()
+    theirs = torch_slopes(policy, checkpoint, loss)
+
+    set_trainable(model, PARTS["full"])
+    model.train()
+    batch, reference = laid_pairs(pairs), mx.array(torch.cat(base).numpy())
+    method = METHODS["mpo"](
+        preference=Preference(0.1, 0.1), how=Forward(drop_path_rate=0.0), chunk=4
+    )
+    value, ours = our_slopes(
+        model, lambda: method(model, batch, None, reference, MethodState())[0].numerator
+    )
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    assert ours.keys() == theirs.keys()
+    assert_close(ours, theirs)
+
+
+def test_what_is_frozen_leaves_no_gradient_and_moves_nothing(sft):
+    style, batch, _, _ = sft
+    model, _ = bare_model(style)
+    set_trainable(model, ("mlp1",))
+    model.train()
+    before = numbers(model.vision_model(mx.array(batch.seen[0].tiles)))
+    _, ours = our_slopes(
+        model, lambda: METHODS["sft"]()(model, batch, None, None, MethodState())[0].numerator
+    )
+    assert {name.split(".")[0] for name in ours} == {"mlp1"}
+    after = numbers(model.vision_model(mx.array(batch.seen[0].tiles)))
+    assert relative_error(after, before) == 0

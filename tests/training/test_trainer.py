@@ -1,0 +1,275 @@
+"""The loop: how micro-steps add up, what is skipped, how far an update steps."""
+
+import math
+from dataclasses import replace
+from itertools import islice
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from fixtures.runs import session, write_data
+
+from internvl3_mlx.errors import TrainingError
+from internvl3_mlx.training.methods import METHODS, Micro
+from internvl3_mlx.training.optimizers import OPTIMIZERS, clipped, global_norm, shrunk, step_size
+from internvl3_mlx.training.recipe import TrainRecipe
+from internvl3_mlx.training.trainer import PATIENCE, Work, train, validate
+from internvl3_mlx.training.trees import named
+
+
+def trained(folder, updates, **settings):
+    """Run some updates; return the weights by name and the steps."""
+    here = session(folder, lora_dropout=0, **settings)
+    steps = [*islice(train(here.learner, here.left()), updates)]
+    return {name: np.array(w) for name, w in here.learner.weights.items()}, steps
+
+
+def difference(a, b):
+    assert {*a} == {*b}
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
+
+
+def same_rows(tmp_path, rows=8):
+    write_data(tmp_path / "data", rows)
+    return {"grouping": False, "iters": 3, "seed": 4}
+
+
+@pytest.mark.parametrize("reduction", ["token", "square"])
+def test_four_batches_of_two_make_the_update_of_one_of_eight(tmp_path, reduction):
+    settings = same_rows(tmp_path) | {"loss_reduction": reduction, "optimizer": "sgd"}
+    parts, steps = trained(tmp_path, 2, batch_size=2, grad_accumulation_steps=4, **settings)
+    whole, others = trained(tmp_path, 2, batch_size=8, grad_accumulation_steps=1, **settings)
+    for one, other in zip(steps, others, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+        assert one.norm == pytest.approx(other.norm, rel=1e-5)
+        assert (one.tokens, one.targets) == (other.tokens, other.targets)
+    assert difference(parts, whole) < 1e-7
+    assert max(np.abs(w).max() for name, w in parts.items() if "lora_B" in name) > 1e-4
+
+
+def test_a_token_weighs_the_same_whatever_batch_it_is_in(tmp_path):
+    """The mean of micro-means would not be the mean over tokens: answers have 1 to 4 words."""
+    settings = same_rows(tmp_path)
+    _, [step] = trained(tmp_path, 1, batch_size=1, grad_accumulation_steps=8, **settings)
+    here = session(tmp_path, batch_size=1, lora_dropout=0, **settings)
+    losses, lengths = [], []
+    for work in islice(here.left(), 8):
+        micro, _ = here.learner.method(here.learner.model, work.batch, work.vision, None, None)
+        losses.append(micro.numerator.item())
+        lengths.append(len(work.batch.targets))
+    assert len({*lengths}) > 1
+    assert step.loss == pytest.approx(sum(losses) / sum(lengths), rel=1e-6)
+    means = np.mean([loss / length for loss, length in zip(losses, lengths, strict=True)])
+    assert abs(step.loss - means) > 1e-3
+
+
+def test_gradients_computed_twice_are_the_same_gradients(tmp_path):
+    settings = same_rows(tmp_path) | {"train": "lora, mlp1", "max_tiles": 1}
+    kept, _ = trained(tmp_path, 2, **settings)
+    again, _ = trained(tmp_path, 2, grad_checkpoint=True, **settings)
+    assert difference(kept, again) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["sft", "mpo"])
+def test_training_lowers_the_loss_that_is_measured(tmp_path, method):
+    write_data(tmp_path / "data", 6, 3, pairs=method == "mpo")
+    here = session(tmp_path, method=method, iters=12, batch_size=3, learning_rate=3e-3)
+    before, _ = validate(here.learner, here.valid())
+    steps = [*train(here.learner, here.left())]
+    after, figures = validate(here.learner, here.valid())
+    assert len(steps) == 12
+    assert after < before - 0.2
+    assert ("dpo" in figures) == (method == "mpo")
+
+
+def test_the_first_loss_of_a_fresh_adapter_is_the_constant_and_the_nll(tmp_path):
+    """0.8 log 2 + 0.2 * 2 log 2 = 0.8318 + NLL: nothing has moved away from the reference yet."""
+    write_data(tmp_path / "data", 4, pairs=True)
+    here = session(tmp_path, method="mpo", iters=1, lora_dropout=0)
+    step = next(train(here.learner, here.left()))
+    assert step.figures["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert step.figures["bco"] == pytest.approx(2 * math.log(2), abs=1e-6)
+    assert step.loss == pytest.approx(1.2 * math.log(2) + step.figures["sft"], abs=1e-5)
+    assert step.figures["margin"] == 0
+
+
+def test_validation_changes_nothing(tmp_path):
+    write_data(tmp_path / "data", 6, 5, pairs=True)
+    settings = {"method": "mpo", "iters": 4, "grad_checkpoint": True}
+    here, there = session(tmp_path, **settings), session(tmp_path, **settings)
+    plain, checked = train(here.learner, here.left()), train(there.learner, there.left())
+    for _ in range(3):
+        assert next(plain).loss == next(checked).loss
+        first, again = (validate(there.learner, there.valid())[0] for _ in range(2))
+        assert first == again
+    assert here.learner.state.count.item() == there.learner.state.count.item() == 3
+    assert here.learner.state.shift.item() == there.learner.state.shift.item()
+
+
+class Spoiled:
+    """A method whose loss is no number at certain calls."""
+
+    name, needs_reference = "sft", False
+
+    def __init__(self, when):
+        self.calls, self.when, self.inner = 0, when, METHODS["sft"]()
+
+    def __call__(self, *args):
+        micro, state = self.inner(*args)
+        self.calls += 1
+        factor = math.nan if self.calls in self.when else 1.0
+        moved = replace(state, count=state.count + factor)
+        return Micro(micro.numerator * factor, micro.denominator, micro.figures), moved
+
+
+def test_an_update_that_is_no_number_is_skipped_and_told(tmp_path):
+    write_data(tmp_path / "data", 8)
+    here = session(tmp_path, iters=4)
+    here.learner.method = Spoiled({2})
+    held = []
+    for step in train(here.learner, here.left()):
+        held.append({name: np.array(w) for name, w in here.learner.weights.items()})
+        assert step.skipped == (step.update == 2)
+        assert math.isnan(step.loss) == step.skipped
+    assert difference(held[0], held[1]) == 0
+    assert difference(held[1], held[2]) > 0
+    assert here.learner.optimizer.step.item() == 3
+    assert here.learner.state.count.item() == 3
+
+
+def test_a_run_whose_numbers_are_lost_stops_with_what_was_good(tmp_path):
+    write_data(tmp_path / "data", 8)
+    here = session(tmp_path, iters=20)
+    here.learner.method = Spoiled(set(range(3, 99)))
+    steps = []
+    message = f"no number {PATIENCE} times in a row, up to update 7; lower --learning-rate"
+    with pytest.raises(TrainingError, match=message):
+        steps.extend(train(here.learner, here.left()))
+    assert all(np.isfinite(np.array(w)).all() for _, w in here.learner.weights.items())
+
+
+def test_a_run_ends_where_its_epochs_end(tmp_path):
+    write_data(tmp_path / "data", 7)
+    here = session(tmp_path, epochs=1.5, grad_accumulation_steps=4)
+    steps = [*train(here.learner, here.left())]
+    assert here.learner.updates == len(steps) == 2  # 4 batches, then 2 of the second epoch
+    assert here.learner.micro == 6
+
+
+def plan(**settings):
+    return TrainRecipe(**{"learning_rate": 0.5, "warmup_ratio": 0, **settings})
+
+
+def sizes(updates, **settings):
+    return [step_size(plan(**settings), n, updates) for n in range(1, updates + 1)]
+
+
+def test_the_step_size_rises_to_the_highest_and_falls_to_its_end():
+    warmed = sizes(10, warmup_steps=4, lr_schedule="linear", lr_end=0.4)
+    assert warmed[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert warmed[5:] == pytest.approx([0.45, 0.4, 0.35, 0.3, 0.25])
+    assert sizes(5, lr_schedule="constant") == [0.5] * 5
+    cosine = sizes(7)
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[0] == 0.5
+    assert cosine[-1] > 0
+
+
+def test_after_the_warm_up_the_step_size_is_that_of_pytorch():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=9, eta_min=0.05)
+    theirs = []
+    for _ in range(9):
+        theirs.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert sizes(9, lr_end=0.1) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_a_share_of_the_updates_warms_up():
+    assert sizes(100, warmup_ratio=0.03)[:3] == pytest.approx([0.5 / 3, 1 / 3, 0.5])
+
+
+def steps_of(optimizer, kind, settings, decay):
+    """Five steps of ours and of torch's on a matrix and a vector."""
+    draw = np.random.default_rng(0)
+    start = {"w": draw.normal(size=(3, 4)), "b": draw.normal(size=5)}
+    weights = {name: mx.array(x, dtype=mx.float32) for name, x in start.items()}
+    params = {name: torch.nn.Parameter(torch.tensor(x).float()) for name, x in start.items()}
+    groups = [
+        {"params": [params["w"]], "weight_decay": decay},
+        {"params": [params["b"]], "weight_decay": 0.0},
+    ]
+    theirs = kind(groups, lr=0.01, **settings)
+    ours = OPTIMIZERS[optimizer](0.01)
+    for _ in range(5):
+        slopes = {name: draw.normal(size=x.shape) for name, x in start.items()}
+        for name, param in params.items():
+            param.grad = torch.tensor(slopes[name]).float()
+        theirs.step()
+        gradients = {name: mx.array(x, dtype=mx.float32) for name, x in slopes.items()}
+        weights = ours.apply_gradients(gradients, shrunk(weights, 0.01 * decay))
+    return weights, params
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "settings", "decay"),
+    [
+        ("adamw", torch.optim.AdamW, {}, 0.3),
+        ("adam", torch.optim.Adam, {}, 0.0),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9}, 0.0),
+        ("rmsprop", torch.optim.RMSprop, {}, 0.0),
+        ("adagrad", torch.optim.Adagrad, {}, 0.0),
+    ],
+)
+def test_an_optimizer_steps_as_pytorch_does(optimizer, kind, settings, decay):
+    ours, theirs = steps_of(optimizer, kind, settings, decay)
+    for name, weight in ours.items():
+        assert np.abs(np.array(weight) - theirs[name].detach().numpy()).max() < 2e-6
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_steps_downhill(optimizer):
+    weights = {"w": mx.full((4, 6), 2.0)}
+    ours = OPTIMIZERS[optimizer](0.05)
+    before = weights["w"].square().sum().item()
+    for _ in range(5):
+        weights = ours.apply_gradients({"w": 2 * weights["w"]}, weights)
+    assert weights["w"].square().sum().item() < before
+
+
+@pytest.mark.parametrize("longest", [0.3, 100, 0])
+def test_gradients_are_shortened_as_pytorch_shortens_them(longest):
+    draw = np.random.default_rng(1)
+    slopes = [draw.normal(size=shape).astype(np.float32) for shape in ((3, 5), (7,))]
+    params = [torch.nn.Parameter(torch.zeros(g.shape)) for g in slopes]
+    for param, g in zip(params, slopes, strict=True):
+        param.grad = torch.tensor(g)
+    norm = torch.nn.utils.clip_grad_norm_(params, longest or math.inf)
+    ours = {str(n): mx.array(g) for n, g in enumerate(slopes)}
+    assert global_norm(ours).item() == pytest.approx(norm.item(), rel=1e-6)
+    for (_, g), param in zip(named(clipped(ours, global_norm(ours), longest)), params, strict=True):
+        assert np.abs(np.array(g) - param.grad.numpy()).max() < 1e-6
+
+
+def test_weights_are_kept_in_float32_below_a_model_of_16_bits(tmp_path):
+    write_data(tmp_path / "data", 4)
+    here = session(tmp_path, dtype="bfloat16", train="mlp1", iters=3, learning_rate=1e-6)
+    start = {name: np.array(w) for name, w in here.learner.weights.items()}
+    assert {w.dtype for _, w in named(here.learner.model.trainable_parameters())} == {mx.bfloat16}
+    assert len([*train(here.learner, here.left())]) == 3
+    for name, weight in here.learner.weights.items():
+        assert weight.dtype == mx.float32
+        assert 0 < np.abs(np.array(weight) - start[name]).max() < 1e-5, name
+
+
+def test_a_work_may_be_a_batch_alone(tmp_path):
+    """A trained tower looks at its pictures itself."""
+    write_data(tmp_path / "data", 2)
+    here = session(tmp_path, train="vision_model", iters=1)
+    work = next(here.left())
+    assert (work.vision, work.reference) == (None, None)
+    assert isinstance(work, Work)
+    assert next(train(here.learner, iter([work]))).norm > 0
