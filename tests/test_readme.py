@@ -11,7 +11,13 @@ import internvl3_mlx
 from internvl3_mlx.cli.main import COMMANDS, main
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide/command-line.md", "docs/guide/chat.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/guide/command-line.md",
+    "docs/guide/chat.md",
+    "docs/metal.md",
+)
 ENDS = {"|", ">", "&&"}
 
 
