@@ -1,13 +1,8 @@
 // Header: how a row of the store is laid out and read. Shapes are those of metal_kernels/packed.py.
 #include <metal_simdgroup_matrix>
 
-// Before loops over arrays in registers: only an unrolled index keeps them there. A hint, and costly
-// to follow where the text is run by another compiler for its checks.
-#ifdef __OPENCL_CPP_VERSION__
-#define UNROLLED
-#else
+// Before loops over arrays in registers: only an unrolled index keeps them there.
 #define UNROLLED _Pragma("clang loop unroll(full)")
-#endif
 
 // Stands for minus infinity and keeps its order under fast maths; differences of it are never NaN.
 constant constexpr float LOWEST = -3.0e38f;
