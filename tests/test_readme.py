@@ -15,6 +15,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     *(f"docs/guide/{name}.md" for name in ("command-line", "chat", "training", "adapters")),
+    "docs/metal.md",
 )
 ENDS = {"|", ">", "&&"}
 

@@ -35,7 +35,8 @@ KEY_WORD_BITS = 32  # MLX's random key is a seed cut in two
 def samples(vlm: "VLM", inputs: Inputs, settings: Settings, count: int) -> list[Answer]:
     """Answer prepared inputs ``count`` times, in the order of their seeds.
 
-    Answer i draws what ``ask`` would with the seed ``settings.seed + i``.
+    Answer i draws what ``ask`` would with the seed ``settings.seed + i``. Sums are taken in another
+    order, so where a draw falls on the line between two words, rounding may choose the other one.
     """
     if count < 1:
         raise UserError(f"n is {count}; ask for one answer or more")

@@ -7,14 +7,14 @@
     for (int s = 0; s < splits; s++) highest = metal::max(highest, tops[row * splits + s]);
     float total = 0.0f;
     float mixed[D / 32];
-    for (int i = 0; i < D / 32; i++) mixed[i] = 0.0f;
+    UNROLLED for (int i = 0; i < D / 32; i++) mixed[i] = 0.0f;
     for (int s = 0; s < splits; s++) {
       uint at = row * splits + s;
       float weight = metal::exp(tops[at] - highest);
       total += weight * sums[at];
-      for (int i = 0; i < D / 32; i++) mixed[i] += weight * parts[at * D + i * 32 + lane];
+      UNROLLED for (int i = 0; i < D / 32; i++) mixed[i] += weight * parts[at * D + i * 32 + lane];
     }
-    for (int i = 0; i < D / 32; i++) {
+    UNROLLED for (int i = 0; i < D / 32; i++) {
       out[row * D + i * 32 + lane] = static_cast<T>(total > 0.0f ? mixed[i] / total : 0.0f);
     }
     if (lane == 0) lse[row] = total > 0.0f ? highest + metal::log(total) : LOWEST;

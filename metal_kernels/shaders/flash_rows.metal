@@ -27,8 +27,8 @@
     float o[M][N];
     float highest[M];
     float total[M];
-    for (int m = 0; m < M; m++) {
-      for (int i = 0; i < N; i++) {
+    UNROLLED for (int m = 0; m < M; m++) {
+      UNROLLED for (int i = 0; i < N; i++) {
         query[m][i] = scale * static_cast<float>(q[(head * M + m) * D + chunk * N + i]);
         o[m][i] = 0.0f;
       }
@@ -41,7 +41,7 @@
       const device typename Store::word* value_rows = values + (first + base) * Store::WIDTH;
       float2 key_pairs[Store::GROUPS];
       float2 value_pairs[Store::GROUPS];
-      for (int g = 0; g < Store::GROUPS; g++) {
+      UNROLLED for (int g = 0; g < Store::GROUPS; g++) {
         key_pairs[g] = value_pairs[g] = float2(0.0f);
         if (int(lane) < live) {
           key_pairs[g] = Store::pair(key_rows + lane * Store::WIDTH + Store::KEY_PAIRS, g);
@@ -49,19 +49,19 @@
         }
       }
       float scores[M][DEEP];
-      for (int i = 0; i < DEEP; i++) {
+      UNROLLED for (int i = 0; i < DEEP; i++) {
         int token = i * ACROSS + slot;
         float numbers[N];
-        for (int j = 0; j < N; j++) numbers[j] = 0.0f;
+        UNROLLED for (int j = 0; j < N; j++) numbers[j] = 0.0f;
         if (token < live) Store::template read<N>(key_rows + token * Store::WIDTH, chunk, numbers);
         float2 pair = float2(0.0f);
-        for (int g = 0; g < Store::GROUPS; g++) {
+        UNROLLED for (int g = 0; g < Store::GROUPS; g++) {
           float2 theirs = simd_shuffle(key_pairs[g], ushort(token));
           pair = g == int(scales) ? theirs : pair;
         }
-        for (int m = 0; m < M; m++) {
+        UNROLLED for (int m = 0; m < M; m++) {
           float dot = 0.0f;
-          for (int j = 0; j < N; j++) dot += query[m][j] * (numbers[j] * pair.x + pair.y);
+          UNROLLED for (int j = 0; j < N; j++) dot += query[m][j] * (numbers[j] * pair.x + pair.y);
           dot += simd_shuffle_xor(dot, 1);
           dot += simd_shuffle_xor(dot, 2);
           dot += simd_shuffle_xor(dot, 4);
@@ -69,43 +69,43 @@
           scores[m][i] = token < metal::min(seen, live) ? dot : LOWEST;
         }
       }
-      for (int m = 0; m < M; m++) {
+      UNROLLED for (int m = 0; m < M; m++) {
         float higher = highest[m];
-        for (int i = 0; i < DEEP; i++) higher = metal::max(higher, scores[m][i]);
+        UNROLLED for (int i = 0; i < DEEP; i++) higher = metal::max(higher, scores[m][i]);
         float fade = metal::exp(highest[m] - higher);
         highest[m] = higher;
         total[m] *= fade;
-        for (int j = 0; j < N; j++) o[m][j] *= fade;
-        for (int i = 0; i < DEEP; i++) {
+        UNROLLED for (int j = 0; j < N; j++) o[m][j] *= fade;
+        UNROLLED for (int i = 0; i < DEEP; i++) {
           scores[m][i] = scores[m][i] == LOWEST ? 0.0f : metal::exp(scores[m][i] - higher);
           total[m] += scores[m][i];
         }
       }
-      for (int i = 0; i < DEEP; i++) {
+      UNROLLED for (int i = 0; i < DEEP; i++) {
         int token = i * ACROSS + slot;
         float numbers[N];
-        for (int j = 0; j < N; j++) numbers[j] = 0.0f;
+        UNROLLED for (int j = 0; j < N; j++) numbers[j] = 0.0f;
         if (token < live) {
           Store::template read<N>(value_rows + token * Store::WIDTH + Store::VALUES, chunk, numbers);
         }
         float2 pair = float2(0.0f);
-        for (int g = 0; g < Store::GROUPS; g++) {
+        UNROLLED for (int g = 0; g < Store::GROUPS; g++) {
           float2 theirs = simd_shuffle(value_pairs[g], ushort(token));
           pair = g == int(scales) ? theirs : pair;
         }
-        for (int m = 0; m < M; m++) {
-          for (int j = 0; j < N; j++) o[m][j] += scores[m][i] * (numbers[j] * pair.x + pair.y);
+        UNROLLED for (int m = 0; m < M; m++) {
+          UNROLLED for (int j = 0; j < N; j++) o[m][j] += scores[m][i] * (numbers[j] * pair.x + pair.y);
         }
       }
     }
-    for (int m = 0; m < M; m++) {
+    UNROLLED for (int m = 0; m < M; m++) {
       float higher = metal::max(highest[m], simd_shuffle_xor(highest[m], 8));
       higher = metal::max(higher, simd_shuffle_xor(higher, 16));
       float fade = metal::exp(highest[m] - higher);
       float whole = total[m] * fade;
       whole += simd_shuffle_xor(whole, 8);
       whole += simd_shuffle_xor(whole, 16);
-      for (int j = 0; j < N; j++) {
+      UNROLLED for (int j = 0; j < N; j++) {
         float mixed = o[m][j] * fade;
         mixed += simd_shuffle_xor(mixed, 8);
         mixed += simd_shuffle_xor(mixed, 16);

@@ -7,11 +7,12 @@
     constexpr int TILES = (M + 7) / 8;
     constexpr bool SHARED = TILES > 1;  // one tile: a simdgroup's own tokens; more: its own rows
     constexpr int PARTS = SHARED ? 1 : SG;
-    constexpr int STAGED = SHARED ? BLOCK * Store::WIDTH : 2;
+    constexpr int ROW_PAIRS = Store::WIDTH * sizeof(word_t) / sizeof(uint2);
+    constexpr int STAGED = SHARED ? BLOCK * ROW_PAIRS : 2;
     constexpr int ROUNDS = D > 64 ? 2 : 1;  // outputs change hands in halves: room for more groups
     constexpr int WIDTH = D / ROUNDS;
-    threadgroup word_t key_stage[STAGED];
-    threadgroup word_t value_stage[BITS == 16 ? STAGED : 2];
+    threadgroup uint4 key_stage[STAGED / 2];  // as uint4 for its alignment
+    threadgroup uint4 value_stage[BITS == 16 ? STAGED / 2 : 1];
     threadgroup float tops[SHARED ? 1 : PARTS * M];
     threadgroup float sums[SHARED ? 1 : PARTS * M];
     threadgroup float outs[SHARED ? 1 : PARTS * M * WIDTH];
@@ -31,8 +32,8 @@
     int seen = CAUSAL ? length - (L - 1) + int(place % L) : length;
     Tile<D> tile;
     tile.start(lane);
-    for (int k = 0; k < D / 8; k++) {
-      for (int e = 0; e < 2; e++) {
+    UNROLLED for (int k = 0; k < D / 8; k++) {
+      UNROLLED for (int e = 0; e < 2; e++) {
         uint dim = (lane_column(lane) + e) * (D / 8) + k;
         tile.q[k][e] = place < M ? scale * static_cast<float>(q[(head * M + place) * D + dim]) : 0.0f;
       }
@@ -41,13 +42,14 @@
       for (int base = begin; base < end; base += BLOCK) {
         int live = metal::min(BLOCK, end - base);
         size_t at = (first + base) * Store::WIDTH;
-        for (int i = int(group * 32 + lane); i < live * Store::WIDTH; i += SG * 32) {
-          key_stage[i] = keys[at + i];
-          if (BITS == 16) value_stage[i] = values[at + i];
+        for (int i = int(group * 32 + lane); i < live * ROW_PAIRS; i += SG * 32) {
+          pairs_of(&key_stage[0])[i] = pairs_of(keys + at)[i];
+          if (BITS == 16) pairs_of(&value_stage[0])[i] = pairs_of(values + at)[i];
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        const threadgroup word_t* key_rows = &key_stage[0];
-        const threadgroup word_t* value_rows = BITS == 16 ? &value_stage[0] : &key_stage[0];
+        const threadgroup word_t* key_rows = reinterpret_cast<const threadgroup word_t*>(&key_stage[0]);
+        const threadgroup word_t* value_rows =
+            BITS == 16 ? reinterpret_cast<const threadgroup word_t*>(&value_stage[0]) : key_rows;
         tile.template attend<Store, BLOCK, GS>(key_rows, value_rows, live, seen - base);
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
@@ -73,7 +75,7 @@
         sums[at] = total;
       }
       uint base = head * M * splits;
-      for (uint start = 0; start < D / 4; start += WIDTH / 4) {
+      UNROLLED for (uint start = 0; start < D / 4; start += WIDTH / 4) {
         if (start > 0) threadgroup_barrier(mem_flags::mem_threadgroup);
         if (place < M) tile.template write<WIDTH / 4>(&outs[0] + at * WIDTH, start);
         threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -20,7 +20,7 @@
     size_t from = (size_t(b * length + token) * KV + kv) * D;
 
     float x[N];
-    for (int i = 0; i < N; i++) {
+    UNROLLED for (int i = 0; i < N; i++) {
       uint dim = first + i;
       if (is_key) {
         uint across = (dim + D / 2) % D;
@@ -40,7 +40,7 @@
     }
     float low = x[0];
     float high = x[0];
-    for (int i = 1; i < N; i++) {
+    UNROLLED for (int i = 1; i < N; i++) {
       low = metal::min(low, x[i]);
       high = metal::max(high, x[i]);
     }
@@ -60,7 +60,7 @@
     device uint* row = rows + (size_t(head) * length + token) * Store::WIDTH;
     uint part = is_key ? 0 : Store::VALUES;
     uint word = 0;
-    for (int i = 0; i < N; i++) {
+    UNROLLED for (int i = 0; i < N; i++) {
       float level = metal::clamp(metal::rint((x[i] - start) / step), 0.0f, LEVELS);
       word |= static_cast<uint>(level) << (i * BITS % 32);
       if ((i + 1) * BITS % 32 == 0) {

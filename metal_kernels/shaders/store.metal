@@ -1,6 +1,9 @@
 // Header: how a row of the store is laid out and read. Shapes are those of metal_kernels/packed.py.
 #include <metal_simdgroup_matrix>
 
+// Before loops over arrays in registers: only an unrolled index keeps them there.
+#define UNROLLED _Pragma("clang loop unroll(full)")
+
 // Stands for minus infinity and keeps its order under fast maths; differences of it are never NaN.
 constant constexpr float LOWEST = -3.0e38f;
 
@@ -79,8 +82,9 @@ struct Row {
   static constant constexpr int VALUE_PAIRS = KEY_PAIRS + GROUPS * Pair<T>::WORDS;
   static constant constexpr int WIDTH = VALUE_PAIRS + GROUPS * Pair<T>::WORDS;
 
-  static void spread(uint bits, int count, thread float* x) {
-    for (int i = 0; i < count; i++) {
+  template <int COUNT>
+  static void spread(uint bits, thread float* x) {
+    UNROLLED for (int i = 0; i < COUNT; i++) {
       x[i] = static_cast<float>((bits >> (i * BITS)) & ((1u << BITS) - 1u));
     }
   }
@@ -91,14 +95,14 @@ struct Row {
     constexpr int PER = 32 / BITS;
     constexpr int WORDS = N / PER;
     if (WORDS == 0) {
-      spread(half_word(part, chunk), N, x);
+      spread<N>(half_word(part, chunk), x);
     } else if (WORDS == 1) {
-      spread(part[chunk], PER, x);
+      spread<PER>(part[chunk], x);
     }
-    for (int i = 0; i < WORDS / 2; i++) {
+    UNROLLED for (int i = 0; i < WORDS / 2; i++) {
       uint2 both = word_pair(part, chunk * (WORDS / 2) + i);
-      spread(both.x, PER, x + 2 * i * PER);
-      spread(both.y, PER, x + (2 * i + 1) * PER);
+      spread<PER>(both.x, x + 2 * i * PER);
+      spread<PER>(both.y, x + (2 * i + 1) * PER);
     }
   }
 
@@ -118,9 +122,9 @@ struct Row<T, 16, D, GS> {
 
   template <int N, typename P>
   static void read(P part, uint chunk, thread float* x) {
-    for (int i = 0; i < N / 4; i++) {
+    UNROLLED for (int i = 0; i < N / 4; i++) {
       vec<T, 4> numbers = four(part, chunk * (N / 4) + i);
-      for (int j = 0; j < 4; j++) x[4 * i + j] = static_cast<float>(numbers[j]);
+      UNROLLED for (int j = 0; j < 4; j++) x[4 * i + j] = static_cast<float>(numbers[j]);
     }
   }
 

@@ -1,5 +1,14 @@
 // Header of flash_tiles: eight query rows in the registers of one simdgroup.
 
+// Rows of the store begin at 8 bytes, so blocks of them are moved two words at a time.
+inline threadgroup uint2* pairs_of(threadgroup uint4* stage) {
+  return reinterpret_cast<threadgroup uint2*>(stage);
+}
+template <typename W>
+inline const device uint2* pairs_of(const device W* rows) {
+  return reinterpret_cast<const device uint2*>(rows);
+}
+
 // Where a lane's two neighbouring elements stand in an 8 x 8 matrix: its row and its first column.
 inline uint lane_row(uint lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
 inline uint lane_column(uint lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
@@ -24,7 +33,7 @@ struct Tile {
   uint lane;
 
   void start(uint my_lane) thread {
-    for (int k = 0; k < D / 8; k++) o[k] = float2(0.0f);
+    UNROLLED for (int k = 0; k < D / 8; k++) o[k] = float2(0.0f);
     top = LOWEST;
     sum = 0.0f;
     lane = my_lane;
@@ -36,7 +45,7 @@ struct Tile {
     seen = metal::min(seen, live);
     float2 scores[BLOCK / 8];
     float highest = top;
-    for (int f = 0; f < BLOCK / 8; f++) {
+    UNROLLED for (int f = 0; f < BLOCK / 8; f++) {
       int token = 8 * f + int(lane_column(lane));
       scores[f] = score<Store, GS>(keys + 8 * f * Store::WIDTH, live - 8 * f);
       scores[f].x = token < seen ? scores[f].x : LOWEST;
@@ -48,8 +57,8 @@ struct Tile {
     float fade = metal::exp(top - highest);
     top = highest;
     sum *= fade;
-    for (int k = 0; k < D / 8; k++) o[k] *= fade;
-    for (int f = 0; f < BLOCK / 8; f++) {
+    UNROLLED for (int k = 0; k < D / 8; k++) o[k] *= fade;
+    UNROLLED for (int f = 0; f < BLOCK / 8; f++) {
       int token = 8 * f + int(lane_column(lane));
       float2 weight = float2(token < seen ? metal::exp(scores[f].x - top) : 0.0f,
                              token + 1 < seen ? metal::exp(scores[f].y - top) : 0.0f);
@@ -69,13 +78,13 @@ struct Tile {
     float2 a = simd_shuffle(pair, ushort(column * Store::GROUPS + group));
     float2 b = simd_shuffle(pair, ushort((column + 1) * Store::GROUPS + group));
     float2 dots = float2(0.0f);
-    for (int piece = 0; piece < N / PIECE; piece++) {
+    UNROLLED for (int piece = 0; piece < N / PIECE; piece++) {
       float one[PIECE], next[PIECE];
-      for (int k = 0; k < PIECE; k++) one[k] = next[k] = 0.0f;
+      UNROLLED for (int k = 0; k < PIECE; k++) one[k] = next[k] = 0.0f;
       uint chunk = row * (N / PIECE) + piece;
       if (int(column) < live) Store::template read<PIECE>(keys + column * Store::WIDTH, chunk, one);
       if (int(column) + 1 < live) Store::template read<PIECE>(keys + (column + 1) * Store::WIDTH, chunk, next);
-      for (int k = 0; k < PIECE; k++) {
+      UNROLLED for (int k = 0; k < PIECE; k++) {
         float2 two = float2(one[k] * a.x + a.y, next[k] * b.x + b.y);
         dots = multiply_add(q[piece * PIECE + k], two, dots);
       }
@@ -91,12 +100,12 @@ struct Tile {
     uint row = lane_row(lane), quarter = lane_column(lane) / 2;
     float2 pair = one_pair<Store>(values + Store::VALUE_PAIRS, live);
     pair = simd_shuffle(pair, ushort(row * Store::GROUPS + quarter * N / GS));
-    for (int piece = 0; piece < N / PIECE; piece++) {
+    UNROLLED for (int piece = 0; piece < N / PIECE; piece++) {
       float numbers[PIECE];
-      for (int k = 0; k < PIECE; k++) numbers[k] = 0.0f;
+      UNROLLED for (int k = 0; k < PIECE; k++) numbers[k] = 0.0f;
       uint chunk = quarter * (N / PIECE) + piece;
       if (int(row) < live) Store::template read<PIECE>(values + row * Store::WIDTH + Store::VALUES, chunk, numbers);
-      for (int k = 0; k < PIECE / 2; k++) {
+      UNROLLED for (int k = 0; k < PIECE / 2; k++) {
         float2 two = float2(numbers[2 * k], numbers[2 * k + 1]) * pair.x + pair.y;
         uint at = piece * (PIECE / 2) + k;
         o[at] = multiply_add(weight, two, o[at]);
@@ -120,7 +129,7 @@ struct Tile {
   // Hand out WIDTH numbers of each quarter, from ``start`` on.
   template <int WIDTH, typename P>
   void write(P row, uint start) thread {
-    for (uint i = 0; i < WIDTH; i++) {
+    UNROLLED for (uint i = 0; i < WIDTH; i++) {
       row[lane_column(lane) / 2 * WIDTH + i] = o[(start + i) / 2][i % 2];
     }
   }

@@ -7,10 +7,22 @@ from pathlib import Path
 
 import pytest
 from emulator.bodies import around
-from metal_emulator import NoToolchain, reason_to_skip, toolchain
-from metal_emulator.toolchain import CACHE_VARIABLE, CLANG_VARIABLE
+from emulator.mlx_kernels import CASES
+from metal_emulator import NoToolchain, build, reason_to_skip
+from metal_emulator.instrument import instrument
+from metal_emulator.toolchain import (
+    CACHE_VARIABLE,
+    CLANG_VARIABLE,
+    TARGETS,
+    cache_folder,
+    stub_folder,
+    tool_key,
+    toolchain,
+)
 
 TESTS = Path(__file__).parents[1]
+ELF, MACH_O = b"\x7fELF", b"\xcf\xfa\xed\xfe"
+MACHINE_NUMBERS = {"x86_64": b"\x3e\x00", "aarch64": b"\xb7\x00", "arm64": b"\x0c\x00"}
 PROGRAM = """
 import sys, numpy as np
 from metal_emulator import Binding, KernelRefused, compile_kernel, dispatch
@@ -66,6 +78,28 @@ def test_the_compiler_that_the_test_extra_brings_is_enough(texts, tmp_path):
     first, second = said(start(texts, tmp_path / "cache", "ziglang"))
     assert first == "32.0"
     assert second.startswith("body.metal:1: error: half and bfloat do not mix")
+
+
+@pytest.mark.parametrize("machine", TARGETS, ids=" ".join)
+def test_every_machine_that_we_name_gets_its_code(machine, monkeypatch, tmp_path):
+    cached = (toolchain, tool_key, cache_folder, stub_folder, build.precompiled)
+    for function in cached:
+        function.cache_clear()
+    try:
+        with monkeypatch.context() as there:
+            there.setattr("platform.system", lambda: machine[0])
+            there.setattr("platform.machine", lambda: machine[1])
+            there.setenv(CACHE_VARIABLE, str(tmp_path))
+            case = CASES["prefill attention, bool mask"]("bfloat16")
+            ir, _ = build.to_ir(case.text, "case", case.constants)
+            made = build.assemble(instrument(ir)[0], tmp_path / "kernel.o")
+            kinds = {path.read_bytes()[:20] for path in [made, *build.runtime_objects(tmp_path)]}
+    finally:
+        for function in cached:
+            function.cache_clear()
+    apple, number = machine[0] == "Darwin", MACHINE_NUMBERS[machine[1]]
+    assert {kind[:4] for kind in kinds} == {MACH_O if apple else ELF}
+    assert {kind[4:6] if apple else kind[18:20] for kind in kinds} == {number}
 
 
 def test_a_machine_without_a_compiler_says_what_to_install(monkeypatch):

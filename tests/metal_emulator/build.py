@@ -30,7 +30,8 @@ METAL_VERSION = 310
 LANGUAGE = ("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-w")
 MACHINE = (
     *("-fPIC", "-Xclang", "-ffake-address-space-map", "-cl-single-precision-constant"),
-    *("-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64", "-Xclang", "-fno-validate-pch"),
+    # every extension, so that targets do not differ, and no double
+    *("-Xclang", "-cl-ext=+all,-cl_khr_fp64,-__opencl_c_fp64", "-Xclang", "-fno-validate-pch"),
     # each operation on half and bfloat rounds, as on the GPU; no fused multiply-add unasked
     *("-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-fbfloat16-excess-precision=none"),
@@ -86,19 +87,27 @@ def _build(
 ) -> dict[str, object]:
     """Build the library; returns what to remember of it, which may be why it is refused."""
     try:
-        rewritten = rewrite(preprocess(text), constants)
-        expression = rewritten.instances.get(name, name)
-        if base_name(expression) not in rewritten.kernels:
-            known = sorted({*rewritten.kernels, *rewritten.instances})
-            raise KernelRefused(f"there is no kernel '{name}' among {known}")
-        parameters = rewritten.kernels[base_name(expression)]
-        ir = _front_end(rewritten.text + entry_point(expression, parameters), text)
+        ir, parameters = to_ir(text, name, constants)
         ir, sites = instrument(ir) if checked else (without_marks(ir), [])
+        with tempfile.TemporaryDirectory() as folder:
+            toolchain().link(out, assemble(ir, Path(folder, "kernel.o")))
     except KernelRefused as refusal:
         return {"refused": str(refusal)}
-    _back_end(ir, out)
     described = [asdict(parameter) for parameter in parameters]
     return {"parameters": described, "sites": sites, "checked": checked}
+
+
+def to_ir(
+    text: str, name: str, constants: Mapping[int, bool | int | float]
+) -> tuple[str, list[Parameter]]:
+    """Compile one kernel of the text to LLVM IR, not optimised; gives its parameters too."""
+    rewritten = rewrite(preprocess(text), constants)
+    expression = rewritten.instances.get(name, name)
+    if base_name(expression) not in rewritten.kernels:
+        known = sorted({*rewritten.kernels, *rewritten.instances})
+        raise KernelRefused(f"there is no kernel '{name}' among {known}")
+    parameters = rewritten.kernels[base_name(expression)]
+    return _front_end(rewritten.text + entry_point(expression, parameters), text), parameters
 
 
 def preprocess(text: str) -> str:
@@ -155,16 +164,15 @@ def _errors(diagnostics: str, own: Set[str] = frozenset()) -> str:
     return "\n".join(errors or lines)
 
 
-def _back_end(ir: str, out: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, "kernel.o")
-        done = toolchain().run(
-            "-x", "ir", "-O2", "-fPIC", "-c", "-Wno-override-module", *toolchain().target,
-            "-o", str(made), "-", text=ir,
-        )  # fmt: skip
-        if done.returncode:
-            raise KernelRefused(done.stderr[:4000])
-        toolchain().link(out, made)
+def assemble(ir: str, out: Path) -> Path:
+    """Compile LLVM IR to an object file."""
+    done = toolchain().run(
+        "-x", "ir", "-O2", "-fPIC", "-c", "-Wno-override-module", *toolchain().target,
+        "-o", str(out), "-", text=ir,
+    )  # fmt: skip
+    if done.returncode:
+        raise KernelRefused(_errors(done.stderr))
+    return out
 
 
 @functools.cache
@@ -188,18 +196,23 @@ def runtime() -> ctypes.CDLL:
     out = cache_folder() / "runtime.so"
     if not out.exists():
         with tempfile.TemporaryDirectory() as folder:
-            objects = []
-            for source in sorted((FOLDER / "runtime").glob("*.cpp")):
-                objects.append(Path(folder, source.stem + ".o"))
-                done = toolchain().run(
-                    "-std=c++17", "-O2", "-fPIC", "-ffreestanding", "-ffp-contract=off",
-                    *toolchain().target, "-c", "-o", str(objects[-1]), str(source),
-                )  # fmt: skip
-                if done.returncode:
-                    raise RuntimeError(done.stderr)
-            toolchain().link(out, *objects)
+            toolchain().link(out, *runtime_objects(Path(folder)))
     ctypes.CDLL(None, mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(out), mode=ctypes.RTLD_GLOBAL)
+
+
+def runtime_objects(folder: Path) -> list[Path]:
+    """Compile the runtime's files to objects in the folder."""
+    objects = []
+    for source in sorted((FOLDER / "runtime").glob("*.cpp")):
+        objects.append(folder / f"{source.stem}.o")
+        done = toolchain().run(
+            "-std=c++17", "-O2", "-fPIC", "-ffreestanding", "-ffp-contract=off",
+            *toolchain().target, "-c", "-o", str(objects[-1]), str(source),
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+    return objects
 
 
 @functools.cache

@@ -73,7 +73,7 @@ FLASH = [
     (LOUD, "token + 1 < seen ? scores[f].y : LOWEST", "scores[f].y"),
     (TILES, "token < seen ? metal::exp", "true ? metal::exp"),
     (TILES, "token + 1 < seen ? metal::exp", "true ? metal::exp"),
-    (WHOLE, "if (BITS == 16) value_stage", "if (BITS == 8) value_stage"),
+    (WHOLE, "if (BITS == 16) pairs_of", "if (BITS == 8) pairs_of"),
     # joining
     (EMPTY, "total > 0.0f ? mixed[i] / total : 0.0f", "mixed[i] / total"),
     (EMPTY, "total > 0.0f ? highest + metal::log(total) : LOWEST", "highest + metal::log(total)"),

@@ -1,0 +1,21 @@
+"""Answers written side by side are timed beside asking again, and are the same answers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_every_way_gives_the_same_answers_and_reading_once_is_faster(tmp_path):
+    out = tmp_path / "out.json"
+    words = ["--runs", "1", "--shape", "tiny", "-n", "3", "--work", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.samples", *words, "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    ways = json.loads(out.read_text())["ways"]
+    assert ways["ask, again and again"]["cpu"] > 1.5 * ways["ask_many"]["cpu"]
+    assert "| ask_many |" in done.stdout
