@@ -24,7 +24,7 @@ from internvl3_mlx.models.lora import (
     replace_module,
     sides,
 )
-from internvl3_mlx.training.parts import LORA, chosen_layers, set_trainable
+from internvl3_mlx.training.parts import LORA, chosen_layers, set_modes, set_trainable
 
 WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
 
@@ -94,8 +94,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, active in layers:
             layer.active = active
-        for module, training in modes:
-            module.train(training)
+        set_modes(modes)
 
 
 def save_adapter(

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -143,8 +143,22 @@ def into_training(model: nn.Module) -> None:
 
     So a frozen tower drops no path. Call it again after an evaluation.
     """
-    for _, module in model.named_modules():
-        module.train(bool(tree_flatten(module.trainable_parameters())))
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    holding = {path for name in trained for path in beginnings(name)}
+    set_modes((module, path in holding) for path, module in model.named_modules())
+
+
+def beginnings(name: str) -> Iterator[str]:
+    """Yield the paths of all that holds a parameter: "a.b.weight" -> "", "a", "a.b"."""
+    steps = name.split(".")
+    return (".".join(steps[:count]) for count in range(len(steps)))
+
+
+def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Put modules into training mode or out of it, what holds others first."""
+    for module, training in modes:
+        if module.training is not training:  # or its parent has seen to it
+            module.train(training)
 
 
 @dataclass(frozen=True)
