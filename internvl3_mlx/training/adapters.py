@@ -67,8 +67,9 @@ class LoraSettings:
 def adapt(model: InternVL, settings: LoraSettings) -> tuple[str, ...]:
     """Put fresh adapters beside the layers that ``settings`` choose; return their names.
 
-    They alone are trained from then on, unless ``set_trainable`` says otherwise. The draws come from MLX's random state: seed it first. Raises UserError, with near names, for a
-    key that matches no layer.
+    They alone are trained from then on, unless ``set_trainable`` says otherwise. The draws come
+    from MLX's random state: seed it first. Raises UserError, with near names, for a key that
+    matches no layer.
     """
     names = chosen_layers(model, settings.keys, settings.layers, settings.vision_layers)
     modules = dict(model.named_modules())

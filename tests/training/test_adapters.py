@@ -268,8 +268,8 @@ def test_an_adapter_folder_is_written_whole_or_not_at_all(tmp_path):
         with pytest.raises(UserError, match=r"\.\w+ is trained beside adapters, and PEFT has no"):
             save_adapter(model, tmp_path / "a", settings)
     set_trainable(model, ("lora",))
-    with pytest.raises(UserError, match="naming 'hf' was asked for; known are original, native"):
-        save_adapter(model, tmp_path / "a", settings, "hf")
+    with pytest.raises(UserError, match="naming 'torch' was asked for; known are original, native"):
+        save_adapter(model, tmp_path / "a", settings, "torch")
     assert [*tmp_path.iterdir()] == []
     save_adapter(model, tmp_path / "a", settings)
     with pytest.raises(CheckpointError, match="exists; name another folder"):
