@@ -1,5 +1,6 @@
 """A run from its first update to its last: trained, validated, reported, saved, stopped."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +80,8 @@ def check(session: Session) -> Checked:
     checked = {"val_loss": loss, **{f"val_{name}": value for name, value in figures.items()}}
     if session.recipe.eval_accuracy:
         checked["val_exact"] = accuracy(learner, session.valid())
-    if progress.best_loss is None or loss < progress.best_loss:
+    best = math.inf if progress.best_loss is None else progress.best_loss
+    if loss < best:  # never so for what is no number
         session.progress = replace(progress, best_loss=loss, best_update=learner.update, stale=0)
         if learner.ranks.writes:
             save_best(session)
