@@ -35,6 +35,7 @@ LORA_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 PARTS = ("language_model", "mlp1", "vision_model", LM_HEAD)
 SHOWN = 3
 LINEAR = (nn.Linear, nn.QuantizedLinear)
+WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
 PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 WORD_BITS = 32
 
@@ -92,10 +93,15 @@ def unmatched(key: str, paths: Iterable[str]) -> str:
 
 
 def set_trainable(model: InternVL, parts: Sequence[str]) -> None:
-    """Train ``parts`` and nothing else: "lora", a part of the model, or patterns over its names."""
+    """Train ``parts`` and nothing else: "lora", a part of the model, or patterns over its names.
+
+    Raises UserError for a part that does not exist, is packed, or could not be saved with adapters.
+    """
     model.freeze()
     for part in parts:
         unfreeze(model, part)
+    if LORA in parts:
+        trained_modules(model)
     into_training(model)
 
 
@@ -136,6 +142,28 @@ def nothing_to_train(model: InternVL, part: str) -> str:
     near = difflib.get_close_matches(part.rsplit(".", 1)[-1], sorted(names), n=SHOWN)
     advice = f"near are {', '.join(near)}" if near else f"parts are {', '.join((LORA, *PARTS))}"
     return f"{part!r} names nothing that can be trained; {advice}"
+
+
+def trained_modules(model: InternVL) -> dict[str, mx.array]:
+    """Give all tensors of the modules that are trained whole beside adapters: so PEFT saves them.
+
+    Raises UserError for a parameter that belongs to no module of PEFT's.
+    """
+    modules = dict(model.named_modules())
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    found: dict[str, mx.array] = {}
+    for name in trained:
+        path = name.rpartition(".")[0]
+        module = modules[path]
+        if isinstance(module, LoRALinear):
+            continue
+        if not isinstance(module, WHOLE):
+            raise UserError(
+                f"{name} is trained beside adapters, and PEFT has no place for it; "
+                "train layers and norms, or whole parts without adapters"
+            )
+        found |= {f"{path}.{key}": x for key, x in module.items() if isinstance(x, mx.array)}
+    return found
 
 
 def into_training(model: nn.Module) -> None:
