@@ -111,6 +111,13 @@ def test_a_panel_stands_where_there_are_figures():
     assert titles == ["loss", "terms", "rewards", "share that is right"]
 
 
+def test_a_share_is_drawn_on_the_way_from_none_to_all():
+    _, _, [points] = curves([{"update": n, "val_exact": 0.75} for n in (1, 2)])
+    _, _, [none, every] = curves([{"update": 1, "val_exact": 0.0, "accuracy": 1.0}])
+    bottom, top = sorted((none[0][1], every[0][1]), reverse=True)
+    assert points[0][1] == pytest.approx(top + (bottom - top) / 4, abs=0.1)
+
+
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-7, 1e6])
 def test_a_flat_curve_has_an_axis_too(value):
     _, _, [points] = curves([{"update": n, "loss": value} for n in (1, 2)])
