@@ -48,6 +48,14 @@ def test_the_table_is_whole_after_every_row(tmp_path):
             ]
 
 
+def test_the_plot_can_be_looked_at_while_the_run_goes_on(tmp_path):
+    with reporting(TrainRecipe(), tmp_path) as to:
+        for n in range(1, report.DRAWN_EVERY + 1):
+            assert not (tmp_path / "loss.svg").exists()
+            to.log(row_of(step(n), None))
+        assert (tmp_path / "loss.svg").exists()
+
+
 def test_a_resumed_run_goes_on_with_its_table(tmp_path):
     run(tmp_path, [row_of(step(n, float(n)), None) for n in range(1, 6)])
     run(tmp_path, [row_of(step(n, 9.0), None) for n in (4, 5)], after=3)
