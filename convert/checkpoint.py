@@ -74,6 +74,11 @@ def weight_files(folder: Path) -> list[Path]:
             file for file in folder.glob(pattern) if not file.name.startswith("adapter")
         ):
             return files
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter, not a model; name its model with --model and this folder "
+            "with --adapter-path"
+        )
     raise CheckpointError(
         f"no weights in {folder}; a model folder holds *.safetensors files beside config.json"
     )

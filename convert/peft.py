@@ -26,6 +26,7 @@ from internvl3_mlx.models.factors import Factors
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
+MLX_WEIGHTS = "adapters.safetensors"  # mlx-lm's and mlx-vlm's, with other names and scales
 NAMINGS = ("original", "native")
 PART = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>A|B|magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
@@ -51,6 +52,8 @@ def read_adapter(folder: Path, config: ModelConfig) -> Adapter:
     """
     if not folder.is_dir():
         raise CheckpointError(f"no folder at {folder}; an adapter is a folder that PEFT saved")
+    if (folder / MLX_WEIGHTS).is_file() and not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} holds an adapter in mlx-lm's form; PEFT's is wanted")
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"no {name} in {folder}; an adapter folder is what PEFT saves")

@@ -80,9 +80,9 @@ def train(config: str | None, **flags: Any) -> None:
     PEFT's form, checkpoints, the recipe, metrics.csv and loss.svg; Ctrl-C saves, and --resume goes
     on to the bit.
 
-    --method sft learns the answers of conversations, mpo prefers one answer to another, pretrain
-    trains all weights on packed text and pictures. Each has the published settings as its defaults;
-    of those, batches are small and steps adapted to LoRA.
+    --method sft learns the answers of conversations, mpo to prefer one answer to another, pretrain
+    trains all weights on packed text and pictures. The defaults are the published settings, but for
+    small batches and, with sft and mpo, steps that suit adapters.
 
     Several Macs: mlx.launch --hostfile hosts.json -- internvl3 train -c recipe.yaml
     """

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from internvl3_mlx.convert.attaching import attach
 from internvl3_mlx.convert.peft import Adapter, read_adapter
@@ -24,9 +23,13 @@ from internvl3_mlx.models.lora import (
     replace_module,
     sides,
 )
-from internvl3_mlx.training.parts import LORA, chosen_layers, set_trainable
-
-WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
+from internvl3_mlx.training.parts import (
+    LORA,
+    chosen_layers,
+    set_modes,
+    set_trainable,
+    trained_modules,
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class LoraSettings:
 def adapt(model: InternVL, settings: LoraSettings) -> tuple[str, ...]:
     """Put fresh adapters beside the layers that ``settings`` choose; return their names.
 
-    They alone are trained from then on, unless ``set_trainable`` says otherwise. The draws come from MLX's random state: seed it first. Raises UserError, with near names, for a
-    key that matches no layer.
+    They alone are trained from then on, unless ``set_trainable`` says otherwise. The draws come
+    from MLX's random state: seed it first. Raises UserError, with near names, for a key that
+    matches no layer.
     """
     names = chosen_layers(model, settings.keys, settings.layers, settings.vision_layers)
     modules = dict(model.named_modules())
@@ -94,8 +98,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, active in layers:
             layer.active = active
-        for module, training in modes:
-            module.train(training)
+        set_modes(modes)
 
 
 def save_adapter(
@@ -146,25 +149,6 @@ def idle_factors(model: InternVL, name: str) -> Factors:
     rows, columns = sides(linear)
     own = lengths(dense_weight(linear))
     return Factors(mx.zeros((0, columns)), mx.zeros((rows, 0)), 1.0, own)
-
-
-def trained_modules(model: InternVL) -> dict[str, mx.array]:
-    """Give all tensors of the modules that are trained in full: PEFT saves modules whole."""
-    found: dict[str, mx.array] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            continue
-        own = {key: value for key, value in module.items() if isinstance(value, mx.array)}
-        trained = [key for key in own if key in dict(tree_flatten(module.trainable_parameters()))]
-        if not trained:
-            continue
-        if not isinstance(module, WHOLE):
-            raise UserError(
-                f"{path}.{trained[0]} is trained beside adapters, and PEFT has no place for it; "
-                "train layers and norms, or the whole model"
-            )
-        found |= {f"{path}.{key}": value for key, value in own.items()}
-    return found
 
 
 def load_adapter(model: InternVL, folder: Path) -> tuple[str, ...]:

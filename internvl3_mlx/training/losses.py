@@ -56,14 +56,29 @@ def mpo_terms(
 ) -> Terms:
     """Compute the terms of mixed preference optimisation from per-token log-probabilities (B, L).
 
-    Masks are 1 on the answers' tokens. ``shift`` and ``count`` come from the micro-batch before,
-    the returned ones go to the next. The shift is updated before it is used and has no gradient.
+    Masks are 1 on the answers' tokens; what stands elsewhere is never looked at. ``shift`` and
+    ``count`` come from the micro-batch before, the returned ones go to the next. The shift is
+    updated before it is used and has no gradient. NumPy arrays will do as well.
     """
-    chosen = ((policy_chosen - reference_chosen) * chosen_mask).sum(axis=-1)
-    rejected = ((policy_rejected - reference_rejected) * rejected_mask).sum(axis=-1)
-    sft = -(policy_chosen * chosen_mask).sum() / chosen_mask.sum()
-    how = Preference(beta, label_smoothing)
-    return preference_terms(chosen, rejected, sft, how, mx.array(shift), mx.array(count))
+    chosen, rejected = masked(policy_chosen, chosen_mask), masked(policy_rejected, rejected_mask)
+    return preference_terms(
+        (chosen - masked(reference_chosen, chosen_mask)).sum(axis=-1),
+        (rejected - masked(reference_rejected, rejected_mask)).sum(axis=-1),
+        -chosen.sum() / (array(chosen_mask) != 0).sum(),
+        Preference(beta, label_smoothing),
+        array(shift),
+        array(count),
+    )
+
+
+def masked(values: mx.array, mask: mx.array) -> mx.array:
+    """Put 0 where the mask is 0; padding may hold anything, even no number."""
+    return mx.where(array(mask) != 0, array(values), 0)
+
+
+def array(given: mx.array | float) -> mx.array:
+    """Take what MLX can compute with as it is, and make it of anything else."""
+    return given if isinstance(given, mx.array) else mx.array(given)
 
 
 def preference_terms(

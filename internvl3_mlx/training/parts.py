@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -35,6 +35,7 @@ LORA_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 PARTS = ("language_model", "mlp1", "vision_model", LM_HEAD)
 SHOWN = 3
 LINEAR = (nn.Linear, nn.QuantizedLinear)
+WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
 PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 WORD_BITS = 32
 
@@ -92,10 +93,15 @@ def unmatched(key: str, paths: Iterable[str]) -> str:
 
 
 def set_trainable(model: InternVL, parts: Sequence[str]) -> None:
-    """Train ``parts`` and nothing else: "lora", a part of the model, or patterns over its names."""
+    """Train ``parts`` and nothing else: "lora", a part of the model, or patterns over its names.
+
+    Raises UserError for a part that does not exist, is packed, or could not be saved with adapters.
+    """
     model.freeze()
     for part in parts:
         unfreeze(model, part)
+    if LORA in parts:
+        trained_modules(model)
     into_training(model)
 
 
@@ -138,13 +144,49 @@ def nothing_to_train(model: InternVL, part: str) -> str:
     return f"{part!r} names nothing that can be trained; {advice}"
 
 
+def trained_modules(model: InternVL) -> dict[str, mx.array]:
+    """Give all tensors of the modules that are trained whole beside adapters: so PEFT saves them.
+
+    Raises UserError for a parameter that belongs to no module of PEFT's.
+    """
+    modules = dict(model.named_modules())
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    found: dict[str, mx.array] = {}
+    for name in trained:
+        path = name.rpartition(".")[0]
+        module = modules[path]
+        if isinstance(module, LoRALinear):
+            continue
+        if not isinstance(module, WHOLE):
+            raise UserError(
+                f"{name} is trained beside adapters, and PEFT has no place for it; "
+                "train layers and norms, or whole parts without adapters"
+            )
+        found |= {f"{path}.{key}": x for key, x in module.items() if isinstance(x, mx.array)}
+    return found
+
+
 def into_training(model: nn.Module) -> None:
     """Put what is trained, and what holds it, into training mode, all else into evaluation mode.
 
     So a frozen tower drops no path. Call it again after an evaluation.
     """
-    for _, module in model.named_modules():
-        module.train(bool(tree_flatten(module.trainable_parameters())))
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    holding = {path for name in trained for path in beginnings(name)}
+    set_modes((module, path in holding) for path, module in model.named_modules())
+
+
+def beginnings(name: str) -> Iterator[str]:
+    """Yield the paths of all that holds a parameter: "a.b.weight" -> "", "a", "a.b"."""
+    steps = name.split(".")
+    return (".".join(steps[:count]) for count in range(len(steps)))
+
+
+def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Put modules into training mode or out of it, what holds others first."""
+    for module, training in modes:
+        if module.training is not training:  # or its parent has seen to it
+            module.train(training)
 
 
 @dataclass(frozen=True)

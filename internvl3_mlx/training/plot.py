@@ -56,6 +56,7 @@ PANELS: Mapping[str, tuple[Curve, ...]] = {
     ),
     "learning rate": (Curve("learning_rate", "learning rate", "#8a8a96"),),
 }
+WHOLE: Mapping[str, tuple[float, float]] = {"share that is right": (0.0, 1.0)}  # always all of it
 Points = list[tuple[float, float]]
 
 
@@ -93,7 +94,7 @@ def panel(
 ) -> str:
     """Draw one panel that reaches from one height to another: axes, curves, legend."""
     y = reach[0]
-    values = [value for _, found in curves for _, value in found]
+    values = [*WHOLE.get(title, ()), *(value for _, found in curves for _, value in found)]
     marks = ticks(min(values), max(values))
     low, high = marks[0], marks[-1]
     right, bottom = WIDTH - RIGHT, reach[1] - BOTTOM

@@ -48,7 +48,7 @@ class References:
 
     def __init__(self, model: InternVL, folder: Path) -> None:
         self.model, self.sealed = model, False
-        self.folder = Path(folder) / fingerprint(model)
+        self.folder = Path(folder) / base_name(model)
         self.fresh: dict[str, np.ndarray] = {}
         self.stored = dict(stored_answers(self.folder))
 
@@ -109,6 +109,12 @@ class References:
         """Compute nothing from here on: the weights move, and the base is gone."""
         self.flush()
         self.sealed = True
+
+
+def base_name(model: InternVL) -> str:
+    """Name a model by its weights and by what it computes in: both show in the last digits."""
+    dtype = str(model.language_model.model.norm.weight.dtype).rpartition(".")[2]
+    return f"{fingerprint(model)}-{dtype}"
 
 
 def stored_answers(folder: Path) -> Iterator[tuple[str, TensorInfo]]:

@@ -18,6 +18,7 @@ from internvl3_mlx.training.trainer import Step
 TABLE, PLOT = "metrics.csv", "loss.svg"
 PROJECT = "internvl3-mlx"
 GB = 1e9
+DRAWN_EVERY = 20  # rows: whoever looks while a run goes on sees most of it
 UPDATE = "update"
 Row = Mapping[str, float | int | None]
 
@@ -102,9 +103,11 @@ class Table:
         self.rows.append(row)
         if [*row] != known or len(self.rows) == 1:
             self.rewrite()
-            return
-        with (self.run / TABLE).open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, known).writerow(row)
+        else:
+            with (self.run / TABLE).open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, known).writerow(row)
+        if len(self.rows) % DRAWN_EVERY == 0:
+            self.draw()
 
     def rewrite(self) -> None:
         """Write the table anew, whole before it takes its name."""
@@ -116,10 +119,13 @@ class Table:
         writer.writerows(self.rows)
         replace(self.run / TABLE, text.getvalue())
 
+    def draw(self) -> None:
+        replace(self.run / PLOT, draw(self.rows))
+
     def close(self) -> None:
-        """Draw the plot."""
+        """Draw what there is, if there is anything."""
         if self.rows:
-            replace(self.run / PLOT, draw(self.rows))
+            self.draw()
 
 
 def replace(path: Path, text: str) -> None:

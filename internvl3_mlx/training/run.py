@@ -1,7 +1,9 @@
 """A run from its first update to its last: trained, validated, reported, saved, stopped."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +13,7 @@ from internvl3_mlx.loading.memory import gpu_bytes
 from internvl3_mlx.training.accuracy import accuracy
 from internvl3_mlx.training.recipe_file import RECIPE, write_file
 from internvl3_mlx.training.report import GB, Report, reporting, row_of
-from internvl3_mlx.training.results import save_best, save_results
+from internvl3_mlx.training.results import save_best, save_results, write_adapter_files
 from internvl3_mlx.training.session import Session
 from internvl3_mlx.training.state import prune, save_state
 from internvl3_mlx.training.trainer import Step, train, validate
@@ -38,6 +40,7 @@ def go(session: Session, asked_to_stop: Callable[[], bool]) -> Iterator[Moment]:
     saved then as well.
     """
     learner, writes = session.learner, session.learner.ranks.writes
+    mx.reset_peak_memory()  # loading is over
     if writes:
         session.folder.mkdir(parents=True, exist_ok=True)
         write_file(session.recipe, session.folder / RECIPE)
@@ -77,7 +80,8 @@ def check(session: Session) -> Checked:
     checked = {"val_loss": loss, **{f"val_{name}": value for name, value in figures.items()}}
     if session.recipe.eval_accuracy:
         checked["val_exact"] = accuracy(learner, session.valid())
-    if progress.best_loss is None or loss < progress.best_loss:
+    best = math.inf if progress.best_loss is None else progress.best_loss
+    if loss < best:  # never so for what is no number
         session.progress = replace(progress, best_loss=loss, best_update=learner.update, stale=0)
         if learner.ranks.writes:
             save_best(session)
@@ -109,7 +113,8 @@ def save(session: Session, *, final: bool) -> Path | None:
     session.works.keep()
     if not session.learner.ranks.writes:
         return None
-    saved = save_state(session.learner, session.folder, session.progress)
+    extra = partial(write_adapter_files, session) if session.recipe.adapts else None
+    saved = save_state(session.learner, session.folder, session.progress, extra)
     save_results(session, final=final)
     prune(session.folder, session.recipe.keep_last)
     return saved

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -101,6 +102,8 @@ def test_the_adapter_of_a_run_changes_answers(folder):
     adapted = CliRunner().invoke(main, [*ask, "--adapter-path", "adapters"])
     assert adapted.exit_code == 0, adapted.stderr
     assert adapted.stdout != plain
+    step = checkpoints(Path("adapters"))[-1]
+    assert CliRunner().invoke(main, [*ask, "--adapter-path", str(step)]).stdout == adapted.stdout
 
 
 def test_a_recipe_from_a_file_with_flags_over_it(folder):

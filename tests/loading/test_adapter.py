@@ -9,7 +9,7 @@ import torch
 from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.opened import numbers, tiny
 from fixtures.tiny import Recipe
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from internvl3_mlx import CheckpointError, KeyMapError, UserError, load
 
@@ -192,3 +192,25 @@ def test_a_folder_that_is_no_adapter_says_what_is_missing(case, pairs, tmp_path,
     (tmp_path / "a" / name).unlink()
     with pytest.raises(CheckpointError, match=f"no {name} in"):
         load(str(case.folder), adapter=folder)
+
+
+def test_an_adapter_in_the_place_of_a_model_is_told(pairs, tmp_path):
+    folder = write_adapter(tmp_path / "a", pairs)
+    with pytest.raises(CheckpointError, match="is an adapter, not a model; name its model with"):
+        load(folder)
+
+
+def test_an_adapter_of_mlx_lm_is_told(case, pairs, tmp_path):
+    folder = write_adapter(tmp_path / "a", pairs)
+    (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapters.safetensors")
+    with pytest.raises(CheckpointError, match="adapter in mlx-lm's form; PEFT's is wanted"):
+        load(str(case.folder), adapter=folder)
+
+
+def test_names_that_hold_the_adapters_own_name_are_read_too(case, pairs, tmp_path):
+    plain = load(str(case.folder), adapter=write_adapter(tmp_path / "a", pairs))
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    named = {name.replace(".weight", ".default.weight"): x for name, x in tensors.items()}
+    save_file(named, tmp_path / "a" / "adapter_model.safetensors")
+    again = load(str(case.folder), adapter=str(tmp_path / "a"))
+    np.testing.assert_array_equal(logits(again, case), logits(plain, case))

@@ -17,6 +17,7 @@ LENGTHS = {  # tokens of each answer, chosen and rejected; gaps are other turns
 CASES = {
     "policy is reference": ("ragged", {"apart": 0.0}),
     "one pair": ("one pair", {}),
+    "ragged": ("ragged", {}),
     "ragged, several turns": ("ragged", {"gaps": True}),
     "saturated": ("ragged", {"apart": 400.0, "beta": 0.7}),
     "smoothed": ("ragged", {"smoothing": 0.1}),
@@ -142,6 +143,24 @@ def test_every_token_has_the_gradient_of_the_independent_form(name, form):
     for slope, theirs in zip(ours, form(case)[1], strict=True):
         assert np.abs(theirs).max() > 0
         assert close(slope, theirs)
+
+
+def test_padding_may_hold_anything_and_numpy_will_do():
+    case = Case("ragged")
+    expected = case.ours()
+    for side in (case.policy, case.reference):
+        for values, mask in zip(side, case.masks, strict=True):
+            values[~mask] = np.nan
+    masks = [mask.astype(np.float32) for mask in case.masks]
+    found = mpo_terms(*case.policy, *case.reference, *masks)
+
+    def sft(chosen):
+        return mpo_terms(chosen, *case.policy[1:], *case.reference, *masks).sft
+
+    for term in ("dpo", "bco", "sft", "shift"):
+        assert getattr(found, term).item() == getattr(expected, term).item()
+    slope = np.array(mx.grad(sft)(mx.array(case.policy[0])))
+    np.testing.assert_allclose(slope, -masks[0] / masks[0].sum(), rtol=1e-6)
 
 
 def test_one_shift_runs_through_several_micro_batches():

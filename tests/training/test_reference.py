@@ -85,10 +85,16 @@ def test_other_words_positions_or_pictures_are_other_answers(opened):
     assert behind[2:] == names
 
 
-def test_other_weights_find_nothing(opened, tmp_path):
+def test_other_weights_or_another_precision_find_nothing(opened, tmp_path):
     _, references, _, _ = opened
-    other, _ = bare_model("300m", seed=1)
-    assert References(other, tmp_path).folder != references.folder
+    same, other, narrow = (bare_model("300m", seed=seed)[0] for seed in (0, 1, 0))
+    narrow.set_dtype(mx.bfloat16)
+    wide, _ = bare_model("300m")
+    wide.update(narrow.parameters())
+    wide.set_dtype(mx.float32)  # the same numbers, computed with in another precision
+    assert References(same, tmp_path).folder == references.folder
+    folders = [References(model, tmp_path).folder for model in (same, other, narrow, wide)]
+    assert len(set(folders)) == 4
 
 
 def test_a_damaged_file_is_computed_anew(opened):

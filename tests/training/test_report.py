@@ -48,6 +48,14 @@ def test_the_table_is_whole_after_every_row(tmp_path):
             ]
 
 
+def test_the_plot_can_be_looked_at_while_the_run_goes_on(tmp_path):
+    with reporting(TrainRecipe(), tmp_path) as to:
+        for n in range(1, report.DRAWN_EVERY + 1):
+            assert not (tmp_path / "loss.svg").exists()
+            to.log(row_of(step(n), None))
+        assert (tmp_path / "loss.svg").exists()
+
+
 def test_a_resumed_run_goes_on_with_its_table(tmp_path):
     run(tmp_path, [row_of(step(n, float(n)), None) for n in range(1, 6)])
     run(tmp_path, [row_of(step(n, 9.0), None) for n in (4, 5)], after=3)
@@ -109,6 +117,13 @@ def test_a_panel_stands_where_there_are_figures():
     ]
     _, titles, _ = curves(rows)
     assert titles == ["loss", "terms", "rewards", "share that is right"]
+
+
+def test_a_share_is_drawn_on_the_way_from_none_to_all():
+    _, _, [points] = curves([{"update": n, "val_exact": 0.75} for n in (1, 2)])
+    _, _, [none, every] = curves([{"update": 1, "val_exact": 0.0, "accuracy": 1.0}])
+    bottom, top = sorted((none[0][1], every[0][1]), reverse=True)
+    assert points[0][1] == pytest.approx(top + (bottom - top) / 4, abs=0.1)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-7, 1e6])

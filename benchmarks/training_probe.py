@@ -1,0 +1,229 @@
+"""One measured run of a trainer: ``python -m benchmarks.training_probe CASE SIDE FOLDER`` prints
+figures as JSON. Both sides read the same rows in the same ids and pixels."""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.sides import OURS
+
+RANK, ALPHA = 8, 16.0
+STILL = 1e-12  # learning rate: the work of a step without its effect, so that losses compare
+MB = 1e6
+EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class Round:
+    """One update: processor and clock seconds, its loss, and the peak of MLX's memory in it."""
+
+    cpu: float
+    wall: float
+    loss: float
+    peak: int
+
+
+def main(case: str, side: str, folder: str) -> None:
+    rounds = [*RUNS[side](case, Path(folder))]
+    rows = len(rounds) // EPOCHS
+    first, later = rounds[1:rows], rounds[rows:]  # the very first step warms up
+    figures: dict[str, float] = {
+        "loss": mean(step.loss for step in later),
+        "peak_mb": max(step.peak for step in later) / MB,
+        "tokens": tokens(case, Path(folder)),
+    }
+    for name, part in (("first", first), ("later", later)):
+        figures[f"{name}_cpu"] = median(step.cpu for step in part)
+        figures[f"{name}_wall"] = median(step.wall for step in part)
+    print(json.dumps(figures))
+
+
+def row_files(folder: Path, case: str) -> Path:
+    """Find the rows of a case, which lie beside the checkpoint."""
+    return folder.parent / f"{case.split()[0]}.jsonl"
+
+
+def ours(case: str, folder: Path) -> Iterator[Round]:
+    """Train by our own loop, as ``internvl3 train`` does."""
+    from internvl3_mlx.training.ground import look_around
+    from internvl3_mlx.training.recipe_file import build_recipe
+    from internvl3_mlx.training.session import open_session
+    from internvl3_mlx.training.trainer import train
+
+    given = {
+        "model": str(folder),
+        "data": str(row_files(folder, case)),
+        "method": case.split()[0],
+        "epochs": float(EPOCHS),
+        "batch_size": 1,
+        "grad_accumulation_steps": 1,
+        "learning_rate": STILL,
+        "lora_rank": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
+        "cache_features": False,
+        "adapter_path": tempfile.mkdtemp(),
+        "cache_reference": case == "mpo kept",
+    }
+    session = open_session(look_around(build_recipe(given, None), print_nothing, print_nothing))
+    return timed(step.loss for step in train(session.learner, session.left()))
+
+
+def print_nothing(*_: object) -> None:
+    """Tell nobody."""
+
+
+def timed(losses: Iterator[float]) -> Iterator[Round]:
+    """Time what lies between the losses that a trainer yields."""
+    clock = Clock()
+    for loss in losses:
+        yield clock.round(loss)
+
+
+class Clock:
+    """Times one update after another."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.cpu, self.wall = time.process_time(), time.perf_counter()
+        mx.reset_peak_memory()
+
+    def round(self, loss: float) -> Round:
+        """Say what passed since the last call."""
+        cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
+        done = Round(cpu, wall, loss, mx.get_peak_memory())
+        self.start()
+        return done
+
+
+def peer(case: str, folder: Path) -> Iterator[Round]:
+    """Train by mlx-vlm's engine: its SFT task, or its DPO with a second model as the reference."""
+    from mlx_vlm import load
+    from mlx_vlm.trainer.common.model import prepare_model_for_training
+
+    model, _ = load(str(folder))
+    model = prepare_model_for_training(
+        model, lora_rank=RANK, lora_alpha=ALPHA, lora_dropout=0.0, verbose=False
+    )
+    rows = peer_rows(case, folder)
+    call, told = {"sft": train_peer, "mpo": prefer_peer}[case.split()[0]], Callback()
+    call(model, rows, folder, told)
+    return iter(told.rounds)
+
+
+class Callback:
+    """What mlx-vlm calls after each update."""
+
+    def __init__(self) -> None:
+        self.clock, self.rounds = Clock(), list[Round]()
+
+    def on_train_loss_report(self, told: dict[str, Any]) -> None:
+        self.rounds.append(self.clock.round(float(told["train_loss"])))
+
+    def on_val_loss_report(self, told: dict[str, Any]) -> None:
+        """There is no validation."""
+
+
+def train_peer(model: Any, rows: list[Any], folder: Path, told: Callback) -> None:
+    import mlx.optimizers as optim
+    from mlx_vlm.trainer.vlm.config import VLMTrainingArgs
+    from mlx_vlm.trainer.vlm.sft.runtime import train_vlm
+
+    asked = VLMTrainingArgs(**settings(rows), train_on_completions=True)
+    train_vlm(model, optim.AdamW(STILL), rows, None, asked, training_callback=told, seed=0)
+
+
+def prefer_peer(model: Any, rows: list[Any], folder: Path, told: Callback) -> None:
+    import mlx.optimizers as optim
+    from mlx_vlm import load
+    from mlx_vlm.trainer.vlm.dpo.trainer import DPOTrainingArgs, train_dpo
+
+    reference, _ = load(str(folder))
+    asked = DPOTrainingArgs(**settings(rows))
+    train_dpo(
+        model, reference, optim.AdamW(STILL), rows, None, asked, training_callback=told, seed=0
+    )
+
+
+def settings(rows: list[Any]) -> dict[str, Any]:
+    """Ask mlx-vlm for as many updates of one row each, nothing padded and nothing saved."""
+    return {
+        "batch_size": 1,
+        "iters": EPOCHS * len(rows),
+        "steps_per_report": 1,
+        "steps_per_eval": None,
+        "steps_per_save": 10**9,
+        "max_seq_length": 10**5,
+        "pad_to_multiple": 1,
+        "adapter_file": str(Path(tempfile.mkdtemp()) / "adapters.safetensors"),
+    }
+
+
+def peer_rows(case: str, folder: Path) -> list[Any]:
+    """Hand our ids and pixels to mlx-vlm, whose own prompt is not InternVL3's."""
+    from internvl3_mlx.training.samples import Pair
+
+    made = samples(case, folder)
+    rows: list[Any] = []
+    for one in made:
+        if not isinstance(one, Pair):
+            rows.append(peer_row(one.ids, one.supervised, one.seen))
+            continue
+        pair = {}
+        for name, answer in (("chosen", one.chosen), ("rejected", one.rejected)):
+            ids = np.concatenate([one.prompt.ids, answer])
+            learned = np.arange(len(ids)) >= len(one.prompt.ids)
+            pair[name] = peer_row(ids, learned, one.prompt.seen)
+        rows.append(pair)
+    return rows
+
+
+def peer_row(ids: np.ndarray, learned: np.ndarray, seen: Any) -> dict[str, mx.array]:
+    from internvl3_mlx.images.pixels import normalize
+
+    pixels = normalize(np.concatenate([picture.tiles for picture in seen]))
+    return {
+        "input_ids": mx.array(ids),
+        "attention_mask": mx.ones(len(ids), mx.int32),
+        "completion_mask": mx.array(learned.astype(np.int32)),
+        "pixel_values": mx.array(pixels.transpose(0, 3, 1, 2)),
+    }
+
+
+def samples(case: str, folder: Path) -> list[Any]:
+    """Make the samples or pairs of a case, as our trainer reads them."""
+    from internvl3_mlx.training.data_settings import DataSettings
+    from internvl3_mlx.training.ground import preparer_of
+    from internvl3_mlx.training.samples import Maker
+    from internvl3_mlx.training.sources import open_data
+
+    maker = Maker(preparer_of(folder), DataSettings(method=case.split()[0]))
+    data = open_data(row_files(folder, case), settings=maker.settings)
+    assert data is not None
+    make = maker.pair if maker.settings.pairs else maker.sample
+    return [make(entry) for entry in data]
+
+
+def tokens(case: str, folder: Path) -> float:
+    """Count the tokens of a row, the prompt of a pair once for each answer."""
+    rows = samples(case, folder)
+    if not case.startswith("mpo"):
+        return mean(len(row.ids) for row in rows)
+    return mean(2 * len(p.prompt.ids) + len(p.chosen) + len(p.rejected) for p in rows)
+
+
+RUNS = {OURS: ours, "mlx-vlm": peer}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
