@@ -1,0 +1,72 @@
+"""Say what sets the stages of the training apart: rates, losses, and the shapes of pictures."""
+
+from dataclasses import dataclass
+
+Grid = tuple[int, int]
+
+# Grid -> share of the batches.
+MOSTLY_SQUARE: dict[Grid, float] = {
+    (1, 1): 0.80,
+    (2, 1): 0.045,
+    (1, 2): 0.045,
+    (2, 2): 0.07,
+    (3, 1): 0.012,
+    (1, 3): 0.012,
+    (4, 1): 0.008,
+    (1, 4): 0.008,
+}
+MOSTLY_LONG: dict[Grid, float] = {
+    (1, 1): 0.26,
+    (2, 1): 0.14,
+    (1, 2): 0.16,
+    (2, 2): 0.14,
+    (3, 1): 0.16,
+    (1, 3): 0.08,
+    (4, 1): 0.03,
+    (1, 4): 0.03,
+}
+TASK_WEIGHT = {
+    "where": 1.3,
+    "exists": 1.2,
+    "at": 0.8,
+    "list": 0.6,
+    "count_all": 1.0,
+    "color": 1.2,
+    "shape": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Say what a stage draws: shares of grids, weights of tasks (others: 1), share of delta 1.
+
+    The rows outside the share ``whole`` draw their delta evenly from all nine.
+    """
+
+    grids: dict[Grid, float]
+    tasks: dict[str, float]
+    whole: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Set a stage's learning rates and what its losses weigh.
+
+    ``tower`` is the tower's share of the learning rate (what already sees changes slowly),
+    ``seeing`` the weight of the dense labels' loss.
+    """
+
+    muon: float
+    adam: float
+    tower: float
+    seeing: float
+    lessons: Lessons
+
+
+EVEN = Lessons(MOSTLY_SQUARE, TASK_WEIGHT)
+LONG = Lessons(MOSTLY_LONG, {**TASK_WEIGHT, "at": 1.2, "count_all": 2.0}, whole=0.25)
+STAGES = {
+    "see": Stage(muon=0.01, adam=2e-3, tower=1.0, seeing=1.0, lessons=EVEN),
+    "ask": Stage(muon=0.02, adam=2e-3, tower=0.2, seeing=0.3, lessons=EVEN),
+    "widen": Stage(muon=0.009, adam=9e-4, tower=0.5, seeing=0.3, lessons=LONG),
+}
