@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 Grid = tuple[int, int]
+ONE: Grid = (1, 1)
 
 # Grid -> share of the batches.
 MOSTLY_SQUARE: dict[Grid, float] = {
-    (1, 1): 0.80,
+    ONE: 0.80,
     (2, 1): 0.045,
     (1, 2): 0.045,
     (2, 2): 0.07,
@@ -16,14 +17,14 @@ MOSTLY_SQUARE: dict[Grid, float] = {
     (1, 4): 0.008,
 }
 MOSTLY_LONG: dict[Grid, float] = {
-    (1, 1): 0.26,
-    (2, 1): 0.14,
-    (1, 2): 0.16,
-    (2, 2): 0.14,
-    (3, 1): 0.16,
-    (1, 3): 0.08,
-    (4, 1): 0.03,
-    (1, 4): 0.03,
+    ONE: 0.54,
+    (2, 1): 0.08,
+    (1, 2): 0.10,
+    (2, 2): 0.09,
+    (3, 1): 0.11,
+    (1, 3): 0.04,
+    (4, 1): 0.02,
+    (1, 4): 0.02,
 }
 TASK_WEIGHT = {
     "where": 1.3,
@@ -38,13 +39,15 @@ TASK_WEIGHT = {
 
 @dataclass(frozen=True)
 class Lessons:
-    """Say what a stage draws: shares of grids, weights of tasks (others: 1), share of delta 1.
+    """Say what a stage draws: shares of grids, and weights of tasks (others: 1).
 
-    The rows outside the share ``whole`` draw their delta evenly from all nine.
+    ``squashed`` is the share of single tiles that show a long picture whole, as a thumbnail does.
+    ``whole`` is the share of rows with delta 1; the others draw evenly from all nine.
     """
 
     grids: dict[Grid, float]
     tasks: dict[str, float]
+    squashed: float = 0.0
     whole: float = 0.0
 
 
@@ -64,9 +67,9 @@ class Stage:
 
 
 EVEN = Lessons(MOSTLY_SQUARE, TASK_WEIGHT)
-LONG = Lessons(MOSTLY_LONG, {**TASK_WEIGHT, "at": 1.2, "count_all": 2.0}, whole=0.25)
+LONG = Lessons(MOSTLY_LONG, {**TASK_WEIGHT, "at": 1.2, "count_all": 2.0}, squashed=0.6, whole=0.25)
 STAGES = {
     "see": Stage(muon=0.01, adam=2e-3, tower=1.0, seeing=1.0, lessons=EVEN),
     "ask": Stage(muon=0.02, adam=2e-3, tower=0.2, seeing=0.3, lessons=EVEN),
-    "widen": Stage(muon=0.009, adam=9e-4, tower=0.5, seeing=0.3, lessons=LONG),
+    "widen": Stage(muon=0.009, adam=9e-4, tower=0.8, seeing=0.6, lessons=LONG),
 }

@@ -14,7 +14,7 @@ from examples.demo_model.model import InternVL
 from examples.demo_model.questions import Question
 from examples.demo_model.rows import DELTAS, draw_delta
 from examples.demo_model.sprites import SpriteBank
-from examples.demo_model.stages import STAGES
+from examples.demo_model.stages import ONE, STAGES, Lessons
 from examples.demo_model.tokenizer import learn
 
 
@@ -75,11 +75,24 @@ def test_fresh_heads_pass_nothing_back_to_a_trained_tower(small_job, tmp_path, t
     assert not patches.grad.any()
 
 
-def test_widening_draws_mostly_pictures_of_several_tiles():
-    shares = {name: stage.lessons.grids for name, stage in STAGES.items()}
-    for grids in shares.values():
-        assert sum(grids.values()) == pytest.approx(1)
-    assert shares["ask"][1, 1] > 0.5 > shares["widen"][1, 1]
+def test_widening_draws_mostly_long_and_large_pictures():
+    lessons = {name: stage.lessons for name, stage in STAGES.items()}
+    for each in lessons.values():
+        assert sum(each.grids.values()) == pytest.approx(1)
+    square = {name: each.grids[ONE] * (1 - each.squashed) for name, each in lessons.items()}
+    assert square["ask"] > 0.5 > square["widen"] > 0.2
+
+
+def test_long_pictures_are_shown_whole_in_one_tile(monkeypatch):
+    monkeypatch.setattr(batches, "SpriteBank", partial(SpriteBank, variants=1))
+    monkeypatch.setattr(SpriteBank, "SIDES", (30, 60))
+    lessons = Lessons({ONE: 1 - 1e-9, (3, 1): 1e-9}, {}, squashed=1.0)
+    maker = batches.BatchMaker(None, lessons, rank=0, pictures=4)
+    batch = maker.make(0)
+    assert batch.tiles.shape == (4, 1, 112, 112, 3)
+    assert batch.labels.token.shape == (4, 16)
+    random = np.random.default_rng(0)
+    assert {batches.POLICY.grid(*maker.size(random, ONE)) for _ in range(9)} == {(3, 1)}
 
 
 def test_a_share_of_the_rows_keeps_delta_one():
