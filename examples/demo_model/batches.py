@@ -10,6 +10,7 @@ from examples.demo_model.questions import Question, ask
 from examples.demo_model.rows import Row, RowBuilder
 from examples.demo_model.scenes import SEEN, Scene, compose
 from examples.demo_model.sprites import SpriteBank
+from examples.demo_model.stages import ONE, Grid, Lessons
 from examples.demo_model.vocabulary import TRAIN_STYLES
 from internvl3_mlx.images.pixels import TilePolicy, to_tiles
 
@@ -17,26 +18,7 @@ TRAINING_SEED = 1  # first word of every training seed; evaluation uses another
 BANK_STEPS = 300  # steps after which sprites are drawn anew
 TILE = 112
 POLICY = TilePolicy(tile_size=TILE, max_tiles=4)
-# Grid -> share of the batches, and how many pictures of it cost about as much as one single tile.
-GRIDS = {
-    (1, 1): 0.80,
-    (2, 1): 0.045,
-    (1, 2): 0.045,
-    (2, 2): 0.07,
-    (3, 1): 0.012,
-    (1, 3): 0.012,
-    (4, 1): 0.008,
-    (1, 4): 0.008,
-}
-TASK_WEIGHT = {
-    "where": 1.3,
-    "exists": 1.2,
-    "at": 0.8,
-    "list": 0.6,
-    "count_all": 1.0,
-    "color": 1.2,
-    "shape": 0.6,
-}
+THUMBNAIL_ONLY = TilePolicy(tile_size=TILE, max_tiles=1)
 ONLY_ONE = 0.25  # weight of a count whose answer is 1: most things in most pictures come once
 QUESTIONS = 6  # asked about each picture
 
@@ -53,8 +35,8 @@ class Batch:
 class BatchMaker:
     """Make the batch of any step from its number alone, so that training resumes exactly."""
 
-    def __init__(self, rows: RowBuilder | None, *, rank: int, pictures: int):
-        self.rows, self.rank, self.pictures = rows, rank, pictures
+    def __init__(self, rows: RowBuilder | None, lessons: Lessons, *, rank: int, pictures: int):
+        self.rows, self.lessons, self.rank, self.pictures = rows, lessons, rank, pictures
         self.bank: SpriteBank | None = None
         self.bank_age = -1
 
@@ -62,21 +44,29 @@ class BatchMaker:
         """Make a batch; ``many_tiles`` scales the share of pictures with several tiles."""
         random = np.random.default_rng((TRAINING_SEED, self.rank, step))
         self.renew(step // BANK_STEPS)
-        shares = np.array(
-            [share * (1 if grid == (1, 1) else many_tiles) for grid, share in GRIDS.items()]
-        )
-        grid = list(GRIDS)[random.choice(len(GRIDS), p=shares / shares.sum())]
+        grid = draw_grid(random, self.lessons.grids, one=1.0, several=many_tiles)
         count = max(4, round(self.pictures / tile_total(grid) ** 0.8))
         scenes = [
-            compose(random, picture_size(random, grid), SEEN, self.bank.draw) for _ in range(count)
+            compose(random, self.size(random, grid), SEEN, self.bank.draw) for _ in range(count)
         ]
-        tiles = np.stack([to_tiles(Image.fromarray(scene.pixels), POLICY) for scene in scenes])
+        policy = THUMBNAIL_ONLY if grid == ONE else POLICY
+        tiles = np.stack([to_tiles(Image.fromarray(scene.pixels), policy) for scene in scenes])
         labels = label(scenes, grid, TILE)
+        if self.rows is None:
+            return Batch(tiles, labels, None)
+        asked = choose(random, scenes, self.lessons.tasks)
         return Batch(
             tiles,
             labels,
-            self.rows and self.rows.build(random, tiles.shape[1], choose(random, scenes)),
+            self.rows.build(random, tiles.shape[1], asked, whole=self.lessons.whole),
         )
+
+    def size(self, random: np.random.Generator, grid: Grid) -> tuple[int, int]:
+        """Draw a size for a grid; a share of the single tiles show a long picture whole."""
+        squashed = self.lessons.squashed
+        if grid == ONE and squashed and random.random() < squashed:
+            return picture_size(random, draw_grid(random, self.lessons.grids, one=0.0, several=1.0))
+        return picture_size(random, grid)
 
     def renew(self, age: int) -> None:
         """Draw new sprite variations when the old ones have served long enough."""
@@ -87,14 +77,23 @@ class BatchMaker:
             )
 
 
-def tile_total(grid: tuple[int, int]) -> int:
+def draw_grid(
+    random: np.random.Generator, shares: dict[Grid, float], *, one: float, several: float
+) -> Grid:
+    """Draw a grid by shares, those of one tile and of several scaled."""
+    grids = list(shares)
+    wanted = np.array([shares[grid] * (one if grid == ONE else several) for grid in grids])
+    return grids[random.choice(len(grids), p=wanted / wanted.sum())]
+
+
+def tile_total(grid: Grid) -> int:
     """Count a grid's tiles with the thumbnail."""
-    return 1 if grid == (1, 1) else grid[0] * grid[1] + 1
+    return 1 if grid == ONE else grid[0] * grid[1] + 1
 
 
-def picture_size(random: np.random.Generator, grid: tuple[int, int]) -> tuple[int, int]:
+def picture_size(random: np.random.Generator, grid: Grid) -> tuple[int, int]:
     """Draw a (width, height) that the tiling rule cuts into this grid."""
-    if grid == (1, 1) and random.random() < 0.6:
+    if grid == ONE and random.random() < 0.6:
         return TILE, TILE
     while True:
         aspect = grid[0] / grid[1] * np.exp(random.uniform(-0.35, 0.35))
@@ -104,20 +103,22 @@ def picture_size(random: np.random.Generator, grid: tuple[int, int]) -> tuple[in
             return size
 
 
-def choose(random: np.random.Generator, scenes: list[Scene]) -> list[list[Question]]:
+def choose(
+    random: np.random.Generator, scenes: list[Scene], tasks: dict[str, float]
+) -> list[list[Question]]:
     """Pick a few questions about each scene, the weighty tasks more often."""
     chosen = []
     for scene in scenes:
         questions = ask(scene.items, random)
-        weights = np.array([weight(question) for question in questions])
+        weights = np.array([weight(question, tasks) for question in questions])
         # Exponential races: the smallest times are a weighted sample without replacement.
         order = np.argsort(random.exponential(size=len(questions)) / weights)[:QUESTIONS]
         chosen.append([questions[index] for index in order])
     return chosen
 
 
-def weight(question: Question) -> float:
+def weight(question: Question, tasks: dict[str, float]) -> float:
     """Say how much a question is wanted."""
     if question.task in ("count", "count_all") and question.answer == "1":
         return ONLY_ONE
-    return TASK_WEIGHT.get(question.task, 1.0)
+    return tasks.get(question.task, 1.0)

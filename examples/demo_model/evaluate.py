@@ -8,6 +8,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def main() -> None:
     """Answer every column, print the table and write it as JSON."""
     options = parse()
     ask = torch_asker(options.run) if options.run else library_asker(options.model)
-    table: dict[str, dict] = {}
+    table: dict[str, Any] = {"items": options.items}
     said: list[str] = []
     for name in options.columns:
         column = COLUMNS[name]

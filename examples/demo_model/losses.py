@@ -59,6 +59,11 @@ class SeeingHeads(nn.Module):
             + F.binary_cross_entropy_with_logits(self.home(unit)[..., 0], labels["home"])
         )
 
+    def blank(self) -> None:
+        """Start at zero: heads that know nothing yet then pass nothing back to a trained tower."""
+        for parameter in (*self.patch.parameters(), *self.home.parameters()):
+            nn.init.zeros_(parameter)
+
 
 def word_id(tokenizer: Tokenizer, word: str) -> int:
     """Give the id of a word that must be one token."""

@@ -1,16 +1,20 @@
 """Put a converted model into the package: its card, with measured figures, and sample pictures.
 
 ``python -m examples.demo_model.publish --table table.json --out internvl3_mlx/demo``
+
+Several tables that were measured side by side, each with its own columns, become one.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from examples.demo_model.heldout import COLUMNS, TASKS, drawer, enlarge
+from examples.demo_model.batches import POLICY, tile_total
+from examples.demo_model.heldout import COLUMNS, TASKS, Column, drawer, enlarge
 from examples.demo_model.questions import TEMPLATES
 from examples.demo_model.scenes import SEEN, Cell, Thing, draw
 from examples.demo_model.vocabulary import CATEGORIES, COLORS, NAMES, SHAPES
@@ -81,12 +85,22 @@ SAMPLES: dict[str, tuple[tuple[int, int], Plan, str, str]] = {
 def main() -> None:
     """Write the card and the samples."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", type=Path, required=True, help="what evaluate wrote with --out")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", required=True, help="what evaluate wrote with --out"
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     write_samples(options.out / "samples")
-    table = json.loads(options.table.read_text())
+    table = joined([json.loads(path.read_text()) for path in options.table])
     (options.out / "README.md").write_text(card(table))
+
+
+def joined(tables: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make one table of several; all must have asked the same number of questions per task."""
+    numbers = {table["items"] for table in tables}
+    if len(numbers) > 1:
+        raise SystemExit(f"the tables have {sorted(numbers)} items a task; measure all with one")
+    return {name: part for table in tables for name, part in table.items()}
 
 
 def write_samples(folder: Path) -> None:
@@ -107,7 +121,7 @@ def sample(random: np.random.Generator, size: tuple[int, int], plan: Plan) -> Im
     return enlarge(draw(random, size, plan, SEEN, drawer(SEEN)).pixels, SCALE)
 
 
-def card(table: dict[str, dict]) -> str:
+def card(table: dict[str, Any]) -> str:
     """Write the model card from the measured table."""
     square = table["square"]
     told = [task for task in TASKS if passes(square[task])]
@@ -119,6 +133,7 @@ def card(table: dict[str, dict]) -> str:
         room=", ".join(f"*{task}* ({percent(square[task]['right'])})" for task in room),
         columns=columns(told, table),
         deltas=deltas(told, table),
+        number=table["items"],
         names=", ".join(NAMES),
         categories=", ".join(CATEGORIES),
         colors=", ".join(COLORS),
@@ -149,21 +164,26 @@ def rows(tasks: list[str], square: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def columns(told: list[str], table: dict[str, dict]) -> str:
+def columns(told: list[str], table: dict[str, Any]) -> str:
     """Write the held-out columns, one line each, for the tasks that are told."""
     lines = [
-        "| pictures | " + " | ".join(told) + " | mean |",
-        "|---" * (len(told) + 2) + "|",
+        "| pictures | tiles | " + " | ".join(told) + " | mean |",
+        "|---" * (len(told) + 3) + "|",
     ]
     for name in COLUMNS:
         if name in table:
             shares = [table[name][task]["right"] for task in told]
             cells = [percent(share) for share in [*shares, sum(shares) / len(shares)]]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {tiles(COLUMNS[name])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def deltas(told: list[str], table: dict[str, dict]) -> str:
+def tiles(column: Column) -> int:
+    """Count the tiles that a column's pictures are cut into, the thumbnail among them."""
+    return tile_total(POLICY.grid(*(side * column.scale for side in column.size)))
+
+
+def deltas(told: list[str], table: dict[str, Any]) -> str:
     """Write accuracy at each V2PE delta."""
     by_task = {task: table["deltas"][task] for task in told}
     names = list(next(iter(by_task.values())))

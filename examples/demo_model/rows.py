@@ -62,13 +62,20 @@ class RowBuilder:
         """Give the ids from the question to the open answer."""
         return self.encode(f"{text}<|im_end|>\n<|im_start|>assistant\n")
 
-    def build(self, random: np.random.Generator, tiles: int, asked: list[list[Question]]) -> Row:
-        """Build the rows of pictures with the same number of tiles; each gets its own delta."""
+    def build(
+        self,
+        random: np.random.Generator,
+        tiles: int,
+        asked: list[list[Question]],
+        *,
+        whole: float = 0.0,
+    ) -> Row:
+        """Build the rows of pictures with the same number of tiles; each gets its own delta.
+
+        ``whole`` is the share of rows whose delta is 1; the others draw from all nine.
+        """
         talk = random.random() < TALK
-        made = [
-            self.row(tiles, questions, DELTAS[random.integers(len(DELTAS))], talk)
-            for questions in asked
-        ]
+        made = [self.row(tiles, questions, draw_delta(random, whole), talk) for questions in asked]
         length = max(len(ids) for ids, *_ in made)
         ids, targets, positions, owners = (
             np.stack(
@@ -102,6 +109,13 @@ class RowBuilder:
             owners += [0 if talk else number] * (len(prompt) + len(answer))
             start = positions[-1] + 1 if talk else start
         return np.array(ids), np.array(targets), np.array(positions), np.array(owners)
+
+
+def draw_delta(random: np.random.Generator, whole: float) -> float:
+    """Draw one of the nine deltas, with an extra share for 1."""
+    if whole and random.random() < whole:
+        return 1.0
+    return DELTAS[random.integers(len(DELTAS))]
 
 
 def visual_positions(ids: list[int], image_id: int, delta: float) -> list[float]:

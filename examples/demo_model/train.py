@@ -1,10 +1,14 @@
-"""Train the demo model in two stages, resumable exactly.
+"""Train the demo model in stages, resumable exactly.
 
-Stage ``see`` trains the tower and the projector on dense labels; stage ``ask`` trains everything on
-questions::
+Stage ``see`` trains the tower and the projector on dense labels, ``ask`` trains everything on
+questions, and ``widen`` goes on with long and large pictures::
 
     python -m examples.demo_model.train see --run runs/see --steps 3000
     python -m examples.demo_model.train ask --run runs/ask --start runs/see --steps 9000
+    python -m examples.demo_model.train widen --run runs/wide --start runs/ask --steps 2000
+
+``--start`` takes the folder of the stage before, or a converted checkpoint such as
+``internvl3_mlx/demo``.
 
 Run the same command again to go on. The plan in ``RUN/plan.json`` is read every 20 steps: edit
 ``steps`` and ``decay_from`` there to let a running training end sooner or later.
@@ -26,15 +30,14 @@ from examples.demo_model.batches import Batch, BatchMaker
 from examples.demo_model.losses import SeeingHeads, answer_loss, to_device
 from examples.demo_model.model import DemoConfig, InternVL
 from examples.demo_model.optim import Muon, rate, split
+from examples.demo_model.published import published_weights
 from examples.demo_model.rows import RowBuilder
+from examples.demo_model.stages import STAGES
 from examples.demo_model.tokenizer import open_tokenizer
 from internvl3_mlx.images.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 WARMUP = 100
-MUON_RATE, ADAM_RATE = {"see": 0.01, "ask": 0.02}, 2e-3
-TOWER_SHARE = {"see": 1.0, "ask": 0.2}  # of the learning rate: what already sees changes slowly
 CLIP = 2.0  # largest gradient norm of what AdamW trains
-SEEING_SHARE = {"see": 1.0, "ask": 0.3}  # weight of the dense labels' loss
 SAVE_SECONDS, LOG_STEPS, PLAN_STEPS = 180, 20, 20
 
 
@@ -55,9 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=SEEING_SHARE)
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--run", type=Path, required=True, help="folder of this training's state")
-    parser.add_argument("--start", type=Path, help="folder of the stage before")
+    parser.add_argument("--start", type=Path, help="stage before, or a converted checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--workers", type=int, default=1, help="processes that share the work (cpu)"
@@ -124,7 +127,7 @@ class Trainer:
     needs."""
 
     def __init__(self, job: Job, rank: int):
-        self.job, self.device = job, torch.device(job.device)
+        self.job, self.stage, self.device = job, STAGES[job.stage], torch.device(job.device)
         tokenizer = open_tokenizer(job.run / "tokenizer.json")
         config = DemoConfig(tokenizer.get_vocab_size())
         torch.manual_seed(0)
@@ -133,11 +136,14 @@ class Trainer:
         rows = RowBuilder(tokenizer, config.tokens_per_tile)
         self.image_id = rows.image_id
         self.batches = BatchMaker(
-            rows if job.stage == "ask" else None, rank=rank, pictures=job.pictures
+            None if job.stage == "see" else rows,
+            self.stage.lessons,
+            rank=rank,
+            pictures=job.pictures,
         )
-        matrices, rest = split({"model": self.model, "heads": self.heads}, TOWER_SHARE[job.stage])
-        self.muon = Muon(matrices, MUON_RATE[job.stage])
-        self.adam = torch.optim.AdamW(rest, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        matrices, rest = split({"model": self.model, "heads": self.heads}, self.stage.tower)
+        self.muon = Muon(matrices, self.stage.muon)
+        self.adam = torch.optim.AdamW(rest, self.stage.adam, betas=(0.9, 0.98), weight_decay=0.01)
         self.clipped = [parameter for group in rest for parameter in group["params"]]
         self.owned = [*self.model.parameters(), *self.heads.parameters()]
         mean, std = (
@@ -164,6 +170,9 @@ class Trainer:
             for name, part in self.parts().items():
                 part.load_state_dict(state[name])
             self.done = state["done"]
+        elif self.job.start and not (self.job.start / "state.pt").exists():
+            self.model.load_state_dict(published_weights(self.job.start))
+            self.heads.blank()
         elif self.job.start:
             state = torch.load(
                 self.job.start / "state.pt", weights_only=True, map_location=self.device
@@ -198,11 +207,11 @@ class Trainer:
 
     def update(self, batch: Batch, factor: float) -> Tensor:
         """Take one step; give (loss, dense loss, answer loss, share of right answer tokens)."""
-        for optimizer, base in ((self.muon, MUON_RATE[self.job.stage]), (self.adam, ADAM_RATE)):
+        for optimizer, base in ((self.muon, self.stage.muon), (self.adam, self.stage.adam)):
             for group in optimizer.param_groups:
                 group["lr"] = base * group["share"] * factor
         seeing, answers, right = self.losses(batch)
-        loss = SEEING_SHARE[self.job.stage] * seeing + answers
+        loss = self.stage.seeing * seeing + answers
         loss.backward()
         if self.job.workers > 1:
             self.share_gradients()

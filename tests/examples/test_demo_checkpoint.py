@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import internvl3_mlx.demo
 from examples.demo_model.batches import POLICY
-from examples.demo_model.evaluate import decode
+from examples.demo_model.evaluate import decode, library_asker
 from examples.demo_model.heldout import COLUMNS, items
 from examples.demo_model.model import DemoConfig, InternVL
+from examples.demo_model.published import published_weights
 from examples.demo_model.rows import RowBuilder
 from examples.demo_model.tokenizer import open_tokenizer
 from internvl3_mlx import load
+from internvl3_mlx.generation.vlm import VLM
 from internvl3_mlx.images.pixels import normalize, to_tiles
 
 DEMO = Path(internvl3_mlx.demo.__file__).parent
@@ -25,7 +26,8 @@ LARGEST_BYTES = 8_000_000
 TOLERANCE = 2e-4  # float32, largest difference over largest magnitude
 TOLD = ["name", "category", "color", "count_all", "where", "exists"]
 FEW, ENOUGH = 24, 0.75  # a sanity check; the card tells what 200 pictures a task give
-PATCH = "vision_model.embeddings.patch_embedding.weight"
+LONG = {"phone 9:19": 3, "panorama 3:1": 4}  # tiles, the thumbnail among them
+LARGE = {"large square": 5, "portrait 3:4": 5, "photo 4:3, 12 MP": 5, "wide 16:9": 3}
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +38,9 @@ def shipped():
 @pytest.fixture(scope="module")
 def original():
     """Fill the recipe's own PyTorch model with the shipped weights."""
-    weights = {
-        name: tensor.float() for name, tensor in load_file(DEMO / "model.safetensors").items()
-    }
-    if weights[PATCH].shape[1] != 3:  # MLX keeps channels last
-        weights[PATCH] = weights[PATCH].permute(0, 3, 1, 2).contiguous()
     tokenizer = open_tokenizer(DEMO / "tokenizer.json")
     model = InternVL(DemoConfig(tokenizer.get_vocab_size())).eval()
-    model.load_state_dict(weights)
+    model.load_state_dict(published_weights(DEMO))
     return model, RowBuilder(tokenizer, model.config.tokens_per_tile)
 
 
@@ -79,6 +76,36 @@ def test_new_pictures_are_answered_right_and_as_pytorch_answers(shipped, origina
     assert ours == decode(*original, tiles, [item.question.text for item in asked], 1.0)
     right = [answer == item.question.answer for answer, item in zip(ours, asked, strict=True)]
     assert np.mean(right) >= ENOUGH
+
+
+@pytest.mark.parametrize("column", LONG)
+@pytest.mark.parametrize("task", ["name", "count_all", "where", "at"])
+def test_long_pictures_are_answered_right(shipped, column, task):
+    asked = items(task, COLUMNS[column], FEW)
+    answers = [shipped.ask(item.question.text, [item.picture]).text for item in asked]
+    right = [answer == item.question.answer for answer, item in zip(answers, asked, strict=True)]
+    assert np.mean(right) >= ENOUGH
+
+
+@pytest.mark.parametrize(("column", "tiles"), [("square", 1), *LONG.items(), *LARGE.items()])
+def test_the_evaluation_asks_about_all_tiles_of_whole_pictures(monkeypatch, column, tiles):
+    seen, prepare = [], VLM.prepared
+
+    def prepared(vlm, question, images, settings):
+        inputs = prepare(vlm, question, images, settings)
+        seen.append((images[0].size, inputs.num_tiles, inputs.image_tokens))
+        return inputs
+
+    monkeypatch.setattr(VLM, "prepared", prepared)
+    (item,) = items("name", COLUMNS[column], 1)
+    library_asker("demo")([item.picture], [item.question.text], 1.0)
+    scaled = tuple(side * COLUMNS[column].scale for side in COLUMNS[column].size)
+    assert seen == [(scaled, [tiles], 16 * tiles)]
+
+
+def test_the_largest_pictures_have_twelve_megapixels():
+    (item,) = items("name", COLUMNS["photo 4:3, 12 MP"], 1)
+    assert item.picture.width * item.picture.height >= 12_000_000
 
 
 @pytest.mark.parametrize("sample", json.loads((DEMO / "samples" / "samples.json").read_text()))

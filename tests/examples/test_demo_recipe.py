@@ -2,21 +2,22 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from fixtures.tiny_demo import TINY
 from PIL import Image
 
-from examples.demo_model import batches, export, heldout, scenes, train
+from examples.demo_model import batches, export, heldout, scenes
 from examples.demo_model.labels import IGNORE, label
-from examples.demo_model.model import DemoConfig, InternVL, pixel_shuffle
+from examples.demo_model.model import InternVL, pixel_shuffle
 from examples.demo_model.optim import orthogonal, rate
 from examples.demo_model.questions import Item, Question, ask
 from examples.demo_model.rows import DELTAS, RowBuilder, visual_positions
 from examples.demo_model.scenes import SEEN, Cell, Thing, draw
-from examples.demo_model.sprites import SpriteBank, atlas, draw_sprite
+from examples.demo_model.sprites import atlas, draw_sprite
+from examples.demo_model.stages import MOSTLY_LONG, MOSTLY_SQUARE
 from examples.demo_model.tokenizer import SPECIAL, learn
 from examples.demo_model.vocabulary import (
     COLORS,
@@ -30,19 +31,6 @@ from examples.demo_model.vocabulary import (
 )
 from internvl3_mlx.images.pixels import TilePolicy, to_tiles
 from internvl3_mlx.prompt import positions as library_positions
-
-TINY = DemoConfig(
-    vocab_size=734,
-    vision_width=24,
-    vision_layers=1,
-    vision_heads=3,
-    vision_mlp=40,
-    text_width=48,
-    text_layers=2,
-    text_heads=6,
-    text_kv_heads=2,
-    text_mlp=56,
-)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +118,7 @@ def test_the_thumbnail_is_labelled_last_and_alone_knows_sides(rng):
 
 
 def test_every_grid_gets_pictures_that_the_tiling_rule_cuts_so(rng):
-    for grid in batches.GRIDS:
+    for grid in {**MOSTLY_SQUARE, **MOSTLY_LONG}:
         size = batches.picture_size(rng, grid)
         assert batches.POLICY.grid(*size) == grid
         tiles = to_tiles(Image.new("RGB", size), batches.POLICY)
@@ -200,33 +188,6 @@ def test_muon_updates_are_orthogonal():
 def test_the_rate_ramps_holds_and_falls_to_zero():
     factors = [rate(step, warmup=4, decay_from=6, steps=10) for step in (0, 3, 5, 6, 8, 10)]
     assert factors == [0.25, 1.0, 1.0, 1.0, 0.5, 0.0]
-
-
-@pytest.fixture
-def small_job(monkeypatch, tmp_path, tokenizer):
-    """Give a job of three pictures a step over a model of a few thousand parameters."""
-    monkeypatch.setattr(batches, "SpriteBank", partial(SpriteBank, variants=1))
-    monkeypatch.setattr(SpriteBank, "SIDES", (30, 60))
-    monkeypatch.setattr(train, "DemoConfig", lambda vocab: replace(TINY, vocab_size=vocab))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "plan.json").write_text(json.dumps({"steps": 4, "decay_from": 2}))
-    return train.Job("ask", tmp_path, None, "cpu", 1, 3)
-
-
-def test_a_resumed_run_equals_one_that_was_never_stopped(small_job):
-    straight = train.Trainer(small_job, rank=0)
-    figures = [f for _, f in straight.steps()]
-    assert len(figures) == 4
-    first = train.Trainer(small_job, rank=0)
-    for step, _ in first.steps():
-        if step == 2:
-            first.save(step)
-            break
-    second = train.Trainer(small_job, rank=0)
-    second.load()
-    assert [step for step, _ in second.steps()] == [3, 4]
-    for name, tensor in straight.model.state_dict().items():
-        torch.testing.assert_close(second.model.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 def test_training_and_evaluation_never_share_a_seed():

@@ -1,0 +1,75 @@
+"""Say what sets the stages of the training apart: rates, losses, and the shapes of pictures."""
+
+from dataclasses import dataclass
+
+Grid = tuple[int, int]
+ONE: Grid = (1, 1)
+
+# Grid -> share of the batches.
+MOSTLY_SQUARE: dict[Grid, float] = {
+    ONE: 0.80,
+    (2, 1): 0.045,
+    (1, 2): 0.045,
+    (2, 2): 0.07,
+    (3, 1): 0.012,
+    (1, 3): 0.012,
+    (4, 1): 0.008,
+    (1, 4): 0.008,
+}
+MOSTLY_LONG: dict[Grid, float] = {
+    ONE: 0.54,
+    (2, 1): 0.08,
+    (1, 2): 0.10,
+    (2, 2): 0.09,
+    (3, 1): 0.11,
+    (1, 3): 0.04,
+    (4, 1): 0.02,
+    (1, 4): 0.02,
+}
+TASK_WEIGHT = {
+    "where": 1.3,
+    "exists": 1.2,
+    "at": 0.8,
+    "list": 0.6,
+    "count_all": 1.0,
+    "color": 1.2,
+    "shape": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Say what a stage draws: shares of grids, and weights of tasks (others: 1).
+
+    ``squashed`` is the share of single tiles that show a long picture whole, as a thumbnail does.
+    ``whole`` is the share of rows with delta 1; the others draw evenly from all nine.
+    """
+
+    grids: dict[Grid, float]
+    tasks: dict[str, float]
+    squashed: float = 0.0
+    whole: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Set a stage's learning rates and what its losses weigh.
+
+    ``tower`` is the tower's share of the learning rate (what already sees changes slowly),
+    ``seeing`` the weight of the dense labels' loss.
+    """
+
+    muon: float
+    adam: float
+    tower: float
+    seeing: float
+    lessons: Lessons
+
+
+EVEN = Lessons(MOSTLY_SQUARE, TASK_WEIGHT)
+LONG = Lessons(MOSTLY_LONG, {**TASK_WEIGHT, "at": 1.2, "count_all": 2.0}, squashed=0.6, whole=0.25)
+STAGES = {
+    "see": Stage(muon=0.01, adam=2e-3, tower=1.0, seeing=1.0, lessons=EVEN),
+    "ask": Stage(muon=0.02, adam=2e-3, tower=0.2, seeing=0.3, lessons=EVEN),
+    "widen": Stage(muon=0.009, adam=9e-4, tower=0.8, seeing=0.6, lessons=LONG),
+}
