@@ -148,19 +148,3 @@ def test_without_a_measurement_or_a_wish_no_kernel_is_launched(vlm, by_kernels, 
     found, launched = by_kernels(lambda: vlm.ask(*ASKED, **settings), setting)
     assert found.token_ids == plain.token_ids
     assert launched == {}
-
-
-@pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize(("step", "launches"), [(8, True), (9, False)])
-def test_chunks_of_a_prompt_beyond_a_draft_are_left_to_mlx(
-    vlm, by_kernels, monkeypatch, bits, step, launches
-):
-    settings = {"max_tokens": 1, "kv_bits": bits, "system": ""}
-    text = "w" * step  # the whole prompt in two chunks
-    count = len(vlm.prepare(text, **settings).token_ids)
-    plain = vlm.ask(text, prefill_step_size=step, **settings)
-    found, launched = by_kernels(lambda: vlm.ask(text, prefill_step_size=step, **settings))
-    assert found.token_ids == plain.token_ids
-    rows = count % step or step
-    several = sum(launched.get(name, 0) for name in ("flash_rows", "flash_tiles"))
-    assert (several > LAYERS * (count // step)) == launches, (count, rows, launched)
