@@ -54,6 +54,7 @@ def measured(folder: Path, photo: Path, n: int, runs: int) -> dict[str, dict[str
 
     vlm = load(str(folder))
     vlm.tokenizer.stop_ids = frozenset()  # random weights must not end an answer early
+    vlm.ask(QUESTION, **{**DRAWN, "max_tokens": 1})  # the first draw imports and compiles
     answers, found = [], {}
     for name, way in WAYS.items():
         print(f"{name} ...", file=sys.stderr, flush=True)

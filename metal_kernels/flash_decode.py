@@ -122,9 +122,9 @@ def flash_decode_kernel(
     plan = planned(FlashVariant.of(q, store, causal), q.shape[0], kv_heads, capacity)
     given = lengths if isinstance(lengths, mx.array) else number(lengths, mx.int32)
     factor = number(q.shape[-1] ** -0.5 if scale is None else scale, mx.float32)
-    inputs = [q, *store.arrays, given.astype(mx.int32), factor]
+    inputs = [q.astype(store.dtype), *store.arrays, given.astype(mx.int32), factor]
     out, lse = dispatch.launch(JOIN, dispatch.launch(plan.program, inputs, plan.split), plan.join)
-    return out, lse
+    return out.astype(q.dtype), lse
 
 
 @lru_cache(maxsize=64)
@@ -202,7 +202,9 @@ class FlashVariant:
         _, heads, length, dim = q.shape
         sharing = heads // store.arrays[0].shape[1]
         causal = causal and length > 1
-        return flash_variant(q.dtype, store.bits, dim, store.group_size, sharing, length, causal)
+        return flash_variant(
+            store.dtype, store.bits, dim, store.group_size, sharing, length, causal
+        )
 
     @cached_property
     def name(self) -> str:

@@ -71,7 +71,9 @@ def new_row_kernel(
     """Run the kernel: one simdgroup for each token and key-value head."""
     batch, length, heads, _ = keys.shape
     positions = mx.broadcast_to(turn.positions, (batch, length))
-    inputs = [keys, values, turn.freqs if bias is None else bias, positions, turn.freqs]
+    keys, values = keys.astype(layout.dtype), values.astype(layout.dtype)
+    added = turn.freqs if bias is None else bias.astype(layout.dtype)  # not read unless biased
+    inputs = [keys, values, added, positions, turn.freqs]
     how = planned(new_row_variant(layout, bias is not None), batch, length, heads)
     return dispatch.launch(PROGRAM, inputs, how)[0]
 

@@ -22,6 +22,10 @@ class Dense:
     bits = WHOLE
 
     @property
+    def dtype(self) -> mx.Dtype:
+        return self.keys.dtype
+
+    @property
     def group_size(self) -> int:
         return self.keys.shape[-1]
 
@@ -42,6 +46,10 @@ class PackedRows:
 
     rows: mx.array
     layout: RowLayout
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.layout.dtype
 
     @property
     def bits(self) -> int:

@@ -27,7 +27,8 @@ def doctor(as_json: bool, quiet: bool) -> None:
 
     The report names device, system, versions and memory, holds no paths or names of yours, and is
     made to be pasted into an issue as it is. A kernel that does not work here falls back to MLX's
-    own operations; only a wrong result makes the exit code 1.
+    own operations; only a wrong result makes the exit code 1. INTERNVL3_KERNELS=off, on or force
+    says which kernels are used.
     """
     found: list[dict[str, str]] = []
     with progress.bar(quiet=quiet) as advance:

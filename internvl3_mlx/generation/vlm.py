@@ -126,7 +126,7 @@ class VLM:
         """Answer the same question ``n`` times: what differs is chance, so set a temperature.
 
         Prompt and pictures are read once and kept once, whatever ``n`` is. With a ``seed``, answer
-        i draws what ``ask`` would with ``seed + i``, but for rounding where two words are as likely.
+        i draws what ``ask`` would with ``seed + i``, but for rounding.
         """
         from internvl3_mlx.generation.samples import samples
 

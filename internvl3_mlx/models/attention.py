@@ -70,11 +70,12 @@ def takes_unturned(cache: AnyCache | None, length: int) -> TypeGuard[PackedKVCac
 def attend_kept(q: mx.array, cache: KVCache | PackedKVCache | SharedKVCache) -> mx.array:
     """Attend causally over a cache that holds these rows already: (B, H, L, D) -> (B, H, L, D).
 
-    By our kernel where it was measured to pay, else by MLX's own.
+    A few rows go to our kernel where it was measured to pay; a prompt never does.
     """
     if isinstance(cache, SharedKVCache):
         return attend_shared(q, cache)
-    return kernel.attend(q, cache.stored, cache.offset, causal=q.shape[2] > 1)
+    way = kernel.attend if q.shape[2] < UNPACK_FROM else kernel.attend_built_in
+    return way(q, cache.stored, cache.offset, causal=q.shape[2] > 1)
 
 
 def attend_shared(q: mx.array, cache: SharedKVCache) -> mx.array:

@@ -86,7 +86,8 @@
         float numbers[N];
         UNROLLED for (int j = 0; j < N; j++) numbers[j] = 0.0f;
         if (token < live) {
-          Store::template read<N>(value_rows + token * Store::WIDTH + Store::VALUES, chunk, numbers);
+          const device typename Store::word* part = value_rows + token * Store::WIDTH;
+          Store::template read<N>(part + Store::VALUES, chunk, numbers);
         }
         float2 pair = float2(0.0f);
         UNROLLED for (int g = 0; g < Store::GROUPS; g++) {
@@ -94,7 +95,9 @@
           pair = g == int(scales) ? theirs : pair;
         }
         UNROLLED for (int m = 0; m < M; m++) {
-          UNROLLED for (int j = 0; j < N; j++) o[m][j] += scores[m][i] * (numbers[j] * pair.x + pair.y);
+          UNROLLED for (int j = 0; j < N; j++) {
+            o[m][j] += scores[m][i] * (numbers[j] * pair.x + pair.y);
+          }
         }
       }
     }
@@ -118,5 +121,6 @@
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint base = head * M * splits;
-    join_parts<SG, M, D, D, SG * 32>(&tops[0], &sums[0], &outs[0], out + size_t(base) * D, top + base,
-                                     sum + base, group * 32 + lane, 0, uint2(split, splits));
+    join_parts<SG, M, D, D, SG * 32>(
+        &tops[0], &sums[0], &outs[0], out + size_t(base) * D, top + base, sum + base,
+        group * 32 + lane, 0, uint2(split, splits));

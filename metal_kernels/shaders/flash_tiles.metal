@@ -1,7 +1,8 @@
     // Attention of M query rows over one key-value head, in 8 x 8 matrix tiles; float32 throughout.
-    // q (B*KV, M, D); keys, values (B*KV, capacity, WIDTH): the same rows if packed; M = R * L rows,
-    // row m being new token m % L. Grid: (32 * SG, splits, B*KV), one threadgroup per split.
-    // out (B*KV, M, splits, D) unnormalised, top (the maximum) and sum (of weights) (B*KV, M, splits).
+    // q (B*KV, M, D), M = R * L rows, row m being new token m % L; keys, values (B*KV, capacity,
+    // WIDTH), the same rows if packed. Grid: (32 * SG, splits, B*KV), one threadgroup a split.
+    // out (B*KV, M, splits, D), unnormalised; top (the maximum) and sum (of weights), both
+    // (B*KV, M, splits).
     typedef Row<T, BITS, D, GS> Store;
     typedef typename Store::word word_t;
     constexpr int TILES = (M + 7) / 8;
@@ -35,7 +36,8 @@
     UNROLLED for (int k = 0; k < D / 8; k++) {
       UNROLLED for (int e = 0; e < 2; e++) {
         uint dim = (lane_column(lane) + e) * (D / 8) + k;
-        tile.q[k][e] = place < M ? scale * static_cast<float>(q[(head * M + place) * D + dim]) : 0.0f;
+        uint at = (head * M + place) * D + dim;
+        tile.q[k][e] = place < M ? scale * static_cast<float>(q[at]) : 0.0f;
       }
     }
     if (SHARED) {
@@ -47,16 +49,17 @@
           if (BITS == 16) pairs_of(&value_stage[0])[i] = pairs_of(values + at)[i];
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        const threadgroup word_t* key_rows = reinterpret_cast<const threadgroup word_t*>(&key_stage[0]);
-        const threadgroup word_t* value_rows =
-            BITS == 16 ? reinterpret_cast<const threadgroup word_t*>(&value_stage[0]) : key_rows;
-        tile.template attend<Store, BLOCK, GS>(key_rows, value_rows, live, seen - base);
+        const threadgroup uint4* value_rows = BITS == 16 ? &value_stage[0] : &key_stage[0];
+        tile.template attend<Store, BLOCK, GS>(
+            reinterpret_cast<const threadgroup word_t*>(&key_stage[0]),
+            reinterpret_cast<const threadgroup word_t*>(value_rows), live, seen - base);
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
     } else {
       for (int base = begin + int(group) * BLOCK; base < end; base += SG * BLOCK) {
         size_t at = (first + base) * Store::WIDTH;
-        tile.template attend<Store, BLOCK, GS>(keys + at, values + at, metal::min(BLOCK, end - base), seen - base);
+        tile.template attend<Store, BLOCK, GS>(
+            keys + at, values + at, metal::min(BLOCK, end - base), seen - base);
       }
     }
     float total = tile.total();

@@ -1,6 +1,6 @@
     // Turn and pack one token's key and value: one simdgroup for each (token, key-value head).
     // keys, values (B, L, KV, D); bias (KV, D) if BIASED; positions (B, L); freqs (D/2)
-    // -> rows (B, KV, L, WIDTH). Grid: (32, L, B*KV). Lanes 0 to 15 hold the key, 16 to 31 the value.
+    // -> rows (B, KV, L, WIDTH). Grid: (32, L, B*KV). Lanes 0 to 15 hold the key, others the value.
     typedef Row<T, BITS, D, GS> Store;
     constexpr int N = D / 16;           // neighbouring numbers of a lane
     constexpr int LANES = GS / N;       // lanes of a group
@@ -27,8 +27,10 @@
         float one = static_cast<float>(keys[from + dim]);
         float other = static_cast<float>(keys[from + across]);
         if (BIASED) {
-          one = static_cast<float>(static_cast<T>(one + static_cast<float>(bias[kv * D + dim])));
-          other = static_cast<float>(static_cast<T>(other + static_cast<float>(bias[kv * D + across])));
+          one += static_cast<float>(bias[kv * D + dim]);
+          other += static_cast<float>(bias[kv * D + across]);
+          one = static_cast<float>(static_cast<T>(one));  // as a sum in the model's type
+          other = static_cast<float>(static_cast<T>(other));
         }
         float angle = positions[b * length + token] / freqs[dim % (D / 2)];
         float turn = metal::precise::sin(angle);
@@ -48,7 +50,7 @@
       low = metal::min(low, simd_shuffle_xor(low, step));
       high = metal::max(high, simd_shuffle_xor(high, step));
     }
-    // As mx.quantize: the end farther from zero is met exactly, and so is zero where it lies inside.
+    // As mx.quantize: the end farther from zero is met exactly, and zero too where it lies inside.
     float step = metal::max((high - low) / LEVELS, LEAST);
     bool side = metal::abs(low) > metal::abs(high);
     step = side ? step : -step;

@@ -42,6 +42,17 @@ struct Tile {
   // Take in BLOCK tokens, of which ``live`` exist and this lane's row may see ``seen``.
   template <typename Store, int BLOCK, int GS, typename P>
   void attend(P keys, P values, int live, int seen) thread {
+    if (live == BLOCK) {
+      take<Store, BLOCK, GS, true>(keys, values, BLOCK, seen);
+    } else {
+      take<Store, BLOCK, GS, false>(keys, values, live, seen);
+    }
+  }
+
+  // FULL: every guard of a read is true, and the compiler knows, so that reads need not wait.
+  template <typename Store, int BLOCK, int GS, bool FULL, typename P>
+  void take(P keys, P values, int live, int seen) thread {
+    live = FULL ? BLOCK : live;
     seen = metal::min(seen, live);
     float2 scores[BLOCK / 8];
     float highest = top;
@@ -71,7 +82,7 @@ struct Tile {
   template <typename Store, int GS, typename P>
   float2 score(P keys, int live) thread {
     constexpr int N = D / 8;
-    constexpr int PIECE = N < 8 ? N : 8;  // few numbers at a time: registers decide how many groups run
+    constexpr int PIECE = N < 8 ? N : 8;  // few at a time: registers decide how many groups run
     uint row = lane_row(lane), column = lane_column(lane);
     float2 pair = one_pair<Store>(keys + Store::KEY_PAIRS, live);
     uint group = row * N / GS;
@@ -83,7 +94,9 @@ struct Tile {
       UNROLLED for (int k = 0; k < PIECE; k++) one[k] = next[k] = 0.0f;
       uint chunk = row * (N / PIECE) + piece;
       if (int(column) < live) Store::template read<PIECE>(keys + column * Store::WIDTH, chunk, one);
-      if (int(column) + 1 < live) Store::template read<PIECE>(keys + (column + 1) * Store::WIDTH, chunk, next);
+      if (int(column) + 1 < live) {
+        Store::template read<PIECE>(keys + (column + 1) * Store::WIDTH, chunk, next);
+      }
       UNROLLED for (int k = 0; k < PIECE; k++) {
         float2 two = float2(one[k] * a.x + a.y, next[k] * b.x + b.y);
         dots = multiply_add(q[piece * PIECE + k], two, dots);
@@ -104,7 +117,9 @@ struct Tile {
       float numbers[PIECE];
       UNROLLED for (int k = 0; k < PIECE; k++) numbers[k] = 0.0f;
       uint chunk = quarter * (N / PIECE) + piece;
-      if (int(row) < live) Store::template read<PIECE>(values + row * Store::WIDTH + Store::VALUES, chunk, numbers);
+      if (int(row) < live) {
+        Store::template read<PIECE>(values + row * Store::WIDTH + Store::VALUES, chunk, numbers);
+      }
       UNROLLED for (int k = 0; k < PIECE / 2; k++) {
         float2 two = float2(numbers[2 * k], numbers[2 * k + 1]) * pair.x + pair.y;
         uint at = piece * (PIECE / 2) + k;

@@ -13,7 +13,7 @@ from internvl3_mlx.measuring import clock, kernels, limits
 from internvl3_mlx.measuring.bench import Bench
 from internvl3_mlx.measuring.kernels import NO_METAL, Trial
 from internvl3_mlx.measuring.limits import Limits
-from internvl3_mlx.metal_kernels import table
+from internvl3_mlx.metal_kernels import dispatch, table
 from internvl3_mlx.metal_kernels.table import Entry
 
 LIMITS = Limits(bandwidth=2.5e9, rate=3e10, launch_s=5e-6, dtype="float32")
@@ -21,7 +21,8 @@ LIMITS = Limits(bandwidth=2.5e9, rate=3e10, launch_s=5e-6, dtype="float32")
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch, tmp_path):
-    """Measure each thing once, one kernel alone, on a machine of known limits."""
+    """Measure each thing once, one kernel alone, on a machine of known limits without Metal."""
+    monkeypatch.setattr(dispatch, "metal_available", lambda: False)
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(clock, "LEAST_S", 0.0)
     monkeypatch.setattr(limits, "measure", lambda *, quick: LIMITS)

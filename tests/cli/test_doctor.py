@@ -18,9 +18,10 @@ from internvl3_mlx.metal_kernels import catalogue, dispatch, probe, table
 
 
 @pytest.fixture(autouse=True)
-def _empty_cache(monkeypatch, tmp_path):
+def _no_metal(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
     monkeypatch.delenv(dispatch.SWITCH, raising=False)
+    monkeypatch.setattr(dispatch, "metal_available", lambda: False)
     table.measured.cache_clear()
     yield
     probe.known.clear()
@@ -47,7 +48,7 @@ class Sound:
 
 
 @pytest.fixture
-def a_mac(monkeypatch):
+def a_mac(_no_metal, monkeypatch):
     monkeypatch.setattr(dispatch, "metal_available", lambda: True)
     return lambda *variants: monkeypatch.setattr(catalogue, "variants", lambda: [*variants])
 

@@ -1,9 +1,11 @@
 """The stand-in for mx.fast.metal_kernel: the wrapper that a Mac runs, run here."""
 
+from unittest import SkipTest
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_emulator import KernelFault, KernelRefused, emulated_metal
+from metal_emulator import KernelFault, KernelRefused, emulated_metal, standin
 
 SCALE = """
     uint i = thread_position_in_grid.x;
@@ -77,6 +79,12 @@ def test_the_real_metal_kernel_comes_back():
     with pytest.raises(ZeroDivisionError), emulated_metal():
         raise ZeroDivisionError
     assert mx.fast.metal_kernel is real
+
+
+def test_where_nothing_compiles_a_test_is_skipped_for_a_reason(monkeypatch):
+    monkeypatch.setattr(standin, "reason_to_skip", lambda: "no compiler here")
+    with pytest.raises(SkipTest, match="no compiler here"), emulated_metal():
+        raise AssertionError
 
 
 def test_bytes_are_counted_for_threads_for_groups_and_once():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from internvl3_mlx.measuring import clock
+from internvl3_mlx.measuring import clock, kernels
 from internvl3_mlx.measuring.figures import Figure
 from internvl3_mlx.measuring.kernels import (
     NO_METAL,
@@ -13,6 +13,7 @@ from internvl3_mlx.measuring.kernels import (
     pays_from,
     trials,
 )
+from internvl3_mlx.metal_kernels import dispatch
 from internvl3_mlx.metal_kernels.table import Entry
 
 SHAPE = ("1b", 14, 2, 64)
@@ -60,6 +61,8 @@ def test_every_published_shape_is_tried_with_every_cache():
 @pytest.mark.parametrize("length", [1, 8])
 def test_without_metal_mlx_alone_is_measured(monkeypatch, bits, length):
     monkeypatch.setattr(clock, "LEAST_S", 0.0)
+    monkeypatch.setattr(dispatch, "metal_available", lambda: False)
+    monkeypatch.setattr(kernels, "on_gpu", lambda: False)
     trial = Trial("odd", 6, 2, 64, bits, length)
     figure = measured(trial, 37, runs=1)
     assert (figure.seconds, figure.why) == (None, NO_METAL)

@@ -71,6 +71,15 @@ def test_one_length_serves_all_sequences(emulated):
     assert relative_error(out, shape.exact(q, store)[0]) <= ROUNDING[mx.float32]
 
 
+def test_queries_of_another_type_than_the_store_are_answered_in_theirs(emulated):
+    shape = Ragged((9, 9), 3, 32, 4)
+    q, store = shape.made(mx.float16)
+    with emulated(schedules=("forward",)):
+        out, _ = flash_decode_kernel(q.astype(mx.float32), store, 9)
+    assert out.dtype == mx.float32
+    assert relative_error(out, shape.exact(q, store)[0]) <= ROUNDING[mx.float16]
+
+
 def test_a_token_that_outweighs_all_others_keeps_its_weight(emulated):
     """The maximum rises and falls by hundreds from block to block, and nothing overflows."""
     shape = Ragged((300, 150), 7, 64, loud=100)

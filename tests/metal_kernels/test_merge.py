@@ -9,7 +9,7 @@ from internvl3_mlx.metal_kernels.flash_decode import (
     as_batch,
     as_rows,
     attend_built_in,
-    flash_decode,
+    flash_decode_reference,
     merge,
 )
 
@@ -27,8 +27,8 @@ def test_a_shared_prefix_and_own_suffixes_join_to_the_whole():
     ]
     prefix = Dense(*(part[:1, :, :11] for part in whole.arrays))
     suffix = Dense(*(part[:, :, 11:] for part in whole.arrays))
-    first = [as_batch(part) for part in flash_decode(as_rows(q), prefix, 11)]
-    second = flash_decode(q, suffix, mx.array(lengths) - 11)
+    first = [as_batch(part) for part in flash_decode_reference(as_rows(q), prefix, 11)]
+    second = flash_decode_reference(q, suffix, mx.array(lengths) - 11)
     out, lse = merge(*first, *second)
     wanted, sums = shape.exact(q, Dense(*joined))
     assert relative_error(out, wanted) <= ROUNDING[mx.float32]
@@ -38,7 +38,7 @@ def test_a_shared_prefix_and_own_suffixes_join_to_the_whole():
 def test_a_stretch_that_is_empty_changes_nothing():
     q, store = Ragged((0, 7), 3, 64).made()
     store = Dense(*(mx.nan_to_num(part) for part in store.arrays))
-    empty, full = flash_decode(q, store, 0), flash_decode(q, store, 7)
+    empty, full = flash_decode_reference(q, store, 0), flash_decode_reference(q, store, 7)
     for pair in ((empty, full), (full, empty)):
         out, lse = merge(*pair[0], *pair[1])
         assert mx.array_equal(out, full[0])
@@ -51,6 +51,6 @@ def test_a_draft_sees_itself_only_backwards():
     """The plain operations and MLX's own attention agree on who sees whom."""
     q, store = Ragged((9, 9), 3, 64, draft=4).made()
     store = Dense(*(mx.nan_to_num(part) for part in store.arrays))
-    out, _ = flash_decode(q, store, 9, causal=True)
+    out, _ = flash_decode_reference(q, store, 9, causal=True)
     assert mx.allclose(out, attend_built_in(q, store, 9, causal=True), atol=1e-5)
     assert not mx.allclose(out, attend_built_in(q, store, 9), atol=1e-2)

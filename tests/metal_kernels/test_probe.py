@@ -63,6 +63,15 @@ def test_a_broken_kernel_is_told_once_and_the_answer_comes_all_the_same(
     assert "\n" not in lines[0]
 
 
+def test_a_dropped_kernel_is_a_warning_unless_someone_listens(emulated, a_mac):
+    with (
+        pytest.warns(RuntimeWarning, match="using MLX's own attention") as told,
+        emulated(mutate=[REFUSED], **FAST),
+    ):
+        assert not probe.usable(SMALL)
+    assert len(told) == 1
+
+
 def test_a_trial_is_remembered_for_later_starts(emulated, lines):
     with emulated(mutate=[REFUSED], **FAST):
         assert not probe.usable(SMALL)

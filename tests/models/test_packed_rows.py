@@ -6,6 +6,7 @@ import pytest
 from fixtures.inputs import relative_error
 
 from internvl3_mlx.metal_kernels.packed import RowLayout
+from internvl3_mlx.models import attention
 from internvl3_mlx.models.attention import attend, attend_kept, takes_unturned
 from internvl3_mlx.models.cache import GROWTH, KVCache, PackedKVCache, QuantizedKVCache
 from internvl3_mlx.models.rope import Rotary, powers_where_ordinary
@@ -80,6 +81,16 @@ def test_keys_that_the_cache_turns_are_those_turned_before(layout, positions, st
     for found, wanted in zip(ours.unpacked(), theirs.unpacked(), strict=True):
         assert relative_error(np.array(found), np.array(wanted)) <= 2 * step
         assert (mx.abs(found - wanted) > 1e-3).mean() < 0.02
+
+
+@pytest.mark.parametrize("make", [KVCache, lambda: PackedKVCache(LAYOUTS[0])])
+def test_kernels_are_asked_for_a_few_rows_and_never_for_a_prompt(monkeypatch, make):
+    asked = []
+    monkeypatch.setattr(attention, "kernels_wanted", lambda: True)
+    monkeypatch.setattr(attention.kernel, "chosen", lambda *_: asked.append(1))
+    for length in (1, 8, 9, 20):
+        attend(rows(length, HEADS), rows(length), rows(length), make())
+    assert asked == [1, 1]
 
 
 def test_only_few_rows_of_a_packed_cache_are_taken_unturned():
