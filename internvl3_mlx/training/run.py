@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from internvl3_mlx.training.state import prune, save_state
 from internvl3_mlx.training.trainer import Step, train, validate
 
 Checked = dict[str, float]
+CACHE_SHARE = 8  # of what the GPU may take, for buffers that wait to be used again
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ def go(session: Session, asked_to_stop: Callable[[], bool]) -> Iterator[Moment]:
     saved then as well.
     """
     learner, writes = session.learner, session.learner.ranks.writes
-    mx.reset_peak_memory()  # loading is over
     if writes:
         session.folder.mkdir(parents=True, exist_ok=True)
         write_file(session.recipe, session.folder / RECIPE)
-    with reporting(session.recipe, session.folder, learner.update, writes=writes) as report:
+    reports = reporting(session.recipe, session.folder, learner.update, writes=writes)
+    with bounded_memory(), reports as report:
         try:
             for step in train(learner, session.left()):
                 moment = after_update(session, step, report, asked_to_stop)
@@ -54,6 +56,24 @@ def go(session: Session, asked_to_stop: Callable[[], bool]) -> Iterator[Moment]:
         except TrainingError:
             save(session, final=True)
             raise
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Count memory from here on, keep little of what is freed, and keep a GPU's weights in place.
+
+    Batches differ in length, so that buffers that are freed seldom fit again and would pile up.
+    """
+    mx.reset_peak_memory()
+    on_metal = mx.metal.is_available()
+    cache = mx.set_cache_limit(gpu_bytes() // CACHE_SHARE)
+    wired = mx.set_wired_limit(gpu_bytes()) if on_metal else 0
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(cache)
+        if on_metal:
+            mx.set_wired_limit(wired)
 
 
 def after_update(

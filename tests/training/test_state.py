@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import islice
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.rows import talk, write_rows
@@ -221,6 +222,17 @@ def test_a_run_that_gets_no_better_stops(tmp_path):
     moments = [*go(here, lambda: False)]
     assert moments[-1].stopped == "no better validation loss since update 1"
     assert len(moments) == 3
+
+
+def test_a_run_leaves_the_limits_of_memory_as_they_were(tmp_path):
+    write_data(tmp_path / "data", 2)
+    before = mx.set_cache_limit(12_345_678)
+    try:
+        for _ in go(session(tmp_path, iters=1), lambda: False):
+            pass
+        assert mx.set_cache_limit(before) == 12_345_678
+    finally:
+        mx.set_cache_limit(before)
 
 
 def test_a_run_that_takes_too_much_memory_stops_and_saves(tmp_path):
