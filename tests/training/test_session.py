@@ -4,8 +4,10 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from fixtures.opened import tiny
 from fixtures.rows import talk, write_rows
 from fixtures.runs import recipe, session, silent, write_data
+from fixtures.tiny import Bits, Recipe
 
 from internvl3_mlx import load
 from internvl3_mlx.errors import TrainingError, UserError
@@ -14,7 +16,7 @@ from internvl3_mlx.training.ground import look_around
 from internvl3_mlx.training.plan import plan_of
 from internvl3_mlx.training.run import go
 from internvl3_mlx.training.session import planned_updates
-from internvl3_mlx.training.trainer import train
+from internvl3_mlx.training.trainer import train, validate
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +148,32 @@ def test_whole_parts_become_a_model_of_their_own(tmp_path):
         learned = np.array(here.learner.weights["mlp1.1.weight"])
         found = np.array(dict(model.mlp1[1].parameters())["weight"])
         assert np.abs(found - learned).max() < 0.01 * np.abs(learned).max()
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        Recipe(),
+        Recipe(style="6b", layout="native_b"),
+        Recipe(style="9b", tied=False),
+        Recipe(style="300m", layout="mlx", bits=Bits(bits=4, group_size=32)),
+        Recipe(style="300m", tied=True, dtype="bfloat16"),
+    ],
+    ids=lambda r: f"{r.style}-{r.layout}-{'packed' if r.bits else r.dtype}",
+)
+def test_every_kind_of_checkpoint_learns_and_takes_its_adapter_back(tmp_path, checkpoint):
+    write_data(tmp_path / "data", 4, 2)
+    folder = str(tiny(checkpoint).folder)
+    settings = {"model": folder, "iters": 6, "learning_rate": 0.02, "lora_keys": "language,vision"}
+    here = session(tmp_path, **settings)
+    before, _ = validate(here.learner, here.valid())
+    moments = [*go(here, lambda: False)]
+    assert moments[-1].checked["val_loss"] < before - 0.1
+    picture, question = tmp_path / "data" / "0.png", "<image>\nWho is it?"
+    answers = [
+        load(folder, adapter=adapter, dtype="float32")
+        .ask(question, [picture], max_tokens=8)
+        .token_ids
+        for adapter in (None, str(here.folder))
+    ]
+    assert answers[0] != answers[1]
