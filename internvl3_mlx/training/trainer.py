@@ -121,11 +121,8 @@ def make_update(learner: Learner, works: Iterator[Work]) -> Step | None:
         micro_step(learner, work, total)
     if not total.micro:
         return None
-    numerator, denominator, gradients = learner.ranks.summed(
-        (total.numerator, total.denominator, total.gradients)
-    )
-    gradients = tree_map(lambda g: g / denominator, gradients)
-    norm, loss = global_norm(gradients), numerator / denominator
+    loss, gradients = averaged(learner.ranks, total)
+    norm = global_norm(gradients)
     learner.update += 1
     rate = step_size(learner.recipe, learner.update, learner.updates)
     skipped = not np.isfinite([number(loss), number(norm)]).all()
@@ -159,6 +156,14 @@ class Sums:
     tokens: int = 0
     targets: int = 0
     micro: int = 0
+
+
+def averaged(ranks: Ranks, total: Sums) -> tuple[mx.array, Arrays]:
+    """Divide what all ranks found by all that it counts: the loss and its gradients."""
+    numerator, denominator, gradients = ranks.summed(
+        (total.numerator, total.denominator, total.gradients)
+    )
+    return numerator / denominator, tree_map(lambda g: g / denominator, gradients)
 
 
 def micro_step(learner: Learner, work: Work, total: Sums) -> None:
