@@ -2,22 +2,22 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
-from internvl3_mlx.errors import TrainingError
+from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.loading.memory import gpu_bytes
-from internvl3_mlx.training.accuracy import accuracy
 from internvl3_mlx.training.recipe_file import RECIPE, write_file
 from internvl3_mlx.training.report import GB, Report, reporting, row_of
 from internvl3_mlx.training.results import save_best, save_results, write_adapter_files
 from internvl3_mlx.training.session import Session
 from internvl3_mlx.training.state import prune, save_state
-from internvl3_mlx.training.trainer import Step, train, validate
+from internvl3_mlx.training.trainer import Step, train
+from internvl3_mlx.training.validation import accuracy, validate
 
 Checked = dict[str, float]
 CACHE_SHARE = 8  # of what the GPU may take, for buffers that wait to be used again
@@ -38,8 +38,8 @@ def go(session: Session, asked_to_stop: Callable[[], bool]) -> Iterator[Moment]:
     """Run what is left of a run, and yield what happens.
 
     Whoever asks it to stop is heard after the update that is being made; then it is saved. All
-    files are whole at any time. Raises TrainingError when the numbers are lost; what was good is
-    saved then as well.
+    files are whole at any time. Raises TrainingError when the numbers are lost; then, and after any
+    other fault, what was good is saved as well.
     """
     learner, writes = session.learner, session.learner.ranks.writes
     if writes:
@@ -53,8 +53,9 @@ def go(session: Session, asked_to_stop: Callable[[], bool]) -> Iterator[Moment]:
                 yield moment
                 if moment.stopped:
                     return
-        except TrainingError:
-            save(session, final=True)
+        except (InternVL3Error, OSError, RuntimeError):  # MLX and the ring raise RuntimeError
+            with suppress(InternVL3Error, OSError, RuntimeError):  # the first fault is to be told
+                save(session, final=True)
             raise
 
 

@@ -3,6 +3,7 @@ validate, to save and to stop is the caller's."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -117,8 +118,9 @@ def make_update(learner: Learner, works: Iterator[Work]) -> Step | None:
     started, before = time.perf_counter(), learner.state
     total = Sums()
     into_training(learner.model)
-    for work in works:
-        micro_step(learner, work, total)
+    with whole_or_undone(learner):
+        for work in works:
+            micro_step(learner, work, total)
     if not total.micro:
         return None
     loss, gradients = averaged(learner.ranks, total)
@@ -143,6 +145,17 @@ def make_update(learner: Learner, works: Iterator[Work]) -> Step | None:
         memory=mx.get_peak_memory(),
         skipped=skipped,
     )
+
+
+@contextmanager
+def whole_or_undone(learner: Learner) -> Iterator[None]:
+    """Forget micro-steps that an error breaks off: what is saved then is the last update."""
+    before = learner.micro, learner.state
+    try:
+        yield
+    except BaseException:
+        learner.micro, learner.state = before
+        raise
 
 
 @dataclass(eq=False)
@@ -225,19 +238,3 @@ def hand_over(learner: Learner) -> None:
     learner.model.update(
         tree_unflatten([(name, learner.weights[name].astype(x.dtype)) for name, x in held])
     )
-
-
-def validate(learner: Learner, works: Iterator[Work]) -> tuple[float, dict[str, float]]:
-    """Compute the loss and figures over some works, in the state of now; nothing changes."""
-    learner.model.eval()
-    numerator = denominator = mx.array(0.0)
-    figures: dict[str, list[float]] = {}
-    for work in works:
-        micro, _ = learner.method(
-            learner.model, work.batch, work.vision, work.reference, learner.state
-        )
-        numerator, denominator = numerator + micro.numerator, denominator + micro.denominator
-        mx.eval(numerator, denominator, micro.figures)
-        take_in(figures, micro.figures)
-    numerator, denominator = learner.ranks.summed((numerator, denominator))
-    return number(numerator / denominator), learner.ranks.means(figures)

@@ -16,7 +16,8 @@ from internvl3_mlx.training.ground import look_around
 from internvl3_mlx.training.plan import plan_of
 from internvl3_mlx.training.run import go
 from internvl3_mlx.training.session import planned_updates
-from internvl3_mlx.training.trainer import train, validate
+from internvl3_mlx.training.trainer import train
+from internvl3_mlx.training.validation import validate
 
 
 @pytest.fixture(autouse=True)
