@@ -21,7 +21,7 @@ DEBUG = "internvl3_mlx.debug"  # the key under which --debug is kept while a com
 MAX_SEED = 2**63 - 1
 OTHERS = "Other"
 SECTIONS = (
-    "Question", "Pictures", "Answer", "Run", "Model", "Data", "Training", "Weights", "Preference",
+    "Question", "Pictures", "Answer", "Model", "Data", "Training", "Weights", "Preference", "Run",
     "Quantization", "Quality", "Upload", "Output", "Speed", "Memory", "Positions", OTHERS,
 )  # fmt: skip
 STDIN = "-"  # as a picture or as the question: read standard input

@@ -4,6 +4,7 @@ ids (L,) -> embeddings, pictures in their places -> decoder over spans -> (N, D)
 ``batch.rows`` alone. The head is not here: ``losses`` runs it a few states at a time.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from internvl3_mlx.errors import PromptError
 from internvl3_mlx.models.blocks import Run, plainly
-from internvl3_mlx.models.internvl import TILES_AT_ONCE, InternVL, settled
+from internvl3_mlx.models.internvl import TILES_AT_ONCE, InternVL
 from internvl3_mlx.models.spans import Spans
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.recompute import learns, recomputing
@@ -71,14 +72,24 @@ def visual_rows(model: InternVL, seen: mx.array, how: Forward, run: Run) -> mx.a
 def tower_states(model: InternVL, tiles: mx.array, how: Forward, run: Run) -> mx.array:
     """Run the tower on a few tiles at a time: (T, S, S, 3) -> (T, 1 + G*G, C).
 
-    Of a frozen tower each chunk is evaluated before the next begins: no gradient asks for it.
+    Of a frozen tower each chunk is computed before the next begins: no gradient asks for it.
     Stochastic depth is for a tower that is trained.
     """
     trained, layer = learns(model.vision_model), model.config.select_layer
     options: tuple[Any, ...] = (drop_path_rate(model, how), run) if trained else ()
     chunks = (tiles[i : i + TILES_AT_ONCE] for i in range(0, tiles.shape[0], TILES_AT_ONCE))
     states = (model.vision_model(chunk, layer, *options) for chunk in chunks)
-    return mx.concatenate([x if trained else settled(x) for x in states])
+    return mx.concatenate([x if trained else computed(x) for x in states])
+
+
+def computed(x: mx.array) -> mx.array:
+    """Compute now, and forget how: while gradients are taken MLX keeps all that led to an array.
+
+    Inside a compiled step nothing can be computed; x stays as it is.
+    """
+    with contextlib.suppress(ValueError):
+        return mx.array(np.array(x.view(mx.uint8))).view(x.dtype)
+    return x
 
 
 def drop_path_rate(model: InternVL, how: Forward) -> float:

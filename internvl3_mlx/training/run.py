@@ -2,23 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
-from internvl3_mlx.errors import TrainingError
+from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.loading.memory import gpu_bytes
-from internvl3_mlx.training.accuracy import accuracy
 from internvl3_mlx.training.recipe_file import RECIPE, write_file
 from internvl3_mlx.training.report import GB, Report, reporting, row_of
 from internvl3_mlx.training.results import save_best, save_results, write_adapter_files
 from internvl3_mlx.training.session import Session
 from internvl3_mlx.training.state import prune, save_state
-from internvl3_mlx.training.trainer import Step, train, validate
+from internvl3_mlx.training.trainer import Step, train
+from internvl3_mlx.training.validation import accuracy, validate
 
 Checked = dict[str, float]
+CACHE_SHARE = 8  # of what the GPU may take, for buffers that wait to be used again
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,43 @@ def go(session: Session, asked_to_stop: Callable[[], bool]) -> Iterator[Moment]:
     """Run what is left of a run, and yield what happens.
 
     Whoever asks it to stop is heard after the update that is being made; then it is saved. All
-    files are whole at any time. Raises TrainingError when the numbers are lost; what was good is
-    saved then as well.
+    files are whole at any time. Raises TrainingError when the numbers are lost; then, and after any
+    other fault, what was good is saved as well.
     """
     learner, writes = session.learner, session.learner.ranks.writes
-    mx.reset_peak_memory()  # loading is over
     if writes:
         session.folder.mkdir(parents=True, exist_ok=True)
         write_file(session.recipe, session.folder / RECIPE)
-    with reporting(session.recipe, session.folder, learner.update, writes=writes) as report:
+    reports = reporting(session.recipe, session.folder, learner.update, writes=writes)
+    with bounded_memory(), reports as report:
         try:
             for step in train(learner, session.left()):
                 moment = after_update(session, step, report, asked_to_stop)
                 yield moment
                 if moment.stopped:
                     return
-        except TrainingError:
-            save(session, final=True)
+        except (InternVL3Error, OSError, RuntimeError):  # MLX and the ring raise RuntimeError
+            with suppress(InternVL3Error, OSError, RuntimeError):  # the first fault is to be told
+                save(session, final=True)
             raise
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Count memory from here on, keep little of what is freed, and keep a GPU's weights in place.
+
+    Batches differ in length, so that buffers that are freed seldom fit again and would pile up.
+    """
+    mx.reset_peak_memory()
+    on_metal = mx.metal.is_available()
+    cache = mx.set_cache_limit(gpu_bytes() // CACHE_SHARE)
+    wired = mx.set_wired_limit(gpu_bytes()) if on_metal else 0
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(cache)
+        if on_metal:
+            mx.set_wired_limit(wired)
 
 
 def after_update(

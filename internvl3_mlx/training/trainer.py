@@ -3,6 +3,7 @@ validate, to save and to stop is the caller's."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -117,15 +118,13 @@ def make_update(learner: Learner, works: Iterator[Work]) -> Step | None:
     started, before = time.perf_counter(), learner.state
     total = Sums()
     into_training(learner.model)
-    for work in works:
-        micro_step(learner, work, total)
+    with whole_or_undone(learner):
+        for work in works:
+            micro_step(learner, work, total)
     if not total.micro:
         return None
-    numerator, denominator, gradients = learner.ranks.summed(
-        (total.numerator, total.denominator, total.gradients)
-    )
-    gradients = tree_map(lambda g: g / denominator, gradients)
-    norm, loss = global_norm(gradients), numerator / denominator
+    loss, gradients = averaged(learner.ranks, total)
+    norm = global_norm(gradients)
     learner.update += 1
     rate = step_size(learner.recipe, learner.update, learner.updates)
     skipped = not np.isfinite([number(loss), number(norm)]).all()
@@ -148,6 +147,17 @@ def make_update(learner: Learner, works: Iterator[Work]) -> Step | None:
     )
 
 
+@contextmanager
+def whole_or_undone(learner: Learner) -> Iterator[None]:
+    """Forget micro-steps that an error breaks off: what is saved then is the last update."""
+    before = learner.micro, learner.state
+    try:
+        yield
+    except BaseException:
+        learner.micro, learner.state = before
+        raise
+
+
 @dataclass(eq=False)
 class Sums:
     """What micro-steps add up to."""
@@ -159,6 +169,14 @@ class Sums:
     tokens: int = 0
     targets: int = 0
     micro: int = 0
+
+
+def averaged(ranks: Ranks, total: Sums) -> tuple[mx.array, Arrays]:
+    """Divide what all ranks found by all that it counts: the loss and its gradients."""
+    numerator, denominator, gradients = ranks.summed(
+        (total.numerator, total.denominator, total.gradients)
+    )
+    return numerator / denominator, tree_map(lambda g: g / denominator, gradients)
 
 
 def micro_step(learner: Learner, work: Work, total: Sums) -> None:
@@ -220,19 +238,3 @@ def hand_over(learner: Learner) -> None:
     learner.model.update(
         tree_unflatten([(name, learner.weights[name].astype(x.dtype)) for name, x in held])
     )
-
-
-def validate(learner: Learner, works: Iterator[Work]) -> tuple[float, dict[str, float]]:
-    """Compute the loss and figures over some works, in the state of now; nothing changes."""
-    learner.model.eval()
-    numerator = denominator = mx.array(0.0)
-    figures: dict[str, list[float]] = {}
-    for work in works:
-        micro, _ = learner.method(
-            learner.model, work.batch, work.vision, work.reference, learner.state
-        )
-        numerator, denominator = numerator + micro.numerator, denominator + micro.denominator
-        mx.eval(numerator, denominator, micro.figures)
-        take_in(figures, micro.figures)
-    numerator, denominator = learner.ranks.summed((numerator, denominator))
-    return number(numerator / denominator), learner.ranks.means(figures)

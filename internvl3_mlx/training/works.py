@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from internvl3_mlx.loading.names import model_cache
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.training.ahead import ahead
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.distributed import Ranks
 from internvl3_mlx.training.features import FrozenFeatures, Keeping, What
@@ -40,16 +41,15 @@ class Works:
             here = corpus.count(epoch, ranks.size)
             if done < here:
                 batches = corpus.epoch(epoch, start=done, rank=ranks.rank, ranks=ranks.size)
-                yield from map(self.work, batches)
+                yield from map(self.work, ahead(batches))
             done = max(done - here, 0)
 
     def valid(self, most: int | None) -> Iterator[Work]:
         """Yield this rank's validation rows once, or the first batches of them."""
         corpus = self.ground.valid_corpus
         assert corpus is not None
-        return map(
-            self.work, islice(corpus.every(rank=self.ranks.rank, ranks=self.ranks.size), most)
-        )
+        batches = corpus.every(rank=self.ranks.rank, ranks=self.ranks.size)
+        return map(self.work, ahead(islice(batches, most)))
 
     def work(self, batch: Batch) -> Work:
         vision = self.features.of(batch.seen) if self.features else None

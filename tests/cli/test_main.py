@@ -29,7 +29,9 @@ def python(code: str, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["generate", "--help"], ["info", "-h"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["generate", "--help"], ["info", "-h"], ["train", "-h"]]
+)
 def test_help_imports_nothing_heavy_and_takes_under_half_a_second(words):
     code = f"""
 import sys, time

@@ -27,7 +27,8 @@ from internvl3_mlx.training.distributed import connect
 from internvl3_mlx.training.ground import look_around
 from internvl3_mlx.training.recipe_file import build_recipe
 from internvl3_mlx.training.session import open_session
-from internvl3_mlx.training.trainer import train, validate
+from internvl3_mlx.training.trainer import train
+from internvl3_mlx.training.validation import validate
 from internvl3_mlx.training.session import resume
 from internvl3_mlx.training.state import save_state
 ranks = connect()

@@ -1,16 +1,18 @@
 """From a batch to states: pictures find their places, whatever stage they come in at."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from fixtures.inputs import relative_error
+from fixtures.inputs import random_pixels, relative_error
 from fixtures.laid import sample
 from fixtures.opened import bare_model, numbers
 
 from internvl3_mlx.errors import PromptError
+from internvl3_mlx.models.blocks import plainly
 from internvl3_mlx.models.internvl import TILES_AT_ONCE
 from internvl3_mlx.training.batches import laid
-from internvl3_mlx.training.forward import supervised_states
+from internvl3_mlx.training.forward import Forward, supervised_states, tower_states
 from internvl3_mlx.training.parts import set_trainable
 
 TOLERANCE = 2e-5
@@ -61,6 +63,30 @@ def test_a_layer_below_the_last_is_selected_in_training_too(case, monkeypatch):
 
 def changed(config, **fields):
     return type(config)(**{**vars(config), **fields})
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_frozen_tower_keeps_nothing_but_its_states_for_the_gradient(dtype):
+    model, checkpoint = bare_model("6b")
+    model.set_dtype(dtype)
+    set_trainable(model, ("mlp1",))
+    states = model.vision_model(mx.array(random_pixels(checkpoint, 1), dtype))
+    used = [peak_of_a_gradient(model, random_pixels(checkpoint, tiles)) for tiles in (8, 64)]
+    assert used[1] - used[0] < 2 * 56 * states.nbytes  # of 56 tiles more, and of their join
+
+
+def peak_of_a_gradient(model, pixels):
+    """Say how many bytes exist at once while the projector learns from one tile of many."""
+    tiles = mx.array(pixels)
+    mx.eval(tiles, model.parameters())
+    step = nn.value_and_grad(
+        model, lambda: model.project(tower_states(model, tiles, Forward(), plainly)[:1]).sum()
+    )
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(step())
+    return mx.get_peak_memory() - before
 
 
 def test_pictures_that_do_not_fit_the_tokens_are_refused_by_place(case):

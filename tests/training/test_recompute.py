@@ -1,5 +1,7 @@
 """Pieces run twice: the same numbers, the same masks, less memory."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,6 +10,7 @@ from fixtures.laid import sample
 from fixtures.opened import bare_model, numbers
 from mlx.utils import tree_flatten
 
+from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.adapters import LoraSettings, adapt
 from internvl3_mlx.training.batches import laid
 from internvl3_mlx.training.forward import Forward
@@ -85,12 +88,14 @@ def test_adapters_with_dropout_learn_along_their_own_slope(dropout):
 
 
 def test_recomputing_needs_less_memory():
-    model, checkpoint = bare_model("6b")
+    tiny, checkpoint = bare_model("300m")
+    deep = replace(tiny.config, text=replace(tiny.config.text, num_hidden_layers=8))
+    model = InternVL(deep, checkpoint.image_id)
     model.freeze()
     model.language_model.model.layers[0].unfreeze()
-    batch = laid([sample(checkpoint, seed=1, turns=(900,))])
+    batch = laid([sample(checkpoint, seed=1, turns=(300,))])
     used = [peak_of(model, batch, Forward(recompute=how)) for how in (False, True)]
-    assert used[1] < 0.8 * used[0]
+    assert used[1] < 0.6 * used[0]
 
 
 def peak_of(model, batch, how):

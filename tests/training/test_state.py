@@ -5,12 +5,13 @@ import subprocess
 import sys
 from itertools import islice
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.rows import talk, write_rows
 from fixtures.runs import recipe, session, write_data
 
-from internvl3_mlx.errors import CheckpointError, UserError
+from internvl3_mlx.errors import CheckpointError, DataError, UserError
 from internvl3_mlx.training.recipe_file import write_file
 from internvl3_mlx.training.run import go
 from internvl3_mlx.training.session import resume
@@ -205,6 +206,31 @@ def test_a_run_says_what_it_did(tmp_path):
     }  # fmt: skip
 
 
+def test_a_run_that_breaks_off_saves_its_last_whole_update(tmp_path):
+    """The picture of a row is gone when its turn comes, in the middle of an update."""
+    settings = {"iters": 6, "batch_size": 1, "grad_accumulation_steps": 3, "lora_dropout": 0.1}
+    for name in ("one", "two"):
+        write_data(tmp_path / name / "data", 7)
+    straight, end = whole_run(tmp_path / "one", **settings)
+    first = session(tmp_path / "two", **settings)
+    pictures = tmp_path / "two" / "data"
+    moments = go(first, lambda: False)
+    began = [next(moments)]
+    for path in pictures.glob("*.png"):
+        path.rename(path.with_suffix(".away"))
+    with pytest.raises(DataError, match=r"train.jsonl:\d: no file at .*\d.png"):
+        began.extend(moments)
+    for path in pictures.glob("*.away"):
+        path.rename(path.with_suffix(".png"))
+    second = session(tmp_path / "two", **settings)
+    resume(second, accept_changes=False)
+    assert second.learner.update == len(began)
+    assert second.learner.micro == 3 * len(began)
+    went_on = [*go(second, lambda: False)]
+    assert losses([*began, *went_on]) == losses(straight)
+    assert same(arrays(second.learner), end)
+
+
 def test_who_is_asked_to_stop_saves_first(tmp_path):
     write_data(tmp_path / "data", 6)
     here = session(tmp_path, iters=9)
@@ -221,6 +247,17 @@ def test_a_run_that_gets_no_better_stops(tmp_path):
     moments = [*go(here, lambda: False)]
     assert moments[-1].stopped == "no better validation loss since update 1"
     assert len(moments) == 3
+
+
+def test_a_run_leaves_the_limits_of_memory_as_they_were(tmp_path):
+    write_data(tmp_path / "data", 2)
+    before = mx.set_cache_limit(12_345_678)
+    try:
+        for _ in go(session(tmp_path, iters=1), lambda: False):
+            pass
+        assert mx.set_cache_limit(before) == 12_345_678
+    finally:
+        mx.set_cache_limit(before)
 
 
 def test_a_run_that_takes_too_much_memory_stops_and_saves(tmp_path):

@@ -1,4 +1,4 @@
-"""How many validation answers the model would give word for word.
+"""How good the model is on rows that it does not learn: their loss, and answers word for word.
 
 Greedy decoding gives an answer exactly if, behind every beginning of it, the likeliest token is the
 one that follows: all its tokens are judged in one pass, and nothing has to be decoded.
@@ -6,14 +6,32 @@ one that follows: all its tokens are judged in one pass, and nothing has to be d
 
 from collections.abc import Iterator
 
+import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.forward import supervised_states
 from internvl3_mlx.training.head import CHUNK
-from internvl3_mlx.training.trainer import Learner, Work
+from internvl3_mlx.training.trainer import Learner, Work, take_in
+from internvl3_mlx.training.trees import number
 
 CHOSEN = 2  # of preferences every second answer is the chosen one, the first of them
+
+
+def validate(learner: Learner, works: Iterator[Work]) -> tuple[float, dict[str, float]]:
+    """Compute the loss and figures over some works, in the state of now; nothing changes."""
+    learner.model.eval()
+    numerator = denominator = mx.array(0.0)
+    figures: dict[str, list[float]] = {}
+    for work in works:
+        micro, _ = learner.method(
+            learner.model, work.batch, work.vision, work.reference, learner.state
+        )
+        numerator, denominator = numerator + micro.numerator, denominator + micro.denominator
+        mx.eval(numerator, denominator, micro.figures)
+        take_in(figures, micro.figures)
+    numerator, denominator = learner.ranks.summed((numerator, denominator))
+    return number(numerator / denominator), learner.ranks.means(figures)
 
 
 def accuracy(learner: Learner, works: Iterator[Work]) -> float:

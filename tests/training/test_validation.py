@@ -5,7 +5,7 @@ from fixtures.rows import pair, talk, write_picture, write_rows
 from fixtures.runs import session
 
 from internvl3_mlx import load
-from internvl3_mlx.training.accuracy import accuracy, reproduced
+from internvl3_mlx.training.validation import accuracy, reproduced
 
 
 def asked(folder, count):

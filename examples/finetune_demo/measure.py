@@ -1,0 +1,54 @@
+"""Ask a model every question of a file of rows, and count the answers that are right to the letter.
+
+python -m examples.finetune_demo.measure kinds/test.jsonl --adapter kinds/adapter
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from internvl3_mlx import load
+from internvl3_mlx.generation.batch import answers
+from internvl3_mlx.generation.settings import Settings
+from internvl3_mlx.generation.vlm import VLM
+from internvl3_mlx.training.rows import read_row
+from internvl3_mlx.training.sources import open_data
+
+LONGEST = 16  # tokens of an answer
+TOGETHER = 16  # answers written at once
+
+
+def main() -> None:
+    """Print the share of right answers, and what was said where it was not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path, help="a JSONL file")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--adapter", help="the folder of an adapter")
+    parser.add_argument("--wrong", type=int, default=0, help="wrong answers to show")
+    options = parser.parse_args()
+    wrong = []
+    total = right = 0
+    for question, wanted, said in asked(load(options.model, adapter=options.adapter), options.rows):
+        total += 1
+        right += said == wanted
+        wrong += [] if said == wanted else [(question, wanted, said)]
+    for question, wanted, said in wrong[: options.wrong]:
+        print(json.dumps({"question": question, "wanted": wanted, "said": said}))
+    print(f"{right} of {total} right: {right / total:.1%}")
+
+
+def asked(vlm: VLM, rows: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield each question, the answer in the file and the model's."""
+    entries = [(read_row(entry.value), entry.source.root) for entry in open_data(rows) or ()]
+    prepared = (
+        vlm.prepare(row.turns[0].text, [root / name for name in row.images])
+        for row, root in entries
+    )
+    said = answers(vlm, prepared, Settings(max_tokens=LONGEST), TOGETHER)
+    for (row, _), answer in zip(entries, said, strict=True):
+        yield row.turns[0].text, row.turns[1].text, answer.text.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Let the demo model answer what it half knows, and pair its right answers with its wrong ones.
+
+    python -m examples.finetune_demo.pairs --out pairs
+
+Asked for the kind of thing in a corner in these words, it says about as often what the thing is.
+Every question is put several times, at temperature 1; where it was right at least once and wrong at
+least once there is something to prefer.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from examples.finetune_demo.kinds import picture, save, stream, write
+from internvl3_mlx import load
+from internvl3_mlx.generation.memory import Memory
+from internvl3_mlx.generation.settings import Settings
+from internvl3_mlx.generation.vlm import VLM
+
+WORDINGS = ("At the {}, what kind of thing is it?", "At the {}: what kind of thing?")
+TRIES = 8  # answers to one question
+PAIRS = 2  # made of one picture at most
+LONGEST = 8  # tokens of an answer
+
+
+def main() -> None:
+    """Write pairs to train on, and questions to measure with."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("pairs"), help="the folder to write")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--pairs", type=int, default=320, help="pairs to train on")
+    parser.add_argument("--test", type=int, default=400, help="questions to measure with")
+    options = parser.parse_args()
+    write_pairs(load(options.model), options.out, options.pairs)
+    write(options.out, "test", options.test, WORDINGS)
+
+
+def write_pairs(vlm: VLM, folder: Path, wanted: int) -> None:
+    """Write ``wanted`` pairs with their pictures."""
+    rows: list[dict] = []
+    for number, (pixels, question, right) in enumerate(stream("pairs", WORDINGS)):
+        found = [*paired(tries(vlm, pixels, question), right)][: wanted - len(rows)]
+        if found:
+            shown = picture(folder, f"train/{number:05d}.png", pixels)
+            asked = {"image": shown, "question": f"<image>\n{question}"}
+            rows += [{**asked, "chosen": good, "rejected": bad} for good, bad in found]
+        if len(rows) == wanted:
+            break
+    save(folder / "train.jsonl", rows)
+
+
+def tries(vlm: VLM, pixels: np.ndarray, question: str) -> list[str]:
+    """Ask several times; the picture and the question are read once."""
+    inputs, memory = vlm.prepare(question, [Image.fromarray(pixels)]), Memory()
+    said = []
+    for seed in range(TRIES):
+        drawn = Settings(temperature=1.0, max_tokens=LONGEST, seed=seed)
+        *_, last = vlm.answering(inputs, drawn, memory)
+        assert last.answer is not None
+        said.append(last.answer.text.strip())
+    return said
+
+
+def paired(said: list[str], right: str) -> Iterator[tuple[str, str]]:
+    """Pair the right answer, if it was given, with the wrong ones, the most frequent first."""
+    wrong = Counter(answer for answer in said if answer and answer != right)
+    if right in said:
+        yield from ((right, answer) for answer, _ in wrong.most_common(PAIRS))
+
+
+if __name__ == "__main__":
+    main()

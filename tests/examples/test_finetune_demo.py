@@ -1,0 +1,91 @@
+"""The examples' rows are true and new, and both examples run from data to figures."""
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.demo_model import batches, heldout
+from examples.demo_model.questions import Item
+from examples.demo_model.vocabulary import CATEGORIES
+from examples.finetune_demo import kinds, measure, pairs
+from internvl3_mlx import load
+from internvl3_mlx.training.ground import look_around
+from internvl3_mlx.training.recipe_file import build_recipe
+from internvl3_mlx.training.run import go
+from internvl3_mlx.training.session import open_session
+
+HERE = Path(kinds.__file__).parent
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_corner_is_asked_for_where_one_object_lies_and_the_answer_is_its_kind():
+    items = [
+        Item("object", "dog", None, 0.2, 0.2),
+        Item("object", "bus", None, 0.8, 0.8),
+        Item("shape", "star", "red", 0.8, 0.2),
+    ]
+    asked = dict(kinds.kinds(items, np.random.default_rng(0), ["The {}?"]))
+    assert asked == {"The top left?": "animal", "The bottom right?": "vehicle"}
+
+
+def test_every_kind_comes_as_often_and_the_splits_share_no_picture():
+    seen = {}
+    for split in kinds.SPLITS:
+        asked = [*kinds.balanced(split, 24)]
+        counts = Counter(answer for *_, answer in asked)
+        assert counts == dict.fromkeys(CATEGORIES, 4)
+        seen[split] = {pixels.tobytes() for pixels, *_ in asked}
+    assert len(set.union(*seen.values())) == sum(map(len, seen.values()))
+    assert kinds.SEED not in (batches.TRAINING_SEED, heldout.EVALUATION_SEED)
+
+
+def test_a_question_is_of_the_words_it_should_be():
+    words = {text for _, text, _ in islice(kinds.stream("train", ["In the {}?"]), 20)}
+    assert words <= {f"In the {place}?" for place in kinds.QUADRANTS}
+    assert len(words) == 4
+
+
+def test_pairs_are_right_and_wrong_answers_that_were_given():
+    said = ["animal", "dog", "dog", "pig", "plant", "pig", "dog"]
+    assert [*pairs.paired(said, "animal")] == [("animal", "dog"), ("animal", "pig")]
+    assert [*pairs.paired(["dog", "pig"], "animal")] == []
+    assert [*pairs.paired(["animal"] * 8, "animal")] == []
+
+
+@pytest.mark.parametrize("name", ["kinds", "preference"])
+def test_an_example_runs_from_its_data_to_its_figure(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    if name == "kinds":
+        for split, rows in (("train", 6), ("valid", 6), ("test", 6)):
+            kinds.write(data, split, rows)
+    else:
+        pairs.write_pairs(load("demo"), data, 4)
+        kinds.write(data, "test", 6, pairs.WORDINGS)
+        for row in rows_of(data / "train.jsonl"):
+            assert row["chosen"] in CATEGORIES
+            assert row["rejected"] != row["chosen"]
+            assert Image.open(data / row["image"]).size == (112, 112)
+    where = {"data": str(data), "adapter_path": str(tmp_path / "adapter")}
+    tiny = {"iters": 1, "epochs": 1, "batch_size": 2, "save_every": 1, "steps_per_eval": 1}
+    recipe = build_recipe({**tiny, **where}, HERE / f"{name}.yaml")
+    *_, last = go(open_session(look_around(recipe, silent, silent)), lambda: False)
+    assert last.step.norm > 0
+    arguments = [str(data / "test.jsonl"), "--adapter", where["adapter_path"], "--wrong", "1"]
+    monkeypatch.setattr("sys.argv", ["measure", *arguments])
+    measure.main()
+    told = capsys.readouterr().out.splitlines()[-1]
+    right = int(told.split()[0])
+    assert told == f"{right} of 6 right: {right / 6:.1%}"
+
+
+def silent(*_):
+    """Tell nobody."""

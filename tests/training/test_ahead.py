@@ -1,0 +1,56 @@
+"""Batches read ahead: the same ones in the same order, and nobody left waiting."""
+
+import threading
+import time
+
+import pytest
+
+from internvl3_mlx.errors import DataError
+from internvl3_mlx.training.ahead import ahead
+
+PATIENCE_S = 20
+
+
+def test_everything_comes_in_its_order():
+    assert [*ahead(iter(range(50)))] == [*range(50)]
+    assert [*ahead(iter(()))] == []
+    assert [*ahead(iter([None, 0, None]))] == [None, 0, None]
+
+
+def test_the_next_items_are_made_before_they_are_asked_for():
+    made, ready = [], threading.Event()
+
+    def items():
+        for n in range(9):
+            made.append(n)
+            if n == 2:
+                ready.set()
+            yield n
+
+    read = ahead(items(), depth=2)
+    assert next(read) == 0
+    assert ready.wait(PATIENCE_S)
+    assert max(made) <= 3  # two wait, and one is held
+    assert [*read] == [*range(1, 9)]
+
+
+def test_a_fault_is_told_after_what_came_before_it():
+    def items():
+        yield 1
+        raise DataError("rows.jsonl:2: not JSON")
+
+    read = ahead(items())
+    assert next(read) == 1
+    with pytest.raises(DataError, match="rows.jsonl:2"):
+        next(read)
+
+
+def test_a_reader_ends_when_nobody_wants_more():
+    before = threading.active_count()
+    read = ahead(iter(int, 1))  # zeros without end
+    next(read)
+    read.close()
+    deadline = time.monotonic() + PATIENCE_S
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before

@@ -1,0 +1,180 @@
+"""A run set up: what it begins with, how long it is, where its references come from."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from fixtures.opened import tiny
+from fixtures.rows import talk, write_rows
+from fixtures.runs import recipe, session, silent, write_data
+from fixtures.tiny import Bits, Recipe
+
+from internvl3_mlx import load
+from internvl3_mlx.errors import TrainingError, UserError
+from internvl3_mlx.training.distributed import Ranks
+from internvl3_mlx.training.ground import look_around
+from internvl3_mlx.training.plan import plan_of
+from internvl3_mlx.training.run import go
+from internvl3_mlx.training.session import planned_updates
+from internvl3_mlx.training.trainer import train
+from internvl3_mlx.training.validation import validate
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_run_begins_with_the_adapter_that_is_named(tmp_path):
+    write_data(tmp_path / "data", 5)
+    first = session(tmp_path, iters=2, dora=True)
+    assert len([*go(first, lambda: False)]) == 2
+    again = session(tmp_path, iters=2, dora=True, resume_adapter_file=str(first.folder))
+    for name, weight in again.learner.weights.items():
+        assert np.array_equal(np.array(weight), np.array(first.learner.weights[name])), name
+    assert again.learner.update == 0
+
+
+def test_the_same_seed_begins_with_the_same_adapter(tmp_path):
+    write_data(tmp_path / "data", 3)
+    one, same, other = (session(tmp_path, iters=1, seed=seed) for seed in (4, 4, 5))
+    name = next(name for name in one.learner.weights if name.endswith("lora_A"))
+    arrays = [np.array(here.learner.weights[name]) for here in (one, same, other)]
+    assert np.array_equal(arrays[0], arrays[1])
+    assert not np.array_equal(arrays[0], arrays[2])
+
+
+def losses(here, count=3):
+    return [step.loss for step in islice(train(here.learner, here.left()), count)]
+
+
+def test_a_reference_from_the_disk_is_that_of_the_adapter_switched_off(tmp_path):
+    write_data(tmp_path / "data", 6, pairs=True)
+    settings = {"method": "mpo", "iters": 3, "learning_rate": 1e-2}
+    asked = losses(session(tmp_path, **settings))
+    kept = session(tmp_path, cache_reference=True, **settings)
+    assert losses(kept) == pytest.approx(asked, abs=1e-6)
+    kept.works.keep()
+    [file] = (tmp_path / "cache" / "references").rglob("*.safetensors")
+    again = session(tmp_path, cache_reference=True, **settings)
+    before = file.stat().st_mtime_ns
+    assert losses(again) == pytest.approx(asked, abs=1e-6)
+    again.works.keep()
+    assert [*file.parent.iterdir()] == [file]
+    assert file.stat().st_mtime_ns == before
+
+
+def test_where_whole_parts_learn_the_base_is_asked_beforehand(tmp_path):
+    write_data(tmp_path / "data", 5, 2, pairs=True)
+    settings = {"method": "mpo", "train": "lora,mlp1", "cache_reference": True, "iters": 3}
+    here = session(tmp_path, learning_rate=1e-2, **settings)
+    first, *_ = losses(here)
+    again = session(tmp_path, **settings)
+    step = next(train(again.learner, again.left()))
+    assert first == pytest.approx(step.loss, abs=1e-4)
+    assert step.figures["margin"] == pytest.approx(0, abs=1e-5)
+    write_data(tmp_path / "others", 7, pairs=True)
+    elsewhere = session(tmp_path, data=str(tmp_path / "others"), **settings)
+    works = elsewhere.works.train(0)
+    strange = next(w.batch for w in works if any(p.endswith(":6") for p in w.batch.places))
+    with pytest.raises(TrainingError, match="no reference was computed before the weights moved"):
+        here.works.work(strange)
+
+
+def test_pictures_are_looked_at_once_and_kept(tmp_path):
+    write_data(tmp_path / "data", 4)
+    first = session(tmp_path, iters=4, epochs=2, cache_features=True)
+    seen = losses(first, 4)
+    assert first.works.features.looked == 3  # four rows, one without a picture
+    second = session(tmp_path, iters=4, epochs=2, cache_features=True)
+    assert losses(second, 4) == seen
+    assert second.works.features.looked == 0
+    drawn = session(tmp_path, iters=4, cache_features=True, augment=True)
+    losses(drawn, 4)
+    assert drawn.works.features.looked > 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        ({"epochs": 1}, 4),
+        ({"epochs": 2.5}, 10),
+        ({"epochs": 1, "grad_accumulation_steps": 3}, 2),
+        ({"iters": 11}, 11),
+    ],
+)
+def test_the_length_of_a_run_is_known_before_it_begins(tmp_path, settings, updates):
+    write_data(tmp_path / "data", 7)
+    here = session(tmp_path, **settings)
+    plan = plan_of(here)
+    assert (here.learner.updates, plan["updates"], plan["rows"]) == (updates, updates, 7)
+
+
+def test_packed_samples_make_as_few_rows_as_they_fill(tmp_path):
+    write_data(tmp_path / "data", 7)
+    here = session(tmp_path, packing=True, max_seq_length=200, batch_size=1)
+    tokens = plan_of(here)["tokens"]
+    assert here.learner.updates == -(-tokens // 200) < 7
+
+
+def test_every_process_makes_as_many_updates(tmp_path):
+    write_data(tmp_path / "data", 7)
+    ground = look_around(recipe(tmp_path, batch_size=1), silent, silent)
+    assert planned_updates(ground, Ranks(rank=1, size=2)) == 3
+    with pytest.raises(UserError, match=r"fewer batches than there are processes \(8\)"):
+        planned_updates(ground, Ranks(rank=7, size=8))
+
+
+def test_a_folder_without_rows_to_train_on_is_told(tmp_path):
+    write_rows(tmp_path / "data" / "valid.jsonl", [talk()])
+    with pytest.raises(UserError, match=r"no train.jsonl in"):
+        session(tmp_path)
+
+
+def test_validation_rows_may_lie_elsewhere(tmp_path):
+    write_data(tmp_path / "data", 3, 2)
+    write_data(tmp_path / "other", 5)
+    here = session(tmp_path, valid_data=str(tmp_path / "other" / "train.jsonl"), val_batches=2)
+    assert [len(work.batch.places) for work in here.valid()] == [2, 2]
+    assert all("other" in place for work in here.valid() for place in work.batch.places)
+
+
+def test_whole_parts_become_a_model_of_their_own(tmp_path):
+    write_data(tmp_path / "data", 4, 1)
+    here = session(tmp_path, train="mlp1", iters=2, learning_rate=0.01)
+    assert len([*go(here, lambda: False)]) == 2
+    assert not (here.folder / "adapter_model.safetensors").exists()
+    for name in ("model", "best"):
+        model = load(str(here.folder / name), dtype="float32").model
+        learned = np.array(here.learner.weights["mlp1.1.weight"])
+        found = np.array(dict(model.mlp1[1].parameters())["weight"])
+        assert np.abs(found - learned).max() < 0.01 * np.abs(learned).max()
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        Recipe(),
+        Recipe(style="6b", layout="native_b"),
+        Recipe(style="9b", tied=False),
+        Recipe(style="300m", layout="mlx", bits=Bits(bits=4, group_size=32)),
+        Recipe(style="300m", tied=True, dtype="bfloat16"),
+    ],
+    ids=lambda r: f"{r.style}-{r.layout}-{'packed' if r.bits else r.dtype}",
+)
+def test_every_kind_of_checkpoint_learns_and_takes_its_adapter_back(tmp_path, checkpoint):
+    write_data(tmp_path / "data", 4, 2)
+    folder = str(tiny(checkpoint).folder)
+    settings = {"model": folder, "iters": 6, "learning_rate": 0.02, "lora_keys": "language,vision"}
+    here = session(tmp_path, **settings)
+    before, _ = validate(here.learner, here.valid())
+    moments = [*go(here, lambda: False)]
+    assert moments[-1].checked["val_loss"] < before - 0.1
+    picture, question = tmp_path / "data" / "0.png", "<image>\nWho is it?"
+    answers = [
+        load(folder, adapter=adapter, dtype="float32")
+        .ask(question, [picture], max_tokens=8)
+        .token_ids
+        for adapter in (None, str(here.folder))
+    ]
+    assert answers[0] != answers[1]
