@@ -6,7 +6,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from internvl3_mlx.images.pixels import normalize, to_tiles
 
 LONGEST = 12  # tokens an answer may take
 GROUP = 40  # pictures answered together
-Ask = Callable[[list[Image.Image], list[str], float], list[str]]
+Ask = Callable[[Iterable[Image.Image], list[str], float], list[str]]
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         }
         show(name, table[name])
     if options.deltas:
-        table["deltas"] = measure_deltas(ask, options)
+        table["deltas"] = {"items": options.deltas, **measure_deltas(ask, options)}
     if options.out:
         options.out.write_text(json.dumps(table, indent=1) + "\n")
     if options.answers:
@@ -56,9 +56,11 @@ def parse() -> argparse.Namespace:
     source.add_argument("--run", type=Path, help="a training folder (PyTorch)")
     source.add_argument("--model", help="a model the library can load (MLX)")
     parser.add_argument("--items", type=int, default=200, help="questions per task and column")
-    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--columns", nargs="*", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--deltas", action="store_true", help="measure all deltas, first column")
+    parser.add_argument(
+        "--deltas", type=int, metavar="N", help="measure all deltas too, N square items per task"
+    )
     parser.add_argument("--out", type=Path, help="write the table here")
     parser.add_argument("--answers", type=Path, help="write every answer here, one a line")
     return parser.parse_args()
@@ -66,24 +68,27 @@ def parse() -> argparse.Namespace:
 
 def measure(ask: Ask, asked: list[Item], control: bool, said: list[str]) -> dict[str, float]:
     """Score a task's items and, as a control, the same questions put to the next item's picture."""
-    pictures = [item.picture for item in asked]
     questions = [item.question.text for item in asked]
-    answers = ask(pictures, questions, 1.0)
+    answers = ask(pictures(asked), questions, 1.0)
     said += map(json.dumps, answers)
     found = {"right": score(answers, asked)}
     if control:
-        found["swapped"] = score(ask(pictures[1:] + pictures[:1], questions, 1.0), asked)
+        found["swapped"] = score(ask(pictures(asked[1:] + asked[:1]), questions, 1.0), asked)
     return found
 
 
+def pictures(asked: list[Item]) -> Iterator[Image.Image]:
+    """Enlarge the pictures one at a time: a few hundred of 12 megapixels fill a memory."""
+    return (item.picture for item in asked)
+
+
 def measure_deltas(ask: Ask, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Score every task of the first column at each of the nine deltas."""
+    """Score every task of the square column at each of the nine deltas."""
     scores: dict[str, dict[str, float]] = {}
     for task in options.tasks:
-        asked = items(task, COLUMNS[options.columns[0]], options.items)
-        pictures = [item.picture for item in asked]
+        asked = items(task, COLUMNS["square"], options.deltas)
         questions = [item.question.text for item in asked]
-        found = {d: score(ask(pictures, questions, d), asked) for d in DELTAS}
+        found = {d: score(ask(pictures(asked), questions, d), asked) for d in DELTAS}
         scores[task] = {f"1/{round(1 / d)}": right for d, right in found.items()}
         cells = (f"{name} {100 * right:.0f}" for name, right in scores[task].items())
         print(f"{task:10s}", "  ".join(cells), flush=True)
@@ -112,8 +117,8 @@ def torch_asker(run: Path) -> Ask:
     model.load_state_dict(torch.load(run / "state.pt", weights_only=True)["model"])
     rows = RowBuilder(tokenizer, model.config.tokens_per_tile)
 
-    def ask(pictures: list[Image.Image], questions: list[str], delta: float) -> list[str]:
-        tiles = [to_tiles(picture, POLICY) for picture in pictures]
+    def ask(shown: Iterable[Image.Image], questions: list[str], delta: float) -> list[str]:
+        tiles = [to_tiles(picture, POLICY) for picture in shown]
         answers = [""] * len(tiles)
         for total in {len(each) for each in tiles}:
             same = [index for index, each in enumerate(tiles) if len(each) == total]
@@ -170,8 +175,8 @@ def library_asker(name: str) -> Ask:
 
     model = load(name)
 
-    def ask(pictures: list[Image.Image], questions: list[str], delta: float) -> list[str]:
-        pairs = zip(pictures, questions, strict=True)
+    def ask(shown: Iterable[Image.Image], questions: list[str], delta: float) -> list[str]:
+        pairs = zip(shown, questions, strict=True)
         return [
             model.ask(text, [picture], v2pe_delta=delta, max_tokens=LONGEST).text
             for picture, text in pairs

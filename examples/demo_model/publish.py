@@ -2,7 +2,7 @@
 
 ``python -m examples.demo_model.publish --table table.json --out internvl3_mlx/demo``
 
-Several tables that were measured side by side, each with its own columns, become one.
+Several tables that were measured side by side, each with its own columns or tasks, become one.
 """
 
 import argparse
@@ -100,7 +100,12 @@ def joined(tables: list[dict[str, Any]]) -> dict[str, Any]:
     numbers = {table["items"] for table in tables}
     if len(numbers) > 1:
         raise SystemExit(f"the tables have {sorted(numbers)} items a task; measure all with one")
-    return {name: part for table in tables for name, part in table.items()}
+    whole: dict[str, Any] = {"items": numbers.pop()}
+    for table in tables:
+        for name, scores in table.items():
+            if name != "items":
+                whole[name] = whole.get(name, {}) | scores
+    return whole
 
 
 def write_samples(folder: Path) -> None:
@@ -134,6 +139,7 @@ def card(table: dict[str, Any]) -> str:
         columns=columns(told, table),
         deltas=deltas(told, table),
         number=table["items"],
+        delta_number=table["deltas"]["items"],
         names=", ".join(NAMES),
         categories=", ".join(CATEGORIES),
         colors=", ".join(COLORS),

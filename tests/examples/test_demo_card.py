@@ -1,0 +1,46 @@
+"""The demo model's card is written from what was measured, and only from that."""
+
+import pytest
+
+from examples.demo_model import heldout, publish
+
+DELTAS = {"1/1": 0.9, "1/256": 0.91}
+
+
+def table(right=0.95, swapped=0.2, items=200):
+    """Give a measured table in which every task of every column has the same figures."""
+    scores = {task: {"right": right, "swapped": swapped} for task in heldout.TASKS}
+    deltas = {task: DELTAS for task in heldout.TASKS}
+    columns = dict.fromkeys(heldout.COLUMNS, scores)
+    return {"items": items, **columns, "deltas": {"items": 100, **deltas}}
+
+
+def test_the_card_says_how_many_pictures_and_tiles_were_measured():
+    card = publish.card(table(items=240))
+    assert "Accuracy on 240 new pictures" in card
+    assert "100 square pictures per task" in card
+    line = next(line for line in card.splitlines() if line.startswith("| panorama 3:1 |"))
+    assert line.split(" | ")[1] == "4"
+    assert line.endswith("| 95% |")
+
+
+def test_what_misses_the_gate_is_not_told():
+    measured = table()
+    measured["square"] = measured["square"] | {"at": {"right": 0.89, "swapped": 0.1}}
+    told, rest = publish.card(measured).split("## What it cannot do")
+    assert "| at | What is at the top left? | 89% | 10% |" in rest
+    assert "What is at the top left?" not in told
+
+
+def test_tables_measured_side_by_side_become_one():
+    parts = [
+        {"items": 200, "square": {"name": 1}},
+        {"items": 200, "square": {"at": 2}, "deltas": {"items": 100, "at": 3}},
+    ]
+    whole = {"square": {"name": 1, "at": 2}, "deltas": {"items": 100, "at": 3}}
+    assert publish.joined(parts) == {"items": 200, **whole}
+
+
+def test_tables_of_different_sizes_are_refused():
+    with pytest.raises(SystemExit, match=r"have \[40, 200\] items a task; measure all with one"):
+        publish.joined([{"items": 200}, {"items": 40}])
