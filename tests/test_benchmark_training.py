@@ -1,4 +1,4 @@
-"""Two trainers are timed on the same rows, and the benchmark stops where they do not learn alike."""
+"""Two trainers are timed on the same rows; the benchmark stops where they do not learn alike."""
 
 import json
 import subprocess

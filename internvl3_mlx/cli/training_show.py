@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from internvl3_mlx.training.session import Session
 
 INTERRUPTED = 130
-SHOWN_FIGURES = ("dpo", "bco", "sft", "margin")
+SHOWN_FIGURES = ("dpo", "bco", "sft", "margin")  # all of them are in the table
+SHOWN_CHECKS = ("val_loss", "val_accuracy", "val_exact")
 FEW_UPDATES = 30  # fewer hardly move a model
 
 
@@ -121,7 +122,8 @@ def describe(moment: "Moment") -> str:
         return f"skipped: loss {step.loss}, gradient {step.norm}"
     told: dict[str, float] = {"loss": step.loss}
     told |= {name: step.figures[name] for name in SHOWN_FIGURES if name in step.figures}
-    told |= {name.replace("_", " "): value for name, value in (moment.checked or {}).items()}
+    checked = moment.checked or {}
+    told |= {name.replace("_", " "): checked[name] for name in SHOWN_CHECKS if name in checked}
     parts = [f"{name} {value:.4f}" for name, value in told.items()]
     return " · ".join([*parts, *speed(moment)])
 

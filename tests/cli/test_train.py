@@ -95,6 +95,17 @@ def test_a_run_from_the_first_word_to_the_last(folder):
     assert (folder / "adapters" / "loss.svg").read_text().startswith("<svg")
 
 
+def test_a_line_tells_the_terms_of_preferences_apart_and_leaves_the_rest_to_the_table(folder):
+    write_data(folder / "pairs", 4, 2, pairs=True)
+    result = invoke("--data", "pairs", "--method", "mpo", *SHORT, "--iters", 1)
+    assert result.exit_code == 0, result.stderr
+    number = r"-?\d+\.\d{4}"
+    terms = " · ".join(f"{name} {number}" for name in ("dpo", "bco", "sft", "margin"))
+    checks = rf"val loss {number} · val accuracy {number}"
+    line = rf"1 · loss {number} · {terms} · {checks} · [\d,]+ tok/s · [\d.]+ MB"
+    assert re.fullmatch(line, result.stderr.splitlines()[1])
+
+
 def test_the_adapter_of_a_run_changes_answers(folder):
     assert begin("--learning-rate", "0.05", "--iters", 8).exit_code == 0
     ask = ["generate", "data/0.png", "-p", "Who is it?", "--model", "demo", "-m", "4"]
