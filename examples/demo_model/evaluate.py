@@ -34,8 +34,9 @@ def main() -> None:
     said: list[str] = []
     for name in options.columns:
         column = COLUMNS[name]
+        control = column.control and not options.no_control
         table[name] = {
-            task: measure(ask, items(task, column, options.items), column.control, said)
+            task: measure(ask, items(task, column, options.items), control, said)
             for task in options.tasks
         }
         show(name, table[name])
@@ -58,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=200, help="questions per task and column")
     parser.add_argument("--columns", nargs="*", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--no-control", action="store_true", help="leave swapped pictures out")
     parser.add_argument(
         "--deltas", type=int, metavar="N", help="measure all deltas too, N square items per task"
     )
