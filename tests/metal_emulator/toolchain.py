@@ -120,13 +120,16 @@ def cache_folder() -> Path:
 
 @functools.cache
 def tool_key() -> str:
-    """Hash what compiles, and the name of its compiler."""
+    """Hash what compiles, where it lies, and the name of its compiler.
+
+    A precompiled header remembers paths: a second checkout must not take the first one's.
+    """
     sources = [p for p in sorted(FOLDER.rglob("*")) if p.suffix in {".py", ".h", ".cpp", ""}]
     text = b"".join(
         p.read_bytes() for p in sources if p.is_file() and p.name not in AFTER_COMPILING
     )
     version = toolchain().run("--version").stdout
-    return hashlib.sha256(text + version.encode()).hexdigest()[:16]
+    return hashlib.sha256(text + f"{FOLDER} {version}".encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
