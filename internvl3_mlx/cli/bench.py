@@ -55,8 +55,9 @@ def bench(contexts: tuple[int, ...], quick: bool, svg: Path | None, **flags: Any
     """Measure decoding, reading, the vision tower and our kernels, beside the machine's own limits.
 
     Bytes a second and operations a second are measured here too, so each line says how near it
-    comes to them. Without --model the demo model is measured. Where our kernels beat MLX's own
-    operations is noted, and used from then on. Interrupt at any time: what was measured is shown.
+    comes to them. Without --model the demo model is measured. A whole run (no --quick, no
+    --contexts) keeps where our kernels beat MLX's own operations, and they are used there from then
+    on. Interrupt at any time: what was measured is shown.
     """
     from internvl3_mlx import load
     from internvl3_mlx.measuring.bench import Bench
@@ -75,26 +76,25 @@ def bench(contexts: tuple[int, ...], quick: bool, svg: Path | None, **flags: Any
 
 
 def measure(run: "Bench", *, quiet: bool) -> None:
-    """Measure everything, saying how far it is; keep where our kernels pay."""
-    from internvl3_mlx.metal_kernels.table import write_table
-
+    """Measure everything, saying how far it is."""
     with progress.bar(quiet=quiet) as advance:
         for done, name in enumerate(run.run()):
             advance(name, done, len(run))
-    if run.entries and not write_table(run.entries) and not quiet:
+    if run.kept is False and not quiet:
         screen.note("where kernels pay could not be kept: the cache folder takes no files")
 
 
 def told(run: "Bench", limits: "Limits", model: str, svg: Path | None, *, as_json: bool) -> None:
+    """Show the figures, and draw them last: a full disk must not cost the measurement."""
     device = machine.device()
-    if svg is not None:
-        from internvl3_mlx.measuring.roofline import roofline
-
-        write(svg, roofline(run.figures, limits, f"{device['computes_on']}, {model}"))
     if as_json:
         screen.as_json(as_data(run, limits, device, model), indent=2)
     else:
         screen.facts(as_table(run, limits, device, model))
+    if svg is not None:
+        from internvl3_mlx.measuring.roofline import roofline
+
+        write(svg, roofline(run.figures, limits, f"{device['computes_on']}, {model}"))
 
 
 def as_data(run: "Bench", limits: "Limits", device: dict[str, Any], model: str) -> dict[str, Any]:

@@ -71,9 +71,10 @@ class Candidate:
 
     def draw(self, choose: Choose, ids: list[int], logits: mx.array) -> tuple[mx.array, mx.array]:
         """Choose a token with this answer's own chance: logits (1, vocab) -> (1,), and the random
-        key to go on with (2,)."""
+        key to go on with (2,). ids: the prompt's, empty where nothing looks back."""
         mx.random.seed(self.state)
-        token = choose(mx.array([*ids, *self.said], dtype=mx.int32), logits)
+        history = [*ids, *self.said] if ids else []
+        token = choose(mx.array(history, dtype=mx.int32), logits)
         state: Any = mx.random.state
         return token, state[0]
 

@@ -13,7 +13,7 @@ from internvl3_mlx.measuring.kernels import Trial
 from internvl3_mlx.measuring.limits import Limits
 from internvl3_mlx.measuring.whole import TILES, Stages
 from internvl3_mlx.metal_kernels import dispatch
-from internvl3_mlx.metal_kernels.table import Entry
+from internvl3_mlx.metal_kernels.table import Entry, write_table
 from internvl3_mlx.models.device import on_gpu
 from internvl3_mlx.models.internvl import InternVL
 
@@ -25,7 +25,10 @@ QUICK_RUNS = 3
 
 @dataclass
 class Bench:
-    """What is to be measured, and what has been so far. ``contexts``: none for what suits."""
+    """What is to be measured, and what has been so far. ``contexts``: none for what suits.
+
+    ``kept``: whether where kernels pay could be written down, None as long as it was not tried.
+    """
 
     model: InternVL
     contexts: Sequence[int] = ()
@@ -33,42 +36,54 @@ class Bench:
     limits: Limits | None = None
     figures: list[Figure] = field(default_factory=list)
     kernels: dict[Trial, list[Figure]] = field(default_factory=dict)
+    is_whole: bool = False
+    kept: bool | None = None
 
     def __post_init__(self) -> None:
+        self.is_whole = not (self.contexts or self.quick)
         suited = (QUICK_CONTEXTS if self.quick else CONTEXTS) if on_gpu() else (
             QUICK_CPU_CONTEXTS if self.quick else CPU_CONTEXTS
         )  # fmt: skip
         self.contexts = sorted({*(self.contexts or suited)})
 
     def __len__(self) -> int:
-        return 1 + len(self.tasks)
-
-    @cached_property
-    def tasks(self) -> list[Task]:
-        """Name every figure and how it is measured."""
-        runs = QUICK_RUNS if self.quick else RUNS
-        tiles = TILES[:1] if self.quick else TILES
-        return [
-            Task(
-                f"kernels, {trial.name}, {context:,} tokens",
-                partial(self.kernel, trial, context, runs),
-            )
-            for trial in kernels.trials(quick=self.quick)
-            for context in self.contexts
-        ] + Stages(self.model, self.contexts, tiles, runs=runs).tasks()
+        return 1 + len(self.kernel_tasks) + len(self.stage_tasks)
 
     def run(self) -> Iterator[str]:
         """Measure one thing after another, naming each before it is begun. What was measured
         stays, however this ends."""
         yield "the machine's own limits"
         self.limits = limits.measure(quick=self.quick)
-        for task in self.tasks:
+        yield from self.measure(self.kernel_tasks)
+        if self.is_whole and self.entries:  # at once: the stages already decode by it
+            self.kept = write_table(self.entries)
+        yield from self.measure(self.stage_tasks)
+
+    def measure(self, tasks: Sequence[Task]) -> Iterator[str]:
+        for task in tasks:
             yield task.name
             self.figures.append(task.measure())
             mx.clear_cache()
 
-    def kernel(self, trial: Trial, context: int, runs: int) -> Figure:
-        figure = kernels.measured(trial, context, runs)
+    @cached_property
+    def kernel_tasks(self) -> list[Task]:
+        return [
+            Task(f"kernels, {trial.name}, {context:,} tokens", partial(self.kernel, trial, context))
+            for trial in kernels.trials(quick=self.quick)
+            for context in self.contexts
+        ]
+
+    @cached_property
+    def stage_tasks(self) -> list[Task]:
+        tiles = TILES[:1] if self.quick else TILES
+        return Stages(self.model, self.contexts, tiles, runs=self.runs).tasks()
+
+    @property
+    def runs(self) -> int:
+        return QUICK_RUNS if self.quick else RUNS
+
+    def kernel(self, trial: Trial, context: int) -> Figure:
+        figure = kernels.measured(trial, context, self.runs)
         self.kernels.setdefault(trial, []).append(figure)
         return figure
 

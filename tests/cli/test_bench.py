@@ -101,19 +101,44 @@ def test_an_interrupt_shows_what_was_measured(monkeypatch):
     assert [figure["context"] for figure in json.loads(result.stdout)["figures"]] == [7]
 
 
-def test_where_kernels_pay_is_kept_and_told(monkeypatch):
-    pays = Entry("flash_decode", 8, 64, 3, 1024)
-    monkeypatch.setattr(Bench, "entries", [pays, Entry("flash_decode", 4, 64, 3, None)])
-    result = bench()
-    assert f"  {pays.case}  from 1,024 tokens\n" in result.stdout
-    assert table.pays(pays.case, 1024)
-    assert not table.pays(pays.case, 1023)
+PAYS = Entry("flash_decode", 8, 64, 3, 1024)
 
 
-def test_a_cache_folder_that_takes_no_files_is_told(monkeypatch, tmp_path):
+@pytest.fixture
+def found(monkeypatch):
+    """Let a kernel pay, in a run that counts as whole."""
+    begin = Bench.__post_init__
+    whole = lambda self: begin(self) or setattr(self, "is_whole", True)  # noqa: E731
+    monkeypatch.setattr(Bench, "__post_init__", whole)
+    monkeypatch.setattr(Bench, "entries", [PAYS, Entry("flash_decode", 4, 64, 3, None)])
+
+
+def test_where_kernels_pay_is_kept_and_told(found):
+    assert f"  {PAYS.case}  from 1,024 tokens\n" in bench().stdout
+    assert table.pays(PAYS.case, 1024)
+    assert not table.pays(PAYS.case, 1023)
+
+
+def test_a_run_of_some_contexts_changes_no_table(monkeypatch):
+    monkeypatch.setattr(Bench, "entries", [PAYS])
+    assert f"  {PAYS.case}  from 1,024 tokens\n" in bench().stdout
+    assert not table.pays(PAYS.case, 1024)
+
+
+def test_a_cache_folder_that_takes_no_files_is_told(found, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(Bench, "entries", [Entry("flash_decode", 8, 64, 3, 1024)])
     result = bench()
     assert result.exit_code == 0
     assert "note: where kernels pay could not be kept" in result.stderr
+
+
+def test_a_picture_that_cannot_be_written_costs_no_figures(tmp_path):
+    (tmp_path / "roof.svg").mkdir()
+    result = bench("--json", "--svg", str(tmp_path / "roof.svg"))
+    assert result.exit_code == 2
+    (tmp_path / ".roof2.svg.part").mkdir()
+    result = bench("--json", "--svg", str(tmp_path / "roof2.svg"))
+    assert result.exit_code == 2
+    assert "cannot write" in result.stderr
+    assert len(json.loads(result.stdout)["figures"]) == 11

@@ -35,7 +35,7 @@ def test_a_measurement_becomes_the_table(monkeypatch, a_mac):
     run = Bench(None, [5, 9])
     for trial in trials:
         for context in run.contexts:
-            run.kernel(trial, context, runs=1)
+            run.kernel(trial, context)
     assert table.write_table(run.entries)
     eight, four = (table.Entry("flash_decode", bits, 64, 3).case for bits in (8, 4))
     assert [table.pays(eight, tokens) for tokens in (8, 9, 90)] == [False, True, True]
