@@ -33,10 +33,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("pairs"), help="the folder to write")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--pairs", type=int, default=320, help="pairs to train on")
-    parser.add_argument("--test", type=int, default=400, help="questions to measure with")
+    parser.add_argument("--fresh", type=int, default=600, help="questions to measure with")
     options = parser.parse_args()
     write_pairs(load(options.model), options.out, options.pairs)
-    write(options.out, "test", options.test, WORDINGS)
+    write(options.out, "fresh", options.fresh, WORDINGS)
 
 
 def write_pairs(vlm: VLM, folder: Path, wanted: int) -> None:

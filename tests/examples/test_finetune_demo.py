@@ -69,7 +69,7 @@ def test_an_example_runs_from_its_data_to_its_figure(name, tmp_path, monkeypatch
             kinds.write(data, split, rows)
     else:
         pairs.write_pairs(load("demo"), data, 4)
-        kinds.write(data, "test", 6, pairs.WORDINGS)
+        kinds.write(data, "fresh", 6, pairs.WORDINGS)
         for row in rows_of(data / "train.jsonl"):
             assert row["chosen"] in CATEGORIES
             assert row["rejected"] != row["chosen"]
@@ -79,7 +79,8 @@ def test_an_example_runs_from_its_data_to_its_figure(name, tmp_path, monkeypatch
     recipe = build_recipe({**tiny, **where}, HERE / f"{name}.yaml")
     *_, last = go(open_session(look_around(recipe, silent, silent)), lambda: False)
     assert last.step.norm > 0
-    arguments = [str(data / "test.jsonl"), "--adapter", where["adapter_path"], "--wrong", "1"]
+    questions = data / {"kinds": "test.jsonl", "preference": "fresh.jsonl"}[name]
+    arguments = [str(questions), "--adapter", where["adapter_path"], "--wrong", "1"]
     monkeypatch.setattr("sys.argv", ["measure", *arguments])
     measure.main()
     told = capsys.readouterr().out.splitlines()[-1]
