@@ -14,6 +14,7 @@ from internvl3_mlx.prompt.template import template_for
 from internvl3_mlx.prompt.tokens import Tokenizer
 from internvl3_mlx.training.batches import Corpus, corpus
 from internvl3_mlx.training.check import Survey, survey
+from internvl3_mlx.training.contradictions import check_asked_beforehand
 from internvl3_mlx.training.data_settings import DataSettings
 from internvl3_mlx.training.recipe import TrainRecipe
 from internvl3_mlx.training.samples import Maker
@@ -83,13 +84,16 @@ def look_around(recipe: TrainRecipe, notify: Notify, advance: Advance) -> Ground
         raise UserError(f"no training rows in {recipe.data}; name a folder with train.jsonl")
     ready = prepare(recipe.model, recipe.q_bits or DENSE_BITS, notify=notify)
     maker = Maker(preparer_of(ready.folder), settings)
-    return Ground(
+    ground = Ground(
         recipe,
         ready,
         maker,
         Rows(train, surveyed(train, maker, "checking rows", advance)),
         Rows(valid, surveyed(valid, maker, "checking validation rows", advance)) if valid else None,
     )
+    if ground.draws_pictures:
+        check_asked_beforehand(recipe)
+    return ground
 
 
 def data_settings(recipe: TrainRecipe) -> DataSettings:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-from internvl3_mlx.errors import UserError
+from internvl3_mlx.training.contradictions import check_together
 from internvl3_mlx.training.setting import (
     ALL_PARTS,
     DTYPES,
@@ -21,6 +21,7 @@ from internvl3_mlx.training.setting import (
     RANDOM,
     REDUCTIONS,
     SCHEDULES,
+    SHIFTS,
     check_bounds,
     setting,
 )
@@ -178,6 +179,12 @@ class TrainRecipe:
     label_smoothing: float = setting(
         0.0, "Preference", "Share of pairs thought to be swapped.", low=0, high=0.5
     )
+    reward_shift: str = setting(
+        "running",
+        "Preference",
+        "What the quality term compares with: the mean reward so far, or zero.",
+        choices=SHIFTS,
+    )
     cache_reference: bool = setting(
         False, "Preference", "Compute the reference once and keep it on disk."
     )
@@ -260,37 +267,3 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
         "grad_accumulation_steps": 8,
     },
 })  # fmt: skip
-
-
-def check_together(recipe: TrainRecipe) -> None:
-    """Refuse settings that contradict each other."""
-    if not recipe.train:
-        raise UserError(f"train names nothing; wanted are {', '.join(PARTS)} or patterns")
-    if unknown := [name for name in recipe.report_to if name not in LOGGERS]:
-        raise UserError(f"report_to is {unknown[0]}; known are {', '.join(LOGGERS)}")
-    if recipe.iters is None and recipe.epochs == 0:
-        raise UserError("epochs is 0; give epochs above 0, or iters")
-    if not recipe.adapts and (recipe.dora or recipe.rslora):
-        raise UserError("dora and rslora shape adapters; add lora to train")
-    if recipe.dora and recipe.rslora:
-        raise UserError("dora and rslora both set the scale of adapters; choose one")
-    if recipe.compile and (recipe.packing or recipe.grad_checkpoint or recipe.method == "mpo"):
-        raise UserError(
-            "compile is for samples of few lengths; leave out packing, grad_checkpoint and mpo"
-        )
-    if recipe.method == "mpo":
-        check_preference(recipe)
-
-
-def check_preference(recipe: TrainRecipe) -> None:
-    if recipe.packing:
-        raise UserError("packing is for samples; mpo lays each pair behind its prompt already")
-    if not (recipe.dpo_weight or recipe.bco_weight or recipe.sft_weight):
-        raise UserError("dpo_weight, bco_weight and sft_weight are all 0; nothing would be learned")
-    if recipe.needs_reference and not (recipe.only_adapts or recipe.cache_reference):
-        raise UserError(
-            f"train is {','.join(recipe.train)}: once more than lora moves, the base is gone that "
-            "mpo compares with; add cache_reference, which asks it beforehand"
-        )
-    if recipe.needs_reference and not recipe.only_adapts and recipe.v2pe_delta == RANDOM:
-        raise UserError("v2pe_delta random cannot be asked beforehand; train lora alone, or fix it")

@@ -124,7 +124,8 @@ def method_of(recipe: TrainRecipe, ranks: Ranks) -> Method:
     how = Forward(recompute=recipe.grad_checkpoint, drop_path_rate=recipe.drop_path)
     if recipe.method != "mpo":
         return METHODS[recipe.method](how=how)
-    preference = Preference(recipe.beta, recipe.label_smoothing, across=ranks.across)
+    running = recipe.reward_shift == "running"
+    preference = Preference(recipe.beta, recipe.label_smoothing, running, ranks.across)
     return METHODS["mpo"](
         dpo_weight=recipe.dpo_weight,
         bco_weight=recipe.bco_weight,

@@ -17,6 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 LORA = "lora"
 PARTS = (LORA, "language_model", "mlp1", "vision_model", "lm_head")
 ALL_PARTS = PARTS[1:4]
+SHIFTS = ("running", "zero")
 RANDOM = "random"  # of V2PE: another step for every picture
 
 

@@ -93,6 +93,11 @@ def test_a_step_of_positions_may_be_written_as_a_number(tmp_path, step):
             "{method: mpo, train: mlp1, cache_reference: true, v2pe_delta: random}",
             "v2pe_delta random cannot be asked beforehand",
         ),
+        (
+            "{method: mpo, train: mlp1, cache_reference: true, augment: true}",
+            "augment draws pictures anew, and the reference is asked beforehand; train lora alone",
+        ),
+        ("reward_shift: mean", "reward_shift is mean; known are running, zero"),
         ("- 1", "holds no recipe; wanted are keys"),
         ("a: [", "mine.yaml is not YAML"),
     ],

@@ -1,5 +1,6 @@
 """A run set up: what it begins with, how long it is, where its references come from."""
 
+import json
 from itertools import islice
 
 import numpy as np
@@ -79,6 +80,25 @@ def test_where_whole_parts_learn_the_base_is_asked_beforehand(tmp_path):
     strange = next(w.batch for w in works if any(p.endswith(":6") for p in w.batch.places))
     with pytest.raises(TrainingError, match="no reference was computed before the weights moved"):
         here.works.work(strange)
+
+
+def test_pictures_that_a_meta_file_draws_anew_cannot_be_asked_beforehand(tmp_path):
+    write_data(tmp_path / "data", 3, pairs=True)
+    source = {"root": "data", "annotation": "data/train.jsonl", "data_augment": True}
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"pairs": source}))
+    settings = {"method": "mpo", "data": str(meta), "cache_reference": True}
+    assert look_around(recipe(tmp_path, **settings), silent, silent).draws_pictures
+    with pytest.raises(UserError, match="augment draws pictures anew"):
+        look_around(recipe(tmp_path, train="lora,mlp1", **settings), silent, silent)
+
+
+@pytest.mark.parametrize(("shift", "moves"), [("running", True), ("zero", False)])
+def test_what_the_quality_term_compares_with_can_rest_at_zero(tmp_path, shift, moves):
+    write_data(tmp_path / "data", 4, pairs=True)
+    here = session(tmp_path, method="mpo", iters=2, learning_rate=1e-1, reward_shift=shift)
+    *_, last = train(here.learner, here.left())
+    assert (last.figures["shift"] != 0) == moves
 
 
 def test_pictures_are_looked_at_once_and_kept(tmp_path):
