@@ -30,7 +30,7 @@ CASES = {
     "mpo": "preferences, the reference asked at every step",
     "mpo kept": "preferences, the reference kept",
 }
-ASKED, ANSWER = 16, {"sft": 220, "mpo": 63}  # words, each one token
+ASKED, ANSWER = 16, {"sft": 220, "mpo": 63}  # words, each one token of the whole vocabulary
 AGREE = 1e-3  # of the two losses, relative
 
 

@@ -2,6 +2,7 @@
 figures as JSON. Both sides read the same rows in the same ids and pixels."""
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -53,7 +54,8 @@ def row_files(folder: Path, case: str) -> Path:
 
 
 def ours(case: str, folder: Path) -> Iterator[Round]:
-    """Train by our own loop, as ``internvl3 train`` does."""
+    """Train by our own loop, as ``internvl3 train`` does; nothing is kept from an earlier run."""
+    os.environ["INTERNVL3_CACHE"] = tempfile.mkdtemp()
     from internvl3_mlx.training.ground import look_around
     from internvl3_mlx.training.recipe_file import build_recipe
     from internvl3_mlx.training.session import open_session
