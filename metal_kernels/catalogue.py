@@ -4,7 +4,7 @@ from itertools import product
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.flash_decode import WHOLE, FlashVariant
+from internvl3_mlx.metal_kernels.flash_decode import LONGEST_DRAFT, WHOLE, FlashVariant
 from internvl3_mlx.metal_kernels.new_row import NewRowVariant
 from internvl3_mlx.metal_kernels.packed import BITS, GROUP_SIZES, RowLayout
 from internvl3_mlx.metal_kernels.probe import Variant
@@ -13,6 +13,8 @@ from internvl3_mlx.metal_kernels.probe import Variant
 SHAPES = ((32, 3), (64, 7), (128, 6), (128, 7), (128, 16), (128, 5), (128, 8))
 TYPES = (mx.bfloat16, mx.float16)
 DRAFT = 4  # tokens of a speculative check, or candidates that share a prefix
+
+LARGEST = (128, 16, LONGEST_DRAFT)  # the 9B's longest draft: most threads and registers
 
 
 def variants() -> list[Variant]:
@@ -28,9 +30,10 @@ def single() -> list[Variant]:
 
 
 def several() -> list[Variant]:
+    drafts = [*((dim, rows, DRAFT) for dim, rows in SHAPES), LARGEST]
     return [
-        FlashVariant(TYPES[0], bits, dim, group_of(dim, bits), rows, DRAFT, causal)
-        for (dim, rows), bits, causal in product(SHAPES, (WHOLE, *BITS), (True, False))
+        FlashVariant(TYPES[0], bits, dim, group_of(dim, bits), rows, draft, causal)
+        for (dim, rows, draft), bits, causal in product(drafts, (WHOLE, *BITS), (True, False))
     ]
 
 

@@ -16,6 +16,9 @@ from internvl3_mlx.metal_kernels import dispatch, memory
 
 TOLERANCES = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}  # of the largest number
 
+COMPILER_ERROR = " error: "  # program_source:12:3: error: use of undeclared identifier
+ENDED = "its trial ended the whole program"
+
 
 class Variant(Protocol):
     """One compiled form of a kernel, and how it is tried."""
@@ -58,9 +61,22 @@ def state(variant: Variant) -> KernelState:
     if not known:
         known.update(recalled())
     if variant.name not in known:
-        known[variant.name] = tried(variant)
-        keep()
+        try_on_record(variant)
     return known[variant.name]
+
+
+def try_on_record(variant: Variant) -> None:
+    """Try a variant, noted as failed meanwhile: a fault of the GPU ends the whole program, and the
+    next start must not walk into it again. An interrupt is no verdict."""
+    known[variant.name] = KernelState(variant.name, False, ENDED)
+    keep()
+    try:
+        known[variant.name] = tried(variant)
+    except BaseException:
+        del known[variant.name]
+        raise
+    finally:
+        keep()
 
 
 def tried(variant: Variant) -> KernelState:
@@ -68,11 +84,16 @@ def tried(variant: Variant) -> KernelState:
     try:
         error = max(difference(*pair) for pair in variant.both())
     except Exception as failure:  # noqa: BLE001  a compiler's or driver's, of any kind
-        reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
-        return dropped(variant, f"does not run here ({reason})")
+        return dropped(variant, f"does not run here ({cause(failure)})")
     if not error <= TOLERANCES[variant.dtype]:
         return dropped(variant, f"computes something else here (relative error {error:.1g})")
     return KernelState(variant.name, True, f"relative error {error:.1g}")
+
+
+def cause(failure: Exception) -> str:
+    """Give the line that says most: a compiler's first error, below a heading, or the first."""
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    return next((line.strip() for line in lines if COMPILER_ERROR in line), lines[0])
 
 
 def dropped(variant: Variant, reason: str) -> KernelState:
@@ -96,16 +117,18 @@ def states() -> list[KernelState]:
 
 
 def self_check(variants: Iterable[Variant]) -> Iterator[KernelState]:
-    """Try variants anew, whatever is remembered, and remember the outcome; yields as it goes."""
+    """Try variants anew, whatever is remembered but that a trial ended the program, and remember
+    the outcome; yields as it goes."""
     quiet: Callable[[str], None] = dispatch.notify
+    known.update({**recalled(), **known})
     for variant in variants:
         dispatch.on_fallback(lambda line: None)  # the caller shows the states themselves
         try:
-            known[variant.name] = tried(variant)
+            if variant.name not in known or known[variant.name].detail != ENDED:
+                try_on_record(variant)
         finally:
             dispatch.on_fallback(quiet)
         yield known[variant.name]
-    keep()
 
 
 def recalled() -> dict[str, KernelState]:

@@ -37,10 +37,11 @@ def pays(case: str, tokens: int) -> bool:
 
 
 @lru_cache(maxsize=1)
-def measured() -> dict[str, int | None]:
-    """Read the table once: case -> first token count that pays. Empty where none was written."""
+def measured() -> dict[str, int]:
+    """Read the table once: case -> first token count that pays. Empty where none was written, or
+    nothing pays: then a token costs no look at our kernels."""
     found = memory.recall(memory.TABLE)
-    return {key: start if isinstance(start, int) else None for key, start in found.items()}
+    return {case: start for case, start in found.items() if isinstance(start, int)}
 
 
 def write_table(entries: Iterable[Entry]) -> bool:

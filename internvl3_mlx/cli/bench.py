@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from internvl3_mlx.measuring.limits import Limits
 
 GROUPS = ("tower", "prefill", "decode", "kernels")  # in the order of the report
+NOT_KEPT = "where kernels pay; only a run without --quick and --contexts keeps it"
 KILO = 1024
 MOST_TOKENS = 2**20
 
@@ -120,6 +121,7 @@ def as_table(run: "Bench", limits: "Limits", device: dict[str, Any], model: str)
         "limits": limits.told(),
         **{group: rows for group, rows in groups.items() if rows},
         "kernels pay": pays or "nowhere yet",
+        **({} if run.is_whole or not pays else {"not kept": NOT_KEPT}),
         **({"not measured": "; ".join(missing)} if missing else {}),
     }
 

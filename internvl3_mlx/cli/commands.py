@@ -197,7 +197,7 @@ def load(session: "Session", argument: str) -> None:
     session.pending.clear()
     count = len(session.talk.exchanges)
     read = "nothing has to be read again" if with_cache else "the next question reads it all again"
-    screen.hint(f"loaded {count} questions; {read}")
+    screen.hint(f"loaded {count} question{'s' * (count != 1)}; {read}")
 
 
 def filename(argument: str) -> tuple[str, bool]:

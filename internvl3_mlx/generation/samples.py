@@ -126,6 +126,7 @@ def written(
     history = ids if needs_history(settings) else []
     layout = None if engine.packing is None else layout_of(engine.model, engine.packing)
     caches = [SharedKVCache(layer, layout, ROOM_AHEAD) for layer in engine.cache]
+    engine.cache.clear()  # what was laid out anew must not stand twice
     live = dict(enumerate(candidates))
     # an array each: the repetition penalty writes into the one it is given
     rows = list(mx.split(mx.repeat(logits, len(live), axis=0), len(live)))

@@ -18,6 +18,7 @@ from zlib import error as ZlibError
 import numpy as np
 
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.generation.engine import packing_of
 from internvl3_mlx.generation.exchange import Exchange
 from internvl3_mlx.generation.inputs import Film, ImageInfo, Seen
 from internvl3_mlx.generation.prefix_file import fingerprint, read_prefix, write_prefix
@@ -65,7 +66,8 @@ def load_talk(talk: "Conversation", path: Path) -> bool:
         exchanges = [entry.as_text() for entry in exchanges]
     talk.settings = changed(talk.settings, settings)
     talk.exchanges = exchanges
-    return same_model and read_prefix(cache_path(path), talk.memory, content["fingerprint"])
+    read = same_model and read_prefix(cache_path(path), talk.memory, content["fingerprint"])
+    return read and talk.memory.fits(packing_of(talk.settings, talk.vlm.config.text.head_dim))
 
 
 def cache_path(path: Path) -> Path:

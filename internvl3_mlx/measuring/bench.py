@@ -89,6 +89,11 @@ class Bench:
 
     @property
     def entries(self) -> list[Entry]:
-        """Say where our kernels pay, from the trials whose contexts were all measured."""
+        """Say where our kernels pay, from the trials whose contexts were all measured.
+
+        Nothing where none could run: that says nothing of them.
+        """
+        if not dispatch.metal_available() or dispatch.setting() == dispatch.OFF:
+            return []
         whole = {t: found for t, found in self.kernels.items() if len(found) == len(self.contexts)}
-        return kernels.entries(whole) if dispatch.metal_available() else []
+        return kernels.entries(whole)

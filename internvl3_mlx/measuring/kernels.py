@@ -14,8 +14,13 @@ from internvl3_mlx.measuring.clock import RUNS, seconds
 from internvl3_mlx.measuring.counts import DENSE_BITS
 from internvl3_mlx.measuring.figures import Figure
 from internvl3_mlx.measuring.noise import noise
-from internvl3_mlx.metal_kernels import dispatch
-from internvl3_mlx.metal_kernels.flash_decode import LONGEST_DRAFT, Store, flash_decode
+from internvl3_mlx.metal_kernels import dispatch, probe
+from internvl3_mlx.metal_kernels.flash_decode import (
+    LONGEST_DRAFT,
+    FlashVariant,
+    Store,
+    flash_decode,
+)
 from internvl3_mlx.metal_kernels.packed import RowLayout
 from internvl3_mlx.metal_kernels.table import Entry
 from internvl3_mlx.models.attention import attend_packed
@@ -27,6 +32,8 @@ GROUP_SIZE = 64
 BITS = (DENSE_BITS, 8, 4)
 PAYS = 1.05  # times faster, or it is left to MLX: less may be chance
 NO_METAL = "our kernels need Metal, which is not here"
+TURNED_OFF = f"our kernels are turned off by {dispatch.SWITCH}"
+FALLS_BACK = "some of our kernels do not work here; internvl3 doctor tells more"
 
 
 @dataclass(frozen=True)
@@ -76,17 +83,26 @@ def trials(*, quick: bool = False) -> list[Trial]:
 
 
 def measured(trial: Trial, context: int, runs: int = RUNS) -> Figure:
-    """Time the attention both ways; without Metal, MLX's way alone."""
+    """Time the attention both ways; MLX's way alone where our kernel would not run."""
     dtype = mx.float16 if on_gpu() else mx.float32
     filled = noise(trial.kv_heads, context, trial.dim, dtype)
     shape = (1, trial.heads, trial.length, trial.dim)
     q = mx.random.normal(shape, key=mx.random.key(2)).astype(dtype)
     peer = seconds(built_in(trial, filled), q, runs=runs)
-    took, why = None, NO_METAL
-    if dispatch.metal_available():
-        took, why = seconds(ours(trial, filled), q, runs=runs), ""
+    why = hindrance(trial, q, filled)
+    took = None if why else seconds(ours(trial, filled), q, runs=runs)
     nbytes, flops = trial.nbytes(context, dtype.size), trial.flops(context)
     return Figure("kernels", trial.name, context, took, nbytes, flops, peer, why)
+
+
+def hindrance(trial: Trial, q: mx.array, filled: KVCache) -> str:
+    """Say why our kernel would not run, nothing if it would: never time what stands in for it."""
+    if not dispatch.metal_available():
+        return NO_METAL
+    if dispatch.setting() == dispatch.OFF:
+        return TURNED_OFF
+    variant = FlashVariant.of(q, stored(trial, filled), causal=trial.length > 1)
+    return "" if variant.fits and probe.usable(variant) else FALLS_BACK
 
 
 def built_in(trial: Trial, filled: KVCache) -> Callable[[mx.array], mx.array]:

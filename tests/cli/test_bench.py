@@ -121,7 +121,8 @@ def test_where_kernels_pay_is_kept_and_told(found):
 
 def test_a_run_of_some_contexts_changes_no_table(monkeypatch):
     monkeypatch.setattr(Bench, "entries", [PAYS])
-    assert f"  {PAYS.case}  from 1,024 tokens\n" in bench().stdout
+    shown = bench().stdout
+    assert f"  {PAYS.case}  from 1,024 tokens\nnot kept      where kernels pay;" in shown
     assert not table.pays(PAYS.case, 1024)
 
 

@@ -138,7 +138,7 @@ def test_save_load_and_clear(session, told, tmp_path):
     assert (tmp_path / "my talk.zip.safetensors").is_file()
     assert told("/clear") == "a new talk\n"
     assert session.talk.exchanges == []
-    assert told("/load 'my talk.zip'") == "loaded 1 questions; nothing has to be read again\n"
+    assert told("/load 'my talk.zip'") == "loaded 1 question; nothing has to be read again\n"
     assert len(session.talk.images) == 1
     told("/save plain.zip")
     session.talk.memory.reading = session.talk.memory.reading.upto(0)

@@ -140,6 +140,14 @@ def test_a_kernel_that_does_not_work_is_told_in_one_line(monkeypatch, tmp_path, 
     assert ask(monkeypatch, tmp_path, "force", "-q").stderr == ""
 
 
+def test_an_unknown_wish_is_refused_before_anything_is_tried(monkeypatch):
+    monkeypatch.setenv(dispatch.SWITCH, "maybe")
+    monkeypatch.setattr(doctor_module, "checks", None)
+    result = doctor()
+    assert result.exit_code == 2
+    assert "INTERNVL3_KERNELS=maybe: it may be off, on or force" in result.stderr
+
+
 def test_an_unknown_wish_is_refused_before_a_model_loads(monkeypatch, tmp_path):
     monkeypatch.setitem(vars(internvl3_mlx), "load", None)
     result = ask(monkeypatch, tmp_path, "maybe")

@@ -81,6 +81,17 @@ def test_mlx_lm_reads_a_packed_cache(vlm, tmp_path):
     assert mx.array_equal(layer.values[0], talk.memory.cache[0].kept[3])
 
 
+@pytest.mark.parametrize(("kept", "asked"), [(8, None), (8, 4), (None, 8)])
+def test_a_cache_counts_as_read_only_where_it_serves(vlm, tmp_path, kept, asked):
+    talk = vlm.conversation(kv_bits=kept)
+    talk.ask("What is it?", [CAT], **SHORT)
+    talk.save(tmp_path / "talk", cache=True)
+    again = vlm.conversation(kv_bits=asked)
+    told = again.load(tmp_path / "talk")
+    assert told is (kept is None)  # a dense cache is packed on the way, nothing is unpacked
+    assert (again.ask("Why?", **SHORT).usage.cached_tokens > 0) is told
+
+
 def test_a_cache_of_an_older_state_serves_as_far_as_it_fits(talk, tmp_path):
     talk.save(tmp_path / "talk", cache=True)
     talk.undo()

@@ -4,8 +4,9 @@ import pytest
 
 from internvl3_mlx.measuring import clock, kernels
 from internvl3_mlx.measuring.bench import Bench
-from internvl3_mlx.measuring.kernels import Trial
-from internvl3_mlx.metal_kernels import table
+from internvl3_mlx.measuring.kernels import FALLS_BACK, TURNED_OFF, Trial
+from internvl3_mlx.metal_kernels import dispatch, probe, table
+from internvl3_mlx.metal_kernels.probe import KernelState
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -20,6 +21,21 @@ def test_both_ways_are_timed(monkeypatch, a_mac, emulated, bits, length):
     assert figure.why == ""
     assert {one.kernel for one in metal.dispatches} >= {"flash_join"}
     assert all(one.copied == () for one in metal.dispatches)
+
+
+@pytest.mark.parametrize(
+    ("switch", "broken", "why"), [("off", False, TURNED_OFF), ("on", True, FALLS_BACK)]
+)
+def test_what_stands_in_for_a_kernel_is_never_timed_as_one(monkeypatch, a_mac, switch, broken, why):
+    monkeypatch.setattr(clock, "LEAST_S", 0.0)
+    monkeypatch.setenv(dispatch.SWITCH, switch)
+    monkeypatch.setattr(probe, "tried", lambda variant: KernelState(variant.name, not broken, ""))
+    trial = Trial("odd", 6, 2, 64, 8)
+    run = Bench(None, [37])
+    figure = run.kernel(trial, 37)
+    assert (figure.seconds, figure.why) == (None, why)
+    assert figure.peer > 0
+    assert [entry.tokens for entry in run.entries] == ([None] if broken else [])
 
 
 def test_a_measurement_becomes_the_table(monkeypatch, a_mac):

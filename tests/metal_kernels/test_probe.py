@@ -1,6 +1,7 @@
 """A kernel is trusted once its trial passed on this machine, and dropped with one line if not."""
 
 import json
+from dataclasses import dataclass
 
 import mlx.core as mx
 import pytest
@@ -36,6 +37,20 @@ def lines(a_mac):
     dispatch.on_fallback()
 
 
+@dataclass
+class Odd:
+    """A kernel whose trial goes as ``during`` says."""
+
+    during: object
+    name: str = "odd"
+    dtype: mx.Dtype = mx.float32
+    instead: str = "MLX"
+
+    def both(self):
+        self.during()
+        return [(mx.ones(3), mx.ones(3))]
+
+
 @pytest.mark.parametrize("variant", [SMALL, NEW], ids=lambda variant: variant.name)
 def test_a_sound_kernel_passes_its_trial(emulated, lines, variant):
     with emulated(**FAST):
@@ -61,6 +76,48 @@ def test_a_broken_kernel_is_told_once_and_the_answer_comes_all_the_same(
     assert lines[0].startswith(f"Metal kernel {SMALL.name} {told}")
     assert lines[0].endswith("using MLX's own attention; `internvl3 doctor` tells more")
     assert "\n" not in lines[0]
+
+
+def test_a_trial_runs_the_very_text_that_an_answer_takes(emulated, lines, monkeypatch):
+    monkeypatch.setenv(dispatch.SWITCH, "force")
+    q, store = Ragged((9, 9), 3, 32, 4).made(mx.float16)
+    with emulated(**FAST) as metal:
+        attend(q, store, 9)
+    trial, trial_join, answer, answer_join = metal.dispatches
+    assert (trial.text, trial_join.text) == (answer.text, answer_join.text)
+    assert trial.grid[1] == 2  # splits, which the second kernel joins
+
+
+def test_a_compiler_is_quoted_with_its_first_error(lines, a_mac):
+    def refuse():
+        raise RuntimeError(
+            "[metal::Device] Unable to build metal library from source\n"
+            "program_source:9:3: warning: unused\n"
+            "program_source:12:3: error: use of undeclared identifier 'eight'\n  eight\n"
+        )
+
+    assert not probe.usable(Odd(refuse))
+    assert "(program_source:12:3: error: use of undeclared identifier 'eight'): " in lines[0]
+
+
+def test_a_trial_that_ended_the_program_is_not_walked_into_again(lines, a_mac):
+    while_trying = {}
+    assert probe.usable(Odd(lambda: while_trying.update(memory.recall(memory.PROBES))))
+    probe.known.clear()  # a start after one that ended there
+    memory.remember(memory.PROBES, while_trying)
+    again = Odd(lambda: pytest.fail("it was tried again"))
+    assert not probe.usable(again)
+    assert [state.detail for state in probe.self_check([again])] == [probe.ENDED]
+
+
+def test_an_interrupted_trial_is_no_verdict(lines, a_mac):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        probe.usable(Odd(interrupt))
+    assert memory.recall(memory.PROBES) == {}
+    assert probe.usable(Odd(lambda: None))
 
 
 def test_a_dropped_kernel_is_a_warning_unless_someone_listens(emulated, a_mac):
@@ -139,6 +196,7 @@ def test_every_published_size_is_in_the_self_check():
         "head_dim 64, 7 rows",
         "head_dim 128, 16 rows",
         "head_dim 128, 7 x 4 causal rows",
+        "head_dim 128, 16 x 8 causal rows",
     ):
         assert sum(shape in name for name in names) >= 3
     assert all(getattr(variant, "fits", True) for variant in variants())
@@ -156,6 +214,7 @@ def test_only_a_measured_gain_takes_the_kernel(emulated, lines):
         assert not prefers_rows(NEW.layout, 7, 100)
         table.write_table([table.Entry("flash_decode", 4, 32, 3, None)])
         assert not chosen(SMALL, 5000)
+        assert not table.measured()  # nothing pays: a token costs no look
 
 
 def test_the_switch_turns_kernels_off_or_takes_them_unmeasured(emulated, lines, monkeypatch):
