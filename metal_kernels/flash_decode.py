@@ -151,7 +151,7 @@ def planned(variant: "FlashVariant", batch: int, kv_heads: int, capacity: int) -
     simdgroups = tiles if tiles > 1 else SIMDGROUPS
     heads, splits = batch * kv_heads, split_count(capacity, batch * kv_heads)
     values = {
-        "T": dtype, "BITS": variant.bits, "D": dim, "GS": variant.group_size, "KV": kv_heads,
+        "T": dtype, "BITS": variant.bits, "D": dim, "GS": variant.group_size,
         "M": rows, "L": variant.draft, "CAUSAL": variant.causal, "SG": simdgroups,
     }  # fmt: skip
     program = TILES if rows >= TILES_FROM else ROWS

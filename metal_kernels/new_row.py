@@ -83,7 +83,7 @@ def planned(variant: "NewRowVariant", batch: int, length: int, heads: int) -> La
     layout = variant.layout
     template = {
         "T": layout.dtype, "BITS": layout.bits, "D": layout.head_dim, "GS": layout.group_size,
-        "KV": heads, "BIASED": variant.biased,
+        "BIASED": variant.biased,
     }  # fmt: skip
     return Launch(
         tuple(template.items()),

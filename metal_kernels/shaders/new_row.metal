@@ -13,11 +13,12 @@
     uint token = threadgroup_position_in_grid.y;
     uint head = threadgroup_position_in_grid.z;
     uint length = threadgroups_per_grid.y;
-    uint b = head / KV;
-    uint kv = head % KV;
+    uint heads = keys_shape[2];
+    uint b = head / heads;
+    uint kv = head % heads;
     bool is_key = lane < 16;
     uint first = lane % 16 * N;
-    size_t from = (size_t(b * length + token) * KV + kv) * D;
+    size_t from = (size_t(b * length + token) * heads + kv) * D;
 
     float x[N];
     UNROLLED for (int i = 0; i < N; i++) {
