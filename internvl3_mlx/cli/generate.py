@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 UNTRAINED = "the demo model is untrained; its answers are noise (it shows that everything runs)"
 SOME_FAILED, ALL_MISTAKEN = 1, 2
+MOST_SAMPLES = 256  # written side by side; more would only wait for memory
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Request:
     help="With --each: answers written together; each stays the same.",
 )  # fmt: skip
 @options.flag(
-    "Answer", "--samples", "samples", metavar="N", type=click.IntRange(min=1),
+    "Answer", "--samples", "samples", metavar="N", type=click.IntRange(1, MOST_SAMPLES),
     help="Answer this often, the prompt read once; --temp lets answers differ.",
 )  # fmt: skip
 @options.settings

@@ -154,6 +154,7 @@ def test_a_missing_picture_is_told_before_the_model_loads(vlm, red, missing):
         ("--max-tiles", "0", "x>=1"),
         ("--min-tiles", "0", "x>=1"),
         ("--num-frames", "0", "x>=1"),
+        ("--samples", "1000", "1<=x<=256"),
         ("--seed", "-1", "0<=x"),
         ("--quantized-kv-start", "-1", "x>=0"),
         ("--prefill-step-size", "0", "x>=1"),
