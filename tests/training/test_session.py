@@ -165,6 +165,21 @@ def test_a_run_that_is_longer_than_its_recipe_has_nothing_left(tmp_path):
     assert [*here.left()] == []
 
 
+def test_a_meta_file_that_uses_its_rows_otherwise_is_other_data(tmp_path):
+    write_data(tmp_path / "data", 4)
+    meta = tmp_path / "meta.json"
+
+    def identity(**use):
+        meta.write_text(
+            json.dumps({"a": {"annotation": "data/train.jsonl", "root": "data", **use}})
+        )
+        return look_around(recipe(tmp_path, data=str(meta)), silent, silent).identity
+
+    uses = ({}, {"repeat_time": 2}, {"data_augment": True}, {"max_dynamic_patch": 1})
+    assert len({identity(**use)["use of the data"] for use in uses}) == len(uses)
+    assert identity() == identity()
+
+
 def test_a_folder_without_rows_to_train_on_is_told(tmp_path):
     write_rows(tmp_path / "data" / "valid.jsonl", [talk()])
     with pytest.raises(UserError, match=r"no train.jsonl in"):
