@@ -92,6 +92,8 @@ def train(config: str | None, **flags: Any) -> None:
     given = {name: value for name in names if (value := flags.pop(name)) is not None}
     recipe = build_recipe(given, recipe_file(config, given, resumes=flags["resume"]))
     if recipe.data is None:
+        if flags["resume"] and config is None:
+            raise UserError(f"no run in {recipe.adapter_path}; name its folder: --adapter-path")
         raise UserError("no data to learn from: pass --data with a folder or a JSONL file")
     raise SystemExit(carry_out(Request(recipe, **flags)))
 

@@ -1,5 +1,6 @@
 """One training run as the command line asks for it: checked, set up, shown while it goes."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ def check_folder(request: Request) -> None:
 
     if request.resume and request.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it; choose one")
+    check_writable(request.folder)
     if request.resume or not request.folder.exists() or not any(request.folder.iterdir()):
         return
     if not request.overwrite:
@@ -72,6 +74,15 @@ def check_folder(request: Request) -> None:
             f"{request.folder} is not empty; {advice}name another --adapter-path, or pass "
             "--overwrite"
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before a model is loaded for it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; name another --adapter-path")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"no right to write in {there}; name another --adapter-path")
 
 
 def note(request: Request) -> Any:

@@ -43,7 +43,8 @@ class Show:
         if done >= updates:
             screen.note(f"all {updates} updates are made; more of them: --iters N --accept-changes")
         elif updates < FEW_UPDATES:
-            screen.note(f"only {updates} updates; --epochs or --iters make more")
+            made = "1 update" if updates == 1 else f"{updates} updates"
+            screen.note(f"only {made}; --epochs or --iters make more")
 
     def moment(self, moment: "Moment", advance: progress.Advance) -> None:
         """Move the bar, and write a line where it is time for one."""

@@ -55,7 +55,9 @@ class LoraSettings:
         if self.alpha <= 0:
             raise UserError(f"a LoRA alpha of {self.alpha:g} was asked for; it is above 0")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"a LoRA dropout of {self.dropout:g} was asked for; wanted is 0 to 1")
+            raise UserError(
+                f"a LoRA dropout of {self.dropout:g} was asked for; wanted is 0 or more, below 1"
+            )
         for last in (self.layers, self.vision_layers):
             if last is not None and last < 1:
                 raise UserError(f"the last {last} layers were asked for; it is 1 or more")

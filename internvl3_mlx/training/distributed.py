@@ -49,13 +49,17 @@ class Ranks:
         return number if self.size == 1 else round(self.summed([mx.array(float(number))])[0].item())
 
     def means(self, figures: dict[str, list[float]]) -> dict[str, float]:
-        """Average figures over micro-steps and ranks."""
+        """Average figures over micro-steps and ranks; a rank that had no work has none."""
         own = {name: sum(values) / len(values) for name, values in figures.items()}
-        if self.size == 1 or not own:
+        if self.size == 1:
+            return own
+        having, named = self.summed([mx.array([float(bool(own)), float(len(own))])])[0].tolist()
+        if not named:
             return own
         names = sorted(own)
-        total = self.summed([mx.array([own[name] for name in names])])[0] / self.size
-        return dict(zip(names, total.tolist(), strict=True))
+        mine = [own[name] for name in names] or [0.0] * round(named / having)
+        total = self.summed([mx.array(mine)])[0] / having
+        return dict(zip(names, total.tolist(), strict=False))
 
     @property
     def across(self) -> "Callable[[mx.array], mx.array] | None":

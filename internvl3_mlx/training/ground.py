@@ -68,9 +68,12 @@ class Ground:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Name model and data by their content, whatever they are called."""
+        sources = self.train.data.sources
+        uses = [(len(s.taken), s.passes, s.augment, s.max_tiles) for s in sources]
         return {
             "model": digest(sorted(self.ready.folder.glob("*.safetensors*")), whole=False),
-            "data": digest([source.lines.path for source in self.train.data.sources], whole=True),
+            "data": digest([source.lines.path for source in sources], whole=True),
+            "use of the data": repr(uses),  # a meta JSON's counts and limits
         }
 
 

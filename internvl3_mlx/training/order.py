@@ -66,6 +66,8 @@ def shuffled(sizes: Sizes, settings: DataSettings, epoch: int) -> np.ndarray:
 
 def passes(rows: int, start: int, count: int, settings: DataSettings, kind: int) -> np.ndarray:
     """Take ``count`` of an endless run through ``rows``, shuffled anew whenever all were read."""
+    if not count:
+        return np.empty(0, np.int64)
     first, last = start // rows, (start + count - 1) // rows
     runs = [
         drawn(settings, SHUFFLE, number, kind).permutation(rows)

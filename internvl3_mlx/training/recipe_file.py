@@ -8,6 +8,7 @@ train: [lora, mlp1]
 """
 
 import difflib
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
@@ -115,7 +116,10 @@ def read_whole(value: Any) -> int:
 def read_number(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError(value)
-    return float(value)
+    number = float(value)
+    if math.isinf(number):
+        raise ValueError(value)
+    return number
 
 
 def read_flag(value: Any) -> bool:

@@ -72,7 +72,8 @@ def _conversation(row: dict[str, Any]) -> Row:
     key = "messages" if "messages" in row else "conversations"
     entries = row[key]
     if not isinstance(entries, list) or not entries:
-        raise RowFault(f"{key!r} is {kind(entries)}; wanted a list of turns")
+        given = "empty" if entries == [] else kind(entries)
+        raise RowFault(f"{key!r} is {given}; wanted a list of turns")
     turns = [_turn(entry, number) for number, entry in enumerate(entries, start=1)]
     system = turns.pop(0)[1].text if turns[0][0] == "system" else None
     roles = [role for role, _ in turns]

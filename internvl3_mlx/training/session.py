@@ -65,9 +65,8 @@ class Session:
         done = self.learner.micro
         if self.recipe.iters is not None:
             return self.works.train(done)
-        return islice(
-            self.works.train(done), planned_batches(self.ground, self.learner.ranks) - done
-        )
+        planned = planned_batches(self.ground, self.learner.ranks)
+        return islice(self.works.train(done), max(planned - done, 0))
 
     def valid(self) -> Iterator[Work]:
         """Yield the works of a validation."""
@@ -137,8 +136,10 @@ def method_of(recipe: TrainRecipe, ranks: Ranks) -> Method:
 
 def planned_updates(ground: Ground, ranks: Ranks) -> int:
     """Count the updates of a run: those asked for, or what its epochs make."""
-    if ground.recipe.iters is not None:
-        return ground.recipe.iters
+    iters = ground.recipe.iters
+    if iters is not None:
+        check_ranks(ground.train_corpus.count(0, ranks.size), ranks)
+        return iters
     return ceil(planned_batches(ground, ranks) / ground.recipe.grad_accumulation_steps)
 
 
@@ -148,12 +149,17 @@ def planned_batches(ground: Ground, ranks: Ranks) -> int:
     whole = int(epochs)
     total = sum(corpus.count(epoch, ranks.size) for epoch in range(whole))
     total += ceil((epochs - whole) * corpus.count(whole, ranks.size))
-    if not total:
+    check_ranks(total, ranks)
+    return total
+
+
+def check_ranks(batches: int, ranks: Ranks) -> None:
+    """Refuse data that leaves each rank without a batch: it would wait for one without end."""
+    if not batches:
         raise UserError(
             f"the data makes fewer batches than there are processes ({ranks.size}); lower "
             "--batch-size or start fewer"
         )
-    return total
 
 
 def resume(session: Session, *, accept_changes: bool) -> None:

@@ -61,12 +61,15 @@ class Works:
             self.references.flush()
 
     def look_ahead(self, advance: Advance) -> None:
-        """Compute the references of all rows while the model is still its base."""
+        """Compute the references of all rows while the model is still its base.
+
+        Every rank asks about all of them: it may come to read any, and the ranks' disks may differ.
+        """
         assert self.references is not None
-        ground, ranks = self.ground, self.ranks
+        ground = self.ground
         for corpus in filter(None, (ground.train_corpus, ground.valid_corpus)):
             done, total = 0, len(corpus.sizes.numbers)
-            for batch in corpus.every(rank=ranks.rank, ranks=ranks.size):
+            for batch in corpus.every():
                 self.work(batch)
                 done += len(batch.places)
                 advance("asking the reference", done, total)

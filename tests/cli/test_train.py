@@ -186,6 +186,8 @@ def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
         (["--data", "data", "--lora-keys", "q_prj", "--model", "demo"], "matches no linear layer"),
         (["--data", "data", "--resume", "--overwrite"], "--resume goes on with a run and"),
         (["--data", "data", "--resume", "--model", "demo"], "no checkpoint in adapters to go on"),
+        (["--resume"], "no run in adapters; name its folder: --adapter-path"),
+        (["--data", "data", "--adapter-path", "data/train.jsonl"], "train.jsonl is a file; name"),
         (["--data", "data", "--v2pe-delta", "auto"], "v2pe_delta auto is for prompts"),
         (["-c", "none.yaml"], "cannot read none.yaml"),
         (["--data", "data", "--method", "mpo", "--model", "demo"], "--method mpo compares answers"),

@@ -105,7 +105,7 @@ def test_a_tied_model_has_no_head_to_adapt():
     [
         ({"rank": 0}, "rank of 0 was asked for; it is 1 or more"),
         ({"alpha": -1.0}, "alpha of -1 was asked for; it is above 0"),
-        ({"dropout": 1.0}, "dropout of 1 was asked for; wanted is 0 to 1"),
+        ({"dropout": 1.0}, "dropout of 1 was asked for; wanted is 0 or more, below 1"),
         ({"keys": ()}, "no LoRA keys; name layers"),
         ({"layers": 0}, "the last 0 layers were asked for; it is 1 or more"),
     ],

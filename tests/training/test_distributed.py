@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fixtures.runs import recipe, session, write_data
 
-from internvl3_mlx.training.distributed import ALONE, connect
+from internvl3_mlx.training.distributed import ALONE, Ranks, connect
 from internvl3_mlx.training.recipe_file import write_file
 from internvl3_mlx.training.trainer import train
 
@@ -121,6 +121,23 @@ def test_one_process_is_alone_and_sums_nothing():
     assert ALONE.agree(True)
     assert ALONE.count(2**30 + 1) == 2**30 + 1
     assert ALONE.means({"a": [1.0, 3.0]}) == {"a": 2.0}
+
+
+class OneOfTwo(Ranks):
+    """A rank beside one that sends what ``other`` holds, in order."""
+
+    other = ([1.0, 2.0], [3.0, 5.0])
+
+    def summed(self, tree):
+        theirs = next(self.__dict__.setdefault("sent", iter(self.other)))
+        return [tree[0] + mx.array(theirs)]
+
+
+def test_a_rank_without_rows_holds_nobody_up():
+    assert OneOfTwo(0, 2).means({"a": [1.0, 3.0], "b": [7.0]}) == {"a": 2.5, "b": 6.0}
+    idle = OneOfTwo(1, 2)
+    assert idle.means({}) == {}
+    assert next(idle.sent, None) is None  # it took part in both sums
 
 
 def test_two_ranks_read_no_row_twice(tmp_path):

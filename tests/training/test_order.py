@@ -92,3 +92,12 @@ def test_a_ratio_means_nothing_to_rows_of_one_kind():
     rows = sizes(50, texts=0)
     read = [*chain(*micro_batches(rows, DataSettings(text_ratio=0.25), 0))]
     assert sorted(read) == [*range(50)]
+
+
+@pytest.mark.parametrize(("rows", "ratio", "texts"), [(9, 0.0, 0), (9, 1.0, 9), (2, 0.25, 0)])
+def test_a_ratio_may_leave_a_kind_out(rows, ratio, texts):
+    mixed = sizes(rows, texts=0.5)
+    mixed.tiles[:2] = 0, 1  # one of each kind at least
+    for epoch in range(2):
+        read = [*chain(*micro_batches(mixed, DataSettings(text_ratio=ratio), epoch))]
+        assert (len(read), int((mixed.tiles[read] == 0).sum())) == (rows, texts)

@@ -73,6 +73,7 @@ def test_a_step_of_positions_may_be_written_as_a_number(tmp_path, step):
         ("packing: maybe", "packing is 'maybe'; wanted is true or false"),
         ("learning_rate: [1]", r"learning_rate is \[1\]; wanted is a number"),
         ("learning_rate: .nan", "learning_rate is nan; it must be at least 0"),
+        ("epochs: .inf", "epochs is inf; wanted is a number"),
         ("label_smoothing: 0.7", "label_smoothing is 0.7; it must be at most 0.5"),
         ("model: [a]", r"model is \['a'\]; wanted is text"),
         ("train: 3", "train is 3; wanted is a list of names"),

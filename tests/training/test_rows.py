@@ -108,6 +108,7 @@ FAULTS = {
     "both 'messages' and 'chosen' with 'rejected'; a row has one form": {**talk(), **pair()},
     "both 'messages' and 'conversations'": {**talk(), "conversations": [USER, GPT]},
     "'messages' is null; wanted a list of turns": {"messages": None},
+    "'messages' is empty; wanted a list of turns": {"messages": []},
     "turn 1 is a text; wanted an object with role": {"messages": ["hello"]},
     "turn 1 has role 'tool'; wanted system, user, human, assistant, gpt": turns("tool"),
     "turn 2 is the user's; wanted the assistant's": turns("user", "user", "assistant"),

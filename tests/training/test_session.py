@@ -16,7 +16,7 @@ from internvl3_mlx.training.distributed import Ranks
 from internvl3_mlx.training.ground import look_around
 from internvl3_mlx.training.plan import plan_of
 from internvl3_mlx.training.run import go
-from internvl3_mlx.training.session import planned_updates
+from internvl3_mlx.training.session import open_session, planned_updates
 from internvl3_mlx.training.trainer import train
 from internvl3_mlx.training.validation import validate
 
@@ -82,6 +82,16 @@ def test_where_whole_parts_learn_the_base_is_asked_beforehand(tmp_path):
         here.works.work(strange)
 
 
+def test_every_process_asks_the_base_about_all_rows(tmp_path):
+    write_data(tmp_path / "data", 5, 2, pairs=True)
+    settings = {"method": "mpo", "train": "lora,mlp1", "cache_reference": True, "iters": 3}
+    ground = look_around(recipe(tmp_path, **settings), silent, silent)
+    works = open_session(ground, Ranks(rank=1, size=2)).works
+    for corpus in (ground.train_corpus, ground.valid_corpus):
+        for batch in corpus.every():
+            assert works.work(batch).reference.shape == batch.targets.shape
+
+
 def test_pictures_that_a_meta_file_draws_anew_cannot_be_asked_beforehand(tmp_path):
     write_data(tmp_path / "data", 3, pairs=True)
     source = {"root": "data", "annotation": "data/train.jsonl", "data_augment": True}
@@ -143,6 +153,31 @@ def test_every_process_makes_as_many_updates(tmp_path):
     assert planned_updates(ground, Ranks(rank=1, size=2)) == 3
     with pytest.raises(UserError, match=r"fewer batches than there are processes \(8\)"):
         planned_updates(ground, Ranks(rank=7, size=8))
+    ground = look_around(recipe(tmp_path, batch_size=1, iters=5), silent, silent)
+    with pytest.raises(UserError, match=r"fewer batches than there are processes \(8\)"):
+        planned_updates(ground, Ranks(rank=7, size=8))
+
+
+def test_a_run_that_is_longer_than_its_recipe_has_nothing_left(tmp_path):
+    write_data(tmp_path / "data", 4)
+    here = session(tmp_path, epochs=1)
+    here.learner.micro = 1000
+    assert [*here.left()] == []
+
+
+def test_a_meta_file_that_uses_its_rows_otherwise_is_other_data(tmp_path):
+    write_data(tmp_path / "data", 4)
+    meta = tmp_path / "meta.json"
+
+    def identity(**use):
+        meta.write_text(
+            json.dumps({"a": {"annotation": "data/train.jsonl", "root": "data", **use}})
+        )
+        return look_around(recipe(tmp_path, data=str(meta)), silent, silent).identity
+
+    uses = ({}, {"repeat_time": 2}, {"data_augment": True}, {"max_dynamic_patch": 1})
+    assert len({identity(**use)["use of the data"] for use in uses}) == len(uses)
+    assert identity() == identity()
 
 
 def test_a_folder_without_rows_to_train_on_is_told(tmp_path):
