@@ -25,6 +25,8 @@ def check_together(recipe: "TrainRecipe") -> None:
         raise UserError(
             "compile is for samples of few lengths; leave out packing, grad_checkpoint and mpo"
         )
+    if recipe.compile and "lm_head" in recipe.lora_keys:
+        raise UserError("compile cannot take an adapted lm_head; leave one of them out")
     if recipe.method == "mpo":
         check_preference(recipe)
 

@@ -96,6 +96,11 @@ def look_around(recipe: TrainRecipe, notify: Notify, advance: Advance) -> Ground
     )
     if ground.draws_pictures:
         check_asked_beforehand(recipe)
+    if valid is None and (recipe.patience or recipe.eval_accuracy):
+        raise UserError(
+            f"patience and eval_accuracy need validation rows, and {recipe.data} has none; "
+            "add valid.jsonl or name --valid-data"
+        )
     return ground
 
 

@@ -85,6 +85,7 @@ def test_a_step_of_positions_may_be_written_as_a_number(tmp_path, step):
         ("{train: mlp1, dora: true}", "dora and rslora shape adapters; add lora to train"),
         ("{dora: true, rslora: true}", "dora and rslora both set the scale"),
         ("{method: mpo, packing: true}", "packing is for samples"),
+        ("{compile: true, lora_keys: lm_head}", "compile cannot take an adapted lm_head"),
         (
             "{method: mpo, dpo_weight: 0, bco_weight: 0, sft_weight: 0}",
             "all 0; nothing would be learned",

@@ -186,6 +186,13 @@ def test_a_folder_without_rows_to_train_on_is_told(tmp_path):
         session(tmp_path)
 
 
+@pytest.mark.parametrize("wish", [{"patience": 2}, {"eval_accuracy": True}])
+def test_what_needs_validation_rows_says_so(tmp_path, wish):
+    write_data(tmp_path / "data", 3)
+    with pytest.raises(UserError, match="need validation rows, and .* has none; add valid.jsonl"):
+        look_around(recipe(tmp_path, **wish), silent, silent)
+
+
 def test_validation_rows_may_lie_elsewhere(tmp_path):
     write_data(tmp_path / "data", 3, 2)
     write_data(tmp_path / "other", 5)
