@@ -32,17 +32,7 @@ DENSE = "dense"
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe file. Raises UserError that names the file and the key."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path} is not YAML: {line}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no recipe; wanted are the keys {', '.join(KEYS)}")
+    content = read_yaml(path, f"the keys {', '.join(KEYS)}")
     check_keys(content, KEYS, str(path))
     if "text" not in content:
         raise UserError(f"{path} lacks text, the bits of the language model")
@@ -59,6 +49,22 @@ def read_recipe(path: Path) -> Recipe:
         vision=read_form(content.get("vision", DENSE), f"{path}: vision"),
         rules=tuple(read_rules(content.get("modules") or {}, path)),
     )
+
+
+def read_yaml(path: Path, wanted: str) -> Mapping[str, Any]:
+    """Read a YAML file of keys. Raises UserError that says what is ``wanted``, in one line."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} is not YAML: {line}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no recipe; wanted are {wanted}")
+    return content
 
 
 def read_rules(table: Any, path: Path) -> Iterable[Rule]:

@@ -40,23 +40,16 @@ def write_file(recipe: TrainRecipe, path: Path) -> None:
     import yaml
 
     text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """Read a YAML recipe. Raises UserError that names the file and the key."""
-    import yaml
+    from internvl3_mlx.convert.recipe_file import read_yaml  # brings MLX, which --help can spare
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path} is not YAML: {line}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no recipe; wanted are keys such as model, data and method")
-    return read_values(content, str(path))
+    return read_values(read_yaml(path, "keys such as model, data and method"), str(path))
 
 
 def read_values(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
