@@ -1,0 +1,10 @@
+"""What every test starts from: a cache folder of its own; nothing of the user's is touched."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache_folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INTERNVL3_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
