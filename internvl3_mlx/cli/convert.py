@@ -6,12 +6,49 @@ import click
 
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.conversion import Request, check, run
-from internvl3_mlx.cli.options import SectionedCommand, flag
+from internvl3_mlx.cli.options import Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 LAYOUTS = ("mlx", "original", "hf")
 FLOATS = ("float32", "float16", "bfloat16")
+
+# what every command that writes a checkpoint takes
+WRITING = (
+    flag(
+        "Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub."
+    ),
+    flag(
+        "Model",
+        "--to",
+        "to",
+        type=click.Choice(LAYOUTS),
+        default="mlx",
+        show_default=True,
+        help="Layout of the result: MLX, or PyTorch under the original's or transformers' names.",
+    ),
+    flag(
+        "Model",
+        "--dtype",
+        "dtype",
+        type=click.Choice(FLOATS),
+        show_default="as stored",
+        help="Type of what is not packed.",
+    ),
+    flag("Model", "--overwrite", "overwrite", is_flag=True, help="Replace FOLDER if it exists."),
+    flag("Upload", "--upload-repo", "upload_repo", metavar="OWNER/NAME", help="Put it on the hub."),
+    flag("Upload", "--private", "private", is_flag=True, help="Make a new repository private."),
+    flag("Upload", "-y", "--yes", "yes", is_flag=True, help="Do not ask before replacing."),
+    flag("Output", "--json", "as_json", is_flag=True, help="One JSON object."),
+    flag("Output", "--quiet", "quiet", is_flag=True, help="No notes, no progress."),
+)
+
+
+def writing(command: Function) -> Function:
+    """Give ``command`` the flags that conversions and fusions share, each written once."""
+    for declare in reversed(WRITING):
+        command = declare(command)
+    return command
 
 
 @click.command(cls=SectionedCommand, short_help="Convert and quantize a checkpoint.")
@@ -19,27 +56,9 @@ FLOATS = ("float32", "float16", "bfloat16")
 @flag(
     "Model", "--hf-path", "--model", "named", metavar="PATH|REPO|SIZE", help="The same as a flag."
 )
-@flag("Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub.")
 @flag("Model", "--mlx-path", "-o", "target", metavar="FOLDER", help="Where the result goes.")
-@flag(
-    "Model",
-    "--to",
-    "to",
-    type=click.Choice(LAYOUTS),
-    default="mlx",
-    show_default=True,
-    help="Layout of the result: MLX, or PyTorch under the original's or transformers' names.",
-)
-@flag(
-    "Model",
-    "--dtype",
-    "dtype",
-    type=click.Choice(FLOATS),
-    show_default="as stored",
-    help="Type of what is not packed.",
-)
+@writing
 @flag("Model", "-d", "--dequantize", "dequantize", is_flag=True, help="Unpack a packed checkpoint.")
-@flag("Model", "--overwrite", "overwrite", is_flag=True, help="Replace FOLDER if it exists.")
 @flag("Quantization", "-q", "--quantize", "quantize", is_flag=True, help="Pack the weights.")
 @flag(
     "Quantization",
@@ -132,12 +151,7 @@ FLOATS = ("float32", "float16", "bfloat16")
     default=True,
     help="Run source and result on one question before the result is kept.",
 )
-@flag("Upload", "--upload-repo", "upload_repo", metavar="OWNER/NAME", help="Put it on the hub.")
-@flag("Upload", "--private", "private", is_flag=True, help="Make a new repository private.")
-@flag("Upload", "-y", "--yes", "yes", is_flag=True, help="Do not ask before replacing.")
 @flag("Upload", "--dry-run", "dry_run", is_flag=True, help="Say what would be done; write nothing.")
-@flag("Output", "--json", "as_json", is_flag=True, help="One JSON object.")
-@flag("Output", "--quiet", "quiet", is_flag=True, help="No notes, no progress.")
 @options.debug
 def convert(source: str | None, named: str | None, **flags: Any) -> None:
     """Convert a checkpoint of any layout, quantize it, measure it, upload it.

@@ -16,7 +16,7 @@ from internvl3_mlx.cli.conversion import (
     show,
     uploaded,
 )
-from internvl3_mlx.cli.convert import FLOATS, LAYOUTS
+from internvl3_mlx.cli.convert import writing
 from internvl3_mlx.cli.options import SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 
@@ -31,7 +31,6 @@ class Request(Asked):
 
 @click.command(cls=SectionedCommand, short_help="Merge an adapter into its model.")
 @flag("Model", "--model", "source", metavar="PATH|REPO|SIZE", help="What the adapter was made for.")
-@flag("Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub.")
 @flag("Model", "--adapter-path", "adapter", metavar="FOLDER", help="The adapter, in PEFT's form.")
 @flag(
     "Model",
@@ -42,23 +41,7 @@ class Request(Asked):
     metavar="FOLDER",
     help="Where the result goes.",
 )
-@flag(
-    "Model",
-    "--to",
-    "to",
-    type=click.Choice(LAYOUTS),
-    default="mlx",
-    show_default=True,
-    help="Layout of the result: MLX, or PyTorch under the original's or transformers' names.",
-)
-@flag(
-    "Model",
-    "--dtype",
-    "dtype",
-    type=click.Choice(FLOATS),
-    show_default="as stored",
-    help="Type of what is not packed.",
-)
+@writing
 @flag(
     "Model",
     "--adapter-only",
@@ -67,7 +50,6 @@ class Request(Asked):
     help="Write the adapter itself, named for the layout of --to, and merge nothing.",
 )
 @flag("Model", "-d", "--dequantize", "dequantize", is_flag=True, help="Unpack a packed model.")
-@flag("Model", "--overwrite", "overwrite", is_flag=True, help="Replace FOLDER if it exists.")
 @flag(
     "Quality",
     "--proof/--no-proof",
@@ -75,11 +57,6 @@ class Request(Asked):
     default=True,
     help="Ask result and adapter one question before the result is kept.",
 )
-@flag("Upload", "--upload-repo", "upload_repo", metavar="OWNER/NAME", help="Put it on the hub.")
-@flag("Upload", "--private", "private", is_flag=True, help="Make a new repository private.")
-@flag("Upload", "-y", "--yes", "yes", is_flag=True, help="Do not ask before replacing.")
-@flag("Output", "--json", "as_json", is_flag=True, help="One JSON object.")
-@flag("Output", "--quiet", "quiet", is_flag=True, help="No notes, no progress.")
 @options.debug
 def fuse(source: str | None, adapter: str | None, **flags: Any) -> None:
     """Merge a LoRA or DoRA adapter into the model it was trained on.

@@ -20,6 +20,7 @@ from internvl3_mlx.training.losses import Preference
 from internvl3_mlx.training.methods import METHODS, Method
 from internvl3_mlx.training.parts import set_trainable
 from internvl3_mlx.training.recipe import TrainRecipe
+from internvl3_mlx.training.shelf import silent
 from internvl3_mlx.training.state import (
     Progress,
     check_same,
@@ -36,10 +37,6 @@ from internvl3_mlx.training.works import (
     kept_references,
     switched_off_reference,
 )
-
-
-def silent(*_: object) -> None:
-    """Tell nobody how far it is."""
 
 
 @dataclass(eq=False)

@@ -17,7 +17,8 @@ def test_a_wrong_snippet_is_refused_with_its_reason(name):
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_snippet_is_taken(name):
     snippet = RIGHT[name]
-    compiled(snippet.body, snippet.helper, snippet.parameters)
+    kernel = compiled(snippet.body, snippet.helper, snippet.parameters)
+    assert kernel.parameters
 
 
 def test_the_tables_are_as_long_as_promised():
