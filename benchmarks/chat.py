@@ -106,7 +106,7 @@ def written(folder: Path, *said: str) -> str:
     """Write a talk's prompt for mlx-vlm, which puts the photo where ``<image>`` stands."""
     from internvl3_mlx.config import read_config
     from internvl3_mlx.prompt.template import Media, Turn, template_for
-    from internvl3_mlx.prompt.turns import ImageRun
+    from internvl3_mlx.prompt.messages import ImageRun
 
     turns = [Turn("user", said[0], (Media((1,)),))]
     turns += [Turn("user" if n % 2 == 0 else "assistant", text) for n, text in enumerate(said)][1:]

@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 
 from benchmarks.checkpoint import Shape, write_checkpoint
 from benchmarks.vocabulary import FEW_MERGES
-from internvl3_mlx.convert.opened import open_model
+from internvl3_mlx.checkpoints.build_model import open_model
 from internvl3_mlx.convert.pipeline import convert
-from internvl3_mlx.convert.quantize import Recipe, mixed, recipe
+from internvl3_mlx.convert.recipes import Recipe, mixed, recipe
 
 SHAPE = Shape(vision_width=128, vision_layers=2, text_width=256, text_layers=8, merges=FEW_MERGES)
 RECIPES: dict[str, Recipe | None] = {

@@ -13,7 +13,7 @@ def chat_text(folder: Path, pictures: int) -> str:
     """
     from internvl3_mlx.config import read_config
     from internvl3_mlx.prompt.template import Media, Turn, template_for
-    from internvl3_mlx.prompt.turns import ImageRun
+    from internvl3_mlx.prompt.messages import ImageRun
 
     turn = Turn("user", QUESTION, (Media(tiles=(1,)),) * pictures)
     parts = template_for(read_config(folder), folder).render([turn], None)

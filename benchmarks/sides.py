@@ -56,7 +56,7 @@ class Ours:
         return tokens(self.vlm.stream(QUESTION, photos, max_tokens=count))
 
     def go_on(self, ids: list[int], count: int) -> Iterator[int]:
-        from internvl3_mlx.generation.settings import Settings
+        from internvl3_mlx.generation.generation_config import Settings
 
         return tokens(self.vlm.answering(self.text_inputs(ids), Settings(max_tokens=count)))
 

@@ -56,8 +56,8 @@ def row_files(folder: Path, case: str) -> Path:
 def ours(case: str, folder: Path) -> Iterator[Round]:
     """Train by our own loop, as ``internvl3 train`` does; nothing is kept from an earlier run."""
     os.environ["INTERNVL3_CACHE"] = tempfile.mkdtemp()
-    from internvl3_mlx.training.ground import look_around
-    from internvl3_mlx.training.recipe_file import build_recipe
+    from internvl3_mlx.training.setup import look_around
+    from internvl3_mlx.training.config_file import build_recipe
     from internvl3_mlx.training.session import open_session
     from internvl3_mlx.training.trainer import train
 
@@ -174,7 +174,7 @@ def settings(rows: list[Any]) -> dict[str, Any]:
 
 def peer_rows(case: str, folder: Path) -> list[Any]:
     """Hand our ids and pixels to mlx-vlm, whose own prompt is not InternVL3's."""
-    from internvl3_mlx.training.samples import Pair
+    from internvl3_mlx.training.data.preprocess import Pair
 
     made = samples(case, folder)
     rows: list[Any] = []
@@ -206,9 +206,9 @@ def peer_row(ids: np.ndarray, learned: np.ndarray, seen: Any) -> dict[str, mx.ar
 def samples(case: str, folder: Path) -> list[Any]:
     """Make the samples or pairs of a case, as our trainer reads them."""
     from internvl3_mlx.training.data_settings import DataSettings
-    from internvl3_mlx.training.ground import preparer_of
-    from internvl3_mlx.training.samples import Maker
-    from internvl3_mlx.training.sources import open_data
+    from internvl3_mlx.training.setup import preparer_of
+    from internvl3_mlx.training.data.preprocess import Maker
+    from internvl3_mlx.training.data.dataset import open_data
 
     maker = Maker(preparer_of(folder), DataSettings(method=case.split()[0]))
     data = open_data(row_files(folder, case), settings=maker.settings)

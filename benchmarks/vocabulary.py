@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as pre
 
-from internvl3_mlx.prompt.tokens import QWEN_SPLIT
+from internvl3_mlx.prompt.tokenizer import QWEN_SPLIT
 
 QWEN_MERGES = 151_387  # with 256 bytes and 31 added tokens: the 151,674 rows of InternVL3's Qwen
 FEW_MERGES = 200

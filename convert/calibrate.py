@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import inf
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.quantize import PROJECTOR, PROJECTOR_BITS, Recipe, Rule
-from internvl3_mlx.convert.sensitivity import Measured
+from internvl3_mlx.convert.recipes import PROJECTOR, PROJECTOR_BITS, Recipe, Rule
+from internvl3_mlx.convert.calibration.bit_allocation import Measured
 from internvl3_mlx.errors import UserError
 
 Unit = tuple[str, ...]

@@ -35,7 +35,7 @@ class TensorInfo:
 def read_header(file: Path) -> list[TensorInfo]:
     """Describe a file's tensors without reading them, checking that all their bytes are there."""
     if file.suffix == ".bin":
-        from internvl3_mlx.convert.pickles import describe
+        from internvl3_mlx.checkpoints.torch_pickle import describe
 
         return [TensorInfo(*described, file) for described in describe(file)]
     size = file.stat().st_size

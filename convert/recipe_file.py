@@ -15,13 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.convert.quantize import (
-    PROJECTOR_BITS,
-    Choice,
-    Recipe,
-    Rule,
-    packing,
-)
+from internvl3_mlx.convert.recipes import PROJECTOR_BITS, Choice, Recipe, Rule, packing
 from internvl3_mlx.errors import UserError
 
 KEYS = ("name", "text", "projector", "vision", "modules")

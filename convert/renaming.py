@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from internvl3_mlx.config import TextConfig
-from internvl3_mlx.convert.keymap import KeyMap, Move
+from internvl3_mlx.checkpoints.keymap import KeyMap, Move
 from internvl3_mlx.convert.segments import place_rows
 from internvl3_mlx.models.factors import Factors, joined
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from internvl3_mlx.config import TextConfig
-from internvl3_mlx.convert.keymap import Move
+from internvl3_mlx.checkpoints.keymap import Move
 from internvl3_mlx.errors import KeyMapError
 
 

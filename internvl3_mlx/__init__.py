@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     )
     from internvl3_mlx.generation.answer import Answer, Piece
     from internvl3_mlx.generation.conversation import Conversation
-    from internvl3_mlx.generation.inputs import Inputs
-    from internvl3_mlx.generation.settings import Settings
+    from internvl3_mlx.generation.processor import Inputs
+    from internvl3_mlx.generation.generation_config import Settings
     from internvl3_mlx.generation.vlm import VLM, load
     from internvl3_mlx.prompt.template import Media, Turn
 
@@ -53,10 +53,10 @@ HOMES = {
     "VLM": "generation.vlm",
     "Answer": "generation.answer",
     "Conversation": "generation.conversation",
-    "Inputs": "generation.inputs",
+    "Inputs": "generation.processor",
     "Media": "prompt.template",
     "Piece": "generation.answer",
-    "Settings": "generation.settings",
+    "Settings": "generation.generation_config",
     "Turn": "prompt.template",
     "load": "generation.vlm",
 }

@@ -11,12 +11,12 @@ from functools import cached_property, lru_cache
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels import dispatch, probe, table
+from internvl3_mlx.metal_kernels import dispatch, self_test, table
 from internvl3_mlx.metal_kernels.dispatch import SIMD, Launch, Program
 from internvl3_mlx.metal_kernels.merge import as_batch as as_batch
 from internvl3_mlx.metal_kernels.merge import as_rows as as_rows
 from internvl3_mlx.metal_kernels.merge import merge as merge
-from internvl3_mlx.metal_kernels.packed import HEAD_DIMS, RowLayout, pack
+from internvl3_mlx.metal_kernels.kv_layout import HEAD_DIMS, RowLayout, pack
 from internvl3_mlx.metal_kernels.store import WHOLE as WHOLE
 from internvl3_mlx.metal_kernels.store import Dense as Dense
 from internvl3_mlx.metal_kernels.store import PackedRows as PackedRows
@@ -52,7 +52,7 @@ def flash_decode(
     that sees nothing gets 0 and LOWEST. ``scale``: 1 / sqrt(D) if not given.
     """
     variant = FlashVariant.of(q, store, causal)
-    run = flash_decode_kernel if variant.fits and probe.usable(variant) else flash_decode_reference
+    run = flash_decode_kernel if variant.fits and self_test.usable(variant) else flash_decode_reference
     return run(q, store, lengths, scale=scale, causal=causal)
 
 
@@ -70,7 +70,7 @@ def chosen(variant: "FlashVariant", tokens: int) -> bool:
     """Say whether the kernel is to be taken: asked for, or measured to be faster, and sound."""
     forced = dispatch.setting() == dispatch.FORCE
     wanted = variant.fits and (forced or table.pays(variant.case, tokens))
-    return wanted and probe.usable(variant)
+    return wanted and self_test.usable(variant)
 
 
 def prefers_rows(layout: RowLayout, rows: int, tokens: int) -> bool:
@@ -220,7 +220,7 @@ class FlashVariant:
     @cached_property
     def fits(self) -> bool:
         """Say whether the kernel knows this shape and type at all."""
-        known = self.head_dim in HEAD_DIMS and self.dtype in probe.TOLERANCES
+        known = self.head_dim in HEAD_DIMS and self.dtype in self_test.TOLERANCES
         return known and self.rows * self.draft <= MOST_ROWS
 
     @cached_property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.packed import RowLayout, unpack
+from internvl3_mlx.metal_kernels.kv_layout import RowLayout, unpack
 
 WHOLE = 16  # "bits" of numbers that are not packed, whatever their type
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from internvl3_mlx.metal_kernels import memory
+from internvl3_mlx.metal_kernels import registry
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ def pays(case: str, tokens: int) -> bool:
 def measured() -> dict[str, int]:
     """Read the table once: case -> first token count that pays. Empty where none was written, or
     nothing pays: then a token costs no look at our kernels."""
-    found = memory.recall(memory.TABLE)
+    found = registry.recall(registry.TABLE)
     return {case: start for case, start in found.items() if isinstance(start, int)}
 
 
 def write_table(entries: Iterable[Entry]) -> bool:
     """Replace this machine's table; False where the cache folder cannot be written."""
-    written = memory.remember(memory.TABLE, {entry.case: entry.tokens for entry in entries})
+    written = registry.remember(registry.TABLE, {entry.case: entry.tokens for entry in entries})
     measured.cache_clear()
     return written

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from fixtures.inputs import picture, relative_error, write_video
-from fixtures.opened import numbers, tiny
+from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import PromptError, load

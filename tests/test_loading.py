@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error, token_row
-from fixtures.opened import numbers, tiny
+from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Bits, Recipe
 
 from internvl3_mlx import load

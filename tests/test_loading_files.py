@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 from fixtures.checkpoints import write_json
-from fixtures.spoiled import copied, refusal
+from fixtures.damaged_checkpoints import copied, refusal
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import CheckpointError

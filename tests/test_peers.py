@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.inputs import picture, random_pixels, relative_error, token_row, write_video
-from fixtures.opened import numbers, tiny
+from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Recipe
 from tokenizers import Tokenizer
 

@@ -15,13 +15,16 @@ ROOMS_AT_THE_ROOT = ("convert", "metal_kernels")
 # A room imports only from its own group's members' left: same group, no imports between two rooms.
 ORDER = (
     ("errors", "demo"),
+    ("files", "device"),
     ("config",),
     ("images", "prompt", "metal_kernels"),
     ("models",),
+    ("checkpoints",),
+    ("adapters",),
     ("convert",),
     ("loading",),
     ("generation",),
-    ("training", "evaluation", "measuring"),
+    ("training", "evaluation", "profiling"),
     ("server",),
     ("cli",),
 )

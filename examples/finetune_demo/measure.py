@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from internvl3_mlx import load
-from internvl3_mlx.generation.batch import answers
-from internvl3_mlx.generation.settings import Settings
+from internvl3_mlx.generation.batch_generate import answers
+from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.generation.vlm import VLM
-from internvl3_mlx.training.rows import read_row
-from internvl3_mlx.training.sources import open_data
+from internvl3_mlx.training.data.schema import read_row
+from internvl3_mlx.training.data.dataset import open_data
 
 LONGEST = 16  # tokens of an answer
 TOGETHER = 16  # answers written at once

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from examples.record_talk.talk_terminal import Program
-from internvl3_mlx.loading.names import DEMO_FOLDER
+from internvl3_mlx.loading.resolve import DEMO_FOLDER
 
 WIDTH = 100
 CORNER = "╭"  # of the first screen; notes about the model stand before it

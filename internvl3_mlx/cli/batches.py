@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from internvl3_mlx.cli import screen
+from internvl3_mlx.cli import console
 from internvl3_mlx.cli.generate import (
     ALL_MISTAKEN,
     SOME_FAILED,
@@ -16,7 +16,7 @@ from internvl3_mlx.errors import InternVL3Error
 
 if TYPE_CHECKING:
     from internvl3_mlx import VLM, Answer, Inputs, Settings
-    from internvl3_mlx.images.source import Picture
+    from internvl3_mlx.images.load import Picture
 
 
 def answer_batches(request: Request) -> int:
@@ -52,7 +52,7 @@ def answered(
 ) -> "Iterator[Answer | InternVL3Error]":
     """Put an answer in the place of every picture; faults keep theirs."""
     from internvl3_mlx import Settings
-    from internvl3_mlx.generation.batch import answers
+    from internvl3_mlx.generation.batch_generate import answers
 
     if vlm is None:  # there is nothing but faults
         yield from (item for item in opened if isinstance(item, InternVL3Error))
@@ -79,9 +79,9 @@ def prepare(
 
 def show(source: str, answer: "Answer", request: Request) -> None:
     if request.output.as_jsonl:
-        screen.as_json({"source": source, **answer.to_dict()})
+        console.as_json({"source": source, **answer.to_dict()})
     else:
-        screen.heading(source)
-        screen.answer_text(answer.text + "\n")
+        console.heading(source)
+        console.answer_text(answer.text + "\n")
     if request.output.stats:
-        screen.figures(answer)
+        console.figures(answer)

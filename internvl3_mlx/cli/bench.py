@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import machine, options, progress, screen
+from internvl3_mlx.cli import system_info, options, progress, console
 from internvl3_mlx.cli.options import SectionedCommand
 from internvl3_mlx.errors import UserError
 
 if TYPE_CHECKING:
-    from internvl3_mlx.measuring.bench import Bench
-    from internvl3_mlx.measuring.figures import Figure
-    from internvl3_mlx.measuring.limits import Limits
+    from internvl3_mlx.profiling.suite import Bench
+    from internvl3_mlx.profiling.results import Figure
+    from internvl3_mlx.profiling.limits import Limits
 
 GROUPS = ("tower", "prefill", "decode", "kernels")  # in the order of the report
 NOT_KEPT = "where kernels pay; only a run without --quick and --contexts keeps it"
@@ -61,12 +61,12 @@ def bench(contexts: tuple[int, ...], quick: bool, svg: Path | None, **flags: Any
     on. Interrupt at any time: what was measured is shown.
     """
     from internvl3_mlx import load
-    from internvl3_mlx.measuring.bench import Bench
+    from internvl3_mlx.profiling.suite import Bench
 
     if svg is not None and not svg.parent.is_dir():
         raise UserError(f"cannot write {svg}: no folder {svg.parent}; make it first")
-    machine.hear_kernels(quiet=flags["quiet"])
-    with screen.waiting("loading the model", quiet=flags["quiet"]) as notify:
+    system_info.hear_kernels(quiet=flags["quiet"])
+    with console.waiting("loading the model", quiet=flags["quiet"]) as notify:
         vlm = load(flags["model"] or "demo", quantize=flags["quantize"], notify=notify)
     run = Bench(vlm.model, contexts, quick)
     try:
@@ -82,25 +82,25 @@ def measure(run: "Bench", *, quiet: bool) -> None:
         for done, name in enumerate(run.run()):
             advance(name, done, len(run))
     if run.kept is False and not quiet:
-        screen.note("where kernels pay could not be kept: the cache folder takes no files")
+        console.note("where kernels pay could not be kept: the cache folder takes no files")
 
 
 def told(run: "Bench", limits: "Limits", model: str, svg: Path | None, *, as_json: bool) -> None:
     """Show the figures, and draw them last: a full disk must not cost the measurement."""
-    device = machine.device()
+    device = system_info.device()
     if as_json:
-        screen.as_json(as_data(run, limits, device, model), indent=2)
+        console.as_json(as_data(run, limits, device, model), indent=2)
     else:
-        screen.facts(as_table(run, limits, device, model))
+        console.facts(as_table(run, limits, device, model))
     if svg is not None:
-        from internvl3_mlx.measuring.roofline import roofline
+        from internvl3_mlx.profiling.roofline import roofline
 
         write(svg, roofline(run.figures, limits, f"{device['computes_on']}, {model}"))
 
 
 def as_data(run: "Bench", limits: "Limits", device: dict[str, Any], model: str) -> dict[str, Any]:
     return {
-        "machine": {**machine.versions(), **device},
+        "machine": {**system_info.versions(), **device},
         "model": model,
         "limits": limits.to_dict(),
         "figures": [figure.to_dict(limits) for figure in run.figures],
@@ -117,7 +117,7 @@ def as_table(run: "Bench", limits: "Limits", device: dict[str, Any], model: str)
     pays = {e.case: f"from {e.tokens:,} tokens" for e in run.entries if e.tokens is not None}
     missing = sorted({figure.why for figure in run.figures if figure.why})
     return {
-        "machine": machine.with_units({"system": machine.system(), **device, "model": model}),
+        "machine": system_info.with_units({"system": system_info.system(), **device, "model": model}),
         "limits": limits.told(),
         **{group: rows for group, rows in groups.items() if rows},
         "kernels pay": pays or "nowhere yet",

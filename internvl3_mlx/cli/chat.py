@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import options, screen
-from internvl3_mlx.cli.commands import ALIASES, COMMANDS
+from internvl3_mlx.cli import options, console
+from internvl3_mlx.cli.slash_commands import ALIASES, COMMANDS
 from internvl3_mlx.cli.generate import UNTRAINED
-from internvl3_mlx.cli.line import Dropped, kind_of, shown
-from internvl3_mlx.cli.machine import hear_kernels
+from internvl3_mlx.cli.input_line import Dropped, kind_of, shown
+from internvl3_mlx.cli.system_info import hear_kernels
 from internvl3_mlx.cli.options import SectionedCommand
-from internvl3_mlx.cli.session import Session
-from internvl3_mlx.cli.terminal import open_reader
+from internvl3_mlx.cli.chat_session import Session
+from internvl3_mlx.cli.line_reader import open_reader
 from internvl3_mlx.cli.thumbnails import drawer
 from internvl3_mlx.errors import UserError
 
@@ -63,8 +63,8 @@ def chat(
     dropped = [Dropped(name, kind_of(name) or "image") for name in (*images, *more_images)]
     check(dropped)
     vlm = load(loading, settings.get("draft"), quiet=quiet)
-    lively = screen.is_lively(sys.stderr) and sys.stdin is not None and sys.stdin.isatty()
-    draw = drawer(os.environ, wanted=preview) if screen.is_lively(sys.stdout) else None
+    lively = console.is_lively(sys.stderr) and sys.stdin is not None and sys.stdin.isatty()
+    draw = drawer(os.environ, wanted=preview) if console.is_lively(sys.stdout) else None
     session = Session(vlm.conversation(**settings), draw, quiet)
     if lively and not quiet:
         first_screen(vlm)
@@ -75,7 +75,7 @@ def chat(
 
 def check(dropped: list[Dropped]) -> None:
     """Refuse a file that is not there before a model loads."""
-    from internvl3_mlx.images.locate import locate
+    from internvl3_mlx.images.fetch import locate
 
     for item in dropped:
         if item.source != "clipboard" and "://" not in item.source:
@@ -87,12 +87,12 @@ def load(loading: dict[str, Any], draft: str | None, *, quiet: bool) -> "VLM":
 
     hear_kernels(quiet=quiet)
     model = loading.get("model", "the model")
-    with screen.waiting(f"loading {model}", quiet=quiet) as notify:
+    with console.waiting(f"loading {model}", quiet=quiet) as notify:
         vlm = load_model(**loading, notify=notify)
         if draft is not None:
             vlm.companion(draft)  # now rather than after the first question
     if not vlm.trained and not quiet:
-        screen.note(UNTRAINED)
+        console.note(UNTRAINED)
     return vlm
 
 
@@ -107,7 +107,7 @@ def converse(session: Session) -> None:
         try:
             session.take(text)
         except KeyboardInterrupt:  # between answers: in a picture that opens slowly, say
-            screen.end_line()
+            console.end_line()
 
 
 def first_screen(vlm: "VLM") -> None:
@@ -117,11 +117,11 @@ def first_screen(vlm: "VLM") -> None:
     gap = " " * max(2, WIDTH - 4 - len(model) - len(memory))
     inner = f"  {model}{gap}{memory}  "
     width = max(WIDTH, len(inner))
-    screen.hint(f"╭─ {TITLE} {'─' * (width - len(TITLE) - 3)}╮")
-    screen.hint(f"│{inner:<{width}}│")
-    screen.hint(f"╰─ {ADVICE} {'─' * (width - len(ADVICE) - 3)}╯")
+    console.hint(f"╭─ {TITLE} {'─' * (width - len(TITLE) - 3)}╮")
+    console.hint(f"│{inner:<{width}}│")
+    console.hint(f"╰─ {ADVICE} {'─' * (width - len(ADVICE) - 3)}╯")
     for path, question in samples(vlm)[:SUGGESTED]:
-        screen.hint(f"try  {shown(path)} {question}")
+        console.hint(f"try  {shown(path)} {question}")
 
 
 def described(vlm: "VLM") -> str:
@@ -130,7 +130,7 @@ def described(vlm: "VLM") -> str:
 
     tensors: Any = tree_flatten(vlm.model.parameters())
     nbytes = sum(value.nbytes for _, value in tensors)
-    return f"{Path(vlm.name).name} · {bits_of(vlm)}-bit · {screen.size(nbytes)}"
+    return f"{Path(vlm.name).name} · {bits_of(vlm)}-bit · {console.size(nbytes)}"
 
 
 def bits_of(vlm: "VLM") -> int:
@@ -149,7 +149,7 @@ def memory_words() -> str:
 
 def samples(vlm: "VLM") -> list[tuple[str, str]]:
     """List the demo's pictures with a question each; none for other models."""
-    from internvl3_mlx.loading.names import DEMO_FOLDER
+    from internvl3_mlx.loading.resolve import DEMO_FOLDER
 
     if vlm.loaded.folder != DEMO_FOLDER:
         return []

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from internvl3_mlx.cli import screen
+from internvl3_mlx.cli import console
 from internvl3_mlx.cli.options import SectionedCommand
 
 PROGRAM = "internvl3"
@@ -28,12 +28,12 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     if kind is None:
         raise click.UsageError(f"this click cannot complete in {shell}")
-    screen.line(kind(main, {}, PROGRAM, VARIABLE).source())
+    console.line(kind(main, {}, PROGRAM, VARIABLE).source())
 
 
 def models(_ctx: click.Context, _param: click.Parameter, typed: str) -> list[CompletionItem]:
     """Complete ``--model``: sizes, the demo, the family's repositories in the cache, folders."""
-    from internvl3_mlx.loading.names import DEMO, SIZES
+    from internvl3_mlx.loading.resolve import DEMO, SIZES
 
     names = [*SIZES, DEMO, *cached_repositories()]
     found = [CompletionItem(name) for name in names if name.startswith(typed)]

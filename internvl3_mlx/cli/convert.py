@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import options
-from internvl3_mlx.cli.conversion import Request, check, run
+from internvl3_mlx.cli.convert_run import Request, check, run
 from internvl3_mlx.cli.options import Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 

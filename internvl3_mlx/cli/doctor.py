@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from internvl3_mlx.cli import machine, options, progress, screen
+from internvl3_mlx.cli import system_info, options, progress, console
 from internvl3_mlx.cli.options import SectionedCommand
 
 FAILED = 1
@@ -30,7 +30,7 @@ def doctor(as_json: bool, quiet: bool) -> None:
     own operations; only a wrong result makes the exit code 1. INTERNVL3_KERNELS=off, on or force
     says which kernels are used.
     """
-    machine.hear_kernels(quiet=True)  # what falls back stands in the report
+    system_info.hear_kernels(quiet=True)  # what falls back stands in the report
     found: list[dict[str, str]] = []
     with progress.bar(quiet=quiet) as advance:
         for check in checks():
@@ -38,9 +38,9 @@ def doctor(as_json: bool, quiet: bool) -> None:
             found.append(check)
     report = {**about(), "checks": found, "verdict": verdict(found)}
     if as_json:
-        screen.as_json(report, indent=2)
+        console.as_json(report, indent=2)
     else:
-        screen.facts(machine.with_units(report))
+        console.facts(system_info.with_units(report))
     if any(check["result"] == WRONG for check in found):
         raise SystemExit(FAILED)
 
@@ -51,8 +51,8 @@ def about() -> dict[str, Any]:
 
     pays = {case: f"from {start:,} tokens" for case, start in table.measured().items()}
     return {
-        "versions": machine.versions(),
-        "device": machine.device(),
+        "versions": system_info.versions(),
+        "device": system_info.device(),
         "kernels": {
             "setting": dispatch.setting(),
             "used": pays or "nowhere yet: internvl3 bench measures where they pay",
@@ -68,17 +68,17 @@ def checks() -> Iterator[dict[str, str]]:
 
 
 def of_kernels() -> Iterator[dict[str, str]]:
-    from internvl3_mlx.metal_kernels import catalogue, dispatch, probe
+    from internvl3_mlx.metal_kernels import variants, dispatch, self_test
 
     if not dispatch.metal_available():
         yield line("Metal kernels", "skipped", NO_METAL)
         return
-    for state in probe.self_check(catalogue.variants()):
+    for state in self_test.self_check(variants.variants()):
         yield line(state.name, WELL if state.works else FALLS_BACK, state.detail)
 
 
 def of_operations() -> Iterator[dict[str, str]]:
-    from internvl3_mlx.measuring.health import plain_checks
+    from internvl3_mlx.profiling.self_check import plain_checks
 
     for check in plain_checks():
         yield line(check.name, WELL if check.passed else WRONG, check.detail)
@@ -87,7 +87,7 @@ def of_operations() -> Iterator[dict[str, str]]:
 def of_model() -> dict[str, str]:
     """Ask the demo model what it knows: everything from the picture file to the text."""
     from internvl3_mlx import load
-    from internvl3_mlx.loading.names import DEMO, DEMO_FOLDER
+    from internvl3_mlx.loading.resolve import DEMO, DEMO_FOLDER
 
     name = "a picture to its name, demo model"
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import options, progress
-from internvl3_mlx.cli.conversion import (
+from internvl3_mlx.cli.convert_run import (
     Asked,
     check_upload,
     command_line,
@@ -89,7 +89,7 @@ def check(request: Request) -> None:
 
 def rename(request: Request) -> None:
     """Write the adapter under the names of another layout's model."""
-    from internvl3_mlx.convert.peft_writing import rename_adapter
+    from internvl3_mlx.adapters.peft_writer import rename_adapter
 
     folder, target = Path(request.adapter).expanduser(), Path(request.target or "").expanduser()
     modules = rename_adapter(
@@ -101,7 +101,7 @@ def rename(request: Request) -> None:
 
 def run(request: Request) -> None:
     from internvl3_mlx.convert.pipeline import Options
-    from internvl3_mlx.convert.session import Session
+    from internvl3_mlx.convert.api import Session
 
     started = time.perf_counter()
     assert request.target is not None

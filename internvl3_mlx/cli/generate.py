@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import options, screen
-from internvl3_mlx.cli.line import Dropped, kind_of, open_dropped
-from internvl3_mlx.cli.machine import hear_kernels
+from internvl3_mlx.cli import options, console
+from internvl3_mlx.cli.input_line import Dropped, kind_of, open_dropped
+from internvl3_mlx.cli.system_info import hear_kernels
 from internvl3_mlx.cli.options import STDIN, Output, SectionedCommand
 from internvl3_mlx.errors import InternVL3Error, UserError
 
 if TYPE_CHECKING:
     from internvl3_mlx import VLM, Answer
-    from internvl3_mlx.images.source import Picture
+    from internvl3_mlx.images.load import Picture
 
 UNTRAINED = "the demo model is untrained; its answers are noise (it shows that everything runs)"
 SOME_FAILED, ALL_MISTAKEN = 1, 2
@@ -125,7 +125,7 @@ def _question(prompt: str | None, sources: tuple[str, ...]) -> str:
 
 def _existing(video: str) -> str:
     """Refuse a video that is not there before a model loads."""
-    from internvl3_mlx.images.locate import locate
+    from internvl3_mlx.images.fetch import locate
 
     if "://" not in video and video != STDIN:
         locate(video)
@@ -137,11 +137,11 @@ def _answer_once(request: Request) -> None:
     vlm, output = load_model(request), request.output
     if output.as_json or output.as_jsonl:
         answer = vlm.ask(request.question, pictures, **request.settings)
-        screen.as_json(answer.to_dict(), indent=2 if output.as_json else None)
+        console.as_json(answer.to_dict(), indent=2 if output.as_json else None)
     else:
         answer = _stream(vlm, pictures, request)
     if output.stats:
-        screen.figures(answer)
+        console.figures(answer)
 
 
 def _answer_each(request: Request) -> int:
@@ -170,23 +170,23 @@ def _show_one(vlm: "VLM", picture: "Picture", source: str, request: Request) -> 
     output = request.output
     if output.as_jsonl:
         answer = vlm.ask(request.question, [picture], **request.settings)
-        screen.as_json({"source": source, **answer.to_dict()})
+        console.as_json({"source": source, **answer.to_dict()})
     else:
-        screen.heading(source)
+        console.heading(source)
         answer = _stream(vlm, [picture], request)
     if output.stats:
-        screen.figures(answer)
+        console.figures(answer)
 
 
 def tell(source: str, fault: InternVL3Error, output: Output) -> None:
     if output.as_jsonl:
-        screen.as_json({"source": source, "error": str(fault)})
+        console.as_json({"source": source, "error": str(fault)})
     else:
-        screen.error(str(fault) if source in str(fault) else f"{source}: {fault}")
+        console.error(str(fault) if source in str(fault) else f"{source}: {fault}")
 
 
 def open_one(source: str, request: Request) -> "Picture":
-    from internvl3_mlx.images.source import open_picture
+    from internvl3_mlx.images.load import open_picture
 
     return open_picture(source, upright=request.settings.get("upright", True))
 
@@ -204,10 +204,10 @@ def load_model(request: Request) -> "VLM":
     quiet = request.output.quiet
     hear_kernels(quiet=quiet)
     model = request.loading.get("model", "the model")
-    with screen.waiting(f"loading {model}", quiet=quiet) as notify:
+    with console.waiting(f"loading {model}", quiet=quiet) as notify:
         vlm = load(**request.loading, notify=notify)
     if not vlm.trained and not quiet:
-        screen.note(UNTRAINED)
+        console.note(UNTRAINED)
     return vlm
 
 
@@ -215,10 +215,10 @@ def _stream(vlm: "VLM", pictures: "list[Picture]", request: Request) -> "Answer"
     """Write the answer as it comes, and a line end after it."""
     last, answer = "", None
     for piece in vlm.stream(request.question, pictures, **request.settings):
-        screen.answer_text(piece.text)
+        console.answer_text(piece.text)
         last, answer = piece.text or last, piece.answer
     if not last.endswith("\n"):
-        screen.line()
+        console.line()
     if answer is None:
         raise InternVL3Error("the answer ended without its figures; please report this")
     return answer

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from internvl3_mlx.cli import options, screen
-from internvl3_mlx.cli.machine import device, installed, versions, with_units
+from internvl3_mlx.cli import options, console
+from internvl3_mlx.cli.system_info import device, installed, versions, with_units
 from internvl3_mlx.cli.options import SectionedCommand
 
 EXTRAS = {"video": "av", "heic": "pillow-heif", "pdf": "pypdfium2", "structured": "llguidance"}
@@ -26,14 +26,14 @@ def info(model: str | None, as_json: bool) -> None:
     """
     table = about_model(model) if model else about_machine()
     if as_json:
-        screen.as_json(table, indent=2)
+        console.as_json(table, indent=2)
     else:
-        screen.facts(readable(table))
+        console.facts(readable(table))
 
 
 def about_model(model: str) -> dict[str, Any]:
     """Read a model's facts: layout, parts with parameters and bits, files, stop tokens."""
-    from internvl3_mlx.loading.facts import inspect
+    from internvl3_mlx.loading.inspect import inspect
 
     return inspect(model).to_dict()
 
@@ -61,7 +61,7 @@ def _cached_models() -> list[dict[str, Any]]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    from internvl3_mlx.loading.names import model_cache
+    from internvl3_mlx.loading.resolve import model_cache
 
     try:
         repos = {repo.repo_id: repo for repo in scan_cache_dir().repos if repo.repo_type == "model"}

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import click
 
-from internvl3_mlx.cli import screen
+from internvl3_mlx.cli import console
 from internvl3_mlx.cli.options import DEBUG
 from internvl3_mlx.errors import InternVL3Error
 
@@ -48,7 +48,7 @@ class LazyGroup(click.Group):
         except (click.exceptions.Exit, BrokenPipeError):
             raise
         except (KeyboardInterrupt, click.Abort):
-            screen.end_line()
+            console.end_line()
             code = INTERRUPTED
         except Exception as error:  # noqa: BLE001  the last door: nobody should meet a traceback
             code = _tell(error, debug=ctx.meta.get(DEBUG, False))
@@ -58,22 +58,22 @@ class LazyGroup(click.Group):
 def _tell(error: Exception, *, debug: bool) -> int:
     """Say in one line what went wrong; return the exit code."""
     if debug:
-        screen.traceback(error)
+        console.traceback(error)
     if isinstance(error, InternVL3Error):
-        screen.error(str(error))
+        console.error(str(error))
         return error.exit_code
     if isinstance(error, click.ClickException):
-        screen.error(error.format_message())
+        console.error(error.format_message())
         if isinstance(error, click.UsageError) and error.ctx is not None:
-            screen.hint(f"see {error.ctx.command_path} --help")
+            console.hint(f"see {error.ctx.command_path} --help")
         return error.exit_code
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        screen.error(
+        console.error(
             "cannot write the answer: no space left where it goes; make room and ask again"
         )
         return FAILED
     about = f"{type(error).__name__}: {error}".removesuffix(": ")
-    screen.error(about if debug else f"{about} (run again with --debug to see where)")
+    console.error(about if debug else f"{about} (run again with --debug to see where)")
     return FAILED
 
 
@@ -81,7 +81,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     if wanted and not ctx.resilient_parsing:
         import internvl3_mlx
 
-        screen.line(f"internvl3-mlx {internvl3_mlx.__version__}")
+        console.line(f"internvl3-mlx {internvl3_mlx.__version__}")
         ctx.exit()
 
 
@@ -102,7 +102,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
 def main(ctx: click.Context) -> None:
     """InternVL3 vision-language models on Apple silicon."""
     if ctx.invoked_subcommand is None:
-        screen.line(ctx.get_help())
+        console.line(ctx.get_help())
 
 
 def run() -> NoReturn:

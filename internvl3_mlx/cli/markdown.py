@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from internvl3_mlx.cli import screen
+from internvl3_mlx.cli import console
 
 if TYPE_CHECKING:
     from rich.markdown import Markdown
@@ -66,28 +66,28 @@ class MarkdownWriter:
         self.console = Console(
             file=stream,
             force_terminal=True,
-            no_color=not screen.is_coloured(stream),
+            no_color=not console.is_coloured(stream),
             highlight=False,
             emoji=False,
             markup=False,
         )
 
     def add(self, text: str) -> None:
-        for block in self.blocks.add(text.translate(screen.CONTROLS)):
+        for block in self.blocks.add(text.translate(console.CONTROLS)):
             self.show(block)
         if time.monotonic() - self.told > TICK_S:
             self.told = time.monotonic()
-            screen.passing(one_line(self.blocks.block + self.blocks.tail))
+            console.passing(one_line(self.blocks.block + self.blocks.tail))
 
     def finish(self) -> None:
-        screen.passing("")
+        console.passing("")
         for block in self.blocks.finish():
             self.show(block)
 
     def show(self, block: str) -> None:
         with self.console.capture() as kept:
             self.console.print(rendered(block))
-        screen.passing("")
+        console.passing("")
         text = re.sub(r" +\n", "\n", kept.get()).strip("\n")  # rich fills lines with blanks
         self.stream.write("\n" * bool(self.count) + text + "\n")
         self.stream.flush()

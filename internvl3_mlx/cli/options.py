@@ -251,7 +251,7 @@ def output(command: Function) -> Function:
 
 def deltas(text: str) -> "float | Fraction | str | tuple[Any, ...]":
     """Read ``--v2pe-delta``: one step for all images, or with commas one for each."""
-    from internvl3_mlx.prompt.positions import parse_delta
+    from internvl3_mlx.prompt.v2pe import parse_delta
 
     steps = tuple(parse_delta(part.strip()) for part in text.split(","))
     if len(steps) > 1 and "auto" in steps:

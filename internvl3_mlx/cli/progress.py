@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from internvl3_mlx.cli import screen
+from internvl3_mlx.cli import console
 
 Advance = Callable[[str, int, int], None]  # what is being done, how far, of how much (0: unknown)
 
@@ -12,7 +12,7 @@ Advance = Callable[[str, int, int], None]  # what is being done, how far, of how
 @contextmanager
 def bar(*, quiet: bool = False, counts_bytes: bool = False) -> Iterator[Advance]:
     """Show one bar until the body ends. Off a terminal, or when quiet, nothing is shown."""
-    if quiet or not screen.is_lively(sys.stderr):
+    if quiet or not console.is_lively(sys.stderr):
         yield lambda *_: None
         return
     from rich.console import Console

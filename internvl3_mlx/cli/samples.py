@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from internvl3_mlx.cli import screen
+from internvl3_mlx.cli import console
 from internvl3_mlx.cli.generate import Request, load_model, open_all
 
 if TYPE_CHECKING:
@@ -16,12 +16,12 @@ def answer_samples(request: Request) -> None:
     pictures = open_all(request)
     output = request.output
     if not request.settings.get("temperature") and not output.quiet:
-        screen.note(ALL_THE_SAME)
+        console.note(ALL_THE_SAME)
     vlm = load_model(request)
-    with screen.waiting(f"writing {request.samples} answers", quiet=output.quiet):
+    with console.waiting(f"writing {request.samples} answers", quiet=output.quiet):
         answers = vlm.ask_many(request.question, pictures, n=request.samples, **request.settings)
     if output.as_json:
-        screen.as_json([answer.to_dict() for answer in answers], indent=2)
+        console.as_json([answer.to_dict() for answer in answers], indent=2)
         return
     for number, answer in enumerate(answers, start=1):
         show(number, answer, request)
@@ -29,9 +29,9 @@ def answer_samples(request: Request) -> None:
 
 def show(number: int, answer: "Answer", request: Request) -> None:
     if request.output.as_jsonl:
-        screen.as_json({"sample": number, **answer.to_dict()})
+        console.as_json({"sample": number, **answer.to_dict()})
     else:
-        screen.heading(str(number))
-        screen.answer_text(answer.text + "\n")
+        console.heading(str(number))
+        console.answer_text(answer.text + "\n")
     if request.output.stats:
-        screen.figures(answer)
+        console.figures(answer)

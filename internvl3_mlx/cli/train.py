@@ -9,9 +9,9 @@ import click
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.options import Decorator, Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.training.recipe import PRESETS, TrainRecipe
-from internvl3_mlx.training.recipe_file import RECIPE, build_recipe, kind_of
-from internvl3_mlx.training.setting import about
+from internvl3_mlx.training.config import PRESETS, TrainRecipe
+from internvl3_mlx.training.config_file import RECIPE, build_recipe, kind_of
+from internvl3_mlx.training.config_fields import about
 
 TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, tuple: click.STRING}
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAMES"}
@@ -86,7 +86,7 @@ def train(config: str | None, **flags: Any) -> None:
 
     Several Macs: mlx.launch --hostfile hosts.json -- internvl3 train -c recipe.yaml
     """
-    from internvl3_mlx.cli.training import Request, carry_out
+    from internvl3_mlx.cli.train_run import Request, carry_out
 
     names = [entry.name for entry in fields(TrainRecipe)]
     given = {name: value for name in names if (value := flags.pop(name)) is not None}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from internvl3_mlx.cli import progress, screen
+from internvl3_mlx.cli import progress, console
 
 if TYPE_CHECKING:
     from internvl3_mlx.training.run import Moment
@@ -32,31 +32,31 @@ class Show:
 
         plan = plan_of(self.session)
         if self.as_json:
-            screen.as_json({"event": "plan", **plan})
+            console.as_json({"event": "plan", **plan})
         elif not self.quiet:
-            screen.facts(plan)
+            console.facts(plan)
             self.tell_odd()
 
     def tell_odd(self) -> None:
         """Note what a person would wonder about later."""
         updates, done = self.session.learner.updates, self.session.learner.update
         if done >= updates:
-            screen.note(f"all {updates} updates are made; more of them: --iters N --accept-changes")
+            console.note(f"all {updates} updates are made; more of them: --iters N --accept-changes")
         elif updates < FEW_UPDATES:
             made = "1 update" if updates == 1 else f"{updates} updates"
-            screen.note(f"only {made}; --epochs or --iters make more")
+            console.note(f"only {made}; --epochs or --iters make more")
 
     def moment(self, moment: "Moment", advance: progress.Advance) -> None:
         """Move the bar, and write a line where it is time for one."""
         step, recipe, updates = moment.step, self.session.recipe, self.session.learner.updates
         self.last = moment
         if self.as_json:
-            screen.as_json({"event": "update", **as_row(moment)})
+            console.as_json({"event": "update", **as_row(moment)})
         elif not self.quiet:
             advance(" · ".join([f"loss {step.loss:.4f}", *speed(moment)]), step.update, updates)
             due = step.update % recipe.steps_per_report == 0 or moment.checked or step.skipped
             if due or step.update == updates:
-                screen.hint(f"{step.update:>{len(str(updates))}} · {describe(moment)}")
+                console.hint(f"{step.update:>{len(str(updates))}} · {describe(moment)}")
 
     def end(self) -> int:
         """Say how it ended and what to do now; return the exit code."""
@@ -71,15 +71,15 @@ class Show:
         """Sum the run up, and say what to do with it."""
         report = self.report(stopped)
         if self.as_json:
-            screen.as_json({"event": "end", **report})
+            console.as_json({"event": "end", **report})
         elif not self.quiet:
             if stopped:
-                screen.note(f"stopped: {stopped}")
-            screen.facts(
+                console.note(f"stopped: {stopped}")
+            console.facts(
                 {name: in_words(value) for name, value in report.items() if value is not None}
             )
             for advice in self.advice(stopped):
-                screen.hint(advice)
+                console.hint(advice)
 
     def report(self, stopped: str) -> dict[str, Any]:
         from internvl3_mlx.training.results import BEST, result_folder
@@ -98,7 +98,7 @@ class Show:
 
     def advice(self, stopped: str) -> "Iterator[str]":
         """Say what can be typed next."""
-        from internvl3_mlx.loading.names import DEFAULT_MODEL
+        from internvl3_mlx.loading.resolve import DEFAULT_MODEL
         from internvl3_mlx.training.results import MODEL
 
         recipe, folder = self.session.recipe, shlex.quote(str(self.session.folder))
@@ -131,11 +131,11 @@ def describe(moment: "Moment") -> str:
 
 def speed(moment: "Moment") -> list[str]:
     step = moment.step
-    return [f"{step.tokens / step.seconds:,.0f} tok/s", screen.size(step.memory)]
+    return [f"{step.tokens / step.seconds:,.0f} tok/s", console.size(step.memory)]
 
 
 def as_row(moment: "Moment") -> dict[str, Any]:
-    from internvl3_mlx.training.report import row_of
+    from internvl3_mlx.training.loggers import row_of
 
     row = {
         name: value

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from internvl3_mlx.generation.inputs import ImageInfo
+from internvl3_mlx.generation.processor import ImageInfo
 
 FinishReason = Literal["stop", "length"]
 DIGITS = 4

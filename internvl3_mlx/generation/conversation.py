@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.answer import Answer, Piece
-from internvl3_mlx.generation.budget import Budget, measured
+from internvl3_mlx.generation.context_budget import Budget, measured
 from internvl3_mlx.generation.exchange import Exchange
-from internvl3_mlx.generation.inputs import Film, ImageInfo, Inputs, Preparer, Seen
-from internvl3_mlx.generation.memory import Memory
-from internvl3_mlx.generation.settings import Settings, changed
+from internvl3_mlx.generation.processor import Film, ImageInfo, Inputs, Preparer, Seen
+from internvl3_mlx.generation.prompt_cache import Memory
+from internvl3_mlx.generation.generation_config import Settings, changed
 from internvl3_mlx.prompt.template import Turn
 
 if TYPE_CHECKING:
@@ -120,13 +120,13 @@ class Conversation:
     def save(self, path: str | Path, *, cache: bool = False) -> None:
         """Write the talk to one file; with ``cache`` what was read goes beside it, so that after
         ``load`` nothing has to be read again."""
-        from internvl3_mlx.generation.talk_file import save_talk
+        from internvl3_mlx.generation.conversation_file import save_talk
 
         save_talk(self, Path(path).expanduser(), cache=cache)
 
     def load(self, path: str | Path) -> bool:
         """Go on with a saved talk in the place of this one; tell whether its cache came along."""
-        from internvl3_mlx.generation.talk_file import load_talk
+        from internvl3_mlx.generation.conversation_file import load_talk
 
         return load_talk(self, Path(path).expanduser())
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from internvl3_mlx.generation.inputs import Film, Seen, asked
-from internvl3_mlx.prompt.turns import IMAGE_MARK, Turn
+from internvl3_mlx.generation.processor import Film, Seen, asked
+from internvl3_mlx.prompt.messages import IMAGE_MARK, Turn
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from internvl3_mlx.generation.inputs import Seen
+from internvl3_mlx.generation.processor import Seen
 
 LIMIT_BYTES = 512 * 2**20  # some twenty pictures of twelve tiles for the 8B
 

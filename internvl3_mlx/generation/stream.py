@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from internvl3_mlx.generation.answer import FinishReason
-from internvl3_mlx.prompt.tokens import StreamingDetokenizer
+from internvl3_mlx.prompt.tokenizer import StreamingDetokenizer
 
 
 @dataclass

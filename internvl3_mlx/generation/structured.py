@@ -10,8 +10,8 @@ import numpy as np
 
 from internvl3_mlx.errors import MissingExtraError, UserError
 from internvl3_mlx.generation.engine import Engine
-from internvl3_mlx.generation.settings import Settings
-from internvl3_mlx.prompt.tokens import Tokenizer
+from internvl3_mlx.generation.generation_config import Settings
+from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

@@ -11,17 +11,17 @@ from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.answer import Answer, Box, Piece, Timing, Usage
 from internvl3_mlx.generation.engine import context_left
-from internvl3_mlx.generation.inputs import ImageInfo, Inputs, Preparer
-from internvl3_mlx.generation.memory import Memory
-from internvl3_mlx.generation.prefix_file import fingerprint
-from internvl3_mlx.generation.run import Drafting, Run
-from internvl3_mlx.generation.settings import Settings, changed
-from internvl3_mlx.generation.speculation import DraftModel, Lookup, check_greedy
+from internvl3_mlx.generation.processor import ImageInfo, Inputs, Preparer
+from internvl3_mlx.generation.prompt_cache import Memory
+from internvl3_mlx.generation.prompt_cache_file import fingerprint
+from internvl3_mlx.generation.generate import Drafting, Run
+from internvl3_mlx.generation.generation_config import Settings, changed
+from internvl3_mlx.generation.speculative import DraftModel, Lookup, check_greedy
 from internvl3_mlx.loading.build import Loaded, build
-from internvl3_mlx.loading.prepare import Notify, prepare
+from internvl3_mlx.loading.fetch_model import Notify, prepare
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, template_for
-from internvl3_mlx.prompt.tokens import Tokenizer
+from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from internvl3_mlx.generation.conversation import Conversation
@@ -114,7 +114,7 @@ class VLM:
 
         Each answer is what ``ask`` would give.
         """
-        from internvl3_mlx.generation.batch import answers
+        from internvl3_mlx.generation.batch_generate import answers
 
         asked = changed(Settings(), settings)
         prepared = (self.prepared(question, [image], asked) for image in images)
@@ -128,7 +128,7 @@ class VLM:
         Prompt and pictures are read once and kept once, whatever ``n`` is. With a ``seed``, answer
         i draws what ``ask`` would with ``seed + i``, but for rounding.
         """
-        from internvl3_mlx.generation.samples import samples
+        from internvl3_mlx.generation.parallel_samples import samples
 
         asked = changed(Settings(), settings)
         return samples(self, self.prepared(question, images, asked), asked, n)

@@ -5,8 +5,8 @@ from itertools import accumulate
 from PIL import Image
 
 from internvl3_mlx.images.colour import to_rgb
-from internvl3_mlx.images.locate import Located
-from internvl3_mlx.images.source import one_line
+from internvl3_mlx.images.fetch import Located
+from internvl3_mlx.images.load import one_line
 from internvl3_mlx.images.taken import Choose, Taken, still
 
 STILL_MS = 100  # how long browsers show a frame of no duration

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 from internvl3_mlx.errors import ImageError, MissingExtraError
-from internvl3_mlx.images.locate import Located
-from internvl3_mlx.images.source import one_line
+from internvl3_mlx.images.fetch import Located
+from internvl3_mlx.images.load import one_line
 from internvl3_mlx.images.taken import Choose, Taken, still
 
 # Other readers of FFmpeg stay shut: playlists and scripts make it open further files and addresses.

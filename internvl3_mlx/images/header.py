@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from internvl3_mlx.images.colour import ORIENTATION, TURNS
-from internvl3_mlx.images.locate import Located, locate
-from internvl3_mlx.images.source import FORMATS, Source, one_line, open_picture
+from internvl3_mlx.images.fetch import Located, locate
+from internvl3_mlx.images.load import FORMATS, Source, one_line, open_picture
 
 SIDEWAYS = frozenset(
     turn

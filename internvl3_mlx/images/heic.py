@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from internvl3_mlx.errors import ImageError, MissingExtraError
-from internvl3_mlx.images.locate import Located
+from internvl3_mlx.images.fetch import Located
 
 SIPS_TIMEOUT_S = 60
 

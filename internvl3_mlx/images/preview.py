@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from internvl3_mlx.images.source import Picture
+from internvl3_mlx.images.load import Picture
 
 LONGEST = 480  # pixels of the longer side
 

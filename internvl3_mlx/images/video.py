@@ -10,8 +10,8 @@ import numpy as np
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.images.animation import read_animation
 from internvl3_mlx.images.film import read_film
-from internvl3_mlx.images.locate import locate
-from internvl3_mlx.images.source import Picture
+from internvl3_mlx.images.fetch import locate
+from internvl3_mlx.images.load import Picture
 from internvl3_mlx.images.taken import Taken
 
 MOST_FRAMES = 512  # 131,072 image tokens, four times the context the models were trained on

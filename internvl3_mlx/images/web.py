@@ -8,7 +8,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from internvl3_mlx.errors import ImageError
-from internvl3_mlx.images.locate import MAX_BYTES, too_large
+from internvl3_mlx.images.fetch import MAX_BYTES, too_large
 
 SCHEMES = ("http", "https")
 SILENCE_S = 20  # longest wait for the next bytes

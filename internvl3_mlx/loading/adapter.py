@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from internvl3_mlx.convert.attaching import check_fit
-from internvl3_mlx.convert.peft import Adapter
+from internvl3_mlx.adapters.attach import check_fit
+from internvl3_mlx.adapters.peft import Adapter
 
 
 def merged(weights: Mapping[str, mx.array], adapter: Adapter) -> dict[str, mx.array]:

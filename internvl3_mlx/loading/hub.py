@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl3_mlx.convert.checkpoint import weight_files
+from internvl3_mlx.checkpoints.reader import weight_files
 from internvl3_mlx.errors import CheckpointError, DownloadError, UserError
 from internvl3_mlx.loading.memory import gpu_bytes
-from internvl3_mlx.loading.names import GB, SIZES
+from internvl3_mlx.loading.resolve import GB, SIZES
 
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 TORCH_WANTED = (*WANTED, "pytorch_model*.bin")

@@ -10,12 +10,12 @@ from itertools import zip_longest
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels.flash_decode import Dense, PackedRows
-from internvl3_mlx.metal_kernels.new_row import Turn, new_row
-from internvl3_mlx.metal_kernels.packed import RowLayout
-from internvl3_mlx.metal_kernels.packed import join as join_rows
-from internvl3_mlx.metal_kernels.packed import pack as pack_rows
-from internvl3_mlx.metal_kernels.packed import parts as split_rows
-from internvl3_mlx.metal_kernels.packed import unpack as unpack_rows
+from internvl3_mlx.metal_kernels.kv_append import Turn, new_row
+from internvl3_mlx.metal_kernels.kv_layout import RowLayout
+from internvl3_mlx.metal_kernels.kv_layout import join as join_rows
+from internvl3_mlx.metal_kernels.kv_layout import pack as pack_rows
+from internvl3_mlx.metal_kernels.kv_layout import parts as split_rows
+from internvl3_mlx.metal_kernels.kv_layout import unpack as unpack_rows
 
 GROWTH = 256  # tokens; room is added in whole steps so that appending rarely copies
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.config import ModelConfig
-from internvl3_mlx.models.activations import gelu
+from internvl3_mlx.models.layers import gelu
 
 LAYER_NORM_EPS = 1e-5  # torch's default; the checkpoint names none
 

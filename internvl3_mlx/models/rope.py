@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.new_row import Turn
+from internvl3_mlx.metal_kernels.kv_append import Turn
 
 POSITIONS_PER_UNIT = 256  # the finest V2PE step is 1/256 (paper section 2.2)
 

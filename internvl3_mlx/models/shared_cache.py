@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.new_row import Turn
-from internvl3_mlx.metal_kernels.packed import RowLayout
+from internvl3_mlx.metal_kernels.kv_append import Turn
+from internvl3_mlx.metal_kernels.kv_layout import RowLayout
 from internvl3_mlx.models.cache import Cache, KVCache, PackedKVCache, QuantizedKVCache
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.config import VisionConfig
-from internvl3_mlx.models.activations import gelu
+from internvl3_mlx.models.layers import gelu
 from internvl3_mlx.models.blocks import Run, plainly
 
 CHANNELS = 3

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from internvl3_mlx.errors import ConfigError
-from internvl3_mlx.prompt.turns import (
+from internvl3_mlx.prompt.messages import (
     ImageRun,
     Media,
     Segment,
@@ -79,7 +79,7 @@ def template_for(config: "ModelConfig", folder: Path) -> Template:
                 "Correct it, or remove the key to use the repository's own chat template"
             )
         return TEMPLATES[config.template](config.system_message)
-    from internvl3_mlx.prompt.jinja import read_jinja
+    from internvl3_mlx.prompt.jinja_template import read_jinja
 
     return read_jinja(Path(folder), config.system_message) or InternVLTemplate(
         config.system_message

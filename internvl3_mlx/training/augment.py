@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from internvl3_mlx.generation.inputs import Seen
+from internvl3_mlx.generation.processor import Seen
 from internvl3_mlx.images.jpeg import as_jpeg
 
 LOWEST, HIGHEST = 75, 100  # quality; whole numbers, both ends drawn

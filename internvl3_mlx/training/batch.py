@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from internvl3_mlx.generation.inputs import Seen
+from internvl3_mlx.generation.processor import Seen
 from internvl3_mlx.models.spans import Span
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from internvl3_mlx.prompt.turns import IMAGE_MARK, VIDEO_MARK
+from internvl3_mlx.prompt.messages import IMAGE_MARK, VIDEO_MARK
 
 MARKS = {"image": IMAGE_MARK, "video": VIDEO_MARK}
 # type of a part -> what it is; its name may stand under any key of NAMED, or be left to the row

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.training.setting import LOGGERS, PARTS, RANDOM
+from internvl3_mlx.training.config_fields import LOGGERS, PARTS, RANDOM
 
 if TYPE_CHECKING:
-    from internvl3_mlx.training.recipe import TrainRecipe
+    from internvl3_mlx.training.config import TrainRecipe
 
 
 def check_together(recipe: "TrainRecipe") -> None:

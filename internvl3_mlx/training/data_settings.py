@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.prompt.positions import parse_delta
+from internvl3_mlx.prompt.v2pe import parse_delta
 
 RANDOM: Literal["random"] = "random"
 AUTO: Literal["auto"] = "auto"

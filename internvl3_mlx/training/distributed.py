@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from internvl3_mlx.training.trees import named
+from internvl3_mlx.training.params import named
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from internvl3_mlx.convert.pipeline import Options, Outcome, Written, convert
 from internvl3_mlx.convert.plan import make_plan
-from internvl3_mlx.convert.rows import DTYPES
+from internvl3_mlx.convert.row_reader import DTYPES
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear, adapters

@@ -16,7 +16,7 @@ from internvl3_mlx.models.blocks import Run, plainly
 from internvl3_mlx.models.internvl import TILES_AT_ONCE, InternVL
 from internvl3_mlx.models.spans import Spans
 from internvl3_mlx.training.batch import Batch
-from internvl3_mlx.training.recompute import learns, recomputing
+from internvl3_mlx.training.grad_checkpoint import learns, recomputing
 
 TILE_AXES = 4  # (T, S, S, 3)
 

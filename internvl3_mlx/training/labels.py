@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from internvl3_mlx.errors import PromptError
-from internvl3_mlx.generation.inputs import Preparer
+from internvl3_mlx.generation.processor import Preparer
 from internvl3_mlx.prompt.template import TURN_START
-from internvl3_mlx.prompt.tokens import TURN_END
-from internvl3_mlx.prompt.turns import Media, Segment, Spoken, Text, Turn
-from internvl3_mlx.training.media import Shape
-from internvl3_mlx.training.rows import Row
+from internvl3_mlx.prompt.tokenizer import TURN_END
+from internvl3_mlx.prompt.messages import Media, Segment, Spoken, Text, Turn
+from internvl3_mlx.training.data.media import Shape
+from internvl3_mlx.training.data.schema import Row
 
 OPENED = Text(TURN_START.format(role="assistant"))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.training.data_settings import DataSettings
-from internvl3_mlx.training.sources import Source, index_lines
+from internvl3_mlx.training.data.dataset import Source, index_lines
 
 KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 

@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_reduce
 
-from internvl3_mlx.training.recipe import TrainRecipe
-from internvl3_mlx.training.trees import Arrays, Tree
+from internvl3_mlx.training.config import TrainRecipe
+from internvl3_mlx.training.params import Arrays, Tree
 
 EPSILON = 1e-6  # a gradient of 0 has no direction to divide by
 

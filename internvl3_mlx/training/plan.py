@@ -3,7 +3,7 @@
 from typing import Any
 
 from internvl3_mlx.training.optimizers import warmup_updates
-from internvl3_mlx.training.parts import count_parameters
+from internvl3_mlx.training.trainable import count_parameters
 from internvl3_mlx.training.session import Session
 
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from internvl3_mlx.convert.headers import TensorInfo, read_header
 from internvl3_mlx.errors import CheckpointError, TrainingError
-from internvl3_mlx.generation.prefix_file import fingerprint
+from internvl3_mlx.generation.prompt_cache_file import fingerprint
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.training.adapters import switched_off
+from internvl3_mlx.training.lora_setup import switched_off
 from internvl3_mlx.training.batch import Batch
-from internvl3_mlx.training.head import CHUNK
-from internvl3_mlx.training.methods import answers_log_probs
+from internvl3_mlx.training.token_log_probs import CHUNK
+from internvl3_mlx.training.objectives import answers_log_probs
 
 KEY_BYTES = 16
 PART_ANSWERS = 512  # in one file: what a killed run loses at most

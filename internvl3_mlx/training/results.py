@@ -4,14 +4,14 @@ import os
 import shutil
 from pathlib import Path
 
-from internvl3_mlx.convert.peft import SETTINGS, WEIGHTS
-from internvl3_mlx.convert.writing import writing_folder
-from internvl3_mlx.training.adapters import write_into
+from internvl3_mlx.adapters.peft import SETTINGS, WEIGHTS
+from internvl3_mlx.checkpoints.writer import writing_folder
+from internvl3_mlx.training.lora_setup import write_into
 from internvl3_mlx.training.export import export
-from internvl3_mlx.training.recipe_file import RECIPE
-from internvl3_mlx.training.report import PLOT, TABLE
+from internvl3_mlx.training.config_file import RECIPE
+from internvl3_mlx.training.loggers import PLOT, TABLE
 from internvl3_mlx.training.session import Session, lora_settings
-from internvl3_mlx.training.state import FOLDER as CHECKPOINTS
+from internvl3_mlx.training.checkpoint import FOLDER as CHECKPOINTS
 
 BEST, LATEST, MODEL = "best", ".latest", "model"
 

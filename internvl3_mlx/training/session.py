@@ -11,17 +11,17 @@ import mlx.core as mx
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.build import build
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.training.adapters import LoraSettings, adapt, load_adapter
-from internvl3_mlx.training.compiled import Compiled
+from internvl3_mlx.training.lora_setup import LoraSettings, adapt, load_adapter
+from internvl3_mlx.training.compiled_step import Compiled
 from internvl3_mlx.training.distributed import ALONE, Ranks
 from internvl3_mlx.training.forward import Forward
-from internvl3_mlx.training.ground import Advance, Ground
+from internvl3_mlx.training.setup import Advance, Ground
 from internvl3_mlx.training.losses import Preference
-from internvl3_mlx.training.methods import METHODS, Method
-from internvl3_mlx.training.parts import set_trainable
-from internvl3_mlx.training.recipe import TrainRecipe
+from internvl3_mlx.training.objectives import METHODS, Method
+from internvl3_mlx.training.trainable import set_trainable
+from internvl3_mlx.training.config import TrainRecipe
 from internvl3_mlx.training.shelf import silent
-from internvl3_mlx.training.state import (
+from internvl3_mlx.training.checkpoint import (
     Progress,
     check_same,
     checkpoints,
@@ -31,7 +31,7 @@ from internvl3_mlx.training.state import (
     spread,
 )
 from internvl3_mlx.training.trainer import Learner, Work
-from internvl3_mlx.training.works import (
+from internvl3_mlx.training.dataloader import (
     Works,
     features_of,
     kept_references,

@@ -18,7 +18,7 @@ from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.distributed import ALONE, Ranks
-from internvl3_mlx.training.methods import Method, MethodState
+from internvl3_mlx.training.objectives import Method, MethodState
 from internvl3_mlx.training.optimizers import (
     build_optimizer,
     clipped,
@@ -27,9 +27,9 @@ from internvl3_mlx.training.optimizers import (
     shrunk,
     step_size,
 )
-from internvl3_mlx.training.parts import into_training
-from internvl3_mlx.training.recipe import TrainRecipe
-from internvl3_mlx.training.trees import Arrays, Tree, named, number
+from internvl3_mlx.training.trainable import into_training
+from internvl3_mlx.training.config import TrainRecipe
+from internvl3_mlx.training.params import Arrays, Tree, named, number
 
 COUNTED = ("tokens",)  # figures that a step has as sums already
 PATIENCE = 5  # updates in a row whose numbers are none: the run is lost, not unlucky

@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from fixtures.inputs import picture
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx.cli.main import main

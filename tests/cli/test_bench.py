@@ -5,14 +5,14 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from click.testing import CliRunner
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.measuring import clock, kernels, limits
-from internvl3_mlx.measuring.bench import Bench
-from internvl3_mlx.measuring.kernels import NO_METAL, Trial
-from internvl3_mlx.measuring.limits import Limits
+from internvl3_mlx.profiling import timing, kernels, limits
+from internvl3_mlx.profiling.suite import Bench
+from internvl3_mlx.profiling.kernels import NO_METAL, Trial
+from internvl3_mlx.profiling.limits import Limits
 from internvl3_mlx.metal_kernels import dispatch, table
 from internvl3_mlx.metal_kernels.table import Entry
 
@@ -24,7 +24,7 @@ def _small(monkeypatch, tmp_path):
     """Measure each thing once, one kernel alone, on a machine of known limits without Metal."""
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(clock, "LEAST_S", 0.0)
+    monkeypatch.setattr(timing, "LEAST_S", 0.0)
     monkeypatch.setattr(limits, "measure", lambda *, quick: LIMITS)
     monkeypatch.setattr(kernels, "trials", lambda *, quick: [Trial("odd", 6, 2, 64, 8)])
     table.measured.cache_clear()

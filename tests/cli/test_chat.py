@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from fixtures.documents import write_pdf
 from fixtures.inputs import picture, write_video
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 import internvl3_mlx
 from internvl3_mlx import load
-from internvl3_mlx.cli import screen
-from internvl3_mlx.cli.session import Session
+from internvl3_mlx.cli import console
+from internvl3_mlx.cli.chat_session import Session
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 
@@ -170,7 +170,7 @@ def test_leaving(session, told, word):
 
 @pytest.mark.parametrize("word", ["/help", "/?"])
 def test_help_names_every_command(told, word):
-    from internvl3_mlx.cli.commands import COMMANDS
+    from internvl3_mlx.cli.slash_commands import COMMANDS
 
     text = told(word)
     assert all(command.name in text and command.help in text for command in COMMANDS)
@@ -246,7 +246,7 @@ def test_an_interrupted_retry_keeps_the_last_answer(session, told, monkeypatch):
 def test_figures_tell_what_was_kept_and_how_many_guesses_were_right(vlm):
     talk = vlm.conversation(max_tokens=20, draft=vlm)
     talk.ask("What is it?", [picture(60, 60)])
-    text = screen.describe(talk.ask("Why?"))
+    text = console.describe(talk.ask("Why?"))
     assert re.search(r"prompt \d+ \(4 image, \d+ kept\) in .* · 100% of \d+ guesses right$", text)
 
 

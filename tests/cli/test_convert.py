@@ -6,12 +6,12 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner
 from fixtures.hub import running_hub
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 
 from internvl3_mlx.cli.convert import FLOATS, LAYOUTS, MODES
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.convert import plan, quantize
+from internvl3_mlx.convert import plan, recipes
 
 
 def invoke(*args, **kwargs):
@@ -159,6 +159,6 @@ def test_an_upload_asks_and_a_pipe_cannot_say_yes(source, tmp_path, monkeypatch)
 
 
 def test_the_flags_offer_what_the_converter_knows():
-    assert set(MODES) == {*quantize.MODES}
+    assert set(MODES) == {*recipes.MODES}
     assert LAYOUTS == plan.LAYOUTS
     assert {*FLOATS} == {*plan.FLOATS}

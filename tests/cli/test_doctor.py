@@ -7,14 +7,14 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from fixtures.inputs import picture
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 import internvl3_mlx
 from internvl3_mlx.cli import doctor as doctor_module
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.measuring import health
-from internvl3_mlx.metal_kernels import catalogue, dispatch, probe, table
+from internvl3_mlx.profiling import self_check
+from internvl3_mlx.metal_kernels import variants, dispatch, self_test, table
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _no_metal(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
     table.measured.cache_clear()
     yield
-    probe.known.clear()
+    self_test.known.clear()
     table.measured.cache_clear()
 
 
@@ -50,7 +50,7 @@ class Sound:
 @pytest.fixture
 def a_mac(_no_metal, monkeypatch):
     monkeypatch.setattr(dispatch, "metal_available", lambda: True)
-    return lambda *variants: monkeypatch.setattr(catalogue, "variants", lambda: [*variants])
+    return lambda *found: monkeypatch.setattr(variants, "variants", lambda: [*found])
 
 
 def test_without_metal_that_is_said_and_the_rest_is_tried():
@@ -82,7 +82,7 @@ def test_kernels_that_work_and_kernels_that_do_not(a_mac):
 
 
 def test_a_wrong_result_ends_with_an_exit_code(monkeypatch):
-    monkeypatch.setitem(health.CHECKS, "attention, 8-bit cache", lambda: 0.5)
+    monkeypatch.setitem(self_check.CHECKS, "attention, 8-bit cache", lambda: 0.5)
     result = doctor()
     assert result.exit_code == 1
     assert "attention, 8-bit cache             WRONG    relative error 5e-01" in result.stdout
@@ -135,7 +135,7 @@ def test_a_kernel_that_does_not_work_is_told_in_one_line(monkeypatch, tmp_path, 
     assert result.stderr.startswith("note: Metal kernel flash_decode 8 bits")
     assert "(no such function): using MLX's own attention" in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    probe.known.clear()
+    self_test.known.clear()
     (tmp_path / "kernels" / "probes.json").unlink()
     assert ask(monkeypatch, tmp_path, "force", "-q").stderr == ""
 

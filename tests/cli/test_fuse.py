@@ -7,19 +7,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fixtures.adapting import LORA_FORMS, adapted, logits
-from fixtures.converting import tensors
+from fixtures.lora_models import LORA_FORMS, adapted, logits
+from fixtures.conversions import tensors
 from fixtures.hub import running_hub
 from fixtures.inputs import relative_error
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 
 from internvl3_mlx import load
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.convert.opened import open_model
+from internvl3_mlx.checkpoints.build_model import open_model
 from internvl3_mlx.models.lora import adapters, dense_weight
-from internvl3_mlx.training.adapters import save_adapter
-from internvl3_mlx.training.parts import set_trainable
+from internvl3_mlx.training.lora_setup import save_adapter
+from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 2e-5
 DENSE = Recipe(layout="mlx")

@@ -57,7 +57,7 @@ def inspect(monkeypatch):
             return outcome
 
         stand_in = SimpleNamespace(inspect=give)
-        monkeypatch.setitem(sys.modules, "internvl3_mlx.loading.facts", stand_in)
+        monkeypatch.setitem(sys.modules, "internvl3_mlx.loading.inspect", stand_in)
 
     return plant
 

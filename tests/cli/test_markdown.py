@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.cells import cell_len
 
-from internvl3_mlx.cli import markdown, screen
+from internvl3_mlx.cli import markdown, console
 from internvl3_mlx.cli.markdown import Blocks, MarkdownWriter
 
 LIST, CODE = "- one\n- two\n\n  more of two", "```py\nx\n\ny\n```\nend"
@@ -105,12 +105,12 @@ def test_markdown_is_set_in_type_and_its_signs_are_gone(shown):
 def test_colour_is_left_out_where_it_is_not_wanted(shown, monkeypatch):
     written(shown, "```py\nx = 1\n```")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", shown.getvalue())
-    assert screen.is_lively(shown)
+    assert console.is_lively(shown)
 
 
 def test_what_is_still_being_written_passes_by_on_one_line(shown, monkeypatch):
     passed = []
-    monkeypatch.setattr(screen, "passing", passed.append)
+    monkeypatch.setattr(console, "passing", passed.append)
     monkeypatch.setattr(markdown, "TICK_S", -1)
     written(shown, "A long\nparagraph that grows 图片 " * 9, size=40)
     assert passed[-1] == ""

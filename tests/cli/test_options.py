@@ -6,7 +6,7 @@ from internvl3_mlx.cli import options
 from internvl3_mlx.cli.convert import convert
 from internvl3_mlx.cli.generate import generate
 from internvl3_mlx.cli.train import train
-from internvl3_mlx.generation.settings import Settings
+from internvl3_mlx.generation.generation_config import Settings
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
 SHOWN = {

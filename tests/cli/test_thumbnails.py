@@ -4,12 +4,12 @@ import base64
 import io
 
 import pytest
-from fixtures.pictures import noise
+from fixtures.image_files import noise
 from PIL import Image
 
 from internvl3_mlx.cli.thumbnails import CHUNK, drawer, iterm, kitty
 from internvl3_mlx.images.preview import preview_png
-from internvl3_mlx.images.source import Picture
+from internvl3_mlx.images.load import Picture
 
 PNG = b"\x89PNG" + bytes(range(256)) * 40
 

@@ -2,11 +2,11 @@
 
 import pytest
 from fixtures.inputs import picture
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx.convert.opened import open_model
-from internvl3_mlx.convert.samples import read_samples
+from internvl3_mlx.checkpoints.build_model import open_model
+from internvl3_mlx.convert.calibration.data import read_samples
 
 TINY = Recipe()
 

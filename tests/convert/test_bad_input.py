@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from fixtures.checkpoints import write_json
-from fixtures.converting import converted
-from fixtures.opened import tiny
+from fixtures.conversions import converted
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 from safetensors.torch import load_file, save_file
 
-from internvl3_mlx.convert import prove, writing
-from internvl3_mlx.convert.quantize import recipe
+from internvl3_mlx.checkpoints import verify, writer
+from internvl3_mlx.convert.recipes import recipe
 from internvl3_mlx.errors import InternVL3Error
 
 NORM = "language_model.model.norm.weight"
@@ -126,7 +126,7 @@ def test_a_target_around_the_source_is_refused(source):
 
 
 def test_too_little_room_is_told_before_anything_is_written(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: Usage(10**9, 0, 1000))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: Usage(10**9, 0, 1000))
     message = refusal(source, tmp_path / "out")
     assert "needs 0.1 GB, 0.0 GB are free in" in message
     assert message.endswith("make room or name another disk")
@@ -178,7 +178,7 @@ def test_a_target_below_a_file_is_told(source, tmp_path):
 
 
 def test_a_disk_that_reads_back_other_bytes_is_noticed(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(prove, "checksum", lambda info: 1)
+    monkeypatch.setattr(verify, "checksum", lambda info: 1)
     message = refusal(source, tmp_path / "out")
     assert "reads back differently than it was written" in message
 

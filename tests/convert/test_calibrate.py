@@ -3,18 +3,16 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.converting import converted, logits, tensors
-from fixtures.opened import tiny
+from fixtures.conversions import converted, logits, tensors
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibrate import allocate, hull
-from internvl3_mlx.convert.measure import (
-    bits_by_part,
-)
-from internvl3_mlx.convert.quality import Wish, calibrate, measure, prove_forward
-from internvl3_mlx.convert.quantize import recipe
-from internvl3_mlx.convert.sensitivity import Measured, packed_bits
+from internvl3_mlx.convert.calibration.metrics import bits_by_part
+from internvl3_mlx.convert.calibration.calibrate import Wish, calibrate, measure, prove_forward
+from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.calibration.bit_allocation import Measured, packed_bits
 from internvl3_mlx.errors import CheckpointError, UserError
 
 TINY = Recipe(style="300m")
@@ -105,7 +103,7 @@ def test_a_copy_that_answers_differently_is_noticed(tmp_path):
 
 
 def test_a_copy_too_large_for_memory_is_not_run(monkeypatch, tmp_path):
-    monkeypatch.setattr("internvl3_mlx.convert.quality.MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr("internvl3_mlx.convert.calibration.calibrate.MEMORY_SHARE", 1e-9)
     assert prove_forward(tiny(Recipe()).folder, tmp_path, same=True) is None
 
 

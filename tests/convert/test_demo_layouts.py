@@ -7,12 +7,12 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.converting import converted
-from fixtures.opened import numbers
+from fixtures.conversions import converted
+from fixtures.loaded_models import numbers
 
 from internvl3_mlx import load
-from internvl3_mlx.convert.quantize import recipe
-from internvl3_mlx.loading.names import DEMO_FOLDER
+from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.loading.resolve import DEMO_FOLDER
 
 LAYOUTS = ("mlx", "original", "hf")
 SAMPLES = json.loads((DEMO_FOLDER / "samples" / "samples.json").read_text("utf-8"))

@@ -6,15 +6,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from fixtures.converting import converted, logits, tensors
+from fixtures.conversions import converted, logits, tensors
 from fixtures.inputs import random_pixels, relative_error, token_row
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 from safetensors import safe_open
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
-from internvl3_mlx.convert.quantize import recipe
-from internvl3_mlx.prompt.tokens import Tokenizer
+from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 STYLES = ("300m", "6b", "9b")
 SOURCES = ("original", "native_a", "native_b", "native_saved", "mlx")

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.checkpoint import Shape
 from benchmarks.convert_memory import write_sparse
-from internvl3_mlx.convert.checkpoint import open_checkpoint
+from internvl3_mlx.checkpoints.reader import open_checkpoint
 
 MB = 1_000_000
 GROWTH = 120 * MB  # beyond what Python and MLX take by themselves

@@ -3,14 +3,14 @@
 import shutil
 
 import pytest
-from fixtures.converting import converted
-from fixtures.opened import tiny
+from fixtures.conversions import converted
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 from fixtures.tokenizers import write_internlm_tokenizer, write_qwen_tokenizer
 from transformers import AutoTokenizer
 
-from internvl3_mlx.convert.slow_tokenizer import fast_tokenizer
-from internvl3_mlx.prompt.tokens import Tokenizer
+from internvl3_mlx.convert.tokenizer_export import fast_tokenizer
+from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 TEXTS = (
     "What is in the picture?",

@@ -30,7 +30,7 @@ from examples.demo_model.vocabulary import (
     TRAIN_STYLES,
 )
 from internvl3_mlx.images.pixels import TilePolicy, to_tiles
-from internvl3_mlx.prompt import positions as library_positions
+from internvl3_mlx.prompt import v2pe as library_positions
 
 
 @pytest.fixture(scope="module")

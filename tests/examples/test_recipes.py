@@ -7,8 +7,8 @@ import pytest
 from fixtures.runs import silent, write_data
 
 import internvl3_mlx
-from internvl3_mlx.training.ground import look_around
-from internvl3_mlx.training.recipe_file import build_recipe
+from internvl3_mlx.training.setup import look_around
+from internvl3_mlx.training.config_file import build_recipe
 from internvl3_mlx.training.run import go
 from internvl3_mlx.training.session import open_session
 

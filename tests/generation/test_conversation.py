@@ -3,11 +3,11 @@
 import mlx.core as mx
 import pytest
 from fixtures.inputs import picture, write_video
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import PromptError, Turn, UserError, load
-from internvl3_mlx.prompt.positions import DELTAS
+from internvl3_mlx.prompt.v2pe import DELTAS
 
 CAT, DOG, SIGN = picture(130, 70), picture(60, 60, 1), picture(70, 150, 2)
 SHORT = {"max_tokens": 5}
@@ -252,7 +252,7 @@ def test_the_budget_knows_the_memory(vlm, monkeypatch):
     talk = vlm.conversation()
     talk.ask("Hi", **SHORT)
     room = mx.get_active_memory() - talk.memory.nbytes + int(1.2 * talk.budget.nbytes)
-    monkeypatch.setattr("internvl3_mlx.generation.budget.gpu_bytes", lambda: room)
+    monkeypatch.setattr("internvl3_mlx.generation.context_budget.gpu_bytes", lambda: room)
     assert "kv-bits 8" in talk.budget.warning
     talk.change(kv_bits=4)
     assert talk.budget.warning is None

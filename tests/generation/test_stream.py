@@ -7,7 +7,7 @@ import pytest
 from fixtures.tokenizers import write_qwen_tokenizer
 
 from internvl3_mlx.generation.stream import TextStream
-from internvl3_mlx.prompt.tokens import Tokenizer
+from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 END = 1
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from fixtures.inputs import picture
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load

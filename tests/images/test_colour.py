@@ -4,10 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
-from fixtures.pictures import encoded, held, noise, same
+from fixtures.image_files import encoded, held, noise, same
 from PIL import Image
 
-from internvl3_mlx.images.source import open_picture
+from internvl3_mlx.images.load import open_picture
 
 # One bright corner tells every turn apart: where the stored top left corner must end up.
 UPRIGHT_CORNER = {

@@ -1,7 +1,7 @@
 """A film must give exactly the frames asked for, upright, however little of it is decoded."""
 
 import pytest
-from fixtures.films import RATE, film, numbers, turned
+from fixtures.videos import RATE, film, numbers, turned
 
 from internvl3_mlx.images import film as reader
 from internvl3_mlx.images.video import frame_indices, read_frames

@@ -5,11 +5,11 @@ import sys
 
 import numpy as np
 import pytest
-from fixtures.pictures import held, message
+from fixtures.image_files import held, message
 from PIL import Image
 
 from internvl3_mlx.errors import MissingExtraError
-from internvl3_mlx.images.source import open_picture
+from internvl3_mlx.images.load import open_picture
 
 
 @pytest.fixture

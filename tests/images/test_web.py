@@ -5,10 +5,10 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from fixtures.pictures import encoded, message, noise, same
+from fixtures.image_files import encoded, message, noise, same
 
 from internvl3_mlx.images import web
-from internvl3_mlx.images.source import open_picture
+from internvl3_mlx.images.load import open_picture
 
 PICTURE = encoded(noise())
 

@@ -2,12 +2,12 @@
 
 import huggingface_hub
 import pytest
-from fixtures.converting import converted
+from fixtures.conversions import converted
 from fixtures.hub import running_hub
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx.convert.quantize import recipe
+from internvl3_mlx.convert.recipes import recipe
 from internvl3_mlx.errors import DownloadError, UserError
 from internvl3_mlx.loading.upload import upload
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from metal_emulator import emulated_metal
 
-from internvl3_mlx.metal_kernels import dispatch, probe, table
+from internvl3_mlx.metal_kernels import dispatch, self_test, table
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def a_mac(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "device_name", lambda: "Apple M9")
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
     monkeypatch.delenv(dispatch.SWITCH, raising=False)
-    probe.known.clear()
+    self_test.known.clear()
     table.measured.cache_clear()
     yield tmp_path / "kernels"
-    probe.known.clear()
+    self_test.known.clear()
     table.measured.cache_clear()

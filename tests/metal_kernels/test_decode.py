@@ -2,7 +2,7 @@
 
 import pytest
 from fixtures.inputs import picture
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.tiny import TEXT, Recipe
 
 from internvl3_mlx import load
@@ -86,7 +86,7 @@ def test_many_answers_read_their_prompt_together(vlm, by_kernels, bits, delta):
 
 
 def test_the_demo_model_names_its_dog(by_kernels):
-    from internvl3_mlx.loading.names import DEMO_FOLDER
+    from internvl3_mlx.loading.resolve import DEMO_FOLDER
 
     demo, dog = load("demo"), DEMO_FOLDER / "samples" / "dog.jpg"
     found, launched = by_kernels(lambda: demo.ask("What is this?", [dog], kv_bits=8))

@@ -5,7 +5,7 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.attended import ROUNDING, Ragged, float64, relative_error
+from fixtures.attention_cases import ROUNDING, Ragged, float64, relative_error
 
 from internvl3_mlx.metal_kernels.flash_decode import (
     LOWEST,

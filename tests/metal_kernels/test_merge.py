@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import numpy as np
-from fixtures.attended import ROUNDING, Ragged, relative_error
+from fixtures.attention_cases import ROUNDING, Ragged, relative_error
 
 from internvl3_mlx.metal_kernels.flash_decode import (
     Dense,

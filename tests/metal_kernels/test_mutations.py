@@ -9,12 +9,12 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.attended import ROUNDING, Ragged, relative_error
-from fixtures.projected import Projected
+from fixtures.attention_cases import ROUNDING, Ragged, relative_error
+from fixtures.kv_append_cases import Projected
 from metal_emulator import KernelFault, KernelRefused
 
 from internvl3_mlx.metal_kernels.flash_decode import flash_decode_kernel
-from internvl3_mlx.metal_kernels.new_row import new_row_kernel
+from internvl3_mlx.metal_kernels.kv_append import new_row_kernel
 
 FEW = Ragged((600, 2), 1, 64, 8, 64, draft=3, causal=True)  # one row of the second sees nothing
 TILE = Ragged((600, 9), 7, 128, 8, 64)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.inputs import relative_error, token_row
-from fixtures.opened import bare_model, numbers
+from fixtures.loaded_models import bare_model, numbers
 
 from internvl3_mlx.models.cache import KVCache, QuantizedKVCache
 from internvl3_mlx.models.decoder import LAST

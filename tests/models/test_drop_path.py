@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 from fixtures.inputs import random_pixels, relative_error
-from fixtures.laid import sample
-from fixtures.opened import bare_model, numbers
+from fixtures.training_samples import sample
+from fixtures.loaded_models import bare_model, numbers
 
 from internvl3_mlx.config import VisionConfig
 from internvl3_mlx.errors import ConfigError
 from internvl3_mlx.models import vision
 from internvl3_mlx.models.vision import drop_path
-from internvl3_mlx.training.batches import laid
+from internvl3_mlx.training.data.collate import laid
 from internvl3_mlx.training.forward import Forward, supervised_states
-from internvl3_mlx.training.parts import set_trainable
+from internvl3_mlx.training.trainable import set_trainable
 
 SIZES = {
     "hidden_size": 8,

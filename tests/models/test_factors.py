@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.inputs import relative_error
-from fixtures.opened import numbers
+from fixtures.loaded_models import numbers
 
 from internvl3_mlx import KeyMapError
 from internvl3_mlx.models.factors import Factors, joined, lengths

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.inputs import random_pixels, relative_error, token_row
-from fixtures.opened import bare_model, numbers
+from fixtures.loaded_models import bare_model, numbers
 from mlx.utils import tree_flatten
 
 TOLERANCE = 1e-4  # of the largest slope; two frameworks' sums in float32, twice through the model

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error, token_row
-from fixtures.opened import bare_model, numbers
+from fixtures.loaded_models import bare_model, numbers
 
 TOLERANCE = 2e-5
 STYLES = ["300m", "6b", "9b"]

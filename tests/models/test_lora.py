@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.inputs import relative_error
-from fixtures.opened import numbers
+from fixtures.loaded_models import numbers
 from mlx.utils import tree_flatten
 from peft import LoraConfig, get_peft_model
 

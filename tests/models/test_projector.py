@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error
-from fixtures.opened import bare_model, numbers
+from fixtures.loaded_models import bare_model, numbers
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import ModelConfig, TextConfig, VisionConfig

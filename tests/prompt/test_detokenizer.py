@@ -6,7 +6,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from internvl3_mlx.prompt.template import Text
-from internvl3_mlx.prompt.tokens import Tokenizer
+from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 ANSWER = "A cat 😀 和 é\n\n<ref>the  cat</ref><box>[[1, 2, 3, 4]]</box> <tool_call> end"
 

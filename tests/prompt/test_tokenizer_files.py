@@ -4,7 +4,7 @@ import pytest
 from fixtures.tokenizers import write_internlm_tokenizer, write_qwen_tokenizer
 
 from internvl3_mlx.errors import CheckpointError
-from internvl3_mlx.prompt.tokens import Tokenizer
+from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 
 def change(path, **entries):

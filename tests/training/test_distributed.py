@@ -12,7 +12,7 @@ import pytest
 from fixtures.runs import recipe, session, write_data
 
 from internvl3_mlx.training.distributed import ALONE, Ranks, connect
-from internvl3_mlx.training.recipe_file import write_file
+from internvl3_mlx.training.config_file import write_file
 from internvl3_mlx.training.trainer import train
 
 PATIENCE_S = 240

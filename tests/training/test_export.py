@@ -7,20 +7,20 @@ from importlib.util import find_spec
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.adapting import adapted, logits
-from fixtures.converting import converted, tensors
+from fixtures.lora_models import adapted, logits
+from fixtures.conversions import converted, tensors
 from fixtures.inputs import random_pixels, relative_error, token_row
-from fixtures.opened import numbers, tiny
+from fixtures.loaded_models import numbers, tiny
 from fixtures.original_torch import torch_logits
 from fixtures.tiny import Bits, Recipe
 from mlx.utils import tree_flatten, tree_map
 from transformers import InternVLForConditionalGeneration
 
 from internvl3_mlx import UserError, load
-from internvl3_mlx.convert.opened import open_model
+from internvl3_mlx.checkpoints.build_model import open_model
 from internvl3_mlx.loading.build import build
 from internvl3_mlx.training.export import export
-from internvl3_mlx.training.parts import set_trainable
+from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 2e-5
 PARTS = ("vision_model", "mlp1", "language_model")

@@ -5,15 +5,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error
-from fixtures.laid import sample
-from fixtures.opened import bare_model, numbers
+from fixtures.training_samples import sample
+from fixtures.loaded_models import bare_model, numbers
 
 from internvl3_mlx.errors import PromptError
 from internvl3_mlx.models.blocks import plainly
 from internvl3_mlx.models.internvl import TILES_AT_ONCE
-from internvl3_mlx.training.batches import laid
+from internvl3_mlx.training.data.collate import laid
 from internvl3_mlx.training.forward import Forward, supervised_states, tower_states
-from internvl3_mlx.training.parts import set_trainable
+from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 2e-5
 

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 from fixtures.inputs import relative_error
-from fixtures.laid import answered, pair, sample
+from fixtures.training_samples import answered, pair, sample
 from fixtures.layouts import to_layout
-from fixtures.opened import bare_model, numbers
+from fixtures.loaded_models import bare_model, numbers
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.models.vision import IMAGENET_MEAN, IMAGENET_STD
-from internvl3_mlx.training.batches import laid, laid_pairs
+from internvl3_mlx.training.data.collate import laid, laid_pairs
 from internvl3_mlx.training.forward import Forward
 from internvl3_mlx.training.losses import Preference
-from internvl3_mlx.training.methods import METHODS, MethodState
-from internvl3_mlx.training.parts import set_trainable
+from internvl3_mlx.training.objectives import METHODS, MethodState
+from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 1e-4  # of a tensor's largest slope: two frameworks' float32, twice through the model
 SEEN = 1e-3  # of the largest slope of all: a tensor below it is measured by that

@@ -9,9 +9,9 @@ import tokenizers
 from fixtures.rows import opened, preparer, tokenizer_folder, write_picture, write_rows
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.generation.settings import Settings
+from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.prompt.template import DEFAULT_SYSTEM
-from internvl3_mlx.prompt.turns import Media, Spoken, Turn
+from internvl3_mlx.prompt.messages import Media, Spoken, Turn
 
 PER_TILE = 16  # of the demo's sizes
 KINDS = ("qwen", "internlm", "demo")

@@ -5,7 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from fixtures.opened import tiny
+from fixtures.loaded_models import tiny
 from fixtures.rows import talk, write_rows
 from fixtures.runs import recipe, session, silent, write_data
 from fixtures.tiny import Bits, Recipe
@@ -13,12 +13,12 @@ from fixtures.tiny import Bits, Recipe
 from internvl3_mlx import load
 from internvl3_mlx.errors import TrainingError, UserError
 from internvl3_mlx.training.distributed import Ranks
-from internvl3_mlx.training.ground import look_around
+from internvl3_mlx.training.setup import look_around
 from internvl3_mlx.training.plan import plan_of
 from internvl3_mlx.training.run import go
 from internvl3_mlx.training.session import open_session, planned_updates
 from internvl3_mlx.training.trainer import train
-from internvl3_mlx.training.validation import validate
+from internvl3_mlx.training.evaluate import validate
 
 
 @pytest.fixture(autouse=True)

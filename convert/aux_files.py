@@ -1,0 +1,129 @@
+"""The files beside the weights: tokenizers, templates, processors, licences."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from internvl3_mlx.convert.plan import Plan
+from internvl3_mlx.convert.tokenizer_export import fast_tokenizer
+from internvl3_mlx.images.pixels import IMAGENET_MEAN, IMAGENET_STD
+from internvl3_mlx.prompt.tokenizer_files import read_json
+from internvl3_mlx.prompt.tokenizer import Tokenizer
+
+TRAVELLING = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
+CODE = "*.py"  # copied for the original layout only; never run here
+STAYING = {"config.json", "adapter_config.json"}
+VIDEO_TOKEN = "<video>"
+NATIVE_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": VIDEO_TOKEN,
+}
+NATIVE_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{{ '<IMG_CONTEXT>\\n' }}
+{%- elif part['type'] == 'video' -%}
+{{ '<video>\\n' }}
+{%- elif part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+
+def write_side_files(plan: Plan, tokenizer: Tokenizer, target: Path) -> None:
+    """Let all but weights travel along, and make a ``tokenizer.json`` where there is none."""
+    patterns = (*TRAVELLING, CODE) if plan.layout == "original" else TRAVELLING
+    for pattern in patterns:
+        for file in plan.source.glob(pattern):
+            if travels(file):
+                shutil.copyfile(file, target / file.name)
+    if not (target / "tokenizer.json").exists() and (made := fast_tokenizer(plan.source)):
+        write_json(target / "tokenizer.json", made)
+    if plan.layout == "hf" and plan.config.layout != "native":
+        write_native_files(plan, tokenizer, target)
+
+
+def travels(file: Path) -> bool:
+    return file.name not in STAYING and not file.name.endswith(".index.json") and file.is_file()
+
+
+def write_native_files(plan: Plan, tokenizer: Tokenizer, target: Path) -> None:
+    """Write what transformers' processor of the native layout reads."""
+    size = {"height": plan.config.force_image_size, "width": plan.config.force_image_size}
+    pixels = {
+        "size": size,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+        "resample": 3,
+        "processor_class": "InternVLProcessor",
+    }
+    tiles = {
+        "crop_to_patches": True,
+        "min_patches": plan.config.min_dynamic_patch,
+        "max_patches": plan.config.max_dynamic_patch,
+    }
+    picture = {"image_processor_type": "GotOcr2ImageProcessorFast", **pixels, **tiles}
+    write_json(target / "preprocessor_config.json", picture)
+    video = {"video_processor_type": "InternVLVideoProcessor", **pixels}
+    write_json(target / "video_preprocessor_config.json", video)
+    whole = {
+        "processor_class": "InternVLProcessor",
+        "image_seq_length": plan.config.num_image_token,
+    }
+    write_json(target / "processor_config.json", whole)
+    (target / "chat_template.jinja").write_text(NATIVE_TEMPLATE, encoding="utf-8")
+    write_json(target / "generation_config.json", {"eos_token_id": tokenizer.im_end_id})
+    add_video_token(target)
+
+
+def add_video_token(target: Path) -> None:
+    """Name the image tokens as the native processor asks for them, and add ``<video>``.
+
+    Its id lies behind the last embedding row, as in the published files: the processor replaces it.
+    """
+    settings = read_json(target / "tokenizer_config.json")
+    settings |= {"processor_class": "InternVLProcessor", "extra_special_tokens": NATIVE_TOKENS}
+    settings.pop("auto_map", None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("chat_template", None)
+    write_json(target / "tokenizer_config.json", settings)
+    path = target / "tokenizer.json"
+    content = read_json(path)
+    added = content.get("added_tokens", [])
+    if content and all(token["content"] != VIDEO_TOKEN for token in added):
+        last = max(
+            [token["id"] for token in added] + list(content["model"]["vocab"].values()),
+        )
+        added.append(
+            {
+                "id": last + 1,
+                "content": VIDEO_TOKEN,
+                **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+                "special": True,
+            }
+        )
+        write_json(path, {**content, "added_tokens": added})
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,183 @@
+"""``config.json`` in the words of the layout that is written."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from internvl3_mlx.config import ModelConfig, Quantization
+from internvl3_mlx.convert.plan import Plan
+from internvl3_mlx.prompt.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm3": "InternLM2ForCausalLM"}
+NATIVE_TEXT = {"qwen2": "qwen2", "internlm3": "llama"}
+# Where the published code of the original layout lives; transformers fetches it from there.
+CODE_REPO = {"qwen2": "OpenGVLab/InternVL3-8B", "internlm3": "OpenGVLab/InternVL3-9B"}
+CODE = {
+    "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+    "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+    "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
+}
+TOP_KEYS = (
+    "select_layer",
+    "downsample_ratio",
+    "ps_version",
+    "force_image_size",
+    "dynamic_image_size",
+    "use_thumbnail",
+    "min_dynamic_patch",
+    "max_dynamic_patch",
+    "template",
+    "system_message",
+)
+LORA_KEYS = ("use_llm_lora", "use_backbone_lora")
+PACKED_KEYS = ("quantization", "quantization_config", "format")
+PART_KEYS = ("vision_config", "llm_config", "text_config")
+DTYPE_KEYS = ("torch_dtype", "dtype")
+
+
+def written_config(plan: Plan, tokenizer: Tokenizer, dtype: str | None) -> Json:
+    """Write the config of the plan's layout. An original's own keys are kept, whatever they say."""
+    own = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
+    writers = {"mlx": mlx_config, "original": original_config, "hf": native_config}
+    content = writers[plan.layout](own, plan, tokenizer)
+    if any(key in content for key in LORA_KEYS):
+        content |= dict.fromkeys(LORA_KEYS, 0)  # whatever was wrapped is merged now
+    return with_dtype(content, dtype) if dtype else content
+
+
+def mlx_config(own: Json, plan: Plan, tokenizer: Tokenizer) -> Json:
+    """Write what this package and mlx-vlm read."""
+    content = own if own["model_type"] == "internvl_chat" else original_form(plan.config)
+    dropped = {"auto_map", *PACKED_KEYS}
+    content = {key: value for key, value in content.items() if key not in dropped}
+    content["format"] = "mlx"
+    content["image_token_index"] = tokenizer.image_id  # mlx-vlm's name for it
+    if plan.packed:
+        content["quantization"] = content["quantization_config"] = quantization_table(plan.packed)
+    return content
+
+
+def quantization_table(packed: Mapping[str, Quantization]) -> Json:
+    """State the commonest packing as the default and each other module by its path."""
+    [(default, _)] = Counter(packed.values()).most_common(1)
+    others = {path: asdict(form) for path, form in packed.items() if form != default}
+    return {**asdict(default), **others}
+
+
+def original_config(own: Json, plan: Plan, _: Tokenizer) -> Json:
+    """Write what the published remote code reads; it is named, not copied."""
+    chat = own["model_type"] == "internvl_chat"
+    content = dict(own) if chat else original_form(plan.config)
+    content = {key: value for key, value in content.items() if key not in PACKED_KEYS}
+    if "llm_config" not in content and "text_config" in content:
+        content["llm_config"] = content.pop("text_config")
+    content["template"] = content.get("template") or "internvl2_5"
+    has_code = any(plan.source.glob("modeling_*.py"))
+    if "auto_map" not in content or not has_code:
+        repo = CODE_REPO[plan.config.text.family]
+        content["auto_map"] = {kind: f"{repo}--{place}" for kind, place in CODE.items()}
+    return content
+
+
+def original_form(config: ModelConfig) -> Json:
+    """Say in the original's words what a native config said."""
+    vision, text = asdict(config.vision), asdict(config.text)
+    factor = text.pop("rope_dynamic_factor")
+    family = text.pop("family")
+    text["architectures"] = [ARCHITECTURES[family]]
+    text["model_type"] = {"qwen2": "qwen2", "internlm3": "internlm2"}[family]
+    text["rope_scaling"] = {"type": "dynamic", "factor": factor} if factor else None
+    text["torch_dtype"] = config.dtype
+    top = asdict(config)
+    return {
+        "model_type": "internvl_chat",
+        "architectures": ["InternVLChatModel"],
+        "vision_config": {
+            "model_type": "intern_vit_6b",
+            "architectures": ["InternVisionModel"],
+            "num_channels": 3,
+            "hidden_act": "gelu",
+            **vision,
+        },
+        "llm_config": {"hidden_act": "silu", **text},
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "torch_dtype": config.dtype,
+        **{key: top[key] for key in TOP_KEYS},
+    }
+
+
+def native_config(own: Json, plan: Plan, tokenizer: Tokenizer) -> Json:
+    """Write what transformers' own InternVL classes read, from version 4.52 on."""
+    if own["model_type"] == "internvl":
+        return {key: value for key, value in own.items() if key not in PACKED_KEYS}
+    config = plan.config
+    return {
+        "model_type": "internvl",
+        "architectures": ["InternVLForConditionalGeneration"],
+        "downsample_ratio": config.downsample_ratio,
+        "image_seq_length": config.num_image_token,
+        "image_token_id": tokenizer.image_id,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "torch_dtype": config.dtype,
+        "vision_feature_layer": config.select_layer,
+        "vision_feature_select_strategy": "default",
+        "vision_config": native_vision(config),
+        "text_config": native_text(config, tokenizer),
+    }
+
+
+def native_vision(config: ModelConfig) -> Json:
+    vision = config.vision
+    return {
+        "model_type": "internvl_vision",
+        "architectures": ["InternVisionModel"],
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": vision.num_hidden_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "intermediate_size": vision.intermediate_size,
+        "image_size": [vision.image_size] * 2,
+        "patch_size": [vision.patch_size] * 2,
+        "num_channels": 3,
+        "attention_bias": vision.qkv_bias,
+        "use_qk_norm": vision.qk_normalization,
+        "norm_type": vision.norm_type,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "layer_scale_init_value": 0.1,
+        "hidden_act": "gelu",
+        "use_absolute_position_embeddings": True,
+        "use_mask_token": False,
+        "use_mean_pooling": True,  # transformers' name for: no norm after the last layer
+    }
+
+
+def native_text(config: ModelConfig, tokenizer: Tokenizer) -> Json:
+    text = asdict(config.text)
+    kind = NATIVE_TEXT[text.pop("family")]
+    factor, bias = text.pop("rope_dynamic_factor"), text.pop("qkv_bias")
+    scaling = {"rope_type": "dynamic", "type": "dynamic", "factor": factor} if factor else None
+    return {
+        **text,
+        **({"attention_bias": bias} if kind == "llama" else {}),
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "hidden_act": "silu",
+        "rope_scaling": scaling,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.im_end_id,
+        "torch_dtype": config.dtype,
+        "use_cache": True,
+    }
+
+
+def with_dtype(content: Json, dtype: str) -> Json:
+    """Name the new type wherever the config named the old one."""
+    named = {key: dtype if key in DTYPE_KEYS else value for key, value in content.items()}
+    return {
+        key: with_dtype(value, dtype) if isinstance(value, dict) and key in PART_KEYS else value
+        for key, value in named.items()
+    }

@@ -1,0 +1,151 @@
+"""``tokenizer.json`` for repositories that have none: written from vocab.json and merges.txt, or
+from a sentencepiece model, so that the tokenizers library alone can start a chat."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from internvl3_mlx.prompt.sentencepiece import open_pieces
+from internvl3_mlx.prompt.tokenizer_files import (
+    AddedToken,
+    read_added_tokens,
+    read_json,
+    read_text,
+)
+from internvl3_mlx.prompt.tokenizer import QWEN_SPLIT
+from internvl3_mlx.prompt.vocabulary import SPACE
+
+Json = dict[str, Any]
+
+VERSION = "1.0"
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+
+
+def fast_tokenizer(folder: Path) -> Json | None:
+    """Make the content of a tokenizer.json; None when the folder has no tokenizer at all."""
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return byte_level(folder)
+    if (folder / "tokenizer.model").is_file():
+        return from_sentencepiece(folder)
+    return None
+
+
+def byte_level(folder: Path) -> Json:
+    """Write what Qwen2's tokenizer class makes of vocab.json and merges.txt."""
+    vocab = read_json(folder / "vocab.json")
+    lines = (read_text(folder / "merges.txt") or "").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    split = {"Regex": QWEN_SPLIT}
+    return whole(
+        {"type": "BPE", "vocab": vocab, "merges": merges, "fuse_unk": False},
+        read_added_tokens(folder),
+        normalizer={"type": "NFC"},
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
+                {**BYTE_LEVEL, "use_regex": False},
+            ],
+        },
+        decoder={**BYTE_LEVEL, "use_regex": True},
+    )
+
+
+def from_sentencepiece(folder: Path) -> Json:
+    """Write the same pieces as merges: two pieces join when their union is a piece, the likelier
+    first, which is what sentencepiece's BPE does."""
+    pieces = open_pieces(folder)
+    model, added, bos, prefixed = pieces.model, pieces.added, pieces.bos, pieces.prefixed
+    vocab = {model.id_to_piece(n): n for n in range(pieces.size)}
+    scores = {model.id_to_piece(n): model.get_score(n) for n in range(pieces.size)}
+    unknown = model.id_to_piece(model.unk_id())
+    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    steps = [{"type": "Prepend", "prepend": SPACE}, blanks] if prefixed else [blanks]
+    return whole(
+        {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": merges_of(vocab, scores),
+            "unk_token": unknown,
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+        added,
+        normalizer={"type": "Sequence", "normalizers": steps},
+        pre_tokenizer=None,
+        decoder=spelling(prefixed),
+        post_processor=opening(bos, added) if bos in added else None,
+    )
+
+
+def merges_of(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[list[str]]:
+    """List the pairs whose union is a piece, likeliest union first."""
+    found: list[tuple[float, list[str]]] = []
+    for piece in vocab:
+        pairs = [
+            [piece[:at], piece[at:]]
+            for at in range(1, len(piece))
+            if piece[:at] in vocab and piece[at:] in vocab
+        ]
+        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        found += [(scores[piece], pair) for pair in pairs]
+    found.sort(key=lambda entry: -entry[0])
+    return [pair for _, pair in found]
+
+
+def spelling(prefixed: bool) -> Json:
+    steps: list[Json] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefixed:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def opening(bos: str, added: Mapping[str, AddedToken]) -> Json:
+    """Put the BOS in front of every text."""
+    text: Json = {"Sequence": {"id": "A", "type_id": 0}}
+    first: Json = {"SpecialToken": {"id": bos, "type_id": 0}}
+    pair = [first, text, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {bos: {"id": bos, "ids": [added[bos].id], "tokens": [bos]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": pair,
+        "special_tokens": tokens,
+    }
+
+
+def whole(
+    model: Json,
+    added: Mapping[str, AddedToken],
+    *,
+    normalizer: Json | None,
+    pre_tokenizer: Json | None,
+    decoder: Json,
+    post_processor: Json | None = None,
+) -> Json:
+    usual: Json = {
+        **dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix")),
+        "unk_token": None,
+        "byte_fallback": False,
+        "ignore_merges": False,
+    }
+    edges = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokens = sorted(added.items(), key=lambda item: item[1].id)
+    return {
+        "version": VERSION,
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": token.id, "content": content, **edges, "special": token.special}
+            for content, token in tokens
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": decoder,
+        "model": {**usual, **model},
+    }

@@ -1,0 +1,65 @@
+"""What an adapter changes, by the rows of a checkpoint's own tensors: fused as they stream."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from internvl3_mlx.adapters.peft import Adapter
+from internvl3_mlx.convert.segments import Rows
+from internvl3_mlx.models.factors import Factors
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows ``start`` to ``stop`` of a tensor, changed by factors or replaced by other rows.
+
+    Both are of our tensor, whose row ``offset`` is row ``start`` of this one.
+    """
+
+    start: int
+    stop: int
+    offset: int
+    change: Factors | mx.array
+
+    def applied(self, x: mx.array, start: int) -> mx.array:
+        """Change rows of the tensor, of which x holds some from ``start`` on."""
+        first = start - self.start + self.offset
+        last = first + x.shape[0]
+        if isinstance(self.change, Factors):
+            return self.change.rows(first, last).applied(x)
+        return self.change[first:last].astype(mx.float32)
+
+
+def fused_pieces(
+    adapter: Adapter, made: Mapping[str, tuple[Rows, ...]]
+) -> dict[str, tuple[Piece, ...]]:
+    """Say for each of the source's tensors which of its rows an adapter changes.
+
+    made: our tensors and the rows of the source's that they are made of.
+    """
+    found: dict[str, list[Piece]] = {}
+    changes: dict[str, Factors | mx.array] = {**adapter.changes, **adapter.whole}
+    for name, change in changes.items():
+        offset = 0
+        for rows in made[name]:
+            piece = Piece(rows.start, rows.stop, offset, change)
+            found.setdefault(rows.name, []).append(piece)
+            offset += rows.count
+    return {
+        name: tuple(sorted(pieces, key=lambda piece: piece.start)) for name, pieces in found.items()
+    }
+
+
+def changed(x: mx.array, part: Rows, pieces: Sequence[Piece]) -> mx.array:
+    """Change those rows of ``part`` that pieces concern; x holds all of them, and stays float32."""
+    out, at = [], part.start
+    for piece in pieces:
+        low, high = max(piece.start, part.start), min(piece.stop, part.stop)
+        if low < high:
+            out.append(x[at - part.start : low - part.start])
+            out.append(piece.applied(x[low - part.start : high - part.start], low))
+            at = high
+    if not out:
+        return x
+    return mx.concatenate([*out, x[at - part.start :]])

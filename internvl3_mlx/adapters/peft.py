@@ -1,0 +1,168 @@
+"""Adapter folders as PEFT writes and reads them.
+
+``adapter_model.safetensors`` holds ``base_model.model.X.lora_A.weight`` (r, in) and ``lora_B``
+(out, r) for modules X, named as the model it was trained on names them, DoRA's
+``lora_magnitude_vector`` (out,), and whole tensors of modules that were trained beside them;
+``adapter_config.json`` holds ranks and alphas.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from internvl3_mlx.config import ModelConfig
+from internvl3_mlx.checkpoints.remap import moved
+from internvl3_mlx.checkpoints.reader import Checkpoint
+from internvl3_mlx.convert.headers import read_header
+from internvl3_mlx.checkpoints.keymap import KeyMap, normalize_name
+from internvl3_mlx.convert.renaming import renamed
+from internvl3_mlx.errors import CheckpointError, KeyMapError, UserError
+from internvl3_mlx.models.factors import Factors
+
+WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
+MLX_WEIGHTS = "adapters.safetensors"  # mlx-lm's and mlx-vlm's, with other names and scales
+NAMINGS = ("original", "native")
+PART = re.compile(
+    r"(?P<module>.+)\.lora_(?P<side>A|B|magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
+)
+WHOLE = re.compile(r"base_model\.model\.(?P<name>.+\.(?:weight|bias))")
+# these rewrite the base when training begins, so that their factors alone say too little
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What an adapter folder holds, under our names: changed weights and replaced tensors."""
+
+    changes: Mapping[str, Factors]
+    whole: Mapping[str, mx.array] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_adapter(folder: Path, config: ModelConfig) -> Adapter:
+    """Read an adapter folder of either naming, unevaluated.
+
+    Raises when the folder is no adapter, changes nothing, or is not of an InternVL3 model.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"no folder at {folder}; an adapter is a folder that PEFT saved")
+    if (folder / MLX_WEIGHTS).is_file() and not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} holds an adapter in mlx-lm's form; PEFT's is wanted")
+    for name in (SETTINGS, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"no {name} in {folder}; an adapter folder is what PEFT saves")
+    settings = read_settings(folder / SETTINGS)
+    tensors = {info.name: info for info in read_header(folder / WEIGHTS)}
+    theirs, whole = parted(Checkpoint(folder, tensors), settings)
+    keymap = naming([*theirs, *whole])
+    if not whole and not any(bool(mx.any(f.up != 0)) for f in theirs.values()):
+        raise UserError(f"the adapter in {folder} changes nothing: all its B factors are 0")
+    changes = renamed(theirs, keymap, config.text)
+    replaced = {
+        target: x
+        for move in keymap.moves(whole)
+        for target, x in moved({name: whole[name] for name in move.sources}, move, config)
+    }
+    return Adapter(changes, replaced, settings)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read adapter_config.json; refuse what is no LoRA or means more than its factors say."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind, start = settings.get("peft_type", "LORA"), settings.get("init_lora_weights")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no adapter_config.json; save the adapter again"
+        ) from error
+    if kind != "LORA":
+        raise UserError(f"{path.parent} is an adapter of kind {kind}; LoRA and DoRA can be loaded")
+    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
+        raise UserError(
+            f"the adapter in {path.parent} began as {start}, which changes the base too; "
+            "save it from PEFT with path_initial_model_for_weight_conversion"
+        )
+    return dict(settings)
+
+
+def parted(
+    adapter: Checkpoint, settings: Mapping[str, Any]
+) -> tuple[dict[str, Factors], dict[str, mx.array]]:
+    """Part a file into factors by the weight that they change, and whole tensors."""
+    sides: dict[str, dict[str, str]] = {}
+    whole: dict[str, mx.array] = {}
+    for name in adapter.tensors:
+        if match := PART.fullmatch(name):
+            sides.setdefault(match["module"], {})[match["side"]] = name
+        elif (match := WHOLE.fullmatch(name)) and settings.get("modules_to_save"):
+            whole[match["name"]] = adapter.read(name)
+        else:
+            raise KeyMapError(
+                f"{name!r} is no LoRA factor; merge adapters of this kind in PEFT first"
+            )
+    changes = {
+        normalize_name(f"{module}.weight"): factors_of(module, found, adapter, settings)
+        for module, found in sides.items()
+    }
+    return changes, whole
+
+
+def factors_of(
+    module: str, found: Mapping[str, str], adapter: Checkpoint, settings: Mapping[str, Any]
+) -> Factors:
+    missing = {"A", "B"} - found.keys()
+    if settings.get("use_dora"):
+        missing |= {"magnitude_vector"} - found.keys()
+    if missing:
+        raise KeyMapError(
+            f"{module} has half an adapter, {', '.join(found.values())}; save the adapter again"
+        )
+    parts = {side: adapter.read(name) for side, name in found.items()}
+    down, up = parts["A"], parts["B"]
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+        raise KeyMapError(f"the adapter of {module} is {up.shape} by {down.shape}; they must fit")
+    if not all(bool(mx.isfinite(x).all()) for x in parts.values()):
+        raise CheckpointError(
+            f"the adapter of {module} holds numbers that are not finite; take another copy"
+        )
+    scale = scale_of(module, down.shape[0], settings)
+    return Factors(down, up, scale, parts.get("magnitude_vector"))
+
+
+def scale_of(module: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """Give a module's alpha over r, or over its root for rsLoRA."""
+    said = pattern_value(module, settings.get("rank_pattern"), settings.get("r"))
+    alpha = pattern_value(module, settings.get("alpha_pattern"), settings.get("lora_alpha"))
+    if said is None or alpha is None:
+        raise KeyMapError(f"{SETTINGS} names no r or no lora_alpha for {module}")
+    if rank != said:
+        raise KeyMapError(
+            f"the adapter of {module} has rank {rank}, its {SETTINGS} says {said}; save it again"
+        )
+    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def pattern_value(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    """Take the first pattern that the module's name ends with, as PEFT does."""
+    matching = (p for p in patterns or {} if re.match(rf"(.*\.)?({p})$", module))
+    key = next(matching, None)
+    return default if key is None else (patterns or {})[key]
+
+
+def naming(names: list[str]) -> KeyMap:
+    """Find the layout whose names an adapter bears."""
+    faults = []
+    for keymap in map(KeyMap, NAMINGS):
+        try:
+            for name in names:
+                keymap.place(name)
+            return keymap
+        except KeyMapError as fault:
+            faults.append(fault)
+    raise KeyMapError(f"the adapter is not of an InternVL3 model: {faults[0]}")

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: read, remapped, built into a model, written, verified."""

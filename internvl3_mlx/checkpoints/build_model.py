@@ -1,0 +1,72 @@
+"""A checkpoint as a bare model under the checkpoint's names: to measure, calibrate and compare."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from internvl3_mlx.config import ModelConfig, read_config
+from internvl3_mlx.checkpoints.remap import arrange, arranged, check_tensors
+from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.checkpoints.keymap import Move
+from internvl3_mlx.convert.recipes import predicate
+from internvl3_mlx.errors import ConfigError
+from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.prompt.template import Template, template_for
+from internvl3_mlx.prompt.tokenizer import Tokenizer
+
+SCALES = ".scales"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with what turns questions into its ids."""
+
+    folder: Path
+    config: ModelConfig
+    model: InternVL
+    tokenizer: Tokenizer
+    template: Template
+
+
+def open_model(folder: Path) -> Opened:
+    """Read a folder of any layout; on a CPU numbers are computed in float32, else as stored."""
+    checkpoint = open_checkpoint(folder)
+    config, moves = arrange(checkpoint, read_config(folder))
+    tokenizer = Tokenizer.from_folder(folder)
+    model = shaped_model(config, moves, tokenizer.image_id)
+    fill(model, {name: computable(x) for name, x in arranged(checkpoint, config, moves)})
+    model.eval()
+    mx.eval(model.parameters())
+    return Opened(folder, config, model, tokenizer, template_for(config, folder))
+
+
+def shaped_model(config: ModelConfig, moves: list[Move], image_id: int) -> InternVL:
+    """Make an empty model, packed where the checkpoint holds scales, whatever its config says."""
+    model = InternVL(config, image_id)
+    names = {target for move in moves for target in move.targets}
+    packed = {name.removesuffix(SCALES) for name in names if name.endswith(SCALES)}
+    plan = config.quantization
+    if packed and plan is None:
+        raise ConfigError(
+            "the weights hold quantized tensors but config.json has no quantization; "
+            "download it again"
+        )
+    if plan is not None:
+        choose = predicate(lambda path: plan.of(path) if path in packed else None)
+        nn.quantize(model, class_predicate=choose)
+    return model
+
+
+def fill(model: InternVL, weights: dict[str, mx.array]) -> None:
+    """Give a model its tensors; KeyMapError names those that do not fit."""
+    check_tensors(weights, dict(tree_flatten(model.parameters())))
+    model.load_weights(list(weights.items()))
+
+
+def computable(x: mx.array) -> mx.array:
+    """Widen 16-bit numbers on a CPU, where their arithmetic is emulated."""
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return x.astype(mx.float32) if on_cpu and mx.issubdtype(x.dtype, mx.floating) else x

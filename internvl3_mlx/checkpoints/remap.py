@@ -1,0 +1,90 @@
+"""From any layout's tensors to ours: rename, join, part and turn, one rule at a time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import mlx.core as mx
+
+from internvl3_mlx.config import ModelConfig, TextConfig
+from internvl3_mlx.checkpoints.reader import Checkpoint
+from internvl3_mlx.checkpoints.keymap import KeyMap, Move, listed
+from internvl3_mlx.convert.segments import Rows, place_rows
+from internvl3_mlx.errors import KeyMapError
+
+PATCH_WEIGHT = "vision_model.embeddings.patch_embedding.weight"
+LM_HEAD = "language_model.lm_head.weight"
+FIRST_QUERY = "language_model.model.layers.0.self_attn.q_proj"
+COLOURS = 3
+
+
+def arrange(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, list[Move]]:
+    """Plan how tensors become ours, and take from their shapes what a config may leave open."""
+    moves = KeyMap(config.layout).moves(checkpoint.tensors)
+    names = {target for move in moves for target in move.targets}
+    text = replace(
+        config.text,
+        tie_word_embeddings=LM_HEAD not in names,
+        qkv_bias=f"{FIRST_QUERY}.bias" in names,
+        head_dim=head_dim(checkpoint, moves, config.text),
+    )
+    return replace(config, text=text), moves
+
+
+def head_dim(checkpoint: Checkpoint, moves: list[Move], text: TextConfig) -> int:
+    """Read the head dimension from the first query's rows, which no quantization changes."""
+    target = f"{FIRST_QUERY}.weight"
+    for move in moves:
+        if target in move.targets:
+            heads = text.num_attention_heads + 2 * text.num_key_value_heads * move.grouped
+            rows = checkpoint.tensors[move.sources[0]].shape[0]
+            return rows // heads if rows % heads == 0 else text.head_dim
+    return text.head_dim
+
+
+def arranged(
+    checkpoint: Checkpoint, config: ModelConfig, moves: list[Move]
+) -> Iterator[tuple[str, mx.array]]:
+    """Yield our tensors one rule at a time, unevaluated where the file format allows."""
+    for move in moves:
+        sources = {name: checkpoint.read(name) for name in move.sources}
+        yield from moved(sources, move, config)
+
+
+def moved(
+    sources: Mapping[str, mx.array], move: Move, config: ModelConfig
+) -> Iterator[tuple[str, mx.array]]:
+    heights = {name: source.shape[0] for name, source in sources.items()}
+    for target, rows in zip(move.targets, place_rows(move, heights, config.text), strict=True):
+        parts = [taken(sources[part.name], part) for part in rows]
+        x = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
+        yield target, channels_last(x) if target == PATCH_WEIGHT else x
+
+
+def taken(source: mx.array, rows: Rows) -> mx.array:
+    return source if rows.count == source.shape[0] else source[rows.start : rows.stop]
+
+
+def channels_last(weight: mx.array) -> mx.array:
+    """Turn PyTorch's (C, 3, P, P) into MLX's (C, P, P, 3); one already turned passes."""
+    return weight if weight.shape[-1] == COLOURS else weight.transpose(0, 2, 3, 1)
+
+
+def channels_first(weight: mx.array) -> mx.array:
+    """Turn MLX's (C, P, P, 3) patch weight into PyTorch's (C, 3, P, P); one already turned
+    passes."""
+    return weight.transpose(0, 3, 1, 2) if weight.shape[-1] == COLOURS else weight
+
+
+def check_tensors(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
+    """Raise KeyMapError, naming names, unless the tensors are exactly those expected."""
+    if missing := expected.keys() - found.keys():
+        raise KeyMapError(f"missing: {listed(missing)}")
+    if unknown := found.keys() - expected.keys():
+        raise KeyMapError(f"not in this model: {listed(unknown)}")
+    wrong = [
+        f"{name} is {tuple(found[name].shape)}, wanted {tuple(expected[name].shape)}"
+        for name in found
+        if found[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise KeyMapError(f"wrong shape: {listed(wrong)}")

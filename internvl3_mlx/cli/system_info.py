@@ -1,0 +1,72 @@
+"""What computes here: versions, the system, the device and its limits."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from internvl3_mlx.cli import console
+
+LIBRARIES = ("internvl3-mlx", "mlx", "mlx-lm", "numpy", "pillow", "huggingface-hub", "tokenizers")
+# what we call a limit -> what MLX calls it
+LIMITS = {
+    "memory_nbytes": "memory_size",
+    "usable_by_gpu_nbytes": "max_recommended_working_set_size",
+    "largest_buffer_nbytes": "max_buffer_length",
+}
+
+
+def versions() -> dict[str, str]:
+    """Name Python, the system and every library that an answer depends on."""
+    return {
+        "python": platform.python_version(),
+        "system": system(),
+        **{name: installed(name) for name in LIBRARIES},
+    }
+
+
+def system() -> str:
+    release = platform.mac_ver()[0]
+    return f"{f'macOS {release}' if release else platform.platform()} {platform.machine()}"
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def device() -> dict[str, Any]:
+    """Describe what MLX computes on and how much memory that may take."""
+    import mlx.core as mx
+
+    facts = mx.device_info()
+    limits = {name: facts[key] for name, key in LIMITS.items() if key in facts}
+    return {
+        "computes_on": str(facts.get("device_name", mx.default_device())),
+        "metal": mx.metal.is_available(),
+        **limits,
+    }
+
+
+def with_units(value: Any) -> Any:
+    """Give what is counted in bytes a unit: ``nbytes`` becomes size, ``x_nbytes`` becomes x."""
+    if isinstance(value, list):
+        return [with_units(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name.removesuffix("_nbytes").replace("nbytes", "size"): (
+            console.size(item) if name.endswith("nbytes") else with_units(item)
+        )
+        for name, item in value.items()
+    }
+
+
+def hear_kernels(*, quiet: bool) -> None:
+    """Show the one line that tells of a kernel that does not work here; refuse a switch that is set
+    to something unknown before any work is done."""
+    from internvl3_mlx.metal_kernels import dispatch
+
+    dispatch.setting()
+    dispatch.on_fallback((lambda _: None) if quiet else console.note)

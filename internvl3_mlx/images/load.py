@@ -1,0 +1,161 @@
+"""The one door for pictures: whatever the user names comes out as one upright RGB image."""
+
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from internvl3_mlx.errors import ImageError
+from internvl3_mlx.images.colour import to_rgb, upright_image
+from internvl3_mlx.images.fetch import Located, locate, short
+
+CLIPBOARD = "clipboard"
+# What people have. Others stay shut: some Pillow readers start programs (EPS runs Ghostscript).
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "MPO"),
+    *("JPEG2000", "PPM", "ICO", "ICNS", "PSD", "QOI", "TGA"),
+)
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# What a damaged file makes Pillow raise, beside OSError: its readers trust what they read.
+DAMAGE = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
+    *(AttributeError, NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error),
+)
+HEAD_BYTES = 512
+# First bytes of a file that is no picture: what it is, and what to do.
+STRANGERS = (
+    (rb"\A\Z", "it is empty; save or download it again"),
+    (rb"\A%PDF", "it is a PDF; ask about it alone, or export the page as PNG"),
+    (rb"\A\s*<(\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<?svg", "it is an SVG drawing; export it as PNG"),
+    (rb"\A\s*<(!doctype html|html)", "it is a web page; give the address of the picture itself"),
+    (rb"\A(....ftyp|\x1aE\xdf\xa3)", "it is a video; ask about it as a video"),
+    (rb"\Aversion https://git-lfs", "it is a Git LFS pointer; run git lfs pull first"),
+)
+KNOWN = "wanted JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIC; export it as one of these"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An RGB image and what the user called it."""
+
+    image: Image.Image
+    name: str
+
+    @property
+    def width(self) -> int:
+        """Give the width in pixels."""
+        return self.image.width
+
+    @property
+    def height(self) -> int:
+        """Give the height in pixels."""
+        return self.image.height
+
+
+Source = str | Path | bytes | Image.Image | Picture
+
+
+def open_picture(source: Source, *, upright: bool = True) -> Picture:
+    """Open a path, http(s), file or data address, bytes, PIL image, ``-`` or ``clipboard``.
+
+    Of an animation the first frame. Alpha is dropped, not blended, as the models were trained.
+    ``upright`` turns a photo as its camera noted; the published preprocessing does not.
+    Raises ``ImageError`` with one line, ``MissingExtraError`` for HEIC without a reader.
+    """
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, str) and source == CLIPBOARD:
+        source = _clipboard()
+    if isinstance(source, Image.Image):
+        name = short(str(getattr(source, "filename", "") or "image"))
+        with one_line(name):
+            return Picture(_finish(source, name, upright), name)
+    located = locate(source)
+    with located.open() as file, one_line(located.name):
+        return Picture(_finish(_decode(file, located), located.name, upright), located.name)
+
+
+def _clipboard() -> Image.Image | str:
+    """Fetch the image in the clipboard, or the path of the first file copied to it."""
+    from PIL import ImageGrab
+
+    try:
+        found = ImageGrab.grabclipboard()
+    except NotImplementedError as error:
+        raise ImageError(
+            "cannot read the clipboard: it works on macOS, or on Linux with wl-paste or xclip; "
+            "save the picture and give its path"
+        ) from error
+    except DAMAGE as error:
+        raise ImageError(
+            f"cannot read the clipboard: {_words(error)}; save the picture and give its path"
+        ) from error
+    if not found:
+        raise ImageError("no picture in the clipboard: copy one first, or give its path")
+    return found[0] if isinstance(found, list) else found
+
+
+@contextmanager
+def one_line(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises into one clear line, and keep its warnings to ourselves."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"cannot read {name}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} "
+            "megapixels; shrink it first"
+        ) from error
+    except DAMAGE as error:
+        raise ImageError(
+            f"cannot read {name}: {_words(error)}; save or download it again"
+        ) from error
+
+
+def _words(error: BaseException) -> str:
+    """Say in a few words, on one line, what a reader found wrong."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if "truncated" in text.lower():
+        return "the file is cut short"
+    return f"the file is damaged ({' '.join(text.split())})"
+
+
+def _decode(file: BinaryIO, located: Located) -> Image.Image:
+    """Decode the file once, to its own mode and size."""
+    Image.init()  # registers readers beyond the five common ones; cheap after the first time
+    try:
+        image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        head = file.read(HEAD_BYTES)
+        if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+            from internvl3_mlx.images.heic import decode_heic
+
+            return decode_heic(located)
+        raise ImageError(f"cannot read {located.name}: {_stranger(head)}") from error
+    image.load()
+    return image
+
+
+def _stranger(head: bytes) -> str:
+    """Say what a file that is no picture seems to be."""
+    for pattern, words in STRANGERS:
+        if re.search(pattern, head, re.IGNORECASE | re.DOTALL):
+            return words
+    return f"it is not a picture we know; {KNOWN}"
+
+
+def _finish(image: Image.Image, name: str, upright: bool) -> Image.Image:
+    """Turn and convert, copying no more than either needs."""
+    image.load()
+    if image.width < 1 or image.height < 1:
+        raise ImageError(f"cannot read {name}: it has no pixels ({image.width}x{image.height})")
+    return to_rgb(upright_image(image) if upright else image)

@@ -1,0 +1,35 @@
+"""Activations as the checkpoints know them, in float32 inside as PyTorch's kernels are."""
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from internvl3_mlx.device import on_gpu
+
+INVERSE_SQRT_2 = 1 / math.sqrt(2)
+
+Elementwise = Callable[..., mx.array]
+
+
+def fused(function: Elementwise) -> Elementwise:
+    """Compile an elementwise function into one GPU kernel.
+
+    On a CPU MLX would call a C++ compiler at run time, which a user's machine may lack: there it
+    stays plain.
+    """
+    return mx.compile(function, shapeless=True) if on_gpu() else function
+
+
+@fused
+def gelu(x: mx.array) -> mx.array:
+    """Apply GELU in its erf form; the tanh form is off by 1e-3 after a whole tower."""
+    wide = x.astype(mx.float32)
+    return (wide * 0.5 * (1 + mx.erf(wide * INVERSE_SQRT_2))).astype(x.dtype)
+
+
+@fused
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return silu(gate) * up."""
+    wide = gate.astype(mx.float32)
+    return (wide * mx.sigmoid(wide)).astype(gate.dtype) * up

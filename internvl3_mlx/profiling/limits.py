@@ -1,0 +1,91 @@
+"""What the machine itself can do: bytes a second, operations a second, and the price of a launch.
+
+Measured here and now on this machine, with nothing but MLX's plainest operations, so that figures
+stand beside a limit that was really reached rather than one from a data sheet.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from internvl3_mlx.profiling.timing import seconds
+from internvl3_mlx.device import on_gpu
+
+MB = 2**20
+PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``bandwidth`` in bytes a second, ``rate`` in operations a second (``dtype``), ``launch_s``
+    for an operation that does next to nothing."""
+
+    bandwidth: float
+    rate: float
+    launch_s: float
+    dtype: str
+
+    def seconds(self, nbytes: float, flops: float) -> float:
+        """Return the least time that so many bytes and operations take here."""
+        return max(nbytes / self.bandwidth, flops / self.rate)
+
+    def told(self) -> dict[str, str]:
+        """Put the limits in words."""
+        return {
+            "memory": scaled(self.bandwidth, "B/s"),
+            f"{self.dtype} products": scaled(self.rate, "FLOP/s"),
+            "an operation on nothing": f"{self.launch_s * 1e6:,.1f} µs",
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+
+def scaled(value: float, unit: str) -> str:
+    """Write a large number with a prefix: 380.2 GB/s, 26.1 TFLOP/s."""
+    prefix, size = max(
+        ((p, size) for p, size in PREFIXES.items() if size <= value), key=lambda pair: pair[1],
+        default=("", 1.0),
+    )  # fmt: skip
+    return f"{value / size:,.1f} {prefix}{unit}"
+
+
+def measure(*, quick: bool = False) -> Limits:
+    """Measure the three limits; ``quick`` takes smaller arrays."""
+    dtype = mx.float16 if on_gpu() else mx.float32
+    nbytes, side = sizes(quick)
+    return Limits(
+        bandwidth=max(copied(nbytes), streamed(nbytes, dtype)),
+        rate=multiplied(side, dtype),
+        launch_s=seconds(lambda x: x + 1, mx.zeros(8)),
+        dtype=str(dtype).removeprefix("mlx.core."),
+    )
+
+
+def sizes(quick: bool) -> tuple[int, int]:
+    """Choose the bytes to move, far beyond any cache, and the side of the matrices to multiply."""
+    if on_gpu():
+        return (256 * MB, 2048) if quick else (1024 * MB, 4096)
+    return (64 * MB, 512) if quick else (256 * MB, 1024)
+
+
+def copied(nbytes: int) -> float:
+    """Return bytes a second of a copy, each byte read once and written once."""
+    x = mx.zeros(nbytes // 4)
+    return 2 * nbytes / seconds(lambda x: x + 1, x)
+
+
+def streamed(nbytes: int, dtype: mx.Dtype) -> float:
+    """Return bytes a second of a matrix times a vector: what writing a token does all day."""
+    side = int((nbytes / dtype.size) ** 0.5)
+    w = mx.full((side, side), 1 / side, dtype=dtype)
+    return dtype.size * side**2 / seconds(lambda x: w @ x, mx.ones((side, 1), dtype=dtype))
+
+
+def multiplied(side: int, dtype: mx.Dtype) -> float:
+    """Return operations a second of a square matrix product, a multiplication and an addition
+    counted as two."""
+    key = mx.random.key(0)
+    w = (mx.random.normal((side, side), key=key) / side**0.5).astype(dtype)
+    return 2 * side**3 / seconds(lambda x: x @ w, w)

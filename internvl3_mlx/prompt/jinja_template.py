@@ -1,0 +1,154 @@
+"""A repository's own Jinja chat template, rendered so that typed text cannot pass for markup."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from internvl3_mlx.errors import CheckpointError, PromptError
+from internvl3_mlx.prompt.template import system_segment
+from internvl3_mlx.prompt.tokenizer_files import read_json, read_text, token_name
+from internvl3_mlx.prompt.messages import ImageRun, Segment, Text, Turn, check_turns, content, merge
+
+if TYPE_CHECKING:
+    import jinja2
+
+# Texts go through the template as numbers between two private-use characters.
+SENTINEL = "\ue000{}\ue001"
+PLACES = re.compile(
+    "\ue000(?P<text>[0-9]+)\ue001"
+    r"|(?:<img>|<\|vision_start\|>)?"
+    r"(?:<IMG_CONTEXT>|<image>|<\|image(?:_pad)?\|>)"
+    r"(?:</img>|<\|vision_end\|>)?"
+)
+BUILT_IN = 'put "template": "internvl2_5" into config.json to use the built-in template'
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A compiled chat template; ``origin`` is the file it came from, for messages."""
+
+    compiled: "jinja2.Template"
+    origin: str
+    system_message: str | None
+    variables: dict[str, str]
+
+    def render(self, turns: Sequence[Turn], system: str | None) -> list[Segment]:
+        """Write the prompt. ``system``: None for the model's own text, "" for none at all."""
+        check_turns(turns)
+        instruction = system_segment(system, self.system_message)
+        told: list[tuple[str, list[Segment]]] = []
+        if instruction.text:
+            told.append(("system", [instruction]))
+        told += [(turn.role, content(turn)) for turn in turns]
+        given = [segment for _, body in told for segment in body]
+        problem: Exception | None = None
+        for plain in (False, True):  # some templates read lists, some only plain strings
+            try:
+                segments = _substitute(self._write(_messages(told, plain)), given)
+            except _template_failures() as error:
+                problem = problem or error
+                continue
+            if segments is not None:
+                return segments
+        fault = " ".join(str(problem or "it leaves out a message or an image").split())
+        raise PromptError(f"{self.origin} cannot write this conversation: {fault}; {BUILT_IN}")
+
+    def _write(self, messages: list[dict[str, Any]]) -> str:
+        return self.compiled.render(messages=messages, add_generation_prompt=True, **self.variables)
+
+
+def read_jinja(folder: Path, system_message: str | None) -> JinjaTemplate | None:
+    """Read the repository's chat template, or return None when it has none for pictures.
+
+    Original repositories inherit a text-only template from their language model, which their own
+    code never uses: one that does not speak of images is passed over.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    for origin, source in (
+        ("chat_template.jinja", read_text(folder / "chat_template.jinja")),
+        ("chat_template.json", read_json(folder / "chat_template.json").get("chat_template")),
+        ("tokenizer_config.json", _default_template(config.get("chat_template"))),
+    ):
+        if isinstance(source, str) and "image" in source.lower():
+            names = ("bos_token", "eos_token", "pad_token", "unk_token")
+            variables = {name: token_name(config.get(name)) or "" for name in names}
+            return JinjaTemplate(_compile(source, origin), origin, system_message, variables)
+    return None
+
+
+def _default_template(entry: Any) -> Any:
+    """Take the template named "default" where the file lists several."""
+    if isinstance(entry, list):
+        return next((item.get("template") for item in entry if item.get("name") == "default"), None)
+    return entry
+
+
+def _compile(source: str, origin: str) -> "jinja2.Template":
+    """Compile in the sandbox, with the settings chat templates are written for."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _refuse
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise CheckpointError(
+            f"{origin} is no valid chat template (line {error.lineno}: {error.message}); {BUILT_IN}"
+        ) from error
+
+
+def _refuse(message: str) -> NoReturn:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _template_failures() -> tuple[type[Exception], ...]:
+    """List what running someone's template can raise; it is a program of its own."""
+    import jinja2
+
+    return (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError)
+
+
+def _messages(told: Sequence[tuple[str, list[Segment]]], plain: bool) -> list[dict[str, Any]]:
+    """Write messages whose texts are numbered sentinels; ``plain`` makes pure text a string."""
+    messages, number = [], 0
+    for role, body in told:
+        parts = []
+        for segment in body:
+            if not isinstance(segment, ImageRun):
+                parts.append({"type": "text", "text": SENTINEL.format(number)})
+            else:
+                parts.append({"type": "image"})
+            number += 1
+        text_only = all("text" in part for part in parts)
+        joined = "".join(part.get("text", "") for part in parts)
+        as_string = text_only and (plain or role == "system")
+        messages.append({"role": role, "content": joined if as_string else parts})
+    return messages
+
+
+def _substitute(rendered: str, given: Sequence[Segment]) -> list[Segment] | None:
+    """Put texts and image runs back in; None when the template lost, doubled or moved one.
+
+    Templates that end an image with a newline get no second one from the text that follows.
+    """
+    segments: list[Segment] = []
+    waiting = list(enumerate(given))[::-1]
+    end = 0
+    for place in PLACES.finditer(rendered):
+        literal, end = rendered[end : place.start()], place.end()
+        number, segment = waiting.pop() if waiting else (-1, ImageRun(0))
+        is_text = place["text"] is not None
+        if is_text == isinstance(segment, ImageRun) or (is_text and int(place["text"]) != number):
+            return None
+        after_image = bool(segments) and isinstance(segments[-1], ImageRun)
+        if isinstance(segment, Text) and after_image and literal == "\n":
+            segment = Text(segment.text.removeprefix("\n"), segment.typed)
+        segments += [Text(literal), segment]
+    return None if waiting else merge([*segments, Text(rendered[end:])])

@@ -1,0 +1,252 @@
+"""Text to ids and back, from whichever tokenizer files a repository has."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers.pre_tokenizers import Metaspace
+
+from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer, shown_tokens
+from internvl3_mlx.prompt.sentencepiece import read_sentencepiece
+from internvl3_mlx.prompt.tokenizer_files import (
+    GROUNDING,
+    NEVER_ADDED,
+    AddedToken,
+    bos_name,
+    end_ids,
+    end_name,
+    read_added_tokens,
+)
+from internvl3_mlx.prompt.messages import ImageRun, Segment, Spoken, Text
+from internvl3_mlx.prompt.vocabulary import (
+    Lead,
+    Vocabulary,
+    spell_byte_level,
+    spell_sentencepiece,
+)
+
+# How Qwen2 splits text into words before any merge; tokenizer.json holds it, vocab.json does not.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LEADS: dict[str, Lead] = {"always": "chunk", "first": "start", "never": "none"}
+IMAGE_START, IMAGE_CONTEXT, IMAGE_END, TURN_END = "<img>", "<IMG_CONTEXT>", "</img>", "<|im_end|>"
+
+
+class Tokenizer:
+    """One model's tokenizer. Ids are looked up by their text; none is known beforehand.
+
+    ``added`` maps special tokens to their ids; ``bos_id`` is None unless one is put in front.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, source: Path, stops: Iterable[int | str] = ()):
+        self._vocabulary = vocabulary
+        self.added = {t: a for t, a in vocabulary.added.items() if t not in NEVER_ADDED}
+        missing = {IMAGE_START, IMAGE_CONTEXT, IMAGE_END, TURN_END} - self.added.keys()
+        if missing:
+            raise CheckpointError(
+                f"the tokenizer in {source} lacks {', '.join(sorted(missing))}: "
+                "take the tokenizer files of an InternVL3 repository"
+            )
+        self.vocab_size = max(vocabulary.size, 1 + max(a.id for a in self.added.values()))
+        self.bos_id = vocabulary.bos_id
+        self.image_start_id = self.added[IMAGE_START].id
+        self.image_id = self.added[IMAGE_CONTEXT].id
+        self.image_end_id = self.added[IMAGE_END].id
+        self.im_end_id = self.added[TURN_END].id
+        named = (self.added[s].id if s in self.added else s for s in (TURN_END, *stops))
+        self.stop_ids = frozenset(
+            n for n in named if isinstance(n, int) and 0 <= n < self.vocab_size
+        )
+        self.for_structure: Any = None  # another library's view of this tokenizer, once built
+        self._any_token = _pattern(self.added)
+        self._typed_token = _pattern(GROUNDING & self.added.keys())
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """Read tokenizer.json, else vocab.json with merges.txt, else tokenizer.model."""
+        folder = Path(folder)
+        stops: list[int | str] = [*end_ids(folder), end_name(folder) or TURN_END]
+        return cls(_read_vocabulary(folder), source=folder, stops=stops)
+
+    def encode(
+        self, segments: Sequence[Segment], num_image_token: int, *, bos: bool = True
+    ) -> list[int]:
+        """Turn a rendered prompt into ids, ``num_image_token`` context tokens per tile.
+
+        Texts that meet are cut as one, so the ids are those of the whole prompt written out; but
+        only special tokens of the template count, and in typed text those of grounding.
+        """
+        ids: list[int] = []
+        waiting = ""
+        for piece in self._pieces(segments, num_image_token):
+            if isinstance(piece, str):
+                waiting += piece
+                continue
+            ids += self._cut(waiting, at_start=not ids) + piece
+            waiting = ""
+        ids += self._cut(waiting, at_start=not ids)
+        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def encode_text(self, text: str, *, specials: bool = False) -> list[int]:
+        """Turn plain text into ids, without BOS; ``specials`` makes special tokens count."""
+        if specials:
+            return self.encode([Text(text)], 0, bos=False)
+        return self._cut(text, at_start=True)
+
+    def spell(self, token_id: int) -> bytes:
+        """Give the bytes a plain token stands for, a part of a character included."""
+        return self._vocabulary.spell(token_id)
+
+    def decode(self, ids: Iterable[int], *, keep_boxes: bool = False) -> str:
+        """Turn ids into text, special tokens skipped; ``keep_boxes`` keeps grounding tags."""
+        pieces = self.detokenizer(keep_boxes=keep_boxes)
+        return "".join([*map(pieces.add, ids), pieces.finish()])
+
+    def detokenizer(self, *, keep_boxes: bool = False) -> StreamingDetokenizer:
+        """Start decoding one answer, id by id."""
+        keep = GROUNDING if keep_boxes else frozenset()
+        shown = shown_tokens(self.added, keep)
+        return StreamingDetokenizer(self._vocabulary.spell, shown, self._vocabulary.lead)
+
+    def _pieces(
+        self, segments: Sequence[Segment], num_image_token: int
+    ) -> Iterator[str | list[int]]:
+        """Yield plain texts, and ids of special tokens, images and answers."""
+        for segment in segments:
+            if isinstance(segment, ImageRun):
+                context = [self.image_id] * (segment.tiles * num_image_token)
+                yield [self.image_start_id, *context, self.image_end_id]
+                continue
+            if isinstance(segment, Spoken):
+                yield list(segment.token_ids)
+                continue
+            pattern = self._typed_token if segment.typed else self._any_token
+            for index, part in enumerate(pattern.split(segment.text)):
+                yield [self.added[part].id] if index % 2 else part
+
+    def _cut(self, text: str, *, at_start: bool) -> list[int]:
+        # surrogates, which no tokenizer takes, come from broken file names and JSON escapes
+        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._vocabulary.cut(clean, at_start) if clean else []
+
+
+def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Match any of the tokens, the longest first; nothing when there are none."""
+    alternatives = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    return re.compile(f"({alternatives})" if alternatives else "((?!))")
+
+
+def _read_vocabulary(folder: Path) -> Vocabulary:
+    if (folder / "tokenizer.json").is_file():
+        return _read_tokenizer_json(folder)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        core, added = _read_qwen_bpe(folder), read_added_tokens(folder)
+        return _bpe_vocabulary(core, added, _named_bos(folder, core, added))
+    if (folder / "tokenizer.model").is_file():
+        return read_sentencepiece(folder)
+    raise CheckpointError(
+        f"no tokenizer in {folder}: it needs tokenizer.json, or vocab.json with merges.txt, "
+        "or tokenizer.model; copy them from the model's repository"
+    )
+
+
+def _read_tokenizer_json(folder: Path) -> Vocabulary:
+    path = folder / "tokenizer.json"
+    try:
+        whole = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
+    added = read_added_tokens(folder) | {
+        token.content: AddedToken(number, token.special)
+        for number, token in whole.get_added_tokens_decoder().items()
+    }
+    bos = _named_bos(folder, whole, added)
+    marked, bare = (whole.encode("a", add_special_tokens=flag).ids for flag in (True, False))
+    if marked[0] != bare[0]:
+        bos = marked[0]
+    return _bpe_vocabulary(_without_added(whole), added, bos)
+
+
+def _named_bos(
+    folder: Path, core: tokenizers.Tokenizer, added: dict[str, AddedToken]
+) -> int | None:
+    name = bos_name(folder, default=False)
+    if name is None:
+        return None
+    return added[name].id if name in added else core.token_to_id(name)
+
+
+def _without_added(whole: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Share the parts that cut plain text, and leave out the added tokens."""
+    core = tokenizers.Tokenizer(whole.model)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if getattr(whole, part) is not None:
+            setattr(core, part, getattr(whole, part))
+    return core
+
+
+def _read_qwen_bpe(folder: Path) -> tokenizers.Tokenizer:
+    """Build what Qwen2's tokenizer class makes of vocab.json and merges.txt."""
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    try:
+        core = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises nothing more specific
+        raise CheckpointError(
+            f"{vocab} and {merges.name} cannot be read ({error}); download them again"
+        ) from error
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = tokenizers.decoders.ByteLevel()
+    return core
+
+
+def _bpe_vocabulary(
+    core: tokenizers.Tokenizer, added: dict[str, AddedToken], bos_id: int | None
+) -> Vocabulary:
+    state = core.decoder.__getstate__() if core.decoder is not None else b""
+    spell = spell_byte_level if b'"ByteLevel"' in state else spell_sentencepiece
+    inner = _without_lead(core)
+    strips = b'"Strip"' in state or b'"Metaspace"' in state
+
+    def cut(text: str, at_start: bool) -> list[int]:
+        return (core if at_start else inner).encode(text, add_special_tokens=False).ids
+
+    return Vocabulary(
+        cut=cut,
+        spell=lambda n: spell(core.id_to_token(n) if n >= 0 else None),
+        size=core.get_vocab_size(with_added_tokens=False),
+        added=added,
+        bos_id=bos_id,
+        lead=_lead(core) if strips else "none",
+    )
+
+
+def _lead(core: tokenizers.Tokenizer) -> Lead:
+    blank = core.pre_tokenizer
+    if isinstance(blank, Metaspace):
+        return LEADS[blank.prepend_scheme]
+    normal = core.normalizer.__getstate__() if core.normalizer is not None else b""
+    return "chunk" if b'"Prepend"' in normal else "none"
+
+
+def _without_lead(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Cut what follows an added token: a blank that belongs to the prompt's start stays away."""
+    blank = core.pre_tokenizer
+    if not isinstance(blank, Metaspace) or blank.prepend_scheme != "first":
+        return core
+    inner = _without_added(core)
+    inner.pre_tokenizer = Metaspace(blank.replacement, prepend_scheme="never", split=blank.split)
+    return inner

@@ -1,0 +1,269 @@
+"""A whole training run as one value that checks itself.
+
+The fields below are the one table of settings: the command line makes its flags of them, a YAML
+file names them with underscores, and each default is written here and nowhere else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from internvl3_mlx.training.contradictions import check_together
+from internvl3_mlx.training.config_fields import (
+    ALL_PARTS,
+    DTYPES,
+    LOGGERS,
+    LORA,
+    METHODS,
+    OPTIMIZERS,
+    PARTS,
+    RANDOM,
+    REDUCTIONS,
+    SCHEDULES,
+    SHIFTS,
+    check_bounds,
+    setting,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """Everything that decides what a run computes, and where it goes. The defaults are ``sft``'s;
+    ``PRESETS`` says what other methods change."""
+
+    model: str | None = setting(
+        None,
+        "Model",
+        "A folder, a hub repository, a size such as 2b, or demo.",
+        metavar="PATH|REPO|SIZE",
+    )
+    q_bits: int | None = setting(
+        None,
+        "Model",
+        "Pack the frozen language model: 4 or 8 bits (QLoRA).",
+        choices=("4", "8"),
+        unset="as stored",
+    )
+    dtype: str | None = setting(
+        None,
+        "Model",
+        "What is computed in.",
+        choices=DTYPES,
+        unset="the model's own, float32 on a CPU",
+    )
+    adapter_path: str = setting(
+        "adapters", "Model", "Where adapter, checkpoints and figures go.", metavar="FOLDER"
+    )
+    resume_adapter_file: str | None = setting(
+        None, "Model", "Begin with this adapter's weights.", metavar="FOLDER"
+    )
+    data: str | None = setting(
+        None,
+        "Data",
+        "A folder with train.jsonl and valid.jsonl, one JSONL file, or a meta JSON.",
+        metavar="PATH",
+    )
+    valid_data: str | None = setting(
+        None, "Data", "Rows to validate on.", metavar="PATH", unset="valid.jsonl of the folder"
+    )
+    max_seq_length: int = setting(
+        16384, "Data", "Longest sample in tokens; with --packing, of a row.", low=8
+    )
+    packing: bool = setting(False, "Data", "Lay samples end to end in rows of --max-seq-length.")
+    max_tiles: int | None = setting(
+        None, "Data", "Most tiles a picture is cut into.", low=1, unset="the model's own"
+    )
+    max_packed_tiles: int = setting(48, "Data", "Most tiles of a packed row.", low=1)
+    num_frames: int = setting(8, "Data", "Frames taken from each video.", low=1)
+    augment: bool | None = setting(
+        None,
+        "Data",
+        "Re-encode tiles as JPEG of random quality, 75 to 100.",
+        unset="as a meta JSON says",
+    )
+    grouping: bool = setting(True, "Data", "Bring samples of like length together.")
+    system: str | None = setting(
+        None,
+        "Data",
+        "System text of rows that have none.",
+        metavar="TEXT",
+        unset="the model's own",
+    )
+    v2pe_delta: str = setting(
+        "1", "Data", "Position step of an image token: 1, 1/2 ... 1/256 or random.", metavar="STEP"
+    )
+    loss_reduction: str = setting(
+        "token",
+        "Data",
+        "What a token of an answer of l tokens weighs: 1, 1/l or 1/sqrt(l).",
+        choices=REDUCTIONS,
+    )
+    text_ratio: float | None = setting(
+        None,
+        "Data",
+        "Share of text-only samples, drawn anew as they run out.",
+        low=0,
+        high=1,
+        unset="as the data has it",
+    )
+    cache_features: bool = setting(
+        True, "Data", "Keep what a frozen tower saw on disk; it is computed once."
+    )
+    method: str = setting("sft", "Training", "What is learned, and how.", choices=METHODS)
+    iters: int | None = setting(
+        None, "Training", "Updates of the weights.", low=1, unset="what --epochs make"
+    )
+    epochs: float = setting(1.0, "Training", "Times that all samples are seen.", low=0)
+    batch_size: int = setting(4, "Training", "Samples, pairs or packed rows read at once.", low=1)
+    grad_accumulation_steps: int = setting(
+        4, "Training", "Batches to an update; 4 of 2 equal 1 of 8.", low=1
+    )
+    learning_rate: float = setting(4e-5, "Training", "Highest step size.", low=0)
+    lr_schedule: str = setting(
+        "cosine", "Training", "How the step size falls after the warm-up.", choices=SCHEDULES
+    )
+    lr_end: float = setting(
+        0.0, "Training", "Where it falls to, as a share of the highest.", low=0, high=1
+    )
+    warmup_ratio: float = setting(
+        0.03, "Training", "Share of the updates in which it rises.", low=0, high=1
+    )
+    warmup_steps: int | None = setting(
+        None, "Training", "Updates in which it rises.", low=0, unset="by --warmup-ratio"
+    )
+    optimizer: str = setting("adamw", "Training", "One of MLX's optimizers.", choices=OPTIMIZERS)
+    weight_decay: float = setting(
+        0.05, "Training", "Shrinking of matrices; biases and norms are left alone.", low=0
+    )
+    max_grad_norm: float = setting(
+        1.0, "Training", "Longest gradient over all weights; 0 for any.", low=0
+    )
+    seed: int = setting(0, "Training", "The same seed gives the same run.", low=0)
+    train: tuple[str, ...] = setting(
+        (LORA,),
+        "Weights",
+        f"What is trained: {', '.join(PARTS)} or patterns, with commas.",
+        metavar="PARTS",
+    )
+    lora_keys: tuple[str, ...] = setting(
+        ("language",),
+        "Weights",
+        "Layers that are adapted: language, vision, projector, all, names or patterns.",
+        metavar="KEYS",
+    )
+    num_layers: int | None = setting(
+        None, "Weights", "Adapt only the last N layers of the language model.", low=1, unset="all"
+    )
+    lora_rank: int = setting(16, "Weights", "Rank of the adapters.", low=1)
+    lora_alpha: float = setting(
+        32.0, "Weights", "Scale of the adapters; it is divided by the rank.", low=0
+    )
+    lora_dropout: float = setting(
+        0.05, "Weights", "Share of an adapter's inputs left out.", low=0, high=1
+    )
+    dora: bool = setting(False, "Weights", "Train magnitude and direction apart (DoRA).")
+    rslora: bool = setting(False, "Weights", "Divide by the root of the rank (rsLoRA).")
+    drop_path: float | None = setting(
+        None,
+        "Weights",
+        "Share of a trained tower's branches left out.",
+        low=0,
+        high=1,
+        unset="the checkpoint's",
+    )
+    dpo_weight: float = setting(0.8, "Preference", "Weight of the preference term.", low=0)
+    bco_weight: float = setting(0.2, "Preference", "Weight of the quality term.", low=0)
+    sft_weight: float = setting(1.0, "Preference", "Weight of the chosen answer's NLL.", low=0)
+    beta: float = setting(0.1, "Preference", "How far from the reference it may move.", low=0)
+    label_smoothing: float = setting(
+        0.0, "Preference", "Share of pairs thought to be swapped.", low=0, high=0.5
+    )
+    reward_shift: str = setting(
+        "running",
+        "Preference",
+        "What the quality term compares with: the mean reward so far, or zero.",
+        choices=SHIFTS,
+    )
+    cache_reference: bool = setting(
+        False, "Preference", "Compute the reference once and keep it on disk."
+    )
+    grad_checkpoint: bool = setting(
+        False, "Memory", "Compute activations twice rather than keep them."
+    )
+    memory_limit: float | None = setting(
+        None,
+        "Memory",
+        "Stop and save above this many GB.",
+        low=0,
+        unset="what the GPU may take",
+    )
+    compile: bool = setting(
+        False, "Memory", "Compile the step; samples are rounded up to few lengths."
+    )
+    steps_per_report: int = setting(10, "Run", "Updates between two lines of figures.", low=1)
+    steps_per_eval: int = setting(100, "Run", "Updates between two validations.", low=1)
+    val_batches: int | None = setting(None, "Run", "Batches of a validation.", low=1, unset="all")
+    eval_accuracy: bool = setting(
+        False, "Run", "Answer the validation rows and count those that are right."
+    )
+    patience: int | None = setting(
+        None,
+        "Run",
+        "Stop after this many validations without a better loss.",
+        low=1,
+        unset="never",
+    )
+    save_every: int = setting(100, "Run", "Updates between two checkpoints.", low=1)
+    keep_last: int = setting(2, "Run", "Checkpoints that are kept.", low=1)
+    report_to: tuple[str, ...] = setting(
+        (), "Run", f"Loggers beside the CSV: {', '.join(LOGGERS)}, with commas.", metavar="NAMES"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            check_bounds(entry, getattr(self, entry.name))
+        check_together(self)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there are adapters, rather than whole parts alone."""
+        return LORA in self.train
+
+    @property
+    def only_adapts(self) -> bool:
+        """Whether the base stays as it is below its adapters."""
+        return self.train == (LORA,)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the model before training."""
+        return self.method == "mpo" and bool(self.dpo_weight or self.bco_weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all settings as YAML and JSON can hold them."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+
+# What a method changes of the defaults above, which are those of sft.
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "sft": {},
+    "mpo": {
+        "learning_rate": 5e-6,
+        "batch_size": 1,
+        "grad_accumulation_steps": 16,
+        "max_seq_length": 12288,
+    },
+    "pretrain": {
+        "train": ALL_PARTS,
+        "packing": True,
+        "loss_reduction": "square",
+        "v2pe_delta": RANDOM,
+        "text_ratio": 0.25,
+        "batch_size": 1,
+        "grad_accumulation_steps": 8,
+    },
+})  # fmt: skip

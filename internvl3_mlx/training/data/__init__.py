@@ -1,0 +1,1 @@
+"""Training data: read, validated, preprocessed and laid into batches."""

@@ -1,0 +1,111 @@
+"""What one layer's attention moves and computes for a new token: by our kernel and by MLX's ways.
+
+Counted from shapes; the emulator's counts agree (tests/metal_kernels/test_costs.py). A
+multiplication and an addition count as two operations.
+"""
+
+from dataclasses import dataclass
+
+from internvl3_mlx.metal_kernels.flash_decode import TILE_ROWS, TILES_FROM, split_count
+from internvl3_mlx.metal_kernels.kv_layout import RowLayout
+from internvl3_mlx.metal_kernels.store import WHOLE
+
+HALF, SINGLE = 2, 4  # bytes of a 16-bit number, and of float32
+
+
+@dataclass(frozen=True)
+class Look:
+    """One new token, or ``draft`` of them, that look at ``tokens`` others: numbers are 16-bit."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    bits: int = WHOLE
+    draft: int = 1
+    group_size: int = 64
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a key-value head."""
+        return self.heads // self.kv_heads * self.draft
+
+    @property
+    def store_nbytes(self) -> int:
+        """Bytes of keys and values: what our kernel reads, each once."""
+        if self.bits == WHOLE:
+            row = 2 * self.head_dim * HALF
+        else:
+            row = RowLayout(self.head_dim, self.bits, self.group_size).row_bytes
+        return self.kv_heads * self.tokens * row
+
+    @property
+    def parts_nbytes(self) -> int:
+        """Bytes of the splits' results, float32, written once and read once."""
+        splits = split_count(self.tokens, self.kv_heads)
+        return 2 * splits * self.heads * self.draft * (self.head_dim + 2) * SINGLE
+
+    @property
+    def kernel_nbytes(self) -> int:
+        return self.store_nbytes + self.parts_nbytes
+
+    @property
+    def products_nbytes(self) -> int:
+        """Bytes that MLX's two products with packed matrices ask for, with the softmax between.
+
+        Each row of queries asks for keys and values anew, mostly from cache; scores are written,
+        read, written as weights and read.
+        """
+        scores = 4 * self.heads * self.draft * self.tokens * HALF
+        return self.store_nbytes * self.rows + scores
+
+    @property
+    def flops(self) -> int:
+        """Operations of the attention itself: a dot product and a weighted sum."""
+        return 4 * self.heads * self.draft * self.head_dim * self.tokens
+
+    @property
+    def kernel_flops(self) -> int:
+        """Operations of our kernel: tiles are padded to eight rows, numbers are scaled for each."""
+        numbers = 2 * self.kv_heads * self.tokens * self.head_dim
+        scaling = 2 * numbers  # one multiplication and one addition
+        if self.rows < TILES_FROM:
+            return self.flops + scaling
+        tiles = -(-self.rows // TILE_ROWS)
+        return 2 * numbers * tiles * TILE_ROWS + scaling * tiles
+
+
+# launches a layer for a new token: rotation, two quantisations, six slice updates; or ours
+LAUNCHES_BUILT_IN, LAUNCHES_OURS = 1 + 2 + 6, 1 + 1
+
+PUBLISHED = (
+    ("1B", 14, 2, 64),
+    ("2B", 12, 2, 128),
+    ("8B", 28, 4, 128),
+    ("9B", 32, 2, 128),
+    ("14B", 40, 8, 128),
+    ("78B", 64, 8, 128),
+)
+
+
+def table(tokens: int) -> str:
+    """Write the table of docs/metal.md: megabytes and operations a layer and token."""
+    lines = [
+        "| size | cache | MLX, fused | MLX, packed products | our kernel | operations | a byte |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for size, heads, kv_heads, dim in PUBLISHED:
+        for bits in (WHOLE, 8, 4):
+            look = Look(heads, kv_heads, dim, tokens, bits)
+            whole = bits == WHOLE
+            lines.append(
+                f"| {size} | {bits} bits | {megabytes(look.store_nbytes) if whole else '-'} "
+                f"| {'-' if whole else megabytes(look.products_nbytes)} "
+                f"| {megabytes(look.kernel_nbytes)} | {look.kernel_flops / 1e6:.0f} M "
+                f"| {look.kernel_flops / look.kernel_nbytes:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"

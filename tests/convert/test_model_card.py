@@ -1,0 +1,78 @@
+"""The model card: what the hub sorts by, and what people read."""
+
+import pytest
+import yaml
+from fixtures.conversions import converted
+from fixtures.loaded_models import tiny
+from fixtures.tiny import Recipe
+
+from internvl3_mlx.convert.model_card import base_model, read_licence
+from internvl3_mlx.convert.calibration.metrics import Figures
+from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.api import Session, default_name
+
+LICENCE = (
+    "---\nlicense: other\nlicense_name: qwen\nlicense_link: https://x.org\ntags: [a]\n---\nText\n"
+)
+COMMAND = "internvl3 convert OpenGVLab/InternVL3-2B -q"
+
+
+def card(tmp_path, packing, **options):
+    outcome = converted(tiny(Recipe()).folder, tmp_path / "out", packing, **options)
+    session = Session(tiny(Recipe()).folder, tmp_path / "out", COMMAND)
+    text = session.write_card(outcome, Figures(0.0123, 0.97, 3.2, 3.1, 456))
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == text
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_a_packed_model_is_sorted_under_its_base(tmp_path):
+    front, body = card(tmp_path, recipe(4, 32))
+    assert front["library_name"] == "mlx"
+    assert front["pipeline_tag"] == "image-text-to-text"
+    assert front["base_model_relation"] == "quantized"
+    assert front["tags"] == ["mlx", "internvl", "internvl3-mlx", "4-bit"]
+    for words in (COMMAND, "| language model | 6.", "KL 0.01230", "97.0%", "tensors present"):
+        assert words in body
+
+
+def test_a_sixteen_bit_copy_has_no_relation(tmp_path):
+    front, body = card(tmp_path, None)
+    assert "base_model_relation" not in front
+    assert "| vision tower | 32.00 |" in body
+
+
+def test_a_pytorch_copy_says_which_library_loads_it(tmp_path):
+    front, _ = card(tmp_path, None, layout="hf")
+    assert front["library_name"] == "transformers"
+    assert "mlx" not in front["tags"]
+
+
+def test_the_licence_is_carried_over(tmp_path):
+    (tmp_path / "README.md").write_text(LICENCE)
+    assert read_licence(tmp_path) == {
+        "license": "other", "license_name": "qwen", "license_link": "https://x.org"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "no front", "---\n: [\n---\n", "---\n---\nx"])
+def test_a_card_without_a_licence_names_none(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert read_licence(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("folder", "content", "name"),
+    [
+        ("models--OpenGVLab--InternVL3-2B/snapshots/abc", {}, "OpenGVLab/InternVL3-2B"),
+        ("InternVL3-8B", {}, "OpenGVLab/InternVL3-8B"),
+        ("mine", {"_name_or_path": "OpenGVLab/InternVL3-1B-hf"}, "OpenGVLab/InternVL3-1B-hf"),
+        ("mine", {}, "mine"),
+    ],
+)
+def test_the_base_is_named_by_its_repository(tmp_path, folder, content, name):
+    assert base_model(tmp_path / folder, content) == name
+
+
+def test_a_target_is_named_by_habit(tmp_path):
+    assert default_name(tmp_path / "InternVL3-2B", "4bit") == "InternVL3-2B-4bit"

@@ -1,0 +1,188 @@
+"""Recipes: who gets how many bits, and that the file holds exactly that."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fixtures.conversions import converted, logits, tensors
+from fixtures.inputs import relative_error
+from fixtures.loaded_models import tiny
+from fixtures.tiny import Recipe as Tiny
+
+from internvl3_mlx.config import Quantization
+from internvl3_mlx.convert.recipes import BITS, MIXES, MODES, Recipe, mixed, packing, recipe
+from internvl3_mlx.convert.recipe_file import read_recipe
+from internvl3_mlx.errors import UserError
+
+LAYER = "language_model.model.layers.{}."
+SENSITIVE, ORDINARY = 2, 4  # of 28 layers
+DEPTH = 28
+ALL_FORMS = [
+    *(Quantization(bits, group) for bits in BITS for group in (32, 64)),
+    Quantization(4, 32, "mxfp4"),
+    Quantization(8, 32, "mxfp8"),
+    Quantization(4, 16, "nvfp4"),
+]
+
+
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+def test_what_is_packed_is_what_mlx_packs(tmp_path, form):
+    source = tiny(Tiny())
+    converted(source.folder, tmp_path / "out", recipe(form.bits, form.group_size, form.mode))
+    dense, packed = tensors(source.folder), tensors(tmp_path / "out")
+    settings = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
+    for name in ("language_model.lm_head", "language_model.model.layers.1.mlp.down_proj"):
+        parts = mx.quantize(dense[f"{name}.weight"], **settings)
+        for kind, x in zip(("weight", "scales", "biases"), parts, strict=False):
+            assert mx.array_equal(packed[f"{name}.{kind}"], x), (name, kind)
+    assert mx.array_equal(packed["mlp1.0.weight"], dense["mlp1.0.weight"])
+
+
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+def test_packed_logits_are_those_of_the_numbers_they_stand_for(tmp_path, form):
+    source = tiny(Tiny())
+    converted(source.folder, tmp_path / "out", recipe(form.bits, form.group_size, form.mode))
+    converted(tmp_path / "out", tmp_path / "dense", dequantize=True)
+    error = relative_error(logits(tmp_path / "out", source), logits(tmp_path / "dense", source))
+    assert error < 2e-5
+
+
+@pytest.mark.parametrize("plain", [recipe(2), recipe(mode="mxfp4"), *map(mixed, MIXES)])
+def test_the_projector_keeps_eight_bits_in_every_recipe(plain):
+    for path in ("mlp1.1", "mlp1.3"):
+        assert plain.for_depth(DEPTH).choose(path).bits >= 8
+
+
+def test_a_rule_cannot_take_the_projectors_bits():
+    greedy = recipe(4)
+    spared = Recipe("x", Quantization(4), Quantization(3), rules=()).choose("mlp1.1")
+    assert spared == Quantization(8, 64)
+    assert greedy.choose("mlp1.3") == Quantization(8, 64)
+
+
+def test_the_tower_is_dense_unless_asked(tmp_path):
+    source = tiny(Tiny())
+    dense = converted(source.folder, tmp_path / "a", recipe(4, 32))
+    assert not [path for path in dense.packed if path.startswith("vision_model.")]
+    packed = converted(source.folder, tmp_path / "b", recipe(4, 32, vision=8))
+    tower = {path: form for path, form in packed.packed.items() if path.startswith("vision_model.")}
+    assert len(tower) == 2 * 4
+    assert set(tower.values()) == {Quantization(8, 32)}
+
+
+def test_odd_widths_stay_dense_and_are_told(tmp_path):
+    source = tiny(Tiny(style="9b"))  # tower 96 wide, decoder 192 and 288
+    outcome = converted(source.folder, tmp_path / "out", recipe(4, 64, vision=8))
+    assert outcome.left_dense["vision_model.encoder.layers.0.attn.qkv"] == 96
+    assert outcome.left_dense["language_model.model.layers.0.mlp.down_proj"] == 288
+    assert "language_model.model.layers.0.mlp.up_proj" in outcome.packed
+    logits(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_mixes_give_more_to_what_suffers(name):
+    low, high = MIXES[name]
+    mix = mixed(name).for_depth(DEPTH)
+    bits = {path: mix.choose(path).bits for path in mix_paths()}
+    assert bits == {path: high if suffers else low for path, suffers in mix_paths().items()}
+
+
+def mix_paths():
+    down, value, up = "mlp.down_proj", "self_attn.v_proj", "mlp.up_proj"
+    return {
+        "language_model.lm_head": True,
+        "language_model.model.embed_tokens": True,
+        LAYER.format(SENSITIVE) + down: True,
+        LAYER.format(SENSITIVE) + value: True,
+        LAYER.format(SENSITIVE) + up: False,
+        LAYER.format(ORDINARY) + down: False,
+        LAYER.format(ORDINARY) + value: False,
+        LAYER.format(DEPTH - 1) + down: True,
+    }
+
+
+def test_a_mix_is_written_with_every_exception_by_path(tmp_path):
+    source = tiny(Tiny())
+    converted(source.folder, tmp_path / "out", mixed("mixed_3_6", 32))
+    table = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert (table["bits"], table["group_size"]) == (3, 32)
+    assert table["language_model.lm_head"] == {"bits": 6, "group_size": 32, "mode": "affine"}
+    assert table["mlp1.1"]["bits"] == 8
+    assert np.isfinite(logits(tmp_path / "out", source)).all()
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"bits": 7}, "7 bits were asked for; MLX packs 2, 3, 4, 5, 6, 8 in affine mode"),
+        ({"bits": 8, "mode": "mxfp4"}, "8 bits were asked for; MLX packs 4 in mxfp4 mode"),
+        ({"group_size": 48}, "a group size of 48 was asked for; MLX has 32, 64, 128"),
+        ({"mode": "int4"}, "mode 'int4' was asked for; MLX has affine, mxfp4, mxfp8, nvfp4"),
+    ],
+)
+def test_what_mlx_cannot_pack_is_refused(request_, message):
+    with pytest.raises(UserError) as caught:
+        packing(**request_)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_modes_table_is_what_the_installed_mlx_packs():
+    weight = mx.random.normal((2, 128))
+    for mode, known in MODES.items():
+        for bits in known.bits:
+            for group in known.group_sizes:
+                mx.eval(mx.quantize(weight, group_size=group, bits=bits, mode=mode))
+
+
+def test_a_recipe_file_is_read(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "text: {bits: 3, group_size: 32}\nvision: 8\n"
+        'modules:\n  language_model.lm_head: 6\n  "*.o_proj": dense\n'
+        '  "*.down_proj": {bits: 5, layers: sensitive}\n'
+    )
+    mine = read_recipe(file).for_depth(DEPTH)
+    assert mine.name == "mine"
+    assert mine.choose(LAYER.format(ORDINARY) + "mlp.up_proj") == Quantization(3, 32)
+    assert mine.choose(LAYER.format(ORDINARY) + "self_attn.o_proj") is None
+    assert mine.choose(LAYER.format(SENSITIVE) + "mlp.down_proj") == Quantization(5, 64)
+    assert mine.choose(LAYER.format(ORDINARY) + "mlp.down_proj") == Quantization(3, 32)
+    assert mine.choose("language_model.lm_head") == Quantization(6, 64)
+    assert mine.choose("vision_model.encoder.layers.0.mlp.fc1") == Quantization(8, 64)
+    assert mine.choose("mlp1.1") == Quantization(8, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("txt: 4\n", "no key 'txt'; did you mean text?"),
+        ("text: {bit: 4}\n", "text: no key 'bit'; did you mean bits?"),
+        ("vision: 8\n", "lacks text"),
+        ("text: 7\n", "text: 7 bits were asked for"),
+        ("text: 4\nprojector: 4\n", "the projector takes 8 bits or dense"),
+        ("text: 4\nmodules: [1]\n", "modules wants a table of paths"),
+        ("text: 4\nmodules: {a: {bits: 4, layers: some}}\n", "layers is 'some'"),
+        ("text: four\n", "text is 'four'; wanted are bits"),
+        ("- 1\n", "holds no recipe"),
+        ("a: [\n", "is not YAML"),
+    ],
+)
+def test_a_mistake_in_a_recipe_file_is_named(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_recipe(file)
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*gone\.yaml: No such file"):
+        read_recipe(tmp_path / "gone.yaml")
+
+
+def test_an_unknown_mix_names_the_known_ones():
+    with pytest.raises(UserError, match="recipe 'mixed_1_2' was asked for; known are mixed_2_6,"):
+        mixed("mixed_1_2")

@@ -1,0 +1,224 @@
+"""Repositories and published sizes, with a folder standing in for the hub."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import huggingface_hub
+import mlx.core as mx
+import pytest
+from fixtures.loaded_models import tiny
+from fixtures.tiny import Recipe
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from internvl3_mlx import DownloadError, UserError, load
+from internvl3_mlx.loading import hub, resolve
+from internvl3_mlx.loading.resolve import DEMO_FOLDER, GB
+
+
+@dataclass
+class Hub:
+    """One repository; ``local`` once it was fetched."""
+
+    folder: object
+    online: bool = True
+    local: bool = False
+    nbytes: int = 1000
+    asked: list = field(default_factory=list)
+
+    def snapshot_download(self, repo, *, revision=None, allow_patterns, local_files_only=False):
+        if local_files_only:
+            if not self.local:
+                raise LocalEntryNotFoundError("nothing here")
+            return str(self.folder)
+        self.asked.append((repo, revision, tuple(allow_patterns)))
+        self.local = True
+        return str(self.folder)
+
+    def model_info(self, repo, *, revision=None, files_metadata):
+        assert files_metadata
+        if not self.online:
+            raise OfflineModeIsEnabled("offline")
+        if repo == "no/such":
+            request = SimpleNamespace(url="", method="GET")
+            response = SimpleNamespace(status_code=404, headers={}, request=request)
+            raise huggingface_hub.errors.RepositoryNotFoundError("404", response=response)
+        resolve = ["config.json", "model.safetensors", "modeling_internvl_chat.py"]
+        return SimpleNamespace(
+            siblings=[SimpleNamespace(rfilename=name, size=self.nbytes) for name in resolve]
+        )
+
+
+@pytest.fixture
+def repository(monkeypatch, tmp_path):
+    stand_in = Hub(tiny(Recipe()).folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: stand_in)
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
+    return stand_in
+
+
+@pytest.fixture
+def notes():
+    return []
+
+
+def test_a_repository_is_fetched_once_and_without_its_code(repository, notes):
+    for _ in range(2):
+        load("someone/model", notify=notes.append, revision="main")
+    [(repo, revision, patterns)] = repository.asked
+    assert (repo, revision) == ("someone/model", "main")
+    assert not any(
+        pattern.endswith((".py", "*")) and "LICENSE" not in pattern for pattern in patterns
+    )
+    assert notes == ["downloading someone/model, 0.0 GB"]
+
+
+def test_a_published_size_is_packed_once_and_kept(repository, notes, tmp_path):
+    first = load("1b", notify=notes.append)
+    kept = tmp_path / "cache" / "InternVL3-1B-4bit"
+    assert first.loaded.folder == kept
+    assert json.loads((kept / "config.json").read_text())["quantization"]["bits"] == 4
+    assert [note.split()[0] for note in notes] == ["downloading", "packing"]
+    repository.online = repository.local = False
+    again = load("1b", notify=notes.append)
+    assert len(notes) == 2
+    question = "What is it?"
+    assert (
+        again.ask(question, max_tokens=5).token_ids == first.ask(question, max_tokens=5).token_ids
+    )
+
+
+def test_sixteen_bits_leave_a_size_as_it_was_published(repository, tmp_path):
+    vlm = load("1b", quantize=16)
+    assert vlm.config.quantization is None
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_size_may_be_had_with_other_bits(repository, tmp_path):
+    vlm = load("1b", quantize=8)
+    assert vlm.loaded.folder == tmp_path / "cache" / "InternVL3-1B-8bit"
+    assert vlm.config.quantization.default.bits == 8
+
+
+def test_any_folder_may_be_packed_on_the_way_in():
+    folder = str(tiny(Recipe()).folder)
+    packed, dense = load(folder, quantize=4), load(folder)
+    linear = packed.model.language_model.model.layers[0].self_attn.qkv_proj
+    assert linear.bits == 4
+    assert packed.model.mlp1[1].bits == 8
+    assert not hasattr(packed.model.vision_model.encoder.layers[0].attn.qkv, "bits")
+    ids = dense.prepare("Hello").input_ids[None]
+    assert not mx.array_equal(packed.model(ids), dense.model(ids))
+
+
+def test_stopping_while_packing_leaves_nothing(repository, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mx, "quantize", stop)
+    with pytest.raises(KeyboardInterrupt):
+        load("1b")
+    assert list((tmp_path / "cache").glob("*")) == []
+
+
+def test_without_network_and_name_the_demo_answers_and_says_so(repository, notes):
+    repository.online = False
+    vlm = load(notify=notes.append)
+    assert vlm.loaded.folder == DEMO_FOLDER
+    assert notes == ["no network and no OpenGVLab/InternVL3-2B here: using the small demo model"]
+
+
+def test_a_dead_network_is_no_network(repository, monkeypatch):
+    broken = type("ConnectError", (Exception,), {"__module__": "httpx"})
+
+    def fail(*_, **__):
+        raise broken("name not known")
+
+    monkeypatch.setattr(repository, "model_info", fail)
+    with pytest.raises(DownloadError, match="no network"):
+        load("someone/model")
+
+
+def test_a_download_that_breaks_off_says_how_to_go_on(repository, monkeypatch):
+    def fail(repo, *, local_files_only=False, **_):
+        raise LocalEntryNotFoundError("gone") if local_files_only else ConnectionResetError("reset")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(DownloadError, match="stopped: reset; run the command again to go on"):
+        load("someone/model")
+
+
+def test_a_fault_of_our_own_is_not_taken_for_the_network(repository, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(repository, "model_info", fail)
+    with pytest.raises(ZeroDivisionError):
+        load("someone/model")
+
+
+def test_without_network_a_named_repository_says_what_to_do(repository):
+    repository.online = False
+    with pytest.raises(DownloadError, match="no network and someone/model is not in the cache"):
+        load("someone/model")
+
+
+def test_a_repository_that_is_not_there_is_named(repository):
+    with pytest.raises(UserError, match="the hub has no repository no/such"):
+        load("no/such")
+
+
+def test_a_model_too_large_for_the_gpu_is_refused_with_one_that_fits(repository, monkeypatch):
+    repository.nbytes = 157 * GB
+    monkeypatch.setattr(hub, "gpu_bytes", lambda: 18 * GB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
+    with pytest.raises(
+        UserError,
+        match=r"OpenGVLab/InternVL3-78B needs about 47 GB, this machine can give the GPU 18 GB; "
+        r"try --model 14b \(4-bit, about 9.1 GB\)",
+    ):
+        load("78b")
+    assert repository.asked == []
+
+
+def test_a_disk_too_small_is_told_before_the_download(repository, monkeypatch):
+    repository.nbytes = 50 * GB
+    monkeypatch.setattr(hub, "gpu_bytes", lambda: 10**15)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20 * GB))
+    with pytest.raises(DownloadError, match="needs 51 GB of disk, 20 GB are free"):
+        load("someone/model")
+    assert repository.asked == []
+
+
+def test_a_half_fetched_repository_is_fetched_again(repository, tmp_path):
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copyfile(repository.folder / "config.json", half / "config.json")
+    whole, repository.folder, repository.local = tiny(Recipe(shards=3)).folder, half, True
+    assert hub.cached_snapshot("someone/model") is None
+    shards = sorted(whole.iterdir())
+    for file in shards:
+        shutil.copyfile(file, half / file.name)
+    next(half.glob("model-00002*")).unlink()
+    assert hub.cached_snapshot("someone/model") is None
+    repository.folder = whole
+    assert hub.cached_snapshot("someone/model") == whole
+
+
+def test_the_cache_of_packed_sizes_can_be_moved(monkeypatch, tmp_path):
+    monkeypatch.delenv("INTERNVL3_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert resolve.model_cache() == tmp_path / "internvl3-mlx"
+
+
+def test_bits_that_mlx_cannot_pack_are_refused_before_anything_is_read():
+    with pytest.raises(UserError, match="7 bits were asked for; MLX packs 2, 3, 4, 5, 6, 8"):
+        load("demo", quantize=7)
+
+
+def test_a_packed_checkpoint_is_not_packed_again(repository):
+    folder = load("1b").loaded.folder
+    with pytest.raises(UserError, match="quantized already"):
+        load(str(folder), quantize=8)

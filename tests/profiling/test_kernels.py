@@ -1,0 +1,73 @@
+"""From measured times follows where a kernel pays; without Metal MLX's own way is measured."""
+
+import pytest
+
+from internvl3_mlx.profiling import timing, kernels
+from internvl3_mlx.profiling.results import Figure
+from internvl3_mlx.profiling.kernels import (
+    NO_METAL,
+    SHAPES,
+    Trial,
+    entries,
+    measured,
+    pays_from,
+    trials,
+)
+from internvl3_mlx.metal_kernels import dispatch
+from internvl3_mlx.metal_kernels.table import Entry
+
+SHAPE = ("1b", 14, 2, 64)
+
+
+def figures(*times):
+    """Give (context, ours, theirs) as figures."""
+    return [Figure("kernels", "a", n, ours, 1, 1, theirs) for n, ours, theirs in times]
+
+
+@pytest.mark.parametrize(
+    ("times", "start"),
+    [
+        ([(1, 1.0, 2.0), (2, 1.0, 2.0)], 1),
+        ([(1, 2.0, 1.0), (2, 1.0, 2.0), (4, 1.0, 2.0)], 2),
+        ([(4, 1.0, 2.0), (1, 1.0, 2.0), (2, 2.0, 1.0)], 4),  # in any order; 1 was luck
+        ([(1, 1.0, 2.0), (2, 1.0, 1.04)], None),  # less than can be told from chance
+        ([(1, None, 2.0)], None),
+        ([], None),
+    ],
+)
+def test_a_kernel_pays_where_it_is_faster_from_there_on(times, start):
+    assert pays_from(figures(*times)) == start
+
+
+def test_the_table_holds_single_tokens():
+    wins = figures((1, 1.0, 2.0))
+    found = {Trial(*SHAPE, 8): wins, Trial(*SHAPE, 4): [], Trial(*SHAPE, 8, length=8): wins}
+    assert entries(found) == [
+        Entry("flash_decode", 8, 64, 7, 1),
+        Entry("flash_decode", 4, 64, 7, None),
+    ]
+
+
+def test_every_published_shape_is_tried_with_every_cache():
+    whole, quick = trials(), trials(quick=True)
+    assert {(trial.size, trial.bits) for trial in whole} == {
+        (shape[0], bits) for shape in SHAPES for bits in (16, 8, 4)
+    }
+    assert {*quick} < {*whole}
+    assert len({trial.name for trial in whole}) == len(whole)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("length", [1, 8])
+def test_without_metal_mlx_alone_is_measured(monkeypatch, bits, length):
+    monkeypatch.setattr(timing, "LEAST_S", 0.0)
+    monkeypatch.setattr(dispatch, "metal_available", lambda: False)
+    monkeypatch.setattr(kernels, "on_gpu", lambda: False)
+    trial = Trial("odd", 6, 2, 64, bits, length)
+    figure = measured(trial, 37, runs=1)
+    assert (figure.seconds, figure.why) == (None, NO_METAL)
+    assert figure.peer > 0
+    assert figure.context == 37
+    assert figure.flops == 4 * length * 6 * 64 * 37
+    number = {16: 4, 8: 1 + 4 / 64, 4: 0.5 + 4 / 64}[bits]  # float32 on a processor
+    assert figure.nbytes == pytest.approx(2 * 2 * 64 * 37 * number)

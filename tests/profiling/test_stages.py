@@ -1,0 +1,75 @@
+"""A model's stages are measured one by one, and leave what they measure as it was."""
+
+import pytest
+from fixtures.loaded_models import bare_model
+
+from internvl3_mlx.profiling import timing, stages
+from internvl3_mlx.profiling.suite import Bench
+from internvl3_mlx.profiling.stages import Stages
+
+
+@pytest.fixture(autouse=True)
+def _once(monkeypatch):
+    monkeypatch.setattr(timing, "LEAST_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return bare_model("300m", folded=True, head_dim=64)[0]
+
+
+def test_every_stage_is_measured_at_every_context(model):
+    stages = Stages(model, [5, 40], tiles=(1, 3), chunk=7, runs=1)
+    found = [task.measure() for task in stages.tasks()]
+    assert [(f.group, f.name, f.context) for f in found] == [
+        ("tower", "1 tile", 0),
+        ("tower", "3 tiles", 0),
+        ("prefill", "7 tokens", 5),
+        ("prefill", "7 tokens", 40),
+        *[("decode", f"{bits}-bit cache", context) for bits in (16, 8, 4) for context in (5, 40)],
+    ]
+    assert all(figure.seconds > 0 for figure in found)
+
+
+def test_a_context_stays_as_long_as_it_is(model):
+    stages = Stages(model, [9], chunk=4, runs=2)
+    engine = stages.engine(9, 8)
+    caches = []
+    make = Stages.engine
+
+    def kept(self, context, bits):
+        caches.append(make(self, context, bits))
+        return caches[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stages, "engine", kept)
+        stages.decode(9, 8)
+        stages.prefill(9)
+    assert [one.read for one in caches] == [9, 9]
+    assert {layer.offset for one in caches for layer in one.cache} == {9}
+    assert engine.packing.bits == 8
+
+
+def test_a_cache_without_room_is_left_out_and_says_so(model, monkeypatch):
+    monkeypatch.setattr(stages, "gpu_bytes", lambda: 1000)
+    stages = Stages(model, [64], chunk=7, runs=1)
+    for figure in (stages.prefill(64), stages.decode(64, 8)):
+        assert figure.seconds is None
+        assert figure.why == "the cache would take more than half of the memory"
+
+
+def test_what_was_measured_stays_when_it_is_broken_off(model):
+    run = Bench(model, [33, 3], quick=True)
+    assert run.contexts == [3, 33]
+    steps = run.run()
+    names = [next(steps) for _ in range(4)]
+    steps.close()
+    assert names[0] == "the machine's own limits"
+    assert names[1] == "kernels, 1b, 16-bit cache, 3 tokens"
+    assert [figure.context for figure in run.figures] == [3, 33]
+    assert run.limits is not None
+    assert len(run) > 4
+
+
+def test_contexts_that_suit_are_taken_without_any(model):
+    assert len(Bench(model).contexts) > len(Bench(model, quick=True).contexts) > 0

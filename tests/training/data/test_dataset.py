@@ -1,0 +1,146 @@
+"""Where rows come from: folders, files and meta JSON, of any size, read when they are wanted."""
+
+import json
+import tracemalloc
+
+import pytest
+from fixtures.rows import pair, talk, write_rows
+
+from internvl3_mlx.errors import DataError
+from internvl3_mlx.training.data_settings import DataSettings
+from internvl3_mlx.training.data.dataset import open_data
+
+MPO = DataSettings(method="mpo")
+
+
+def answers(data):
+    return [entry.value["messages"][1]["content"] for entry in data]
+
+
+def refused(path, **options):
+    with pytest.raises(DataError) as caught:
+        open_data(path, **options)
+    return str(caught.value)
+
+
+def test_a_folder_has_splits_and_may_lack_some(tmp_path):
+    write_rows(tmp_path / "train.jsonl", [talk(answer="a"), talk(answer="b")])
+    write_rows(tmp_path / "valid.jsonl", [talk(answer="c")])
+    assert answers(open_data(tmp_path)) == ["a", "b"]
+    assert answers(open_data(tmp_path, "valid")) == ["c"]
+    assert open_data(tmp_path, "test") is None
+
+
+def test_one_file_is_the_train_split(tmp_path):
+    file = write_rows(tmp_path / "any.jsonl", [talk(answer="a")])
+    assert answers(open_data(file)) == ["a"]
+    assert open_data(file, "valid") is None
+
+
+def test_places_name_the_file_and_the_line_blank_lines_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "data" / "train.jsonl", ["", talk(answer="a"), "   ", talk(answer="b")])
+    data = open_data("data")
+    assert [entry.place for entry in data] == ["data/train.jsonl:2", "data/train.jsonl:4"]
+    assert [entry.number for entry in data] == [0, 1]
+
+
+def test_a_mark_of_utf8_and_a_missing_last_newline_do_no_harm(tmp_path):
+    rows = "\ufeff" + json.dumps(talk(answer="a")) + "\r\n" + json.dumps(talk(answer="ü"))
+    (tmp_path / "train.jsonl").write_bytes(rows.encode())
+    assert answers(open_data(tmp_path)) == ["a", "ü"]
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    lines, row = 60_000, json.dumps(talk("x" * 400)) + "\n"
+    file = tmp_path / "train.jsonl"
+    with file.open("w") as out:
+        for _ in range(lines):
+            out.write(row)
+    tracemalloc.start()
+    data = open_data(file)
+    for number in (0, lines // 2, lines - 1):
+        assert data[number].place.endswith(f":{number + 1}")
+        assert data[number].value["messages"][1]["content"] == "A cat."
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert file.stat().st_size > 25e6
+    assert peak < 50 * lines  # the index takes 16 bytes a line, a few times that while it grows
+
+
+def write_meta(folder, **entries):
+    (folder / "meta.json").write_text(json.dumps(entries))
+    return folder / "meta.json"
+
+
+def letters(folder, name, count):
+    rows = [talk(answer=f"{name}{n}") for n in range(count)]
+    return write_rows(folder / "rows" / f"{name}.jsonl", rows)
+
+
+def test_a_meta_json_joins_files_and_repeats_them(tmp_path):
+    letters(tmp_path, "a", 3)
+    letters(tmp_path, "b", 2)
+    meta = write_meta(
+        tmp_path,
+        first={"annotation": "rows/a.jsonl", "root": "pictures", "repeat_time": 0.7, "length": 9},
+        second={"annotation": "rows/b.jsonl", "repeat_time": 2, "data_augment": True},
+    )
+    data = open_data(meta)
+    assert answers(data) == ["a0", "a1", "b0", "b1", "b0", "b1"]
+    first, second = data.sources
+    assert first.root == tmp_path / "pictures"
+    assert (first.augment, second.augment) == (False, True)
+    assert data[4].place == f"{tmp_path / 'rows' / 'b.jsonl'}:1"
+    assert data[4].number == 4
+
+
+def test_half_of_a_preference_file_is_drawn_not_cut_off(tmp_path):
+    rows = [pair(chosen=str(n)) for n in range(40)]
+    write_rows(tmp_path / "p.jsonl", rows)
+    meta = write_meta(tmp_path, p={"annotation": "p.jsonl", "repeat_time": 0.5})
+    chosen = [int(entry.value["chosen"]) for entry in open_data(meta, settings=MPO)]
+    assert len(chosen) == 20 == len({*chosen})
+    assert chosen == sorted(chosen)
+    assert chosen != [*range(20)]
+    again = open_data(meta, settings=MPO)
+    assert [int(entry.value["chosen"]) for entry in again] == chosen
+
+
+META_FAULTS = {
+    "'x': unknown key 'repeat_times'; did you mean 'repeat_time'?": {"repeat_times": 1},
+    "'x': no file at": {"annotation": "none.jsonl"},
+    "'x': no 'annotation'; wanted the path of its JSONL file": {"annotation": None},
+    "'repeat_time' 1.5; wanted a share below 1 or a whole number": {"repeat_time": 1.5},
+    "'repeat_time' 0;": {"repeat_time": 0},
+    "'repeat_time' 0.1 leaves none of 3 rows": {"repeat_time": 0.1},
+    "'max_dynamic_patch' 'many'; wanted a whole number of tiles": {"max_dynamic_patch": "many"},
+    "'data_augment' 'yes'; wanted true or false": {"data_augment": "yes"},
+    "'root' 5; wanted the folder of its pictures": {"root": 5},
+}
+
+
+@pytest.mark.parametrize("told", META_FAULTS)
+def test_a_fault_in_a_meta_json_is_told(tmp_path, told):
+    letters(tmp_path, "a", 3)
+    meta = write_meta(tmp_path, x={"annotation": "rows/a.jsonl", **META_FAULTS[told]})
+    assert told in refused(meta)
+
+
+def test_keys_of_other_trainers_are_passed_over(tmp_path):
+    letters(tmp_path, "a", 3)
+    meta = write_meta(tmp_path, x={"annotation": "rows/a.jsonl", "conv_style": "internvl2_5"})
+    assert len(open_data(meta)) == 3
+
+
+def test_what_is_no_data_is_told_with_what_to_do(tmp_path):
+    assert "no data at nowhere: wanted a folder with train.jsonl" in refused("nowhere")
+    (tmp_path / "rows.jsonl").write_text("")
+    assert f"no train.jsonl in {tmp_path}; there are rows.jsonl, name one" in refused(tmp_path)
+    assert "no rows in" in refused(tmp_path / "rows.jsonl")
+    (tmp_path / "list.json").write_text("[{}]")
+    assert "is a list of rows; wanted one row a line in a .jsonl" in refused(tmp_path / "list.json")
+    (tmp_path / "bad.json").write_text("{")
+    assert "wanted a meta JSON" in refused(tmp_path / "bad.json")
+    (tmp_path / "empty.json").write_text("{}")
+    assert "names no files" in refused(tmp_path / "empty.json")

@@ -1,0 +1,45 @@
+"""Answers judged in one pass are those that greedy decoding gives."""
+
+import numpy as np
+from fixtures.rows import pair, talk, write_picture, write_rows
+from fixtures.runs import session
+
+from internvl3_mlx import load
+from internvl3_mlx.training.evaluate import accuracy, reproduced
+
+
+def asked(folder, count):
+    """What the demo model answers about some pictures of noise: question, picture, answer."""
+    vlm = load("demo")
+    for number in range(count):
+        path = write_picture(folder / f"{number}.png", 120 + 60 * number, 100, number)
+        question = ("What is this?", "How many things are there?")[number % 2]
+        answer = vlm.ask(question, [path], max_tokens=30)
+        assert answer.finish_reason == "stop"
+        yield f"<image>\n{question}", path.name, answer.text
+
+
+def test_an_answer_counts_when_greedy_decoding_gives_it(tmp_path):
+    data = tmp_path / "data"
+    known = [*asked(data, 4)]
+    wrong = [f"{answer} {answer}" for *_, answer in known]  # begins right, and goes on
+    rows = [talk(q, a, images=[p]) for q, p, a in known]
+    rows += [talk(q, a, images=[p]) for (q, p, _), a in zip(known[:3], wrong, strict=False)]
+    write_rows(data / "train.jsonl", rows)
+    write_rows(data / "valid.jsonl", rows)
+    here = session(tmp_path, max_tiles=None, batch_size=3)
+    found = np.concatenate([reproduced(here.learner.model, work) for work in here.valid()])
+    assert found.tolist() == [True] * 4 + [False] * 3
+    assert accuracy(here.learner, here.valid()) == 4 / 7
+
+
+def test_of_a_pair_the_chosen_answer_counts(tmp_path):
+    data = tmp_path / "data"
+    (q, p, answer), (r, s, other) = asked(data, 2)
+    rows = [pair(q, answer, "no " + answer, image=p), pair(r, "no " + other, other, image=s)]
+    for split in ("train", "valid"):
+        write_rows(data / f"{split}.jsonl", rows)
+    here = session(tmp_path, method="mpo", max_tiles=None)
+    [work] = here.valid()
+    assert reproduced(here.learner.model, work).tolist() == [True, False, False, True]
+    assert accuracy(here.learner, here.valid()) == 0.5

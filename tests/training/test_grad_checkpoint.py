@@ -1,0 +1,111 @@
+"""Pieces run twice: the same numbers, the same masks, less memory."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from fixtures.training_samples import sample
+from fixtures.loaded_models import bare_model, numbers
+from mlx.utils import tree_flatten
+
+from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.training.lora_setup import LoraSettings, adapt
+from internvl3_mlx.training.data.collate import laid
+from internvl3_mlx.training.forward import Forward
+from internvl3_mlx.training.objectives import METHODS, MethodState
+from internvl3_mlx.training.trainable import set_trainable
+from internvl3_mlx.training.grad_checkpoint import drawing_from, recomputing
+
+
+class Thinned(nn.Module):
+    """A product of which half is dropped: its sum is linear in its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = mx.random.normal((37, 53), key=mx.random.key(1))
+        self.dropout = nn.Dropout(0.5)
+
+    def __call__(self, x):
+        return self.dropout(x @ self.weight)
+
+
+def test_the_second_run_drops_what_the_first_dropped():
+    block, x = Thinned(), mx.random.normal((11, 37), key=mx.random.key(2))
+    run = recomputing()
+    total, slopes = nn.value_and_grad(block, lambda: (run(block, x) + run(block, x)).sum())()
+    # of what is linear, slope times weight is the value again: only if the masks agree
+    assert (slopes["weight"] * block.weight).sum().item() == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_every_call_drops_something_else():
+    block, x, run = Thinned(), mx.ones((11, 37)), recomputing()
+    first, second = (numbers(run(block, x)) == 0 for _ in range(2))
+    assert (first != second).any()
+    again = numbers(recomputing()(block, x)) == 0
+    assert (first != again).any()
+
+
+def test_a_seed_is_lent_and_given_back():
+    mx.random.seed(2**40 + 17)
+    expected = numbers(mx.random.normal((5,)))
+    mx.random.seed(2**40 + 17)
+    with drawing_from(3):
+        lent = numbers(mx.random.normal((5,)))
+    np.testing.assert_array_equal(numbers(mx.random.normal((5,))), expected)
+    mx.random.seed(3)
+    np.testing.assert_array_equal(numbers(mx.random.normal((5,))), lent)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapters_with_dropout_learn_along_their_own_slope(dropout):
+    model, checkpoint = bare_model("300m")
+    mx.random.seed(1)
+    adapt(model, LoraSettings(rank=3, dropout=dropout, keys=("language", "vision")))
+    set_trainable(model, ("lora",))
+    model.train()
+    batch = laid([sample(checkpoint, (1,), seed=1, turns=(6,))])
+    method = METHODS["sft"](how=Forward(recompute=True, drop_path_rate=dropout))
+
+    def loss():
+        mx.random.seed(7)
+        return method(model, batch, None, None, MethodState())[0].numerator
+
+    value, slopes = nn.value_and_grad(model, loss)()
+    slopes = dict(tree_flatten(slopes))
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    length = mx.sqrt(sum(mx.square(slope).sum() for slope in slopes.values()))
+    step = 2e-3
+    ends = []
+    for side in (1, -1):
+        model.load_weights(
+            [(n, w + side * step * slopes[n] / length) for n, w in weights.items()], strict=False
+        )
+        ends.append(loss().item())
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(length.item(), rel=0.02)
+    assert value.item() == pytest.approx(sum(ends) / 2, rel=1e-3)
+
+
+def test_recomputing_needs_less_memory():
+    tiny, checkpoint = bare_model("300m")
+    deep = replace(tiny.config, text=replace(tiny.config.text, num_hidden_layers=8))
+    model = InternVL(deep, checkpoint.image_id)
+    model.freeze()
+    model.language_model.model.layers[0].unfreeze()
+    batch = laid([sample(checkpoint, seed=1, turns=(300,))])
+    used = [peak_of(model, batch, Forward(recompute=how)) for how in (False, True)]
+    assert used[1] < 0.6 * used[0]
+
+
+def peak_of(model, batch, how):
+    method = METHODS["sft"](how=how)
+    step = nn.value_and_grad(
+        model, lambda: method(model, batch, None, None, MethodState())[0].numerator
+    )
+    mx.eval(model.parameters())
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(step())
+    return mx.get_peak_memory() - before

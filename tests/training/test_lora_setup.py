@@ -1,0 +1,294 @@
+"""Which layers a key means, what is trained, and what stands still."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from fixtures.lora_models import adapted, logits, stirred
+from fixtures.inputs import relative_error
+from fixtures.loaded_models import numbers, tiny
+from fixtures.tiny import Bits, Recipe
+from mlx.utils import tree_flatten
+
+from internvl3_mlx import CheckpointError, UserError
+from internvl3_mlx.loading.build import build
+from internvl3_mlx.models.lora import LoRALinear, adapters
+from internvl3_mlx.training.lora_setup import LoraSettings, adapt, save_adapter, switched_off
+from internvl3_mlx.training.trainable import PRESETS, count_parameters, into_training, set_trainable
+
+CASE, PACKED = Recipe(), Recipe(layout="mlx", bits=Bits(group_size=32))
+
+
+def fresh(recipe=CASE):
+    return build(tiny(recipe).folder, for_training=True).model
+
+
+def names_of(*keys, recipe=CASE, **changes):
+    return adapt(fresh(recipe), LoraSettings(rank=2, keys=keys, **changes))
+
+
+def trained(model):
+    return {name for name, _ in tree_flatten(model.trainable_parameters())}
+
+
+def test_each_preset_names_the_layers_of_its_part():
+    found = {key: names_of(key) for key in PRESETS}
+    assert len(found["language"]) == 3 * 7
+    assert len(found["vision"]) == 2 * 4
+    assert found["projector"] == ("mlp1.1", "mlp1.3")
+    assert {*found["all"]} == {*found["language"], *found["vision"], *found["projector"]}
+    assert {name.split(".")[0] for name in found["language"]} == {"language_model"}
+    assert "vision_model.encoder.layers.1.mlp.fc2" in found["vision"]
+
+
+@pytest.mark.parametrize(
+    ("key", "count"),
+    [
+        ("q_proj", 3),
+        ("self_attn", 12),
+        ("layers.1.mlp", 3 + 2),
+        ("language_model.model.layers.2.mlp.down_proj", 1),
+        ("*.layers.[02].self_attn.?_proj", 8),
+        ("mlp1", 2),
+        ("vision_model", 8),
+        ("language_model", 21),
+        ("lm_head", 1),
+    ],
+)
+def test_a_key_is_some_parts_of_a_name_or_a_pattern(key, count):
+    assert len(names_of(key)) == count
+
+
+def test_names_come_in_the_models_order_and_once():
+    names = names_of("fc1", "vision", "q_proj", "self_attn.q_proj")
+    assert len({*names}) == len(names) == 8 + 3
+    assert names[:2] == (
+        "vision_model.encoder.layers.0.attn.qkv",
+        "vision_model.encoder.layers.0.attn.proj",
+    )
+
+
+def test_the_last_layers_alone_are_adapted():
+    names = names_of("language", "vision", "projector", layers=1, vision_layers=1)
+    assert {name.split(".layers.")[-1][0] for name in names if "language" in name} == {"2"}
+    assert {name.split(".layers.")[-1][0] for name in names if "vision" in name} == {"1"}
+    assert len(names) == 7 + 4 + 2
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("k_porj", r"'k_porj' matches no linear layer of this model; near are k_proj"),
+        ("attn.qvk", r"matches no linear layer .*near are .*qkv"),
+        ("langage", r"near are language"),
+        ("wxyz", r"presets are language, vision, projector, all"),
+        ("embed_tokens", r"matches no linear layer"),
+    ],
+)
+def test_a_key_that_means_nothing_is_told_with_near_names(key, message):
+    with pytest.raises(UserError, match=message):
+        names_of("q_proj", key)
+
+
+def test_a_tied_model_has_no_head_to_adapt():
+    with pytest.raises(UserError, match="'lm_head' matches no linear layer"):
+        names_of("lm_head", recipe=Recipe(tied=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "rank of 0 was asked for; it is 1 or more"),
+        ({"alpha": -1.0}, "alpha of -1 was asked for; it is above 0"),
+        ({"dropout": 1.0}, "dropout of 1 was asked for; wanted is 0 or more, below 1"),
+        ({"keys": ()}, "no LoRA keys; name layers"),
+        ({"layers": 0}, "the last 0 layers were asked for; it is 1 or more"),
+    ],
+)
+def test_settings_check_themselves(changes, message):
+    with pytest.raises(UserError, match=message):
+        LoraSettings(**changes)
+
+
+def test_a_model_is_adapted_once():
+    model = fresh()
+    adapt(model, LoraSettings(keys=("q_proj",)))
+    assert {name.rsplit(".", 1)[1] for name in trained(model)} == {"lora_A", "lora_B"}
+    with pytest.raises(UserError, match="has adapters already"):
+        adapt(model, LoraSettings(keys=("k_proj",)))
+
+
+def test_lora_alone_is_trained_and_only_what_holds_it_is_in_training_mode():
+    model, _ = adapted(tiny(CASE), keys=("q_proj", "mlp1.3"), layers=1, dora=True)
+    kinds = {name.rsplit(".", 1)[1] for name in trained(model)}
+    assert kinds == {"lora_A", "lora_B", "lora_magnitude_vector"}
+    assert len(trained(model)) == 2 * 3
+    assert model.training
+    assert model.language_model.model.layers[2].training
+    assert not model.language_model.model.layers[1].training
+    assert not any(module.training for module in model.vision_model.modules())
+
+
+@pytest.mark.parametrize(
+    ("parts", "inside"),
+    [
+        (("mlp1",), ("mlp1.",)),
+        (("vision_model",), ("vision_model.",)),
+        (("language_model",), ("language_model.",)),
+        (("lm_head", "mlp1.0"), ("language_model.lm_head.", "mlp1.0.")),
+        (
+            ("vision_model.encoder.layers.1", "norm"),
+            ("vision_model.encoder.layers.1.", "language_model.model.norm."),
+        ),
+        (("*layernorm*",), ("language_model.model.layers.",)),
+    ],
+)
+def test_the_named_parts_are_trained_and_nothing_else(parts, inside):
+    model = fresh()
+    set_trainable(model, parts)
+    everything = {name for name, _ in tree_flatten(model.parameters())}
+    found = trained(model)
+    assert found
+    assert all(name.startswith(inside) for name in found)
+    if parts[0] != "*layernorm*":
+        assert found == {name for name in everything if name.startswith(inside)}
+    else:
+        assert all("layernorm" in name for name in found)
+
+
+def test_parts_beside_adapters_leave_the_adapted_layers_own_weights_frozen():
+    model = fresh()
+    adapt(model, LoraSettings(rank=2, keys=("projector", "q_proj")))
+    set_trainable(model, ("lora", "mlp1"))
+    assert {n for n in trained(model) if n.startswith("mlp1") and "lora" not in n} == {
+        "mlp1.0.weight",
+        "mlp1.0.bias",
+    }
+    assert all(".base." not in name for name in trained(model))
+
+
+@pytest.mark.parametrize("part", ["vision_model", "vision_model.embeddings", "ls1"])
+def test_what_no_adapter_could_hold_is_refused_before_it_is_trained(part):
+    model = fresh()
+    adapt(model, LoraSettings(rank=2))
+    with pytest.raises(UserError, match=r"\.\w+ is trained beside adapters, and PEFT has no place"):
+        set_trainable(model, ("lora", part))
+
+
+def test_training_again_forgets_what_was_trained_before():
+    model = fresh()
+    set_trainable(model, ("language_model",))
+    set_trainable(model, ("mlp1",))
+    assert {name.split(".")[0] for name in trained(model)} == {"mlp1"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "part", "message"),
+    [
+        (CASE, "lora", "no adapters to train; adapt it first"),
+        (CASE, "vision_modle", "'vision_modle' names nothing .*near are vision_model"),
+        (CASE, "qqqq", "parts are lora, language_model, mlp1, vision_model, lm_head"),
+        (Recipe(tied=True), "lm_head", "its head is the embedding, train .*embed_tokens"),
+        (PACKED, "language_model", r"language_model\..* is quantized; train adapters over it"),
+        (PACKED, "embed_tokens", "embed_tokens is quantized"),
+    ],
+)
+def test_what_cannot_be_trained_is_told(recipe, part, message):
+    with pytest.raises(UserError, match=message):
+        set_trainable(fresh(recipe), (part,))
+
+
+def test_modes_return_after_an_evaluation():
+    model, _ = adapted(tiny(CASE), keys=("q_proj",))
+    before = {path: module.training for path, module in model.named_modules()}
+    model.eval()
+    into_training(model)
+    assert {path: module.training for path, module in model.named_modules()} == before
+    assert {*before.values()} == {True, False}
+
+
+@pytest.mark.parametrize("recipe", [CASE, PACKED], ids=["dense", "packed"])
+def test_switched_off_the_model_is_its_base_and_comes_back(recipe):
+    case = tiny(recipe)
+    plain = logits(fresh(recipe), case)
+    model, _ = adapted(case, keys=("all",), dora=True, dropout=0.5)
+    modes = [module.training for module in model.modules()]
+    with switched_off(model), switched_off(model):
+        np.testing.assert_array_equal(logits(model, case), plain)
+        assert not model.training
+    assert [module.training for module in model.modules()] == modes
+    assert relative_error(logits(model, case), plain) > 0.05
+
+
+def test_switched_off_ends_with_an_error_too():
+    model, _ = adapted(tiny(CASE), keys=("q_proj",))
+    with pytest.raises(KeyError), switched_off(model):
+        raise KeyError
+    assert all(layer.active for _, layer in adapters(model))
+
+
+def test_slopes_pass_an_adapter_that_is_switched_off_by():
+    model, _ = adapted(tiny(CASE), keys=("mlp1",))
+    x = mx.random.normal((2, 3, 384))
+
+    def score():
+        return model.mlp1[3](nn.gelu(model.mlp1[1](x))).square().sum()
+
+    with switched_off(model):
+        slopes = nn.value_and_grad(model, score)()[1]
+    assert not any(bool(mx.any(slope != 0)) for _, slope in tree_flatten(slopes))
+
+
+@pytest.mark.parametrize("recipe", [CASE, PACKED], ids=["dense", "packed"])
+def test_packed_weights_count_as_many_numbers_as_they_stand_for(recipe):
+    model = fresh(recipe)
+    whole = sum(x.size for _, x in tree_flatten(fresh(CASE).parameters()))
+    model.freeze()
+    assert (count_parameters(model).total, count_parameters(model).trainable) == (whole, 0)
+    adapt(model, LoraSettings(rank=2, keys=("mlp1.1",)))
+    set_trainable(model, ("lora",))
+    counts = count_parameters(model)
+    assert counts.trainable == 2 * (384 + 128)
+    assert counts.total == whole + counts.trainable
+    assert counts.share == pytest.approx(counts.trainable / counts.total)
+
+
+def test_the_same_seed_begins_the_same_adapter():
+    def first(seed):
+        mx.random.seed(seed)
+        model = fresh()
+        adapt(model, LoraSettings(keys=("q_proj",)))
+        return numbers(model.language_model.model.layers[1].self_attn.q_proj.lora_A)
+
+    np.testing.assert_array_equal(first(3), first(3))
+    assert relative_error(first(4), first(3)) > 0.1
+
+
+def test_an_adapter_folder_is_written_whole_or_not_at_all(tmp_path):
+    model, settings = adapted(tiny(CASE), keys=("q_proj",))
+    with pytest.raises(UserError, match="naming 'torch' was asked for; known are original, native"):
+        save_adapter(model, tmp_path / "a", settings, "torch")
+    assert [*tmp_path.iterdir()] == []
+    save_adapter(model, tmp_path / "a", settings)
+    with pytest.raises(CheckpointError, match="exists; name another folder"):
+        save_adapter(model, tmp_path / "a", settings)
+    before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    stirred(model, seed=8)
+    save_adapter(model, tmp_path / "a", settings, overwrite=True)
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_model_without_adapters_has_none_to_save(tmp_path):
+    with pytest.raises(UserError, match="has no adapters to save; save the model instead"):
+        save_adapter(fresh(), tmp_path / "a", LoraSettings())
+
+
+def test_adapted_layers_are_ours_and_float32():
+    model, _ = adapted(tiny(PACKED), keys=("language",))
+    layers = dict(adapters(model))
+    assert len(layers) == 21
+    for layer in layers.values():
+        assert isinstance(layer, LoRALinear)
+        assert isinstance(layer.base, nn.QuantizedLinear)
+        assert layer.lora_A.dtype == layer.lora_B.dtype == mx.float32
