@@ -105,8 +105,8 @@ def peer(folder: Path, photo: Path, loaded: tuple[Any, Any], *, kept: bool) -> f
 def written(folder: Path, *said: str) -> str:
     """Write a talk's prompt for mlx-vlm, which puts the photo where ``<image>`` stands."""
     from internvl3_mlx.config import read_config
-    from internvl3_mlx.prompt.template import Media, Turn, template_for
-    from internvl3_mlx.prompt.messages import ImageRun
+    from internvl3_mlx.prompt.messages import ImageRun, Media, Turn
+    from internvl3_mlx.prompt.template import template_for
 
     turns = [Turn("user", said[0], (Media((1,)),))]
     turns += [Turn("user" if n % 2 == 0 else "assistant", text) for n, text in enumerate(said)][1:]

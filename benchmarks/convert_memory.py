@@ -21,10 +21,10 @@ from mlx.utils import tree_flatten
 
 from benchmarks.checkpoint import Shape, config
 from benchmarks.vocabulary import QWEN_MERGES, write_tokenizer
-from internvl3_mlx.config import parse_config
-from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT
 from internvl3_mlx.checkpoints.reader import INDEX
+from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT
 from internvl3_mlx.checkpoints.writer import SHARD_BYTES, Entry, deal, header_bytes, shard_name
+from internvl3_mlx.config import parse_config
 from internvl3_mlx.models.internvl import InternVL
 
 GB = 1e9

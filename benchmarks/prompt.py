@@ -12,8 +12,8 @@ def chat_text(folder: Path, pictures: int) -> str:
     Left alone, mlx-vlm asks ``User: <image>...`` without system text or turn marks.
     """
     from internvl3_mlx.config import read_config
-    from internvl3_mlx.prompt.template import Media, Turn, template_for
-    from internvl3_mlx.prompt.messages import ImageRun
+    from internvl3_mlx.prompt.messages import ImageRun, Media, Turn
+    from internvl3_mlx.prompt.template import template_for
 
     turn = Turn("user", QUESTION, (Media(tiles=(1,)),) * pictures)
     parts = template_for(read_config(folder), folder).render([turn], None)

@@ -18,15 +18,19 @@ from pathlib import Path
 import mlx.core as mx
 
 from examples.demo_model.heldout import TASKS, Column, Item, items
-from internvl3_mlx.convert.calibrate import allocate
-from internvl3_mlx.convert.calibration.metrics import Figures, bits_by_part, compare, reference
 from internvl3_mlx.checkpoints.build_model import Opened, open_model
-from internvl3_mlx.convert.pipeline import Options, convert
-from internvl3_mlx.convert.calibration.calibrate import Wish, teach
-from internvl3_mlx.convert.recipes import MIXES, Recipe, mixed, recipe
-from internvl3_mlx.convert.calibration.data import Sample, continuation, prepared, read_samples
-from internvl3_mlx.convert.calibration.bit_allocation import Measured, module_at, sensitivities
 from internvl3_mlx.convert.calibration.awq import smooth
+from internvl3_mlx.convert.calibration.bit_allocation import (
+    Measured,
+    allocate,
+    module_at,
+    sensitivities,
+)
+from internvl3_mlx.convert.calibration.calibrate import Wish, teach
+from internvl3_mlx.convert.calibration.data import Sample, continuation, prepared, read_samples
+from internvl3_mlx.convert.calibration.metrics import Figures, bits_by_part, compare, reference
+from internvl3_mlx.convert.pipeline import Options, convert
+from internvl3_mlx.convert.recipes import MIXES, Recipe, mixed, recipe
 from internvl3_mlx.loading.resolve import DEMO_FOLDER
 
 LEARN_SEED, MEASURE_SEED, ASK_SEED = 101, 102, 0  # columns of the held-out scenes; 0 is "square"

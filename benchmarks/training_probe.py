@@ -56,9 +56,9 @@ def row_files(folder: Path, case: str) -> Path:
 def ours(case: str, folder: Path) -> Iterator[Round]:
     """Train by our own loop, as ``internvl3 train`` does; nothing is kept from an earlier run."""
     os.environ["INTERNVL3_CACHE"] = tempfile.mkdtemp()
-    from internvl3_mlx.training.setup import look_around
     from internvl3_mlx.training.config_file import build_recipe
     from internvl3_mlx.training.session import open_session
+    from internvl3_mlx.training.setup import look_around
     from internvl3_mlx.training.trainer import train
 
     given = {
@@ -192,7 +192,7 @@ def peer_rows(case: str, folder: Path) -> list[Any]:
 
 
 def peer_row(ids: np.ndarray, learned: np.ndarray, seen: Any) -> dict[str, mx.array]:
-    from internvl3_mlx.images.pixels import normalize
+    from internvl3_mlx.images.tiling import normalize
 
     pixels = normalize(np.concatenate([picture.tiles for picture in seen]))
     return {
@@ -205,10 +205,10 @@ def peer_row(ids: np.ndarray, learned: np.ndarray, seen: Any) -> dict[str, mx.ar
 
 def samples(case: str, folder: Path) -> list[Any]:
     """Make the samples or pairs of a case, as our trainer reads them."""
-    from internvl3_mlx.training.data_settings import DataSettings
-    from internvl3_mlx.training.setup import preparer_of
-    from internvl3_mlx.training.data.preprocess import Maker
+    from internvl3_mlx.training.config import DataSettings
     from internvl3_mlx.training.data.dataset import open_data
+    from internvl3_mlx.training.data.preprocess import Maker
+    from internvl3_mlx.training.setup import preparer_of
 
     maker = Maker(preparer_of(folder), DataSettings(method=case.split()[0]))
     data = open_data(row_files(folder, case), settings=maker.settings)

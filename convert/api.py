@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from internvl3_mlx import demo
-from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.model_card import Facts, base_model, read_licence, write_card
 from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.convert.calibration.metrics import Figures, bits_by_part
-from internvl3_mlx.convert.pipeline import Options, Outcome, check_places, convert
-from internvl3_mlx.convert.plan import make_plan
+from internvl3_mlx.checkpoints.writer import check_free
+from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.calibrate import (
     Calibration,
     Progress,
@@ -21,8 +18,11 @@ from internvl3_mlx.convert.calibration.calibrate import (
     calibrate,
     measure,
 )
+from internvl3_mlx.convert.calibration.metrics import Figures, bits_by_part
+from internvl3_mlx.convert.model_card import Facts, base_model, read_licence, write_card
+from internvl3_mlx.convert.pipeline import Options, Outcome, check_places, convert
+from internvl3_mlx.convert.plan import make_plan
 from internvl3_mlx.convert.recipes import Recipe
-from internvl3_mlx.checkpoints.writer import check_free
 from internvl3_mlx.prompt.tokenizer_files import read_json
 
 LIBRARIES = ("internvl3-mlx", "mlx", "huggingface-hub")

@@ -7,9 +7,9 @@ from typing import Any
 
 from internvl3_mlx.convert.plan import Plan
 from internvl3_mlx.convert.tokenizer_export import fast_tokenizer
-from internvl3_mlx.images.pixels import IMAGENET_MEAN, IMAGENET_STD
-from internvl3_mlx.prompt.tokenizer_files import read_json
+from internvl3_mlx.images.tiling import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.prompt.tokenizer import Tokenizer
+from internvl3_mlx.prompt.tokenizer_files import read_json
 
 TRAVELLING = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 CODE = "*.py"  # copied for the original layout only; never run here

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from internvl3_mlx.config import Quantization
-from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT, channels_first, channels_last
 from internvl3_mlx.checkpoints.reader import Checkpoint
-from internvl3_mlx.convert.config_writer import written_config
+from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT, Rows, channels_first, channels_last
+from internvl3_mlx.checkpoints.verify import prove
+from internvl3_mlx.checkpoints.writer import Entry, ShardWriter, check_room, writing_folder
+from internvl3_mlx.config import Quantization
+from internvl3_mlx.convert.aux_files import write_side_files
+from internvl3_mlx.convert.calibration.calibrate import prove_forward
 from internvl3_mlx.convert.calibration.metrics import Figures
+from internvl3_mlx.convert.config_writer import written_config
 from internvl3_mlx.convert.plan import (
     FLOATS,
     PACKED_PARTS,
@@ -22,13 +26,8 @@ from internvl3_mlx.convert.plan import (
     make_plan,
     packed,
 )
-from internvl3_mlx.checkpoints.verify import prove
-from internvl3_mlx.convert.calibration.calibrate import prove_forward
 from internvl3_mlx.convert.recipes import Recipe
 from internvl3_mlx.convert.row_reader import DTYPES, NAMES, as_bytes, not_finite, slabs
-from internvl3_mlx.convert.segments import Rows
-from internvl3_mlx.convert.aux_files import write_side_files
-from internvl3_mlx.checkpoints.writer import Entry, ShardWriter, check_room, writing_folder
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 

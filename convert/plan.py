@@ -8,18 +8,25 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.config import ModelConfig, Quantization, read_config
-from internvl3_mlx.adapters.embedded import split_adapters
-from internvl3_mlx.checkpoints.remap import COLOURS, PATCH_WEIGHT, arrange
 from internvl3_mlx.adapters.attach import check_fit
-from internvl3_mlx.checkpoints.reader import Checkpoint, open_checkpoint
+from internvl3_mlx.adapters.embedded import split_adapters
 from internvl3_mlx.adapters.merge import fused_pieces
-from internvl3_mlx.checkpoints.keymap import KeyMap
 from internvl3_mlx.adapters.peft import Adapter, read_adapter
-from internvl3_mlx.convert.recipes import Recipe, fitting
-from internvl3_mlx.convert.row_reader import DTYPES, NAMES, WORD_BITS, RowReader
-from internvl3_mlx.convert.segments import Rows, compose, place_rows
+from internvl3_mlx.checkpoints.build_model import fitting
+from internvl3_mlx.checkpoints.keymap import KeyMap
+from internvl3_mlx.checkpoints.reader import Checkpoint, open_checkpoint
+from internvl3_mlx.checkpoints.remap import (
+    COLOURS,
+    PATCH_WEIGHT,
+    Rows,
+    arrange,
+    compose,
+    place_rows,
+)
 from internvl3_mlx.checkpoints.writer import Entry
+from internvl3_mlx.config import ModelConfig, Quantization, read_config
+from internvl3_mlx.convert.recipes import Recipe
+from internvl3_mlx.convert.row_reader import DTYPES, NAMES, WORD_BITS, RowReader
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
 

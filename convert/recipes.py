@@ -1,17 +1,16 @@
 """Quantization recipes: which module gets how many bits."""
 
+import difflib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
-
+from internvl3_mlx.checkpoints.build_model import Choice
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.errors import UserError
-
-Choice = Quantization | None  # None: stays dense
 
 PROJECTOR_BITS = 8  # every picture passes through mlp1: fewer bits blur all of them
 PROJECTOR = re.compile(r"mlp1\.")
@@ -167,22 +166,79 @@ def mixed(name: str, group_size: int | None = None, *, vision: int | None = None
     return replace(plain, name=name + suffix, rules=rules)
 
 
-def fitting(choose: Callable[[str], Choice]) -> Callable[[str, nn.Module], Choice]:
-    """Restrict a choice to modules that can be packed: widths that part into groups."""
-
-    def choice(path: str, module: nn.Module) -> Choice:
-        chosen = choose(path) if hasattr(module, "to_quantized") else None
-        return chosen if chosen and module.weight.shape[-1] % chosen.group_size == 0 else None
-
-    return choice
+KEYS = ("name", "text", "projector", "vision", "modules")
+FORM_KEYS = ("bits", "group_size", "mode", "layers")
+LAYERS = ("all", "sensitive")
+DENSE = "dense"
 
 
-def predicate(choose: Callable[[str], Choice]) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
-    """Say the same to ``mlx.nn.quantize``."""
-    fits = fitting(choose)
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file. Raises UserError that names the file and the key."""
+    content = read_yaml(path, f"the keys {', '.join(KEYS)}")
+    check_keys(content, KEYS, str(path))
+    if "text" not in content:
+        raise UserError(f"{path} lacks text, the bits of the language model")
+    projector = read_form(content.get("projector", PROJECTOR_BITS), f"{path}: projector")
+    if projector is not None and projector.bits < PROJECTOR_BITS:
+        raise UserError(
+            f"{path}: projector {projector.bits}; the projector takes {PROJECTOR_BITS} bits or "
+            "dense, for every picture passes through it"
+        )
+    return Recipe(
+        name=str(content.get("name", path.stem)),
+        text=read_form(content["text"], f"{path}: text"),
+        projector=projector,
+        vision=read_form(content.get("vision", DENSE), f"{path}: vision"),
+        rules=tuple(read_rules(content.get("modules") or {}, path)),
+    )
 
-    def asked(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        chosen = fits(path, module)
-        return asdict(chosen) if chosen else False
 
-    return asked
+def read_yaml(path: Path, wanted: str) -> Mapping[str, Any]:
+    """Read a YAML file of keys. Raises UserError that says what is ``wanted``, in one line."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} is not YAML: {line}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no recipe; wanted are {wanted}")
+    return content
+
+
+def read_rules(table: Any, path: Path) -> Iterable[Rule]:
+    if not isinstance(table, Mapping):
+        raise UserError(f"{path}: modules wants a table of paths, such as lm_head: 6")
+    for match, value in table.items():
+        where = f"{path}: modules: {match}"
+        layers = value.get("layers", "all") if isinstance(value, Mapping) else "all"
+        if layers not in LAYERS:
+            raise UserError(f"{where}: layers is {layers!r}; known are {', '.join(LAYERS)}")
+        yield Rule(str(match), read_form(value, where), layers == "sensitive")
+
+
+def read_form(value: Any, where: str) -> Choice:
+    """Read bits, a table of them, or ``dense``."""
+    if value is None or value == DENSE:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"bits": value}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is {value!r}; wanted are bits, a table with bits, or {DENSE}")
+    check_keys(value, FORM_KEYS, where)
+    try:
+        return packing(value.get("bits"), value.get("group_size"), value.get("mode", "affine"))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def check_keys(found: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+    names = list(known)
+    for key in found:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+            raise UserError(f"{where}: no key {key!r}; {hint}")

@@ -12,12 +12,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from internvl3_mlx.config import Quantization
 from internvl3_mlx.adapters.embedded import Adapter
-from internvl3_mlx.checkpoints.reader import Checkpoint
 from internvl3_mlx.adapters.merge import Piece, changed
-from internvl3_mlx.convert.headers import ITEM_BYTES
-from internvl3_mlx.convert.segments import Rows
+from internvl3_mlx.checkpoints.reader import ITEM_BYTES, Checkpoint
+from internvl3_mlx.checkpoints.remap import Rows
+from internvl3_mlx.config import Quantization
 from internvl3_mlx.errors import CheckpointError
 from internvl3_mlx.models.lora import widened
 

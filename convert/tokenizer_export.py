@@ -5,15 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.prompt.sentencepiece import open_pieces
+from internvl3_mlx.prompt.tokenizer import QWEN_SPLIT
 from internvl3_mlx.prompt.tokenizer_files import (
     AddedToken,
     read_added_tokens,
     read_json,
     read_text,
 )
-from internvl3_mlx.prompt.tokenizer import QWEN_SPLIT
-from internvl3_mlx.prompt.vocabulary import SPACE
+from internvl3_mlx.prompt.vocabulary import SPACE, open_pieces
 
 Json = dict[str, Any]
 

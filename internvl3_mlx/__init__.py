@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     )
     from internvl3_mlx.generation.answer import Answer, Piece
     from internvl3_mlx.generation.conversation import Conversation
-    from internvl3_mlx.generation.processor import Inputs
     from internvl3_mlx.generation.generation_config import Settings
+    from internvl3_mlx.generation.processor import Inputs
     from internvl3_mlx.generation.vlm import VLM, load
-    from internvl3_mlx.prompt.template import Media, Turn
+    from internvl3_mlx.prompt.messages import Media, Turn
 
     __version__: str
 
@@ -54,10 +54,10 @@ HOMES = {
     "Answer": "generation.answer",
     "Conversation": "generation.conversation",
     "Inputs": "generation.processor",
-    "Media": "prompt.template",
+    "Media": "prompt.messages",
     "Piece": "generation.answer",
     "Settings": "generation.generation_config",
-    "Turn": "prompt.template",
+    "Turn": "prompt.messages",
     "load": "generation.vlm",
 }
 

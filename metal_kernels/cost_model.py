@@ -7,8 +7,7 @@ multiplication and an addition count as two operations.
 from dataclasses import dataclass
 
 from internvl3_mlx.metal_kernels.flash_decode import TILE_ROWS, TILES_FROM, split_count
-from internvl3_mlx.metal_kernels.kv_layout import RowLayout
-from internvl3_mlx.metal_kernels.store import WHOLE
+from internvl3_mlx.metal_kernels.kv_layout import WHOLE, RowLayout
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit number, and of float32
 

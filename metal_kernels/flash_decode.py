@@ -11,16 +11,13 @@ from functools import cached_property, lru_cache
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels import dispatch, self_test, table
+from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 from internvl3_mlx.metal_kernels.dispatch import SIMD, Launch, Program
-from internvl3_mlx.metal_kernels.merge import as_batch as as_batch
-from internvl3_mlx.metal_kernels.merge import as_rows as as_rows
-from internvl3_mlx.metal_kernels.merge import merge as merge
 from internvl3_mlx.metal_kernels.kv_layout import HEAD_DIMS, RowLayout, pack
-from internvl3_mlx.metal_kernels.store import WHOLE as WHOLE
-from internvl3_mlx.metal_kernels.store import Dense as Dense
-from internvl3_mlx.metal_kernels.store import PackedRows as PackedRows
-from internvl3_mlx.metal_kernels.store import Store as Store
+from internvl3_mlx.metal_kernels.kv_layout import WHOLE as WHOLE
+from internvl3_mlx.metal_kernels.kv_layout import Dense as Dense
+from internvl3_mlx.metal_kernels.kv_layout import PackedRows as PackedRows
+from internvl3_mlx.metal_kernels.kv_layout import Store as Store
 
 MOST_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
 LONGEST_DRAFT = 8  # new tokens; from there on unpacking and MLX's own attention cost less
@@ -52,7 +49,11 @@ def flash_decode(
     that sees nothing gets 0 and LOWEST. ``scale``: 1 / sqrt(D) if not given.
     """
     variant = FlashVariant.of(q, store, causal)
-    run = flash_decode_kernel if variant.fits and self_test.usable(variant) else flash_decode_reference
+    run = (
+        flash_decode_kernel
+        if variant.fits and self_test.usable(variant)
+        else flash_decode_reference
+    )
     return run(q, store, lengths, scale=scale, causal=causal)
 
 
@@ -69,7 +70,7 @@ def attend(
 def chosen(variant: "FlashVariant", tokens: int) -> bool:
     """Say whether the kernel is to be taken: asked for, or measured to be faster, and sound."""
     forced = dispatch.setting() == dispatch.FORCE
-    wanted = variant.fits and (forced or table.pays(variant.case, tokens))
+    wanted = variant.fits and (forced or registry.pays(variant.case, tokens))
     return wanted and self_test.usable(variant)
 
 
@@ -226,7 +227,7 @@ class FlashVariant:
     @cached_property
     def case(self) -> str:
         """Name what the table knows: it is measured with one query row of each head."""
-        return table.Entry("flash_decode", self.bits, self.head_dim, self.rows).case
+        return registry.Entry("flash_decode", self.bits, self.head_dim, self.rows).case
 
     def both(self) -> list[tuple[mx.array, mx.array]]:
         """Run two sequences with two key-value heads as answers do: one length for all, and room
@@ -253,3 +254,26 @@ class FlashVariant:
 
 
 flash_variant = lru_cache(maxsize=256)(FlashVariant)  # one object a form, which knows its name
+
+
+def merge(
+    out_a: mx.array, lse_a: mx.array, out_b: mx.array, lse_b: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Weigh two results by their log-sum-exp. out: (B, H, L, D), lse: (B, H, L) float32, twice
+    -> the same of both stretches together."""
+    top = mx.maximum(lse_a, lse_b)
+    weight_a, weight_b = mx.exp(lse_a - top), mx.exp(lse_b - top)
+    total = weight_a + weight_b
+    share_a, share_b = (weight_a / total)[..., None], (weight_b / total)[..., None]
+    out = out_a.astype(mx.float32) * share_a + out_b.astype(mx.float32) * share_b
+    return out.astype(out_a.dtype), top + mx.log(total)
+
+
+def as_rows(q: mx.array) -> mx.array:
+    """Let candidates read one prefix together: (N, H, 1, D) -> (1, H, N, D)."""
+    return q.swapaxes(0, 2)
+
+
+def as_batch(x: mx.array) -> mx.array:
+    """Give each candidate its own again: (1, H, N, D) -> (N, H, 1, D), (1, H, N) -> (N, H, 1)."""
+    return x.swapaxes(0, 2)

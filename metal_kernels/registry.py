@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from importlib.resources import files
@@ -10,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels import dispatch
+from internvl3_mlx.metal_kernels import dispatch, registry
 
 PROBES, TABLE = "probes.json", "table.json"
 
@@ -61,3 +63,42 @@ def text_digest() -> str:
     shaders = sorted((files(__package__) / "shaders").iterdir(), key=lambda file: file.name)
     texts = [file.read_bytes() for file in shaders if file.name.endswith(".metal")]
     return blake2b(b"".join(texts), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured case: the kernel pays from ``tokens`` on; None: nowhere.
+
+    ``bits``: 16 for numbers that are not packed; ``rows``: query heads per key-value head.
+    """
+
+    kernel: str
+    bits: int
+    head_dim: int
+    rows: int
+    tokens: int | None = None
+
+    @property
+    def case(self) -> str:
+        return f"{self.kernel}, {self.bits} bits, head_dim {self.head_dim}, {self.rows} rows"
+
+
+def pays(case: str, tokens: int) -> bool:
+    """Say whether the kernel was measured to be faster at this many tokens."""
+    start = measured().get(case)
+    return start is not None and tokens >= start
+
+
+@lru_cache(maxsize=1)
+def measured() -> dict[str, int]:
+    """Read the table once: case -> first token count that pays. Empty where none was written, or
+    nothing pays: then a token costs no look at our kernels."""
+    found = registry.recall(registry.TABLE)
+    return {case: start for case, start in found.items() if isinstance(start, int)}
+
+
+def write_table(entries: Iterable[Entry]) -> bool:
+    """Replace this machine's table; False where the cache folder cannot be written."""
+    written = registry.remember(registry.TABLE, {entry.case: entry.tokens for entry in entries})
+    measured.cache_clear()
+    return written

@@ -133,7 +133,9 @@ def self_check(variants: Iterable[Variant]) -> Iterator[KernelState]:
 
 def recalled() -> dict[str, KernelState]:
     try:
-        return {name: KernelState(**kept) for name, kept in registry.recall(registry.PROBES).items()}
+        return {
+            name: KernelState(**kept) for name, kept in registry.recall(registry.PROBES).items()
+        }
     except TypeError:  # written by a version with other fields
         return {}
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from fixtures.checkpoints import write_json
-from fixtures.loaded_models import tiny
 from fixtures.damaged_checkpoints import copied, edit_config, edit_weights, refusal
+from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 from safetensors.torch import load_file, save_file
 

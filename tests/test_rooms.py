@@ -45,7 +45,7 @@ HOMES = {
     "prompt_toolkit": {"cli"},
 }
 SLOW = {"transformers", "mlx_lm"}  # seconds to import, so never at the top of a module
-LONGEST_FUNCTION, LONGEST_FILE = 60, 300
+LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 
 
 def source_files() -> list[Path]:
@@ -127,7 +127,7 @@ def test_imports_are_absolute(path):
 
 @each_file
 def test_only_the_screen_prints(path):
-    if path.relative_to(ROOT) == Path(PACKAGE, "cli", "screen.py"):
+    if path.relative_to(ROOT) == Path(PACKAGE, "cli", "console.py"):
         return
     calls = [
         node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)

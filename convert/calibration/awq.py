@@ -15,8 +15,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.calibration.data import Sample
 from internvl3_mlx.convert.calibration.bit_allocation import embedded, rounded
+from internvl3_mlx.convert.calibration.data import Sample
 from internvl3_mlx.models.internvl import InternVL
 
 EXPONENTS = tuple(step / 10 for step in range(11))  # of the activations' means; 0: no scaling

@@ -9,19 +9,24 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from internvl3_mlx.config import Quantization
 from internvl3_mlx.adapters.attach import attach
-from internvl3_mlx.convert.calibrate import Allocation, allocate
-from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.convert.calibration.gptq import round_with_feedback
-from internvl3_mlx.convert.calibration.dwq import learn, learned_tensors, pack_fixed
-from internvl3_mlx.convert.calibration.metrics import Figures, compare, reference
-from internvl3_mlx.checkpoints.build_model import Opened, open_model
 from internvl3_mlx.adapters.peft import read_adapter
-from internvl3_mlx.convert.recipes import Recipe
-from internvl3_mlx.convert.calibration.data import Sample, read_samples, split
-from internvl3_mlx.convert.calibration.bit_allocation import Measured, module_at, sensitivities
+from internvl3_mlx.checkpoints.build_model import Opened, open_model
+from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.awq import changed_tensors, smooth
+from internvl3_mlx.convert.calibration.bit_allocation import (
+    Allocation,
+    Measured,
+    allocate,
+    module_at,
+    sensitivities,
+)
+from internvl3_mlx.convert.calibration.data import Sample, read_samples, split
+from internvl3_mlx.convert.calibration.dwq import learn, learned_tensors, pack_fixed
+from internvl3_mlx.convert.calibration.gptq import round_with_feedback
+from internvl3_mlx.convert.calibration.metrics import Figures, compare, reference
+from internvl3_mlx.convert.recipes import Recipe
 from internvl3_mlx.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # what is being done, how far, of how much

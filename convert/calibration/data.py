@@ -11,10 +11,10 @@ import numpy as np
 
 from internvl3_mlx.checkpoints.build_model import Opened
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.images.pixels import TilePolicy, to_tiles
 from internvl3_mlx.images.load import open_picture
+from internvl3_mlx.images.tiling import TilePolicy, to_tiles
 from internvl3_mlx.models.cache import KVCache
-from internvl3_mlx.prompt.template import Media, Turn
+from internvl3_mlx.prompt.messages import Media, Turn
 
 QUESTIONS = (  # asked in turn when a folder brings none of its own
     "What is in this picture?",

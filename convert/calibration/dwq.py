@@ -15,11 +15,11 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from internvl3_mlx.config import Quantization
+from internvl3_mlx.convert.calibration.bit_allocation import module_at
+from internvl3_mlx.convert.calibration.data import Sample
 from internvl3_mlx.convert.calibration.gptq import Packed
 from internvl3_mlx.convert.calibration.metrics import divergence, normalized
 from internvl3_mlx.convert.row_reader import unpacked
-from internvl3_mlx.convert.calibration.data import Sample
-from internvl3_mlx.convert.calibration.bit_allocation import module_at
 from internvl3_mlx.models.internvl import InternVL
 
 LEARNING_RATE = 1e-4

@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.row_reader import unpacked
-from internvl3_mlx.convert.calibration.data import Sample
-from internvl3_mlx.convert.calibration.bit_allocation import HEAD, LAYER_UNITS, embedded, module_at
 from internvl3_mlx.convert.calibration.awq import Recorder
+from internvl3_mlx.convert.calibration.bit_allocation import HEAD, LAYER_UNITS, embedded, module_at
+from internvl3_mlx.convert.calibration.data import Sample
+from internvl3_mlx.convert.row_reader import unpacked
 from internvl3_mlx.models.internvl import InternVL
 
 DAMPING = 0.01  # of the mean diagonal: keeps the inverse of few samples' statistics steady

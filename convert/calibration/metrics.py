@@ -8,11 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.config import read_config
-from internvl3_mlx.checkpoints.remap import arrange
 from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.convert.row_reader import WORD_BITS
+from internvl3_mlx.checkpoints.remap import arrange
+from internvl3_mlx.config import read_config
 from internvl3_mlx.convert.calibration.data import Sample
+from internvl3_mlx.convert.row_reader import WORD_BITS
 from internvl3_mlx.models.internvl import InternVL
 
 PARTS = {"vision_model": "vision tower", "mlp1": "projector", "language_model": "language model"}

@@ -12,7 +12,7 @@ from examples.demo_model.scenes import SEEN, Scene, compose
 from examples.demo_model.sprites import SpriteBank
 from examples.demo_model.stages import ONE, Grid, Lessons
 from examples.demo_model.vocabulary import TRAIN_STYLES
-from internvl3_mlx.images.pixels import TilePolicy, to_tiles
+from internvl3_mlx.images.tiling import TilePolicy, to_tiles
 
 TRAINING_SEED = 1  # first word of every training seed; evaluation uses another
 BANK_STEPS = 300  # steps after which sprites are drawn anew

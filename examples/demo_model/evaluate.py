@@ -19,7 +19,7 @@ from examples.demo_model.heldout import COLUMNS, TASKS, Item, items
 from examples.demo_model.model import DemoConfig, InternVL
 from examples.demo_model.rows import DELTAS, RowBuilder, visual_positions
 from examples.demo_model.tokenizer import open_tokenizer
-from internvl3_mlx.images.pixels import normalize, to_tiles
+from internvl3_mlx.images.tiling import normalize, to_tiles
 
 LONGEST = 12  # tokens an answer may take
 GROUP = 40  # pictures answered together

@@ -12,8 +12,8 @@ from internvl3_mlx import load
 from internvl3_mlx.generation.batch_generate import answers
 from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.generation.vlm import VLM
-from internvl3_mlx.training.data.schema import read_row
 from internvl3_mlx.training.data.dataset import open_data
+from internvl3_mlx.training.data.schema import read_row
 
 LONGEST = 16  # tokens of an answer
 TOGETHER = 16  # answers written at once

@@ -17,8 +17,8 @@ from PIL import Image
 
 from examples.finetune_demo.kinds import picture, save, stream, write
 from internvl3_mlx import load
-from internvl3_mlx.generation.prompt_cache import Memory
 from internvl3_mlx.generation.generation_config import Settings
+from internvl3_mlx.generation.prompt_cache import Memory
 from internvl3_mlx.generation.vlm import VLM
 
 WORDINGS = ("At the {}, what kind of thing is it?", "At the {}: what kind of thing?")

@@ -7,11 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.checkpoints.keymap import listed
 from internvl3_mlx.adapters.peft import Adapter
+from internvl3_mlx.checkpoints.keymap import listed
 from internvl3_mlx.errors import KeyMapError
-from internvl3_mlx.models.factors import Factors
-from internvl3_mlx.models.lora import LoRALinear, adapters, replace_module, sides
+from internvl3_mlx.models.lora import Factors, LoRALinear, adapters, replace_module, sides
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 Shapes = Mapping[str, tuple[int, ...]]

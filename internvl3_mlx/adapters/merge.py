@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from internvl3_mlx.adapters.attach import check_fit
 from internvl3_mlx.adapters.peft import Adapter
-from internvl3_mlx.convert.segments import Rows
-from internvl3_mlx.models.factors import Factors
+from internvl3_mlx.checkpoints.remap import Rows
+from internvl3_mlx.models.lora import Factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,3 +64,15 @@ def changed(x: mx.array, part: Rows, pieces: Sequence[Piece]) -> mx.array:
     if not out:
         return x
     return mx.concatenate([*out, x[at - part.start :]])
+
+
+def merged(weights: Mapping[str, mx.array], adapter: Adapter) -> dict[str, mx.array]:
+    """Merge an adapter into dense weights; raise when it is not of their model."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    check_fit(adapter, shapes)
+    changed = {
+        name: factors.applied(weights[name]).astype(weights[name].dtype)
+        for name, factors in adapter.changes.items()
+    }
+    replaced = {name: x.astype(weights[name].dtype) for name, x in adapter.whole.items()}
+    return {**weights, **changed, **replaced}

@@ -9,15 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.config import ModelConfig, read_config
-from internvl3_mlx.checkpoints.remap import arrange, moved
-from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.adapters.peft import SETTINGS, WEIGHTS, Adapter, read_adapter, renamed
 from internvl3_mlx.checkpoints.keymap import KeyMap
-from internvl3_mlx.adapters.peft import SETTINGS, WEIGHTS, Adapter, read_adapter
-from internvl3_mlx.convert.renaming import renamed
+from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.checkpoints.remap import arrange, moved
 from internvl3_mlx.checkpoints.writer import writing_folder
+from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.errors import KeyMapError, UserError
-from internvl3_mlx.models.factors import Factors
+from internvl3_mlx.models.lora import Factors
 
 PREFIX = "base_model.model."
 # our word for a naming -> the layout whose names it writes; "mlx" keeps a run's factors to the bit

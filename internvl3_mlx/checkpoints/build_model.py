@@ -1,17 +1,18 @@
 """A checkpoint as a bare model under the checkpoint's names: to measure, calibrate and compare."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.config import ModelConfig, read_config
-from internvl3_mlx.checkpoints.remap import arrange, arranged, check_tensors
-from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.checkpoints.keymap import Move
-from internvl3_mlx.convert.recipes import predicate
+from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.checkpoints.remap import arrange, arranged, check_tensors
+from internvl3_mlx.config import ModelConfig, Quantization, read_config
 from internvl3_mlx.errors import ConfigError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, template_for
@@ -70,3 +71,27 @@ def computable(x: mx.array) -> mx.array:
     """Widen 16-bit numbers on a CPU, where their arithmetic is emulated."""
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     return x.astype(mx.float32) if on_cpu and mx.issubdtype(x.dtype, mx.floating) else x
+
+
+Choice = Quantization | None  # None: stays dense
+
+
+def fitting(choose: Callable[[str], Choice]) -> Callable[[str, nn.Module], Choice]:
+    """Restrict a choice to modules that can be packed: widths that part into groups."""
+
+    def choice(path: str, module: nn.Module) -> Choice:
+        chosen = choose(path) if hasattr(module, "to_quantized") else None
+        return chosen if chosen and module.weight.shape[-1] % chosen.group_size == 0 else None
+
+    return choice
+
+
+def predicate(choose: Callable[[str], Choice]) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+    """Say the same to ``mlx.nn.quantize``."""
+    fits = fitting(choose)
+
+    def asked(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        chosen = fits(path, module)
+        return asdict(chosen) if chosen else False
+
+    return asked

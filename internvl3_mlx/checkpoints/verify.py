@@ -4,8 +4,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.convert.headers import TensorInfo
+from internvl3_mlx.checkpoints.reader import TensorInfo, open_checkpoint
 from internvl3_mlx.checkpoints.writer import Entry
 from internvl3_mlx.errors import CheckpointError
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from internvl3_mlx.checkpoints.reader import INDEX, WEIGHTS
-from internvl3_mlx.convert.headers import ITEM_BYTES, METADATA
+from internvl3_mlx.checkpoints.reader import INDEX, ITEM_BYTES, METADATA, WEIGHTS
 from internvl3_mlx.errors import CheckpointError
 
 GB = 1_000_000_000

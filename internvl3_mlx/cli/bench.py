@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import system_info, options, progress, console
+from internvl3_mlx.cli import console, options, progress, system_info
 from internvl3_mlx.cli.options import SectionedCommand
 from internvl3_mlx.errors import UserError
 
 if TYPE_CHECKING:
-    from internvl3_mlx.profiling.suite import Bench
-    from internvl3_mlx.profiling.results import Figure
     from internvl3_mlx.profiling.limits import Limits
+    from internvl3_mlx.profiling.results import Figure
+    from internvl3_mlx.profiling.suite import Bench
 
 GROUPS = ("tower", "prefill", "decode", "kernels")  # in the order of the report
 NOT_KEPT = "where kernels pay; only a run without --quick and --contexts keeps it"
@@ -117,7 +117,9 @@ def as_table(run: "Bench", limits: "Limits", device: dict[str, Any], model: str)
     pays = {e.case: f"from {e.tokens:,} tokens" for e in run.entries if e.tokens is not None}
     missing = sorted({figure.why for figure in run.figures if figure.why})
     return {
-        "machine": system_info.with_units({"system": system_info.system(), **device, "model": model}),
+        "machine": system_info.with_units(
+            {"system": system_info.system(), **device, "model": model}
+        ),
         "limits": limits.told(),
         **{group: rows for group, rows in groups.items() if rows},
         "kernels pay": pays or "nowhere yet",

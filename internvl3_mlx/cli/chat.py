@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import options, console
-from internvl3_mlx.cli.slash_commands import ALIASES, COMMANDS
+from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli.chat_session import Session
 from internvl3_mlx.cli.generate import UNTRAINED
 from internvl3_mlx.cli.input_line import Dropped, kind_of, shown
-from internvl3_mlx.cli.system_info import hear_kernels
-from internvl3_mlx.cli.options import SectionedCommand
-from internvl3_mlx.cli.chat_session import Session
 from internvl3_mlx.cli.line_reader import open_reader
+from internvl3_mlx.cli.options import SectionedCommand
+from internvl3_mlx.cli.slash_commands import ALIASES, COMMANDS
+from internvl3_mlx.cli.system_info import hear_kernels
 from internvl3_mlx.cli.thumbnails import drawer
 from internvl3_mlx.errors import UserError
 
@@ -142,7 +142,7 @@ def bits_of(vlm: "VLM") -> int:
 def memory_words() -> str:
     import mlx.core as mx
 
-    from internvl3_mlx.loading.memory import gpu_bytes
+    from internvl3_mlx.device import gpu_bytes
 
     return f"{mx.get_active_memory() / 1e9:.1f} of {gpu_bytes() / 1e9:.0f} GB"
 

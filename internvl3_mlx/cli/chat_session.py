@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.cli import console
-from internvl3_mlx.cli.slash_commands import Command, named
 from internvl3_mlx.cli.input_line import Dropped, open_dropped, read_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
+from internvl3_mlx.cli.slash_commands import Command, named
 from internvl3_mlx.cli.thumbnails import Draw
 from internvl3_mlx.errors import InternVL3Error, UserError
 
@@ -88,7 +88,7 @@ class Session:
             self.pending.append(Attached(name, seen))
             console.hint(about(name, seen))
             if self.draw is not None:
-                from internvl3_mlx.images.preview import preview_png
+                from internvl3_mlx.images.load import preview_png
 
                 console.raw(self.draw(preview_png(picture)))
 

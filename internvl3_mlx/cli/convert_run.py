@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import progress, console
+from internvl3_mlx.cli import console, progress
 from internvl3_mlx.errors import UserError
 
 if TYPE_CHECKING:
-    from internvl3_mlx.convert.pipeline import Outcome
     from internvl3_mlx.convert.calibration.calibrate import Calibration
+    from internvl3_mlx.convert.pipeline import Outcome
     from internvl3_mlx.convert.recipes import Recipe
 
 PACKING = ("q_bits", "q_group_size", "q_mode", "q_vision", "recipe", "calibrate", "target_bpw")
@@ -48,7 +48,7 @@ class Asked:
 class Request(Asked):
     """The command line of a conversion, as one value."""
 
-    recipes: bool
+    quantize: bool
     q_bits: int | None
     q_group_size: int | None
     q_mode: str | None
@@ -81,7 +81,7 @@ def check(request: Request) -> None:
 
 def check_upload(request: Asked) -> None:
     if request.upload_repo is not None:
-        from internvl3_mlx.loading.upload import check_name
+        from internvl3_mlx.loading.hub import check_name
 
         check_name(request.upload_repo)
 
@@ -147,7 +147,7 @@ def chosen_recipe(request: Request) -> "Recipe | None":
     if not request.packs or request.calibrate is not None:
         return None
     from internvl3_mlx.convert import recipes
-    from internvl3_mlx.convert.recipe_file import read_recipe
+    from internvl3_mlx.convert.recipes import read_recipe
 
     if request.recipe is None:
         return recipes.recipe(
@@ -203,7 +203,7 @@ def measured(request: Request, session: Any) -> Any:
 
 
 def uploaded(request: Asked, session: Any) -> str:
-    from internvl3_mlx.loading.upload import upload
+    from internvl3_mlx.loading.hub import upload
 
     def ask(question: str) -> bool:
         return request.yes or (sys.stdin.isatty() and click.confirm(question, err=True))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from internvl3_mlx.cli import system_info, options, progress, console
+from internvl3_mlx.cli import console, options, progress, system_info
 from internvl3_mlx.cli.options import SectionedCommand
 
 FAILED = 1
@@ -47,9 +47,9 @@ def doctor(as_json: bool, quiet: bool) -> None:
 
 def about() -> dict[str, Any]:
     """Describe the machine and what was asked of the kernels."""
-    from internvl3_mlx.metal_kernels import dispatch, table
+    from internvl3_mlx.metal_kernels import dispatch, registry
 
-    pays = {case: f"from {start:,} tokens" for case, start in table.measured().items()}
+    pays = {case: f"from {start:,} tokens" for case, start in registry.measured().items()}
     return {
         "versions": system_info.versions(),
         "device": system_info.device(),
@@ -68,7 +68,7 @@ def checks() -> Iterator[dict[str, str]]:
 
 
 def of_kernels() -> Iterator[dict[str, str]]:
-    from internvl3_mlx.metal_kernels import variants, dispatch, self_test
+    from internvl3_mlx.metal_kernels import dispatch, self_test, variants
 
     if not dispatch.metal_available():
         yield line("Metal kernels", "skipped", NO_METAL)

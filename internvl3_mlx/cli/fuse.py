@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import options, progress
+from internvl3_mlx.cli.convert import writing
 from internvl3_mlx.cli.convert_run import (
     Asked,
     check_upload,
@@ -16,7 +17,6 @@ from internvl3_mlx.cli.convert_run import (
     show,
     uploaded,
 )
-from internvl3_mlx.cli.convert import writing
 from internvl3_mlx.cli.options import SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 
@@ -100,8 +100,8 @@ def rename(request: Request) -> None:
 
 
 def run(request: Request) -> None:
-    from internvl3_mlx.convert.pipeline import Options
     from internvl3_mlx.convert.api import Session
+    from internvl3_mlx.convert.pipeline import Options
 
     started = time.perf_counter()
     assert request.target is not None

@@ -6,15 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import options, console
+from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.input_line import Dropped, kind_of, open_dropped
-from internvl3_mlx.cli.system_info import hear_kernels
 from internvl3_mlx.cli.options import STDIN, Output, SectionedCommand
+from internvl3_mlx.cli.system_info import hear_kernels
 from internvl3_mlx.errors import InternVL3Error, UserError
 
 if TYPE_CHECKING:
     from internvl3_mlx import VLM, Answer
     from internvl3_mlx.images.load import Picture
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from internvl3_mlx import VLM, Answer, Inputs, Settings
+    from internvl3_mlx.images.load import Picture
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from internvl3_mlx import Answer
 
 UNTRAINED = "the demo model is untrained; its answers are noise (it shows that everything runs)"
 SOME_FAILED, ALL_MISTAKEN = 1, 2
@@ -84,14 +94,10 @@ def generate(
     numbers = (flags["batch_size"], flags["samples"] or 0)
     request = Request(question, sources, settings, flags["loading"], output, *numbers)
     if output.each and request.batch_size > 1:
-        from internvl3_mlx.cli.batches import answer_batches
-
         raise SystemExit(answer_batches(request))
     if output.each:
         raise SystemExit(_answer_each(request))
     if request.samples:
-        from internvl3_mlx.cli.samples import answer_samples
-
         answer_samples(request)
     else:
         _answer_once(request)
@@ -222,3 +228,100 @@ def _stream(vlm: "VLM", pictures: "list[Picture]", request: Request) -> "Answer"
     if answer is None:
         raise InternVL3Error("the answer ended without its figures; please report this")
     return answer
+
+
+def answer_batches(request: Request) -> int:
+    """Answer about all pictures in their order; a fault stops none but its own. Return the exit
+    code."""
+    vlm: VLM | None = None
+    failed = 0
+    for at in range(0, len(request.sources), request.batch_size):
+        sources = request.sources[at : at + request.batch_size]
+        opened = [attempt(source, request) for source in sources]
+        if vlm is None and any(not isinstance(item, InternVL3Error) for item in opened):
+            vlm = load_model(request)  # not before one picture could be read
+        for source, found in zip(sources, answered(vlm, opened, request), strict=True):
+            if isinstance(found, InternVL3Error):
+                failed += 1
+                tell(source, found, request.output)
+            else:
+                _show_batched(source, found, request)
+    if not failed:
+        return 0
+    return ALL_MISTAKEN if vlm is None else SOME_FAILED
+
+
+def attempt(source: str, request: Request) -> "Picture | InternVL3Error":
+    try:
+        return open_one(source, request)
+    except InternVL3Error as fault:
+        return fault
+
+
+def answered(
+    vlm: "VLM | None", opened: "Sequence[Picture | InternVL3Error]", request: Request
+) -> "Iterator[Answer | InternVL3Error]":
+    """Put an answer in the place of every picture; faults keep theirs."""
+    from internvl3_mlx import Settings
+    from internvl3_mlx.generation.batch_generate import answers
+
+    if vlm is None:  # there is nothing but faults
+        yield from (item for item in opened if isinstance(item, InternVL3Error))
+        return
+    settings = Settings(**request.settings)
+    prepared = [prepare(vlm, item, request.question, settings) for item in opened]
+    good = [item for item in prepared if not isinstance(item, InternVL3Error)]
+    written = answers(vlm, good, settings, request.batch_size)
+    for item in prepared:
+        yield item if isinstance(item, InternVL3Error) else next(written)
+
+
+def prepare(
+    vlm: "VLM", item: "Picture | InternVL3Error", question: str, settings: "Settings"
+) -> "Inputs | InternVL3Error":
+    """Write the prompt of one picture; one that is too long is a fault of its own."""
+    if isinstance(item, InternVL3Error):
+        return item
+    try:
+        return vlm.prepared(question, [item], settings)
+    except InternVL3Error as fault:
+        return fault
+
+
+def _show_batched(source: str, answer: "Answer", request: Request) -> None:
+    if request.output.as_jsonl:
+        console.as_json({"source": source, **answer.to_dict()})
+    else:
+        console.heading(source)
+        console.answer_text(answer.text + "\n")
+    if request.output.stats:
+        console.figures(answer)
+
+
+ALL_THE_SAME = "without --temp every answer is the same; --temp 0.8 lets them differ"
+
+
+def answer_samples(request: Request) -> None:
+    """Write all answers of one question, numbered from 1."""
+    pictures = open_all(request)
+    output = request.output
+    if not request.settings.get("temperature") and not output.quiet:
+        console.note(ALL_THE_SAME)
+    vlm = load_model(request)
+    with console.waiting(f"writing {request.samples} answers", quiet=output.quiet):
+        answers = vlm.ask_many(request.question, pictures, n=request.samples, **request.settings)
+    if output.as_json:
+        console.as_json([answer.to_dict() for answer in answers], indent=2)
+        return
+    for number, answer in enumerate(answers, start=1):
+        _show_sample(number, answer, request)
+
+
+def _show_sample(number: int, answer: "Answer", request: Request) -> None:
+    if request.output.as_jsonl:
+        console.as_json({"sample": number, **answer.to_dict()})
+    else:
+        console.heading(str(number))
+        console.answer_text(answer.text + "\n")
+    if request.output.stats:
+        console.figures(answer)

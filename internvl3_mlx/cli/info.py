@@ -4,9 +4,9 @@ from typing import Any
 
 import click
 
-from internvl3_mlx.cli import options, console
-from internvl3_mlx.cli.system_info import device, installed, versions, with_units
+from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.options import SectionedCommand
+from internvl3_mlx.cli.system_info import device, installed, versions, with_units
 
 EXTRAS = {"video": "av", "heic": "pillow-heif", "pdf": "pypdfium2", "structured": "llguidance"}
 FAMILY = "internvl3"  # what a cached repository's name holds

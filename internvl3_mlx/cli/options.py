@@ -4,15 +4,17 @@ A flag that is not given leaves no trace: its default lives with the code that u
 names those defaults too, and a test compares the two.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from internvl3_mlx.cli.callbacks import complete_models, read_schema
 from internvl3_mlx.errors import UserError
 
 Function = Callable[..., Any]
@@ -85,6 +87,12 @@ debug = flag(
 
 _POSITIVE, _COUNT, _SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
 
+
+def complete_models(ctx: click.Context, param: click.Parameter, typed: str) -> Any:
+
+    return models(ctx, param, typed)
+
+
 LOADING: Mapping[str, Decorator] = {
     "model": flag(
         "Model", "--model", "model", metavar="PATH|REPO|SIZE", envvar="INTERNVL3_MODEL",
@@ -104,6 +112,21 @@ LOADING: Mapping[str, Decorator] = {
         help="A LoRA or DoRA adapter, as train and PEFT write it.",
     ),
 }  # fmt: skip
+
+
+def read_schema(_ctx: click.Context, _param: click.Parameter, path: str | None) -> str | None:
+    """Read the file now: a mistake in its name must not cost loading a model."""
+    if path is None:
+        return None
+    try:
+        text = Path(path).expanduser().read_text("utf-8")
+        json.loads(text)
+    except OSError as error:
+        raise UserError(f"no schema at {path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}; correct it") from error
+    return text
+
 
 SETTINGS: Mapping[str, Decorator] = {
     "system": flag(
@@ -278,3 +301,24 @@ def _gather(
 
 def _only_given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != ()}
+
+
+FAMILY = "internvl3"
+
+
+def models(_ctx: click.Context, _param: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Complete ``--model``: sizes, the demo, the family's repositories in the cache, folders."""
+    from internvl3_mlx.loading.resolve import DEMO, SIZES
+
+    names = [*SIZES, DEMO, *cached_repositories()]
+    found = [CompletionItem(name) for name in names if name.startswith(typed)]
+    return [*found, CompletionItem(typed, type="dir")]
+
+
+def cached_repositories() -> list[str]:
+    """List the family's repositories in the hub's cache by the names of their folders."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = Path(HF_HUB_CACHE).glob("models--*--*")
+    names = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
+    return sorted(name for name in names if FAMILY in name.lower())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl3_mlx.cli import options, console
+from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.input_line import Dropped, kind_of, read_line, words
 from internvl3_mlx.errors import UserError
 

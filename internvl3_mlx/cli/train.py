@@ -10,8 +10,8 @@ from internvl3_mlx.cli import options
 from internvl3_mlx.cli.options import Decorator, Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.config import PRESETS, TrainRecipe
-from internvl3_mlx.training.config_file import RECIPE, build_recipe, kind_of
 from internvl3_mlx.training.config_fields import about
+from internvl3_mlx.training.config_file import RECIPE, build_recipe, kind_of
 
 TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, tuple: click.STRING}
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAMES"}

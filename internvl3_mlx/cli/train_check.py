@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from internvl3_mlx.cli import console
 
 if TYPE_CHECKING:
-    from internvl3_mlx.training.data.validate import Survey
     from internvl3_mlx.training.data.preview import Example, Stretch
+    from internvl3_mlx.training.data.validate import Survey
     from internvl3_mlx.training.setup import Ground, Rows
 
 MISTAKEN = 2

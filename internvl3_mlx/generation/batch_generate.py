@@ -14,14 +14,13 @@ import mlx.core as mx
 
 from internvl3_mlx.generation.answer import Answer
 from internvl3_mlx.generation.engine import Engine, context_left
-from internvl3_mlx.generation.processor import Inputs
-from internvl3_mlx.generation.prompt_cache import Memory
 from internvl3_mlx.generation.generate import Clock, Run
 from internvl3_mlx.generation.generation_config import Settings
+from internvl3_mlx.generation.processor import Inputs
+from internvl3_mlx.generation.prompt_cache import Memory
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import is_structured
-from internvl3_mlx.models.batch_cache import BatchKVCache
-from internvl3_mlx.models.cache import KVCache
+from internvl3_mlx.models.cache import BatchKVCache, KVCache
 
 if TYPE_CHECKING:
     from internvl3_mlx.generation.vlm import VLM

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from internvl3_mlx.device import gpu_bytes
+from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.generation.processor import Inputs
 from internvl3_mlx.generation.prompt_cache import Memory
-from internvl3_mlx.generation.generation_config import Settings
-from internvl3_mlx.loading.memory import gpu_bytes
 from internvl3_mlx.models.internvl import InternVL
 
 NEAR = 0.75  # of the window or the memory: from here on people are told

@@ -10,10 +10,10 @@ from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.answer import Answer, Piece
 from internvl3_mlx.generation.context_budget import Budget, measured
 from internvl3_mlx.generation.exchange import Exchange
+from internvl3_mlx.generation.generation_config import Settings, changed
 from internvl3_mlx.generation.processor import Film, ImageInfo, Inputs, Preparer, Seen
 from internvl3_mlx.generation.prompt_cache import Memory
-from internvl3_mlx.generation.generation_config import Settings, changed
-from internvl3_mlx.prompt.template import Turn
+from internvl3_mlx.prompt.messages import Turn
 
 if TYPE_CHECKING:
     from internvl3_mlx.generation.vlm import VLM

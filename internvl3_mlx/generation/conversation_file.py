@@ -20,9 +20,9 @@ import numpy as np
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.engine import packing_of
 from internvl3_mlx.generation.exchange import Exchange
+from internvl3_mlx.generation.generation_config import changed
 from internvl3_mlx.generation.processor import Film, ImageInfo, Seen
 from internvl3_mlx.generation.prompt_cache_file import fingerprint, read_prefix, write_prefix
-from internvl3_mlx.generation.generation_config import changed
 
 if TYPE_CHECKING:
     from internvl3_mlx.generation.conversation import Conversation

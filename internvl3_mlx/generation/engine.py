@@ -7,14 +7,14 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.config import TextConfig
+from internvl3_mlx.device import on_gpu
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.generation.sampler import Choose
 from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, Settings
+from internvl3_mlx.generation.sampler import Choose
 from internvl3_mlx.metal_kernels.flash_decode import prefers_rows
 from internvl3_mlx.metal_kernels.kv_layout import RowLayout
 from internvl3_mlx.models.cache import Cache, KVCache, PackedKVCache, Packing, QuantizedKVCache
 from internvl3_mlx.models.decoder import LAST
-from internvl3_mlx.device import on_gpu
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.rope import Positions, Rotary
 

@@ -10,10 +10,10 @@ import mlx.core as mx
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.generation.answer import Answer, Piece, Timing, Usage, located
 from internvl3_mlx.generation.engine import Engine, context_left
+from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.generation.processor import Inputs
 from internvl3_mlx.generation.prompt_cache import Memory, Reading
 from internvl3_mlx.generation.sampler import chooser, needs_history
-from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.generation.speculative import Drafter, Speculation, Tally
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import constraint, is_structured

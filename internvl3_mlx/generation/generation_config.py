@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.prompt.template import Turn
+from internvl3_mlx.prompt.messages import Turn
 
 KV_BITS = (4, 8)
 KV_GROUP_SIZES = (32, 64, 128)

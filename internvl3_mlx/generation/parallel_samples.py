@@ -16,14 +16,14 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.answer import Answer
 from internvl3_mlx.generation.batch_generate import alone
 from internvl3_mlx.generation.engine import ROOM_AHEAD, Engine, context_left, layout_of, packing_of
+from internvl3_mlx.generation.generate import Clock, Run
+from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.generation.processor import Inputs
 from internvl3_mlx.generation.prompt_cache import Memory
-from internvl3_mlx.generation.generate import Clock, Run
 from internvl3_mlx.generation.sampler import Choose, chooser, needs_history
-from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import is_structured
-from internvl3_mlx.models.shared_cache import SharedKVCache
+from internvl3_mlx.models.cache import SharedKVCache
 
 if TYPE_CHECKING:
     from internvl3_mlx.generation.vlm import VLM

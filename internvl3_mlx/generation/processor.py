@@ -15,8 +15,11 @@ from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.generation_config import Delta, Settings
 from internvl3_mlx.images.fetch import short
-from internvl3_mlx.images.pixels import TilePolicy, normalize, to_tiles
 from internvl3_mlx.images.load import Picture, open_picture
+from internvl3_mlx.images.tiling import TilePolicy, normalize, to_tiles
+from internvl3_mlx.prompt.messages import Media, Turn, shown_order
+from internvl3_mlx.prompt.template import Template
+from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.prompt.v2pe import (
     auto_delta,
     image_runs,
@@ -24,9 +27,6 @@ from internvl3_mlx.prompt.v2pe import (
     parse_delta,
     visual_positions,
 )
-from internvl3_mlx.prompt.template import Media, Template, Turn
-from internvl3_mlx.prompt.tokenizer import Tokenizer
-from internvl3_mlx.prompt.messages import shown_order
 
 AUTO: Literal["auto"] = "auto"
 KEY_BYTES = 16  # of a picture's digest: none is ever met twice by chance

@@ -12,10 +12,10 @@ import numpy as np
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.engine import Engine
+from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.generation.processor import Inputs
 from internvl3_mlx.generation.prompt_cache import Memory, Reading
 from internvl3_mlx.generation.sampler import greedy
-from internvl3_mlx.generation.generation_config import Settings
 from internvl3_mlx.models.internvl import InternVL
 
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2  # tokens at the end that must have stood together before

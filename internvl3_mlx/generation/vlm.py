@@ -11,11 +11,11 @@ from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.answer import Answer, Box, Piece, Timing, Usage
 from internvl3_mlx.generation.engine import context_left
+from internvl3_mlx.generation.generate import Drafting, Run
+from internvl3_mlx.generation.generation_config import Settings, changed
 from internvl3_mlx.generation.processor import ImageInfo, Inputs, Preparer
 from internvl3_mlx.generation.prompt_cache import Memory
 from internvl3_mlx.generation.prompt_cache_file import fingerprint
-from internvl3_mlx.generation.generate import Drafting, Run
-from internvl3_mlx.generation.generation_config import Settings, changed
 from internvl3_mlx.generation.speculative import DraftModel, Lookup, check_greedy
 from internvl3_mlx.loading.build import Loaded, build
 from internvl3_mlx.loading.fetch_model import Notify, prepare

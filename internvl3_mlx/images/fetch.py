@@ -5,14 +5,18 @@ import io
 import os
 import re
 import sys
+import time
 import unicodedata
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from typing import IO, BinaryIO
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from internvl3_mlx.errors import ImageError
 
@@ -104,7 +108,6 @@ def _from_address(text: str, address: re.Match[str]) -> Located:
 
 
 def _from_web(text: str) -> Located:
-    from internvl3_mlx.images.web import fetch  # half of what this room costs to import
 
     parts = urlsplit(text)
     # Query and password stay out of messages and logs: signed addresses carry secrets there.
@@ -201,3 +204,65 @@ def _hint(text: str) -> str:
     wanted = Path(os.path.expanduser(text))
     near = get_close_matches(wanted.name, _siblings(wanted), n=1, cutoff=0.7)
     return f"did you mean {short(str(wanted.with_name(near[0])))}?" if near else "check the path"
+
+
+WEB_SCHEMES = ("http", "https")
+SILENCE_S = 20  # longest wait for the next bytes
+TOTAL_S = 120  # longest download
+MAX_REDIRECTS = 5
+CHUNK_BYTES = 2**16
+# Characters that are already meant as they stand; the rest, such as spaces, is escaped.
+SAFE = "%/:=&?~#+!$,;'@()*[]"
+# Some hosts refuse Python's own name.
+HEADERS = {"User-Agent": "internvl3-mlx", "Accept": "image/*,*/*;q=0.5"}
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follow a few redirects, and only to the web."""
+
+    max_redirections = max_repeats = MAX_REDIRECTS
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if urlsplit(newurl).scheme.lower() not in WEB_SCHEMES:
+            raise HTTPError(req.full_url, code, msg, headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def fetch(address: str, name: str) -> bytes:
+    """Download ``address``; ``name`` is what messages call it."""
+    try:
+        request = Request(quote(address, safe=SAFE), headers=HEADERS)
+        with build_opener(_Redirects).open(request, timeout=SILENCE_S) as response:
+            return _read(response, name)
+    except HTTPError as error:
+        error.close()
+        lost = error.code in range(300, 400)
+        what = "it redirects in circles or away from the web" if lost else f"answer {error.code}"
+        raise _refused(name, what) from error
+    except TimeoutError as error:
+        raise _refused(name, "the server is too slow") from error
+    except URLError as error:
+        slow = isinstance(error.reason, TimeoutError)
+        raise _refused(name, "the server is too slow" if slow else str(error.reason)) from error
+    except (HTTPException, OSError, ValueError) as error:
+        raise _refused(name, str(error) or type(error).__name__) from error
+
+
+def _read(response: IO[bytes], name: str) -> bytes:
+    """Read the body piece by piece, so that neither size nor slowness can run away."""
+    deadline = time.monotonic() + TOTAL_S
+    data = bytearray()
+    while piece := response.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
+        data += piece
+        if len(data) > MAX_BYTES:
+            raise too_large(name)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return bytes(data)
+
+
+def _refused(name: str, what: str) -> ImageError:
+    return ImageError(
+        f"cannot download {name}: {' '.join(what.split())}; "
+        "check the address, or save the picture and give its path"
+    )

@@ -1,7 +1,11 @@
 """The one door for pictures: whatever the user names comes out as one upright RGB image."""
 
+import io
 import re
+import shutil
 import struct
+import subprocess
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -12,8 +16,8 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from internvl3_mlx.errors import ImageError
-from internvl3_mlx.images.colour import to_rgb, upright_image
+from internvl3_mlx.errors import ImageError, MissingExtraError
+from internvl3_mlx.images.colour import ORIENTATION, TURNS, to_rgb, upright_image
 from internvl3_mlx.images.fetch import Located, locate, short
 
 CLIPBOARD = "clipboard"
@@ -137,8 +141,6 @@ def _decode(file: BinaryIO, located: Located) -> Image.Image:
         file.seek(0)
         head = file.read(HEAD_BYTES)
         if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
-            from internvl3_mlx.images.heic import decode_heic
-
             return decode_heic(located)
         raise ImageError(f"cannot read {located.name}: {_stranger(head)}") from error
     image.load()
@@ -159,3 +161,95 @@ def _finish(image: Image.Image, name: str, upright: bool) -> Image.Image:
     if image.width < 1 or image.height < 1:
         raise ImageError(f"cannot read {name}: it has no pixels ({image.width}x{image.height})")
     return to_rgb(upright_image(image) if upright else image)
+
+
+SIPS_TIMEOUT_S = 60
+
+
+def decode_heic(located: Located) -> Image.Image:
+    """Decode the primary image, already upright with pillow-heif, with its EXIF note with sips."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return _by_sips(located)
+    with located.open() as file:
+        heif = pillow_heif.open_heif(file)
+        width, height = heif.size
+        if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        return heif.to_pillow()
+
+
+def _by_sips(located: Located) -> Image.Image:
+    """Let macOS convert to TIFF, which keeps every pixel and the EXIF note."""
+    sips = shutil.which("sips")
+    if sips is None:
+        raise MissingExtraError(f"cannot read {located.name}: HEIC", "pillow-heif", "heic")
+    with tempfile.TemporaryDirectory(prefix="internvl3-") as folder:
+        given, made = Path(folder, "given.heic"), Path(folder, "made.tiff")
+        with located.open() as source, given.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        command = [sips, "-s", "format", "tiff", str(given), "--out", str(made)]
+        try:
+            subprocess.run(command, capture_output=True, timeout=SIPS_TIMEOUT_S, check=True)
+        except subprocess.SubprocessError as error:
+            raise ImageError(
+                f"cannot read {located.name}: sips could not convert it; export it as JPEG"
+            ) from error
+        with made.open("rb") as file:
+            image = Image.open(file)
+            image.load()
+            return image
+
+
+SIDEWAYS = frozenset(
+    turn
+    for turn, how in TURNS.items()
+    if how.name in ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+)
+
+
+def picture_size(source: Source, *, upright: bool = True) -> tuple[int, int]:
+    """Give (width, height) as ``open_picture`` would; raise ``ImageError`` for what is no picture.
+
+    A picture whose pixels are damaged behind a whole header passes.
+    """
+    if isinstance(source, str | bytes | Path):
+        size = _from_header(locate(source), upright)
+        if size is not None:
+            return size
+    picture = open_picture(source, upright=upright)
+    return picture.width, picture.height
+
+
+def _from_header(located: Located, upright: bool) -> tuple[int, int] | None:
+    """Read the header; None where Pillow knows no such format, for the whole reader to judge."""
+    Image.init()
+    with located.open() as file, one_line(located.name):
+        try:
+            image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        except UnidentifiedImageError:
+            return None
+        width, height = image.size
+        if width < 1 or height < 1:
+            return None
+        return (height, width) if upright and _turned(image) else (width, height)
+
+
+def _turned(image: Image.Image) -> bool:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1)) in SIDEWAYS
+    except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
+        return False
+
+
+LONGEST = 480  # pixels of the longer side
+
+
+def preview_png(picture: Picture, longest: int = LONGEST) -> bytes:
+    """Shrink a picture to ``longest`` pixels and write it as PNG."""
+    small = picture.image.copy()
+    small.thumbnail((longest, longest), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    return file.getvalue()

@@ -1,7 +1,17 @@
 """Choose how a picture is cut into square tiles. Whole numbers in, whole numbers out."""
 
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from internvl3_mlx.errors import UserError
 
@@ -74,3 +84,138 @@ def tile_count(grid: Grid, thumbnail: bool) -> int:
     """Count the tiles of ``grid``; a thumbnail adds one, except to a single tile."""
     tiles = grid[0] * grid[1]
     return tiles + 1 if thumbnail and tiles != 1 else tiles
+
+
+# Mean and deviation per channel (R, G, B), for pixels in 0..1: what InternViT was trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# One job of the horizontal pass: small enough to stay in cache, large enough to be worth a thread.
+BAND_ROWS, BAND_PIXELS = 128, 2**20
+# Below this many pixels, in and out together, starting threads costs more than it saves.
+SERIAL_PIXELS = 10**6
+WORKERS = min(8, os.cpu_count() or 1)
+# A half-resized picture above this (256 MB) can only come of an absurdly tall one.
+LARGEST_MIDDLE = 2**26
+
+Run = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+
+
+@dataclass(frozen=True)
+class TilePolicy:
+    """How pictures are cut: side of a tile in pixels, least and most tiles, whether a thumbnail.
+
+    ``dynamic=False`` means one tile whatever the shape, as for the frames of a video.
+    """
+
+    tile_size: int = 448
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        check_limits(self.min_tiles, self.max_tiles)
+
+    def grid(self, width: int, height: int) -> Grid:
+        """Choose (columns, rows) for a picture of this size."""
+        if not self.dynamic:
+            return (1, 1)
+        return choose_grid(
+            width,
+            height,
+            tile_size=self.tile_size,
+            min_tiles=self.min_tiles,
+            max_tiles=self.max_tiles,
+        )
+
+    def count(self, width: int, height: int) -> int:
+        """Count the tiles, thumbnail included, that ``to_tiles`` makes of this size."""
+        return tile_count(self.grid(width, height), self.thumbnail)
+
+
+def to_tiles(image: Image.Image, policy: TilePolicy) -> NDArray[np.uint8]:
+    """Cut a picture into tiles: (H, W) RGB -> (T, S, S, 3), row by row, the thumbnail last.
+
+    The whole picture is stretched to fill its grid. The thumbnail comes from the original, not
+    from the stretched one. Bicubic with antialiasing, rounded to 8 bits after each pass.
+    """
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    columns, rows = grid = policy.grid(*image.size)
+    size = policy.tile_size
+    tiles = np.empty((tile_count(grid, policy.thumbnail), size, size, 3), dtype=np.uint8)
+    with _runner(image.width * image.height + tiles.size // 3) as run:
+        _fill(tiles[: columns * rows], image, grid, run)
+        if len(tiles) > columns * rows:
+            _fill(tiles[columns * rows :], image, (1, 1), run)
+    return tiles
+
+
+@contextmanager
+def _runner(pixels: int) -> Iterator[Run]:
+    """Give a ``map`` over threads when that pays: Pillow lets go of the GIL while it resizes."""
+    if pixels < SERIAL_PIXELS or WORKERS == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(WORKERS) as pool:
+        yield pool.map
+
+
+def _fill(tiles: NDArray[np.uint8], image: Image.Image, grid: Grid, run: Run) -> None:
+    """Stretch ``image`` over ``grid`` and write its tiles: (columns * rows, S, S, 3).
+
+    Across first, then down: the order of Pillow before 13, and so of the pictures the models
+    learned from. Newer Pillow turns it round for tall pictures, which moves pixels by a level.
+    """
+    columns, rows = grid
+    size = tiles.shape[1]
+    narrow = _across(image, columns * size, rows * size, run)
+
+    def column(x: int) -> None:
+        strip = narrow.crop((x * size, 0, (x + 1) * size, narrow.height))
+        strip = strip.resize((size, rows * size), Image.Resampling.BICUBIC)
+        tiles[x::columns] = np.asarray(strip).reshape(rows, size, size, 3)
+
+    list(run(column, range(columns)))
+
+
+def _across(image: Image.Image, width: int, height: int, run: Run) -> Image.Image:
+    """Resize to ``width``, leaving the height to the next pass: (H, W) -> (H, width)."""
+    if width * image.height > LARGEST_MIDDLE:
+        image = image.resize((image.width, height), Image.Resampling.BICUBIC)
+    narrow = Image.new("RGB", (width, image.height))
+    step = max(1, min(BAND_ROWS, BAND_PIXELS // image.width))
+
+    def band(top: int) -> None:
+        bottom = min(top + step, image.height)
+        strip = image.crop((0, top, image.width, bottom))
+        strip = strip.resize((width, bottom - top), Image.Resampling.BICUBIC)
+        narrow.paste(strip, (0, top))
+
+    list(run(band, range(0, image.height, step)))
+    return narrow
+
+
+def normalize(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Scale to 0..1, subtract the mean, divide by the deviation: (..., 3) -> (..., 3) float32.
+
+    Each step is rounded to float32, in this order, as torchvision does it: equal to the bit.
+    """
+    pixels = tiles.astype(np.float32)
+    pixels /= np.float32(255)
+    pixels -= np.array(IMAGENET_MEAN, dtype=np.float32)
+    pixels /= np.array(IMAGENET_STD, dtype=np.float32)
+    return pixels
+
+
+def as_jpeg(tiles: NDArray[np.uint8], qualities: Sequence[int]) -> NDArray[np.uint8]:
+    """Write every tile as JPEG and read it again: (T, S, S, 3), one quality a tile -> the same."""
+    return np.stack(
+        [_through(tile, quality) for tile, quality in zip(tiles, qualities, strict=True)]
+    )
+
+
+def _through(tile: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    file = io.BytesIO()
+    Image.fromarray(tile).save(file, "JPEG", quality=int(quality))
+    return np.asarray(Image.open(file).convert("RGB"))

@@ -2,17 +2,20 @@
 
 import re
 from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from internvl3_mlx.errors import UserError
-from internvl3_mlx.images.animation import read_animation
-from internvl3_mlx.images.film import read_film
-from internvl3_mlx.images.fetch import locate
-from internvl3_mlx.images.load import Picture
-from internvl3_mlx.images.taken import Taken
+from internvl3_mlx.errors import ImageError, MissingExtraError, UserError
+from internvl3_mlx.images.colour import to_rgb
+from internvl3_mlx.images.fetch import Located, locate
+from internvl3_mlx.images.load import Picture, one_line
 
 MOST_FRAMES = 512  # 131,072 image tokens, four times the context the models were trained on
 FOREVER_S = 100_000.0  # the published bound of a video without one
@@ -72,6 +75,15 @@ def frame_indices(
     return [int(low + part / 2 + np.round(part * k)) for k in range(num_frames)]
 
 
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """The wanted frame numbers, the images of those decoded, the time in seconds of every frame."""
+
+    indices: list[int]
+    images: dict[int, Image.Image]
+    seconds: list[float]
+
+
 def _frames(name: str, taken: Taken) -> list[Frame]:
     """Put frames in order; one that could not be decoded is replaced by the one before it."""
     numbers = sorted(taken.images)
@@ -82,3 +94,177 @@ def _frames(name: str, taken: Taken) -> list[Frame]:
         picture = Picture(taken.images[number], f"{name} at {seconds:.1f} s")
         frames.append(Frame(picture, seconds))
     return frames
+
+
+# Other readers of FFmpeg stay shut: playlists and scripts make it open further files and addresses.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
+# These store no times of showing: what FFmpeg gives instead is wrong when frames are reordered.
+TIMELESS = ("avi",)
+TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
+
+
+# (number of frames, frames per second) -> numbers of the wanted ones
+Choose = Callable[[int, float], list[int]]
+
+
+def read_film(located: Located, choose: Choose, upright: bool) -> Taken:
+    """Read a film through PyAV: once for the times of its packets, once for the frames."""
+    with _film(located) as (container, stream):
+        index = _index(container, stream)
+    if not index.seconds:
+        raise ImageError(f"cannot read {located.name}: the video has no frames; export it again")
+    indices = choose(len(index.seconds), index.fps)
+    wanted, images = set(indices), {}
+    with _film(located) as (container, stream):
+        for counted, frame in enumerate(_decoded(container, stream, index.feed(wanted))):
+            number = index.rank.get(frame.pts, -1) if index.rank else counted
+            if number in wanted:
+                images[number] = _upright(frame) if upright else frame.to_image()
+            if len(images) == len(wanted):
+                break
+    if not images:
+        raise ImageError(f"cannot read {located.name}: no frame can be decoded; export it again")
+    return Taken(indices, images, index.seconds)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The packets of a film in file order, and when its frames are shown.
+
+    ``times`` and ``keys`` (decoding can start here) go by packet. ``rank`` turns a time into the
+    number of its frame; it is empty if times cannot be trusted, and then frames are counted.
+    """
+
+    times: list[int | None]
+    keys: list[bool]
+    rank: dict[int, int]
+    seconds: list[float]
+    fps: float
+
+    def feed(self, wanted: set[int]) -> list[bool]:
+        """Mark the packets to decode: for each wanted frame, from the last key frame up to it."""
+        if not self.rank:
+            return [True] * len(self.times)
+        place = {pts: number for number, pts in enumerate(self.times)}
+        starts = sorted(
+            p for p, key in zip(self.times, self.keys, strict=True) if key and p is not None
+        )
+        feed = [False] * len(self.times)
+        for pts in (pts for pts, number in self.rank.items() if number in wanted):
+            before = bisect_right(starts, pts)
+            start, end = place[starts[before - 1]] if before else 0, place[pts] + 1
+            feed[start:end] = [True] * (end - start)
+        return feed
+
+
+def _index(container: Any, stream: Any) -> _Index:
+    """Read the times of all packets, without decoding any."""
+    packets = [
+        (packet.pts, packet.is_keyframe, packet.is_discard)
+        for packet in container.demux(stream)
+        if packet.size
+    ]
+    shown = [pts for pts, _, discard in packets if not discard]
+    fps = float(stream.average_rate or stream.guessed_rate or 1)
+    rank: dict[int, int] = {}
+    seconds = [number / fps for number in range(len(shown))]
+    if container.format.name not in TIMELESS and None not in shown and len({*shown}) == len(shown):
+        order = sorted(shown)
+        rank = {pts: number for number, pts in enumerate(order)}
+        seconds = [float((pts - order[0]) * stream.time_base) for pts in order]
+    times, keys = [pts for pts, *_ in packets], [key for _, key, _ in packets]
+    return _Index(times, keys, rank, seconds, fps)
+
+
+@contextmanager
+def _film(located: Located) -> Iterator[tuple[Any, Any]]:
+    """Open the first real video stream; turn what FFmpeg says into one line."""
+    try:
+        import av
+    except ImportError as error:
+        raise MissingExtraError(f"cannot read {located.name}: video", "PyAV", "video") from error
+    try:
+        with (
+            located.open() as file,
+            av.open(file, options={"format_whitelist": CONTAINERS}) as container,
+        ):
+            cover = av.stream.Disposition.attached_pic
+            streams = [s for s in container.streams.video if not s.disposition & cover]
+            if not streams:
+                raise ImageError(f"cannot read {located.name}: it has no video stream, only others")
+            streams[0].thread_type = "AUTO"
+            yield container, streams[0]
+    except av.error.FFmpegError as error:
+        raise _unreadable(located) from error
+
+
+def _unreadable(located: Located) -> ImageError:
+    """Say what a file that is no film is, if Pillow knows it."""
+    try:
+        with located.open() as file, one_line(located.name), Image.open(file):
+            return still(located.name)
+    except ImageError:
+        return ImageError(
+            f"cannot read {located.name}: it is not a video we know, or damaged; "
+            "wanted MP4, MOV, MKV, WebM, AVI or GIF; export it as MP4"
+        )
+
+
+def _decoded(container: Any, stream: Any, feed: list[bool]) -> Iterator[Any]:
+    """Decode the marked packets; where a gap begins, empty the decoder and start it afresh."""
+    import av
+
+    codec = stream.codec_context
+    packets = (packet for packet in container.demux(stream) if packet.size)
+    for marked, follows, packet in zip(feed, [*feed[1:], False], packets, strict=False):
+        if not marked:
+            continue
+        try:
+            yield from codec.decode(packet)
+            if not follows:
+                yield from codec.decode(None)
+                codec.flush_buffers()
+        except av.error.InvalidDataError:
+            continue  # a damaged packet costs its frame, not the video
+
+
+def _upright(frame: Any) -> Image.Image:
+    """Turn a frame as the camera noted; the note counts degrees against the clock."""
+    turn = TURNS.get(round(frame.rotation) % 360)
+    image = frame.to_image()
+    return image if turn is None else image.transpose(turn)
+
+
+STILL_MS = 100  # how long browsers show a frame of no duration
+
+
+def read_animation(located: Located, choose: Choose) -> Taken:
+    """Read an animation through Pillow: once for the times, once for the frames."""
+    with located.open() as file, one_line(located.name):
+        image = Image.open(file, formats=["GIF", "WEBP", "PNG"])
+        count = getattr(image, "n_frames", 1)
+        if count == 1:
+            raise still(located.name)
+        lengths = []
+        for number in range(count):
+            image.seek(number)
+            image.load()
+            lengths.append((image.info.get("duration") or STILL_MS) / 1000)
+        seconds = [0.0, *accumulate(lengths)]
+        indices = choose(count, count / seconds[-1])
+        images = {}
+        for number in sorted(set(indices)):
+            image.seek(number)
+            images[number] = to_rgb(image.copy())
+    return Taken(indices, images, seconds)
+
+
+def still(name: str) -> ImageError:
+    """Say that a picture was given for a video."""
+    return ImageError(
+        f"cannot read {name} as a video: it is a single picture; ask about it as an image"
+    )

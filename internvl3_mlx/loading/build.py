@@ -6,15 +6,15 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from internvl3_mlx.config import ModelConfig, read_config
-from internvl3_mlx.checkpoints.remap import arrange, arranged
 from internvl3_mlx.adapters.attach import attach
-from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.checkpoints.build_model import fill, shaped_model
+from internvl3_mlx.adapters.merge import merged
 from internvl3_mlx.adapters.peft import read_adapter
-from internvl3_mlx.convert.recipes import Recipe, predicate
+from internvl3_mlx.checkpoints.build_model import fill, predicate, shaped_model
+from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.checkpoints.remap import arrange, arranged
+from internvl3_mlx.config import ModelConfig, read_config
+from internvl3_mlx.convert.recipes import Recipe
 from internvl3_mlx.errors import ConfigError, UserError
-from internvl3_mlx.loading.adapter import merged
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import adapters
 from internvl3_mlx.prompt.tokenizer import Tokenizer

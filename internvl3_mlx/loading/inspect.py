@@ -5,10 +5,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.config import ModelConfig, QuantizationPlan, read_config
-from internvl3_mlx.checkpoints.remap import arrange
-from internvl3_mlx.checkpoints.reader import Checkpoint, open_checkpoint
 from internvl3_mlx.checkpoints.keymap import Move
+from internvl3_mlx.checkpoints.reader import Checkpoint, open_checkpoint
+from internvl3_mlx.checkpoints.remap import arrange
+from internvl3_mlx.config import ModelConfig, QuantizationPlan, read_config
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.hub import cached_snapshot
 from internvl3_mlx.loading.resolve import find

@@ -4,17 +4,17 @@ from typing import TypeGuard
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels import dispatch, table
+from internvl3_mlx.metal_kernels import dispatch, registry
 from internvl3_mlx.metal_kernels import flash_decode as kernel
-from internvl3_mlx.models.batch_cache import BatchKVCache
 from internvl3_mlx.models.cache import (
+    BatchKVCache,
     Cache,
     KVCache,
     Packed,
     PackedKVCache,
     QuantizedKVCache,
+    SharedKVCache,
 )
-from internvl3_mlx.models.shared_cache import SharedKVCache
 from internvl3_mlx.models.spans import Spans, attend_spans
 
 AnyCache = Cache | BatchKVCache | SharedKVCache | Spans
@@ -57,7 +57,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cache: AnyCache | None) -> mx.
 def kernels_wanted() -> bool:
     """Tell whether any of our kernels may be chosen here at all: asked once a layer and token, so
     without the shapes."""
-    return bool(table.measured()) or dispatch.setting() == dispatch.FORCE
+    return bool(registry.measured()) or dispatch.setting() == dispatch.FORCE
 
 
 def takes_unturned(cache: AnyCache | None, length: int) -> TypeGuard[PackedKVCache | SharedKVCache]:

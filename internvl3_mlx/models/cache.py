@@ -4,6 +4,7 @@ What is packed is kept in one of two forms with the same numbers: as MLX packs, 
 operations read fastest, or a row a token, which our Metal kernels read fastest.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -235,3 +236,100 @@ def with_room(kept: mx.array | None, new: mx.array, needed: int, room: int) -> m
 
 
 Cache = KVCache | QuantizedKVCache | PackedKVCache
+
+
+class BatchKVCache:
+    """Rows that were read one by one and go on together, a token each at a time.
+
+    ``padding``: how many columns before each row hold nothing, (B,) int32.
+    """
+
+    def __init__(self, rows: Sequence[KVCache]):
+        longest = max(row.offset for row in rows)
+        missing = [longest - row.offset for row in rows]
+        parts = [
+            [padded(part, count) for part in row.kept]
+            for row, count in zip(rows, missing, strict=True)
+        ]
+        self.keys = mx.concatenate([keys for keys, _ in parts])
+        self.values = mx.concatenate([values for _, values in parts])
+        self.padding = mx.array(missing, dtype=mx.int32)
+        self.offset = longest
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add one token a row: keys, values (B, KV, 1, D)."""
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        self.keys = with_room(self.keys, keys, self.offset, 0)
+        self.values = with_room(self.values, values, self.offset, 0)
+        self.keys[..., start : self.offset, :] = keys
+        self.values[..., start : self.offset, :] = values
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    @property
+    def mask(self) -> mx.array:
+        """(B, 1, 1, N): True where a row has something to look at."""
+        return (mx.arange(self.offset) >= self.padding[:, None])[:, None, None]
+
+    def only(self, rows: mx.array) -> None:
+        """Go on with some of the rows, named by their indices."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.padding = self.padding[rows]
+
+
+def padded(part: mx.array, count: int) -> mx.array:
+    """Put ``count`` empty columns before (1, KV, N, D)."""
+    return mx.pad(part, [(0, 0), (0, 0), (count, 0), (0, 0)])
+
+
+class SharedKVCache:
+    """Keys and values of a prompt (1, KV, P, D), and of N answers that go on from it, a token each
+    at a time (N, KV, S, D). ``layout``: how rows are laid out once they are packed."""
+
+    def __init__(self, prefix: Cache, layout: RowLayout | None = None, room: int = 0):
+        self.layout = layout
+        self.prefix: KVCache | PackedKVCache
+        self.suffix: KVCache | PackedKVCache
+        if isinstance(prefix, KVCache):
+            self.prefix, self.suffix = prefix, KVCache(room)
+        else:
+            assert layout is not None
+            self.prefix, self.suffix = in_rows(prefix, layout), PackedKVCache(layout, room)
+
+    @property
+    def offset(self) -> int:
+        """Tokens of one sequence: the prompt's and those of its answer."""
+        return self.prefix.offset + self.suffix.offset
+
+    @property
+    def kv_heads(self) -> int:
+        return self.prefix.state[0].shape[1]
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Add a token of every answer: keys, values (N, KV, 1, D)."""
+        self.suffix.append(keys, values)
+
+    def append_unturned(self, keys: mx.array, values: mx.array, turn: Turn) -> None:
+        """Add a token of every answer as it was projected: keys, values (N, 1, KV, D)."""
+        assert isinstance(self.suffix, PackedKVCache)
+        self.suffix.append_unturned(keys, values, turn)
+
+    def only(self, rows: mx.array) -> None:
+        """Go on with some of the answers, named by their indices."""
+        self.suffix.only(rows)
+
+    def pack(self) -> None:
+        """Pack what is still dense."""
+        assert self.layout is not None
+        self.prefix = in_rows(self.prefix, self.layout)
+        self.suffix = in_rows(self.suffix, self.layout)
+
+    @property
+    def state(self) -> list[mx.array]:
+        return [*self.prefix.state, *self.suffix.state]
+
+
+def in_rows(cache: Cache, layout: RowLayout) -> PackedKVCache:
+    """Return any cache packed, a row a token."""
+    if isinstance(cache, KVCache):
+        cache = cache.quantized(layout.bits, layout.group_size)
+    return cache.as_rows(layout) if isinstance(cache, QuantizedKVCache) else cache

@@ -14,10 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.config import TextConfig
-from internvl3_mlx.models.layers import swiglu
 from internvl3_mlx.models.attention import AnyCache, attend, attend_kept, takes_unturned
-from internvl3_mlx.models.blocks import Run, plainly
 from internvl3_mlx.models.fused_linear import join_rows
+from internvl3_mlx.models.layers import Run, plainly, swiglu
 from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, powers_where_ordinary
 from internvl3_mlx.models.spans import Spans
 

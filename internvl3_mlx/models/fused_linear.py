@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from internvl3_mlx.models.factors import joined as join
 from internvl3_mlx.models.lora import LoRALinear
+from internvl3_mlx.models.lora import joined as join
 
 PACKING = ("group_size", "bits", "mode")
 

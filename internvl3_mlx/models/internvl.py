@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.config import ModelConfig
+from internvl3_mlx.device import on_gpu
 from internvl3_mlx.models.cache import Cache
 from internvl3_mlx.models.decoder import LanguageModel
-from internvl3_mlx.device import on_gpu
 from internvl3_mlx.models.projector import pixel_shuffle, projector
 from internvl3_mlx.models.rope import Positions
 from internvl3_mlx.models.vision import VisionModel

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from internvl3_mlx.device import on_gpu
 
@@ -33,3 +35,12 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up."""
     wide = gate.astype(mx.float32)
     return (wide * mx.sigmoid(wide)).astype(gate.dtype) * up
+
+
+Run = Callable[..., mx.array]  # (block, x, *rest) -> what the block makes of x
+
+
+def plainly(block: nn.Module, x: mx.array, *rest: Any) -> mx.array:
+    """Call a block as it is."""
+    out: mx.array = block(x, *rest)
+    return out

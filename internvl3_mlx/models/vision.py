@@ -9,8 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.config import VisionConfig
-from internvl3_mlx.models.layers import gelu
-from internvl3_mlx.models.blocks import Run, plainly
+from internvl3_mlx.models.layers import Run, gelu, plainly
 
 CHANNELS = 3
 BYTE = 255.0

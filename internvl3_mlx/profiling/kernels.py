@@ -9,11 +9,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from internvl3_mlx.device import on_gpu
 from internvl3_mlx.generation.context_budget import SCALES_BITS
-from internvl3_mlx.profiling.timing import RUNS, seconds
-from internvl3_mlx.profiling.flops import DENSE_BITS
-from internvl3_mlx.profiling.results import Figure
-from internvl3_mlx.measuring.noise import noise
 from internvl3_mlx.metal_kernels import dispatch, self_test
 from internvl3_mlx.metal_kernels.flash_decode import (
     LONGEST_DRAFT,
@@ -22,10 +19,12 @@ from internvl3_mlx.metal_kernels.flash_decode import (
     flash_decode,
 )
 from internvl3_mlx.metal_kernels.kv_layout import RowLayout
-from internvl3_mlx.metal_kernels.table import Entry
+from internvl3_mlx.metal_kernels.registry import Entry
 from internvl3_mlx.models.attention import attend_packed
 from internvl3_mlx.models.cache import KVCache
-from internvl3_mlx.device import on_gpu
+from internvl3_mlx.profiling.flops import DENSE_BITS
+from internvl3_mlx.profiling.results import Figure
+from internvl3_mlx.profiling.timing import RUNS, noise, seconds
 
 KERNEL = "flash_decode"
 GROUP_SIZE = 64

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.profiling.timing import seconds
 from internvl3_mlx.device import on_gpu
+from internvl3_mlx.profiling.timing import seconds
 
 MB = 2**20
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log10
 
-from internvl3_mlx.profiling.results import Figure
 from internvl3_mlx.profiling.limits import Limits, scaled
+from internvl3_mlx.profiling.results import Figure
 
 WIDTH, HEIGHT = 860, 560
 LEFT, TOP, RIGHT, BOTTOM = 76, 64, 216, 60

@@ -15,8 +15,8 @@ from internvl3_mlx.metal_kernels.flash_decode import (
     PackedRows,
     Store,
     flash_decode_reference,
+    merge,
 )
-from internvl3_mlx.metal_kernels.merge import merge
 from internvl3_mlx.metal_kernels.kv_append import Turn, new_row_reference
 from internvl3_mlx.metal_kernels.kv_layout import RowLayout, pack, unpack
 from internvl3_mlx.models.rope import Rotary

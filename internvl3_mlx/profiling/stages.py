@@ -6,16 +6,15 @@ from functools import partial
 
 import mlx.core as mx
 
+from internvl3_mlx.device import gpu_bytes
 from internvl3_mlx.generation.engine import PREFILL_STEP, Engine, packing_of
-from internvl3_mlx.generation.sampler import greedy
 from internvl3_mlx.generation.generation_config import Settings
-from internvl3_mlx.loading.memory import gpu_bytes
-from internvl3_mlx.profiling.timing import RUNS, seconds
-from internvl3_mlx.profiling.flops import DENSE_BITS, Work, decoding, looking, reading
-from internvl3_mlx.profiling.results import Figure, Task
-from internvl3_mlx.measuring.noise import noise
+from internvl3_mlx.generation.sampler import greedy
 from internvl3_mlx.models.cache import Cache
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.profiling.flops import DENSE_BITS, Work, decoding, looking, reading
+from internvl3_mlx.profiling.results import Figure, Task
+from internvl3_mlx.profiling.timing import RUNS, noise, seconds
 
 TILES = (1, 13)  # the smallest picture, and twelve tiles with their thumbnail
 SHARE_OF_MEMORY = 0.5  # what a filled cache may take beside the weights

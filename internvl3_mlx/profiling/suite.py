@@ -6,16 +6,16 @@ from functools import cached_property, partial
 
 import mlx.core as mx
 
+from internvl3_mlx.device import on_gpu
+from internvl3_mlx.metal_kernels import dispatch
+from internvl3_mlx.metal_kernels.registry import Entry, write_table
+from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.profiling import kernels, limits
-from internvl3_mlx.profiling.timing import RUNS
-from internvl3_mlx.profiling.results import Figure, Task
 from internvl3_mlx.profiling.kernels import Trial
 from internvl3_mlx.profiling.limits import Limits
+from internvl3_mlx.profiling.results import Figure, Task
 from internvl3_mlx.profiling.stages import TILES, Stages
-from internvl3_mlx.metal_kernels import dispatch
-from internvl3_mlx.metal_kernels.table import Entry, write_table
-from internvl3_mlx.device import on_gpu
-from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.profiling.timing import RUNS
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 QUICK_CONTEXTS = (1024, 4096, 16384)

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from internvl3_mlx.models.cache import KVCache
+
 RUNS = 5
 LEAST_S = 0.05  # of a run: short work is repeated until the clock's own grain no longer counts
 MOST_REPEATS = 200
@@ -40,3 +42,13 @@ def timed(step: Callable[[State], State], state: State, repeats: int) -> float:
     mx.eval(state)
     mx.synchronize()
     return time.perf_counter() - started
+
+
+def noise(kv_heads: int, context: int, dim: int, dtype: mx.Dtype) -> KVCache:
+    """Return a layer's cache of ``context`` random tokens: how long attention takes does not depend
+    on what it finds."""
+    shape = (1, kv_heads, context, dim)
+    cache = KVCache()
+    cache.append(*(mx.random.normal(shape, key=mx.random.key(n)).astype(dtype) for n in (0, 1)))
+    mx.eval(cache.state)
+    return cache

@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from internvl3_mlx.errors import CheckpointError, PromptError
-from internvl3_mlx.prompt.template import system_segment
+from internvl3_mlx.prompt.messages import (
+    ImageRun,
+    Segment,
+    Text,
+    Turn,
+    check_turns,
+    content,
+    merge,
+    system_segment,
+)
 from internvl3_mlx.prompt.tokenizer_files import read_json, read_text, token_name
-from internvl3_mlx.prompt.messages import ImageRun, Segment, Text, Turn, check_turns, content, merge
 
 if TYPE_CHECKING:
     import jinja2

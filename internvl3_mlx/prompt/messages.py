@@ -1,8 +1,13 @@
 """What a conversation is made of, and where the pictures of a turn stand in its text."""
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+import re
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from internvl3_mlx.errors import PromptError
@@ -178,3 +183,20 @@ def _fill(text: str, placed: dict[str, Iterator[list[Segment]]]) -> Iterator[Seg
         # the card ends the frame lines with a newline; the user's own one is enough
         if part == VIDEO_MARK and parts[index + 1] and not parts[index + 1].startswith("\n"):
             yield Text("\n")
+
+
+# the system text that InternVL3 was trained with, to the letter
+DEFAULT_SYSTEM = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+    "联合开发的多模态大语言模型。"
+)
+
+
+def system_segment(system: str | None, own: str | None) -> Text:
+    """Choose the system text: the caller's, else the model's own, else the published one.
+
+    A null or empty ``own`` counts as absent: some releases would otherwise prompt with "None".
+    """
+    if system is not None:
+        return Text(system, typed=True)
+    return Text(own or DEFAULT_SYSTEM)

@@ -7,37 +7,18 @@ from typing import TYPE_CHECKING, Protocol
 
 from internvl3_mlx.errors import ConfigError
 from internvl3_mlx.prompt.messages import (
-    ImageRun,
-    Media,
     Segment,
     Text,
     Turn,
     check_turns,
     content,
     merge,
+    system_segment,
 )
 
 if TYPE_CHECKING:
     from internvl3_mlx.config import ModelConfig
 
-__all__ = [
-    "DEFAULT_SYSTEM",
-    "ImageRun",
-    "InternVLTemplate",
-    "Media",
-    "Segment",
-    "Template",
-    "Text",
-    "Turn",
-    "system_segment",
-    "template_for",
-]
-
-# the system text that InternVL3 was trained with, to the letter
-DEFAULT_SYSTEM = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
-    "联合开发的多模态大语言模型。"
-)
 TURN_START, TURN_END = "<|im_start|>{role}\n", "<|im_end|>\n"
 
 
@@ -84,16 +65,6 @@ def template_for(config: "ModelConfig", folder: Path) -> Template:
     return read_jinja(Path(folder), config.system_message) or InternVLTemplate(
         config.system_message
     )
-
-
-def system_segment(system: str | None, own: str | None) -> Text:
-    """Choose the system text: the caller's, else the model's own, else the published one.
-
-    A null or empty ``own`` counts as absent: some releases would otherwise prompt with "None".
-    """
-    if system is not None:
-        return Text(system, typed=True)
-    return Text(own or DEFAULT_SYSTEM)
 
 
 def _part(role: str, body: Sequence[Segment]) -> list[Segment]:

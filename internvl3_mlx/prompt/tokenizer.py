@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Metaspace
 
 from internvl3_mlx.errors import CheckpointError
 from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer, shown_tokens
-from internvl3_mlx.prompt.sentencepiece import read_sentencepiece
+from internvl3_mlx.prompt.messages import ImageRun, Segment, Spoken, Text
 from internvl3_mlx.prompt.tokenizer_files import (
     GROUNDING,
     NEVER_ADDED,
@@ -21,10 +21,10 @@ from internvl3_mlx.prompt.tokenizer_files import (
     end_name,
     read_added_tokens,
 )
-from internvl3_mlx.prompt.messages import ImageRun, Segment, Spoken, Text
 from internvl3_mlx.prompt.vocabulary import (
     Lead,
     Vocabulary,
+    read_sentencepiece,
     spell_byte_level,
     spell_sentencepiece,
 )

@@ -18,10 +18,10 @@ import mlx.core as mx
 
 from internvl3_mlx.checkpoints.writer import remove_leftovers, writing_folder
 from internvl3_mlx.errors import CheckpointError, UserError
-from internvl3_mlx.training.objectives import MethodState
 from internvl3_mlx.training.config import TrainRecipe
-from internvl3_mlx.training.trainer import Learner, hand_over
+from internvl3_mlx.training.objectives import MethodState
 from internvl3_mlx.training.params import Arrays
+from internvl3_mlx.training.trainer import Learner, hand_over
 
 FOLDER, ARRAYS, FACTS = "checkpoints", "state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")

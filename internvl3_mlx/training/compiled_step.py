@@ -17,8 +17,8 @@ from internvl3_mlx.models.spans import Span
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.forward import own_tiles
 from internvl3_mlx.training.objectives import MethodState
-from internvl3_mlx.training.trainer import Found, Learner, Work, value_and_grad
 from internvl3_mlx.training.params import named
+from internvl3_mlx.training.trainer import Found, Learner, Work, value_and_grad
 
 ROUND_TOKENS, ROUND_TARGETS = 64, 32  # lengths and counts are multiples of these
 VARYING = ("ids", "positions", "rows", "targets", "owner", "weights")  # arrays of a batch

@@ -7,9 +7,9 @@ file names them with underscores, and each default is written here and nowhere e
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-from internvl3_mlx.training.contradictions import check_together
+from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.config_fields import (
     ALL_PARTS,
     DTYPES,
@@ -267,3 +267,115 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
         "grad_accumulation_steps": 8,
     },
 })  # fmt: skip
+
+
+def check_together(recipe: "TrainRecipe") -> None:
+    """Refuse settings that contradict each other."""
+    if not recipe.train:
+        raise UserError(f"train names nothing; wanted are {', '.join(PARTS)} or patterns")
+    if unknown := [name for name in recipe.report_to if name not in LOGGERS]:
+        raise UserError(f"report_to is {unknown[0]}; known are {', '.join(LOGGERS)}")
+    if recipe.iters is None and recipe.epochs == 0:
+        raise UserError("epochs is 0; give epochs above 0, or iters")
+    if not recipe.adapts and (recipe.dora or recipe.rslora):
+        raise UserError("dora and rslora shape adapters; add lora to train")
+    if recipe.dora and recipe.rslora:
+        raise UserError("dora and rslora both set the scale of adapters; choose one")
+    if recipe.compile and (recipe.packing or recipe.grad_checkpoint or recipe.method == "mpo"):
+        raise UserError(
+            "compile is for samples of few lengths; leave out packing, grad_checkpoint and mpo"
+        )
+    if recipe.compile and "lm_head" in recipe.lora_keys:
+        raise UserError("compile cannot take an adapted lm_head; leave one of them out")
+    if recipe.method == "mpo":
+        check_preference(recipe)
+
+
+def check_preference(recipe: "TrainRecipe") -> None:
+    if recipe.packing:
+        raise UserError("packing is for samples; mpo lays each pair behind its prompt already")
+    if not (recipe.dpo_weight or recipe.bco_weight or recipe.sft_weight):
+        raise UserError("dpo_weight, bco_weight and sft_weight are all 0; nothing would be learned")
+    if recipe.needs_reference and not (recipe.only_adapts or recipe.cache_reference):
+        raise UserError(
+            f"train is {','.join(recipe.train)}: once more than lora moves, the base is gone that "
+            "mpo compares with; add cache_reference, which asks it beforehand"
+        )
+    if recipe.needs_reference and not recipe.only_adapts and recipe.v2pe_delta == RANDOM:
+        raise UserError("v2pe_delta random cannot be asked beforehand; train lora alone, or fix it")
+    if recipe.augment:
+        check_asked_beforehand(recipe)
+
+
+def check_asked_beforehand(recipe: "TrainRecipe") -> None:
+    """Refuse pictures that are drawn anew where the reference knows only those it was asked of."""
+    if recipe.needs_reference and not recipe.only_adapts:
+        raise UserError(
+            "augment draws pictures anew, and the reference is asked beforehand; "
+            "train lora alone, or leave augment out"
+        )
+
+
+AUTO: Literal["auto"] = "auto"
+PREFERENCE = "mpo"  # the method that reads pairs of answers; all others read conversations
+TEXT_SHARE = 0.25  # of the samples in native pre-training: text to image-text is 1 to 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What decides which batches a run reads. ``None`` means: as the model or the data has it.
+
+    batch_size: samples, pairs or packed rows in a micro-batch. packing: lay samples into rows of at
+    most ``max_seq_length`` tokens and ``max_packed_tiles`` tiles.
+    v2pe_delta: one step for all pictures, or "random": one of the nine for each picture.
+    augment: re-encode tiles as JPEG; None leaves it to a meta JSON's ``data_augment``.
+    loss_reduction: what a token of an answer of l tokens weighs: 1, 1/l or 1/sqrt(l).
+    text_ratio: share of text-only samples; the kind that runs out is begun anew.
+    grouping: samples of like length come together.
+    """
+
+    method: str = "sft"
+    batch_size: int = 1
+    packing: bool = False
+    max_seq_length: int = 16384
+    max_packed_tiles: int = 48
+    max_tiles: int | None = None
+    num_frames: int = 8
+    v2pe_delta: str | float = 1
+    augment: bool | None = None
+    loss_reduction: Literal["token", "sample", "square"] = "token"
+    text_ratio: float | None = None
+    grouping: bool = False
+    system: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_seq_length", "max_packed_tiles", "num_frames"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.loss_reduction not in WEIGHTS:
+            raise UserError(
+                f"loss_reduction {self.loss_reduction!r}: wanted one of {', '.join(WEIGHTS)}"
+            )
+        if self.delta == AUTO:
+            raise UserError("v2pe_delta auto is for prompts; give a step, or random")
+
+    @property
+    def delta(self) -> float | str:
+        """The step of image tokens as a number, or "random"."""
+        from internvl3_mlx.prompt.v2pe import parse_delta
+
+        return RANDOM if self.v2pe_delta == RANDOM else parse_delta(self.v2pe_delta)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows hold two answers to compare."""
+        return self.method == PREFERENCE
+
+
+# loss_reduction -> what each of an answer's l supervised tokens weighs
+WEIGHTS = {
+    "token": lambda l: 1.0,  # noqa: E741
+    "sample": lambda l: 1.0 / l,  # noqa: E741
+    "square": lambda l: l**-0.5,  # noqa: E741
+}

@@ -1,7 +1,7 @@
 """What one setting of a recipe can be, and the names that settings choose from."""
 
 from dataclasses import Field, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from internvl3_mlx.errors import UserError
 
@@ -18,7 +18,7 @@ LORA = "lora"
 PARTS = (LORA, "language_model", "mlp1", "vision_model", "lm_head")
 ALL_PARTS = PARTS[1:4]
 SHIFTS = ("running", "zero")
-RANDOM = "random"  # of V2PE: another step for every picture
+RANDOM: Literal["random"] = "random"  # of V2PE: another step for every picture
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def write_file(recipe: TrainRecipe, path: Path) -> None:
 
 def read_file(path: Path) -> dict[str, Any]:
     """Read a YAML recipe. Raises UserError that names the file and the key."""
-    from internvl3_mlx.convert.recipe_file import read_yaml  # brings MLX, which --help can spare
+    from internvl3_mlx.convert.recipes import read_yaml  # brings MLX, which --help can spare
 
     return read_values(read_yaml(path, "keys such as model, data and method"), str(path))
 

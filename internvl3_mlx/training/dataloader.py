@@ -1,21 +1,23 @@
 """Batches with all that a micro-step wants beside them: what a frozen tower sees, what the
 reference thinks."""
 
+import queue
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import TypeVar
 
 import mlx.core as mx
 
 from internvl3_mlx.loading.resolve import model_cache
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.training.ahead import ahead
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.distributed import Ranks
 from internvl3_mlx.training.feature_cache import FrozenFeatures, Keeping, What
-from internvl3_mlx.training.setup import Advance, Ground
 from internvl3_mlx.training.grad_checkpoint import learns
 from internvl3_mlx.training.reference import References, base_log_probs
+from internvl3_mlx.training.setup import Advance, Ground
 from internvl3_mlx.training.trainer import Work
 
 FEATURES, REFERENCES = "features", "references"  # folders of the cache
@@ -102,3 +104,48 @@ def features_of(model: InternVL, ground: Ground) -> FrozenFeatures | None:
 def switched_off_reference(model: InternVL) -> Reference:
     """Ask the base anew for every batch: the model with its adapters switched off."""
     return lambda batch, vision: base_log_probs(model, batch, vision)
+
+
+T = TypeVar("T")
+DEPTH = 2  # batches that wait: pictures of more would only take memory
+TICK_S = 0.1  # how soon a reader hears that nobody wants more
+
+
+def ahead(items: Iterator[T], depth: int = DEPTH) -> Iterator[T]:
+    """Yield what ``items`` yield, in their order, made by a thread of its own some items ahead.
+
+    What is raised there is raised here, when its turn comes.
+    """
+    waiting: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
+    over = threading.Event()
+
+    def hand_over(kind: str, value: T | BaseException | None) -> bool:
+        while not over.is_set():
+            try:
+                waiting.put((kind, value), timeout=TICK_S)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for item in items:
+                if not hand_over("item", item):
+                    return
+            hand_over("end", None)
+        except BaseException as error:  # noqa: BLE001  it is raised where it can be told
+            hand_over("fault", error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while True:
+            kind, value = waiting.get()
+            if kind == "fault":
+                assert isinstance(value, BaseException)
+                raise value
+            if kind == "end":
+                return
+            yield value  # type: ignore[misc]
+    finally:
+        over.set()

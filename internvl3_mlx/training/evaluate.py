@@ -11,9 +11,9 @@ import numpy as np
 
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.forward import supervised_states
+from internvl3_mlx.training.params import number
 from internvl3_mlx.training.token_log_probs import CHUNK
 from internvl3_mlx.training.trainer import Learner, Work, take_in
-from internvl3_mlx.training.params import number
 
 CHOSEN = 2  # of preferences every second answer is the chosen one, the first of them
 

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.errors import PromptError
-from internvl3_mlx.models.blocks import Run, plainly
 from internvl3_mlx.models.internvl import TILES_AT_ONCE, InternVL
+from internvl3_mlx.models.layers import Run, plainly
 from internvl3_mlx.models.spans import Spans
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.grad_checkpoint import learns, recomputing

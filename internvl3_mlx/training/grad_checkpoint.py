@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.models.blocks import Run
+from internvl3_mlx.models.layers import Run
 
 SEEDS = 2**31 - 1  # as many as the generator's integers tell apart
 STREAMS = 2**16  # seeds kept for the pieces of one forward pass

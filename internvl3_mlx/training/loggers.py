@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internvl3_mlx.errors import MissingExtraError, TrainingError
-from internvl3_mlx.training.plot import draw
 from internvl3_mlx.training.config import TrainRecipe
+from internvl3_mlx.training.plot import draw
 from internvl3_mlx.training.trainer import Step
 
 TABLE, PLOT = "metrics.csv", "loss.svg"

@@ -9,17 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.adapters.attach import attach
-from internvl3_mlx.adapters.peft import Adapter, read_adapter
+from internvl3_mlx.adapters.peft import Adapter, read_adapter, siblings
 from internvl3_mlx.adapters.peft_writer import Form, write_adapter, written_names
-from internvl3_mlx.convert.renaming import siblings
 from internvl3_mlx.checkpoints.writer import writing_folder
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.models.factors import Factors, lengths
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import (
+    Factors,
     LoRALinear,
     adapters,
     dense_weight,
+    lengths,
     replace_module,
     sides,
 )

@@ -16,8 +16,8 @@ from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.spans import Span
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.forward import Forward, supervised_states
-from internvl3_mlx.training.token_log_probs import CHUNK, log_probs
 from internvl3_mlx.training.losses import Preference, Terms, preference_terms
+from internvl3_mlx.training.token_log_probs import CHUNK, log_probs
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from internvl3_mlx.convert.headers import TensorInfo, read_header
+from internvl3_mlx.checkpoints.reader import TensorInfo, read_header
 from internvl3_mlx.errors import CheckpointError, TrainingError
 from internvl3_mlx.generation.prompt_cache_file import fingerprint
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.training.lora_setup import switched_off
 from internvl3_mlx.training.batch import Batch
-from internvl3_mlx.training.token_log_probs import CHUNK
+from internvl3_mlx.training.lora_setup import switched_off
 from internvl3_mlx.training.objectives import answers_log_probs
+from internvl3_mlx.training.token_log_probs import CHUNK
 
 KEY_BYTES = 16
 PART_ANSWERS = 512  # in one file: what a killed run loses at most

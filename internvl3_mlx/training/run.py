@@ -9,15 +9,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from internvl3_mlx.device import gpu_bytes
 from internvl3_mlx.errors import InternVL3Error
-from internvl3_mlx.loading.memory import gpu_bytes
-from internvl3_mlx.training.config_file import RECIPE, write_file
-from internvl3_mlx.training.loggers import GB, Report, reporting, row_of
-from internvl3_mlx.training.results import save_best, save_results, write_adapter_files
-from internvl3_mlx.training.session import Session
 from internvl3_mlx.training.checkpoint import prune, save_state
-from internvl3_mlx.training.trainer import Step, train
+from internvl3_mlx.training.config_file import RECIPE, write_file
 from internvl3_mlx.training.evaluate import accuracy, validate
+from internvl3_mlx.training.export import save_best, save_results, write_adapter_files
+from internvl3_mlx.training.loggers import GB, Report, reporting, row_of
+from internvl3_mlx.training.session import Session
+from internvl3_mlx.training.trainer import Step, train
 
 Checked = dict[str, float]
 CACHE_SHARE = 8  # of what the GPU may take, for buffers that wait to be used again

@@ -5,22 +5,13 @@ from dataclasses import dataclass
 from itertools import islice
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.build import build
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.training.lora_setup import LoraSettings, adapt, load_adapter
-from internvl3_mlx.training.compiled_step import Compiled
-from internvl3_mlx.training.distributed import ALONE, Ranks
-from internvl3_mlx.training.forward import Forward
-from internvl3_mlx.training.setup import Advance, Ground
-from internvl3_mlx.training.losses import Preference
-from internvl3_mlx.training.objectives import METHODS, Method
-from internvl3_mlx.training.trainable import set_trainable
-from internvl3_mlx.training.config import TrainRecipe
-from internvl3_mlx.training.shelf import silent
 from internvl3_mlx.training.checkpoint import (
     Progress,
     check_same,
@@ -30,13 +21,24 @@ from internvl3_mlx.training.checkpoint import (
     read_facts,
     spread,
 )
-from internvl3_mlx.training.trainer import Learner, Work
+from internvl3_mlx.training.compiled_step import Compiled
+from internvl3_mlx.training.config import TrainRecipe
 from internvl3_mlx.training.dataloader import (
     Works,
     features_of,
     kept_references,
     switched_off_reference,
 )
+from internvl3_mlx.training.distributed import ALONE, Ranks
+from internvl3_mlx.training.feature_cache import silent
+from internvl3_mlx.training.forward import Forward
+from internvl3_mlx.training.lora_setup import LoraSettings, adapt, load_adapter
+from internvl3_mlx.training.losses import Preference
+from internvl3_mlx.training.objectives import METHODS, Method
+from internvl3_mlx.training.optimizers import warmup_updates
+from internvl3_mlx.training.setup import Advance, Ground
+from internvl3_mlx.training.trainable import count_parameters, set_trainable
+from internvl3_mlx.training.trainer import Learner, Work
 
 
 @dataclass(eq=False)
@@ -176,3 +178,27 @@ def resume(session: Session, *, accept_changes: bool) -> None:
             )
         session.progress = load_state(learner, found[-1])
     session.progress = spread(learner, session.progress)
+
+
+def plan_of(session: Session) -> dict[str, Any]:
+    """Say what will be trained on what, how often, and how much of the model it is."""
+    recipe, learner, ground = session.recipe, session.learner, session.ground
+    counts = count_parameters(learner.model)
+    survey = ground.train.survey
+    together = recipe.batch_size * recipe.grad_accumulation_steps * learner.ranks.size
+    plan = {
+        "method": recipe.method,
+        "model": recipe.model or ground.ready.folder.name,
+        "trained": f"{counts.trainable:,} of {counts.total:,} parameters ({counts.share:.2%})",
+        "layers_adapted": len(session.adapted) or None,
+        "rows": len(survey.sizes.numbers),
+        "tokens": int(survey.sizes.tokens.sum()),
+        "tiles": int(survey.sizes.tiles.sum()),
+        "rows_validated": len(ground.valid.survey.sizes.numbers) if ground.valid else None,
+        "updates": learner.updates,
+        "of_them_warm_up": warmup_updates(recipe, learner.updates),
+        "samples_an_update": None if recipe.packing else together,
+        "processes": learner.ranks.size if learner.ranks.size > 1 else None,
+        "goes_on_after_update": learner.update or None,
+    }
+    return {name: value for name, value in plan.items() if value is not None}

@@ -12,13 +12,11 @@ from internvl3_mlx.generation.processor import Preparer
 from internvl3_mlx.loading.fetch_model import DENSE_BITS, Notify, Ready, prepare
 from internvl3_mlx.prompt.template import template_for
 from internvl3_mlx.prompt.tokenizer import Tokenizer
+from internvl3_mlx.training.config import DataSettings, TrainRecipe, check_asked_beforehand
 from internvl3_mlx.training.data.collate import Corpus, corpus
-from internvl3_mlx.training.data.validate import Survey, survey
-from internvl3_mlx.training.contradictions import check_asked_beforehand
-from internvl3_mlx.training.data_settings import DataSettings
-from internvl3_mlx.training.config import TrainRecipe
-from internvl3_mlx.training.data.preprocess import Maker
 from internvl3_mlx.training.data.dataset import Data, open_data
+from internvl3_mlx.training.data.preprocess import Maker
+from internvl3_mlx.training.data.validate import Survey, survey
 
 Advance = Callable[[str, int, int], None]  # what is being done, how far, of how much
 DIGEST_BYTES = 16

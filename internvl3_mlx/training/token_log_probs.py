@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from internvl3_mlx.models.decoder import LanguageModel
 from internvl3_mlx.device import on_gpu
+from internvl3_mlx.models.decoder import LanguageModel
 from internvl3_mlx.training.grad_checkpoint import drawing_from, fresh_seed, holding, learns
 
 NEVER_DRAWS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)

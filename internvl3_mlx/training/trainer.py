@@ -17,6 +17,7 @@ from mlx.utils import tree_map, tree_unflatten
 from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.batch import Batch
+from internvl3_mlx.training.config import TrainRecipe
 from internvl3_mlx.training.distributed import ALONE, Ranks
 from internvl3_mlx.training.objectives import Method, MethodState
 from internvl3_mlx.training.optimizers import (
@@ -27,9 +28,8 @@ from internvl3_mlx.training.optimizers import (
     shrunk,
     step_size,
 )
-from internvl3_mlx.training.trainable import into_training
-from internvl3_mlx.training.config import TrainRecipe
 from internvl3_mlx.training.params import Arrays, Tree, named, number
+from internvl3_mlx.training.trainable import into_training
 
 COUNTED = ("tokens",)  # figures that a step has as sums already
 PATIENCE = 5  # updates in a row whose numbers are none: the run is lost, not unlucky

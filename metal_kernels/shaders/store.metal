@@ -1,4 +1,4 @@
-// Header: how a row of the store is laid out and read. Shapes are those of metal_kernels/packed.py.
+// Header: how a row of the store is laid out and read. Shapes are those of metal_kernels/kv_layout.py.
 #include <metal_simdgroup_matrix>
 
 // Before loops over arrays in registers: only an unrolled index keeps them there.

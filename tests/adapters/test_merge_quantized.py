@@ -8,9 +8,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.inputs import picture, random_pixels, relative_error, token_row
 from fixtures.loaded_models import numbers, tiny
+from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.tiny import Bits, Recipe
 from mlx.utils import tree_flatten
 

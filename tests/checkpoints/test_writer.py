@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 
 from internvl3_mlx.checkpoints import writer
 from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.checkpoints.writer import Entry, ShardWriter, writing_folder
 from internvl3_mlx.convert.pipeline import Options, convert
 from internvl3_mlx.convert.recipes import recipe
-from internvl3_mlx.checkpoints.writer import Entry, ShardWriter, writing_folder
 from internvl3_mlx.errors import CheckpointError
 
 

@@ -9,12 +9,12 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.profiling import timing, kernels, limits
-from internvl3_mlx.profiling.suite import Bench
+from internvl3_mlx.metal_kernels import dispatch, registry
+from internvl3_mlx.metal_kernels.registry import Entry
+from internvl3_mlx.profiling import kernels, limits, timing
 from internvl3_mlx.profiling.kernels import NO_METAL, Trial
 from internvl3_mlx.profiling.limits import Limits
-from internvl3_mlx.metal_kernels import dispatch, table
-from internvl3_mlx.metal_kernels.table import Entry
+from internvl3_mlx.profiling.suite import Bench
 
 LIMITS = Limits(bandwidth=2.5e9, rate=3e10, launch_s=5e-6, dtype="float32")
 
@@ -27,9 +27,9 @@ def _small(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "LEAST_S", 0.0)
     monkeypatch.setattr(limits, "measure", lambda *, quick: LIMITS)
     monkeypatch.setattr(kernels, "trials", lambda *, quick: [Trial("odd", 6, 2, 64, 8)])
-    table.measured.cache_clear()
+    registry.measured.cache_clear()
     yield
-    table.measured.cache_clear()
+    registry.measured.cache_clear()
 
 
 def bench(*words):
@@ -115,15 +115,15 @@ def found(monkeypatch):
 
 def test_where_kernels_pay_is_kept_and_told(found):
     assert f"  {PAYS.case}  from 1,024 tokens\n" in bench().stdout
-    assert table.pays(PAYS.case, 1024)
-    assert not table.pays(PAYS.case, 1023)
+    assert registry.pays(PAYS.case, 1024)
+    assert not registry.pays(PAYS.case, 1023)
 
 
 def test_a_run_of_some_contexts_changes_no_table(monkeypatch):
     monkeypatch.setattr(Bench, "entries", [PAYS])
     shown = bench().stdout
     assert f"  {PAYS.case}  from 1,024 tokens\nnot kept      where kernels pay;" in shown
-    assert not table.pays(PAYS.case, 1024)
+    assert not registry.pays(PAYS.case, 1024)
 
 
 def test_a_cache_folder_that_takes_no_files_is_told(found, monkeypatch, tmp_path):

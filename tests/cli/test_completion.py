@@ -3,8 +3,8 @@
 import pytest
 from click.testing import CliRunner
 
-from internvl3_mlx.cli.completion import models
 from internvl3_mlx.cli.main import main
+from internvl3_mlx.cli.options import models
 
 
 @pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])

@@ -13,8 +13,8 @@ from fixtures.tiny import Recipe
 import internvl3_mlx
 from internvl3_mlx.cli import doctor as doctor_module
 from internvl3_mlx.cli.main import main
+from internvl3_mlx.metal_kernels import dispatch, registry, self_test, variants
 from internvl3_mlx.profiling import self_check
-from internvl3_mlx.metal_kernels import variants, dispatch, self_test, table
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,10 @@ def _no_metal(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
     monkeypatch.delenv(dispatch.SWITCH, raising=False)
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
-    table.measured.cache_clear()
+    registry.measured.cache_clear()
     yield
     self_test.known.clear()
-    table.measured.cache_clear()
+    registry.measured.cache_clear()
 
 
 def doctor(*words):
@@ -100,7 +100,7 @@ def test_a_model_that_fails_is_a_result(monkeypatch):
 
 
 def test_where_kernels_pay_is_told():
-    table.write_table([table.Entry("flash_decode", 8, 64, 7, 4096)])
+    registry.write_table([registry.Entry("flash_decode", 8, 64, 7, 4096)])
     used = json.loads(doctor("--json").stdout)["kernels"]["used"]
     assert used == {"flash_decode, 8 bits, head_dim 64, 7 rows": "from 4,096 tokens"}
 

@@ -7,16 +7,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.conversions import tensors
 from fixtures.hub import running_hub
 from fixtures.inputs import relative_error
 from fixtures.loaded_models import tiny
+from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.tiny import Bits, Recipe
 
 from internvl3_mlx import load
-from internvl3_mlx.cli.main import main
 from internvl3_mlx.checkpoints.build_model import open_model
+from internvl3_mlx.cli.main import main
 from internvl3_mlx.models.lora import adapters, dense_weight
 from internvl3_mlx.training.lora_setup import save_adapter
 from internvl3_mlx.training.trainable import set_trainable

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.cells import cell_len
 
-from internvl3_mlx.cli import markdown, console
+from internvl3_mlx.cli import console, markdown
 from internvl3_mlx.cli.markdown import Blocks, MarkdownWriter
 
 LIST, CODE = "- one\n- two\n\n  more of two", "```py\nx\n\ny\n```\nend"

@@ -9,8 +9,8 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import load
+from internvl3_mlx.cli.generate import ALL_THE_SAME
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.cli.samples import ALL_THE_SAME
 
 DRAWN = ("--temp", "1", "--seed", "4")
 

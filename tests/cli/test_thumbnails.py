@@ -8,8 +8,7 @@ from fixtures.image_files import noise
 from PIL import Image
 
 from internvl3_mlx.cli.thumbnails import CHUNK, drawer, iterm, kitty
-from internvl3_mlx.images.preview import preview_png
-from internvl3_mlx.images.load import Picture
+from internvl3_mlx.images.load import Picture, preview_png
 
 PNG = b"\x89PNG" + bytes(range(256)) * 40
 

@@ -14,10 +14,10 @@ from fixtures.terminal import Program
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.train import in_words, train
-from internvl3_mlx.training.config import PRESETS, TrainRecipe
-from internvl3_mlx.training.config_file import build_recipe
-from internvl3_mlx.training.config_fields import about
 from internvl3_mlx.training.checkpoint import checkpoints
+from internvl3_mlx.training.config import PRESETS, TrainRecipe
+from internvl3_mlx.training.config_fields import about
+from internvl3_mlx.training.config_file import build_recipe
 
 FIELDS = {entry.name: entry for entry in fields(TrainRecipe)}
 FLAGS = {param.name: param for param in train.params}

@@ -8,11 +8,10 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.calibrate import allocate, hull
-from internvl3_mlx.convert.calibration.metrics import bits_by_part
+from internvl3_mlx.convert.calibration.bit_allocation import Measured, allocate, hull, packed_bits
 from internvl3_mlx.convert.calibration.calibrate import Wish, calibrate, measure, prove_forward
+from internvl3_mlx.convert.calibration.metrics import bits_by_part
 from internvl3_mlx.convert.recipes import recipe
-from internvl3_mlx.convert.calibration.bit_allocation import Measured, packed_bits
 from internvl3_mlx.errors import CheckpointError, UserError
 
 TINY = Recipe(style="300m")

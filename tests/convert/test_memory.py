@@ -17,7 +17,7 @@ CODE = """
 import resource, sys
 from pathlib import Path
 from internvl3_mlx.convert.pipeline import Options, convert
-from internvl3_mlx.convert.quantize import recipe
+from internvl3_mlx.convert.recipes import recipe
 def peak():
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -6,10 +6,10 @@ from fixtures.conversions import converted
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx.convert.model_card import base_model, read_licence
-from internvl3_mlx.convert.calibration.metrics import Figures
-from internvl3_mlx.convert.recipes import recipe
 from internvl3_mlx.convert.api import Session, default_name
+from internvl3_mlx.convert.calibration.metrics import Figures
+from internvl3_mlx.convert.model_card import base_model, read_licence
+from internvl3_mlx.convert.recipes import recipe
 
 LICENCE = (
     "---\nlicense: other\nlicense_name: qwen\nlicense_link: https://x.org\ntags: [a]\n---\nText\n"

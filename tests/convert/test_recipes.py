@@ -11,8 +11,16 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe as Tiny
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.recipes import BITS, MIXES, MODES, Recipe, mixed, packing, recipe
-from internvl3_mlx.convert.recipe_file import read_recipe
+from internvl3_mlx.convert.recipes import (
+    BITS,
+    MIXES,
+    MODES,
+    Recipe,
+    mixed,
+    packing,
+    read_recipe,
+    recipe,
+)
 from internvl3_mlx.errors import UserError
 
 LAYER = "language_model.model.layers.{}."

@@ -19,7 +19,7 @@ from examples.demo_model.rows import RowBuilder
 from examples.demo_model.tokenizer import open_tokenizer
 from internvl3_mlx import load
 from internvl3_mlx.generation.vlm import VLM
-from internvl3_mlx.images.pixels import normalize, to_tiles
+from internvl3_mlx.images.tiling import normalize, to_tiles
 
 DEMO = Path(internvl3_mlx.demo.__file__).parent
 LARGEST_BYTES = 8_000_000

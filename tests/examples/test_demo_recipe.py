@@ -29,7 +29,7 @@ from examples.demo_model.vocabulary import (
     SHAPES,
     TRAIN_STYLES,
 )
-from internvl3_mlx.images.pixels import TilePolicy, to_tiles
+from internvl3_mlx.images.tiling import TilePolicy, to_tiles
 from internvl3_mlx.prompt import v2pe as library_positions
 
 

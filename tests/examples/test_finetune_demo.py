@@ -14,10 +14,10 @@ from examples.demo_model.questions import Item
 from examples.demo_model.vocabulary import CATEGORIES
 from examples.finetune_demo import kinds, measure, pairs
 from internvl3_mlx import load
-from internvl3_mlx.training.setup import look_around
 from internvl3_mlx.training.config_file import build_recipe
 from internvl3_mlx.training.run import go
 from internvl3_mlx.training.session import open_session
+from internvl3_mlx.training.setup import look_around
 
 HERE = Path(kinds.__file__).parent
 

@@ -7,10 +7,10 @@ import pytest
 from fixtures.runs import silent, write_data
 
 import internvl3_mlx
-from internvl3_mlx.training.setup import look_around
 from internvl3_mlx.training.config_file import build_recipe
 from internvl3_mlx.training.run import go
 from internvl3_mlx.training.session import open_session
+from internvl3_mlx.training.setup import look_around
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 RECIPES = sorted(

@@ -24,7 +24,9 @@ def batches(monkeypatch):
     sizes = []
     together = batch_generate.together
     monkeypatch.setattr(
-        batch_generate, "together", lambda vlm, group, s: sizes.append(len(group)) or together(vlm, group, s)
+        batch_generate,
+        "together",
+        lambda vlm, group, s: sizes.append(len(group)) or together(vlm, group, s),
     )
     return sizes
 

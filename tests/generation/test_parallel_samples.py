@@ -8,8 +8,7 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.generation import parallel_samples
-from internvl3_mlx.models.cache import PackedKVCache
-from internvl3_mlx.models.shared_cache import SharedKVCache
+from internvl3_mlx.models.cache import PackedKVCache, SharedKVCache
 
 CAT, DOG = picture(130, 70), picture(60, 60, 1)
 ASKED = ("Which is larger?", [CAT, DOG])

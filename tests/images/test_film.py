@@ -3,7 +3,7 @@
 import pytest
 from fixtures.videos import RATE, film, numbers, turned
 
-from internvl3_mlx.images import film as reader
+from internvl3_mlx.images import video as reader
 from internvl3_mlx.images.video import frame_indices, read_frames
 
 

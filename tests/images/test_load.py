@@ -164,8 +164,8 @@ def test_a_bomb_is_refused_before_it_is_unpacked():
 
 PEAK = """
 import resource, sys
-from internvl3_mlx.images.pixels import TilePolicy, to_tiles
-from internvl3_mlx.images.source import open_picture
+from internvl3_mlx.images.tiling import TilePolicy, to_tiles
+from internvl3_mlx.images.load import open_picture
 unit = 1 if sys.platform == "darwin" else 1024
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 picture = open_picture(sys.argv[1])

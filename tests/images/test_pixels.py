@@ -9,15 +9,16 @@ import torch
 from PIL import Image
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.images import pixels
-from internvl3_mlx.images.pixels import (
+from internvl3_mlx.images import tiling
+from internvl3_mlx.images.tiling import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     TilePolicy,
+    choose_grid,
     normalize,
+    tile_boxes,
     to_tiles,
 )
-from internvl3_mlx.images.tiling import choose_grid, tile_boxes
 
 SMALL = TilePolicy(tile_size=14)
 SIZES = [(31, 17), (17, 31), (14, 14), (9, 40), (200, 21), (640, 480), (333, 777), (1, 50), (50, 1)]
@@ -75,9 +76,9 @@ def test_a_wide_picture_equals_one_resize_call(size):
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_threads_and_bands_change_no_pixel(monkeypatch, workers):
     image = noise(517, 389, seed=2)
-    monkeypatch.setattr(pixels, "WORKERS", workers)
-    monkeypatch.setattr(pixels, "SERIAL_PIXELS", 0)
-    monkeypatch.setattr(pixels, "BAND_ROWS", 37)
+    monkeypatch.setattr(tiling, "WORKERS", workers)
+    monkeypatch.setattr(tiling, "SERIAL_PIXELS", 0)
+    monkeypatch.setattr(tiling, "BAND_ROWS", 37)
     assert np.array_equal(to_tiles(image, SMALL), plain_tiles(image, SMALL))
 
 
@@ -109,7 +110,7 @@ def test_other_modes_become_rgb_first():
 
 def test_an_absurdly_tall_picture_is_shrunk_before_it_is_widened(monkeypatch):
     tall = noise(3, 4000)
-    monkeypatch.setattr(pixels, "LARGEST_MIDDLE", 14 * 3000)
+    monkeypatch.setattr(tiling, "LARGEST_MIDDLE", 14 * 3000)
     tiles = to_tiles(tall, SMALL)
     down_first = tall.resize((3, 14), Image.Resampling.BICUBIC).resize((14, 14))
     assert np.array_equal(tiles[-1], np.asarray(down_first))
@@ -143,7 +144,7 @@ def test_normalize_leaves_the_tiles_alone():
 
 def test_importing_the_room_is_cheap():
     code = (
-        "import sys, internvl3_mlx.images.pixels, internvl3_mlx.images.tiling;"
+        "import sys, internvl3_mlx.images.tiling, internvl3_mlx.images.tiling;"
         "print([m for m in ('mlx', 'torch', 'transformers', 'av', 'urllib.request') "
         "if m in sys.modules])"
     )

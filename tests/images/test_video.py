@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from fixtures.videos import blanked, film, numbers, shade, sound
 from fixtures.image_files import encoded, noise
+from fixtures.videos import blanked, film, numbers, shade, sound
 from PIL import Image
 
 from internvl3_mlx.errors import ImageError, MissingExtraError, UserError

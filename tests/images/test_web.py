@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from fixtures.image_files import encoded, message, noise, same
 
-from internvl3_mlx.images import web
+from internvl3_mlx.images import fetch
 from internvl3_mlx.images.load import open_picture
 
 PICTURE = encoded(noise())
@@ -113,17 +113,17 @@ def test_bad_answers_are_told(site, path, words):
 
 
 def test_a_large_download_is_stopped(site, monkeypatch):
-    monkeypatch.setattr(web, "MAX_BYTES", 4000)
+    monkeypatch.setattr(fetch, "MAX_BYTES", 4000)
     assert "/large: larger than" in message(f"{site}/large")
 
 
 def test_a_slow_download_is_stopped(site, monkeypatch):
-    monkeypatch.setattr(web, "TOTAL_S", 0.1)
+    monkeypatch.setattr(fetch, "TOTAL_S", 0.1)
     assert "/drip: the server is too slow" in message(f"{site}/drip")
 
 
 def test_a_silent_server_is_given_up(site, monkeypatch):
-    monkeypatch.setattr(web, "SILENCE_S", 0.1)
+    monkeypatch.setattr(fetch, "SILENCE_S", 0.1)
     assert "/silent: the server is too slow" in message(f"{site}/silent")
 
 

@@ -9,7 +9,7 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx.convert.recipes import recipe
 from internvl3_mlx.errors import DownloadError, UserError
-from internvl3_mlx.loading.upload import upload
+from internvl3_mlx.loading.hub import upload
 
 REPO = "someone/InternVL3-tiny-4bit"
 

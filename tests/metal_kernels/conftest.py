@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from metal_emulator import emulated_metal
 
-from internvl3_mlx.metal_kernels import dispatch, self_test, table
+from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def a_mac(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
     monkeypatch.delenv(dispatch.SWITCH, raising=False)
     self_test.known.clear()
-    table.measured.cache_clear()
+    registry.measured.cache_clear()
     yield tmp_path / "kernels"
     self_test.known.clear()
-    table.measured.cache_clear()
+    registry.measured.cache_clear()

@@ -7,7 +7,7 @@ from fixtures.tiny import TEXT, Recipe
 
 from internvl3_mlx import load
 from internvl3_mlx.metal_kernels import dispatch
-from internvl3_mlx.metal_kernels.table import Entry, write_table
+from internvl3_mlx.metal_kernels.registry import Entry, write_table
 from internvl3_mlx.models.cache import PackedKVCache, QuantizedKVCache
 
 CAT, DOG = picture(130, 70), picture(60, 60, 1)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from internvl3_mlx.profiling import timing, kernels
-from internvl3_mlx.profiling.suite import Bench
-from internvl3_mlx.profiling.kernels import FALLS_BACK, TURNED_OFF, Trial
-from internvl3_mlx.metal_kernels import dispatch, self_test, table
+from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 from internvl3_mlx.metal_kernels.self_test import KernelState
+from internvl3_mlx.profiling import kernels, timing
+from internvl3_mlx.profiling.kernels import FALLS_BACK, TURNED_OFF, Trial
+from internvl3_mlx.profiling.suite import Bench
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -29,7 +29,9 @@ def test_both_ways_are_timed(monkeypatch, a_mac, emulated, bits, length):
 def test_what_stands_in_for_a_kernel_is_never_timed_as_one(monkeypatch, a_mac, switch, broken, why):
     monkeypatch.setattr(timing, "LEAST_S", 0.0)
     monkeypatch.setenv(dispatch.SWITCH, switch)
-    monkeypatch.setattr(self_test, "tried", lambda variant: KernelState(variant.name, not broken, ""))
+    monkeypatch.setattr(
+        self_test, "tried", lambda variant: KernelState(variant.name, not broken, "")
+    )
     trial = Trial("odd", 6, 2, 64, 8)
     run = Bench(None, [37])
     figure = run.kernel(trial, 37)
@@ -52,8 +54,8 @@ def test_a_measurement_becomes_the_table(monkeypatch, a_mac):
     for trial in trials:
         for context in run.contexts:
             run.kernel(trial, context)
-    assert table.write_table(run.entries)
-    eight, four = (table.Entry("flash_decode", bits, 64, 3).case for bits in (8, 4))
-    assert [table.pays(eight, tokens) for tokens in (8, 9, 90)] == [False, True, True]
-    assert not table.pays(four, 5)
+    assert registry.write_table(run.entries)
+    eight, four = (registry.Entry("flash_decode", bits, 64, 3).case for bits in (8, 4))
+    assert [registry.pays(eight, tokens) for tokens in (8, 9, 90)] == [False, True, True]
+    assert not registry.pays(four, 5)
     assert (a_mac / "table.json").exists()

@@ -8,8 +8,7 @@ import pytest
 from fixtures.attention_cases import Ragged
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.metal_kernels import dispatch, registry, self_test, table
-from internvl3_mlx.metal_kernels.variants import variants
+from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 from internvl3_mlx.metal_kernels.flash_decode import (
     FlashVariant,
     attend,
@@ -21,6 +20,7 @@ from internvl3_mlx.metal_kernels.flash_decode import (
 )
 from internvl3_mlx.metal_kernels.kv_append import NewRowVariant
 from internvl3_mlx.metal_kernels.kv_layout import RowLayout
+from internvl3_mlx.metal_kernels.variants import variants
 
 FAST = {"schedules": ("forward",), "checked": False}
 SMALL = FlashVariant(mx.float16, 4, 32, 32, 3)
@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(emulated, lines, a_mac, m
     with emulated(**FAST):
         assert self_test.usable(SMALL)
     assert lines == []
-    assert not table.write_table([])
+    assert not registry.write_table([])
 
 
 def test_a_self_check_tries_all_anew_and_says_nothing(emulated, lines):
@@ -202,26 +202,26 @@ def test_every_published_size_is_in_the_self_check():
     assert all(getattr(variant, "fits", True) for variant in variants())
 
 
-CASE = table.Entry("flash_decode", 4, 32, 3, 100)
+CASE = registry.Entry("flash_decode", 4, 32, 3, 100)
 
 
 def test_only_a_measured_gain_takes_the_kernel(emulated, lines):
     with emulated(**FAST):
         assert not chosen(SMALL, 5000)
-        assert table.write_table([CASE])
+        assert registry.write_table([CASE])
         assert [chosen(SMALL, tokens) for tokens in (99, 100, 5000)] == [False, True, True]
         assert prefers_rows(NEW.layout, 3, 100)
         assert not prefers_rows(NEW.layout, 7, 100)
-        table.write_table([table.Entry("flash_decode", 4, 32, 3, None)])
+        registry.write_table([registry.Entry("flash_decode", 4, 32, 3, None)])
         assert not chosen(SMALL, 5000)
-        assert not table.measured()  # nothing pays: a token costs no look
+        assert not registry.measured()  # nothing pays: a token costs no look
 
 
 def test_the_switch_turns_kernels_off_or_takes_them_unmeasured(emulated, lines, monkeypatch):
     with emulated(**FAST) as metal:
         monkeypatch.setenv(dispatch.SWITCH, "force")
         assert chosen(SMALL, 1)
-        table.write_table([CASE])
+        registry.write_table([CASE])
         monkeypatch.setenv(dispatch.SWITCH, "off")
         tried = len(metal.dispatches)
         assert not chosen(SMALL, 5000)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from fixtures.inputs import random_pixels, relative_error
-from fixtures.training_samples import sample
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.training_samples import sample
 
 from internvl3_mlx.config import VisionConfig
 from internvl3_mlx.errors import ConfigError

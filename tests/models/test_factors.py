@@ -7,7 +7,7 @@ from fixtures.inputs import relative_error
 from fixtures.loaded_models import numbers
 
 from internvl3_mlx import KeyMapError
-from internvl3_mlx.models.factors import Factors, joined, lengths
+from internvl3_mlx.models.lora import Factors, joined, lengths
 
 WIDTH = 7
 

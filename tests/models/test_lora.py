@@ -13,8 +13,7 @@ from mlx.utils import tree_flatten
 from peft import LoraConfig, get_peft_model
 
 from internvl3_mlx.models import lora
-from internvl3_mlx.models.factors import Factors
-from internvl3_mlx.models.lora import LoRALinear, adapters, dense_weight, replace_module
+from internvl3_mlx.models.lora import Factors, LoRALinear, adapters, dense_weight, replace_module
 
 TOLERANCE = 2e-5
 OUT, WIDTH, RANK, ALPHA = 40, 96, 5, 12.0

@@ -8,9 +8,14 @@ from fixtures.inputs import relative_error
 from internvl3_mlx.metal_kernels.kv_layout import RowLayout
 from internvl3_mlx.models import attention
 from internvl3_mlx.models.attention import attend, attend_kept, takes_unturned
-from internvl3_mlx.models.cache import GROWTH, KVCache, PackedKVCache, QuantizedKVCache
+from internvl3_mlx.models.cache import (
+    GROWTH,
+    KVCache,
+    PackedKVCache,
+    QuantizedKVCache,
+    SharedKVCache,
+)
 from internvl3_mlx.models.rope import Rotary, powers_where_ordinary
-from internvl3_mlx.models.shared_cache import SharedKVCache
 
 BATCH, HEADS, KV_HEADS, DIM, GROUP = 2, 6, 3, 64, 32
 LAYOUTS = [RowLayout(DIM, bits, GROUP, mx.float32) for bits in (8, 4)]

@@ -2,8 +2,9 @@
 
 import pytest
 
-from internvl3_mlx.profiling import timing, kernels
-from internvl3_mlx.profiling.results import Figure
+from internvl3_mlx.metal_kernels import dispatch
+from internvl3_mlx.metal_kernels.registry import Entry
+from internvl3_mlx.profiling import kernels, timing
 from internvl3_mlx.profiling.kernels import (
     NO_METAL,
     SHAPES,
@@ -13,8 +14,7 @@ from internvl3_mlx.profiling.kernels import (
     pays_from,
     trials,
 )
-from internvl3_mlx.metal_kernels import dispatch
-from internvl3_mlx.metal_kernels.table import Entry
+from internvl3_mlx.profiling.results import Figure
 
 SHAPE = ("1b", 14, 2, 64)
 

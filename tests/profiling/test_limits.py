@@ -3,9 +3,9 @@
 import mlx.core as mx
 import pytest
 
-from internvl3_mlx.profiling import timing, limits
-from internvl3_mlx.profiling.results import Figure
+from internvl3_mlx.profiling import limits, timing
 from internvl3_mlx.profiling.limits import Limits, scaled
+from internvl3_mlx.profiling.results import Figure
 
 MADE_UP = Limits(bandwidth=100.0, rate=1000.0, launch_s=1e-6, dtype="float32")
 

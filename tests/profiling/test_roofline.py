@@ -4,8 +4,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from internvl3_mlx.profiling.results import Figure
 from internvl3_mlx.profiling.limits import Limits
+from internvl3_mlx.profiling.results import Figure
 from internvl3_mlx.profiling.roofline import (
     BOTTOM,
     HEIGHT,

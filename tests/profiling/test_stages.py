@@ -3,9 +3,9 @@
 import pytest
 from fixtures.loaded_models import bare_model
 
-from internvl3_mlx.profiling import timing, stages
-from internvl3_mlx.profiling.suite import Bench
+from internvl3_mlx.profiling import stages, timing
 from internvl3_mlx.profiling.stages import Stages
+from internvl3_mlx.profiling.suite import Bench
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +52,8 @@ def test_a_context_stays_as_long_as_it_is(model):
 
 def test_a_cache_without_room_is_left_out_and_says_so(model, monkeypatch):
     monkeypatch.setattr(stages, "gpu_bytes", lambda: 1000)
-    stages = Stages(model, [64], chunk=7, runs=1)
-    for figure in (stages.prefill(64), stages.decode(64, 8)):
+    measured = Stages(model, [64], chunk=7, runs=1)
+    for figure in (measured.prefill(64), measured.decode(64, 8)):
         assert figure.seconds is None
         assert figure.why == "the cache would take more than half of the memory"
 

@@ -5,7 +5,7 @@ from fixtures.tokenizers import write_internlm_tokenizer, write_qwen_tokenizer
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from internvl3_mlx.prompt.template import Text
+from internvl3_mlx.prompt.messages import Text
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 ANSWER = "A cat 😀 和 é\n\n<ref>the  cat</ref><box>[[1, 2, 3, 4]]</box> <tool_call> end"

@@ -6,14 +6,8 @@ from fixtures.tokenizers import write_qwen_tokenizer
 from transformers import AutoTokenizer
 
 from internvl3_mlx.errors import CheckpointError, PromptError
-from internvl3_mlx.prompt.template import (
-    ImageRun,
-    InternVLTemplate,
-    Media,
-    Text,
-    Turn,
-    template_for,
-)
+from internvl3_mlx.prompt.messages import ImageRun, Media, Text, Turn
+from internvl3_mlx.prompt.template import InternVLTemplate, template_for
 
 # what native repositories ship: an image is its placeholder and a newline
 NATIVE = """

@@ -1,8 +1,7 @@
 import pytest
 
 from internvl3_mlx.errors import PromptError
-from internvl3_mlx.prompt.template import ImageRun, Media, Text, Turn
-from internvl3_mlx.prompt.messages import Spoken, content, shown_order
+from internvl3_mlx.prompt.messages import ImageRun, Media, Spoken, Text, Turn, content, shown_order
 
 
 def laid_out(text: str, *media: Media) -> list[str | int]:

@@ -3,15 +3,8 @@ from dataclasses import dataclass
 import pytest
 
 from internvl3_mlx.errors import ConfigError, PromptError
-from internvl3_mlx.prompt.template import (
-    DEFAULT_SYSTEM,
-    ImageRun,
-    InternVLTemplate,
-    Media,
-    Text,
-    Turn,
-    template_for,
-)
+from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM, ImageRun, Media, Text, Turn
+from internvl3_mlx.prompt.template import InternVLTemplate, template_for
 
 SYSTEM = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"

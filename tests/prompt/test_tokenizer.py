@@ -8,7 +8,8 @@ from fixtures.tokenizers import TokenizerFacts, write_internlm_tokenizer, write_
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from internvl3_mlx.prompt.template import ImageRun, InternVLTemplate, Media, Segment, Text, Turn
+from internvl3_mlx.prompt.messages import ImageRun, Media, Segment, Text, Turn
+from internvl3_mlx.prompt.template import InternVLTemplate
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 CONTEXT = 3  # context tokens per tile

@@ -3,8 +3,8 @@
 import functools
 from dataclasses import dataclass
 
-from emulator.mlx_kernels import CASES
 from metal_emulator.build import preprocess
+from test_metal_emulator.mlx_kernels import CASES
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 FIRST, SHARED, SECOND = (

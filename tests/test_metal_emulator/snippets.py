@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from emulator.bodies import PARAMETERS
+from test_metal_emulator.bodies import PARAMETERS
 
 GRID = ", uint3 thread_position_in_grid [[thread_position_in_grid]]"
 TWO = "const device float* x [[buffer(0)]], device float* y [[buffer(1)]]"

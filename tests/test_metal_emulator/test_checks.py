@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from emulator.bodies import PARAMETERS, compiled, run
 from metal_emulator import Binding, KernelRefused, dispatch
+from test_metal_emulator.bodies import PARAMETERS, compiled, run
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 SHARED = "threadgroup float t[64];"

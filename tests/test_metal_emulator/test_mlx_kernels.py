@@ -1,7 +1,7 @@
 """MLX's own kernels, unmodified, against float64: the emulator's anchor."""
 
 import pytest
-from emulator.mlx_kernels import CASES, TOLERANCE
+from test_metal_emulator.mlx_kernels import CASES, TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -3,8 +3,8 @@
 import collections
 
 import pytest
-from emulator.mlx_kernels import CASES, TOLERANCE
-from emulator.mutations import MUTATIONS
+from test_metal_emulator.mlx_kernels import CASES, TOLERANCE
+from test_metal_emulator.mutations import MUTATIONS
 
 FEWEST_NOTICED, FEWEST_NAMED = 28, 20
 

@@ -1,9 +1,9 @@
 """Text that a Mac would refuse is refused here, in words that help; right text is taken."""
 
 import pytest
-from emulator.bodies import around, compiled
-from emulator.snippets import RIGHT, WRONG
 from metal_emulator import KernelRefused, compile_kernel
+from test_metal_emulator.bodies import around, compiled
+from test_metal_emulator.snippets import RIGHT, WRONG
 
 
 @pytest.mark.parametrize("name", WRONG)

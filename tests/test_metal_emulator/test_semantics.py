@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from emulator.bodies import around, run, run_typed
-from emulator.mlx_kernels import decode, encode
 from metal_emulator import Binding, compile_kernel, dispatch
+from test_metal_emulator.bodies import around, run, run_typed
+from test_metal_emulator.mlx_kernels import decode, encode
 
 LANES = 32
 X = np.arange(1.0, LANES + 1)  # what lane i holds in v

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulator.bodies import around
-from emulator.mlx_kernels import CASES
 from metal_emulator import NoToolchain, build, reason_to_skip
 from metal_emulator.instrument import instrument
 from metal_emulator.toolchain import (
@@ -19,6 +17,8 @@ from metal_emulator.toolchain import (
     tool_key,
     toolchain,
 )
+from test_metal_emulator.bodies import around
+from test_metal_emulator.mlx_kernels import CASES
 
 TESTS = Path(__file__).parents[1]
 ELF, MACH_O = b"\x7fELF", b"\xcf\xfa\xed\xfe"

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.training.ahead import ahead
+from internvl3_mlx.training.dataloader import ahead
 
 PATIENCE_S = 20
 

@@ -12,10 +12,10 @@ from fixtures.rows import talk, write_rows
 from fixtures.runs import recipe, session, write_data
 
 from internvl3_mlx.errors import CheckpointError, DataError, UserError
+from internvl3_mlx.training.checkpoint import arrays_of, checkpoints, load_state, prune, save_state
 from internvl3_mlx.training.config_file import write_file
 from internvl3_mlx.training.run import go
 from internvl3_mlx.training.session import resume
-from internvl3_mlx.training.checkpoint import arrays_of, checkpoints, load_state, prune, save_state
 from internvl3_mlx.training.trainer import train
 
 PATIENCE_S = 120
@@ -64,8 +64,8 @@ def test_a_run_that_is_resumed_equals_the_run_that_was_not(tmp_path):
 CODE = """
 import sys
 from pathlib import Path
-from internvl3_mlx.training.ground import look_around
-from internvl3_mlx.training.recipe_file import build_recipe
+from internvl3_mlx.training.setup import look_around
+from internvl3_mlx.training.config_file import build_recipe
 from internvl3_mlx.training.run import go
 from internvl3_mlx.training.session import open_session
 recipe = build_recipe({}, Path(sys.argv[1]))

@@ -12,8 +12,8 @@ from fixtures.runs import recipe, session, write_data
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.compiled_step import ROUND_TARGETS, ROUND_TOKENS, Compiled, rounded
-from internvl3_mlx.training.trainer import train, value_and_grad
 from internvl3_mlx.training.params import named
+from internvl3_mlx.training.trainer import train, value_and_grad
 
 
 def works(folder, **settings):

@@ -6,14 +6,13 @@ import pytest
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training import config_fields
+from internvl3_mlx.training.config import PRESETS, DataSettings, TrainRecipe
+from internvl3_mlx.training.config_file import build_recipe, kind_of, write_file
+from internvl3_mlx.training.loggers import LOGGERS
 from internvl3_mlx.training.lora_setup import LoraSettings
-from internvl3_mlx.training.data_settings import DataSettings
 from internvl3_mlx.training.losses import Preference
 from internvl3_mlx.training.objectives import METHODS, MixedPreference
 from internvl3_mlx.training.optimizers import OPTIMIZERS, SCHEDULES
-from internvl3_mlx.training.config import PRESETS, TrainRecipe
-from internvl3_mlx.training.config_file import build_recipe, kind_of, write_file
-from internvl3_mlx.training.loggers import LOGGERS
 
 FIELDS = {entry.name: entry for entry in fields(TrainRecipe)}
 

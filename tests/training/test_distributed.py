@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from fixtures.runs import recipe, session, write_data
 
-from internvl3_mlx.training.distributed import ALONE, Ranks, connect
 from internvl3_mlx.training.config_file import write_file
+from internvl3_mlx.training.distributed import ALONE, Ranks, connect
 from internvl3_mlx.training.trainer import train
 
 PATIENCE_S = 240
@@ -24,13 +24,13 @@ from itertools import islice
 from pathlib import Path
 import mlx.core as mx
 from internvl3_mlx.training.distributed import connect
-from internvl3_mlx.training.ground import look_around
-from internvl3_mlx.training.recipe_file import build_recipe
+from internvl3_mlx.training.setup import look_around
+from internvl3_mlx.training.config_file import build_recipe
 from internvl3_mlx.training.session import open_session
 from internvl3_mlx.training.trainer import train
-from internvl3_mlx.training.validation import validate
+from internvl3_mlx.training.evaluate import validate
 from internvl3_mlx.training.session import resume
-from internvl3_mlx.training.state import save_state
+from internvl3_mlx.training.checkpoint import save_state
 ranks = connect()
 folder = Path(sys.argv[1])
 own = {"adapter_path": str(folder / f"run{ranks.rank}")}  # as on two machines

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.lora_models import adapted, logits
 from fixtures.conversions import converted, tensors
 from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.loaded_models import numbers, tiny
+from fixtures.lora_models import adapted, logits
 from fixtures.original_torch import torch_logits
 from fixtures.tiny import Bits, Recipe
 from mlx.utils import tree_flatten, tree_map

@@ -5,12 +5,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error
-from fixtures.training_samples import sample
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.training_samples import sample
 
 from internvl3_mlx.errors import PromptError
-from internvl3_mlx.models.blocks import plainly
 from internvl3_mlx.models.internvl import TILES_AT_ONCE
+from internvl3_mlx.models.layers import plainly
 from internvl3_mlx.training.data.collate import laid
 from internvl3_mlx.training.forward import Forward, supervised_states, tower_states
 from internvl3_mlx.training.trainable import set_trainable

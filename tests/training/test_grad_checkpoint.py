@@ -6,17 +6,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from fixtures.training_samples import sample
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.training_samples import sample
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.training.lora_setup import LoraSettings, adapt
 from internvl3_mlx.training.data.collate import laid
 from internvl3_mlx.training.forward import Forward
+from internvl3_mlx.training.grad_checkpoint import drawing_from, recomputing
+from internvl3_mlx.training.lora_setup import LoraSettings, adapt
 from internvl3_mlx.training.objectives import METHODS, MethodState
 from internvl3_mlx.training.trainable import set_trainable
-from internvl3_mlx.training.grad_checkpoint import drawing_from, recomputing
 
 
 class Thinned(nn.Module):

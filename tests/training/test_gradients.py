@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from fixtures.inputs import relative_error
-from fixtures.training_samples import answered, pair, sample
 from fixtures.layouts import to_layout
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.training_samples import answered, pair, sample
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.models.vision import IMAGENET_MEAN, IMAGENET_STD

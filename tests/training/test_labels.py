@@ -10,8 +10,7 @@ from fixtures.rows import opened, preparer, tokenizer_folder, write_picture, wri
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.generation.generation_config import Settings
-from internvl3_mlx.prompt.template import DEFAULT_SYSTEM
-from internvl3_mlx.prompt.messages import Media, Spoken, Turn
+from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM, Media, Spoken, Turn
 
 PER_TILE = 16  # of the demo's sizes
 KINDS = ("qwen", "internlm", "demo")

@@ -9,9 +9,9 @@ import pytest
 
 from internvl3_mlx.errors import MissingExtraError, TrainingError
 from internvl3_mlx.training import loggers
-from internvl3_mlx.training.plot import draw, smoothed, ticks, whole_ticks
 from internvl3_mlx.training.config import TrainRecipe
 from internvl3_mlx.training.loggers import check_loggers, read_table, reporting, row_of
+from internvl3_mlx.training.plot import draw, smoothed, ticks, whole_ticks
 from internvl3_mlx.training.trainer import Step
 
 SVG = "{http://www.w3.org/2000/svg}"

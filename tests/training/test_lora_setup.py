@@ -4,9 +4,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from fixtures.lora_models import adapted, logits, stirred
 from fixtures.inputs import relative_error
 from fixtures.loaded_models import numbers, tiny
+from fixtures.lora_models import adapted, logits, stirred
 from fixtures.tiny import Bits, Recipe
 from mlx.utils import tree_flatten
 

@@ -8,9 +8,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
-from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.loaded_models import numbers, tiny
+from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.original_torch import OriginalInternVL, skeleton, torch_logits
 from fixtures.tiny import Recipe
 from mlx.utils import tree_flatten

@@ -6,18 +6,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from fixtures.training_samples import answered, pair, plain_log_probs, sample
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.training_samples import answered, pair, plain_log_probs, sample
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.training.lora_setup import LoraSettings, adapt
 from internvl3_mlx.training.data.collate import laid, laid_pairs
 from internvl3_mlx.training.forward import Forward
+from internvl3_mlx.training.lora_setup import LoraSettings, adapt
 from internvl3_mlx.training.losses import Preference, mpo_terms
 from internvl3_mlx.training.objectives import METHODS, MethodState
-from internvl3_mlx.training.trainable import set_trainable
 from internvl3_mlx.training.reference import base_log_probs
+from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 1e-5
 STILL = Forward(drop_path_rate=0.0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from internvl3_mlx.training.packing import MOST_OPEN, Budget, packed
+from internvl3_mlx.training.data.batch_sampler import MOST_OPEN, Budget, packed
 
 
 def published(samples, tokens, tiles, budget):

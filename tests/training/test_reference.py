@@ -5,18 +5,18 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.lora_models import stirred
 from fixtures.inputs import relative_error
-from fixtures.training_samples import answered, pair, plain_log_probs
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.lora_models import stirred
+from fixtures.training_samples import answered, pair, plain_log_probs
 
 from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.training import reference as module
-from internvl3_mlx.training.lora_setup import LoraSettings, adapt
 from internvl3_mlx.training.data.collate import laid_pairs
+from internvl3_mlx.training.lora_setup import LoraSettings, adapt
 from internvl3_mlx.training.objectives import answers_log_probs
-from internvl3_mlx.training.trainable import set_trainable
 from internvl3_mlx.training.reference import References, answer_names, base_log_probs
+from internvl3_mlx.training.trainable import set_trainable
 
 
 @pytest.fixture

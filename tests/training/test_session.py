@@ -13,12 +13,11 @@ from fixtures.tiny import Bits, Recipe
 from internvl3_mlx import load
 from internvl3_mlx.errors import TrainingError, UserError
 from internvl3_mlx.training.distributed import Ranks
-from internvl3_mlx.training.setup import look_around
-from internvl3_mlx.training.plan import plan_of
-from internvl3_mlx.training.run import go
-from internvl3_mlx.training.session import open_session, planned_updates
-from internvl3_mlx.training.trainer import train
 from internvl3_mlx.training.evaluate import validate
+from internvl3_mlx.training.run import go
+from internvl3_mlx.training.session import open_session, plan_of, planned_updates
+from internvl3_mlx.training.setup import look_around
+from internvl3_mlx.training.trainer import train
 
 
 @pytest.fixture(autouse=True)

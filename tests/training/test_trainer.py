@@ -11,12 +11,12 @@ import torch
 from fixtures.runs import session, write_data
 
 from internvl3_mlx.errors import TrainingError
+from internvl3_mlx.training.config import TrainRecipe
+from internvl3_mlx.training.evaluate import validate
 from internvl3_mlx.training.objectives import METHODS, Micro
 from internvl3_mlx.training.optimizers import OPTIMIZERS, clipped, global_norm, shrunk, step_size
-from internvl3_mlx.training.config import TrainRecipe
-from internvl3_mlx.training.trainer import PATIENCE, Work, train
 from internvl3_mlx.training.params import named
-from internvl3_mlx.training.evaluate import validate
+from internvl3_mlx.training.trainer import PATIENCE, Work, train
 
 
 def trained(folder, updates, **settings):

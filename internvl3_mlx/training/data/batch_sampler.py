@@ -1,13 +1,13 @@
 """In which order samples are read: the same for the same seed, and known without reading any."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 
-from internvl3_mlx.training.data_settings import DataSettings
-from internvl3_mlx.training.packing import Budget, packed
+from internvl3_mlx.training.config import DataSettings
 
 SHUFFLE, BLEND = 1, 2  # what a drawn number is for, so that no two uses share one
 POOL = 64  # batches whose samples are sorted by length among themselves
@@ -92,3 +92,55 @@ def by_length(order: np.ndarray, sizes: Sizes, settings: DataSettings, epoch: in
 
 def drawn(settings: DataSettings, *what: int) -> np.random.Generator:
     return np.random.default_rng((settings.seed, *what))
+
+
+MOST_OPEN = 20  # rows kept open; above that the one with most tiles goes out
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a packed row holds."""
+
+    tokens: int
+    tiles: int
+
+
+@dataclass
+class Open:
+    """A row that still has room."""
+
+    members: list[int] = field(default_factory=list)
+    tokens: int = 0
+    tiles: int = 0
+
+
+def packed(
+    order: Iterable[int], tokens: np.ndarray, tiles: np.ndarray, budget: Budget
+) -> Iterator[tuple[int, ...]]:
+    """Lay samples into rows, each into the first open row that has room for it.
+
+    Open rows are kept with most tiles first. A row goes out when its tokens or its tiles are
+    used up exactly, or when too many are open; what is left goes out at the end. A sample beyond
+    the budget of tiles has a row of its own.
+    """
+    rows: list[Open] = []
+    for number in order:
+        row = taken_out(rows, int(tokens[number]), int(tiles[number]), budget)
+        row.members.append(number)
+        row.tokens += int(tokens[number])
+        row.tiles += int(tiles[number])
+        if row.tokens >= budget.tokens:
+            yield tuple(row.members)
+            continue
+        insort(rows, row, key=lambda row: -row.tiles)
+        while rows and (rows[0].tiles >= budget.tiles or len(rows) > MOST_OPEN):
+            yield tuple(rows.pop(0).members)
+    yield from (tuple(row.members) for row in rows)
+
+
+def taken_out(rows: list[Open], tokens: int, tiles: int, budget: Budget) -> Open:
+    """Take the first row with room out of the list, or open one."""
+    for at, row in enumerate(rows):
+        if row.tokens + tokens <= budget.tokens and row.tiles + tiles <= budget.tiles:
+            return rows.pop(at)
+    return Open()

@@ -10,11 +10,11 @@ from internvl3_mlx.generation.processor import Seen
 from internvl3_mlx.models.spans import Span
 from internvl3_mlx.prompt.v2pe import next_position
 from internvl3_mlx.training.batch import Batch
-from internvl3_mlx.training.data.validate import Survey
-from internvl3_mlx.training.data_settings import WEIGHTS, DataSettings
+from internvl3_mlx.training.config import WEIGHTS, DataSettings
 from internvl3_mlx.training.data.batch_sampler import Sizes, micro_batches
-from internvl3_mlx.training.data.preprocess import Maker, Pair, Sample
 from internvl3_mlx.training.data.dataset import Data
+from internvl3_mlx.training.data.preprocess import Maker, Pair, Sample
+from internvl3_mlx.training.data.validate import Survey
 
 
 @dataclass(frozen=True, eq=False)

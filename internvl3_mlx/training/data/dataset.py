@@ -9,6 +9,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.training.data_settings import DataSettings
+from internvl3_mlx.training.config import DataSettings
 
 SPLITS = ("train", "valid", "test")
 
@@ -124,8 +125,6 @@ def open_data(
     if split != "train":
         return None
     if given.suffix.lower() == ".json":
-        from internvl3_mlx.training.meta import open_meta
-
         return Data(tuple(open_meta(given, settings)))
     return Data((plain(given),))
 
@@ -159,3 +158,77 @@ def index_lines(path: Path) -> Lines:
     if not starts:
         raise DataError(f"no rows in {path}: it is empty; wanted one JSON object a line")
     return Lines(path, np.frombuffer(starts, np.int64), np.frombuffer(numbers, np.int32))
+
+
+KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
+
+
+def open_meta(path: Path, settings: DataSettings) -> Iterator[Source]:
+    """Open every file that a meta JSON names; paths are relative to it."""
+    try:
+        entries = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; wanted a meta JSON") from error
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        what = "a list of rows" if isinstance(entries, list) else "no meta JSON"
+        raise DataError(
+            f"{path} is {what}; wanted one row a line in a .jsonl file, or a meta JSON that names "
+            "such files"
+        )
+    if not entries:
+        raise DataError(f"{path} names no files; wanted at least one, with root and annotation")
+    for name, entry in entries.items():
+        yield source_of(path, name, entry, settings)
+
+
+def source_of(path: Path, name: str, entry: dict[str, Any], settings: DataSettings) -> Source:
+    place = f"{path}: {name!r}"
+    check_keys(place, entry)
+    annotation = path.parent / Path(entry["annotation"]).expanduser()
+    if not annotation.is_file():
+        raise DataError(f"{place}: no file at {annotation}; correct 'annotation'")
+    lines = index_lines(annotation)
+    repeat = entry.get("repeat_time", 1)
+    taken = np.arange(len(lines))
+    if repeat < 1:
+        taken = part_of(taken, int(len(lines) * repeat), settings)
+        if not len(taken):
+            raise DataError(f"{place}: 'repeat_time' {repeat} leaves none of {len(lines)} rows")
+    return Source(
+        str(annotation),
+        lines,
+        path.parent / Path(entry.get("root") or "").expanduser(),
+        taken,
+        max(1, int(repeat)),
+        entry.get("data_augment", False),
+        entry.get("max_dynamic_patch"),
+    )
+
+
+def part_of(taken: np.ndarray, count: int, settings: DataSettings) -> np.ndarray:
+    """Take the first rows; for preferences a random part, both as the published trainer does."""
+    if not settings.pairs:
+        return taken[:count]
+    return np.sort(np.random.default_rng(settings.seed).permutation(taken)[:count])
+
+
+def check_keys(place: str, entry: dict[str, Any]) -> None:
+    """Refuse what cannot be meant; other keys, which other trainers read, are passed over."""
+    for key in entry.keys() - {*KEYS}:
+        if near := get_close_matches(key, KEYS, n=1, cutoff=0.8):
+            raise DataError(f"{place}: unknown key {key!r}; did you mean {near[0]!r}?")
+    if not isinstance(entry.get("annotation"), str):
+        raise DataError(f"{place}: no 'annotation'; wanted the path of its JSONL file")
+    repeat = entry.get("repeat_time", 1)
+    number = isinstance(repeat, int | float) and not isinstance(repeat, bool)
+    if not number or repeat <= 0 or (repeat > 1 and repeat != int(repeat)):
+        raise DataError(
+            f"{place}: 'repeat_time' {repeat!r}; wanted a share below 1 or a whole number"
+        )
+    tiles = entry.get("max_dynamic_patch")
+    if tiles is not None and (type(tiles) is not int or tiles < 1):
+        raise DataError(f"{place}: 'max_dynamic_patch' {tiles!r}; wanted a whole number of tiles")
+    if not isinstance(entry.get("data_augment", False), bool):
+        raise DataError(f"{place}: 'data_augment' {entry['data_augment']!r}; wanted true or false")
+    if not isinstance(entry.get("root") or "", str):
+        raise DataError(f"{place}: 'root' {entry['root']!r}; wanted the folder of its pictures")

@@ -2,24 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from internvl3_mlx.errors import ImageError, UserError
-from internvl3_mlx.generation.processor import Preparer, Seen
 from internvl3_mlx.generation.generation_config import Settings
-from internvl3_mlx.images.header import picture_size
+from internvl3_mlx.generation.processor import Preparer, Seen
 from internvl3_mlx.images.fetch import ADDRESS, short
-from internvl3_mlx.images.pixels import TilePolicy
+from internvl3_mlx.images.load import picture_size
+from internvl3_mlx.images.tiling import TilePolicy, as_jpeg
 from internvl3_mlx.prompt.messages import Media, Turn, shown_order
-from internvl3_mlx.training.augment import augmented
-from internvl3_mlx.training.content import RowFault
-from internvl3_mlx.training.data_settings import DataSettings
-from internvl3_mlx.training.data.schema import Row
+from internvl3_mlx.training.config import DataSettings
 from internvl3_mlx.training.data.dataset import Source
+from internvl3_mlx.training.data.schema import Row, RowFault
 
 IMAGE, VIDEO = Media((1,)), Media((1,), "video")  # for their order alone
 
@@ -136,3 +134,12 @@ def collected(faults: list[str]) -> Iterator[None]:
         yield
     except UserError as error:
         faults.append(str(error))
+
+
+LOWEST, HIGHEST = 75, 100  # quality; whole numbers, both ends drawn
+
+
+def augmented(seen: Seen, draw: np.random.Generator) -> Seen:
+    """Write each tile of a picture as JPEG of a quality of its own."""
+    qualities = draw.integers(LOWEST, HIGHEST + 1, size=len(seen.tiles))
+    return replace(seen, tiles=as_jpeg(seen.tiles, qualities.tolist()))

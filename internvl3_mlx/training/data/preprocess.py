@@ -4,22 +4,23 @@ Learned are the assistant's words and the <|im_end|> behind them, in every turn;
 ids are those that generation reads for the same talk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from internvl3_mlx.errors import DataError, UserError
+from internvl3_mlx.errors import DataError, PromptError, UserError
 from internvl3_mlx.generation.processor import Preparer, Seen
+from internvl3_mlx.prompt.messages import Media, Segment, Spoken, Text, Turn
+from internvl3_mlx.prompt.template import TURN_START
+from internvl3_mlx.prompt.tokenizer import TURN_END
 from internvl3_mlx.prompt.v2pe import DELTAS, image_runs, visual_positions
-from internvl3_mlx.training.content import RowFault
-from internvl3_mlx.training.data_settings import RANDOM, DataSettings
-from internvl3_mlx.training.labels import Labels
-from internvl3_mlx.training.data.media import Looker
-from internvl3_mlx.training.data.schema import Row, read_row
+from internvl3_mlx.training.config import RANDOM, DataSettings
 from internvl3_mlx.training.data.dataset import Entry
+from internvl3_mlx.training.data.media import Looker, Shape
+from internvl3_mlx.training.data.schema import Row, RowFault, read_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,77 @@ class Measure:
 
 class TooLong(Exception):
     """A sample that cannot be cut to the limit, and why."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Writes rows as one model reads them. ``system``: in the place of the model's own text."""
+
+    preparer: Preparer
+    system: str | None = None
+
+    def conversation(self, row: Row, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+        """Write a whole talk: ids (L,) int32, ending with <|im_end|>; learned (L,) bool."""
+        turns = self.turns(row, shape)
+        segments = self.render(turns[:-1], row)
+        answer = Spoken(turns[-1].token_ids)
+        return self.encode([*segments, answer, Text(TURN_END)])
+
+    def preference(self, row: Row, shape: Shape) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Write a question, up to the opened turn, and the answers, each with its <|im_end|>."""
+        ids, _ = self.encode(self.render(self.turns(row, shape), row))
+        end = self.preparer.tokenizer.im_end_id
+        answers = [[*self.answer_ids(text), end] for text in row.answers or ()]
+        return ids, [np.array(answer, np.int32) for answer in answers]
+
+    def render(self, turns: Sequence[Turn], row: Row) -> list[Segment]:
+        system = self.system if row.system is None else row.system
+        return self.preparer.template.render(turns, system)
+
+    def turns(self, row: Row, shape: Shape) -> list[Turn]:
+        """Give the turns as the prompt rooms take them, answers in the ids they are learned in."""
+        tiles, frames = iter(shape.images), iter(shape.films)
+        turns = []
+        for said in row.turns:
+            if said.role == "assistant":
+                turns.append(Turn("assistant", said.text, (), tuple(self.answer_ids(said.text))))
+                continue
+            media = [Media((next(tiles),)) for _ in range(said.images)]
+            media += [Media((1,) * next(frames), "video") for _ in range(said.videos)]
+            turns.append(Turn("user", said.text, tuple(media)))
+        return turns
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Cut an answer as it reads behind the opened turn.
+
+        Where its first letters would melt into the turn's opening, as a newline does, it is cut
+        alone: generation never finds them melted.
+        """
+        encode = self.preparer.tokenizer.encode
+        opened = encode([OPENED], 0, bos=False)
+        together = encode([OPENED, Text(text, typed=True)], 0, bos=False)
+        if together[: len(opened)] == opened and len(together) > len(opened):
+            return together[len(opened) :]
+        return encode([Text(text, typed=True)], 0, bos=False)
+
+    def encode(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+        """Turn segments into ids, and mark each answer with the <|im_end|> that follows it."""
+        tokenizer, per_tile = self.preparer.tokenizer, self.preparer.config.num_image_token
+        ids: list[int] = []
+        learned: list[bool] = []
+        for part, answer in apart(segments):
+            new = tokenizer.encode(part, per_tile, bos=not ids)
+            ends = bool(learned) and learned[-1]
+            if ends and new[:1] != [tokenizer.im_end_id]:
+                raise PromptError(
+                    f"the chat template does not end an answer with {TURN_END}; "
+                    'put "template": "internvl2_5" into config.json'
+                )
+            ids += new
+            learned += [answer] * len(new)
+            if ends:
+                learned[len(ids) - len(new)] = True
+        return np.array(ids, np.int32), np.array(learned, bool)
 
 
 @dataclass(frozen=True)
@@ -184,3 +256,19 @@ def told_at(place: str) -> Iterator[None]:
         raise DataError(f"{place}: {error}") from error
     except TooLong as error:
         raise DataError(f"{place}: {error}; raise --max-seq-length or lower --max-tiles") from error
+
+
+OPENED = Text(TURN_START.format(role="assistant"))
+
+
+def apart(segments: Sequence[Segment]) -> Iterator[tuple[list[Segment], bool]]:
+    """Split segments at the answers, and say which part is one."""
+    waiting: list[Segment] = []
+    for segment in segments:
+        if isinstance(segment, Spoken):
+            yield waiting, False
+            yield [segment], True
+            waiting = []
+        else:
+            waiting.append(segment)
+    yield waiting, False

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.training.content import RowFault
 from internvl3_mlx.training.data.batch_sampler import Sizes
-from internvl3_mlx.training.data.preprocess import Maker, TooLong
 from internvl3_mlx.training.data.dataset import Data, Entry
+from internvl3_mlx.training.data.preprocess import Maker, TooLong
+from internvl3_mlx.training.data.schema import RowFault
 
 MOST_TOLD = 100  # faults, and notes, that are kept; beyond that they are counted
 

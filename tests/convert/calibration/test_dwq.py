@@ -7,14 +7,14 @@ import pytest
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
+from internvl3_mlx.checkpoints.build_model import open_model
 from internvl3_mlx.config import Quantization
+from internvl3_mlx.convert.calibration.awq import smooth
+from internvl3_mlx.convert.calibration.bit_allocation import module_at
+from internvl3_mlx.convert.calibration.data import Sample
 from internvl3_mlx.convert.calibration.dwq import Learned, learn, learned_tensors
 from internvl3_mlx.convert.calibration.metrics import compare, reference
-from internvl3_mlx.checkpoints.build_model import open_model
 from internvl3_mlx.convert.recipes import recipe
-from internvl3_mlx.convert.calibration.data import Sample
-from internvl3_mlx.convert.calibration.bit_allocation import module_at
-from internvl3_mlx.convert.calibration.awq import smooth
 
 TINY = Recipe(style="300m")
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from fixtures.tiny import Recipe
 
+from internvl3_mlx.convert.calibration.bit_allocation import module_at, sensitivities
+from internvl3_mlx.convert.calibration.data import read_samples, split
 from internvl3_mlx.convert.calibration.metrics import (
     compare,
     divergence,
@@ -14,8 +16,6 @@ from internvl3_mlx.convert.calibration.metrics import (
     normalized,
     reference,
 )
-from internvl3_mlx.convert.calibration.data import read_samples, split
-from internvl3_mlx.convert.calibration.bit_allocation import module_at, sensitivities
 from internvl3_mlx.errors import UserError
 
 TINY = Recipe(style="300m")

@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from internvl3_mlx.training.data_settings import DataSettings
+from internvl3_mlx.training.config import DataSettings
 from internvl3_mlx.training.data.batch_sampler import Sizes, micro_batches
 
 COUNT = 103

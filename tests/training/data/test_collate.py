@@ -5,8 +5,8 @@ import pytest
 from fixtures.rows import pair, read, talk, write_picture, write_rows
 
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.training.config import DataSettings
 from internvl3_mlx.training.data.collate import laid, laid_pairs
-from internvl3_mlx.training.data_settings import DataSettings
 
 
 @pytest.fixture

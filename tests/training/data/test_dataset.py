@@ -7,7 +7,7 @@ import pytest
 from fixtures.rows import pair, talk, write_rows
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.training.data_settings import DataSettings
+from internvl3_mlx.training.config import DataSettings
 from internvl3_mlx.training.data.dataset import open_data
 
 MPO = DataSettings(method="mpo")

@@ -10,8 +10,7 @@ from PIL import Image
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.generation.generation_config import Settings
-from internvl3_mlx.images.header import picture_size
-from internvl3_mlx.images.load import open_picture
+from internvl3_mlx.images.load import open_picture, picture_size
 from internvl3_mlx.prompt.v2pe import DELTAS, image_runs
 
 PER_TILE = 16

@@ -3,8 +3,7 @@
 import pytest
 from fixtures.rows import pair, talk
 
-from internvl3_mlx.training.content import RowFault
-from internvl3_mlx.training.data.schema import Row, Said, read_row
+from internvl3_mlx.training.data.schema import Row, RowFault, Said, read_row
 
 USER, GPT = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}
 ONE_PICTURE = Row(

@@ -7,8 +7,8 @@ import pytest
 from fixtures.rows import opened, pair, read, talk, write_picture, write_rows
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.training.data.validate import MOST_TOLD, checked, survey
 from internvl3_mlx.training.data.preview import example
+from internvl3_mlx.training.data.validate import MOST_TOLD, checked, survey
 
 
 @pytest.fixture
