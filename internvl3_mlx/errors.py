@@ -38,6 +38,10 @@ class KeyMapError(CheckpointError):
     """Tensors that do not fit the model: unknown, missing, doubled or wrong in shape."""
 
 
+class WriteError(UserError):
+    """A file or folder that cannot be written."""
+
+
 class DownloadError(InternVL3Error):
     """A repository that cannot be fetched: no network, no such name, no room on disk."""
 

@@ -1,0 +1,280 @@
+"""Files shared by all packages: atomic writes, cache folders, YAML, name hints and digests.
+
+``atomic_write`` and ``atomic_folder`` write beside the target under a hidden name that carries the
+process id, flush to the disk, and rename. A reader sees the old content or the new, never a part,
+whenever the process is killed or the power fails. What a killed process left is removed by the next
+write to the same target.
+"""
+
+import errno
+import os
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from hashlib import blake2b
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from internvl3_mlx.errors import UserError, WriteError
+
+CACHE_VARIABLE = "INTERNVL3_CACHE"
+CACHE_NAME = "internvl3-mlx"
+DIGEST_BYTES = 16  # 128 bits: no two contents share a digest by accident
+CHUNK_BYTES = 2**20
+NEAREST_CUTOFF = 0.6  # difflib's own default
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)  # file systems that cannot flush a folder
+
+_serial = count()
+_unfinished: set[Path] = set()  # what this process is writing now
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; its file replaces ``path`` when the block ends without an error.
+
+    The yielded name keeps the suffix of ``path``, and the file the permissions of the one it
+    replaces. The folder must exist. Raises WriteError when the file cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    part = _temporary(path, "part", path.suffix)
+    try:
+        _refuse_other_kinds(path)
+        _remove_leftovers(path)
+        yield part
+        with suppress(FileNotFoundError):
+            os.chmod(part, stat.S_IMODE(path.stat().st_mode))
+        _flush(part)
+        os.replace(part, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        _unfinished.discard(part)
+
+
+@contextmanager
+def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to write into; it becomes ``target`` when the block ends without error.
+
+    An existing ``target`` is refused, or with ``overwrite`` replaced at the very end; a file is
+    never replaced. Raises WriteError.
+    """
+    target = Path(os.path.realpath(target))
+    part = _temporary(target, "part")
+    try:
+        recover_folder(target)
+        check_unused(target, overwrite=overwrite)
+        part.mkdir(parents=True)
+        yield part
+        check_unused(target, overwrite=overwrite)
+        _flush_tree(part)
+        _swap_in(part, target)
+    except OSError as error:
+        raise _write_error(target, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        _unfinished.discard(part)
+
+
+def recover_folder(target: Path) -> None:
+    """Undo what a killed ``atomic_folder`` left: put the old folder back, remove everything else.
+
+    Between its two renames ``target`` has no name of its own; whoever opens a folder that
+    ``atomic_folder`` writes can call this first.
+    """
+    target = Path(os.path.realpath(target))
+    for replaced in _leftovers(target, "old"):
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(replaced, target)
+    _remove_leftovers(target)
+
+
+def check_unused(target: Path, *, overwrite: bool = False) -> None:
+    """Raise WriteError if ``target`` exists and may not be replaced."""
+    if target.is_dir() and not overwrite:
+        raise WriteError(f"{target} exists; name another folder, or pass --overwrite")
+    if target.exists() and not target.is_dir():
+        raise WriteError(f"{target} exists; name another folder")
+
+
+def cache_folder(name: str = "") -> Path:
+    """Return folder ``name`` of $INTERNVL3_CACHE or of the user's cache folder. It may not exist."""
+    if configured := os.environ.get(CACHE_VARIABLE):
+        return Path(configured).expanduser() / name
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    return (base if base.is_absolute() else Path.home() / ".cache") / CACHE_NAME / name
+
+
+def read_yaml(path: Path, expected: str) -> Mapping[str, Any]:
+    """Read a YAML file that holds a mapping; ``expected`` describes its keys in the error."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {line}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} is not a YAML mapping; expected {expected}")
+    return content
+
+
+def check_keys(found: Iterable[object], known: Iterable[str], where: str) -> None:
+    """Raise UserError for the first key that is not known, with the nearest one that is."""
+    names = list(known)
+    for key in found:
+        if key not in names:
+            raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(str(key), names)}")
+
+
+def did_you_mean(
+    name: str,
+    known: Iterable[str],
+    *,
+    otherwise: str | None = None,
+    limit: int = 1,
+    cutoff: float = NEAREST_CUTOFF,
+) -> str:
+    """Return a hint for a misspelled name: the nearest known ones, or a list of all.
+
+    otherwise: the hint where nothing is near, in place of the list.
+    """
+    names = [str(entry) for entry in known]
+    if near := get_close_matches(name, names, n=limit, cutoff=cutoff):
+        *others, last = near
+        return f"did you mean {', '.join(others)} or {last}?" if others else f"did you mean {last}?"
+    return f"choose from {', '.join(names)}" if otherwise is None else otherwise
+
+
+def content_digest(*parts: str | bytes | memoryview | Path, size: int = DIGEST_BYTES) -> str:
+    """Return a hexadecimal BLAKE2b digest of ``size`` bytes; a path stands for its file's content.
+
+    Each part's length is part of the digest, so ("ab", "c") and ("a", "bc") differ.
+    """
+    summary = blake2b(digest_size=size)
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as stream:
+                summary.update(os.fstat(stream.fileno()).st_size.to_bytes(8, "little"))
+                while chunk := stream.read(CHUNK_BYTES):
+                    summary.update(chunk)
+            continue
+        data = memoryview(part.encode() if isinstance(part, str) else part).cast("B")
+        summary.update(data.nbytes.to_bytes(8, "little"))
+        summary.update(data)
+    return summary.hexdigest()
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process with this id exists."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _temporary(target: Path, kind: str, suffix: str = "") -> Path:
+    path = target.with_name(f".{target.name}.{os.getpid()}-{next(_serial)}.{kind}{suffix}")
+    _unfinished.add(path)
+    return path
+
+
+def _leftovers(target: Path, kind: str) -> list[Path]:
+    """List what processes that are gone left beside ``target``.
+
+    In a container each run may get the same id: a name with our own id that we are not writing is
+    an earlier process's.
+    """
+    if not target.parent.is_dir():
+        return []
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-\d+\.{kind}(\.[^.]*)?")
+    found = []
+    for path in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match and path not in _unfinished:
+            pid = int(match[1])
+            if pid == os.getpid() or not is_running(pid):
+                found.append(path)
+    return found
+
+
+def _remove_leftovers(target: Path) -> None:
+    for path in _leftovers(target, "part"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _swap_in(part: Path, target: Path) -> None:
+    """Rename ``part`` to ``target``; a folder in its place is removed only afterwards."""
+    if not target.exists():
+        os.rename(part, target)
+        _flush(target.parent)
+        return
+    replaced = _temporary(target, "old")
+    try:
+        os.rename(target, replaced)
+        try:
+            os.rename(part, target)
+        except OSError:
+            os.rename(replaced, target)
+            raise
+        _flush(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        _unfinished.discard(replaced)
+
+
+def _flush_tree(folder: Path) -> None:
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            _flush(Path(inside, name))
+        _flush(Path(inside))
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk: on a Mac, beyond the drive's own cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if sys.platform == "darwin":
+            import fcntl
+
+            with suppress(OSError):  # a network file system may not know it
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    if path.is_dir():
+        raise WriteError(f"{path} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise WriteError(f"{path} is not a regular file; name another file")
+
+
+def _write_error(path: Path, error: OSError) -> WriteError:
+    return WriteError(
+        f"cannot write {path}: {error.strerror or error}; nothing was left behind, "
+        "check the path and the free disk space"
+    )
