@@ -3,6 +3,7 @@
 Importing the package is nearly free: each public name brings its module along on first use.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,12 @@ HOMES = {
     "Turn": "prompt.messages",
     "load": "generation.vlm",
 }
+
+# convert/ and metal_kernels/ are folders beside this one, and links in it lead there. An sdist has
+# no links, and some archives and checkouts have text files in their place: then look beside.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+if not all(os.path.isdir(os.path.join(_HERE, name)) for name in ("convert", "metal_kernels")):
+    __path__.append(os.path.dirname(_HERE))
 
 
 def __getattr__(name: str) -> object:

@@ -107,7 +107,7 @@ def check_unused(target: Path, *, overwrite: bool = False) -> None:
 
 
 def cache_folder(name: str = "") -> Path:
-    """Return folder ``name`` of $INTERNVL3_CACHE or of the user's cache folder. It may not exist."""
+    """Return folder ``name`` of $INTERNVL3_CACHE, or of the user's cache. It may not exist."""
     if configured := os.environ.get(CACHE_VARIABLE):
         return Path(configured).expanduser() / name
     base = Path(os.environ.get("XDG_CACHE_HOME") or "")
