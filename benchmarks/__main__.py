@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.report import as_json, as_markdown
-from benchmarks.suite import GROUPS, Bench
+from benchmarks.suite import GROUPS, Benchmark
 
 
 def main(words: list[str] | None = None) -> None:
     asked = parser().parse_args(words)
     rows = []
-    bench = Bench(asked.work, asked.runs, asked.shape, asked.quick)
+    bench = Benchmark(asked.work, asked.runs, asked.shape, asked.quick)
     for name in asked.only or GROUPS:
         print(f"{name} ...", file=sys.stderr, flush=True)
         rows += GROUPS[name](bench)

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.checkpoint import SHAPES, write_checkpoint
 from benchmarks.photos import SIZES, write_photo
 from benchmarks.prompt import QUESTION
-from benchmarks.report import machine
+from benchmarks.report import machine_info
 
 FOLLOW_UP = "And which colour is there most of?"
 SAID = "It shows soft patches of many colours."  # mlx-vlm's first answer, put into its prompt
@@ -29,10 +29,10 @@ def main(words: list[str] | None = None) -> None:
     asked = parser().parse_args(words)
     folder = write_checkpoint(asked.work / asked.shape, SHAPES[asked.shape])
     photo = write_photo(asked.work / "photos", asked.photo)
-    found = dict(measured(folder, photo, asked.runs))
+    found = dict(measure_ways(folder, photo, asked.runs))
     print(table(found, asked.photo, asked.shape))
     if asked.json:
-        content = {"machine": machine(), "seconds": found, "runs": asked.runs}
+        content = {"machine": machine_info(), "seconds": found, "runs": asked.runs}
         asked.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def measured(folder: Path, photo: Path, runs: int) -> Iterator[tuple[str, float]]:
+def measure_ways(folder: Path, photo: Path, runs: int) -> Iterator[tuple[str, float]]:
     """Yield the median time of every way, in seconds."""
     for name, second_turn in ways(folder, photo).items():
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -79,10 +79,10 @@ def ours(vlm: Any, photo: Path, *, kept: bool) -> float:
     talk = vlm.conversation()
     talk.ask(QUESTION, [photo], max_tokens=ANSWER_TOKENS)
     if kept:
-        return first(talk.stream(FOLLOW_UP, max_tokens=ANSWER_TOKENS))
+        return time_to_first(talk.stream(FOLLOW_UP, max_tokens=ANSWER_TOKENS))
     settings = {"history": talk.history, "max_tokens": ANSWER_TOKENS}
     started = time.perf_counter()  # opening the photo again is part of it
-    return first(vlm.stream(FOLLOW_UP, [photo], **settings), started)
+    return time_to_first(vlm.stream(FOLLOW_UP, [photo], **settings), started)
 
 
 def peer(folder: Path, photo: Path, loaded: tuple[Any, Any], *, kept: bool) -> float:
@@ -92,29 +92,31 @@ def peer(folder: Path, photo: Path, loaded: tuple[Any, Any], *, kept: bool) -> f
 
     more = {"prompt_cache_state": PromptCacheState()} if kept else {}
     started = 0.0
-    for prompt in (written(folder, QUESTION), written(folder, QUESTION, SAID, FOLLOW_UP)):
+    for prompt in (chat_prompt(folder, QUESTION), chat_prompt(folder, QUESTION, SAID, FOLLOW_UP)):
         started = time.perf_counter()
         stream = stream_generate(
             *loaded, prompt, [str(photo)], max_tokens=ANSWER_TOKENS, temperature=0.0, **more
         )
-        seconds = first(stream, started)
+        seconds = time_to_first(stream, started)
         list(stream)
     return seconds
 
 
-def written(folder: Path, *said: str) -> str:
+def chat_prompt(folder: Path, *said: str) -> str:
     """Write a talk's prompt for mlx-vlm, which puts the photo where ``<image>`` stands."""
     from internvl3_mlx.config import read_config
-    from internvl3_mlx.prompt.messages import ImageRun, Media, Turn
-    from internvl3_mlx.prompt.template import template_for
+    from internvl3_mlx.prompt.messages import ImageSegment, Message, MessageMedia
+    from internvl3_mlx.prompt.template import load_template
 
-    turns = [Turn("user", said[0], (Media((1,)),))]
-    turns += [Turn("user" if n % 2 == 0 else "assistant", text) for n, text in enumerate(said)][1:]
-    parts = template_for(read_config(folder), folder).render(turns, None)
-    return "".join("<image>" if isinstance(part, ImageRun) else part.text for part in parts)
+    turns = [Message("user", said[0], (MessageMedia((1,)),))]
+    turns += [Message("user" if n % 2 == 0 else "assistant", text) for n, text in enumerate(said)][
+        1:
+    ]
+    parts = load_template(read_config(folder), folder).render(turns, None)
+    return "".join("<image>" if isinstance(part, ImageSegment) else part.text for part in parts)
 
 
-def first(stream: Iterator[Any], started: float | None = None) -> float:
+def time_to_first(stream: Iterator[Any], started: float | None = None) -> float:
     """Take the first piece, and the time until it came."""
     started = time.perf_counter() if started is None else started
     next(stream)

@@ -23,7 +23,13 @@ from benchmarks.checkpoint import Shape, config
 from benchmarks.vocabulary import QWEN_MERGES, write_tokenizer
 from internvl3_mlx.checkpoints.reader import INDEX
 from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT
-from internvl3_mlx.checkpoints.writer import SHARD_BYTES, Entry, deal, header_bytes, shard_name
+from internvl3_mlx.checkpoints.writer import (
+    SHARD_BYTES,
+    TensorSpec,
+    assign_shards,
+    header_bytes,
+    shard_name,
+)
 from internvl3_mlx.config import parse_config
 from internvl3_mlx.models.internvl import InternVL
 
@@ -34,7 +40,7 @@ OURS = ("-m", "internvl3_mlx", "convert")
 
 
 @dataclass(frozen=True)
-class Run:
+class ConverterRun:
     """One conversion in a process of its own."""
 
     name: str
@@ -72,12 +78,12 @@ def main() -> None:
         ):
             target = place / label
             arguments = [*command, *flags, *extra, "--mlx-path", str(target)]
-            runs.append(timed(label, arguments))
+            runs.append(run_converter(label, arguments))
             shutil.rmtree(target, ignore_errors=True)
-        report(runs, total, largest)
+        print_report(runs, total, largest)
 
 
-def write_sparse(folder: Path, shape: Shape) -> list[Entry]:
+def write_sparse(folder: Path, shape: Shape) -> list[TensorSpec]:
     """Write every file of a 16-bit checkpoint, the tensors as holes."""
     folder.mkdir(parents=True)
     content = config(shape, write_tokenizer(folder, shape.merges))
@@ -85,8 +91,10 @@ def write_sparse(folder: Path, shape: Shape) -> list[Entry]:
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "generation_config.json").write_text("{}", encoding="utf-8")
     model = InternVL(parse_config(content), image_id=0)
-    entries = [Entry(name, "BF16", published(name, x.shape)) for name, x in leaves(model)]
-    shards = deal(entries, SHARD_BYTES)
+    entries = [
+        TensorSpec(name, "BF16", published_shape(name, x.shape)) for name, x in model_tensors(model)
+    ]
+    shards = assign_shards(entries, SHARD_BYTES)
     table = {}
     for number, shard in enumerate(shards):
         name = shard_name(number, len(shards))
@@ -99,16 +107,16 @@ def write_sparse(folder: Path, shape: Shape) -> list[Entry]:
     return entries
 
 
-def leaves(model: InternVL) -> list[tuple[str, object]]:
+def model_tensors(model: InternVL) -> list[tuple[str, object]]:
     return tree_flatten(model.parameters())
 
 
-def published(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Give PyTorch's order of the patch weight's axes."""
     return (shape[0], shape[3], shape[1], shape[2]) if name == PATCH_WEIGHT else shape
 
 
-def timed(name: str, arguments: list[str]) -> Run:
+def run_converter(name: str, arguments: list[str]) -> ConverterRun:
     """Run a Python command; read its peak resident memory from the kernel when it ends."""
     started = time.perf_counter()
     child = subprocess.Popen(
@@ -121,10 +129,12 @@ def timed(name: str, arguments: list[str]) -> Run:
     lines = [line for line in said.splitlines() if line.strip()]
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     seconds = time.perf_counter() - started
-    return Run(name, seconds, usage.ru_maxrss * unit, child.returncode, (lines or [""])[-1])
+    return ConverterRun(
+        name, seconds, usage.ru_maxrss * unit, child.returncode, (lines or [""])[-1]
+    )
 
 
-def report(runs: list[Run], total: float, largest: float) -> None:
+def print_report(runs: list[ConverterRun], total: float, largest: float) -> None:
     print("| converter | peak resident | seconds | seconds per GB |")
     print("|---|---|---|---|")
     for run in runs:

@@ -8,7 +8,7 @@ from pathlib import Path
 TORCH = ("torch", "torchvision", "torchaudio", "torchgen", "functorch", "triton")
 
 
-def without_torch(folder: Path) -> str:
+def environment_without_torch(folder: Path) -> str:
     """Make a virtual environment of links to this one's packages, PyTorch's left out; return its
     Python."""
     python = folder / "bin" / "python"

@@ -14,9 +14,9 @@ def main() -> None:
     folder = Path(sys.argv[sys.argv.index("--model") + 1])
 
     def published(*_: object, num_images: int, **__: object) -> str:
-        from benchmarks.prompt import chat_text
+        from benchmarks.prompt import published_prompt
 
-        return chat_text(folder, num_images)
+        return published_prompt(folder, num_images)
 
     dispatch.apply_chat_template = published
     dispatch.main()

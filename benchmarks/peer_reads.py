@@ -16,18 +16,18 @@ from mlx.utils import tree_flatten
 
 from benchmarks.checkpoint import Shape, write_checkpoint
 from benchmarks.vocabulary import FEW_MERGES
-from internvl3_mlx.checkpoints.build_model import open_model
-from internvl3_mlx.convert.pipeline import convert
-from internvl3_mlx.convert.recipes import Recipe, mixed, recipe
+from internvl3_mlx.checkpoints.build_model import build_model
+from internvl3_mlx.convert.pipeline import convert_checkpoint
+from internvl3_mlx.convert.recipes import QuantizationRecipe, mixed_recipe, uniform_recipe
 
 SHAPE = Shape(vision_width=128, vision_layers=2, text_width=256, text_layers=8, merges=FEW_MERGES)
-RECIPES: dict[str, Recipe | None] = {
+RECIPES: dict[str, QuantizationRecipe | None] = {
     "16bit": None,
-    **{f"{bits}bit": recipe(bits) for bits in (2, 3, 4, 5, 6, 8)},
-    "4bit-g32": recipe(4, 32),
-    "4bit-v8": recipe(4, vision=8),
-    **{name: mixed(name) for name in ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")},
-    **{mode: recipe(mode=mode) for mode in ("mxfp4", "mxfp8", "nvfp4")},
+    **{f"{bits}bit": uniform_recipe(bits) for bits in (2, 3, 4, 5, 6, 8)},
+    "4bit-g32": uniform_recipe(4, 32),
+    "4bit-v8": uniform_recipe(4, vision_bits=8),
+    **{name: mixed_recipe(name) for name in ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")},
+    **{mode: uniform_recipe(mode=mode) for mode in ("mxfp4", "mxfp8", "nvfp4")},
 }
 TEXT_LIMIT, IMAGE_LIMIT = 1e-4, 5e-3  # relative; mlx-vlm's tower bends with the tanh GELU
 WORDS = 12
@@ -43,7 +43,7 @@ def main() -> None:
         print("|---|---|---|---|")
         for label, packing in RECIPES.items():
             target = place / label
-            for _ in convert(source, target, packing):
+            for _ in convert_checkpoint(source, target, packing):
                 pass
             text, image = differences(target)
             good = text < TEXT_LIMIT and image < IMAGE_LIMIT
@@ -57,7 +57,7 @@ def differences(folder: Path) -> tuple[float, float]:
     """Compare logits of a text and of a tile with text: relative to the largest."""
     from mlx_vlm.utils import load_model
 
-    ours, theirs = open_model(folder), load_model(folder)
+    ours, theirs = build_model(folder), load_model(folder)
     draw = np.random.default_rng(0)
     words = draw.integers(5, 200, size=WORDS).tolist()
     image = [ours.model.image_id] * ours.config.num_image_token

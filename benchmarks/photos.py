@@ -21,11 +21,11 @@ def write_photo(folder: Path, name: str) -> Path:
     path = folder / f"{name.replace(' ', '_')}.jpg"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        painted(*SIZES[name]).save(path, quality=JPEG_QUALITY)
+        synthetic_photo(*SIZES[name]).save(path, quality=JPEG_QUALITY)
     return path
 
 
-def painted(width: int, height: int) -> Image.Image:
+def synthetic_photo(width: int, height: int) -> Image.Image:
     """Lay grain over soft patches of colour, so that JPEG has about a photo's work with it."""
     draw = np.random.default_rng(0)
     patches = draw.integers(0, 256, (height // 32 + 1, width // 32 + 1, 3), dtype=np.uint8)

@@ -59,15 +59,17 @@ def prefill(side: str, folder: Path, _photos: list[Path]) -> Figures:
     """Read a short and a long text up to the first token."""
     program, figures = bring(side)(folder), {}
     for count in PREFILL_TOKENS:
-        next(program.go_on(plain_ids(min(PREFILL_TOKENS)), 1))
-        figures[f"prefill {count}"] = cost(lambda n=count: next(program.go_on(plain_ids(n), 1)))
+        next(program.continue_text(plain_ids(min(PREFILL_TOKENS)), 1))
+        figures[f"prefill {count}"] = cost(
+            lambda n=count: next(program.continue_text(plain_ids(n), 1))
+        )
     return figures
 
 
 def decode(side: str, folder: Path, _photos: list[Path]) -> Figures:
     """Write tokens by the program's stream and by the bare loop, in turn."""
     program, ids = bring(side)(folder), plain_ids(DECODE_PROMPT)
-    ways = {"stream": program.go_on, "bare": program.bare}
+    ways = {"stream": program.continue_text, "bare": program.bare_loop}
     rounds = [
         {name: per_token(way(ids, DECODE_TOKENS)) for name, way in ways.items()}
         for _ in range(DECODE_ROUNDS)
@@ -93,7 +95,7 @@ def memory(side: str, folder: Path, photos: list[Path]) -> Figures:
 def same(side: str, folder: Path, photos: list[Path]) -> Figures:
     """Say what each program makes of the photos, to be compared."""
     program = bring(side)(folder)
-    return {photo.stem: program.facts(program.read([photo])) for photo in photos}
+    return {photo.stem: program.input_facts(program.read([photo])) for photo in photos}
 
 
 TASKS: dict[str, Callable[[str, Path, list[Path]], Figures]] = {

@@ -15,22 +15,22 @@ from typing import Any
 from benchmarks.sides import OURS, PEER
 
 ROOT = Path(__file__).parents[1]
-Figures = dict[str, Any]
+Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Python:
+class Interpreter:
     """An interpreter to measure with."""
 
     path: str = sys.executable
 
-    def probe(self, task: str, side: str, folder: Path, photos: Iterable[Path] = ()) -> Figures:
+    def probe(self, task: str, side: str, folder: Path, photos: Iterable[Path] = ()) -> Results:
         """Run one measured process; return the figures it prints."""
         words = [task, side, str(folder), *map(str, photos)]
         out, _ = self.run("-m", "benchmarks.probe", *words)
         return dict(json.loads(out.splitlines()[-1]))  # mlx-vlm's libraries may print before
 
-    def whole(self, *words: str) -> Figures:
+    def time_command(self, *words: str) -> Results:
         """Weigh a whole command, from its start to its end."""
         return {"whole": self.run(*words)[1]}
 
@@ -51,24 +51,24 @@ class Python:
         return done.stdout, {"cpu": cpu, "wall": wall}
 
 
-def alternate(measure: Callable[[str], Figures], runs: int) -> dict[str, Figures]:
+def alternate(measure: Callable[[str], Results], runs: int) -> dict[str, Results]:
     """Measure each side ``runs`` times, in turn, so that a busy minute falls on both; return
     medians."""
-    found: dict[str, list[Figures]] = {side: [] for side in present()}
+    found: dict[str, list[Results]] = {side: [] for side in installed_sides()}
     for _ in range(runs):
         for side, results in found.items():
             results.append(measure(side))
-    return {side: middle(results) for side, results in found.items()}
+    return {side: medians(results) for side, results in found.items()}
 
 
-def present() -> list[str]:
+def installed_sides() -> list[str]:
     """List the sides that are installed: without mlx-vlm we are measured alone."""
     return [OURS, PEER] if find_spec("mlx_vlm") else [OURS]
 
 
-def middle(results: Sequence[Any]) -> Any:
+def medians(results: Sequence[Any]) -> Any:
     """Take medians leaf by leaf."""
     first = results[0]
     if isinstance(first, dict):
-        return {key: middle([result[key] for result in results]) for key in first}
+        return {key: medians([result[key] for result in results]) for key in first}
     return median(results)

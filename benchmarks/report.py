@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from benchmarks.suite import Row, as_dict
+from benchmarks.suite import BenchmarkRow, as_dict
 
 PACKAGES = ("mlx", "mlx-vlm", "transformers", "torch", "tokenizers", "numpy", "pillow")
 
 
-def machine() -> dict[str, Any]:
+def machine_info() -> dict[str, Any]:
     """Describe where the figures were taken."""
     import mlx.core as mx
 
@@ -24,23 +24,23 @@ def machine() -> dict[str, Any]:
         "device": str(mx.default_device()),
         "openblas": "openblas" in os.environ.get("LD_PRELOAD", ""),
         "load_average": os.getloadavg()[0],
-        **{name: installed(name) for name in PACKAGES},
+        **{name: package_version(name) for name in PACKAGES},
     }
 
 
-def installed(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def as_json(rows: Iterable[Row], runs: int) -> str:
-    content = {"machine": machine(), "runs": runs, "rows": [as_dict(row) for row in rows]}
+def as_json(rows: Iterable[BenchmarkRow], runs: int) -> str:
+    content = {"machine": machine_info(), "runs": runs, "rows": [as_dict(row) for row in rows]}
     return json.dumps(content, indent=2)
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
+def as_markdown(rows: Sequence[BenchmarkRow]) -> str:
     """Lay rows out as a table; processor and clock share a line, a ratio over 1 is in our
     favour."""
     lines = [
@@ -56,17 +56,17 @@ def as_markdown(rows: Sequence[Row]) -> str:
             group = row.group
             lines.append(f"| **{group}** | | | | |")
         wall = walls.get((row.group, row.name))
-        clock = f"{figure(wall.ours)} / {figure(wall.peer)}" if wall else ""
+        clock = f"{format_figure(wall.ours)} / {format_figure(wall.peer)}" if wall else ""
         unit = row.unit.removeprefix("cpu ")
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
         lines.append(
-            f"| {row.name} | {figure(row.ours)} {unit} | {figure(row.peer)} {unit} | {ratio} "
+            f"| {row.name} | {format_figure(row.ours)} {unit} | {format_figure(row.peer)} {unit} | {ratio} "
             f"| {clock} |"
         )
     return "\n".join(lines)
 
 
-def figure(value: float | None) -> str:
+def format_figure(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.checkpoint import SHAPES, write_checkpoint
 from benchmarks.photos import SIZES, write_photo
 from benchmarks.prompt import QUESTION
-from benchmarks.report import machine
+from benchmarks.report import machine_info
 
 # random weights find all words alike; among few of them rounding cannot change a choice
 DRAWN = {"temperature": 1.0, "top_k": 20, "max_tokens": 16}
@@ -28,10 +28,10 @@ def main(words: list[str] | None = None) -> None:
     asked = parser().parse_args(words)
     folder = write_checkpoint(asked.work / asked.shape, SHAPES[asked.shape])
     photo = write_photo(asked.work / "photos", asked.photo)
-    found = measured(folder, photo, asked.n, asked.runs)
+    found = measure_ways(folder, photo, asked.n, asked.runs)
     print(table(found, asked.n, asked.photo, asked.shape))
     if asked.json:
-        content = {"machine": machine(), "ways": found, "n": asked.n, "runs": asked.runs}
+        content = {"machine": machine_info(), "ways": found, "n": asked.n, "runs": asked.runs}
         asked.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def measured(folder: Path, photo: Path, n: int, runs: int) -> dict[str, dict[str, float]]:
+def measure_ways(folder: Path, photo: Path, n: int, runs: int) -> dict[str, dict[str, float]]:
     """Return seconds of the processor and the clock, and MLX's peak, of every way; refuse unequal
     answers."""
     from internvl3_mlx import load
@@ -72,11 +72,11 @@ def measured(folder: Path, photo: Path, n: int, runs: int) -> dict[str, dict[str
     return found
 
 
-def side_by_side(vlm: Any, photo: Path, n: int) -> list[Any]:
+def ask_batched(vlm: Any, photo: Path, n: int) -> list[Any]:
     return vlm.ask_many(QUESTION, [photo], n=n, seed=0, **DRAWN)
 
 
-def one_talk(vlm: Any, photo: Path, n: int) -> list[Any]:
+def ask_with_undo(vlm: Any, photo: Path, n: int) -> list[Any]:
     """Take each answer back before the next: what was read stays."""
     talk, said = vlm.conversation(), []
     for seed in range(n):
@@ -85,14 +85,14 @@ def one_talk(vlm: Any, photo: Path, n: int) -> list[Any]:
     return said
 
 
-def one_by_one(vlm: Any, photo: Path, n: int) -> list[Any]:
+def ask_repeatedly(vlm: Any, photo: Path, n: int) -> list[Any]:
     return [vlm.ask(QUESTION, [photo], seed=seed, **DRAWN) for seed in range(n)]
 
 
 WAYS: dict[str, Callable[[Any, Path, int], list[Any]]] = {
-    "ask_many": side_by_side,
-    "one talk, answers taken back": one_talk,
-    "ask, again and again": one_by_one,
+    "ask_many": ask_batched,
+    "one talk, answers taken back": ask_with_undo,
+    "ask, again and again": ask_repeatedly,
 }
 
 

@@ -8,59 +8,61 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from benchmarks.prompt import QUESTION, chat_text
+from benchmarks.prompt import QUESTION, published_prompt
 
 OURS, PEER = "internvl3-mlx", "mlx-vlm"
 
 
-class Side(Protocol):
+class Program(Protocol):
     """One program with a checkpoint loaded."""
 
-    def read(self, photos: Sequence[Path]) -> Any:
+    def process(self, photos: Sequence[Path]) -> Any:
         """Turn photos and the question into what the model reads."""
 
-    def facts(self, inputs: Any) -> dict[str, Any]:
+    def input_facts(self, inputs: Any) -> dict[str, Any]:
         """Say what was read: the ids, and the sum of the normalised pixels."""
 
-    def see(self, inputs: Any) -> None:
+    def encode(self, inputs: Any) -> None:
         """Run tower and projector, and put the features among the embeddings."""
 
     def answer(self, photos: Sequence[Path], count: int) -> Iterator[int]:
         """Yield ``count`` tokens about some photos."""
 
-    def go_on(self, ids: list[int], count: int) -> Iterator[int]:
+    def continue_text(self, ids: list[int], count: int) -> Iterator[int]:
         """Yield ``count`` tokens after the text ``ids``."""
 
-    def bare(self, ids: list[int], count: int) -> Iterator[int]:
+    def bare_loop(self, ids: list[int], count: int) -> Iterator[int]:
         """Do the same with the model, its cache and an argmax alone."""
 
 
-class Ours:
+class OurProgram:
     def __init__(self, folder: Path):
         from internvl3_mlx import load
 
         self.vlm = load(str(folder))
         self.vlm.tokenizer.stop_ids = frozenset()  # random weights must not end an answer early
 
-    def read(self, photos: Sequence[Path]) -> Any:
-        return self.vlm.prepare(QUESTION, photos)
+    def process(self, photos: Sequence[Path]) -> Any:
+        return self.vlm.prepare_inputs(QUESTION, photos)
 
-    def facts(self, inputs: Any) -> dict[str, Any]:
-        return {"ids": inputs.token_ids, "pixels": total(inputs.pixel_values)}
+    def input_facts(self, inputs: Any) -> dict[str, Any]:
+        return {"ids": inputs.token_ids, "pixels": pixel_sum(inputs.pixel_values)}
 
-    def see(self, inputs: Any) -> None:
-        features = self.vlm.model.see(mx.array(inputs.tiles))
+    def encode(self, inputs: Any) -> None:
+        features = self.vlm.model.get_image_features(mx.array(inputs.tiles))
         mx.eval(self.vlm.model.embed(inputs.input_ids[None], features))
 
     def answer(self, photos: Sequence[Path], count: int) -> Iterator[int]:
-        return tokens(self.vlm.stream(QUESTION, photos, max_tokens=count))
+        return token_ids(self.vlm.stream(QUESTION, photos, max_tokens=count))
 
-    def go_on(self, ids: list[int], count: int) -> Iterator[int]:
-        from internvl3_mlx.generation.generation_config import Settings
+    def continue_text(self, ids: list[int], count: int) -> Iterator[int]:
+        from internvl3_mlx.generation.generation_config import GenerationConfig
 
-        return tokens(self.vlm.answering(self.text_inputs(ids), Settings(max_tokens=count)))
+        return token_ids(
+            self.vlm.stream_inputs(self.text_inputs(ids), GenerationConfig(max_tokens=count))
+        )
 
-    def bare(self, ids: list[int], count: int) -> Iterator[int]:
+    def bare_loop(self, ids: list[int], count: int) -> Iterator[int]:
         from internvl3_mlx.models.cache import KVCache
 
         language = self.vlm.model.language_model
@@ -77,10 +79,10 @@ class Ours:
         import numpy as np
 
         positions = np.arange(len(ids), dtype=np.float32)
-        return replace(self.vlm.prepare(QUESTION), token_ids=ids, positions=positions)
+        return replace(self.vlm.prepare_inputs(QUESTION), token_ids=ids, positions=positions)
 
 
-class Peer:
+class PeerProgram:
     def __init__(self, folder: Path):
         from mlx_vlm import load
 
@@ -88,23 +90,23 @@ class Peer:
         self.model, self.processor = load(str(folder))
         self.processor.tokenizer.stopping_criteria.eos_token_ids = []
 
-    def read(self, photos: Sequence[Path]) -> Any:
+    def process(self, photos: Sequence[Path]) -> Any:
         from mlx_vlm.utils import prepare_inputs
 
         inputs = prepare_inputs(
             self.processor,
             images=[str(photo) for photo in photos],
-            prompts=chat_text(self.folder, len(photos)),
+            prompts=published_prompt(self.folder, len(photos)),
             image_token_index=self.model.config.image_token_index,
         )
         mx.eval(inputs["pixel_values"])
         return inputs
 
-    def facts(self, inputs: Any) -> dict[str, Any]:
-        pixels = total(inputs["pixel_values"])
+    def input_facts(self, inputs: Any) -> dict[str, Any]:
+        pixels = pixel_sum(inputs["pixel_values"])
         return {"ids": inputs["input_ids"].flatten().tolist(), "pixels": pixels}
 
-    def see(self, inputs: Any) -> None:
+    def encode(self, inputs: Any) -> None:
         named = {"image_token_index": inputs["image_token_index"]}
         ids, pixels = inputs["input_ids"], inputs["pixel_values"]
         mx.eval(self.model.get_input_embeddings(ids, pixels, **named).inputs_embeds)
@@ -112,20 +114,20 @@ class Peer:
     def answer(self, photos: Sequence[Path], count: int) -> Iterator[int]:
         from mlx_vlm import stream_generate
 
-        text, names = chat_text(self.folder, len(photos)), [str(photo) for photo in photos]
+        text, names = published_prompt(self.folder, len(photos)), [str(photo) for photo in photos]
         stream = stream_generate(self.model, self.processor, text, names, max_tokens=count)
-        return islice(tokens(stream), count)
+        return islice(token_ids(stream), count)
 
-    def go_on(self, ids: list[int], count: int) -> Iterator[int]:
+    def continue_text(self, ids: list[int], count: int) -> Iterator[int]:
         from mlx_vlm import stream_generate
 
         given = mx.array([ids])
         stream = stream_generate(
             self.model, self.processor, "", input_ids=given, max_tokens=count, temperature=0.0
         )
-        return islice(tokens(stream), count)  # mlx-vlm names the last token twice
+        return islice(token_ids(stream), count)  # mlx-vlm names the last token twice
 
-    def bare(self, ids: list[int], count: int) -> Iterator[int]:
+    def bare_loop(self, ids: list[int], count: int) -> Iterator[int]:
         from mlx_vlm.models import cache as caches
 
         language = self.model.language_model
@@ -133,10 +135,10 @@ class Peer:
         return argmax_loop(lambda y: language(y[None], cache=cache).logits[:, -1], ids, count)
 
 
-SIDES = {OURS: Ours, PEER: Peer}
+SIDES = {OURS: OurProgram, PEER: PeerProgram}
 
 
-def tokens(stream: Any) -> Iterator[int]:
+def token_ids(stream: Any) -> Iterator[int]:
     """Keep the token of each piece, and nothing of the pieces that carry none."""
     for piece in stream:
         token = getattr(piece, "token_id", None)
@@ -145,7 +147,7 @@ def tokens(stream: Any) -> Iterator[int]:
             yield int(token)
 
 
-def total(pixels: mx.array) -> float:
+def pixel_sum(pixels: mx.array) -> float:
     """Add pixels up in their own order of size, which the layout of axes does not change."""
     import numpy as np
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.checkpoint import Shape, write_checkpoint
-from benchmarks.photos import painted
-from benchmarks.processes import Python, middle, present
-from benchmarks.report import machine
+from benchmarks.photos import synthetic_photo
+from benchmarks.processes import Interpreter, installed_sides, medians
+from benchmarks.report import machine_info
 from benchmarks.sides import OURS, PEER
 from benchmarks.vocabulary import FEW_MERGES, QWEN_MERGES
 
@@ -46,10 +46,10 @@ def main(words: list[str] | None = None) -> None:
     work = asked.work / ("quick" if asked.quick else "full")
     folder = write_checkpoint(work / "model", shape)
     write_rows(work)
-    found = measured(folder, asked.only or list(CASES), asked.runs)
+    found = measure_cases(folder, asked.only or list(CASES), asked.runs)
     print(table(found))
     if asked.json:
-        content = {"machine": machine(), "runs": asked.runs, "figures": found}
+        content = {"machine": machine_info(), "runs": asked.runs, "figures": found}
         asked.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
@@ -69,7 +69,7 @@ def write_rows(work: Path) -> None:
     draw = np.random.default_rng(0)
     rows: dict[str, list[str]] = {"sft": [], "mpo": []}
     for number in range(ROWS):
-        picture = painted(TILE, TILE).rotate(90 * number)
+        picture = synthetic_photo(TILE, TILE).rotate(90 * number)
         picture.save(work / f"{number}.png")
         shown = {"image": f"{number}.png"}
         talk = {"human": f"<image>\n{text(draw, ASKED)}", "gpt": text(draw, ANSWER["sft"])}
@@ -86,18 +86,18 @@ def text(draw: np.random.Generator, words: int) -> str:
     return " ".join(draw.choice([*ascii_lowercase], size=words))
 
 
-def measured(folder: Path, cases: list[str], runs: int) -> dict[str, dict[str, Any]]:
+def measure_cases(folder: Path, cases: list[str], runs: int) -> dict[str, dict[str, Any]]:
     """Measure each case on both sides, in turn; raise where the losses disagree."""
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         print(f"{case} ...", file=sys.stderr, flush=True)
         plain = found.get(case.split()[0], {})  # what only our side does otherwise
         known = {PEER: plain[PEER]} if PEER in plain else {}
-        taken: dict[str, list[Any]] = {side: [] for side in present() if side not in known}
+        taken: dict[str, list[Any]] = {side: [] for side in installed_sides() if side not in known}
         for _ in range(runs):
             for side, results in taken.items():
                 results.append(probe(case, side, folder))
-        found[case] = known | {side: middle(results) for side, results in taken.items()}
+        found[case] = known | {side: medians(results) for side, results in taken.items()}
         if case == "sft":
             check_same(found[case])
     return found
@@ -105,7 +105,7 @@ def measured(folder: Path, cases: list[str], runs: int) -> dict[str, dict[str, A
 
 def probe(case: str, side: str, folder: Path) -> Any:
     """Train a little in a process of its own."""
-    out, _ = Python().run("-m", "benchmarks.training_probe", case, side, str(folder))
+    out, _ = Interpreter().run("-m", "benchmarks.training_probe", case, side, str(folder))
     return json.loads(out.splitlines()[-1])
 
 

@@ -24,7 +24,7 @@ EPOCHS = 2
 
 
 @dataclass(frozen=True)
-class Round:
+class UpdateTiming:
     """One update: processor and clock seconds, its loss, and the peak of MLX's memory in it."""
 
     cpu: float
@@ -53,13 +53,13 @@ def row_files(folder: Path, case: str) -> Path:
     return folder.parent / f"{case.split()[0]}.jsonl"
 
 
-def ours(case: str, folder: Path) -> Iterator[Round]:
+def ours(case: str, folder: Path) -> Iterator[UpdateTiming]:
     """Train by our own loop, as ``internvl3 train`` does; nothing is kept from an earlier run."""
     os.environ["INTERNVL3_CACHE"] = tempfile.mkdtemp()
-    from internvl3_mlx.training.config_file import build_recipe
-    from internvl3_mlx.training.session import open_session
-    from internvl3_mlx.training.setup import look_around
-    from internvl3_mlx.training.trainer import train
+    from internvl3_mlx.training.config_file import build_config
+    from internvl3_mlx.training.session import open_train_session
+    from internvl3_mlx.training.setup import prepare_run
+    from internvl3_mlx.training.trainer import make_updates
 
     given = {
         "model": str(folder),
@@ -76,22 +76,24 @@ def ours(case: str, folder: Path) -> Iterator[Round]:
         "adapter_path": tempfile.mkdtemp(),
         "cache_reference": case == "mpo kept",
     }
-    session = open_session(look_around(build_recipe(given, None), print_nothing, print_nothing))
-    return timed(step.loss for step in train(session.learner, session.left()))
+    session = open_train_session(
+        prepare_run(build_config(given, None), print_nothing, print_nothing)
+    )
+    return timed(step.loss for step in make_updates(session.state, session.remaining_batches()))
 
 
 def print_nothing(*_: object) -> None:
     """Tell nobody."""
 
 
-def timed(losses: Iterator[float]) -> Iterator[Round]:
+def timed(losses: Iterator[float]) -> Iterator[UpdateTiming]:
     """Time what lies between the losses that a trainer yields."""
-    clock = Clock()
+    clock = UpdateTimer()
     for loss in losses:
         yield clock.round(loss)
 
 
-class Clock:
+class UpdateTimer:
     """Times one update after another."""
 
     def __init__(self) -> None:
@@ -101,15 +103,15 @@ class Clock:
         self.cpu, self.wall = time.process_time(), time.perf_counter()
         mx.reset_peak_memory()
 
-    def round(self, loss: float) -> Round:
+    def round(self, loss: float) -> UpdateTiming:
         """Say what passed since the last call."""
         cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
-        done = Round(cpu, wall, loss, mx.get_peak_memory())
+        done = UpdateTiming(cpu, wall, loss, mx.get_peak_memory())
         self.start()
         return done
 
 
-def peer(case: str, folder: Path) -> Iterator[Round]:
+def peer(case: str, folder: Path) -> Iterator[UpdateTiming]:
     """Train by mlx-vlm's engine: its SFT task, or its DPO with a second model as the reference."""
     from mlx_vlm import load
     from mlx_vlm.trainer.common.model import prepare_model_for_training
@@ -128,7 +130,7 @@ class Callback:
     """What mlx-vlm calls after each update."""
 
     def __init__(self) -> None:
-        self.clock, self.rounds = Clock(), list[Round]()
+        self.clock, self.rounds = UpdateTimer(), list[UpdateTiming]()
 
     def on_train_loss_report(self, told: dict[str, Any]) -> None:
         self.rounds.append(self.clock.round(float(told["train_loss"])))
@@ -174,19 +176,19 @@ def settings(rows: list[Any]) -> dict[str, Any]:
 
 def peer_rows(case: str, folder: Path) -> list[Any]:
     """Hand our ids and pixels to mlx-vlm, whose own prompt is not InternVL3's."""
-    from internvl3_mlx.training.data.preprocess import Pair
+    from internvl3_mlx.training.data.preprocess import PreferencePair
 
     made = samples(case, folder)
     rows: list[Any] = []
     for one in made:
-        if not isinstance(one, Pair):
-            rows.append(peer_row(one.ids, one.supervised, one.seen))
+        if not isinstance(one, PreferencePair):
+            rows.append(peer_row(one.ids, one.loss_mask, one.seen))
             continue
         pair = {}
         for name, answer in (("chosen", one.chosen), ("rejected", one.rejected)):
-            ids = np.concatenate([one.prompt.ids, answer])
-            learned = np.arange(len(ids)) >= len(one.prompt.ids)
-            pair[name] = peer_row(ids, learned, one.prompt.seen)
+            ids = np.concatenate([one.prompt.input_ids, answer])
+            learned = np.arange(len(ids)) >= len(one.prompt.input_ids)
+            pair[name] = peer_row(ids, learned, one.prompt.images)
         rows.append(pair)
     return rows
 
@@ -206,14 +208,14 @@ def peer_row(ids: np.ndarray, learned: np.ndarray, seen: Any) -> dict[str, mx.ar
 def samples(case: str, folder: Path) -> list[Any]:
     """Make the samples or pairs of a case, as our trainer reads them."""
     from internvl3_mlx.training.config import DataSettings
-    from internvl3_mlx.training.data.dataset import open_data
-    from internvl3_mlx.training.data.preprocess import Maker
-    from internvl3_mlx.training.setup import preparer_of
+    from internvl3_mlx.training.data.dataset import open_dataset
+    from internvl3_mlx.training.data.preprocess import Preprocessor
+    from internvl3_mlx.training.setup import load_processor
 
-    maker = Maker(preparer_of(folder), DataSettings(method=case.split()[0]))
-    data = open_data(row_files(folder, case), settings=maker.settings)
+    maker = Preprocessor(load_processor(folder), DataSettings(method=case.split()[0]))
+    data = open_dataset(row_files(folder, case), config=maker.config)
     assert data is not None
-    make = maker.pair if maker.settings.pairs else maker.sample
+    make = maker.build_pair if maker.config.reads_pairs else maker.build_sample
     return [make(entry) for entry in data]
 
 

@@ -27,7 +27,7 @@ LONGEST = 12_288  # tokens; mlx-vlm cuts longer prompts off at the tokenizer's o
 
 def write_tokenizer(folder: Path, merges: int) -> dict[str, int]:
     """Write tokenizer.json and its config into ``folder``; return the ids of the added tokens."""
-    tokenizer = Tokenizer(made_up_bpe(merges))
+    tokenizer = Tokenizer(synthetic_bpe(merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre.Sequence(
         [
@@ -43,7 +43,7 @@ def write_tokenizer(folder: Path, merges: int) -> dict[str, int]:
     return ids
 
 
-def made_up_bpe(count: int) -> models.BPE:
+def synthetic_bpe(count: int) -> models.BPE:
     """Merge bytes to pairs, then pairs with bytes, until there are ``count`` merges."""
     alphabet = sorted(pre.ByteLevel.alphabet())
     pairs = list(product(alphabet, repeat=2))

@@ -5,23 +5,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.convert.plan import Plan
-from internvl3_mlx.convert.tokenizer_export import fast_tokenizer
+from internvl3_mlx.convert.plan import ConversionPlan
+from internvl3_mlx.convert.tokenizer_export import build_fast_tokenizer
 from internvl3_mlx.images.tiling import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.prompt.tokenizer import Tokenizer
-from internvl3_mlx.prompt.tokenizer_files import read_json
+from internvl3_mlx.prompt.tokenizer_files import read_optional_json
 
-TRAVELLING = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
-CODE = "*.py"  # copied for the original layout only; never run here
-STAYING = {"config.json", "adapter_config.json"}
+COPIED_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
+CODE_PATTERN = "*.py"  # copied for the original layout only; never run here
+EXCLUDED_FILES = {"config.json", "adapter_config.json"}
 VIDEO_TOKEN = "<video>"
-NATIVE_TOKENS = {
+HF_SPECIAL_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": VIDEO_TOKEN,
 }
-NATIVE_TEMPLATE = """\
+HF_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['content'] is string -%}
@@ -45,24 +45,26 @@ NATIVE_TEMPLATE = """\
 """
 
 
-def write_side_files(plan: Plan, tokenizer: Tokenizer, target: Path) -> None:
+def write_aux_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> None:
     """Let all but weights travel along, and make a ``tokenizer.json`` where there is none."""
-    patterns = (*TRAVELLING, CODE) if plan.layout == "original" else TRAVELLING
+    patterns = (*COPIED_PATTERNS, CODE_PATTERN) if plan.layout == "original" else COPIED_PATTERNS
     for pattern in patterns:
         for file in plan.source.glob(pattern):
-            if travels(file):
+            if should_copy(file):
                 shutil.copyfile(file, target / file.name)
-    if not (target / "tokenizer.json").exists() and (made := fast_tokenizer(plan.source)):
+    if not (target / "tokenizer.json").exists() and (made := build_fast_tokenizer(plan.source)):
         write_json(target / "tokenizer.json", made)
     if plan.layout == "hf" and plan.config.layout != "native":
-        write_native_files(plan, tokenizer, target)
+        write_hf_files(plan, tokenizer, target)
 
 
-def travels(file: Path) -> bool:
-    return file.name not in STAYING and not file.name.endswith(".index.json") and file.is_file()
+def should_copy(file: Path) -> bool:
+    return (
+        file.name not in EXCLUDED_FILES and not file.name.endswith(".index.json") and file.is_file()
+    )
 
 
-def write_native_files(plan: Plan, tokenizer: Tokenizer, target: Path) -> None:
+def write_hf_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> None:
     """Write what transformers' processor of the native layout reads."""
     size = {"height": plan.config.force_image_size, "width": plan.config.force_image_size}
     pixels = {
@@ -91,7 +93,7 @@ def write_native_files(plan: Plan, tokenizer: Tokenizer, target: Path) -> None:
         "image_seq_length": plan.config.num_image_token,
     }
     write_json(target / "processor_config.json", whole)
-    (target / "chat_template.jinja").write_text(NATIVE_TEMPLATE, encoding="utf-8")
+    (target / "chat_template.jinja").write_text(HF_CHAT_TEMPLATE, encoding="utf-8")
     write_json(target / "generation_config.json", {"eos_token_id": tokenizer.im_end_id})
     add_video_token(target)
 
@@ -101,14 +103,14 @@ def add_video_token(target: Path) -> None:
 
     Its id lies behind the last embedding row, as in the published files: the processor replaces it.
     """
-    settings = read_json(target / "tokenizer_config.json")
-    settings |= {"processor_class": "InternVLProcessor", "extra_special_tokens": NATIVE_TOKENS}
+    settings = read_optional_json(target / "tokenizer_config.json")
+    settings |= {"processor_class": "InternVLProcessor", "extra_special_tokens": HF_SPECIAL_TOKENS}
     settings.pop("auto_map", None)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.pop("chat_template", None)
     write_json(target / "tokenizer_config.json", settings)
     path = target / "tokenizer.json"
-    content = read_json(path)
+    content = read_optional_json(path)
     added = content.get("added_tokens", [])
     if content and all(token["content"] != VIDEO_TOKEN for token in added):
         last = max(

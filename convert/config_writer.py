@@ -7,16 +7,16 @@ from dataclasses import asdict
 from typing import Any
 
 from internvl3_mlx.config import ModelConfig, Quantization
-from internvl3_mlx.convert.plan import Plan
+from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm3": "InternLM2ForCausalLM"}
-NATIVE_TEXT = {"qwen2": "qwen2", "internlm3": "llama"}
+HF_TEXT_TYPES = {"qwen2": "qwen2", "internlm3": "llama"}
 # Where the published code of the original layout lives; transformers fetches it from there.
-CODE_REPO = {"qwen2": "OpenGVLab/InternVL3-8B", "internlm3": "OpenGVLab/InternVL3-9B"}
-CODE = {
+REMOTE_CODE_REPOS = {"qwen2": "OpenGVLab/InternVL3-8B", "internlm3": "OpenGVLab/InternVL3-9B"}
+AUTO_MAP = {
     "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
     "AutoModel": "modeling_internvl_chat.InternVLChatModel",
     "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
@@ -34,56 +34,58 @@ TOP_KEYS = (
     "system_message",
 )
 LORA_KEYS = ("use_llm_lora", "use_backbone_lora")
-PACKED_KEYS = ("quantization", "quantization_config", "format")
+MLX_KEYS = ("quantization", "quantization_config", "format")
 PART_KEYS = ("vision_config", "llm_config", "text_config")
 DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
-def written_config(plan: Plan, tokenizer: Tokenizer, dtype: str | None) -> Json:
+def build_config(plan: ConversionPlan, tokenizer: Tokenizer, dtype: str | None) -> Json:
     """Write the config of the plan's layout. An original's own keys are kept, whatever they say."""
     own = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
-    writers = {"mlx": mlx_config, "original": original_config, "hf": native_config}
+    writers = {"mlx": mlx_config, "original": original_config, "hf": hf_config}
     content = writers[plan.layout](own, plan, tokenizer)
     if any(key in content for key in LORA_KEYS):
         content |= dict.fromkeys(LORA_KEYS, 0)  # whatever was wrapped is merged now
-    return with_dtype(content, dtype) if dtype else content
+    return replace_dtype(content, dtype) if dtype else content
 
 
-def mlx_config(own: Json, plan: Plan, tokenizer: Tokenizer) -> Json:
+def mlx_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
     """Write what this package and mlx-vlm read."""
-    content = own if own["model_type"] == "internvl_chat" else original_form(plan.config)
-    dropped = {"auto_map", *PACKED_KEYS}
+    content = own if own["model_type"] == "internvl_chat" else original_from_hf(plan.config)
+    dropped = {"auto_map", *MLX_KEYS}
     content = {key: value for key, value in content.items() if key not in dropped}
     content["format"] = "mlx"
     content["image_token_index"] = tokenizer.image_id  # mlx-vlm's name for it
-    if plan.packed:
-        content["quantization"] = content["quantization_config"] = quantization_table(plan.packed)
+    if plan.quantized:
+        content["quantization"] = content["quantization_config"] = quantization_config(
+            plan.quantized
+        )
     return content
 
 
-def quantization_table(packed: Mapping[str, Quantization]) -> Json:
+def quantization_config(packed: Mapping[str, Quantization]) -> Json:
     """State the commonest packing as the default and each other module by its path."""
     [(default, _)] = Counter(packed.values()).most_common(1)
     others = {path: asdict(form) for path, form in packed.items() if form != default}
     return {**asdict(default), **others}
 
 
-def original_config(own: Json, plan: Plan, _: Tokenizer) -> Json:
+def original_config(own: Json, plan: ConversionPlan, _: Tokenizer) -> Json:
     """Write what the published remote code reads; it is named, not copied."""
     chat = own["model_type"] == "internvl_chat"
-    content = dict(own) if chat else original_form(plan.config)
-    content = {key: value for key, value in content.items() if key not in PACKED_KEYS}
+    content = dict(own) if chat else original_from_hf(plan.config)
+    content = {key: value for key, value in content.items() if key not in MLX_KEYS}
     if "llm_config" not in content and "text_config" in content:
         content["llm_config"] = content.pop("text_config")
     content["template"] = content.get("template") or "internvl2_5"
     has_code = any(plan.source.glob("modeling_*.py"))
     if "auto_map" not in content or not has_code:
-        repo = CODE_REPO[plan.config.text.family]
-        content["auto_map"] = {kind: f"{repo}--{place}" for kind, place in CODE.items()}
+        repo = REMOTE_CODE_REPOS[plan.config.text.family]
+        content["auto_map"] = {kind: f"{repo}--{place}" for kind, place in AUTO_MAP.items()}
     return content
 
 
-def original_form(config: ModelConfig) -> Json:
+def original_from_hf(config: ModelConfig) -> Json:
     """Say in the original's words what a native config said."""
     vision, text = asdict(config.vision), asdict(config.text)
     factor = text.pop("rope_dynamic_factor")
@@ -110,10 +112,10 @@ def original_form(config: ModelConfig) -> Json:
     }
 
 
-def native_config(own: Json, plan: Plan, tokenizer: Tokenizer) -> Json:
+def hf_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
     """Write what transformers' own InternVL classes read, from version 4.52 on."""
     if own["model_type"] == "internvl":
-        return {key: value for key, value in own.items() if key not in PACKED_KEYS}
+        return {key: value for key, value in own.items() if key not in MLX_KEYS}
     config = plan.config
     return {
         "model_type": "internvl",
@@ -126,12 +128,12 @@ def native_config(own: Json, plan: Plan, tokenizer: Tokenizer) -> Json:
         "torch_dtype": config.dtype,
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": "default",
-        "vision_config": native_vision(config),
-        "text_config": native_text(config, tokenizer),
+        "vision_config": hf_vision_config(config),
+        "text_config": hf_text_config(config, tokenizer),
     }
 
 
-def native_vision(config: ModelConfig) -> Json:
+def hf_vision_config(config: ModelConfig) -> Json:
     vision = config.vision
     return {
         "model_type": "internvl_vision",
@@ -155,9 +157,9 @@ def native_vision(config: ModelConfig) -> Json:
     }
 
 
-def native_text(config: ModelConfig, tokenizer: Tokenizer) -> Json:
+def hf_text_config(config: ModelConfig, tokenizer: Tokenizer) -> Json:
     text = asdict(config.text)
-    kind = NATIVE_TEXT[text.pop("family")]
+    kind = HF_TEXT_TYPES[text.pop("family")]
     factor, bias = text.pop("rope_dynamic_factor"), text.pop("qkv_bias")
     scaling = {"rope_type": "dynamic", "type": "dynamic", "factor": factor} if factor else None
     return {
@@ -174,10 +176,10 @@ def native_text(config: ModelConfig, tokenizer: Tokenizer) -> Json:
     }
 
 
-def with_dtype(content: Json, dtype: str) -> Json:
+def replace_dtype(content: Json, dtype: str) -> Json:
     """Name the new type wherever the config named the old one."""
     named = {key: dtype if key in DTYPE_KEYS else value for key, value in content.items()}
     return {
-        key: with_dtype(value, dtype) if isinstance(value, dict) and key in PART_KEYS else value
+        key: replace_dtype(value, dtype) if isinstance(value, dict) and key in PART_KEYS else value
         for key, value in named.items()
     }

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.calibration.metrics import Figures
-from internvl3_mlx.prompt.tokenizer_files import read_text
+from internvl3_mlx.convert.calibration.metrics import QualityMetrics
+from internvl3_mlx.prompt.tokenizer_files import read_optional_text
 
 GB, MB = 1e9, 1e6
-OWNER = "OpenGVLab"
-FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
-LICENCE_KEYS = ("license", "license_name", "license_link")
+HUB_OWNER = "OpenGVLab"
+FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+LICENSE_KEYS = ("license", "license_name", "license_link")
 TAGS = ("mlx", "internvl", "internvl3-mlx")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class CardData:
     """Everything a card tells."""
 
     name: str
@@ -28,35 +28,35 @@ class Facts:
     nbytes: int
     command: str
     versions: Mapping[str, str]
-    bits: Mapping[str, float]
-    packed: Mapping[str, Quantization]
-    left_dense: Mapping[str, int]
-    tensors: int
-    figures: Figures | None = None
-    forward: Figures | None = None
+    bits_per_part: Mapping[str, float]
+    quantized: Mapping[str, Quantization]
+    skipped_modules: Mapping[str, int]
+    num_tensors: int
+    quality: QualityMetrics | None = None
+    output_check: QualityMetrics | None = None
     adapter: str | None = None  # what was fused into it
 
 
-def write_card(folder: Path, facts: Facts, licence: Mapping[str, Any]) -> str:
+def write_model_card(folder: Path, facts: CardData, licence: Mapping[str, Any]) -> str:
     """Write README.md and return it."""
-    text = front(facts, licence) + body(facts)
+    text = front_matter(facts, licence) + card_body(facts)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return text
 
 
-def read_licence(folder: Path) -> dict[str, Any]:
+def read_license(folder: Path) -> dict[str, Any]:
     """Take the licence lines of the source's own card."""
     import yaml
 
-    match = FRONT.match(read_text(folder / "README.md") or "")
+    match = FRONT_MATTER.match(read_optional_text(folder / "README.md") or "")
     try:
         content = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError:
         content = {}
-    return {key: content[key] for key in LICENCE_KEYS if key in (content or {})}
+    return {key: content[key] for key in LICENSE_KEYS if key in (content or {})}
 
 
-def front(facts: Facts, licence: Mapping[str, Any]) -> str:
+def front_matter(facts: CardData, licence: Mapping[str, Any]) -> str:
     """Write the YAML head. The hub sorts by relation; no value of it fits a 16-bit copy."""
     import yaml
 
@@ -64,51 +64,54 @@ def front(facts: Facts, licence: Mapping[str, Any]) -> str:
     content["library_name"] = "mlx" if facts.layout == "mlx" else "transformers"
     content["pipeline_tag"] = "image-text-to-text"
     content["base_model"] = facts.base
-    if facts.packed:
+    if facts.quantized:
         content["base_model_relation"] = "quantized"
-    content["tags"] = [*(TAGS if facts.layout == "mlx" else TAGS[1:]), *width_tag(facts.packed)]
+    content["tags"] = [*(TAGS if facts.layout == "mlx" else TAGS[1:]), *bits_tag(facts.quantized)]
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return f"---\n{text}---\n\n"
 
 
-def width_tag(packed: Mapping[str, Quantization]) -> list[str]:
+def bits_tag(packed: Mapping[str, Quantization]) -> list[str]:
     if not packed:
         return []
     [(form, _)] = Counter(packed.values()).most_common(1)
     return [f"{form.bits}-bit"]
 
 
-def body(facts: Facts) -> str:
+def card_body(facts: CardData) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in facts.versions.items())
     parts = [
         f"# {facts.name}",
-        f"{link(facts.base)}{fused(facts)}, converted with internvl3-mlx.",
-        *running(facts),
+        f"{hub_link(facts.base)}{adapter_note(facts)}, converted with internvl3-mlx.",
+        *usage_section(facts),
         "## What is inside",
-        table(("part", "bits per parameter"), [(p, f"{b:.2f}") for p, b in facts.bits.items()]),
-        f"Weights take {size(facts.nbytes)} on disk and as much in memory.",
-        *packings(facts),
+        markdown_table(
+            ("part", "bits per parameter"),
+            [(p, f"{b:.2f}") for p, b in facts.bits_per_part.items()],
+        ),
+        f"Weights take {format_size(facts.nbytes)} on disk and as much in memory.",
+        *quantization_section(facts),
         "## What was checked",
-        "\n".join(f"- {line}" for line in checks(facts)),
+        "\n".join(f"- {line}" for line in list_checks(facts)),
         "## How it was made",
         f"```sh\n{facts.command}\n```\n\nVersions: {versions}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def fused(facts: Facts) -> str:
+def adapter_note(facts: CardData) -> str:
     return f" with the adapter `{facts.adapter}` fused into it" if facts.adapter else ""
 
 
-def link(base: str) -> str:
+def hub_link(base: str) -> str:
     return f"[{base}](https://huggingface.co/{base})" if "/" in base else base
 
 
-def size(nbytes: int) -> str:
+def format_size(nbytes: int) -> str:
     return f"{nbytes / GB:,.1f} GB" if nbytes >= GB / 2 else f"{nbytes / MB:,.1f} MB"
 
 
-def running(facts: Facts) -> list[str]:
+def usage_section(facts: CardData) -> list[str]:
     if facts.layout != "mlx":
         return []
     return [
@@ -117,32 +120,32 @@ def running(facts: Facts) -> list[str]:
     ]
 
 
-def packings(facts: Facts) -> list[str]:
+def quantization_section(facts: CardData) -> list[str]:
     """Count modules by how they are packed, and name those left dense."""
-    counts = Counter(facts.packed.values()).most_common()
+    counts = Counter(facts.quantized.values()).most_common()
     rows = [(str(f.bits), str(f.group_size), f.mode, str(n)) for f, n in counts]
-    lines = [table(("bits", "group size", "mode", "modules"), rows)] if rows else []
-    if facts.left_dense:
-        names = ", ".join(f"`{path}` ({width})" for path, width in facts.left_dense.items())
+    lines = [markdown_table(("bits", "group size", "mode", "modules"), rows)] if rows else []
+    if facts.skipped_modules:
+        names = ", ".join(f"`{path}` ({width})" for path, width in facts.skipped_modules.items())
         lines.append(f"Left dense, for their widths part into no groups: {names}.")
     return lines
 
 
-def checks(facts: Facts) -> list[str]:
+def list_checks(facts: CardData) -> list[str]:
     lines = [
-        f"opened again after writing: {facts.tensors} tensors present, finite, of the right shape, "
+        f"opened again after writing: {facts.num_tensors} tensors present, finite, of the right shape, "
         "their bytes as computed"
     ]
-    if facts.forward is not None:
+    if facts.output_check is not None:
         lines.append(
-            f"one made-up question run through source and copy: KL {facts.forward.kl:.5f} nats"
+            f"one made-up question run through source and copy: KL {facts.output_check.kl:.5f} nats"
         )
-    if facts.figures is not None:
-        lines.append(measured_line(facts.figures))
+    if facts.quality is not None:
+        lines.append(quality_line(facts.quality))
     return lines
 
 
-def measured_line(figures: Figures) -> str:
+def quality_line(figures: QualityMetrics) -> str:
     return (
         f"against the 16-bit model over {figures.tokens} tokens: KL {figures.kl:.5f} nats, "
         f"top-1 agreement {figures.top1:.1%}, "
@@ -150,16 +153,16 @@ def measured_line(figures: Figures) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def base_model(source: Path, content: Mapping[str, Any]) -> str:
+def find_base_model(source: Path, content: Mapping[str, Any]) -> str:
     """Name the 16-bit repository: a hub snapshot's own, else one called like a published size."""
     for part in source.resolve().parts[::-1]:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
     named = content.get("_name_or_path") or source.resolve().name
     match = re.search(r"InternVL3-\d+B[\w-]*", str(named))
-    return f"{OWNER}/{match[0]}" if match else str(named).rsplit("/", maxsplit=1)[-1]
+    return f"{HUB_OWNER}/{match[0]}" if match else str(named).rsplit("/", maxsplit=1)[-1]

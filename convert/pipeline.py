@@ -9,25 +9,36 @@ from pathlib import Path
 import mlx.core as mx
 
 from internvl3_mlx.checkpoints.reader import Checkpoint
-from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT, Rows, channels_first, channels_last
-from internvl3_mlx.checkpoints.verify import prove
-from internvl3_mlx.checkpoints.writer import Entry, ShardWriter, check_room, writing_folder
+from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT, RowRange, channels_first, channels_last
+from internvl3_mlx.checkpoints.verify import verify_checkpoint
+from internvl3_mlx.checkpoints.writer import (
+    ShardWriter,
+    TensorSpec,
+    check_disk_space,
+    writing_folder,
+)
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.aux_files import write_side_files
-from internvl3_mlx.convert.calibration.calibrate import prove_forward
-from internvl3_mlx.convert.calibration.metrics import Figures
-from internvl3_mlx.convert.config_writer import written_config
+from internvl3_mlx.convert.aux_files import write_aux_files
+from internvl3_mlx.convert.calibration.calibrate import compare_outputs
+from internvl3_mlx.convert.calibration.metrics import QualityMetrics
+from internvl3_mlx.convert.config_writer import build_config
 from internvl3_mlx.convert.plan import (
     FLOATS,
-    PACKED_PARTS,
-    Plan,
-    Planned,
+    QUANTIZED_PARTS,
+    ConversionPlan,
+    PlannedTensor,
     dtype_name,
-    make_plan,
-    packed,
+    plan_conversion,
+    quantize_array,
 )
-from internvl3_mlx.convert.recipes import Recipe
-from internvl3_mlx.convert.row_reader import DTYPES, NAMES, as_bytes, not_finite, slabs
+from internvl3_mlx.convert.recipes import QuantizationRecipe
+from internvl3_mlx.convert.row_reader import (
+    DTYPES,
+    NAMES,
+    not_finite_error,
+    split_into_slabs,
+    to_bytes,
+)
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -36,51 +47,58 @@ CACHE_BYTES = 64_000_000  # of freed arrays that MLX may keep while tensors stre
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ConvertOptions:
     """What a conversion does beside packing. ``layout`` is the target's: mlx, original or hf."""
 
     layout: str = "mlx"
     dtype: str | None = None
     dequantize: bool = False
     overwrite: bool = False
-    compare: bool = False  # run source and target on one question before the target is kept
-    learned: Mapping[str, mx.array] = field(default_factory=dict)  # tensors to write as they are
+    check_output: bool = False  # run source and target on one question before the target is kept
+    calibrated_weights: Mapping[str, mx.array] = field(
+        default_factory=dict
+    )  # tensors to write as they are
     adapter: Path | None = None  # a folder in PEFT's form, to be fused
 
 
 @dataclass(frozen=True)
-class Written:
+class TensorWritten:
     """One tensor done: how many bytes of the target are written, of how many."""
 
     name: str
-    done: int
-    total: int
+    bytes_done: int
+    bytes_total: int
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ConvertedCheckpoint:
     """What a conversion made: bytes, packed modules, and those whose odd width kept them dense."""
 
     target: Path
     layout: str
     nbytes: int
-    files: int
-    packed: Mapping[str, Quantization]
-    left_dense: Mapping[str, int]
-    forward: Figures | None = None  # the answer of source and target compared, if it was
+    num_files: int
+    quantized: Mapping[str, Quantization]
+    skipped_modules: Mapping[str, int]
+    output_check: QualityMetrics | None = (
+        None  # the answer of source and target compared, if it was
+    )
 
 
-def convert(
-    source: Path, target: Path, recipe: Recipe | None, options: Options | None = None
-) -> Generator[Written, None, Outcome]:
+def convert_checkpoint(
+    source: Path,
+    target: Path,
+    recipe: QuantizationRecipe | None,
+    options: ConvertOptions | None = None,
+) -> Generator[TensorWritten, None, ConvertedCheckpoint]:
     """Convert ``source`` into the folder ``target``, yielding as each tensor is written.
 
     Memory stays at a few slabs, whatever the model's size. The target appears when it is whole and
     proven; stopped before, nothing is left behind.
     """
-    options = options or Options()
-    check_places(source, target)
-    plan = make_plan(
+    options = options or ConvertOptions()
+    check_overlap(source, target)
+    plan = plan_conversion(
         source,
         recipe,
         layout=options.layout,
@@ -89,106 +107,125 @@ def convert(
         adapter=options.adapter,
     )
     tokenizer = Tokenizer.from_folder(source)
-    entries = [entry for tensor in plan.tensors for entry in entries_of(tensor, options.learned)]
+    entries = [
+        entry
+        for tensor in plan.tensors
+        for entry in tensor_entries(tensor, options.calibrated_weights)
+    ]
     total = sum(entry.nbytes for entry in entries)
-    check_room(target, total)
+    check_disk_space(target, total)
     with writing_folder(target, overwrite=options.overwrite) as aside:
         writer = ShardWriter(aside, entries, METADATA[plan.layout])
         try:
-            yield from write_all(plan, writer, options.learned, total)
+            yield from write_tensors(plan, writer, options.calibrated_weights, total)
             writer.finish()
         finally:
             writer.close()
             plan.reader.close()
-        content = written_config(plan, tokenizer, options.dtype)
+        content = build_config(plan, tokenizer, options.dtype)
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (aside / "config.json").write_text(text, encoding="utf-8")
-        write_side_files(plan, tokenizer, aside)
-        prove(aside, entries, writer.checksums)
-        same = not any(tensor.form for tensor in plan.tensors) and not options.learned
+        write_aux_files(plan, tokenizer, aside)
+        verify_checkpoint(aside, entries, writer.checksums)
+        same = (
+            not any(tensor.quantization for tensor in plan.tensors)
+            and not options.calibrated_weights
+        )
         forward = None
-        if options.compare:
-            forward = prove_forward(source, aside, same=same, adapter=options.adapter)
-    return Outcome(
-        target, plan.layout, total, len(writer.shards), plan.packed, plan.left_dense, forward
+        if options.check_output:
+            forward = compare_outputs(source, aside, same=same, adapter=options.adapter)
+    return ConvertedCheckpoint(
+        target,
+        plan.layout,
+        total,
+        len(writer.shards),
+        plan.quantized,
+        plan.skipped_modules,
+        forward,
     )
 
 
-def check_places(source: Path, target: Path) -> None:
+def check_overlap(source: Path, target: Path) -> None:
     """Refuse a target that is the source, lies in it or holds it."""
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"{target} overlaps the source {source}; name another folder")
 
 
-def entries_of(tensor: Planned, learned: Mapping[str, mx.array]) -> list[Entry]:
+def tensor_entries(tensor: PlannedTensor, learned: Mapping[str, mx.array]) -> list[TensorSpec]:
     return [
-        Entry(entry.name, NAMES[dtype_name(learned[entry.name])], learned[entry.name].shape)
+        TensorSpec(entry.name, NAMES[dtype_name(learned[entry.name])], learned[entry.name].shape)
         if entry.name in learned
         else entry
         for entry in tensor.entries()
     ]
 
 
-def write_all(
-    plan: Plan, writer: ShardWriter, learned: Mapping[str, mx.array], total: int
-) -> Iterator[Written]:
+def write_tensors(
+    plan: ConversionPlan, writer: ShardWriter, learned: Mapping[str, mx.array], total: int
+) -> Iterator[TensorWritten]:
     """Write every tensor, with MLX keeping little of what it frees."""
     before = mx.set_cache_limit(CACHE_BYTES)
     done = 0
     try:
         for tensor in plan.tensors:
-            names = [entry.name for entry in entries_of(tensor, learned)]
+            names = [entry.name for entry in tensor_entries(tensor, learned)]
             if all(name in learned for name in names):
                 for name in names:
                     write_array(writer, name, learned[name])
             else:
                 write_tensor(plan, tensor, writer)
-            done = total - sum(writer.left.values())
-            yield Written(tensor.name, done, total)
+            done = total - sum(writer.remaining.values())
+            yield TensorWritten(tensor.name, done, total)
     finally:
         mx.set_cache_limit(before)
 
 
-def write_tensor(plan: Plan, tensor: Planned, writer: ShardWriter) -> None:
+def write_tensor(plan: ConversionPlan, tensor: PlannedTensor, writer: ShardWriter) -> None:
     """Write one tensor slab by slab; what needs no change goes as bytes from file to file."""
     reader, files = plan.reader, plan.reader.checkpoint
-    plain = reader.is_plain(tensor.rows) and tensor.form is None and tensor.ours != PATCH_WEIGHT
+    plain = (
+        reader.can_copy(tensor.rows)
+        and tensor.quantization is None
+        and tensor.parameter != PATCH_WEIGHT
+    )
     plain = plain and all(files.tensors[part.name].dtype == tensor.dtype for part in tensor.rows)
-    pieces = slabs(tensor.rows, row_bytes(files, tensor.rows[0].name))
+    pieces = split_into_slabs(tensor.rows, bytes_per_row(files, tensor.rows[0].name))
     if plain:
         for part in pieces:
-            writer.write(tensor.name, reader.raw(part).data.cast("B"))
+            writer.write(tensor.name, reader.read_raw(part).data.cast("B"))
         return
-    for arrays in one_ahead(made(plan, tensor, part) for part in pieces):
+    for arrays in compute_ahead(make_slab(plan, tensor, part) for part in pieces):
         for name, (x, finite) in arrays.items():
             if not bool(finite):
-                raise not_finite(name)
-            writer.write(name, as_bytes(x))
+                raise not_finite_error(name)
+            writer.write(name, to_bytes(x))
 
 
-Made = dict[str, tuple[mx.array, mx.array]]  # what is written, and whether it is finite
+Slab = dict[str, tuple[mx.array, mx.array]]  # what is written, and whether it is finite
 
 
-def made(plan: Plan, tensor: Planned, part: Rows) -> Made:
+def make_slab(plan: ConversionPlan, tensor: PlannedTensor, part: RowRange) -> Slab:
     """Make one slab of the target, computed only later."""
-    x = plan.reader.dense(part)
+    x = plan.reader.read_dense(part)
     if tensor.dtype in FLOATS.values():
         x = x.astype(DTYPES[tensor.dtype][1])
-    if tensor.ours == PATCH_WEIGHT:
+    if tensor.parameter == PATCH_WEIGHT:
         x = channels_last(x) if plan.layout == "mlx" else channels_first(x)
-    if tensor.form is None:
+    if tensor.quantization is None:
         return {tensor.name: (x, mx.isfinite(x).all())}
     module = tensor.name.removesuffix(".weight")
     return {
         f"{module}.{kind}": (array, mx.isfinite(array).all())
-        for kind, array in zip(PACKED_PARTS, packed(x, tensor.form), strict=False)
+        for kind, array in zip(
+            QUANTIZED_PARTS, quantize_array(x, tensor.quantization), strict=False
+        )
     }
 
 
-def one_ahead(slabs_made: Iterable[Made]) -> Iterator[Made]:
+def compute_ahead(slabs_made: Iterable[Slab]) -> Iterator[Slab]:
     """Let MLX compute the next slab while this one is checked and written."""
-    waiting: Made | None = None
+    waiting: Slab | None = None
     for arrays in slabs_made:
         mx.async_eval([*arrays.values()])
         if waiting is not None:
@@ -198,12 +235,12 @@ def one_ahead(slabs_made: Iterable[Made]) -> Iterator[Made]:
         yield waiting
 
 
-def row_bytes(checkpoint: Checkpoint, name: str) -> int:
+def bytes_per_row(checkpoint: Checkpoint, name: str) -> int:
     info = checkpoint.tensors[name]
     return info.nbytes // max(info.shape[0], 1)
 
 
 def write_array(writer: ShardWriter, name: str, x: mx.array) -> None:
     if not bool(mx.isfinite(x).all()):
-        raise not_finite(name)
-    writer.write(name, as_bytes(x))
+        raise not_finite_error(name)
+    writer.write(name, to_bytes(x))

@@ -8,20 +8,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.checkpoints.build_model import Choice
+from internvl3_mlx.checkpoints.build_model import QuantizationChoice
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.errors import UserError
 
 PROJECTOR_BITS = 8  # every picture passes through mlp1: fewer bits blur all of them
 PROJECTOR = re.compile(r"mlp1\.")
-TOWER = re.compile(r"vision_model\.")
-LAYER = re.compile(r"\.layers\.(\d+)\.")
+VISION = re.compile(r"vision_model\.")
+LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
 BITS = (2, 3, 4, 5, 6, 8)
-DEFAULT_GROUP = 64
+DEFAULT_GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Mode:
+class QuantizationMode:
     """What MLX packs in one mode: bits and group sizes, the usual ones first."""
 
     bits: tuple[int, ...]
@@ -29,69 +29,75 @@ class Mode:
 
 
 MODES = {
-    "affine": Mode((4, 2, 3, 5, 6, 8), (64, 32, 128)),
-    "mxfp4": Mode((4,), (32,)),
-    "mxfp8": Mode((8,), (32,)),
-    "nvfp4": Mode((4,), (16,)),
+    "affine": QuantizationMode((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": QuantizationMode((4,), (32,)),
+    "mxfp8": QuantizationMode((8,), (32,)),
+    "nvfp4": QuantizationMode((4,), (16,)),
 }
 
 
 @dataclass(frozen=True)
-class Rule:
+class QuantizationRule:
     """``form`` for the modules whose path matches the pattern ``match``; with ``sensitive`` only
     in the layers that suffer most."""
 
-    match: str
-    form: Choice
-    sensitive: bool = False
+    pattern: str
+    quantization: QuantizationChoice
+    sensitive_only: bool = False
 
-    def covers(self, path: str, depth: int) -> bool:
-        if not fnmatchcase(path, self.match):
+    def matches(self, path: str, num_layers: int) -> bool:
+        if not fnmatchcase(path, self.pattern):
             return False
-        layer = LAYER.search(path)
-        return not self.sensitive or layer is None or is_sensitive(int(layer[1]), depth)
+        layer = LAYER_INDEX.search(path)
+        return (
+            not self.sensitive_only
+            or layer is None
+            or is_sensitive_layer(int(layer[1]), num_layers)
+        )
 
 
-def is_sensitive(layer: int, depth: int) -> bool:
+def is_sensitive_layer(layer: int, num_layers: int) -> bool:
     """Tell whether a layer is among those that mixed recipes give more bits: the first and last
     eighth, and every third between."""
-    eighth = depth // 8
-    return layer < eighth or layer >= 7 * depth // 8 or (layer - eighth) % 3 == 2
+    eighth = num_layers // 8
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantizationRecipe:
     """``rules`` first, then ``text`` for the language model, ``projector`` (at least 8 bits) and
     ``vision`` for the tower (None: dense). ``depth`` is the language model's."""
 
     name: str
-    text: Choice
-    projector: Choice = Quantization(PROJECTOR_BITS)
-    vision: Choice = None
-    rules: tuple[Rule, ...] = ()
-    depth: int = 0
+    text: QuantizationChoice
+    projector: QuantizationChoice = Quantization(PROJECTOR_BITS)
+    vision: QuantizationChoice = None
+    rules: tuple[QuantizationRule, ...] = ()
+    num_layers: int = 0
 
-    def choose(self, path: str) -> Choice:
+    def choose(self, path: str) -> QuantizationChoice:
         """Say how the module at ``path`` is packed."""
         for rule in self.rules:
-            if rule.covers(path, self.depth):
-                return spared(path, rule.form)
+            if rule.matches(path, self.num_layers):
+                return protect_projector(path, rule.quantization)
         if PROJECTOR.match(path):
-            return spared(path, self.projector)
-        return self.vision if TOWER.match(path) else self.text
+            return protect_projector(path, self.projector)
+        return self.vision if VISION.match(path) else self.text
 
-    def for_depth(self, depth: int) -> "Recipe":
-        return replace(self, depth=depth)
+    def with_num_layers(self, num_layers: int) -> "QuantizationRecipe":
+        return replace(self, num_layers=num_layers)
 
 
-def spared(path: str, form: Choice) -> Choice:
+def protect_projector(path: str, form: QuantizationChoice) -> QuantizationChoice:
     """Give the projector at least PROJECTOR_BITS, whatever a recipe says."""
     if form is None or not PROJECTOR.match(path) or form.bits >= PROJECTOR_BITS:
         return form
-    return Quantization(PROJECTOR_BITS, form.group_size if form.mode == "affine" else DEFAULT_GROUP)
+    return Quantization(
+        PROJECTOR_BITS, form.group_size if form.mode == "affine" else DEFAULT_GROUP_SIZE
+    )
 
 
-def packing(
+def make_quantization(
     bits: int | None = None, group_size: int | None = None, mode: str = "affine"
 ) -> Quantization:
     """Check one packing; what is left out takes the mode's usual value."""
@@ -102,43 +108,43 @@ def packing(
     group_size = known.group_sizes[0] if group_size is None else group_size
     if bits not in known.bits:
         raise UserError(
-            f"{bits} bits were asked for; MLX packs {numbers(known.bits)} in {mode} mode"
+            f"{bits} bits were asked for; MLX packs {format_numbers(known.bits)} in {mode} mode"
         )
     if group_size not in known.group_sizes:
         raise UserError(
             f"a group size of {group_size} was asked for; "
-            f"MLX has {numbers(known.group_sizes)} in {mode} mode"
+            f"MLX has {format_numbers(known.group_sizes)} in {mode} mode"
         )
     return Quantization(bits, group_size, mode)
 
 
-def numbers(values: tuple[int, ...]) -> str:
+def format_numbers(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, sorted(values)))
 
 
-def recipe(
+def uniform_recipe(
     bits: int | None = None,
     group_size: int | None = None,
     mode: str = "affine",
     *,
-    vision: int | None = None,
-) -> Recipe:
+    vision_bits: int | None = None,
+) -> QuantizationRecipe:
     """Build the plain recipe: the language model at ``bits``, the projector at 8 bits, the tower
     dense or at ``vision`` bits."""
-    text = packing(bits, group_size, mode)
-    own_group = text.group_size if mode == "affine" else DEFAULT_GROUP
+    text = make_quantization(bits, group_size, mode)
+    own_group = text.group_size if mode == "affine" else DEFAULT_GROUP_SIZE
     name = f"{text.bits}bit" if mode == "affine" else mode
-    return Recipe(
-        name if vision is None else f"{name}-v{vision}",
+    return QuantizationRecipe(
+        name if vision_bits is None else f"{name}-v{vision_bits}",
         text,
         Quantization(PROJECTOR_BITS, own_group),
-        None if vision is None else packing(vision, own_group),
+        None if vision_bits is None else make_quantization(vision_bits, own_group),
     )
 
 
 # name -> bits of most modules, bits of what suffers most: head, embeddings, and in some layers the
 # values and the way down, as llama.cpp's K-quants and mlx-lm choose them
-MIXES: Mapping[str, tuple[int, int]] = {
+MIXED_RECIPES: Mapping[str, tuple[int, int]] = {
     "mixed_2_6": (2, 6),
     "mixed_3_4": (3, 4),
     "mixed_3_5": (3, 5),
@@ -146,7 +152,7 @@ MIXES: Mapping[str, tuple[int, int]] = {
     "mixed_4_6": (4, 6),
     "mixed_4_8": (4, 8),
 }
-SUFFERING = (  # pattern, whether only in the sensitive layers
+SENSITIVE_PATTERNS = (  # pattern, whether only in the sensitive layers
     ("language_model.model.layers.*.v_proj", True),
     ("language_model.model.layers.*.down_proj", True),
     ("language_model.model.embed_tokens", False),
@@ -154,42 +160,46 @@ SUFFERING = (  # pattern, whether only in the sensitive layers
 )
 
 
-def mixed(name: str, group_size: int | None = None, *, vision: int | None = None) -> Recipe:
+def mixed_recipe(
+    name: str, group_size: int | None = None, *, vision_bits: int | None = None
+) -> QuantizationRecipe:
     """Build a named mix of two widths."""
-    if name not in MIXES:
-        raise UserError(f"recipe {name!r} was asked for; known are {', '.join(MIXES)}")
-    low, high = MIXES[name]
-    plain = recipe(low, group_size, vision=vision)
-    most = packing(high, group_size)
-    rules = tuple(Rule(match, most, sensitive) for match, sensitive in SUFFERING)
-    suffix = "" if vision is None else f"-v{vision}"
+    if name not in MIXED_RECIPES:
+        raise UserError(f"recipe {name!r} was asked for; known are {', '.join(MIXED_RECIPES)}")
+    low, high = MIXED_RECIPES[name]
+    plain = uniform_recipe(low, group_size, vision_bits=vision_bits)
+    most = make_quantization(high, group_size)
+    rules = tuple(
+        QuantizationRule(match, most, sensitive) for match, sensitive in SENSITIVE_PATTERNS
+    )
+    suffix = "" if vision_bits is None else f"-v{vision_bits}"
     return replace(plain, name=name + suffix, rules=rules)
 
 
-KEYS = ("name", "text", "projector", "vision", "modules")
-FORM_KEYS = ("bits", "group_size", "mode", "layers")
-LAYERS = ("all", "sensitive")
+RECIPE_KEYS = ("name", "text", "projector", "vision", "modules")
+QUANTIZATION_KEYS = ("bits", "group_size", "mode", "layers")
+LAYER_CHOICES = ("all", "sensitive")
 DENSE = "dense"
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path) -> QuantizationRecipe:
     """Read a recipe file. Raises UserError that names the file and the key."""
-    content = read_yaml(path, f"the keys {', '.join(KEYS)}")
-    check_keys(content, KEYS, str(path))
+    content = read_yaml(path, f"the keys {', '.join(RECIPE_KEYS)}")
+    check_keys(content, RECIPE_KEYS, str(path))
     if "text" not in content:
         raise UserError(f"{path} lacks text, the bits of the language model")
-    projector = read_form(content.get("projector", PROJECTOR_BITS), f"{path}: projector")
+    projector = parse_quantization(content.get("projector", PROJECTOR_BITS), f"{path}: projector")
     if projector is not None and projector.bits < PROJECTOR_BITS:
         raise UserError(
             f"{path}: projector {projector.bits}; the projector takes {PROJECTOR_BITS} bits or "
             "dense, for every picture passes through it"
         )
-    return Recipe(
+    return QuantizationRecipe(
         name=str(content.get("name", path.stem)),
-        text=read_form(content["text"], f"{path}: text"),
+        text=parse_quantization(content["text"], f"{path}: text"),
         projector=projector,
-        vision=read_form(content.get("vision", DENSE), f"{path}: vision"),
-        rules=tuple(read_rules(content.get("modules") or {}, path)),
+        vision=parse_quantization(content.get("vision", DENSE), f"{path}: vision"),
+        rules=tuple(parse_rules(content.get("modules") or {}, path)),
     )
 
 
@@ -209,18 +219,18 @@ def read_yaml(path: Path, wanted: str) -> Mapping[str, Any]:
     return content
 
 
-def read_rules(table: Any, path: Path) -> Iterable[Rule]:
+def parse_rules(table: Any, path: Path) -> Iterable[QuantizationRule]:
     if not isinstance(table, Mapping):
         raise UserError(f"{path}: modules wants a table of paths, such as lm_head: 6")
     for match, value in table.items():
         where = f"{path}: modules: {match}"
         layers = value.get("layers", "all") if isinstance(value, Mapping) else "all"
-        if layers not in LAYERS:
-            raise UserError(f"{where}: layers is {layers!r}; known are {', '.join(LAYERS)}")
-        yield Rule(str(match), read_form(value, where), layers == "sensitive")
+        if layers not in LAYER_CHOICES:
+            raise UserError(f"{where}: layers is {layers!r}; known are {', '.join(LAYER_CHOICES)}")
+        yield QuantizationRule(str(match), parse_quantization(value, where), layers == "sensitive")
 
 
-def read_form(value: Any, where: str) -> Choice:
+def parse_quantization(value: Any, where: str) -> QuantizationChoice:
     """Read bits, a table of them, or ``dense``."""
     if value is None or value == DENSE:
         return None
@@ -228,9 +238,11 @@ def read_form(value: Any, where: str) -> Choice:
         value = {"bits": value}
     if not isinstance(value, Mapping):
         raise UserError(f"{where} is {value!r}; wanted are bits, a table with bits, or {DENSE}")
-    check_keys(value, FORM_KEYS, where)
+    check_keys(value, QUANTIZATION_KEYS, where)
     try:
-        return packing(value.get("bits"), value.get("group_size"), value.get("mode", "affine"))
+        return make_quantization(
+            value.get("bits"), value.get("group_size"), value.get("mode", "affine")
+        )
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

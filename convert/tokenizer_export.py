@@ -9,10 +9,10 @@ from internvl3_mlx.prompt.tokenizer import QWEN_SPLIT
 from internvl3_mlx.prompt.tokenizer_files import (
     AddedToken,
     read_added_tokens,
-    read_json,
-    read_text,
+    read_optional_json,
+    read_optional_text,
 )
-from internvl3_mlx.prompt.vocabulary import SPACE, open_pieces
+from internvl3_mlx.prompt.vocabulary import SPACE, open_sentencepiece
 
 Json = dict[str, Any]
 
@@ -20,22 +20,22 @@ VERSION = "1.0"
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
 
 
-def fast_tokenizer(folder: Path) -> Json | None:
+def build_fast_tokenizer(folder: Path) -> Json | None:
     """Make the content of a tokenizer.json; None when the folder has no tokenizer at all."""
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return byte_level(folder)
+        return byte_level_tokenizer(folder)
     if (folder / "tokenizer.model").is_file():
-        return from_sentencepiece(folder)
+        return sentencepiece_tokenizer(folder)
     return None
 
 
-def byte_level(folder: Path) -> Json:
+def byte_level_tokenizer(folder: Path) -> Json:
     """Write what Qwen2's tokenizer class makes of vocab.json and merges.txt."""
-    vocab = read_json(folder / "vocab.json")
-    lines = (read_text(folder / "merges.txt") or "").split("\n")
+    vocab = read_optional_json(folder / "vocab.json")
+    lines = (read_optional_text(folder / "merges.txt") or "").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     split = {"Regex": QWEN_SPLIT}
-    return whole(
+    return tokenizer_json(
         {"type": "BPE", "vocab": vocab, "merges": merges, "fuse_unk": False},
         read_added_tokens(folder),
         normalizer={"type": "NFC"},
@@ -50,21 +50,21 @@ def byte_level(folder: Path) -> Json:
     )
 
 
-def from_sentencepiece(folder: Path) -> Json:
+def sentencepiece_tokenizer(folder: Path) -> Json:
     """Write the same pieces as merges: two pieces join when their union is a piece, the likelier
     first, which is what sentencepiece's BPE does."""
-    pieces = open_pieces(folder)
-    model, added, bos, prefixed = pieces.model, pieces.added, pieces.bos, pieces.prefixed
+    pieces = open_sentencepiece(folder)
+    model, added, bos, prefixed = pieces.model, pieces.added, pieces.bos, pieces.adds_leading_space
     vocab = {model.id_to_piece(n): n for n in range(pieces.size)}
     scores = {model.id_to_piece(n): model.get_score(n) for n in range(pieces.size)}
     unknown = model.id_to_piece(model.unk_id())
     blanks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     steps = [{"type": "Prepend", "prepend": SPACE}, blanks] if prefixed else [blanks]
-    return whole(
+    return tokenizer_json(
         {
             "type": "BPE",
             "vocab": vocab,
-            "merges": merges_of(vocab, scores),
+            "merges": find_merges(vocab, scores),
             "unk_token": unknown,
             "fuse_unk": True,
             "byte_fallback": True,
@@ -72,12 +72,12 @@ def from_sentencepiece(folder: Path) -> Json:
         added,
         normalizer={"type": "Sequence", "normalizers": steps},
         pre_tokenizer=None,
-        decoder=spelling(prefixed),
-        post_processor=opening(bos, added) if bos in added else None,
+        decoder=sentencepiece_decoder(prefixed),
+        post_processor=bos_post_processor(bos, added) if bos in added else None,
     )
 
 
-def merges_of(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[list[str]]:
+def find_merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[list[str]]:
     """List the pairs whose union is a piece, likeliest union first."""
     found: list[tuple[float, list[str]]] = []
     for piece in vocab:
@@ -92,7 +92,7 @@ def merges_of(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[lis
     return [pair for _, pair in found]
 
 
-def spelling(prefixed: bool) -> Json:
+def sentencepiece_decoder(prefixed: bool) -> Json:
     steps: list[Json] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
@@ -103,7 +103,7 @@ def spelling(prefixed: bool) -> Json:
     return {"type": "Sequence", "decoders": steps}
 
 
-def opening(bos: str, added: Mapping[str, AddedToken]) -> Json:
+def bos_post_processor(bos: str, added: Mapping[str, AddedToken]) -> Json:
     """Put the BOS in front of every text."""
     text: Json = {"Sequence": {"id": "A", "type_id": 0}}
     first: Json = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -117,7 +117,7 @@ def opening(bos: str, added: Mapping[str, AddedToken]) -> Json:
     }
 
 
-def whole(
+def tokenizer_json(
     model: Json,
     added: Mapping[str, AddedToken],
     *,

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
         PromptError,
         UserError,
     )
-    from internvl3_mlx.generation.answer import Answer, Piece
+    from internvl3_mlx.generation.answer import Answer, AnswerChunk
     from internvl3_mlx.generation.conversation import Conversation
-    from internvl3_mlx.generation.generation_config import Settings
-    from internvl3_mlx.generation.processor import Inputs
+    from internvl3_mlx.generation.generation_config import GenerationConfig
+    from internvl3_mlx.generation.processor import ModelInputs
     from internvl3_mlx.generation.vlm import VLM, load
-    from internvl3_mlx.prompt.messages import Media, Turn
+    from internvl3_mlx.prompt.messages import Message, MessageMedia
 
     __version__: str
 
@@ -36,15 +36,15 @@ __all__ = [
     "Conversation",
     "DownloadError",
     "ImageError",
-    "Inputs",
+    "ModelInputs",
     "InternVL3Error",
     "KeyMapError",
-    "Media",
+    "MessageMedia",
     "MissingExtraError",
-    "Piece",
+    "AnswerChunk",
     "PromptError",
-    "Settings",
-    "Turn",
+    "GenerationConfig",
+    "Message",
     "UserError",
     "__version__",
     "load",
@@ -54,11 +54,11 @@ HOMES = {
     "VLM": "generation.vlm",
     "Answer": "generation.answer",
     "Conversation": "generation.conversation",
-    "Inputs": "generation.processor",
-    "Media": "prompt.messages",
-    "Piece": "generation.answer",
-    "Settings": "generation.generation_config",
-    "Turn": "prompt.messages",
+    "ModelInputs": "generation.processor",
+    "MessageMedia": "prompt.messages",
+    "AnswerChunk": "generation.answer",
+    "GenerationConfig": "generation.generation_config",
+    "Message": "prompt.messages",
     "load": "generation.vlm",
 }
 

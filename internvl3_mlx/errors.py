@@ -53,5 +53,5 @@ class TrainingError(InternVL3Error):
 class MissingExtraError(UserError):
     """A feature whose optional library is not installed."""
 
-    def __init__(self, what: str, library: str, extra: str):
-        super().__init__(f'{what} needs {library}: pip install "internvl3-mlx[{extra}]"')
+    def __init__(self, feature: str, library: str, extra: str):
+        super().__init__(f'{feature} needs {library}: pip install "internvl3-mlx[{extra}]"')

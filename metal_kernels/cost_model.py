@@ -6,21 +6,21 @@ multiplication and an addition count as two operations.
 
 from dataclasses import dataclass
 
-from internvl3_mlx.metal_kernels.flash_decode import TILE_ROWS, TILES_FROM, split_count
-from internvl3_mlx.metal_kernels.kv_layout import WHOLE, RowLayout
+from internvl3_mlx.metal_kernels.flash_decode import MIN_TILE_ROWS, TILE_ROWS, split_count
+from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, KVRowLayout
 
-HALF, SINGLE = 2, 4  # bytes of a 16-bit number, and of float32
+HALF_BYTES, FLOAT32_BYTES = 2, 4  # bytes of a 16-bit number, and of float32
 
 
 @dataclass(frozen=True)
-class Look:
+class AttentionCost:
     """One new token, or ``draft`` of them, that look at ``tokens`` others: numbers are 16-bit."""
 
     heads: int
     kv_heads: int
     head_dim: int
     tokens: int
-    bits: int = WHOLE
+    bits: int = DENSE_BITS
     draft: int = 1
     group_size: int = 64
 
@@ -32,17 +32,17 @@ class Look:
     @property
     def store_nbytes(self) -> int:
         """Bytes of keys and values: what our kernel reads, each once."""
-        if self.bits == WHOLE:
-            row = 2 * self.head_dim * HALF
+        if self.bits == DENSE_BITS:
+            row = 2 * self.head_dim * HALF_BYTES
         else:
-            row = RowLayout(self.head_dim, self.bits, self.group_size).row_bytes
+            row = KVRowLayout(self.head_dim, self.bits, self.group_size).row_bytes
         return self.kv_heads * self.tokens * row
 
     @property
     def parts_nbytes(self) -> int:
         """Bytes of the splits' results, float32, written once and read once."""
         splits = split_count(self.tokens, self.kv_heads)
-        return 2 * splits * self.heads * self.draft * (self.head_dim + 2) * SINGLE
+        return 2 * splits * self.heads * self.draft * (self.head_dim + 2) * FLOAT32_BYTES
 
     @property
     def kernel_nbytes(self) -> int:
@@ -55,7 +55,7 @@ class Look:
         Each row of queries asks for keys and values anew, mostly from cache; scores are written,
         read, written as weights and read.
         """
-        scores = 4 * self.heads * self.draft * self.tokens * HALF
+        scores = 4 * self.heads * self.draft * self.tokens * HALF_BYTES
         return self.store_nbytes * self.rows + scores
 
     @property
@@ -68,7 +68,7 @@ class Look:
         """Operations of our kernel: tiles are padded to eight rows, numbers are scaled for each."""
         numbers = 2 * self.kv_heads * self.tokens * self.head_dim
         scaling = 2 * numbers  # one multiplication and one addition
-        if self.rows < TILES_FROM:
+        if self.rows < MIN_TILE_ROWS:
             return self.flops + scaling
         tiles = -(-self.rows // TILE_ROWS)
         return 2 * numbers * tiles * TILE_ROWS + scaling * tiles
@@ -77,7 +77,7 @@ class Look:
 # launches a layer for a new token: rotation, two quantisations, six slice updates; or ours
 LAUNCHES_BUILT_IN, LAUNCHES_OURS = 1 + 2 + 6, 1 + 1
 
-PUBLISHED = (
+PUBLISHED_SHAPES = (
     ("1B", 14, 2, 64),
     ("2B", 12, 2, 128),
     ("8B", 28, 4, 128),
@@ -87,24 +87,24 @@ PUBLISHED = (
 )
 
 
-def table(tokens: int) -> str:
+def cost_table(tokens: int) -> str:
     """Write the table of docs/metal.md: megabytes and operations a layer and token."""
     lines = [
         "| size | cache | MLX, fused | MLX, packed products | our kernel | operations | a byte |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for size, heads, kv_heads, dim in PUBLISHED:
-        for bits in (WHOLE, 8, 4):
-            look = Look(heads, kv_heads, dim, tokens, bits)
-            whole = bits == WHOLE
+    for size, heads, kv_heads, dim in PUBLISHED_SHAPES:
+        for bits in (DENSE_BITS, 8, 4):
+            look = AttentionCost(heads, kv_heads, dim, tokens, bits)
+            whole = bits == DENSE_BITS
             lines.append(
-                f"| {size} | {bits} bits | {megabytes(look.store_nbytes) if whole else '-'} "
-                f"| {'-' if whole else megabytes(look.products_nbytes)} "
-                f"| {megabytes(look.kernel_nbytes)} | {look.kernel_flops / 1e6:.0f} M "
+                f"| {size} | {bits} bits | {format_megabytes(look.store_nbytes) if whole else '-'} "
+                f"| {'-' if whole else format_megabytes(look.products_nbytes)} "
+                f"| {format_megabytes(look.kernel_nbytes)} | {look.kernel_flops / 1e6:.0f} M "
                 f"| {look.kernel_flops / look.kernel_nbytes:.0f} |"
             )
     return "\n".join(lines)
 
 
-def megabytes(nbytes: int) -> str:
+def format_megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB"

@@ -12,13 +12,13 @@ import mlx.core as mx
 
 from internvl3_mlx.errors import UserError
 
-SWITCH = "INTERNVL3_KERNELS"
-OFF, ON, FORCE = SETTINGS = ("off", "on", "force")
-SIMD = 32  # lanes of a simdgroup, on every Apple GPU
+MODE_VARIABLE = "INTERNVL3_KERNELS"
+OFF, ON, FORCE = MODES = ("off", "on", "force")
+SIMD_WIDTH = 32  # lanes of a simdgroup, on every Apple GPU
 
 
 @dataclass(frozen=True)
-class Program:
+class KernelSource:
     """A kernel's text: ``headers`` and ``body`` are files of shaders/, without their ending."""
 
     name: str
@@ -29,7 +29,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchConfig:
     """What one call wants. ``grid``: threads, not groups; ``template``: (name, value) pairs."""
 
     template: tuple[tuple[str, Any], ...]
@@ -39,7 +39,7 @@ class Launch:
     dtypes: tuple[mx.Dtype, ...]
 
     @cached_property
-    def call(self) -> dict[str, Any]:
+    def kwargs(self) -> dict[str, Any]:
         """Name the arguments as MLX does."""
         return {
             "template": list(self.template),
@@ -55,35 +55,37 @@ def metal_available() -> bool:
     return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
-def setting() -> str:
+def kernel_mode() -> str:
     """Read INTERNVL3_KERNELS: off, on (where a measured table says that it pays) or force."""
-    given = os.environ.get(SWITCH, ON).strip().lower() or ON
-    if given not in SETTINGS:
+    given = os.environ.get(MODE_VARIABLE, ON).strip().lower() or ON
+    if given not in MODES:
         raise UserError(
-            f"{SWITCH}={given}: it may be {OFF}, {ON} or {FORCE}; leave it out for {ON}"
+            f"{MODE_VARIABLE}={given}: it may be {OFF}, {ON} or {FORCE}; leave it out for {ON}"
         )
     return given
 
 
-def launch(program: Program, inputs: Sequence[mx.array], how: Launch) -> list[mx.array]:
+def launch_kernel(
+    source: KernelSource, inputs: Sequence[mx.array], config: LaunchConfig
+) -> list[mx.array]:
     """Start a kernel. Its text is compiled when the result is evaluated, so errors come there."""
-    return compiled(program)(inputs=list(inputs), **how.call)
+    return build_kernel(source)(inputs=list(inputs), **config.kwargs)
 
 
 @cache
-def compiled(program: Program) -> Any:
+def build_kernel(program: KernelSource) -> Any:
     """Build the kernel once; MLX compiles and keeps a variant for each template and input types."""
     return mx.fast.metal_kernel(
         name=program.name,
         input_names=list(program.inputs),
         output_names=list(program.outputs),
-        source=shader(program.body),
-        header="".join(map(shader, program.headers)),
+        source=read_shader(program.body),
+        header="".join(map(read_shader, program.headers)),
     )
 
 
 @cache
-def shader(name: str) -> str:
+def read_shader(name: str) -> str:
     """Read a file of shaders/."""
     return (files(__package__) / "shaders" / f"{name}.metal").read_text("ascii")
 
@@ -96,14 +98,14 @@ def device_name() -> str:
     return str(describe().get("device_name", "unknown device"))
 
 
-def warn(line: str) -> None:
+def warn_user(line: str) -> None:
     warnings.warn(line, RuntimeWarning, stacklevel=2)
 
 
-notify: Callable[[str], None] = warn
+notify: Callable[[str], None] = warn_user
 
 
-def on_fallback(callback: Callable[[str], None] = warn) -> None:
+def set_fallback_handler(callback: Callable[[str], None] = warn_user) -> None:
     """Choose where the one line goes that tells of a kernel that is not used."""
     global notify
     notify = callback

@@ -12,84 +12,89 @@ from functools import cached_property, lru_cache
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test
-from internvl3_mlx.metal_kernels.dispatch import SIMD, Launch, Program
-from internvl3_mlx.metal_kernels.kv_layout import HEAD_DIMS, RowLayout, pack
-from internvl3_mlx.metal_kernels.kv_layout import WHOLE as WHOLE
-from internvl3_mlx.metal_kernels.kv_layout import Dense as Dense
-from internvl3_mlx.metal_kernels.kv_layout import PackedRows as PackedRows
-from internvl3_mlx.metal_kernels.kv_layout import Store as Store
+from internvl3_mlx.metal_kernels.dispatch import SIMD_WIDTH, KernelSource, LaunchConfig
+from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS as WHOLE
+from internvl3_mlx.metal_kernels.kv_layout import HEAD_DIMS, KVRowLayout, quantize_rows
+from internvl3_mlx.metal_kernels.kv_layout import DenseKV as Dense
+from internvl3_mlx.metal_kernels.kv_layout import KVStore as Store
+from internvl3_mlx.metal_kernels.kv_layout import QuantizedKVRows as PackedRows
 
-MOST_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
-LONGEST_DRAFT = 8  # new tokens; from there on unpacking and MLX's own attention cost less
-TILE_ROWS, TILES_FROM = 8, 4  # below four rows a matrix tile would be mostly padding
+MAX_QUERY_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
+MAX_DRAFT_TOKENS = 8  # new tokens; from there on unpacking and MLX's own attention cost less
+TILE_ROWS, MIN_TILE_ROWS = 8, 4  # below four rows a matrix tile would be mostly padding
 SIMDGROUPS = 4  # of a threadgroup whose rows fit one tile; each takes its own tokens
-BLOCK, WIDE_BYTES = 32, 512  # tokens between two rescalings; half of it where keys are this wide
-TOKENS_A_SPLIT, GROUPS_WANTED, MOST_SPLITS = 512, 160, 64  # 160: two for each of 80 cores
-PROBE_TOKENS = 37  # before a draft: a trial's splits both have some, the last block is ragged
+BLOCK_TOKENS, WIDE_KEY_BYTES = (
+    32,
+    512,
+)  # tokens between two rescalings; half of it where keys are this wide
+TOKENS_PER_SPLIT, TARGET_THREADGROUPS, MAX_SPLITS = 512, 160, 64  # 160: two for each of 80 cores
+SELF_TEST_TOKENS = 37  # before a draft: a trial's splits both have some, the last block is ragged
 LOWEST = -3.0e38  # stands for minus infinity where a row saw nothing, as in shaders/store.metal
 
 INPUTS = ("q", "keys", "values", "lengths", "scale")
 PARTS = ("out", "top", "sum")
-TILES = Program("flash_tiles", INPUTS, PARTS, "flash_tiles", ("store", "tile"))
-ROWS = Program("flash_rows", INPUTS, PARTS, "flash_rows", ("store",))
-JOIN = Program("flash_join", ("parts", "tops", "sums"), ("out", "lse"), "flash_join", ("store",))
+TILES_KERNEL = KernelSource("flash_tiles", INPUTS, PARTS, "flash_tiles", ("store", "tile"))
+ROWS_KERNEL = KernelSource("flash_rows", INPUTS, PARTS, "flash_rows", ("store",))
+JOIN_KERNEL = KernelSource(
+    "flash_join", ("parts", "tops", "sums"), ("out", "lse"), "flash_join", ("store",)
+)
 
 
 Lengths = int | mx.array  # tokens to look at: one number, 0-d, or (B,) int32
-Attended = tuple[mx.array, mx.array]  # out (B, H, L, D), lse (B, H, L) float32
+AttentionOutput = tuple[mx.array, mx.array]  # out (B, H, L, D), lse (B, H, L) float32
 
 
 def flash_decode(
     q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
-) -> Attended:
+) -> AttentionOutput:
     """Attend, by the kernel where it may be used. q: (B, H, L, D) -> out (B, H, L, D), lse (B, H,
     L).
 
     ``lengths`` counts the L new tokens in when they are ``causal``: row i sees L-1-i fewer. A row
     that sees nothing gets 0 and LOWEST. ``scale``: 1 / sqrt(D) if not given.
     """
-    variant = FlashVariant.of(q, store, causal)
+    variant = FlashVariant.from_inputs(q, store, causal)
     run = (
         flash_decode_kernel
-        if variant.fits and self_test.usable(variant)
+        if variant.is_supported and self_test.is_usable(variant)
         else flash_decode_reference
     )
     return run(q, store, lengths, scale=scale, causal=causal)
 
 
-def attend(
+def attend_fastest(
     q: mx.array, store: Store, length: int, *, scale: float | None = None, causal: bool = False
 ) -> mx.array:
     """Attend to the first ``length`` tokens, by the kernel only where it pays: q (B, H, L, D) ->
     (B, H, L, D)."""
-    if chosen(FlashVariant.of(q, store, causal), length):
+    if should_use_kernel(FlashVariant.from_inputs(q, store, causal), length):
         return flash_decode_kernel(q, store, length, scale=scale, causal=causal)[0]
-    return attend_built_in(q, store, length, scale=scale, causal=causal)
+    return attend_mlx(q, store, length, scale=scale, causal=causal)
 
 
-def chosen(variant: "FlashVariant", tokens: int) -> bool:
+def should_use_kernel(variant: "FlashVariant", tokens: int) -> bool:
     """Say whether the kernel is to be taken: asked for, or measured to be faster, and sound."""
-    forced = dispatch.setting() == dispatch.FORCE
-    wanted = variant.fits and (forced or registry.pays(variant.case, tokens))
-    return wanted and self_test.usable(variant)
+    forced = dispatch.kernel_mode() == dispatch.FORCE
+    wanted = variant.is_supported and (forced or registry.is_faster(variant.registry_key, tokens))
+    return wanted and self_test.is_usable(variant)
 
 
-def prefers_rows(layout: RowLayout, rows: int, tokens: int) -> bool:
+def prefers_row_layout(layout: KVRowLayout, rows: int, tokens: int) -> bool:
     """Say whether a packed cache had better be kept in rows, for our kernel, or as MLX packs.
 
     ``rows``: query heads per key-value head. The numbers are the same either way.
     """
-    return chosen(
+    return should_use_kernel(
         flash_variant(layout.dtype, layout.bits, layout.head_dim, layout.group_size, rows), tokens
     )
 
 
 def flash_decode_reference(
     q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
-) -> Attended:
+) -> AttentionOutput:
     """Compute the same in plain operations, float32 inside."""
     batch, heads, length, dim = q.shape
-    keys, values = (part.astype(mx.float32) for part in store.numbers())
+    keys, values = (part.astype(mx.float32) for part in store.dequantize())
     kv_heads, capacity = keys.shape[1:3]
     ends = mx.broadcast_to(mx.array(lengths, mx.int32), (batch,))[:, None]
     ends = ends - mx.arange(length - 1, -1, -1) if causal else mx.repeat(ends, length, axis=1)
@@ -106,11 +111,11 @@ def flash_decode_reference(
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:-1])
 
 
-def attend_built_in(
+def attend_mlx(
     q: mx.array, store: Store, length: int, *, scale: float | None = None, causal: bool = False
 ) -> mx.array:
     """Let MLX's own attention do it; packed rows are unpacked first."""
-    keys, values = (part.astype(q.dtype) for part in store.first(length).numbers())
+    keys, values = (part.astype(q.dtype) for part in store.first_tokens(length).dequantize())
     mask = "causal" if causal and q.shape[2] > 1 else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
@@ -118,34 +123,36 @@ def attend_built_in(
 
 def flash_decode_kernel(
     q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
-) -> Attended:
+) -> AttentionOutput:
     """Run the kernels: every byte of the store once, then the splits' results joined."""
     kv_heads, capacity = store.arrays[0].shape[1:3]
-    plan = planned(FlashVariant.of(q, store, causal), q.shape[0], kv_heads, capacity)
-    given = lengths if isinstance(lengths, mx.array) else number(lengths, mx.int32)
-    factor = number(q.shape[-1] ** -0.5 if scale is None else scale, mx.float32)
+    plan = plan_launches(FlashVariant.from_inputs(q, store, causal), q.shape[0], kv_heads, capacity)
+    given = lengths if isinstance(lengths, mx.array) else scalar_array(lengths, mx.int32)
+    factor = scalar_array(q.shape[-1] ** -0.5 if scale is None else scale, mx.float32)
     inputs = [q.astype(store.dtype), *store.arrays, given.astype(mx.int32), factor]
-    out, lse = dispatch.launch(JOIN, dispatch.launch(plan.program, inputs, plan.split), plan.join)
+    out, lse = dispatch.launch_kernel(
+        JOIN_KERNEL, dispatch.launch_kernel(plan.program, inputs, plan.split), plan.join
+    )
     return out.astype(q.dtype), lse
 
 
 @lru_cache(maxsize=64)
-def number(value: float, dtype: mx.Dtype) -> mx.array:
+def scalar_array(value: float, dtype: mx.Dtype) -> mx.array:
     """Give a 0-d array, the same one to every layer."""
     return mx.array(value, dtype)
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """Both launches of one shape."""
 
-    program: Program
-    split: Launch
-    join: Launch
+    program: KernelSource
+    split: LaunchConfig
+    join: LaunchConfig
 
 
 @lru_cache(maxsize=256)
-def planned(variant: "FlashVariant", batch: int, kv_heads: int, capacity: int) -> Plan:
+def plan_launches(variant: "FlashVariant", batch: int, kv_heads: int, capacity: int) -> LaunchPlan:
     """Cut a shape into threadgroups: a split of a head's tokens each."""
     dim, rows, dtype = variant.head_dim, variant.rows * variant.draft, variant.dtype
     tiles = -(-rows // TILE_ROWS)
@@ -155,22 +162,22 @@ def planned(variant: "FlashVariant", batch: int, kv_heads: int, capacity: int) -
         "T": dtype, "BITS": variant.bits, "D": dim, "GS": variant.group_size,
         "M": rows, "L": variant.draft, "CAUSAL": variant.causal, "SG": simdgroups,
     }  # fmt: skip
-    program = TILES if rows >= TILES_FROM else ROWS
-    if program is TILES:
-        wide = variant.bits == WHOLE and dim * dtype.size >= WIDE_BYTES
-        values["BLOCK"] = BLOCK // 2 if wide else BLOCK
-    group = (SIMD * simdgroups, 1, 1)
+    program = TILES_KERNEL if rows >= MIN_TILE_ROWS else ROWS_KERNEL
+    if program is TILES_KERNEL:
+        wide = variant.bits == WHOLE and dim * dtype.size >= WIDE_KEY_BYTES
+        values["BLOCK"] = BLOCK_TOKENS // 2 if wide else BLOCK_TOKENS
+    group = (SIMD_WIDTH * simdgroups, 1, 1)
     parts = (heads * rows, splits)
     answer = (batch, kv_heads * variant.rows, variant.draft)
     single = (mx.float32,) * 3
-    return Plan(
+    return LaunchPlan(
         program,
-        Launch(
+        LaunchConfig(
             tuple(values.items()), (group[0], splits, heads), group, ((*parts, dim), parts, parts),
             single,
         ),
-        Launch(
-            (("T", dtype), ("D", dim)), (SIMD, parts[0], 1), (SIMD, 1, 1),
+        LaunchConfig(
+            (("T", dtype), ("D", dim)), (SIMD_WIDTH, parts[0], 1), (SIMD_WIDTH, 1, 1),
             ((*answer, dim), answer), (dtype, mx.float32),
         ),
     )  # fmt: skip
@@ -178,8 +185,8 @@ def planned(variant: "FlashVariant", batch: int, kv_heads: int, capacity: int) -
 
 def split_count(capacity: int, heads: int) -> int:
     """Choose how many threadgroups share a head's tokens: fill the GPU, none too short."""
-    wanted = -(-GROUPS_WANTED // heads)
-    return max(1, min(-(-capacity // TOKENS_A_SPLIT), wanted, MOST_SPLITS))
+    wanted = -(-TARGET_THREADGROUPS // heads)
+    return max(1, min(-(-capacity // TOKENS_PER_SPLIT), wanted, MAX_SPLITS))
 
 
 @dataclass(frozen=True)
@@ -197,10 +204,10 @@ class FlashVariant:
     draft: int = 1
     causal: bool = False
 
-    instead = "MLX's own attention"
+    fallback = "MLX's own attention"
 
     @staticmethod
-    def of(q: mx.array, store: Store, causal: bool = False) -> "FlashVariant":
+    def from_inputs(q: mx.array, store: Store, causal: bool = False) -> "FlashVariant":
         _, heads, length, dim = q.shape
         sharing = heads // store.arrays[0].shape[1]
         causal = causal and length > 1
@@ -219,21 +226,21 @@ class FlashVariant:
         )
 
     @cached_property
-    def fits(self) -> bool:
+    def is_supported(self) -> bool:
         """Say whether the kernel knows this shape and type at all."""
         known = self.head_dim in HEAD_DIMS and self.dtype in self_test.TOLERANCES
-        return known and self.rows * self.draft <= MOST_ROWS
+        return known and self.rows * self.draft <= MAX_QUERY_ROWS
 
     @cached_property
-    def case(self) -> str:
+    def registry_key(self) -> str:
         """Name what the table knows: it is measured with one query row of each head."""
-        return registry.Entry("flash_decode", self.bits, self.head_dim, self.rows).case
+        return registry.KernelThreshold("flash_decode", self.bits, self.head_dim, self.rows).key
 
-    def both(self) -> list[tuple[mx.array, mx.array]]:
+    def self_test_pairs(self) -> list[tuple[mx.array, mx.array]]:
         """Run two sequences with two key-value heads as answers do: one length for all, and room
         enough that two splits are joined."""
         key = mx.random.key(0)
-        batch, kv_heads, capacity = 2, 2, TOKENS_A_SPLIT + 1
+        batch, kv_heads, capacity = 2, 2, TOKENS_PER_SPLIT + 1
         q, keys, values = (
             mx.random.normal((batch, heads, count, self.head_dim), self.dtype, key=part)
             for part, heads, count in zip(
@@ -245,9 +252,9 @@ class FlashVariant:
         )
         store: Store = Dense(keys, values)
         if self.bits != WHOLE:
-            layout = RowLayout(self.head_dim, self.bits, self.group_size, self.dtype)
-            store = PackedRows(pack(keys, values, layout), layout)
-        length = PROBE_TOKENS + self.draft
+            layout = KVRowLayout(self.head_dim, self.bits, self.group_size, self.dtype)
+            store = PackedRows(quantize_rows(keys, values, layout), layout)
+        length = SELF_TEST_TOKENS + self.draft
         found = flash_decode_kernel(q, store, length, causal=self.causal)
         wanted = flash_decode_reference(q, store, length, causal=self.causal)
         return [*zip(found, wanted, strict=True)]
@@ -256,7 +263,7 @@ class FlashVariant:
 flash_variant = lru_cache(maxsize=256)(FlashVariant)  # one object a form, which knows its name
 
 
-def merge(
+def merge_attention(
     out_a: mx.array, lse_a: mx.array, out_b: mx.array, lse_b: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Weigh two results by their log-sum-exp. out: (B, H, L, D), lse: (B, H, L) float32, twice
@@ -269,11 +276,11 @@ def merge(
     return out.astype(out_a.dtype), top + mx.log(total)
 
 
-def as_rows(q: mx.array) -> mx.array:
+def batch_to_queries(q: mx.array) -> mx.array:
     """Let candidates read one prefix together: (N, H, 1, D) -> (1, H, N, D)."""
     return q.swapaxes(0, 2)
 
 
-def as_batch(x: mx.array) -> mx.array:
+def queries_to_batch(x: mx.array) -> mx.array:
     """Give each candidate its own again: (1, H, N, D) -> (N, H, 1, D), (1, H, N) -> (N, H, 1)."""
     return x.swapaxes(0, 2)

@@ -10,16 +10,16 @@ from functools import cache, cached_property, lru_cache
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import dispatch, self_test
-from internvl3_mlx.metal_kernels.dispatch import SIMD, Launch, Program
-from internvl3_mlx.metal_kernels.kv_layout import RowLayout, pack, unpack
+from internvl3_mlx.metal_kernels.dispatch import SIMD_WIDTH, KernelSource, LaunchConfig
+from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout, dequantize_rows, quantize_rows
 
-PROGRAM = Program(
+APPEND_KERNEL = KernelSource(
     "new_row", ("keys", "values", "bias", "positions", "freqs"), ("rows",), "new_row", ("store",)
 )
 
 
 @dataclass(frozen=True)
-class Turn:
+class RopeParams:
     """How keys are turned: by position / freq, pairs (i, i + D/2), as mx.fast.rope does.
 
     positions: (B, L) or (L,) float32, whole or fractional (V2PE); freqs: (D/2,) float32.
@@ -29,79 +29,91 @@ class Turn:
     freqs: mx.array
 
     @staticmethod
-    def of(positions: mx.array, head_dim: int, base: float) -> "Turn":
-        return Turn(positions, powers(head_dim, base))
+    def from_base(positions: mx.array, head_dim: int, base: float) -> "RopeParams":
+        return RopeParams(positions, rope_frequencies(head_dim, base))
 
 
 @cache
-def powers(head_dim: int, base: float) -> mx.array:
+def rope_frequencies(head_dim: int, base: float) -> mx.array:
     """Raise the base to 2i/D: (D/2,) float32."""
     return base ** (mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
 
 
-def new_row(
-    keys: mx.array, values: mx.array, layout: RowLayout, turn: Turn, bias: mx.array | None = None
+def kv_append(
+    keys: mx.array,
+    values: mx.array,
+    layout: KVRowLayout,
+    rope: RopeParams,
+    bias: mx.array | None = None,
 ) -> mx.array:
     """Turn keys, pack both. keys, values: (B, L, KV, D), as projected -> rows (B, KV, L, W).
 
     ``bias`` (KV*D,) is added to the keys first, where the projection left it out. The kernel's
     trial decides alone: rows are only kept where the kernel that reads them was chosen.
     """
-    variant = new_row_variant(layout, bias is not None)
-    run = new_row_kernel if self_test.usable(variant) else new_row_reference
-    return run(keys, values, layout, turn, bias)
+    variant = kv_append_variant(layout, bias is not None)
+    run = kv_append_kernel if self_test.is_usable(variant) else kv_append_reference
+    return run(keys, values, layout, rope, bias)
 
 
-def new_row_reference(
-    keys: mx.array, values: mx.array, layout: RowLayout, turn: Turn, bias: mx.array | None = None
+def kv_append_reference(
+    keys: mx.array,
+    values: mx.array,
+    layout: KVRowLayout,
+    rope: RopeParams,
+    bias: mx.array | None = None,
 ) -> mx.array:
     """Compute the same in plain operations."""
     batch, length, heads, dim = keys.shape
     keys = keys if bias is None else keys + bias.reshape(heads, dim)
-    angle = mx.broadcast_to(turn.positions, (batch, length))[..., None, None] / turn.freqs
+    angle = mx.broadcast_to(rope.positions, (batch, length))[..., None, None] / rope.freqs
     cos, sin = mx.cos(angle), mx.sin(angle)
     one, other = mx.split(keys.astype(mx.float32), 2, axis=-1)
     turned = mx.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)
-    return pack(turned.astype(layout.dtype).swapaxes(1, 2), values.swapaxes(1, 2), layout)
+    return quantize_rows(turned.astype(layout.dtype).swapaxes(1, 2), values.swapaxes(1, 2), layout)
 
 
-def new_row_kernel(
-    keys: mx.array, values: mx.array, layout: RowLayout, turn: Turn, bias: mx.array | None = None
+def kv_append_kernel(
+    keys: mx.array,
+    values: mx.array,
+    layout: KVRowLayout,
+    rope: RopeParams,
+    bias: mx.array | None = None,
 ) -> mx.array:
     """Run the kernel: one simdgroup for each token and key-value head."""
     batch, length, heads, _ = keys.shape
-    positions = mx.broadcast_to(turn.positions, (batch, length))
+    positions = mx.broadcast_to(rope.positions, (batch, length))
     keys, values = keys.astype(layout.dtype), values.astype(layout.dtype)
-    added = turn.freqs if bias is None else bias.astype(layout.dtype)  # not read unless biased
-    inputs = [keys, values, added, positions, turn.freqs]
-    how = planned(new_row_variant(layout, bias is not None), batch, length, heads)
-    return dispatch.launch(PROGRAM, inputs, how)[0]
+    added = rope.freqs if bias is None else bias.astype(layout.dtype)  # not read unless biased
+    inputs = [keys, values, added, positions, rope.freqs]
+    how = plan_append(kv_append_variant(layout, bias is not None), batch, length, heads)
+    return dispatch.launch_kernel(APPEND_KERNEL, inputs, how)[0]
 
 
 @lru_cache(maxsize=256)
-def planned(variant: "NewRowVariant", batch: int, length: int, heads: int) -> Launch:
+def plan_append(variant: "KVAppendVariant", batch: int, length: int, heads: int) -> LaunchConfig:
     layout = variant.layout
     template = {
         "T": layout.dtype, "BITS": layout.bits, "D": layout.head_dim, "GS": layout.group_size,
         "BIASED": variant.biased,
     }  # fmt: skip
-    return Launch(
+    return LaunchConfig(
         tuple(template.items()),
-        (SIMD, length, batch * heads),
-        (SIMD, 1, 1),
+        (SIMD_WIDTH, length, batch * heads),
+        (SIMD_WIDTH, 1, 1),
         ((batch, heads, length, layout.words),),
         (mx.uint32,),
     )
 
 
 @dataclass(frozen=True)
-class NewRowVariant:
+class KVAppendVariant:
     """One compiled form."""
 
-    layout: RowLayout
+    layout: KVRowLayout
     biased: bool = False
 
-    instead = "MLX's rotary embedding and quantisation"
+    fallback = "MLX's rotary embedding and quantisation"
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -116,7 +128,7 @@ class NewRowVariant:
             f"head_dim {layout.head_dim}{biased}, {kind}"
         )
 
-    def both(self) -> list[tuple[mx.array, mx.array]]:
+    def self_test_pairs(self) -> list[tuple[mx.array, mx.array]]:
         """Run two tokens of two sequences at fractional positions; compare what the rows hold."""
         heads, dim = 2, self.layout.head_dim
         one, two, three = mx.random.split(mx.random.key(0), 3)
@@ -124,12 +136,14 @@ class NewRowVariant:
             mx.random.normal((2, 2, heads, dim), self.dtype, key=key) for key in (one, two)
         )
         bias = mx.random.normal((heads * dim,), self.dtype, key=three) if self.biased else None
-        turn = Turn.of(mx.array([[3.25, 4.0], [1000.0, 1001.0]]), dim, 1e6)
+        turn = RopeParams.from_base(mx.array([[3.25, 4.0], [1000.0, 1001.0]]), dim, 1e6)
         found, wanted = (
-            unpack(run(keys, values, self.layout, turn, bias), self.layout)
-            for run in (new_row_kernel, new_row_reference)
+            dequantize_rows(run(keys, values, self.layout, turn, bias), self.layout)
+            for run in (kv_append_kernel, kv_append_reference)
         )
         return [*zip(found, wanted, strict=True)]
 
 
-new_row_variant = lru_cache(maxsize=64)(NewRowVariant)  # one object a form, which knows its name
+kv_append_variant = lru_cache(maxsize=64)(
+    KVAppendVariant
+)  # one object a form, which knows its name

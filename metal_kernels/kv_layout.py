@@ -16,13 +16,13 @@ from internvl3_mlx.errors import UserError
 
 WORD_BITS = 32
 HEAD_DIMS, GROUP_SIZES, BITS = (32, 64, 128), (32, 64), (4, 8)
-HALVES, SINGLE = (mx.float16, mx.bfloat16), mx.float32
+HALF_DTYPES, FLOAT32 = (mx.float16, mx.bfloat16), mx.float32
 
-Packed = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, scales and biases
+QuantizedArrays = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, scales and biases
 
 
 @dataclass(frozen=True)
-class RowLayout:
+class KVRowLayout:
     """How a row is cut. ``dtype``: the model's type, which scales and biases keep."""
 
     head_dim: int
@@ -35,7 +35,7 @@ class RowLayout:
             ("head_dim", self.head_dim, HEAD_DIMS),
             ("bits", self.bits, BITS),
             ("group_size", self.group_size, GROUP_SIZES),
-            ("dtype", self.dtype, (*HALVES, SINGLE)),
+            ("dtype", self.dtype, (*HALF_DTYPES, FLOAT32)),
         ):
             if value not in known:
                 listed = ", ".join(map(str, known))
@@ -47,7 +47,7 @@ class RowLayout:
             )
 
     @property
-    def half_words(self) -> int:
+    def value_words(self) -> int:
         """Words of the packed keys, and as many of the values."""
         return self.head_dim * self.bits // WORD_BITS
 
@@ -56,35 +56,37 @@ class RowLayout:
         return self.head_dim // self.group_size
 
     @property
-    def pair_words(self) -> int:
+    def words_per_pair(self) -> int:
         """Words of one group's scale and bias."""
-        return 2 if self.dtype == SINGLE else 1
+        return 2 if self.dtype == FLOAT32 else 1
 
     @property
     def words(self) -> int:
-        return 2 * (self.half_words + self.groups * self.pair_words)
+        return 2 * (self.value_words + self.groups * self.words_per_pair)
 
     @property
     def row_bytes(self) -> int:
         return self.words * WORD_BITS // 8
 
     @property
-    def cuts(self) -> list[int]:
+    def split_points(self) -> list[int]:
         """Where values, the keys' scales and the values' scales begin."""
-        half, pairs = self.half_words, self.groups * self.pair_words
+        half, pairs = self.value_words, self.groups * self.words_per_pair
         return [half, 2 * half, 2 * half + pairs]
 
 
-def pack(keys: mx.array, values: mx.array, layout: RowLayout) -> mx.array:
+def quantize_rows(keys: mx.array, values: mx.array, layout: KVRowLayout) -> mx.array:
     """Quantise and join. keys, values: (B, KV, L, D) -> rows (B, KV, L, W) uint32."""
     one, other = (
         mx.quantize(part.astype(layout.dtype), group_size=layout.group_size, bits=layout.bits)
         for part in (keys, values)
     )
-    return join(one, other, layout)
+    return join_rows(one, other, layout)
 
 
-def join(keys: Sequence[mx.array], values: Sequence[mx.array], layout: RowLayout) -> mx.array:
+def join_rows(
+    keys: Sequence[mx.array], values: Sequence[mx.array], layout: KVRowLayout
+) -> mx.array:
     """Lay what mx.quantize gave for keys and for values into rows (B, KV, L, W)."""
     pairs = [
         mx.stack([scales.astype(layout.dtype), biases.astype(layout.dtype)], axis=-1)
@@ -95,40 +97,40 @@ def join(keys: Sequence[mx.array], values: Sequence[mx.array], layout: RowLayout
     )
 
 
-def parts(rows: mx.array, layout: RowLayout) -> tuple[Packed, Packed]:
+def split_rows(rows: mx.array, layout: KVRowLayout) -> tuple[QuantizedArrays, QuantizedArrays]:
     """Split rows (B, KV, L, W) into what mx.quantize gave for keys and for values."""
-    keys, values, key_pairs, value_pairs = mx.split(rows, layout.cuts, axis=-1)
-    return (keys, *_scales_biases(key_pairs, layout)), (
+    keys, values, key_pairs, value_pairs = mx.split(rows, layout.split_points, axis=-1)
+    return (keys, *split_pairs(key_pairs, layout)), (
         values,
-        *_scales_biases(value_pairs, layout),
+        *split_pairs(value_pairs, layout),
     )
 
 
-def unpack(rows: mx.array, layout: RowLayout) -> tuple[mx.array, mx.array]:
+def dequantize_rows(rows: mx.array, layout: KVRowLayout) -> tuple[mx.array, mx.array]:
     """Give back keys and values: rows (B, KV, L, W) -> (B, KV, L, D) twice, in layout.dtype."""
     keys, values = (
         mx.dequantize(*packed, group_size=layout.group_size, bits=layout.bits)
-        for packed in parts(rows, layout)
+        for packed in split_rows(rows, layout)
     )
     return keys, values
 
 
-def _scales_biases(pairs: mx.array, layout: RowLayout) -> tuple[mx.array, mx.array]:
+def split_pairs(pairs: mx.array, layout: KVRowLayout) -> tuple[mx.array, mx.array]:
     numbers = mx.contiguous(pairs).view(layout.dtype)
     return numbers[..., ::2], numbers[..., 1::2]
 
 
-WHOLE = 16  # "bits" of numbers that are not packed, whatever their type
+DENSE_BITS = 16  # "bits" of numbers that are not packed, whatever their type
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseKV:
     """Keys and values as they are: (B, KV, C, D) each, the whole backing arrays."""
 
     keys: mx.array
     values: mx.array
 
-    bits = WHOLE
+    bits = DENSE_BITS
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -138,11 +140,11 @@ class Dense:
     def group_size(self) -> int:
         return self.keys.shape[-1]
 
-    def numbers(self) -> tuple[mx.array, mx.array]:
+    def dequantize(self) -> tuple[mx.array, mx.array]:
         return self.keys, self.values
 
-    def first(self, length: int) -> "Dense":
-        return Dense(self.keys[..., :length, :], self.values[..., :length, :])
+    def first_tokens(self, length: int) -> "DenseKV":
+        return DenseKV(self.keys[..., :length, :], self.values[..., :length, :])
 
     @property
     def arrays(self) -> tuple[mx.array, mx.array]:
@@ -150,11 +152,11 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class PackedRows:
+class QuantizedKVRows:
     """Packed rows: (B, KV, C, W) uint32, the whole backing array."""
 
     rows: mx.array
-    layout: RowLayout
+    layout: KVRowLayout
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -168,15 +170,15 @@ class PackedRows:
     def group_size(self) -> int:
         return self.layout.group_size
 
-    def numbers(self) -> tuple[mx.array, mx.array]:
-        return unpack(self.rows, self.layout)
+    def dequantize(self) -> tuple[mx.array, mx.array]:
+        return dequantize_rows(self.rows, self.layout)
 
-    def first(self, length: int) -> "PackedRows":
-        return PackedRows(self.rows[..., :length, :], self.layout)
+    def first_tokens(self, length: int) -> "QuantizedKVRows":
+        return QuantizedKVRows(self.rows[..., :length, :], self.layout)
 
     @property
     def arrays(self) -> tuple[mx.array, mx.array]:
         return self.rows, self.rows
 
 
-Store = Dense | PackedRows
+KVStore = DenseKV | QuantizedKVRows

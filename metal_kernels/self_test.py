@@ -17,10 +17,10 @@ from internvl3_mlx.metal_kernels import dispatch, registry
 TOLERANCES = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}  # of the largest number
 
 COMPILER_ERROR = " error: "  # program_source:12:3: error: use of undeclared identifier
-ENDED = "its trial ended the whole program"
+CRASHED = "its trial ended the whole program"
 
 
-class Variant(Protocol):
+class KernelVariant(Protocol):
     """One compiled form of a kernel, and how it is tried."""
 
     @property
@@ -30,115 +30,118 @@ class Variant(Protocol):
     def dtype(self) -> mx.Dtype: ...
 
     @property
-    def instead(self) -> str:
+    def fallback(self) -> str:
         """What is used where the kernel is not."""
 
-    def both(self) -> Iterable[tuple[mx.array, mx.array]]:
+    def self_test_pairs(self) -> Iterable[tuple[mx.array, mx.array]]:
         """Give what the kernel makes of a tiny input, beside what it should."""
 
 
 @dataclass(frozen=True)
-class KernelState:
+class SelfTestResult:
     """How a variant stands. ``detail``: the largest error, or what went wrong."""
 
     name: str
-    works: bool
+    passed: bool
     detail: str
 
 
-known: dict[str, KernelState] = {}  # of this process; the file holds the same for later ones
+results: dict[str, SelfTestResult] = {}  # of this process; the file holds the same for later ones
 
 
-def usable(variant: Variant) -> bool:
+def is_usable(variant: KernelVariant) -> bool:
     """Say whether a kernel may be used: Metal is there, nobody forbade it, and its trial passed."""
-    if dispatch.setting() == dispatch.OFF or not dispatch.metal_available():
+    if dispatch.kernel_mode() == dispatch.OFF or not dispatch.metal_available():
         return False
-    return state(variant).works
+    return get_result(variant).passed
 
 
-def state(variant: Variant) -> KernelState:
+def get_result(variant: KernelVariant) -> SelfTestResult:
     """Recall how a variant's trial went, or try it now."""
-    if not known:
-        known.update(recalled())
-    if variant.name not in known:
-        try_on_record(variant)
-    return known[variant.name]
+    if not results:
+        results.update(load_results())
+    if variant.name not in results:
+        run_and_record(variant)
+    return results[variant.name]
 
 
-def try_on_record(variant: Variant) -> None:
+def run_and_record(variant: KernelVariant) -> None:
     """Try a variant, noted as failed meanwhile: a fault of the GPU ends the whole program, and the
     next start must not walk into it again. An interrupt is no verdict."""
-    known[variant.name] = KernelState(variant.name, False, ENDED)
-    keep()
+    results[variant.name] = SelfTestResult(variant.name, False, CRASHED)
+    save_results()
     try:
-        known[variant.name] = tried(variant)
+        results[variant.name] = run_self_test(variant)
     except BaseException:
-        del known[variant.name]
+        del results[variant.name]
         raise
     finally:
-        keep()
+        save_results()
 
 
-def tried(variant: Variant) -> KernelState:
+def run_self_test(variant: KernelVariant) -> SelfTestResult:
     """Run a variant's tiny input; a failure is told in one line and is no error."""
     try:
-        error = max(difference(*pair) for pair in variant.both())
+        error = max(max_relative_error(*pair) for pair in variant.self_test_pairs())
     except Exception as failure:  # noqa: BLE001  a compiler's or driver's, of any kind
-        return dropped(variant, f"does not run here ({cause(failure)})")
+        return reject_variant(variant, f"does not run here ({error_line(failure)})")
     if not error <= TOLERANCES[variant.dtype]:
-        return dropped(variant, f"computes something else here (relative error {error:.1g})")
-    return KernelState(variant.name, True, f"relative error {error:.1g}")
+        return reject_variant(variant, f"computes something else here (relative error {error:.1g})")
+    return SelfTestResult(variant.name, True, f"relative error {error:.1g}")
 
 
-def cause(failure: Exception) -> str:
+def error_line(failure: Exception) -> str:
     """Give the line that says most: a compiler's first error, below a heading, or the first."""
     lines = str(failure).strip().splitlines() or [type(failure).__name__]
     return next((line.strip() for line in lines if COMPILER_ERROR in line), lines[0])
 
 
-def dropped(variant: Variant, reason: str) -> KernelState:
+def reject_variant(variant: KernelVariant, reason: str) -> SelfTestResult:
     dispatch.notify(
-        f"Metal kernel {variant.name} {reason}: using {variant.instead}; "
+        f"Metal kernel {variant.name} {reason}: using {variant.fallback}; "
         f"`internvl3 doctor` tells more"
     )
-    return KernelState(variant.name, False, reason)
+    return SelfTestResult(variant.name, False, reason)
 
 
-def difference(found: mx.array, wanted: mx.array) -> float:
+def max_relative_error(found: mx.array, wanted: mx.array) -> float:
     """Give the largest error relative to the largest number; evaluates both."""
     found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
     error = mx.abs(found - wanted).max() / mx.maximum(mx.abs(wanted).max(), 1e-6)
     return np.asarray(error).item()
 
 
-def states() -> list[KernelState]:
+def all_results() -> list[SelfTestResult]:
     """List the variants that were tried on this machine, now or earlier."""
-    return sorted({**recalled(), **known}.values(), key=lambda kept: kept.name)
+    return sorted({**load_results(), **results}.values(), key=lambda kept: kept.name)
 
 
-def self_check(variants: Iterable[Variant]) -> Iterator[KernelState]:
+def run_self_tests(variants: Iterable[KernelVariant]) -> Iterator[SelfTestResult]:
     """Try variants anew, whatever is remembered but that a trial ended the program, and remember
     the outcome; yields as it goes."""
     quiet: Callable[[str], None] = dispatch.notify
-    known.update({**recalled(), **known})
+    results.update({**load_results(), **results})
     for variant in variants:
-        dispatch.on_fallback(lambda line: None)  # the caller shows the states themselves
+        dispatch.set_fallback_handler(lambda line: None)  # the caller shows the states themselves
         try:
-            if variant.name not in known or known[variant.name].detail != ENDED:
-                try_on_record(variant)
+            if variant.name not in results or results[variant.name].detail != CRASHED:
+                run_and_record(variant)
         finally:
-            dispatch.on_fallback(quiet)
-        yield known[variant.name]
+            dispatch.set_fallback_handler(quiet)
+        yield results[variant.name]
 
 
-def recalled() -> dict[str, KernelState]:
+def load_results() -> dict[str, SelfTestResult]:
     try:
         return {
-            name: KernelState(**kept) for name, kept in registry.recall(registry.PROBES).items()
+            name: SelfTestResult(**kept)
+            for name, kept in registry.read_record(registry.SELF_TESTS_FILE).items()
         }
     except TypeError:  # written by a version with other fields
         return {}
 
 
-def keep() -> None:
-    registry.remember(registry.PROBES, {name: asdict(kept) for name, kept in known.items()})
+def save_results() -> None:
+    registry.write_record(
+        registry.SELF_TESTS_FILE, {name: asdict(kept) for name, kept in results.items()}
+    )

@@ -4,47 +4,49 @@ from itertools import product
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.flash_decode import LONGEST_DRAFT, WHOLE, FlashVariant
-from internvl3_mlx.metal_kernels.kv_append import NewRowVariant
-from internvl3_mlx.metal_kernels.kv_layout import BITS, GROUP_SIZES, RowLayout
-from internvl3_mlx.metal_kernels.self_test import Variant
+from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, WHOLE, FlashVariant
+from internvl3_mlx.metal_kernels.kv_append import KVAppendVariant
+from internvl3_mlx.metal_kernels.kv_layout import BITS, GROUP_SIZES, KVRowLayout
+from internvl3_mlx.metal_kernels.self_test import KernelVariant
 
 # (head_dim, query heads per key-value head): demo; 1B; 2B; 8B; 9B; 14B and 38B; 78B
-SHAPES = ((32, 3), (64, 7), (128, 6), (128, 7), (128, 16), (128, 5), (128, 8))
-TYPES = (mx.bfloat16, mx.float16)
-DRAFT = 4  # tokens of a speculative check, or candidates that share a prefix
+HEAD_SHAPES = ((32, 3), (64, 7), (128, 6), (128, 7), (128, 16), (128, 5), (128, 8))
+VARIANT_DTYPES = (mx.bfloat16, mx.float16)
+DRAFT_TOKENS = 4  # tokens of a speculative check, or candidates that share a prefix
 
-LARGEST = (128, 16, LONGEST_DRAFT)  # the 9B's longest draft: most threads and registers
+LARGEST_SHAPE = (128, 16, MAX_DRAFT_TOKENS)  # the 9B's longest draft: most threads and registers
 
 
-def variants() -> list[Variant]:
+def all_variants() -> list[KernelVariant]:
     """List them: shapes at 16, 8 and 4 bits in both types, drafts, shared prefixes, new rows."""
-    return [*single(), *several(), *new_rows()]
+    return [*single_token_variants(), *draft_variants(), *append_variants()]
 
 
-def single() -> list[Variant]:
+def single_token_variants() -> list[KernelVariant]:
     return [
-        FlashVariant(dtype, bits, dim, group_of(dim, bits), rows)
-        for (dim, rows), bits, dtype in product(SHAPES, (WHOLE, *BITS), TYPES)
+        FlashVariant(dtype, bits, dim, default_group_size(dim, bits), rows)
+        for (dim, rows), bits, dtype in product(HEAD_SHAPES, (WHOLE, *BITS), VARIANT_DTYPES)
     ]
 
 
-def several() -> list[Variant]:
-    drafts = [*((dim, rows, DRAFT) for dim, rows in SHAPES), LARGEST]
+def draft_variants() -> list[KernelVariant]:
+    drafts = [*((dim, rows, DRAFT_TOKENS) for dim, rows in HEAD_SHAPES), LARGEST_SHAPE]
     return [
-        FlashVariant(TYPES[0], bits, dim, group_of(dim, bits), rows, draft, causal)
+        FlashVariant(
+            VARIANT_DTYPES[0], bits, dim, default_group_size(dim, bits), rows, draft, causal
+        )
         for (dim, rows, draft), bits, causal in product(drafts, (WHOLE, *BITS), (True, False))
     ]
 
 
-def new_rows() -> list[Variant]:
-    dims = sorted({dim for dim, _ in SHAPES})
+def append_variants() -> list[KernelVariant]:
+    dims = sorted({dim for dim, _ in HEAD_SHAPES})
     return [
-        NewRowVariant(RowLayout(dim, bits, group_of(dim, bits), dtype))
-        for dim, bits, dtype in product(dims, BITS, TYPES)
+        KVAppendVariant(KVRowLayout(dim, bits, default_group_size(dim, bits), dtype))
+        for dim, bits, dtype in product(dims, BITS, VARIANT_DTYPES)
     ]
 
 
-def group_of(dim: int, bits: int) -> int:
+def default_group_size(dim: int, bits: int) -> int:
     """Groups of 64, as the cache packs, or one group where a row is shorter."""
     return dim if bits == WHOLE else min(dim, GROUP_SIZES[-1])

@@ -40,12 +40,12 @@ def pixels_of(inputs):
 @pytest.mark.parametrize("images", CASES.values(), ids=CASES.keys())
 def test_each_stage_equals_transformers(case, images):
     checkpoint, vlm = case
-    inputs = vlm.prepare(QUESTION, images)
+    inputs = vlm.prepare_inputs(QUESTION, images)
     pixels, ids = pixels_of(inputs), np.array(inputs.input_ids)
     if images:
         assert len(pixels) == sum(inputs.num_tiles)
         tower = numbers(vlm.model.vision_model(inputs.pixel_values))
-        assert relative_error(tower, checkpoint.reference.tower(pixels)) < TOLERANCE
+        assert relative_error(tower, checkpoint.reference.measure_vision(pixels)) < TOLERANCE
         seen = numbers(vlm.model.see(inputs.pixel_values))
         assert relative_error(seen, checkpoint.reference.features(pixels)) < TOLERANCE
     ours = numbers(vlm.model(inputs.input_ids[None], inputs.pixel_values, inputs.position_ids))
@@ -55,7 +55,7 @@ def test_each_stage_equals_transformers(case, images):
 @pytest.mark.parametrize("images", CASES.values(), ids=CASES.keys())
 def test_greedy_answers_equal_transformers_token_for_token(case, images):
     checkpoint, vlm = case
-    inputs = vlm.prepare(QUESTION, images)
+    inputs = vlm.prepare_inputs(QUESTION, images)
     theirs = checkpoint.reference.greedy(inputs.input_ids.tolist(), pixels_of(inputs), STEPS)
     assert len(set(theirs)) > 8  # no text that any model would give
     answer = vlm.ask(QUESTION, images, max_tokens=STEPS)
@@ -78,7 +78,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_tokens(case, step, delta):
 def test_v2pe_answers_equal_transformers_given_the_same_positions(case, delta):
     checkpoint, vlm = case
     images = CASES["three pictures"]
-    inputs = vlm.prepare(QUESTION, images, v2pe_delta=delta)
+    inputs = vlm.prepare_inputs(QUESTION, images, v2pe_delta=delta)
     ids, positions = inputs.input_ids.tolist(), np.array(inputs.position_ids)
     ours = numbers(vlm.model(inputs.input_ids[None], inputs.pixel_values, inputs.position_ids))
     theirs = checkpoint.reference.logits(ids, pixels_of(inputs), positions)
@@ -90,7 +90,7 @@ def test_v2pe_answers_equal_transformers_given_the_same_positions(case, delta):
 def test_a_delta_for_each_picture_equals_transformers(plain):
     checkpoint, vlm = plain
     images = CASES["three pictures"]
-    inputs = vlm.prepare(QUESTION, images, v2pe_delta=[1, 1 / 16, 1 / 2])
+    inputs = vlm.prepare_inputs(QUESTION, images, v2pe_delta=[1, 1 / 16, 1 / 2])
     positions = np.array(inputs.position_ids)
     steps = np.diff(positions)[np.array(inputs.input_ids)[1:] == checkpoint.image_id]
     assert set(steps) == {1, 1 / 16, 1 / 2}
@@ -102,11 +102,14 @@ def test_a_delta_for_each_picture_equals_transformers(plain):
 def test_delta_one_is_no_delta_to_the_bit(plain):
     _, vlm = plain
     images = CASES["one picture"]
-    inputs, one = vlm.prepare(QUESTION, images), vlm.prepare(QUESTION, images, v2pe_delta=1)
+    inputs, one = (
+        vlm.prepare_inputs(QUESTION, images),
+        vlm.prepare_inputs(QUESTION, images, v2pe_delta=1),
+    )
     assert inputs.position_ids.dtype == mx.float32
     assert inputs.position_ids.tolist() == list(range(len(inputs.input_ids.tolist())))
     assert mx.array_equal(inputs.position_ids, one.position_ids)
-    assert one.is_ordinary  # what answers ask for: such prompts take the fused path
+    assert one.uses_unit_positions  # what answers ask for: such prompts take the fused path
     heads = mx.random.normal((1, len(inputs.token_ids), 3, 32), key=mx.random.key(5))
     turned, explicit = (Rotary(32, 1e6, at)(heads) for at in (0, one.position_ids))
     np.testing.assert_array_equal(numbers(explicit), numbers(turned))
@@ -121,10 +124,10 @@ def test_delta_one_is_no_delta_to_the_bit(plain):
 def test_answers_beyond_the_trained_window_equal_transformers(case, spare, images):
     """The window ends inside the prompt (spare -20) or inside the answer (spare 9)."""
     checkpoint, roomy = case
-    length = len(roomy.prepare(QUESTION, images).token_ids)
+    length = len(roomy.prepare_inputs(QUESTION, images).token_ids)
     narrow = tiny(Recipe(style=checkpoint.recipe.style, max_positions=length + spare))
     vlm = load(str(narrow.folder))
-    inputs = vlm.prepare(QUESTION, images)
+    inputs = vlm.prepare_inputs(QUESTION, images)
     given = inputs.input_ids.tolist(), pixels_of(inputs), STEPS
     theirs = narrow.reference.greedy(*given)
     assert vlm.ask(QUESTION, images, max_tokens=STEPS).token_ids == theirs
@@ -136,7 +139,7 @@ def test_answers_beyond_the_trained_window_equal_transformers(case, spare, image
 def test_v2pe_beyond_the_trained_window_leaves_the_base_alone(plain):
     checkpoint, roomy = plain
     images = [picture(400, 300)]
-    inputs = roomy.prepare("A", images, v2pe_delta=1 / 16)
+    inputs = roomy.prepare_inputs("A", images, v2pe_delta=1 / 16)
     places = np.array(inputs.position_ids)
     window = int(places[-1]) + STEPS + 1
     assert len(places) > window
@@ -148,10 +151,10 @@ def test_v2pe_beyond_the_trained_window_leaves_the_base_alone(plain):
 
 def test_ntk_can_be_switched_off(plain):
     checkpoint, roomy = plain
-    length = len(roomy.prepare(QUESTION).token_ids)
+    length = len(roomy.prepare_inputs(QUESTION).token_ids)
     vlm = load(str(tiny(Recipe(max_positions=length + 9)).folder))
     answer = vlm.ask(QUESTION, max_tokens=STEPS, ntk=False)
-    greedy = checkpoint.reference.greedy(roomy.prepare(QUESTION).token_ids, None, STEPS)
+    greedy = checkpoint.reference.greedy(roomy.prepare_inputs(QUESTION).token_ids, None, STEPS)
     # without NTK the trained window is all there is: the answer ends with it
     assert answer.token_ids == greedy[: len(answer.token_ids)]
     assert len(answer.token_ids) >= 9
@@ -170,7 +173,7 @@ def test_a_packed_cache_answers_and_differs_only_by_its_rounding(plain, kv_bits)
 def test_bfloat16_answers_begin_as_transformers_in_bfloat16(plain):
     checkpoint = tiny(Recipe(dtype="bfloat16"))
     vlm = load(str(checkpoint.folder), dtype="bfloat16")
-    inputs = vlm.prepare(QUESTION, CASES["one picture"])
+    inputs = vlm.prepare_inputs(QUESTION, CASES["one picture"])
     given = inputs.input_ids.tolist(), pixels_of(inputs)
     truth = checkpoint.reference.logits(*given)
     theirs = relative_error(checkpoint.reference.narrow().logits(*given), truth)

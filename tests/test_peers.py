@@ -11,8 +11,8 @@ from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Recipe
 from tokenizers import Tokenizer
 
-from internvl3_mlx import Media, Turn, load
-from internvl3_mlx.convert.pipeline import convert
+from internvl3_mlx import Message, MessageMedia, load
+from internvl3_mlx.convert.pipeline import convert_checkpoint
 from internvl3_mlx.images.tiling import choose_grid
 
 SYSTEM = (
@@ -41,55 +41,57 @@ def written(inputs):
 
 
 def test_one_turn_is_chatml_with_the_published_system_text(vlm):
-    assert written(vlm.prepare("Why?")) == SYSTEM + ASK.format("Why?")
+    assert written(vlm.prepare_inputs("Why?")) == SYSTEM + ASK.format("Why?")
 
 
 def test_one_picture_stands_before_the_question(vlm):
-    prompt = written(vlm.prepare("Why?", [picture(100, 50)]))
+    prompt = written(vlm.prepare_inputs("Why?", [picture(100, 50)]))
     assert prompt == SYSTEM + ASK.format("<3>\nWhy?")
 
 
 def test_two_turns_keep_the_assistants_words(vlm):
-    history = (Turn("user", "Who?"), Turn("assistant", "Nobody at all."))
-    prompt = written(vlm.prepare("Why?", history=history))
+    history = (Message("user", "Who?"), Message("assistant", "Nobody at all."))
+    prompt = written(vlm.prepare_inputs("Why?", history=history))
     assert prompt == SYSTEM + SAID.format("Who?", "Nobody at all.") + ASK.format("Why?")
 
 
 def test_three_turns_leave_the_picture_where_it_was_shown(vlm):
     history = (
-        Turn("user", "Who?", (Media(tiles=(1,)),)),
-        Turn("assistant", "A cat."),
-        Turn("user", "Sure?"),
-        Turn("assistant", "Yes."),
+        Message("user", "Who?", (MessageMedia(tiles=(1,)),)),
+        Message("assistant", "A cat."),
+        Message("user", "Sure?"),
+        Message("assistant", "Yes."),
     )
-    prompt = written(vlm.prepare("Why?", [picture(40, 39), picture(50, 100)], history=history))
+    prompt = written(
+        vlm.prepare_inputs("Why?", [picture(40, 39), picture(50, 100)], history=history)
+    )
     said = SAID.format("<1>\nWho?", "A cat.") + SAID.format("Sure?", "Yes.")
     assert prompt == SYSTEM + said + ASK.format("<3>\nWhy?")
 
 
 def test_the_callers_system_text_replaces_the_published_one(vlm):
-    prompt = written(vlm.prepare("Why?", system="You are a pirate."))
+    prompt = written(vlm.prepare_inputs("Why?", system="You are a pirate."))
     assert prompt == "<|im_start|>system\nYou are a pirate.<|im_end|>\n" + ASK.format("Why?")
 
 
 def test_no_system_text_means_no_system_turn(vlm):
-    assert written(vlm.prepare("Why?", system="")) == ASK.format("Why?")
+    assert written(vlm.prepare_inputs("Why?", system="")) == ASK.format("Why?")
 
 
 def test_several_pictures_are_numbered_as_the_model_card_does(vlm):
-    prompt = written(vlm.prepare("Same?", [picture(40, 39), picture(50, 100)]))
+    prompt = written(vlm.prepare_inputs("Same?", [picture(40, 39), picture(50, 100)]))
     assert prompt == SYSTEM + ASK.format("Image-1: <1>\nImage-2: <3>\nSame?")
 
 
 def test_interleaved_pictures_stay_between_the_words(vlm):
     question = "Before <image> between <image> after"
-    prompt = written(vlm.prepare(question, [picture(50, 100), picture(40, 39)]))
+    prompt = written(vlm.prepare_inputs(question, [picture(50, 100), picture(40, 39)]))
     assert prompt == SYSTEM + ASK.format("Before <3> between <1> after")
 
 
 def test_a_video_is_one_tile_a_frame_and_its_frames_are_numbered(vlm, tmp_path):
     film = write_video(tmp_path / "film.mp4", frames=12)
-    prompt = written(vlm.prepare("What moves?", video=(film,), num_frames=3))
+    prompt = written(vlm.prepare_inputs("What moves?", video=(film,), num_frames=3))
     assert prompt == SYSTEM + ASK.format("Frame1: <1>\nFrame2: <1>\nFrame3: <1>\nWhat moves?")
 
 
@@ -118,7 +120,7 @@ def test_the_tile_grid_is_the_published_one_over_a_sweep_of_sizes(limit):
 def test_float32_logits_of_a_tiled_photo_are_within_1e_5(style):
     checkpoint = tiny(Recipe(style=style))
     vlm = load(str(checkpoint.folder))
-    inputs = vlm.prepare("Describe the image in detail.", [picture(134, 90)])
+    inputs = vlm.prepare_inputs("Describe the image in detail.", [picture(134, 90)])
     ours = numbers(vlm.model(inputs.input_ids[None], inputs.pixel_values))
     pixels = np.array(inputs.pixel_values)
     theirs = checkpoint.reference.logits(np.array(inputs.input_ids), pixels)
@@ -169,11 +171,11 @@ def test_a_picture_may_be_asked_about_from_another_thread(vlm):
 )
 def test_a_converted_folder_loads_and_answers_as_before(recipe, tmp_path):
     source = tiny(recipe).folder
-    for _ in convert(source, tmp_path / "converted", None):
+    for _ in convert_checkpoint(source, tmp_path / "converted", None):
         pass
     question, images = "What is in the picture?", [picture(100, 50)]
     before, after = load(str(source)), load(str(tmp_path / "converted"))
-    asked = [model.prepare(question, images).input_ids.tolist() for model in (before, after)]
+    asked = [model.prepare_inputs(question, images).input_ids.tolist() for model in (before, after)]
     assert asked[0] == asked[1]
     answers = [model.ask(question, images, max_tokens=16) for model in (before, after)]
     assert answers[0].token_ids == answers[1].token_ids
@@ -186,7 +188,7 @@ def test_a_converted_folder_loads_and_answers_as_before(recipe, tmp_path):
 def test_the_9b_and_the_hf_repositories_load_and_answer(recipe):
     checkpoint = tiny(recipe)
     vlm = load(str(checkpoint.folder))
-    inputs = vlm.prepare("What is it?", [picture(100, 50)])
+    inputs = vlm.prepare_inputs("What is it?", [picture(100, 50)])
     pixels = np.array(inputs.pixel_values)
     greedy = checkpoint.reference.greedy(inputs.input_ids.tolist(), pixels, 8)
     assert vlm.ask("What is it?", [picture(100, 50)], max_tokens=8).token_ids == greedy

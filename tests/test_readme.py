@@ -69,7 +69,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 def test_every_published_size_is_in_the_table():
-    from internvl3_mlx.loading.resolve import SIZES
+    from internvl3_mlx.loading.resolve import PUBLISHED_SIZES
 
     table = re.findall(r"^\| `(\w+)` \| (\S+) \|", (ROOT / "README.md").read_text("utf-8"), re.M)
-    assert dict(table) == {name: size.repo for name, size in SIZES.items()}
+    assert dict(table) == {name: size.repo for name, size in PUBLISHED_SIZES.items()}

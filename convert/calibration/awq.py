@@ -15,8 +15,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.calibration.bit_allocation import embedded, rounded
-from internvl3_mlx.convert.calibration.data import Sample
+from internvl3_mlx.convert.calibration.bit_allocation import embed_sample, fake_quantize
+from internvl3_mlx.convert.calibration.data import CalibrationSample
 from internvl3_mlx.models.internvl import InternVL
 
 EXPONENTS = tuple(step / 10 for step in range(11))  # of the activations' means; 0: no scaling
@@ -26,7 +26,7 @@ CHANGED = re.compile(r"norm\w*\.(weight|bias)$|v_proj\.bias$")
 LEAST = 1e-4  # a channel that is never used is not scaled up without end
 
 
-class Recorder(nn.Module):
+class InputRecorder(nn.Module):
     """Stands in for a linear layer and keeps what it is given."""
 
     def __init__(self, layer: nn.Module):
@@ -58,7 +58,9 @@ class Joint:
     dim: int = 0
 
 
-def smooth(model: InternVL, samples: Sequence[Sample], *, tower: bool = False) -> Iterator[str]:
+def smooth(
+    model: InternVL, samples: Sequence[CalibrationSample], *, tower: bool = False
+) -> Iterator[str]:
     """Scale the language model's layers in place, and the tower's; yield what was done."""
     if tower:
         for number, block in enumerate(model.vision_model.encoder.layers):
@@ -66,13 +68,13 @@ def smooth(model: InternVL, samples: Sequence[Sample], *, tower: bool = False) -
             record_and_scale(joints, lambda: [see(model, sample) for sample in samples])
             yield f"vision_model.encoder.layers.{number}"
     language = model.language_model
-    rows = [embedded(model, sample) for sample in samples]
+    rows = [embed_sample(model, sample) for sample in samples]
     for number, layer in enumerate(language.model.layers):
         joints = decoder_joints(layer)
 
         def forward(layer: nn.Module = layer, rows: list[mx.array] = rows) -> list[mx.array]:
             return [
-                layer(x, language.rotary(0, len(sample.ids)), None)
+                layer(x, language.rotary(0, len(sample.token_ids)), None)
                 for x, sample in zip(rows, samples, strict=True)
             ]
 
@@ -80,9 +82,9 @@ def smooth(model: InternVL, samples: Sequence[Sample], *, tower: bool = False) -
         yield f"language_model.model.layers.{number}"
 
 
-def see(model: InternVL, sample: Sample) -> mx.array:
+def see(model: InternVL, sample: CalibrationSample) -> mx.array:
     assert sample.tiles is not None
-    return model.see(mx.array(sample.tiles))
+    return model.get_image_features(mx.array(sample.tiles))
 
 
 def decoder_joints(layer: Any) -> list[Joint]:
@@ -112,7 +114,7 @@ def record_and_scale(joints: Sequence[Joint], forward: Any) -> list[mx.array]:
     """Watch a layer's inputs during one pass, then scale its joints; return what it gave."""
     recorders = []
     for joint in joints:
-        recorder = Recorder(joint.owner[joint.linears[0]])
+        recorder = InputRecorder(joint.owner[joint.linears[0]])
         joint.owner[joint.linears[0]] = recorder
         recorders.append(recorder)
     given: list[mx.array] = forward()
@@ -154,7 +156,11 @@ def best_scale(
         factor = factor / mx.sqrt(factor.max() * factor.min())
         wide = spread(factor, joint)
         error = sum(
-            float((((inputs / wide) @ rounded(layer.weight * wide, TRIAL_FORM).T - y) ** 2).sum())
+            float(
+                (
+                    ((inputs / wide) @ fake_quantize(layer.weight * wide, TRIAL_FORM).T - y) ** 2
+                ).sum()
+            )
             for layer, y in zip(layers, wanted, strict=True)
         )
         if error < least:

@@ -15,11 +15,11 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.calibration.bit_allocation import module_at
-from internvl3_mlx.convert.calibration.data import Sample
-from internvl3_mlx.convert.calibration.gptq import Packed
-from internvl3_mlx.convert.calibration.metrics import divergence, normalized
-from internvl3_mlx.convert.row_reader import unpacked
+from internvl3_mlx.convert.calibration.bit_allocation import get_module
+from internvl3_mlx.convert.calibration.data import CalibrationSample
+from internvl3_mlx.convert.calibration.gptq import QuantizedWeight
+from internvl3_mlx.convert.calibration.metrics import kl_divergence, log_softmax
+from internvl3_mlx.convert.row_reader import dequantize_parts
 from internvl3_mlx.models.internvl import InternVL
 
 LEARNING_RATE = 1e-4
@@ -40,7 +40,9 @@ class Step:
 class Learned(nn.Module):
     """A packed matrix whose scales and offsets can be trained; also an embedding."""
 
-    def __init__(self, module: nn.Module, form: Quantization, packed: Packed | None = None):
+    def __init__(
+        self, module: nn.Module, form: Quantization, packed: QuantizedWeight | None = None
+    ):
         super().__init__()
         words, scales, biases = packed or mx.quantize(
             module.weight, group_size=form.group_size, bits=form.bits
@@ -60,7 +62,7 @@ class Learned(nn.Module):
         return self._biases + self._scales * self.shift
 
     def dense(self) -> mx.array:
-        return unpacked((self._words, self.scales, self.biases), self._form)
+        return dequantize_parts((self._words, self.scales, self.biases), self._form)
 
     def __call__(self, x: mx.array) -> mx.array:
         if mx.issubdtype(x.dtype, mx.integer):
@@ -85,12 +87,12 @@ class Learned(nn.Module):
 
 def learn(
     model: InternVL,
-    samples: Sequence[Sample],
+    samples: Sequence[CalibrationSample],
     wanted: Sequence[mx.array],
     forms: Mapping[str, Quantization],
     *,
     epochs: int,
-    packed: Mapping[str, Packed] | None = None,
+    packed: Mapping[str, QuantizedWeight] | None = None,
 ) -> Iterator[Step]:
     """Pack the modules of ``forms`` in place and train them; yield at every update.
 
@@ -102,10 +104,10 @@ def learn(
     chosen = {path: form for path, form in forms.items() if is_learned(path, form)}
     for path, form in chosen.items():
         given = (packed or {}).get(path)
-        replace_module(model, path, Learned(module_at(model, path), form, given))
+        replace_module(model, path, Learned(get_module(model, path), form, given))
     model.freeze()
     for path in chosen:
-        module_at(model, path).unfreeze(recurse=False)
+        get_module(model, path).unfreeze(recurse=False)
     steps = [order for epoch in range(epochs) for order in batches(len(samples), epoch)]
     rate = optim.cosine_decay(LEARNING_RATE, max(len(steps), 1))
     optimizer = optim.Adam(learning_rate=rate)
@@ -113,9 +115,11 @@ def learn(
     def loss(model: InternVL, index: int) -> mx.array:
         sample = samples[index]
         language = model.language_model
-        x = model.embed(sample.row, features[index])
-        states = language.model(x, language.rotary(0, len(sample.ids)))[0, sample.scored : -1]
-        return divergence(normalized(wanted[index]), normalized(language.head(states))).mean()
+        x = model.embed(sample.input_ids, features[index])
+        states = language.model(x, language.rotary(0, len(sample.token_ids)))[
+            0, sample.first_scored : -1
+        ]
+        return kl_divergence(log_softmax(wanted[index]), log_softmax(language.head(states))).mean()
 
     value_and_grad = nn.value_and_grad(model, loss)
     for number, order in enumerate(steps, start=1):
@@ -135,7 +139,7 @@ def is_learned(path: str, form: Quantization) -> bool:
     return path.startswith("language_model.") and form.mode == "affine"
 
 
-def pack_fixed(
+def quantize_modules(
     model: InternVL, forms: Mapping[str, Quantization], dtype: mx.Dtype
 ) -> dict[str, mx.array]:
     """Pack in place what is not trained; return it under the names it is written with."""
@@ -143,25 +147,25 @@ def pack_fixed(
     for path, form in forms.items():
         if is_learned(path, form):
             continue
-        module = module_at(model, path)
+        module = get_module(model, path)
         weight = module.weight.astype(dtype)
         parts = mx.quantize(weight, group_size=form.group_size, bits=form.bits, mode=form.mode)
         written |= {f"{path}.{kind}": x for kind, x in zip(KINDS, parts, strict=False)}
-        module.weight = unpacked(parts, form).astype(module.weight.dtype)
+        module.weight = dequantize_parts(parts, form).astype(module.weight.dtype)
     return written
 
 
-def seen(model: InternVL, sample: Sample) -> mx.array | None:
+def seen(model: InternVL, sample: CalibrationSample) -> mx.array | None:
     if sample.tiles is None:
         return None
-    features = model.see(mx.array(sample.tiles))
+    features = model.get_image_features(mx.array(sample.tiles))
     mx.eval(features)
     return features
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
-    module_at(model, parent)[name] = module
+    get_module(model, parent)[name] = module
 
 
 def batches(count: int, epoch: int) -> list[list[int]]:
@@ -179,5 +183,5 @@ def learned_tensors(
         f"{path}.{kind}": x
         for path, form in forms.items()
         if is_learned(path, form)
-        for kind, x in module_at(model, path).tensors(dtype).items()
+        for kind, x in get_module(model, path).tensors(dtype).items()
     }

@@ -9,19 +9,19 @@ from typing import Any
 import mlx.core as mx
 
 from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.checkpoints.remap import arrange
+from internvl3_mlx.checkpoints.remap import plan_remap
 from internvl3_mlx.config import read_config
-from internvl3_mlx.convert.calibration.data import Sample
+from internvl3_mlx.convert.calibration.data import CalibrationSample
 from internvl3_mlx.convert.row_reader import WORD_BITS
 from internvl3_mlx.models.internvl import InternVL
 
 PARTS = {"vision_model": "vision tower", "mlp1": "projector", "language_model": "language model"}
 FLOAT_BYTES = 4
-WIDE_BYTES = 2e9  # of float32 log-probabilities; more are kept as float16
+FLOAT32_LIMIT_BYTES = 2e9  # of float32 log-probabilities; more are kept as float16
 
 
 @dataclass(frozen=True)
-class Figures:
+class QualityMetrics:
     """Means over the judged tokens. ``kl`` is KL(16-bit || packed) in nats; ``top1`` the share of
     tokens on whose likeliest successor both agree; perplexities are of the 16-bit model's text."""
 
@@ -35,47 +35,51 @@ class Figures:
         return asdict(self)
 
 
-def log_probs(model: InternVL, sample: Sample, features: mx.array | None = None) -> mx.array:
+def answer_log_probs(
+    model: InternVL, sample: CalibrationSample, features: mx.array | None = None
+) -> mx.array:
     """Score the judged tokens' successors: (K, vocab) float32 log-probabilities."""
     if features is None and sample.tiles is not None:
-        features = model.see(mx.array(sample.tiles))
-    language, length = model.language_model, len(sample.ids)
-    states = language.model(model.embed(sample.row, features), language.rotary(0, length))
-    return normalized(language.head(states[0, sample.scored : -1]))
+        features = model.get_image_features(mx.array(sample.tiles))
+    language, length = model.language_model, len(sample.token_ids)
+    states = language.model(model.embed(sample.input_ids, features), language.rotary(0, length))
+    return log_softmax(language.head(states[0, sample.first_scored : -1]))
 
 
-def normalized(logits: mx.array) -> mx.array:
+def log_softmax(logits: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def divergence(wanted: mx.array, got: mx.array) -> mx.array:
+def kl_divergence(wanted: mx.array, got: mx.array) -> mx.array:
     """KL(wanted || got) of each row. (K, vocab) log-probabilities -> (K,)."""
     return (mx.exp(wanted) * (wanted - got)).sum(axis=-1)
 
 
-def reference(model: InternVL, samples: Sequence[Sample]) -> list[mx.array]:
+def reference_log_probs(model: InternVL, samples: Sequence[CalibrationSample]) -> list[mx.array]:
     """Keep what the 16-bit model says, in half precision where there is much of it."""
     vocabulary = model.config.text.vocab_size
-    nbytes = sum(len(s.ids) - s.scored for s in samples) * vocabulary * FLOAT_BYTES
-    dtype = mx.float32 if nbytes < WIDE_BYTES else mx.float16
+    nbytes = sum(len(s.token_ids) - s.first_scored for s in samples) * vocabulary * FLOAT_BYTES
+    dtype = mx.float32 if nbytes < FLOAT32_LIMIT_BYTES else mx.float16
     kept = []
     for sample in samples:
-        scores = log_probs(model, sample).astype(dtype)
+        scores = answer_log_probs(model, sample).astype(dtype)
         mx.eval(scores)
         kept.append(scores)
     return kept
 
 
-def compare(model: InternVL, samples: Sequence[Sample], wanted: Sequence[mx.array]) -> Figures:
+def compute_metrics(
+    model: InternVL, samples: Sequence[CalibrationSample], wanted: Sequence[mx.array]
+) -> QualityMetrics:
     """Measure a model on samples whose ``reference`` is known."""
     kl = agreed = loss = own_loss = 0.0
     tokens = 0
     for sample, kept in zip(samples, wanted, strict=True):
-        truth, got = normalized(kept), log_probs(model, sample)
-        following = mx.array(sample.ids[sample.scored + 1 :])[:, None]
+        truth, got = log_softmax(kept), answer_log_probs(model, sample)
+        following = mx.array(sample.token_ids[sample.first_scored + 1 :])[:, None]
         sums = (
-            divergence(truth, got).sum(),
+            kl_divergence(truth, got).sum(),
             (truth.argmax(-1) == got.argmax(-1)).sum(),
             -mx.take_along_axis(got, following, axis=-1).sum(),
             -mx.take_along_axis(truth, following, axis=-1).sum(),
@@ -85,13 +89,15 @@ def compare(model: InternVL, samples: Sequence[Sample], wanted: Sequence[mx.arra
         loss, own_loss = loss + values[2], own_loss + values[3]
         tokens += got.shape[0]
     kl = max(kl, 0.0)  # of equal models rounding leaves a hair on either side of it
-    return Figures(kl / tokens, agreed / tokens, exp(loss / tokens), exp(own_loss / tokens), tokens)
+    return QualityMetrics(
+        kl / tokens, agreed / tokens, exp(loss / tokens), exp(own_loss / tokens), tokens
+    )
 
 
-def bits_by_part(folder: Path) -> dict[str, float]:
+def bits_per_part(folder: Path) -> dict[str, float]:
     """Say how many bits a parameter takes in each part, scales and biases counted."""
     checkpoint = open_checkpoint(folder)
-    config, moves = arrange(checkpoint, read_config(folder))
+    config, moves = plan_remap(checkpoint, read_config(folder))
     totals = {name: [0, 0] for name in PARTS}
     for move in moves:
         module, _, kind = move.targets[0].rpartition(".")
@@ -103,6 +109,6 @@ def bits_by_part(folder: Path) -> dict[str, float]:
             words = info.dtype == "U32" and config.quantization is not None
             count = prod(info.shape)
             if words and config.quantization is not None:
-                count = count * WORD_BITS // config.quantization.of(module).bits
+                count = count * WORD_BITS // config.quantization.for_module(module).bits
             total[0] += count
     return {PARTS[name]: 8 * nbytes / count for name, (count, nbytes) in totals.items() if count}

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from internvl3_mlx import load
-from internvl3_mlx.generation.batch_generate import answers
-from internvl3_mlx.generation.generation_config import Settings
+from internvl3_mlx.generation.batch_generate import batch_generate
+from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.vlm import VLM
-from internvl3_mlx.training.data.dataset import open_data
-from internvl3_mlx.training.data.schema import read_row
+from internvl3_mlx.training.data.dataset import open_dataset
+from internvl3_mlx.training.data.schema import parse_record
 
 LONGEST = 16  # tokens of an answer
 TOGETHER = 16  # answers written at once
@@ -40,14 +40,14 @@ def main() -> None:
 
 def asked(vlm: VLM, rows: Path) -> Iterator[tuple[str, str, str]]:
     """Yield each question, the answer in the file and the model's."""
-    entries = [(read_row(entry.value), entry.source.root) for entry in open_data(rows) or ()]
+    entries = [(parse_record(entry.value), entry.file.root) for entry in open_dataset(rows) or ()]
     prepared = (
-        vlm.prepare(row.turns[0].text, [root / name for name in row.images])
+        vlm.prepare_inputs(row.messages[0].text, [root / name for name in row.images])
         for row, root in entries
     )
-    said = answers(vlm, prepared, Settings(max_tokens=LONGEST), TOGETHER)
+    said = batch_generate(vlm, prepared, GenerationConfig(max_tokens=LONGEST), TOGETHER)
     for (row, _), answer in zip(entries, said, strict=True):
-        yield row.turns[0].text, row.turns[1].text, answer.text.strip()
+        yield row.messages[0].text, row.messages[1].text, answer.text.strip()
 
 
 if __name__ == "__main__":

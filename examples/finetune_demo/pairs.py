@@ -17,8 +17,8 @@ from PIL import Image
 
 from examples.finetune_demo.kinds import picture, save, stream, write
 from internvl3_mlx import load
-from internvl3_mlx.generation.generation_config import Settings
-from internvl3_mlx.generation.prompt_cache import Memory
+from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.vlm import VLM
 
 WORDINGS = ("At the {}, what kind of thing is it?", "At the {}: what kind of thing?")
@@ -55,11 +55,11 @@ def write_pairs(vlm: VLM, folder: Path, wanted: int) -> None:
 
 def tries(vlm: VLM, pixels: np.ndarray, question: str) -> list[str]:
     """Ask several times; the picture and the question are read once."""
-    inputs, memory = vlm.prepare(question, [Image.fromarray(pixels)]), Memory()
+    inputs, memory = vlm.prepare_inputs(question, [Image.fromarray(pixels)]), PromptCache()
     said = []
     for seed in range(TRIES):
-        drawn = Settings(temperature=1.0, max_tokens=LONGEST, seed=seed)
-        *_, last = vlm.answering(inputs, drawn, memory)
+        drawn = GenerationConfig(temperature=1.0, max_tokens=LONGEST, seed=seed)
+        *_, last = vlm.stream_inputs(inputs, drawn, memory)
         assert last.answer is not None
         said.append(last.answer.text.strip())
     return said

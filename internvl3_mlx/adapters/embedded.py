@@ -15,13 +15,13 @@ from internvl3_mlx.checkpoints.reader import TensorInfo
 from internvl3_mlx.errors import KeyMapError
 
 PART = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-BASE = ".base_layer.weight"
+BASE_WEIGHT = ".base_layer.weight"
 PUBLISHED_SCALE = 2.0  # InternVL's training code sets lora_alpha to twice the rank
-RANK_KEYS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lora"}
+RANK_FLAGS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lora"}
 
 
 @dataclass(frozen=True)
-class Adapter:
+class EmbeddedLoRA:
     """What is to be added to one weight: ``scale * up @ down``, by the names of its tensors."""
 
     down: str
@@ -29,9 +29,9 @@ class Adapter:
     scale: float
 
 
-def split_adapters(
+def split_embedded_adapters(
     tensors: Mapping[str, TensorInfo], folder: Path
-) -> tuple[dict[str, TensorInfo], dict[str, Adapter]]:
+) -> tuple[dict[str, TensorInfo], dict[str, EmbeddedLoRA]]:
     """Part a checkpoint's tensors into the model's own and, by the weight they change, adapters."""
     own: dict[str, TensorInfo] = {}
     sides: dict[str, dict[str, str]] = {}
@@ -49,29 +49,31 @@ def split_adapters(
         found[match["side"]] = name
     if not sides:
         return own, {}
-    settings = read_settings(folder)
+    settings = embedded_config(folder)
     adapters = {
-        weight_of(module, own): Adapter(*both(module, found), scale_of(module, settings))
+        base_weight_name(module, own): EmbeddedLoRA(
+            *require_pair(module, found), embedded_scale(module, settings)
+        )
         for module, found in sides.items()
     }
-    check_shapes(adapters, tensors)
+    check_adapter_shapes(adapters, tensors)
     return own, adapters
 
 
-def weight_of(module: str, own: Mapping[str, TensorInfo]) -> str:
-    for name in (module + BASE, module + ".weight"):
+def base_weight_name(module: str, own: Mapping[str, TensorInfo]) -> str:
+    for name in (module + BASE_WEIGHT, module + ".weight"):
         if name in own:
             return name
     raise KeyMapError(f"{module} has an adapter but no weight; the checkpoint is not whole")
 
 
-def both(module: str, found: Mapping[str, str]) -> tuple[str, str]:
+def require_pair(module: str, found: Mapping[str, str]) -> tuple[str, str]:
     if len(found) != 2:
         raise KeyMapError(f"{module} has half an adapter, {', '.join(found.values())}")
     return found["A"], found["B"]
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def embedded_config(folder: Path) -> dict[str, Any]:
     """Read what the folder says of its adapters: adapter_config.json, else config.json."""
     for name in ("adapter_config.json", "config.json"):
         path = folder / name
@@ -81,13 +83,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def scale_of(module: str, settings: Mapping[str, Any]) -> float:
+def embedded_scale(module: str, settings: Mapping[str, Any]) -> float:
     """Take alpha over r from adapter_config.json, or the published code's 2 from a config that
     says which part it wrapped."""
     if "lora_alpha" in settings and "r" in settings:
         rank = float(settings["r"])
         return float(settings["lora_alpha"]) / (rank**0.5 if settings.get("use_rslora") else rank)
-    part = next((key for name, key in RANK_KEYS.items() if name in module), "use_llm_lora")
+    part = next((key for name, key in RANK_FLAGS.items() if name in module), "use_llm_lora")
     if settings.get(part):
         return PUBLISHED_SCALE
     raise KeyMapError(
@@ -96,7 +98,9 @@ def scale_of(module: str, settings: Mapping[str, Any]) -> float:
     )
 
 
-def check_shapes(adapters: Mapping[str, Adapter], tensors: Mapping[str, TensorInfo]) -> None:
+def check_adapter_shapes(
+    adapters: Mapping[str, EmbeddedLoRA], tensors: Mapping[str, TensorInfo]
+) -> None:
     for weight, adapter in adapters.items():
         rows, columns = tensors[weight].shape
         up, down = tensors[adapter.up].shape, tensors[adapter.down].shape

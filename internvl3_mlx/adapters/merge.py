@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from internvl3_mlx.adapters.attach import check_fit
+from internvl3_mlx.adapters.attach import check_compatible
 from internvl3_mlx.adapters.peft import Adapter
-from internvl3_mlx.checkpoints.remap import Rows
-from internvl3_mlx.models.lora import Factors
+from internvl3_mlx.checkpoints.remap import RowRange
+from internvl3_mlx.models.lora import LoRAWeights
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class RowDelta:
     """Rows ``start`` to ``stop`` of a tensor, changed by factors or replaced by other rows.
 
     Both are of our tensor, whose row ``offset`` is row ``start`` of this one.
@@ -21,30 +21,30 @@ class Piece:
     start: int
     stop: int
     offset: int
-    change: Factors | mx.array
+    delta: LoRAWeights | mx.array
 
-    def applied(self, x: mx.array, start: int) -> mx.array:
+    def apply_to(self, x: mx.array, start: int) -> mx.array:
         """Change rows of the tensor, of which x holds some from ``start`` on."""
         first = start - self.start + self.offset
         last = first + x.shape[0]
-        if isinstance(self.change, Factors):
-            return self.change.rows(first, last).applied(x)
-        return self.change[first:last].astype(mx.float32)
+        if isinstance(self.delta, LoRAWeights):
+            return self.delta.slice_rows(first, last).merged_into(x)
+        return self.delta[first:last].astype(mx.float32)
 
 
-def fused_pieces(
-    adapter: Adapter, made: Mapping[str, tuple[Rows, ...]]
-) -> dict[str, tuple[Piece, ...]]:
+def deltas_by_tensor(
+    adapter: Adapter, made: Mapping[str, tuple[RowRange, ...]]
+) -> dict[str, tuple[RowDelta, ...]]:
     """Say for each of the source's tensors which of its rows an adapter changes.
 
     made: our tensors and the rows of the source's that they are made of.
     """
-    found: dict[str, list[Piece]] = {}
-    changes: dict[str, Factors | mx.array] = {**adapter.changes, **adapter.whole}
+    found: dict[str, list[RowDelta]] = {}
+    changes: dict[str, LoRAWeights | mx.array] = {**adapter.deltas, **adapter.modules_to_save}
     for name, change in changes.items():
         offset = 0
         for rows in made[name]:
-            piece = Piece(rows.start, rows.stop, offset, change)
+            piece = RowDelta(rows.start, rows.stop, offset, change)
             found.setdefault(rows.name, []).append(piece)
             offset += rows.count
     return {
@@ -52,27 +52,27 @@ def fused_pieces(
     }
 
 
-def changed(x: mx.array, part: Rows, pieces: Sequence[Piece]) -> mx.array:
+def apply_row_deltas(x: mx.array, part: RowRange, pieces: Sequence[RowDelta]) -> mx.array:
     """Change those rows of ``part`` that pieces concern; x holds all of them, and stays float32."""
     out, at = [], part.start
     for piece in pieces:
         low, high = max(piece.start, part.start), min(piece.stop, part.stop)
         if low < high:
             out.append(x[at - part.start : low - part.start])
-            out.append(piece.applied(x[low - part.start : high - part.start], low))
+            out.append(piece.apply_to(x[low - part.start : high - part.start], low))
             at = high
     if not out:
         return x
     return mx.concatenate([*out, x[at - part.start :]])
 
 
-def merged(weights: Mapping[str, mx.array], adapter: Adapter) -> dict[str, mx.array]:
+def merge_adapter(weights: Mapping[str, mx.array], adapter: Adapter) -> dict[str, mx.array]:
     """Merge an adapter into dense weights; raise when it is not of their model."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    check_fit(adapter, shapes)
+    check_compatible(adapter, shapes)
     changed = {
-        name: factors.applied(weights[name]).astype(weights[name].dtype)
-        for name, factors in adapter.changes.items()
+        name: factors.merged_into(weights[name]).astype(weights[name].dtype)
+        for name, factors in adapter.deltas.items()
     }
-    replaced = {name: x.astype(weights[name].dtype) for name, x in adapter.whole.items()}
+    replaced = {name: x.astype(weights[name].dtype) for name, x in adapter.modules_to_save.items()}
     return {**weights, **changed, **replaced}

@@ -9,20 +9,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.checkpoints.keymap import Move
+from internvl3_mlx.checkpoints.keymap import ResolvedRule
 from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.checkpoints.remap import arrange, arranged, check_tensors
+from internvl3_mlx.checkpoints.remap import check_tensors, plan_remap, remap
 from internvl3_mlx.config import ModelConfig, Quantization, read_config
 from internvl3_mlx.errors import ConfigError
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.prompt.template import Template, template_for
+from internvl3_mlx.prompt.template import Template, load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 SCALES = ".scales"
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A model with what turns questions into its ids."""
 
     folder: Path
@@ -32,19 +32,19 @@ class Opened:
     template: Template
 
 
-def open_model(folder: Path) -> Opened:
+def build_model(folder: Path) -> LoadedModel:
     """Read a folder of any layout; on a CPU numbers are computed in float32, else as stored."""
     checkpoint = open_checkpoint(folder)
-    config, moves = arrange(checkpoint, read_config(folder))
+    config, moves = plan_remap(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
-    model = shaped_model(config, moves, tokenizer.image_id)
-    fill(model, {name: computable(x) for name, x in arranged(checkpoint, config, moves)})
+    model = empty_model(config, moves, tokenizer.image_id)
+    load_weights(model, {name: computable(x) for name, x in remap(checkpoint, config, moves)})
     model.eval()
     mx.eval(model.parameters())
-    return Opened(folder, config, model, tokenizer, template_for(config, folder))
+    return LoadedModel(folder, config, model, tokenizer, load_template(config, folder))
 
 
-def shaped_model(config: ModelConfig, moves: list[Move], image_id: int) -> InternVL:
+def empty_model(config: ModelConfig, moves: list[ResolvedRule], image_id: int) -> InternVL:
     """Make an empty model, packed where the checkpoint holds scales, whatever its config says."""
     model = InternVL(config, image_id)
     names = {target for move in moves for target in move.targets}
@@ -56,12 +56,12 @@ def shaped_model(config: ModelConfig, moves: list[Move], image_id: int) -> Inter
             "download it again"
         )
     if plan is not None:
-        choose = predicate(lambda path: plan.of(path) if path in packed else None)
+        choose = class_predicate(lambda path: plan.for_module(path) if path in packed else None)
         nn.quantize(model, class_predicate=choose)
     return model
 
 
-def fill(model: InternVL, weights: dict[str, mx.array]) -> None:
+def load_weights(model: InternVL, weights: dict[str, mx.array]) -> None:
     """Give a model its tensors; KeyMapError names those that do not fit."""
     check_tensors(weights, dict(tree_flatten(model.parameters())))
     model.load_weights(list(weights.items()))
@@ -73,22 +73,26 @@ def computable(x: mx.array) -> mx.array:
     return x.astype(mx.float32) if on_cpu and mx.issubdtype(x.dtype, mx.floating) else x
 
 
-Choice = Quantization | None  # None: stays dense
+QuantizationChoice = Quantization | None  # None: stays dense
 
 
-def fitting(choose: Callable[[str], Choice]) -> Callable[[str, nn.Module], Choice]:
+def only_divisible(
+    choose: Callable[[str], QuantizationChoice],
+) -> Callable[[str, nn.Module], QuantizationChoice]:
     """Restrict a choice to modules that can be packed: widths that part into groups."""
 
-    def choice(path: str, module: nn.Module) -> Choice:
+    def choice(path: str, module: nn.Module) -> QuantizationChoice:
         chosen = choose(path) if hasattr(module, "to_quantized") else None
         return chosen if chosen and module.weight.shape[-1] % chosen.group_size == 0 else None
 
     return choice
 
 
-def predicate(choose: Callable[[str], Choice]) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+def class_predicate(
+    choose: Callable[[str], QuantizationChoice],
+) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
     """Say the same to ``mlx.nn.quantize``."""
-    fits = fitting(choose)
+    fits = only_divisible(choose)
 
     def asked(path: str, module: nn.Module) -> bool | dict[str, Any]:
         chosen = fits(path, module)

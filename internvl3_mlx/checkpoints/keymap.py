@@ -14,99 +14,110 @@ from functools import cached_property
 
 from internvl3_mlx.errors import KeyMapError
 
-SHOWN = 6  # names listed in an error before it says how many more there are
+MAX_LISTED = 6  # names listed in an error before it says how many more there are
 
 
 @dataclass(frozen=True)
-class Rule:
+class KeyRule:
     """``ours`` is made of ``theirs``: one for one, or one side joined by rows from the other."""
 
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
+    targets: tuple[str, ...]
+    sources: tuple[str, ...]
     grouped: bool = False  # rows are interleaved by key-value head (InternLM2's wqkv)
 
 
-def rule(ours: str | Sequence[str], *theirs: str, grouped: bool = False) -> Rule:
-    return Rule((ours,) if isinstance(ours, str) else tuple(ours), theirs or (str(ours),), grouped)
+def key_rule(ours: str | Sequence[str], *theirs: str, grouped: bool = False) -> KeyRule:
+    return KeyRule(
+        (ours,) if isinstance(ours, str) else tuple(ours), theirs or (str(ours),), grouped
+    )
 
 
-VISION = "vision_model.encoder.layers.{n}."
-TEXT = "language_model.model.layers.{n}."
+VISION_LAYER = "vision_model.encoder.layers.{n}."
+TEXT_LAYER = "language_model.model.layers.{n}."
 
 TOWER_NAMES = (
     "vision_model.embeddings.class_embedding",
     "vision_model.embeddings.patch_embedding.*",
     "vision_model.embeddings.position_embedding",
     *(
-        VISION + name
+        VISION_LAYER + name
         for name in ("norm1.*", "norm2.*", "attn.qkv.*", "attn.q_norm.*", "attn.k_norm.*")
     ),
-    *(VISION + name for name in ("attn.proj.*", "mlp.fc1.*", "mlp.fc2.*", "ls1", "ls2")),
+    *(VISION_LAYER + name for name in ("attn.proj.*", "mlp.fc1.*", "mlp.fc2.*", "ls1", "ls2")),
     "mlp1.0.*",
     "mlp1.1.*",
     "mlp1.3.*",
 )
 QWEN_NAMES = (
     "language_model.model.embed_tokens.*",
-    *(TEXT + f"self_attn.{p}_proj.*" for p in "qkvo"),
-    *(TEXT + f"mlp.{p}_proj.*" for p in ("gate", "up", "down")),
-    *(TEXT + f"{p}_layernorm.*" for p in ("input", "post_attention")),
+    *(TEXT_LAYER + f"self_attn.{p}_proj.*" for p in "qkvo"),
+    *(TEXT_LAYER + f"mlp.{p}_proj.*" for p in ("gate", "up", "down")),
+    *(TEXT_LAYER + f"{p}_layernorm.*" for p in ("input", "post_attention")),
     "language_model.model.norm.*",
     "language_model.lm_head.*",
 )
-QWEN = tuple(rule(name) for name in QWEN_NAMES)
+QWEN = tuple(key_rule(name) for name in QWEN_NAMES)
 INTERNLM2 = (  # the 9B stores InternLM3 weights under InternLM2's names
-    rule("language_model.model.embed_tokens.*", "language_model.model.tok_embeddings.*"),
-    rule([TEXT + f"self_attn.{p}_proj.*" for p in "qkv"], TEXT + "attention.wqkv.*", grouped=True),
-    rule(TEXT + "self_attn.o_proj.*", TEXT + "attention.wo.*"),
-    rule(TEXT + "mlp.gate_proj.*", TEXT + "feed_forward.w1.*"),
-    rule(TEXT + "mlp.up_proj.*", TEXT + "feed_forward.w3.*"),
-    rule(TEXT + "mlp.down_proj.*", TEXT + "feed_forward.w2.*"),
-    rule(TEXT + "input_layernorm.*", TEXT + "attention_norm.*"),
-    rule(TEXT + "post_attention_layernorm.*", TEXT + "ffn_norm.*"),
-    rule("language_model.lm_head.*", "language_model.output.*"),
+    key_rule("language_model.model.embed_tokens.*", "language_model.model.tok_embeddings.*"),
+    key_rule(
+        [TEXT_LAYER + f"self_attn.{p}_proj.*" for p in "qkv"],
+        TEXT_LAYER + "attention.wqkv.*",
+        grouped=True,
+    ),
+    key_rule(TEXT_LAYER + "self_attn.o_proj.*", TEXT_LAYER + "attention.wo.*"),
+    key_rule(TEXT_LAYER + "mlp.gate_proj.*", TEXT_LAYER + "feed_forward.w1.*"),
+    key_rule(TEXT_LAYER + "mlp.up_proj.*", TEXT_LAYER + "feed_forward.w3.*"),
+    key_rule(TEXT_LAYER + "mlp.down_proj.*", TEXT_LAYER + "feed_forward.w2.*"),
+    key_rule(TEXT_LAYER + "input_layernorm.*", TEXT_LAYER + "attention_norm.*"),
+    key_rule(TEXT_LAYER + "post_attention_layernorm.*", TEXT_LAYER + "ffn_norm.*"),
+    key_rule("language_model.lm_head.*", "language_model.output.*"),
 )
 # the published tools leave a native checkpoint's q/k norms under the wrong folder
-MISSPELT = tuple(rule(VISION + f"attn.{p}_norm.*", VISION + f"attention.{p}_norm.*") for p in "qk")
-ORIGINAL = (*(rule(name) for name in TOWER_NAMES), *MISSPELT, *QWEN, *INTERNLM2)
+MISSPELLED = tuple(
+    key_rule(VISION_LAYER + f"attn.{p}_norm.*", VISION_LAYER + f"attention.{p}_norm.*")
+    for p in "qk"
+)
+ORIGINAL = (*(key_rule(name) for name in TOWER_NAMES), *MISSPELLED, *QWEN, *INTERNLM2)
 
-NATIVE_VISION = "vision_tower.encoder.layer.{n}."
-NATIVE = (  # transformers "-hf" checkpoints, after ``normalize_name`` has made the prefixes one
-    rule("vision_model.embeddings.class_embedding", "vision_tower.embeddings.cls_token"),
-    rule(
+HF_VISION_LAYER = "vision_tower.encoder.layer.{n}."
+HF = (  # transformers "-hf" checkpoints, after ``normalize_name`` has made the prefixes one
+    key_rule("vision_model.embeddings.class_embedding", "vision_tower.embeddings.cls_token"),
+    key_rule(
         "vision_model.embeddings.patch_embedding.*",
         "vision_tower.embeddings.patch_embeddings.projection.*",
     ),
-    rule(
+    key_rule(
         "vision_model.embeddings.position_embedding", "vision_tower.embeddings.position_embeddings"
     ),
-    rule(VISION + "norm1.*", NATIVE_VISION + "layernorm_before.*"),
-    rule(VISION + "norm2.*", NATIVE_VISION + "layernorm_after.*"),
-    rule(VISION + "attn.qkv.*", *(NATIVE_VISION + f"attention.{p}_proj.*" for p in "qkv")),
+    key_rule(VISION_LAYER + "norm1.*", HF_VISION_LAYER + "layernorm_before.*"),
+    key_rule(VISION_LAYER + "norm2.*", HF_VISION_LAYER + "layernorm_after.*"),
+    key_rule(
+        VISION_LAYER + "attn.qkv.*", *(HF_VISION_LAYER + f"attention.{p}_proj.*" for p in "qkv")
+    ),
     *(  # and an original checkpoint's likewise
-        rule(VISION + f"attn.{p}_norm.*", NATIVE_VISION + f"{folder}.{p}_norm.*")
+        key_rule(VISION_LAYER + f"attn.{p}_norm.*", HF_VISION_LAYER + f"{folder}.{p}_norm.*")
         for p in "qk"
         for folder in ("attention", "attn")
     ),
-    rule(VISION + "attn.proj.*", NATIVE_VISION + "attention.projection_layer.*"),
-    *(rule(VISION + f"mlp.fc{i}.*", NATIVE_VISION + f"mlp.fc{i}.*") for i in (1, 2)),
-    *(rule(VISION + f"ls{i}", NATIVE_VISION + f"lambda_{i}") for i in (1, 2)),
-    rule("mlp1.0.*", "multi_modal_projector.layer_norm.*"),
-    rule("mlp1.1.*", "multi_modal_projector.linear_1.*"),
-    rule("mlp1.3.*", "multi_modal_projector.linear_2.*"),
+    key_rule(VISION_LAYER + "attn.proj.*", HF_VISION_LAYER + "attention.projection_layer.*"),
+    *(key_rule(VISION_LAYER + f"mlp.fc{i}.*", HF_VISION_LAYER + f"mlp.fc{i}.*") for i in (1, 2)),
+    *(key_rule(VISION_LAYER + f"ls{i}", HF_VISION_LAYER + f"lambda_{i}") for i in (1, 2)),
+    key_rule("mlp1.0.*", "multi_modal_projector.layer_norm.*"),
+    key_rule("mlp1.1.*", "multi_modal_projector.linear_1.*"),
+    key_rule("mlp1.3.*", "multi_modal_projector.linear_2.*"),
     *QWEN,
 )
-TABLES = {"original": ORIGINAL, "mlx": ORIGINAL, "native": NATIVE}
-TOWER = tuple(rule(name) for name in TOWER_NAMES)
-WRITTEN = {  # layout and decoder -> the names we write, the first rule for a tensor of ours
+READ_RULES = {"original": ORIGINAL, "mlx": ORIGINAL, "native": HF}
+TOWER = tuple(key_rule(name) for name in TOWER_NAMES)
+WRITE_RULES = {  # layout and decoder -> the names we write, the first rule for a tensor of ours
     ("mlx", "qwen2"): (*TOWER, *QWEN),
     ("mlx", "internlm3"): (*TOWER, *QWEN),
     ("original", "qwen2"): (*TOWER, *QWEN),
     ("original", "internlm3"): (*TOWER, *INTERNLM2, *QWEN),
-    ("hf", "qwen2"): NATIVE,
-    ("hf", "internlm3"): NATIVE,
+    ("hf", "qwen2"): HF,
+    ("hf", "internlm3"): HF,
 }
-DROPPED = re.compile(
+IGNORED = re.compile(
     r"(^|\.)(position_ids|rotary_emb\.inv_freq)$"
 )  # buffers that some writers save
 
@@ -122,7 +133,7 @@ def normalize_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Move:
+class ResolvedRule:
     """One finished rule: the tensors to read, in order, and the tensors to make of them."""
 
     sources: tuple[str, ...]
@@ -133,29 +144,31 @@ class Move:
 class KeyMap:
     """Places a checkpoint's tensors by one layout's table."""
 
-    def __init__(self, layout: str, rules: Sequence[Rule] = ()):
+    def __init__(self, layout: str, rules: Sequence[KeyRule] = ()):
         self.layout = layout
-        self.rules = rules or TABLES[layout]
+        self.rules = rules or READ_RULES[layout]
 
     @classmethod
-    def back(cls, layout: str, family: str) -> "KeyMap":
+    def inverse(cls, layout: str, family: str) -> "KeyMap":
         """Read a layout's table the other way: from our names to the ones it is written with."""
-        rules = WRITTEN[layout, family]
-        return cls(layout, [Rule(entry.theirs, entry.ours, entry.grouped) for entry in rules])
+        rules = WRITE_RULES[layout, family]
+        return cls(
+            layout, [KeyRule(entry.sources, entry.targets, entry.grouped) for entry in rules]
+        )
 
     @cached_property
-    def patterns(self) -> list[tuple[re.Pattern[str], Rule, int]]:
+    def patterns(self) -> list[tuple[re.Pattern[str], KeyRule, int]]:
         return [
-            (pattern_of(name), entry, i)
+            (compile_pattern(name), entry, i)
             for entry in self.rules
-            for i, name in enumerate(entry.theirs)
+            for i, name in enumerate(entry.sources)
         ]
 
-    def place(self, name: str) -> tuple[Rule, int, Callable[[str], str]]:
+    def match(self, name: str) -> tuple[KeyRule, int, Callable[[str], str]]:
         """Find a checkpoint name's rule, its part in it, and how to fill the rule's other names."""
         for pattern, entry, part in self.patterns:
             if match := pattern.fullmatch(normalize_name(name)):
-                return entry, part, filler(match.groupdict())
+                return entry, part, name_formatter(match.groupdict())
         if "lora_" in name:
             raise KeyMapError(
                 f"{name!r} is an adapter's; merge the LoRA adapter into its model first"
@@ -165,14 +178,14 @@ class KeyMap:
             f"it is not part of an InternVL3 model ({self.layout} layout)"
         )
 
-    def moves(self, names: Iterable[str]) -> list[Move]:
+    def resolve(self, names: Iterable[str]) -> list[ResolvedRule]:
         """Arrange all tensors; raise when one is unknown, doubled or lacks its siblings."""
-        found: dict[tuple[str, ...], tuple[Rule, dict[int, str]]] = {}
+        found: dict[tuple[str, ...], tuple[KeyRule, dict[int, str]]] = {}
         for name in names:
-            if DROPPED.search(name):
+            if IGNORED.search(name):
                 continue
-            entry, part, fill = self.place(name)
-            targets = tuple(fill(target) for target in entry.ours)
+            entry, part, fill = self.match(name)
+            targets = tuple(fill(target) for target in entry.targets)
             parts = found.setdefault(targets, (entry, {}))[1]
             if part in parts or found[targets][0] is not entry:
                 raise KeyMapError(
@@ -181,21 +194,21 @@ class KeyMap:
             parts[part] = name
         twice = [t for t, n in Counter(t for ts in found for t in ts).items() if n > 1]
         if twice:
-            raise KeyMapError(f"doubled, by two layouts' names: {listed(twice)}")
+            raise KeyMapError(f"doubled, by two layouts' names: {summarize_names(twice)}")
         short = [
             targets[0]
             for targets, (entry, parts) in found.items()
-            if len(parts) < len(entry.theirs)
+            if len(parts) < len(entry.sources)
         ]
         if short:
-            raise KeyMapError(f"incomplete: {listed(short)}")
+            raise KeyMapError(f"incomplete: {summarize_names(short)}")
         return [
-            Move(tuple(parts[i] for i in sorted(parts)), targets, entry.grouped)
+            ResolvedRule(tuple(parts[i] for i in sorted(parts)), targets, entry.grouped)
             for targets, (entry, parts) in found.items()
         ]
 
 
-def pattern_of(name: str) -> re.Pattern[str]:
+def compile_pattern(name: str) -> re.Pattern[str]:
     escaped = (
         re.escape(name)
         .replace(r"\{n\}", r"(?P<n>\d+)")
@@ -204,15 +217,15 @@ def pattern_of(name: str) -> re.Pattern[str]:
     return re.compile(escaped)
 
 
-def filler(found: dict[str, str]) -> Callable[[str], str]:
+def name_formatter(found: dict[str, str]) -> Callable[[str], str]:
     def fill(name: str) -> str:
         return name.replace("{n}", found.get("n", "")).replace("*", found.get("last", ""))
 
     return fill
 
 
-def listed(names: Iterable[str]) -> str:
+def summarize_names(names: Iterable[str]) -> str:
     """Name the first few of a list, and how many more there are."""
     ordered = sorted(names)
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return ", ".join(ordered[:SHOWN]) + more
+    more = f" and {len(ordered) - MAX_LISTED} more" if len(ordered) > MAX_LISTED else ""
+    return ", ".join(ordered[:MAX_LISTED]) + more

@@ -36,23 +36,23 @@ class Checkpoint:
 
     folder: Path
     tensors: dict[str, TensorInfo]
-    lazy: dict[Path, dict[str, mx.array]] = field(default_factory=dict)
+    loaded_files: dict[Path, dict[str, mx.array]] = field(default_factory=dict)
 
     def read(self, name: str) -> mx.array:
         """Return one tensor, unevaluated where the format allows; its memory is the caller's."""
         file = self.tensors[name].file
-        if file not in self.lazy:
-            self.lazy[file] = load_file(file)
-        return self.lazy[file].pop(name)
+        if file not in self.loaded_files:
+            self.loaded_files[file] = load_tensor_file(file)
+        return self.loaded_files[file].pop(name)
 
-    def read_alone(self, name: str) -> mx.array:
+    def read_uncached(self, name: str) -> mx.array:
         """Read one tensor and keep nothing else of its file."""
         file = self.tensors[name].file
         if file.suffix == ".bin":
-            from internvl3_mlx.checkpoints.torch_pickle import load_tensor
+            from internvl3_mlx.checkpoints.torch_pickle import load_pickled_tensor
 
-            return load_tensor(file, name)
-        return load_file(file)[name]
+            return load_pickled_tensor(file, name)
+        return load_tensor_file(file)[name]
 
     @property
     def nbytes(self) -> int:
@@ -123,11 +123,11 @@ def check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def load_file(file: Path) -> dict[str, mx.array]:
+def load_tensor_file(file: Path) -> dict[str, mx.array]:
     if file.suffix == ".bin":
-        from internvl3_mlx.checkpoints.torch_pickle import load_pickle
+        from internvl3_mlx.checkpoints.torch_pickle import load_pickled_tensors
 
-        return load_pickle(file)
+        return load_pickled_tensors(file)
     try:
         tensors = mx.load(str(file))
     except RuntimeError as error:
@@ -148,19 +148,19 @@ ITEM_BYTES = {
 def read_header(file: Path) -> list[TensorInfo]:
     """Describe a file's tensors without reading them, checking that all their bytes are there."""
     if file.suffix == ".bin":
-        from internvl3_mlx.checkpoints.torch_pickle import describe
+        from internvl3_mlx.checkpoints.torch_pickle import read_tensor_infos
 
-        return [TensorInfo(*described, file) for described in describe(file)]
+        return [TensorInfo(*described, file) for described in read_tensor_infos(file)]
     size = file.stat().st_size
     header, begin = read_json_header(file, size)
     try:
         entries = [
-            header_entry(name, entry, file, begin)
+            parse_header_entry(name, entry, file, begin)
             for name, entry in header.items()
             if name != METADATA
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(file, error) from error
+        raise header_error(file, error) from error
     end = max((info.start + info.nbytes for info in entries if info.start is not None), default=0)
     if size < end:
         raise CheckpointError(f"{file} is cut short: {size:,} of {end:,} bytes; download it again")
@@ -180,17 +180,17 @@ def read_json_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise damaged(file, error) from error
+            raise header_error(file, error) from error
     if not isinstance(header, dict):
-        raise damaged(file, "no object")
+        raise header_error(file, "no object")
     return header, LENGTH_BYTES + length
 
 
-def damaged(file: Path, why: object) -> CheckpointError:
+def header_error(file: Path, why: object) -> CheckpointError:
     return CheckpointError(f"{file} has a damaged header ({why}); download it again")
 
 
-def header_entry(name: str, entry: Mapping[str, Any], file: Path, begin: int) -> TensorInfo:
+def parse_header_entry(name: str, entry: Mapping[str, Any], file: Path, begin: int) -> TensorInfo:
     """Check one entry against itself; raise ValueError where it does not agree."""
     first, last = (int(offset) for offset in entry["data_offsets"])
     shape, dtype = tuple(entry["shape"]), entry["dtype"]

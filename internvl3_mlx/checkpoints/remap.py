@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from internvl3_mlx.checkpoints.keymap import KeyMap, Move, listed
+from internvl3_mlx.checkpoints.keymap import KeyMap, ResolvedRule, summarize_names
 from internvl3_mlx.checkpoints.reader import Checkpoint
 from internvl3_mlx.config import ModelConfig, TextConfig
 from internvl3_mlx.errors import KeyMapError
@@ -13,12 +13,14 @@ from internvl3_mlx.errors import KeyMapError
 PATCH_WEIGHT = "vision_model.embeddings.patch_embedding.weight"
 LM_HEAD = "language_model.lm_head.weight"
 FIRST_QUERY = "language_model.model.layers.0.self_attn.q_proj"
-COLOURS = 3
+CHANNELS = 3
 
 
-def arrange(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, list[Move]]:
+def plan_remap(
+    checkpoint: Checkpoint, config: ModelConfig
+) -> tuple[ModelConfig, list[ResolvedRule]]:
     """Plan how tensors become ours, and take from their shapes what a config may leave open."""
-    moves = KeyMap(config.layout).moves(checkpoint.tensors)
+    moves = KeyMap(config.layout).resolve(checkpoint.tensors)
     names = {target for move in moves for target in move.targets}
     text = replace(
         config.text,
@@ -29,7 +31,7 @@ def arrange(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, l
     return replace(config, text=text), moves
 
 
-def head_dim(checkpoint: Checkpoint, moves: list[Move], text: TextConfig) -> int:
+def head_dim(checkpoint: Checkpoint, moves: list[ResolvedRule], text: TextConfig) -> int:
     """Read the head dimension from the first query's rows, which no quantization changes."""
     target = f"{FIRST_QUERY}.weight"
     for move in moves:
@@ -40,27 +42,27 @@ def head_dim(checkpoint: Checkpoint, moves: list[Move], text: TextConfig) -> int
     return text.head_dim
 
 
-def arranged(
-    checkpoint: Checkpoint, config: ModelConfig, moves: list[Move]
+def remap(
+    checkpoint: Checkpoint, config: ModelConfig, moves: list[ResolvedRule]
 ) -> Iterator[tuple[str, mx.array]]:
     """Yield our tensors one rule at a time, unevaluated where the file format allows."""
     for move in moves:
         sources = {name: checkpoint.read(name) for name in move.sources}
-        yield from moved(sources, move, config)
+        yield from apply_rule(sources, move, config)
 
 
-def moved(
-    sources: Mapping[str, mx.array], move: Move, config: ModelConfig
+def apply_rule(
+    sources: Mapping[str, mx.array], move: ResolvedRule, config: ModelConfig
 ) -> Iterator[tuple[str, mx.array]]:
     heights = {name: source.shape[0] for name, source in sources.items()}
-    for target, rows in zip(move.targets, place_rows(move, heights, config.text), strict=True):
-        parts = [taken(sources[part.name], part) for part in rows]
+    for target, rows in zip(move.targets, resolve_rows(move, heights, config.text), strict=True):
+        parts = [select_rows(sources[part.name], part) for part in rows]
         x = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
         yield target, channels_last(x) if target == PATCH_WEIGHT else x
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowRange:
     """Rows ``start`` to ``stop`` of the tensor ``name``."""
 
     name: str
@@ -72,44 +74,46 @@ class Rows:
         return self.stop - self.start
 
 
-def taken(source: mx.array, rows: Rows) -> mx.array:
+def select_rows(source: mx.array, rows: RowRange) -> mx.array:
     return source if rows.count == source.shape[0] else source[rows.start : rows.stop]
 
 
 def channels_last(weight: mx.array) -> mx.array:
     """Turn PyTorch's (C, 3, P, P) into MLX's (C, P, P, 3); one already turned passes."""
-    return weight if weight.shape[-1] == COLOURS else weight.transpose(0, 2, 3, 1)
+    return weight if weight.shape[-1] == CHANNELS else weight.transpose(0, 2, 3, 1)
 
 
 def channels_first(weight: mx.array) -> mx.array:
     """Turn MLX's (C, P, P, 3) patch weight into PyTorch's (C, 3, P, P); one already turned
     passes."""
-    return weight.transpose(0, 3, 1, 2) if weight.shape[-1] == COLOURS else weight
+    return weight.transpose(0, 3, 1, 2) if weight.shape[-1] == CHANNELS else weight
 
 
 def check_tensors(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
     """Raise KeyMapError, naming names, unless the tensors are exactly those expected."""
     if missing := expected.keys() - found.keys():
-        raise KeyMapError(f"missing: {listed(missing)}")
+        raise KeyMapError(f"missing: {summarize_names(missing)}")
     if unknown := found.keys() - expected.keys():
-        raise KeyMapError(f"not in this model: {listed(unknown)}")
+        raise KeyMapError(f"not in this model: {summarize_names(unknown)}")
     wrong = [
         f"{name} is {tuple(found[name].shape)}, wanted {tuple(expected[name].shape)}"
         for name in found
         if found[name].shape != expected[name].shape
     ]
     if wrong:
-        raise KeyMapError(f"wrong shape: {listed(wrong)}")
+        raise KeyMapError(f"wrong shape: {summarize_names(wrong)}")
 
 
-Heights = Mapping[str, int]  # tensors and how many rows they have
+RowCounts = Mapping[str, int]  # tensors and how many rows they have
 
 
-def place_rows(move: Move, heights: Heights, text: TextConfig) -> list[tuple[Rows, ...]]:
+def resolve_rows(
+    move: ResolvedRule, heights: RowCounts, text: TextConfig
+) -> list[tuple[RowRange, ...]]:
     """Say for each target of ``move`` which rows of which sources it is made of."""
-    whole = [Rows(name, 0, heights[name]) for name in move.sources]
+    whole = [RowRange(name, 0, heights[name]) for name in move.sources]
     if move.grouped:
-        return grouped_rows(whole, text)
+        return resolve_grouped_rows(whole, text)
     if len(move.targets) == 1:
         return [tuple(whole)]
     [source] = whole
@@ -117,10 +121,10 @@ def place_rows(move: Move, heights: Heights, text: TextConfig) -> list[tuple[Row
     if source.count % parts:
         raise KeyMapError(f"{source.name} has {source.count} rows, no multiple of {parts}")
     height = source.count // parts
-    return [(Rows(source.name, i * height, (i + 1) * height),) for i in range(parts)]
+    return [(RowRange(source.name, i * height, (i + 1) * height),) for i in range(parts)]
 
 
-def grouped_rows(whole: Sequence[Rows], text: TextConfig) -> list[tuple[Rows, ...]]:
+def resolve_grouped_rows(whole: Sequence[RowRange], text: TextConfig) -> list[tuple[RowRange, ...]]:
     """Part InternLM2's wqkv into q, k and v, or join them.
 
     Its rows come by key-value head: the queries that share it, then its key, then its value,
@@ -130,7 +134,7 @@ def grouped_rows(whole: Sequence[Rows], text: TextConfig) -> list[tuple[Rows, ..
     shared = text.num_attention_heads // kv_heads
     slots = (shared, 1, 1)  # heads of q, k and v in a group
     if len(whole) == len(slots):
-        parts = [cut(rows, kv_heads) for rows in whole]
+        parts = [split_rows(rows, kv_heads) for rows in whole]
         return [tuple(rows for group in zip(*parts, strict=True) for rows in group)]
     [source] = whole
     heads = kv_heads * sum(slots)
@@ -140,44 +144,46 @@ def grouped_rows(whole: Sequence[Rows], text: TextConfig) -> list[tuple[Rows, ..
             f"no multiple of {kv_heads} groups of {sum(slots)} heads"
         )
     dim = source.count // heads
-    targets: list[list[Rows]] = [[] for _ in slots]
+    targets: list[list[RowRange]] = [[] for _ in slots]
     at = 0
     for _ in range(kv_heads):
         for target, size in zip(targets, slots, strict=True):
-            target.append(Rows(source.name, at, at + size * dim))
+            target.append(RowRange(source.name, at, at + size * dim))
             at += size * dim
     return [tuple(target) for target in targets]
 
 
-def cut(rows: Rows, parts: int) -> list[Rows]:
+def split_rows(rows: RowRange, parts: int) -> list[RowRange]:
     if rows.count % parts:
         raise KeyMapError(f"{rows.name} has {rows.count} rows, no multiple of {parts} heads")
     height = rows.count // parts
     return [
-        Rows(rows.name, rows.start + i * height, rows.start + (i + 1) * height)
+        RowRange(rows.name, rows.start + i * height, rows.start + (i + 1) * height)
         for i in range(parts)
     ]
 
 
-def compose(outer: Iterable[Rows], inner: Mapping[str, tuple[Rows, ...]]) -> tuple[Rows, ...]:
+def compose_rows(
+    outer: Iterable[RowRange], inner: Mapping[str, tuple[RowRange, ...]]
+) -> tuple[RowRange, ...]:
     """Say in the first layout's rows what ``outer`` says in the second's."""
-    found: list[Rows] = []
+    found: list[RowRange] = []
     for rows in outer:
-        for part in within(inner[rows.name], rows.start, rows.stop):
+        for part in slice_rows(inner[rows.name], rows.start, rows.stop):
             last = found[-1] if found else None
             if last is not None and (last.name, last.stop) == (part.name, part.start):
-                found[-1] = Rows(last.name, last.start, part.stop)
+                found[-1] = RowRange(last.name, last.start, part.stop)
             else:
                 found.append(part)
     return tuple(found)
 
 
-def within(parts: Iterable[Rows], start: int, stop: int) -> list[Rows]:
+def slice_rows(parts: Iterable[RowRange], start: int, stop: int) -> list[RowRange]:
     """Take rows ``start`` to ``stop`` of a tensor made of ``parts``."""
     taken, at = [], 0
     for part in parts:
         low, high = max(start - at, 0), min(stop - at, part.count)
         if low < high:
-            taken.append(Rows(part.name, part.start + low, part.start + high))
+            taken.append(RowRange(part.name, part.start + low, part.start + high))
         at += part.count
     return taken

@@ -53,20 +53,20 @@ class StoredTensor:
     stride: tuple[int, ...]
 
 
-def describe(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+def read_tensor_infos(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
     """Yield name, shape, type and bytes of each tensor, checking that its storage is whole."""
-    with opened(file) as archive:
-        for name, tensor in directory(archive, file).items():
+    with open_archive(file) as archive:
+        for name, tensor in list_tensors(archive, file).items():
             element, _, dtype = STORAGES[tensor.storage]
             item = np.dtype(element).itemsize
             nbytes = prod(tensor.shape) * item
             size = archive.getinfo(storage_path(archive, tensor.key)).file_size
-            if size < reach(tensor) * item:
+            if size < storage_extent(tensor) * item:
                 raise CheckpointError(f"{file}: the data of {name} is cut short; download it again")
             yield name, tensor.shape, dtype, nbytes
 
 
-def reach(tensor: StoredTensor) -> int:
+def storage_extent(tensor: StoredTensor) -> int:
     """Count the elements of the storage up to the tensor's last one."""
     if not prod(tensor.shape):
         return tensor.start
@@ -74,20 +74,23 @@ def reach(tensor: StoredTensor) -> int:
     return tensor.start + 1 + sum((side - 1) * step for side, step in steps)
 
 
-def load_pickle(file: Path) -> dict[str, mx.array]:
+def load_pickled_tensors(file: Path) -> dict[str, mx.array]:
     """Read every tensor of the file."""
-    with opened(file) as archive:
-        return {name: read(archive, tensor) for name, tensor in directory(archive, file).items()}
+    with open_archive(file) as archive:
+        return {
+            name: read_tensor(archive, tensor)
+            for name, tensor in list_tensors(archive, file).items()
+        }
 
 
-def load_tensor(file: Path, name: str) -> mx.array:
+def load_pickled_tensor(file: Path, name: str) -> mx.array:
     """Read one tensor of the file."""
-    with opened(file) as archive:
-        return read(archive, directory(archive, file)[name])
+    with open_archive(file) as archive:
+        return read_tensor(archive, list_tensors(archive, file)[name])
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[zipfile.ZipFile]:
+def open_archive(file: Path) -> Iterator[zipfile.ZipFile]:
     """Open the file as the zip it should be; whatever is wrong inside is said in one line."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -96,7 +99,7 @@ def opened(file: Path) -> Iterator[zipfile.ZipFile]:
         raise CheckpointError(f"{file} is refused: {error}; use a repo with safetensors") from error
 
 
-def directory(archive: zipfile.ZipFile, file: Path) -> dict[str, StoredTensor]:
+def list_tensors(archive: zipfile.ZipFile, file: Path) -> dict[str, StoredTensor]:
     [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
     with archive.open(name) as stream:
         content = TensorUnpickler(stream).load()
@@ -114,7 +117,7 @@ class TensorUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return rebuild
+            return rebuild_tensor
         if module == "torch" and name in STORAGES:
             return name
         raise pickle.UnpicklingError(
@@ -126,7 +129,9 @@ class TensorUnpickler(pickle.Unpickler):
         return storage, key
 
 
-def rebuild(storage: tuple[str, str], start: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+def rebuild_tensor(
+    storage: tuple[str, str], start: int, shape: Any, stride: Any, *_: Any
+) -> StoredTensor:
     kind, key = storage
     numbers = (start, *shape, *stride)
     if kind not in STORAGES or not all(type(n) is int and n >= 0 for n in numbers):
@@ -143,7 +148,7 @@ def storage_path(archive: zipfile.ZipFile, key: str) -> str:
     return paths[0]
 
 
-def read(archive: zipfile.ZipFile, tensor: StoredTensor) -> mx.array:
+def read_tensor(archive: zipfile.ZipFile, tensor: StoredTensor) -> mx.array:
     """Read one tensor. bfloat16 has no NumPy type: its bits travel as 16-bit integers."""
     element, target, _ = STORAGES[tensor.storage]
     flat: np.ndarray = np.frombuffer(archive.read(storage_path(archive, tensor.key)), dtype=element)

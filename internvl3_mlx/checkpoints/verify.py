@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from internvl3_mlx.checkpoints.reader import TensorInfo, open_checkpoint
-from internvl3_mlx.checkpoints.writer import Entry
+from internvl3_mlx.checkpoints.writer import TensorSpec
 from internvl3_mlx.errors import CheckpointError
 
 CHUNK_BYTES = 16_000_000
 
 
-def prove(folder: Path, entries: Sequence[Entry], checksums: Mapping[str, int]) -> None:
+def verify_checkpoint(
+    folder: Path, entries: Sequence[TensorSpec], checksums: Mapping[str, int]
+) -> None:
     """Open a written folder and read it: every tensor present, of its shape, its bytes as they were
     handed over. (That these were finite numbers was checked on the way.)"""
     found = open_checkpoint(folder).tensors
@@ -25,13 +27,13 @@ def prove(folder: Path, entries: Sequence[Entry], checksums: Mapping[str, int]) 
             raise CheckpointError(
                 f"{name} came out as {info.dtype} {info.shape}; disk or memory fails"
             )
-        if checksum(info) != checksums[name]:
+        if file_checksum(info) != checksums[name]:
             raise CheckpointError(
                 f"{name} reads back differently than it was written; the disk or memory fails"
             )
 
 
-def checksum(info: TensorInfo) -> int:
+def file_checksum(info: TensorInfo) -> int:
     """Compute the CRC-32 of a tensor's bytes on disk."""
     left, value = info.nbytes, 0
     with info.file.open("rb") as stream:

@@ -24,7 +24,7 @@ ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.part")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """One tensor to be written."""
 
     name: str
@@ -100,7 +100,7 @@ def put_in_place(aside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_room(target: Path, needed: int) -> None:
+def check_disk_space(target: Path, needed: int) -> None:
     """Refuse before anything is written what the disk cannot hold."""
     place = next(path for path in (target, *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
@@ -120,45 +120,47 @@ class ShardWriter:
     def __init__(
         self,
         folder: Path,
-        entries: Sequence[Entry],
+        entries: Sequence[TensorSpec],
         metadata: Mapping[str, str],
         *,
         shard_bytes: int = SHARD_BYTES,
     ):
         self.folder = folder
-        self.shards = deal(entries, shard_bytes)
+        self.shards = assign_shards(entries, shard_bytes)
         self.total = sum(entry.nbytes for entry in entries)
-        self.places: dict[str, tuple[int, int]] = {}  # name -> file descriptor, next byte
-        self.left = {entry.name: entry.nbytes for entry in entries}
+        self.positions: dict[str, tuple[int, int]] = {}  # name -> file descriptor, next byte
+        self.remaining = {entry.name: entry.nbytes for entry in entries}
         self.checksums = {entry.name: 0 for entry in entries}
-        self.files: list[int] = []
+        self.descriptors: list[int] = []
         for number, shard in enumerate(self.shards):
-            self.begin(folder / shard_name(number, len(self.shards)), shard, metadata)
+            self.start_shard(folder / shard_name(number, len(self.shards)), shard, metadata)
 
-    def begin(self, path: Path, shard: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+    def start_shard(
+        self, path: Path, shard: Sequence[TensorSpec], metadata: Mapping[str, str]
+    ) -> None:
         """Write a shard's header and set its size."""
         header = header_bytes(shard, metadata)
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self.files.append(file)
+        self.descriptors.append(file)
         write_all(file, header, 0)
         at = len(header)
         for entry in shard:
-            self.places[entry.name] = file, at
+            self.positions[entry.name] = file, at
             at += entry.nbytes
 
     def write(self, name: str, data: memoryview) -> None:
         """Write the next bytes of the tensor ``name``."""
-        file, at = self.places[name]
-        if data.nbytes > self.left[name]:
+        file, at = self.positions[name]
+        if data.nbytes > self.remaining[name]:
             raise CheckpointError(f"{name} has more bytes than its shape has room for")
         write_all(file, data, at)
-        self.places[name] = file, at + data.nbytes
-        self.left[name] -= data.nbytes
+        self.positions[name] = file, at + data.nbytes
+        self.remaining[name] -= data.nbytes
         self.checksums[name] = zlib.crc32(data, self.checksums[name])
 
     def finish(self) -> None:
         """Close the shards and write their index. Raises if a tensor is not whole."""
-        if short := [name for name, left in self.left.items() if left]:
+        if short := [name for name, left in self.remaining.items() if left]:
             raise CheckpointError(f"{short[0]} was not written whole")
         self.close()
         count = len(self.shards)
@@ -172,13 +174,13 @@ class ShardWriter:
         (self.folder / INDEX).write_text(text, encoding="utf-8")
 
     def close(self) -> None:
-        while self.files:
-            os.close(self.files.pop())
+        while self.descriptors:
+            os.close(self.descriptors.pop())
 
 
-def deal(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
+def assign_shards(entries: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
     """Deal the tensors out in order; one larger than a shard has a shard of its own."""
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     held = 0
     for entry in entries:
         if shards[-1] and held + entry.nbytes > shard_bytes:
@@ -193,7 +195,7 @@ def shard_name(number: int, count: int) -> str:
     return WEIGHTS if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def header_bytes(shard: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(shard: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Write a safetensors header: its length, then JSON, padded with blanks."""
     table: dict[str, object] = {METADATA: dict(metadata)}
     at = 0

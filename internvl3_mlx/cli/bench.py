@@ -10,17 +10,17 @@ from internvl3_mlx.cli.options import SectionedCommand
 from internvl3_mlx.errors import UserError
 
 if TYPE_CHECKING:
-    from internvl3_mlx.profiling.limits import Limits
-    from internvl3_mlx.profiling.results import Figure
-    from internvl3_mlx.profiling.suite import Bench
+    from internvl3_mlx.profiling.limits import MachineLimits
+    from internvl3_mlx.profiling.results import Measurement
+    from internvl3_mlx.profiling.suite import BenchmarkSuite
 
 GROUPS = ("tower", "prefill", "decode", "kernels")  # in the order of the report
-NOT_KEPT = "where kernels pay; only a run without --quick and --contexts keeps it"
+NOT_SAVED_NOTE = "where kernels pay; only a run without --quick and --contexts keeps it"
 KILO = 1024
-MOST_TOKENS = 2**20
+MAX_CONTEXT = 2**20
 
 
-def read_contexts(
+def parse_contexts(
     _ctx: click.Context, _param: click.Parameter, text: str | None
 ) -> tuple[int, ...]:
     """Read ``1k,4096,128k``: tokens, k for 1024 of them."""
@@ -30,7 +30,7 @@ def read_contexts(
         for word in words
         if word.removesuffix("k").isdecimal()
     ]
-    if len(found) < len(words) or not all(0 < count <= MOST_TOKENS for count in found):
+    if len(found) < len(words) or not all(0 < count <= MAX_CONTEXT for count in found):
         raise UserError(f"--contexts {text}: give tokens with commas between, such as 1k,4k,16k")
     return tuple(found)
 
@@ -38,10 +38,10 @@ def read_contexts(
 @click.command(
     cls=SectionedCommand, short_help="Measure this machine, our kernels, and a model's stages."
 )
-@options.LOADING["model"]
-@options.LOADING["quantize"]
+@options.LOAD_FLAGS["model"]
+@options.LOAD_FLAGS["quantize"]
 @options.flag(
-    "Speed", "--contexts", "contexts", metavar="N,N,…", callback=read_contexts,
+    "Speed", "--contexts", "contexts", metavar="N,N,…", callback=parse_contexts,
     show_default="1k to 128k on a GPU", help="Tokens already read; k is 1024.",
 )  # fmt: skip
 @options.flag("Speed", "--quick", "quick", is_flag=True, help="Small arrays, few shapes.")
@@ -50,9 +50,9 @@ def read_contexts(
     help="Draw what was reached under the machine's limits.",
 )  # fmt: skip
 @options.flag("Output", "--json", "as_json", is_flag=True, help="One JSON object.")
-@options.OUTPUT["quiet"]
-@options.debug
-def bench(contexts: tuple[int, ...], quick: bool, svg: Path | None, **flags: Any) -> None:
+@options.OUTPUT_FLAGS["quiet"]
+@options.debug_flag
+def bench_command(contexts: tuple[int, ...], quick: bool, svg: Path | None, **flags: Any) -> None:
     """Measure decoding, reading, the vision tower and our kernels, beside the machine's own limits.
 
     Bytes a second and operations a second are measured here too, so each line says how near it
@@ -61,92 +61,100 @@ def bench(contexts: tuple[int, ...], quick: bool, svg: Path | None, **flags: Any
     on. Interrupt at any time: what was measured is shown.
     """
     from internvl3_mlx import load
-    from internvl3_mlx.profiling.suite import Bench
+    from internvl3_mlx.profiling.suite import BenchmarkSuite
 
     if svg is not None and not svg.parent.is_dir():
         raise UserError(f"cannot write {svg}: no folder {svg.parent}; make it first")
-    system_info.hear_kernels(quiet=flags["quiet"])
-    with console.waiting("loading the model", quiet=flags["quiet"]) as notify:
+    system_info.report_kernel_fallbacks(quiet=flags["quiet"])
+    with console.spinner("loading the model", quiet=flags["quiet"]) as notify:
         vlm = load(flags["model"] or "demo", quantize=flags["quantize"], notify=notify)
-    run = Bench(vlm.model, contexts, quick)
+    run = BenchmarkSuite(vlm.model, contexts, quick)
     try:
-        measure(run, quiet=flags["quiet"])
+        run_bench(run, quiet=flags["quiet"])
     finally:  # an interrupt shows what was measured until then
         if run.limits is not None:
-            told(run, run.limits, vlm.name, svg, as_json=flags["as_json"])
+            show_bench(run, run.limits, vlm.name, svg, as_json=flags["as_json"])
 
 
-def measure(run: "Bench", *, quiet: bool) -> None:
+def run_bench(run: "BenchmarkSuite", *, quiet: bool) -> None:
     """Measure everything, saying how far it is."""
-    with progress.bar(quiet=quiet) as advance:
+    with progress.progress_bar(quiet=quiet) as advance:
         for done, name in enumerate(run.run()):
             advance(name, done, len(run))
-    if run.kept is False and not quiet:
+    if run.thresholds_saved is False and not quiet:
         console.note("where kernels pay could not be kept: the cache folder takes no files")
 
 
-def told(run: "Bench", limits: "Limits", model: str, svg: Path | None, *, as_json: bool) -> None:
+def show_bench(
+    run: "BenchmarkSuite", limits: "MachineLimits", model: str, svg: Path | None, *, as_json: bool
+) -> None:
     """Show the figures, and draw them last: a full disk must not cost the measurement."""
-    device = system_info.device()
+    device = system_info.device_info()
     if as_json:
-        console.as_json(as_data(run, limits, device, model), indent=2)
+        console.print_json(bench_json(run, limits, device, model), indent=2)
     else:
-        console.facts(as_table(run, limits, device, model))
+        console.print_table(bench_table(run, limits, device, model))
     if svg is not None:
-        from internvl3_mlx.profiling.roofline import roofline
+        from internvl3_mlx.profiling.roofline import draw_roofline
 
-        write(svg, roofline(run.figures, limits, f"{device['computes_on']}, {model}"))
+        write_svg(svg, draw_roofline(run.measurements, limits, f"{device['computes_on']}, {model}"))
 
 
-def as_data(run: "Bench", limits: "Limits", device: dict[str, Any], model: str) -> dict[str, Any]:
+def bench_json(
+    run: "BenchmarkSuite", limits: "MachineLimits", device: dict[str, Any], model: str
+) -> dict[str, Any]:
     return {
-        "machine": {**system_info.versions(), **device},
+        "machine": {**system_info.library_versions(), **device},
         "model": model,
         "limits": limits.to_dict(),
-        "figures": [figure.to_dict(limits) for figure in run.figures],
-        "kernels_pay": {entry.case: entry.tokens for entry in run.entries},
+        "figures": [figure.to_dict(limits) for figure in run.measurements],
+        "kernels_pay": {entry.key: entry.min_tokens for entry in run.thresholds},
     }
 
 
-def as_table(run: "Bench", limits: "Limits", device: dict[str, Any], model: str) -> dict[str, Any]:
+def bench_table(
+    run: "BenchmarkSuite", limits: "MachineLimits", device: dict[str, Any], model: str
+) -> dict[str, Any]:
     """Put all figures in columns, a table for each group, and say why some are missing."""
     groups = {
-        group: [row(figure, limits) for figure in run.figures if figure.group == group]
+        group: [bench_row(figure, limits) for figure in run.measurements if figure.group == group]
         for group in GROUPS
     }
-    pays = {e.case: f"from {e.tokens:,} tokens" for e in run.entries if e.tokens is not None}
-    missing = sorted({figure.why for figure in run.figures if figure.why})
+    pays = {
+        e.key: f"from {e.min_tokens:,} tokens" for e in run.thresholds if e.min_tokens is not None
+    }
+    missing = sorted({figure.why for figure in run.measurements if figure.why})
     return {
-        "machine": system_info.with_units(
-            {"system": system_info.system(), **device, "model": model}
+        "machine": system_info.format_sizes(
+            {"system": system_info.system_name(), **device, "model": model}
         ),
-        "limits": limits.told(),
+        "limits": limits.describe(),
         **{group: rows for group, rows in groups.items() if rows},
         "kernels pay": pays or "nowhere yet",
-        **({} if run.is_whole or not pays else {"not kept": NOT_KEPT}),
+        **({} if run.is_full_run or not pays else {"not kept": NOT_SAVED_NOTE}),
         **({"not measured": "; ".join(missing)} if missing else {}),
     }
 
 
-def row(figure: "Figure", limits: "Limits") -> dict[str, Any]:
-    share = figure.share(limits)
+def bench_row(figure: "Measurement", limits: "MachineLimits") -> dict[str, Any]:
+    share = figure.share_of_limit(limits)
     ratio = figure.peer / figure.seconds if figure.peer and figure.seconds else None
-    built_in = {"built_in_ms": ms(figure.peer), "times_faster": ratio} if figure.peer else {}
+    built_in = {"built_in_ms": format_ms(figure.peer), "times_faster": ratio} if figure.peer else {}
     return {
         "what": figure.name,
         **({"context": figure.context} if figure.context else {}),
-        "ms": ms(figure.seconds),
+        "ms": format_ms(figure.seconds),
         **built_in,
-        "limit_ms": ms(limits.seconds(figure.nbytes, figure.flops)),
+        "limit_ms": format_ms(limits.min_seconds(figure.nbytes, figure.flops)),
         "of_the_limit": None if share is None else f"{share:.0%}",
     }
 
 
-def ms(seconds: float | None) -> str | None:
+def format_ms(seconds: float | None) -> str | None:
     return None if seconds is None else f"{seconds * 1e3:,.3g}"
 
 
-def write(path: Path, text: str) -> None:
+def write_svg(path: Path, text: str) -> None:
     """Write a file aside and rename it when whole."""
     part = path.with_name(f".{path.name}.part")
     try:

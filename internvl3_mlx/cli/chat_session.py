@@ -9,136 +9,138 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.cli import console
-from internvl3_mlx.cli.input_line import Dropped, open_dropped, read_line
+from internvl3_mlx.cli.input_line import MediaSource, open_media, parse_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
-from internvl3_mlx.cli.slash_commands import Command, named
-from internvl3_mlx.cli.thumbnails import Draw
+from internvl3_mlx.cli.slash_commands import SlashCommand, find_command
+from internvl3_mlx.cli.thumbnails import ThumbnailEncoder
 from internvl3_mlx.errors import InternVL3Error, UserError
 
 if TYPE_CHECKING:
-    from internvl3_mlx import Answer, Conversation, Piece
-    from internvl3_mlx.generation.processor import Film, Seen
+    from internvl3_mlx import Answer, AnswerChunk, Conversation
+    from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo
 
 STOPPED = "stopped; what was said is kept"
-TAKEN_BACK = "stopped before the first word; the question was taken back"
-AS_IT_WAS = "stopped before the first word; the last answer is kept"
+QUESTION_WITHDRAWN = "stopped before the first word; the question was taken back"
+ANSWER_UNCHANGED = "stopped before the first word; the last answer is kept"
 
 
 @dataclass(frozen=True, eq=False)
-class Attached:
+class Attachment:
     """A picture or a video on the screen's side of the talk."""
 
     name: str
-    content: "Seen | Film"
+    content: "ProcessedImage | ProcessedVideo"
 
     @property
-    def is_film(self) -> bool:
+    def is_video(self) -> bool:
         return hasattr(self.content, "frames")
 
 
 @dataclass(eq=False)
-class Session:
+class ChatSession:
     """One chat. ``pending``: attached, and sent with the next question."""
 
-    talk: "Conversation"
-    draw: Draw | None = None
+    conversation: "Conversation"
+    encode_thumbnail: ThumbnailEncoder | None = None
     quiet: bool = False
-    pending: list[Attached] = field(default_factory=list)
-    over: bool = False
+    pending: list[Attachment] = field(default_factory=list)
+    is_finished: bool = False
 
-    def take(self, text: str) -> None:
+    def handle_line(self, text: str) -> None:
         """Do what one line says; mistakes are told and the chat goes on."""
         try:
-            command = named(text)
+            command = find_command(text)
             if command is not None:
-                self.run(*command)
+                self.run_command(*command)
             elif text.strip():
-                self.say(text)
+                self.handle_question(text)
         except InternVL3Error as fault:
             console.error(str(fault))
 
-    def run(self, command: Command, argument: str) -> None:
-        if command.wants and not argument:
-            raise UserError(f"{command.name} wants {command.wants}")
-        command.act(self, argument)
+    def run_command(self, command: SlashCommand, argument: str) -> None:
+        if command.required and not argument:
+            raise UserError(f"{command.name} wants {command.required}")
+        command.action(self, argument)
 
-    def say(self, text: str) -> None:
+    def handle_question(self, text: str) -> None:
         """Attach the pictures of a line and ask its question."""
-        line = read_line(text)
-        if line.missing:  # a question about a picture that is not there is never asked
-            for fault in line.missing:
+        line = parse_line(text)
+        if line.problems:  # a question about a picture that is not there is never asked
+            for fault in line.problems:
                 console.error(fault)
             return
-        for dropped in line.dropped:
+        for dropped in line.media:
             self.attach(dropped)
         if line.question.strip():
             self.ask(line.question)
 
-    def attach(self, dropped: Dropped) -> None:
+    def attach(self, dropped: MediaSource) -> None:
         """Open what was dropped, tell what became of it, and keep it for the next question."""
         if dropped.kind == "video":
-            film = self.talk.watch(dropped.source)
-            self.pending.append(Attached(Path(film.name).name, film))
+            film = self.conversation.process_video(dropped.source)
+            self.pending.append(Attachment(Path(film.name).name, film))
             tokens = sum(frame.info.tokens for frame in film.frames)
             console.hint(f"{Path(film.name).name} · {len(film.frames)} frames · {tokens:,} tokens")
             return
-        for picture in open_dropped(dropped, upright=self.talk.settings.upright):
-            seen = self.talk.look(picture)
+        for picture in open_media(dropped, upright=self.conversation.generation_config.upright):
+            seen = self.conversation.process_image(picture)
             name = os.path.basename(seen.info.source) or seen.info.source
-            self.pending.append(Attached(name, seen))
-            console.hint(about(name, seen))
-            if self.draw is not None:
+            self.pending.append(Attachment(name, seen))
+            console.hint(describe_image(name, seen))
+            if self.encode_thumbnail is not None:
                 from internvl3_mlx.images.load import preview_png
 
-                console.raw(self.draw(preview_png(picture)))
+                console.write_escape_sequence(self.encode_thumbnail(preview_png(picture)))
 
     def ask(self, question: str) -> None:
         sent, self.pending = self.pending, []
-        pictures = [item.content for item in sent if not item.is_film]
-        films = tuple(item.content for item in sent if item.is_film)
+        pictures = [item.content for item in sent if not item.is_video]
+        films = tuple(item.content for item in sent if item.is_video)
         try:
-            stream = self.talk.stream(question, pictures, video=films)
-            if not self.show(stream):
+            stream = self.conversation.stream(question, pictures, video=films)
+            if not self.stream_answer(stream):
                 self.pending = sent
         except InternVL3Error:
             self.pending = sent
             raise
 
-    def again(self) -> None:
-        self.show(self.talk.stream_retry(), nothing_said=AS_IT_WAS)
+    def retry(self) -> None:
+        self.stream_answer(self.conversation.stream_retry(), nothing_said=ANSWER_UNCHANGED)
 
-    def show(self, stream: "Iterator[Piece]", nothing_said: str = TAKEN_BACK) -> bool:
+    def stream_answer(
+        self, stream: "Iterator[AnswerChunk]", nothing_said: str = QUESTION_WITHDRAWN
+    ) -> bool:
         """Write an answer as it comes. Ctrl-C ends it; return False when nothing was said."""
-        before, answer = self.talk.exchanges, None
-        writer = answer_writer()
+        before, answer = self.conversation.exchanges, None
+        writer = make_answer_writer()
         try:
             with closing(stream):  # type: ignore[type-var]
-                for piece in self.patient(stream):
+                for piece in self.show_spinner_until_first(stream):
                     writer.add(piece.text)
                     answer = piece.answer
         except KeyboardInterrupt:
             writer.finish()
-            said = self.talk.exchanges is not before
+            said = self.conversation.exchanges is not before
             console.end_line()
             console.hint(STOPPED if said else nothing_said)
             return said
         writer.finish()
         if answer is not None:
-            self.conclude(answer)
+            self.show_stats(answer)
         return True
 
-    def patient(self, stream: "Iterator[Piece]") -> "Iterator[Piece]":
+    def show_spinner_until_first(self, stream: "Iterator[AnswerChunk]") -> "Iterator[AnswerChunk]":
         """Show that something happens until the first piece comes."""
-        with console.waiting("reading", quiet=self.quiet):
+        with console.spinner("reading", quiet=self.quiet):
             first = next(stream, None)
         if first is not None:
             yield first
             yield from stream
 
-    def conclude(self, answer: "Answer") -> None:
-        if not self.quiet and console.is_lively(sys.stderr):
-            console.figures(answer)
-        warning = self.talk.budget.warning
+    def show_stats(self, answer: "Answer") -> None:
+        if not self.quiet and console.is_interactive(sys.stderr):
+            console.print_stats(answer)
+        warning = self.conversation.budget.warning
         if warning and not self.quiet:
             console.note(f"{warning} (/set, /drop and /forget do it)")
 
@@ -147,22 +149,22 @@ class PlainWriter:
     """Writes an answer as it comes, and a line end after it."""
 
     def __init__(self) -> None:
-        self.last = ""
+        self.last_text = ""
 
     def add(self, text: str) -> None:
-        console.answer_text(text)
-        self.last = text or self.last
+        console.write_answer(text)
+        self.last_text = text or self.last_text
 
     def finish(self) -> None:
-        if not self.last.endswith("\n"):
-            console.line()
+        if not self.last_text.endswith("\n"):
+            console.write_line()
 
 
-def answer_writer() -> PlainWriter | MarkdownWriter:
-    return MarkdownWriter(sys.stdout) if console.is_lively(sys.stdout) else PlainWriter()
+def make_answer_writer() -> PlainWriter | MarkdownWriter:
+    return MarkdownWriter(sys.stdout) if console.is_interactive(sys.stdout) else PlainWriter()
 
 
-def about(name: str, seen: "Seen") -> str:
+def describe_image(name: str, seen: "ProcessedImage") -> str:
     """Describe an attached picture: ``cat.png 1024×768 · 7 tiles · 1,792 tokens``."""
     info = seen.info
     tiles = f"{info.tiles} tile{'s' * (info.tiles != 1)}"

@@ -13,7 +13,7 @@ SHELLS = ("zsh", "bash", "fish")
 
 @click.command(cls=SectionedCommand, short_help="Print the completion script of a shell.")
 @click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> None:
+def completion_command(shell: str) -> None:
     """Print a script that completes commands, flags and models in zsh, bash or fish.
 
     For zsh put this line into ~/.zshrc (bash and fish alike, into their own files):
@@ -25,4 +25,4 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     if kind is None:
         raise click.UsageError(f"this click cannot complete in {shell}")
-    console.line(kind(main, {}, PROGRAM, VARIABLE).source())
+    console.write_line(kind(main, {}, PROGRAM, VARIABLE).source())

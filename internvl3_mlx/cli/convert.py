@@ -5,16 +5,16 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import options
-from internvl3_mlx.cli.convert_run import Request, check, run
+from internvl3_mlx.cli.convert_run import ConvertRequest, check_convert_request, run_convert
 from internvl3_mlx.cli.options import Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 LAYOUTS = ("mlx", "original", "hf")
-FLOATS = ("float32", "float16", "bfloat16")
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
 
 # what every command that writes a checkpoint takes
-WRITING = (
+CHECKPOINT_FLAGS = (
     flag(
         "Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub."
     ),
@@ -31,7 +31,7 @@ WRITING = (
         "Model",
         "--dtype",
         "dtype",
-        type=click.Choice(FLOATS),
+        type=click.Choice(DTYPE_NAMES),
         show_default="as stored",
         help="Type of what is not packed.",
     ),
@@ -44,9 +44,9 @@ WRITING = (
 )
 
 
-def writing(command: Function) -> Function:
+def checkpoint_flags(command: Function) -> Function:
     """Give ``command`` the flags that conversions and fusions share, each written once."""
-    for declare in reversed(WRITING):
+    for declare in reversed(CHECKPOINT_FLAGS):
         command = declare(command)
     return command
 
@@ -57,7 +57,7 @@ def writing(command: Function) -> Function:
     "Model", "--hf-path", "--model", "named", metavar="PATH|REPO|SIZE", help="The same as a flag."
 )
 @flag("Model", "--mlx-path", "-o", "target", metavar="FOLDER", help="Where the result goes.")
-@writing
+@checkpoint_flags
 @flag("Model", "-d", "--dequantize", "dequantize", is_flag=True, help="Unpack a packed checkpoint.")
 @flag("Quantization", "-q", "--quantize", "quantize", is_flag=True, help="Pack the weights.")
 @flag(
@@ -152,8 +152,8 @@ def writing(command: Function) -> Function:
     help="Run source and result on one question before the result is kept.",
 )
 @flag("Upload", "--dry-run", "dry_run", is_flag=True, help="Say what would be done; write nothing.")
-@options.debug
-def convert(source: str | None, named: str | None, **flags: Any) -> None:
+@options.debug_flag
+def convert_command(source: str | None, named: str | None, **flags: Any) -> None:
     """Convert a checkpoint of any layout, quantize it, measure it, upload it.
 
     Weights stream: memory stays small whatever the model's size, unless --calibrate or --measure
@@ -162,6 +162,6 @@ def convert(source: str | None, named: str | None, **flags: Any) -> None:
     model = named if source is None else source
     if model is None or (named is not None and source is not None and named != source):
         raise UserError("name one model to convert: a folder, a repository or a size such as 2b")
-    request = Request(source=model, **flags)
-    check(request)
-    run(request)
+    request = ConvertRequest(source=model, **flags)
+    check_convert_request(request)
+    run_convert(request)

@@ -8,21 +8,21 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import options, progress
-from internvl3_mlx.cli.convert import writing
+from internvl3_mlx.cli.convert import checkpoint_flags
 from internvl3_mlx.cli.convert_run import (
-    Asked,
-    check_upload,
-    command_line,
-    local_source,
-    show,
-    uploaded,
+    CheckpointRequest,
+    check_upload_repo,
+    command_for_card,
+    resolve_source,
+    show_convert_report,
+    upload_result,
 )
 from internvl3_mlx.cli.options import SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(Asked):
+class FuseRequest(CheckpointRequest):
     """The command line, as one value."""
 
     adapter: str
@@ -41,7 +41,7 @@ class Request(Asked):
     metavar="FOLDER",
     help="Where the result goes.",
 )
-@writing
+@checkpoint_flags
 @flag(
     "Model",
     "--adapter-only",
@@ -57,8 +57,8 @@ class Request(Asked):
     default=True,
     help="Ask result and adapter one question before the result is kept.",
 )
-@options.debug
-def fuse(source: str | None, adapter: str | None, **flags: Any) -> None:
+@options.debug_flag
+def fuse_command(source: str | None, adapter: str | None, **flags: Any) -> None:
     """Merge a LoRA or DoRA adapter into the model it was trained on.
 
     What comes out is a plain model. Packed weights that the adapter changes are packed again as
@@ -70,16 +70,16 @@ def fuse(source: str | None, adapter: str | None, **flags: Any) -> None:
         raise UserError("name the adapter to fuse: --adapter-path FOLDER")
     if flags["target"] is None:
         raise UserError("name the folder for the result: --save-path FOLDER")
-    request = Request(source=source, adapter=adapter, **flags)
-    check(request)
+    request = FuseRequest(source=source, adapter=adapter, **flags)
+    check_fuse_request(request)
     if request.adapter_only:
-        rename(request)
+        export_adapter(request)
     else:
-        run(request)
+        run_fuse(request)
 
 
-def check(request: Request) -> None:
-    check_upload(request)
+def check_fuse_request(request: FuseRequest) -> None:
+    check_upload_repo(request)
     unused = request.dequantize or request.dtype is not None or request.upload_repo is not None
     if request.adapter_only and unused:
         raise UserError(
@@ -87,41 +87,41 @@ def check(request: Request) -> None:
         )
 
 
-def rename(request: Request) -> None:
+def export_adapter(request: FuseRequest) -> None:
     """Write the adapter under the names of another layout's model."""
-    from internvl3_mlx.adapters.peft_writer import rename_adapter
+    from internvl3_mlx.adapters.peft_writer import convert_adapter_layout
 
     folder, target = Path(request.adapter).expanduser(), Path(request.target or "").expanduser()
-    modules = rename_adapter(
-        folder, target, local_source(request), request.to, overwrite=request.overwrite
+    modules = convert_adapter_layout(
+        folder, target, resolve_source(request), request.to, overwrite=request.overwrite
     )
     report = {"adapter": str(folder), "target": str(target), "layout": request.to}
-    show(request, {**report, "modules": len(modules)})
+    show_convert_report(request, {**report, "modules": len(modules)})
 
 
-def run(request: Request) -> None:
-    from internvl3_mlx.convert.api import Session
-    from internvl3_mlx.convert.pipeline import Options
+def run_fuse(request: FuseRequest) -> None:
+    from internvl3_mlx.convert.api import Conversion
+    from internvl3_mlx.convert.pipeline import ConvertOptions
 
     started = time.perf_counter()
     assert request.target is not None
     folder = Path(request.adapter).expanduser()
     target = Path(request.target).expanduser()
-    session = Session(local_source(request), target, command_line(), folder)
-    session.check(overwrite=request.overwrite)
-    chosen = Options(
+    session = Conversion(resolve_source(request), target, command_for_card(), folder)
+    session.check_target(overwrite=request.overwrite)
+    chosen = ConvertOptions(
         layout=request.to,
         dtype=request.dtype,
         dequantize=request.dequantize,
         overwrite=request.overwrite,
-        compare=request.proof,
+        check_output=request.verify,
         adapter=folder,
     )
-    with progress.bar(quiet=request.quiet, counts_bytes=True) as advance:
+    with progress.progress_bar(quiet=request.quiet, counts_bytes=True) as advance:
         outcome = session.convert(None, chosen, advance)
     session.write_card(outcome, None)
     report = {"adapter": str(folder), **session.report(outcome, None, None)}
     report["seconds"] = round(time.perf_counter() - started, 2)
     if request.upload_repo is not None:
-        report["uploaded"] = uploaded(request, session)
-    show(request, report)
+        report["uploaded"] = upload_result(request, session)
+    show_convert_report(request, report)

@@ -6,11 +6,16 @@ import click
 
 from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.options import SectionedCommand
-from internvl3_mlx.cli.system_info import device, installed, versions, with_units
+from internvl3_mlx.cli.system_info import (
+    device_info,
+    format_sizes,
+    installed_version,
+    library_versions,
+)
 
 EXTRAS = {"video": "av", "heic": "pillow-heif", "pdf": "pypdfium2", "structured": "llguidance"}
 FAMILY = "internvl3"  # what a cached repository's name holds
-CONFIG_LINES = ("template", "max_dynamic_patch", "use_thumbnail")
+SHOWN_CONFIG_KEYS = ("template", "max_dynamic_patch", "use_thumbnail")
 
 
 @click.command(
@@ -18,40 +23,40 @@ CONFIG_LINES = ("template", "max_dynamic_patch", "use_thumbnail")
 )
 @click.argument("model", required=False, metavar="[PATH|REPO|SIZE]")
 @options.flag("Output", "--json", "as_json", is_flag=True, help="One JSON object.")
-@options.debug
-def info(model: str | None, as_json: bool) -> None:
+@options.debug_flag
+def info_command(model: str | None, as_json: bool) -> None:
     """Show versions, device and cached models, or what a model's files say.
 
     The weights of a model are not loaded, and nothing is downloaded but a repository's small files.
     """
-    table = about_model(model) if model else about_machine()
+    table = describe_model_files(model) if model else describe_installation()
     if as_json:
-        console.as_json(table, indent=2)
+        console.print_json(table, indent=2)
     else:
-        console.facts(readable(table))
+        console.print_table(readable_info(table))
 
 
-def about_model(model: str) -> dict[str, Any]:
+def describe_model_files(model: str) -> dict[str, Any]:
     """Read a model's facts: layout, parts with parameters and bits, files, stop tokens."""
-    from internvl3_mlx.loading.inspect import inspect
+    from internvl3_mlx.loading.inspect import inspect_model
 
-    return inspect(model).to_dict()
+    return inspect_model(model).to_dict()
 
 
-def readable(table: dict[str, Any]) -> dict[str, Any]:
+def readable_info(table: dict[str, Any]) -> dict[str, Any]:
     """Choose and word what people read: sizes with units, few lines of the config."""
     config = table.get("config", {})
-    chosen = {name: config[name] for name in CONFIG_LINES if name in config}
+    chosen = {name: config[name] for name in SHOWN_CONFIG_KEYS if name in config}
     rest = {name: value for name, value in table.items() if name != "config"}
-    return with_units({**rest, **chosen})
+    return format_sizes({**rest, **chosen})
 
 
-def about_machine() -> dict[str, Any]:
+def describe_installation() -> dict[str, Any]:
     """Gather versions, the device with its memory limits, and the InternVL3 models in the cache."""
     return {
-        "versions": versions(),
-        "extras": {extra: installed(library) for extra, library in EXTRAS.items()},
-        "device": device(),
+        "versions": library_versions(),
+        "extras": {extra: installed_version(library) for extra, library in EXTRAS.items()},
+        "device": device_info(),
         "cached_models": _cached_models() or "none",
     }
 

@@ -11,18 +11,18 @@ from urllib.parse import urlsplit
 from internvl3_mlx.errors import ImageError
 
 if TYPE_CHECKING:
-    from internvl3_mlx.images.load import Picture
+    from internvl3_mlx.images.load import LoadedImage
 
-Kind = Literal["image", "video", "document"]
+MediaKind = Literal["image", "video", "document"]
 
 # Quoted as shells and file managers quote, or bare with blanks escaped. Only space, tab and line
 # end part words: macOS puts U+202F into the names of screenshots.
-WORD = re.compile(
+WORD_PATTERN = re.compile(
     r"""'(?P<single>[^']+)'(?=[ \t\n]|$)"""
     r"""|"(?P<double>[^"]+)"(?=[ \t\n]|$)"""
     r"""|(?P<bare>(?:\\.|[^ \t\n\\]|\\$)+)"""
 )
-SUFFIXES: dict[str, Kind] = {
+SUFFIXES: dict[str, MediaKind] = {
     **dict.fromkeys(
         (
             *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"),
@@ -33,71 +33,71 @@ SUFFIXES: dict[str, Kind] = {
     **dict.fromkeys((".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi"), "video"),
     ".pdf": "document",
 }
-WEB = ("http://", "https://")
-FILE = "file://"
-DATA = "data:image/"
-AFTER = ".,;:!?)"  # what may follow a file's name in a sentence
+WEB_PREFIXES = ("http://", "https://")
+FILE_PREFIX = "file://"
+DATA_URI_PREFIX = "data:image/"
+TRAILING_PUNCTUATION = ".,;:!?)"  # what may follow a file's name in a sentence
 
 
 @dataclass(frozen=True)
-class Dropped:
+class MediaSource:
     """A picture, video or document that a line names; ``source`` is what opens it."""
 
     source: str
-    kind: Kind
+    kind: MediaKind
 
 
 @dataclass(frozen=True)
-class Line:
+class InputLine:
     """What a line means. ``missing``: why words that look like pictures are none."""
 
-    dropped: tuple[Dropped, ...]
+    media: tuple[MediaSource, ...]
     question: str
-    missing: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
-def read_line(text: str) -> Line:
+def parse_line(text: str) -> InputLine:
     """Part a line into pictures and question. What is no picture stays text, byte for byte."""
-    dropped: list[Dropped] = []
+    dropped: list[MediaSource] = []
     missing: list[str] = []
     kept, end = "", 0
-    for word, start, stop in words(text):
-        kind = kind_of(word)
+    for word, start, stop in split_words(text):
+        kind = media_kind(word)
         if kind is None:
-            named = word.rstrip(AFTER)
-            if kind_of(named) and not fault_of(named):  # "what is in cat.png?"
-                dropped.append(Dropped(named, kind_of(named) or "image"))
+            named = word.rstrip(TRAILING_PUNCTUATION)
+            if media_kind(named) and not path_problem(named):  # "what is in cat.png?"
+                dropped.append(MediaSource(named, media_kind(named) or "image"))
             continue
-        fault = fault_of(word)
+        fault = path_problem(word)
         if fault:
             missing.append(fault)
             continue
-        dropped.append(Dropped(word, kind))
-        kept, end = joined(kept, text[end:start]), stop
-    question = joined(kept, text[end:]).strip() if end else text
-    return Line(tuple(dropped), question, tuple(missing))
+        dropped.append(MediaSource(word, kind))
+        kept, end = join_words(kept, text[end:start]), stop
+    question = join_words(kept, text[end:]).strip() if end else text
+    return InputLine(tuple(dropped), question, tuple(missing))
 
 
-def words(text: str) -> Iterator[tuple[str, int, int]]:
+def split_words(text: str) -> Iterator[tuple[str, int, int]]:
     """Yield each word unquoted and unescaped, with where it stands."""
-    for match in WORD.finditer(text):
+    for match in WORD_PATTERN.finditer(text):
         word = match["single"] or match["double"] or re.sub(r"\\(.)", r"\1", match["bare"])
         yield word, match.start(), match.end()
 
 
-def kind_of(word: str) -> Kind | None:
+def media_kind(word: str) -> MediaKind | None:
     """Say what a word looks like by its suffix alone; None for plain text."""
-    if word.startswith(DATA):
+    if word.startswith(DATA_URI_PREFIX):
         return "image"
-    path = urlsplit(word).path if word.lower().startswith((*WEB, FILE)) else word
+    path = urlsplit(word).path if word.lower().startswith((*WEB_PREFIXES, FILE_PREFIX)) else word
     return SUFFIXES.get(PurePath(path).suffix.lower())
 
 
-def fault_of(word: str) -> str | None:
+def path_problem(word: str) -> str | None:
     """Say why there is no such file; None when there is, or when only the web can tell."""
     from internvl3_mlx.images.fetch import locate
 
-    if word.lower().startswith(WEB) or word.startswith(DATA):
+    if word.lower().startswith(WEB_PREFIXES) or word.startswith(DATA_URI_PREFIX):
         return None
     try:
         locate(word)
@@ -106,24 +106,24 @@ def fault_of(word: str) -> str | None:
     return None
 
 
-def open_dropped(dropped: Dropped, *, upright: bool) -> "list[Picture]":
+def open_media(dropped: MediaSource, *, upright: bool) -> "list[LoadedImage]":
     """Open a picture, or every page of a document."""
     if dropped.kind == "document":
         from internvl3_mlx.images.pdf import read_pages
 
         return read_pages(dropped.source)
-    from internvl3_mlx.images.load import open_picture
+    from internvl3_mlx.images.load import open_image
 
-    return [open_picture(dropped.source, upright=upright)]
+    return [open_image(dropped.source, upright=upright)]
 
 
-def joined(before: str, after: str) -> str:
+def join_words(before: str, after: str) -> str:
     """Close the gap that a word left, with one blank between what stood on either side."""
     before, after = before.rstrip(" \t"), after.lstrip(" \t")
     return f"{before} {after}" if before and after else before + after
 
 
-def shown(path: str) -> str:
+def display_path(path: str) -> str:
     """Write a path as one would type it into the chat: short from here or home, blanks escaped."""
     here, home, short = os.getcwd() + os.sep, os.path.expanduser("~") + os.sep, path
     if path.startswith(here):

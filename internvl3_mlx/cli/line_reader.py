@@ -7,51 +7,53 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from internvl3_mlx.cli import console
-from internvl3_mlx.cli.input_line import kind_of, shown, words
+from internvl3_mlx.cli.input_line import display_path, media_kind, split_words
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
     from prompt_toolkit.document import Document
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-SIGN = "› "
+PROMPT = "› "
 FENCE = '"""'
-LEAVE = "Ctrl-D or /exit leaves"
+EXIT_HINT = "Ctrl-D or /exit leaves"
 
 
-class Reader(Protocol):
+class LineReader(Protocol):
     """Gives the next thing the user says; raises EOFError at the end."""
 
     def read(self) -> str: ...
 
 
-def open_reader(commands: list[str]) -> Reader:
+def open_line_reader(commands: list[str]) -> LineReader:
     """Read from the keyboard where there is one, else line by line from the pipe."""
-    return Keyboard(commands) if sys.stdin is not None and sys.stdin.isatty() else Pipe()
+    return (
+        TerminalReader(commands) if sys.stdin is not None and sys.stdin.isatty() else PipeReader()
+    )
 
 
-class Pipe:
+class PipeReader:
     """Reads standard input: a line is a question, between fences several lines are one."""
 
     def read(self) -> str:
         if sys.stdin is None:
             raise EOFError
-        text = self.line()
-        while is_open(text):
+        text = self.read_raw_line()
+        while has_open_fence(text):
             try:
-                text += "\n" + self.line()
+                text += "\n" + self.read_raw_line()
             except EOFError:
                 break  # a fence that was never closed ends with the pipe
-        return unfenced(text)
+        return strip_fence(text)
 
-    def line(self) -> str:
+    def read_raw_line(self) -> str:
         line = sys.stdin.readline()
         if not line:
             raise EOFError
         return line.rstrip("\n")
 
 
-class Keyboard:
+class TerminalReader:
     """Reads from a terminal. Enter sends, Alt-Enter or an open fence goes on in a new line."""
 
     def __init__(self, commands: list[str]):
@@ -64,8 +66,8 @@ class Keyboard:
             history=InMemoryHistory(),
             output=create_output(stdout=stream),
             multiline=True,
-            key_bindings=keys(),
-            completer=completer(commands),
+            key_bindings=make_key_bindings(),
+            completer=make_completer(commands),
             complete_while_typing=False,
             prompt_continuation="  ",
         )
@@ -73,13 +75,13 @@ class Keyboard:
     def read(self) -> str:
         while True:
             try:
-                return unfenced(self.session.prompt(SIGN))
+                return strip_fence(self.session.prompt(PROMPT))
             except KeyboardInterrupt:
                 if not self.session.default_buffer.text:
-                    console.hint(LEAVE)
+                    console.hint(EXIT_HINT)
 
 
-def keys() -> "KeyBindings":
+def make_key_bindings() -> "KeyBindings":
     from prompt_toolkit.key_binding import KeyBindings
 
     bindings = KeyBindings()
@@ -87,7 +89,7 @@ def keys() -> "KeyBindings":
     @bindings.add("enter")
     def send(event: "KeyPressEvent") -> None:
         buffer = event.current_buffer
-        if is_open(buffer.text):
+        if has_open_fence(buffer.text):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
@@ -99,12 +101,12 @@ def keys() -> "KeyBindings":
     return bindings
 
 
-def completer(commands: list[str]) -> "Completer":
+def make_completer(commands: list[str]) -> "Completer":
     """Complete commands at the start of the line, and paths of what can be shown anywhere else."""
     from prompt_toolkit.completion import Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 
-    paths = PathCompleter(file_filter=is_shown, expanduser=True)
+    paths = PathCompleter(file_filter=is_media_path, expanduser=True)
 
     class ChatCompleter(Completer):
         def get_completions(
@@ -115,24 +117,24 @@ def completer(commands: list[str]) -> "Completer":
                 found = [name for name in commands if name.startswith(typed)]
                 yield from (Completion(name, -len(typed)) for name in found)
                 return
-            last = [word for word, _, stop in words(typed) if stop == len(typed)][-1:]
+            last = [word for word, _, stop in split_words(typed) if stop == len(typed)][-1:]
             for path in paths.get_completions(Document("".join(last)), complete_event):
-                yield Completion(shown(path.text), path.start_position, display=path.display)
+                yield Completion(display_path(path.text), path.start_position, display=path.display)
 
     return ChatCompleter()
 
 
-def is_shown(name: str) -> bool:
-    return os.path.isdir(name) or kind_of(name) is not None
+def is_media_path(name: str) -> bool:
+    return os.path.isdir(name) or media_kind(name) is not None
 
 
-def is_open(text: str) -> bool:
+def has_open_fence(text: str) -> bool:
     """Tell whether a fence was opened at the start and not yet closed."""
     text = text.strip()
     return text.startswith(FENCE) and (len(text) < 2 * len(FENCE) or not text.endswith(FENCE))
 
 
-def unfenced(text: str) -> str:
+def strip_fence(text: str) -> str:
     inner = text.strip()
     if not inner.startswith(FENCE):
         return text

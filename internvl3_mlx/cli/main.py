@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from internvl3_mlx.cli import console
-from internvl3_mlx.cli.options import DEBUG
+from internvl3_mlx.cli.options import DEBUG_KEY
 from internvl3_mlx.errors import InternVL3Error
 
 # each is a function of its own name in cli/<name>.py
@@ -51,14 +51,14 @@ class LazyGroup(click.Group):
             console.end_line()
             code = INTERRUPTED
         except Exception as error:  # noqa: BLE001  the last door: nobody should meet a traceback
-            code = _tell(error, debug=ctx.meta.get(DEBUG, False))
+            code = _report_failure(error, debug=ctx.meta.get(DEBUG_KEY, False))
         ctx.exit(code)
 
 
-def _tell(error: Exception, *, debug: bool) -> int:
+def _report_failure(error: Exception, *, debug: bool) -> int:
     """Say in one line what went wrong; return the exit code."""
     if debug:
-        console.traceback(error)
+        console.print_traceback(error)
     if isinstance(error, InternVL3Error):
         console.error(str(error))
         return error.exit_code
@@ -81,7 +81,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     if wanted and not ctx.resilient_parsing:
         import internvl3_mlx
 
-        console.line(f"internvl3-mlx {internvl3_mlx.__version__}")
+        console.write_line(f"internvl3-mlx {internvl3_mlx.__version__}")
         ctx.exit()
 
 
@@ -102,7 +102,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
 def main(ctx: click.Context) -> None:
     """InternVL3 vision-language models on Apple silicon."""
     if ctx.invoked_subcommand is None:
-        console.line(ctx.get_help())
+        console.write_line(ctx.get_help())
 
 
 def run() -> NoReturn:

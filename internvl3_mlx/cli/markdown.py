@@ -12,13 +12,13 @@ from internvl3_mlx.cli import console
 if TYPE_CHECKING:
     from rich.markdown import Markdown
 
-TICK_S = 0.1  # a passing line changes no more often
+PREVIEW_INTERVAL_S = 0.1  # a passing line changes no more often
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 # What Markdown would swallow: tags, backslashes of formulas, pictures, hidden references.
-LOSSY = ("html_block", "html_inline", "escape", "image", "reference")
+DISABLED_RULES = ("html_block", "html_inline", "escape", "image", "reference")
 
 
-class Blocks:
+class BlockSplitter:
     """Cuts text that is still arriving into blocks. A block ends where a line at the margin follows
     a blank one, outside of fences."""
 
@@ -31,17 +31,17 @@ class Blocks:
         """Take more text and yield the blocks that it finishes."""
         *lines, self.tail = (self.tail + text).split("\n")
         for line in lines:
-            yield from self.take(line + "\n")
+            yield from self.take_line(line + "\n")
 
     def finish(self) -> Iterator[str]:
         """Yield what is left when the text has ended."""
         last, self.tail = self.tail, ""
-        yield from self.take(last)
+        yield from self.take_line(last)
         if self.block.strip():
             yield self.block.strip("\n")
         self.block = ""
 
-    def take(self, line: str) -> Iterator[str]:
+    def take_line(self, line: str) -> Iterator[str]:
         after_blank = self.block.endswith("\n\n")
         if not self.fence and after_blank and line.strip() and not line[0].isspace():
             yield self.block.strip("\n")
@@ -61,40 +61,40 @@ class MarkdownWriter:
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
 
-        self.blocks, self.count, self.stream = Blocks(), 0, stream
-        self.told = 0.0
+        self.blocks, self.count, self.stream = BlockSplitter(), 0, stream
+        self.last_preview = 0.0
         self.console = Console(
             file=stream,
             force_terminal=True,
-            no_color=not console.is_coloured(stream),
+            no_color=not console.supports_color(stream),
             highlight=False,
             emoji=False,
             markup=False,
         )
 
     def add(self, text: str) -> None:
-        for block in self.blocks.add(text.translate(console.CONTROLS)):
-            self.show(block)
-        if time.monotonic() - self.told > TICK_S:
-            self.told = time.monotonic()
-            console.passing(one_line(self.blocks.block + self.blocks.tail))
+        for block in self.blocks.add(text.translate(console.CONTROL_CHARACTERS)):
+            self.write_block(block)
+        if time.monotonic() - self.last_preview > PREVIEW_INTERVAL_S:
+            self.last_preview = time.monotonic()
+            console.show_transient(preview_line(self.blocks.block + self.blocks.tail))
 
     def finish(self) -> None:
-        console.passing("")
+        console.show_transient("")
         for block in self.blocks.finish():
-            self.show(block)
+            self.write_block(block)
 
-    def show(self, block: str) -> None:
+    def write_block(self, block: str) -> None:
         with self.console.capture() as kept:
-            self.console.print(rendered(block))
-        console.passing("")
+            self.console.print(render_block(block))
+        console.show_transient("")
         text = re.sub(r" +\n", "\n", kept.get()).strip("\n")  # rich fills lines with blanks
         self.stream.write("\n" * bool(self.count) + text + "\n")
         self.stream.flush()
         self.count += 1
 
 
-def one_line(text: str) -> str:
+def preview_line(text: str) -> str:
     """Cut the end of a block that is still growing to what one line of the terminal holds."""
     from rich.cells import cell_len
 
@@ -105,12 +105,12 @@ def one_line(text: str) -> str:
     return line
 
 
-def rendered(block: str) -> "Markdown":
+def render_block(block: str) -> "Markdown":
     """Parse one block so that no character of it is lost: line breaks stay, tags are text."""
     from rich import markdown
 
     content = markdown.Markdown(block, hyperlinks=False)
-    parser = markdown.MarkdownIt().enable(["strikethrough", "table"]).disable([*LOSSY])
+    parser = markdown.MarkdownIt().enable(["strikethrough", "table"]).disable([*DISABLED_RULES])
     content.parsed = parser.parse(block)
     for token in content.parsed:
         for child in token.children or ():

@@ -19,17 +19,17 @@ from internvl3_mlx.errors import UserError
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
-DEBUG = "internvl3_mlx.debug"  # the key under which --debug is kept while a command runs
+DEBUG_KEY = "internvl3_mlx.debug"  # the key under which --debug is kept while a command runs
 MAX_SEED = 2**63 - 1
-OTHERS = "Other"
+OTHER_SECTION = "Other"
 SECTIONS = (
     "Question", "Pictures", "Answer", "Model", "Data", "Training", "Weights", "Preference", "Run",
-    "Quantization", "Quality", "Upload", "Output", "Speed", "Memory", "Positions", OTHERS,
+    "Quantization", "Quality", "Upload", "Output", "Speed", "Memory", "Positions", OTHER_SECTION,
 )  # fmt: skip
 STDIN = "-"  # as a picture or as the question: read standard input
 
 
-class Flag(click.Option):
+class SectionedOption(click.Option):
     """An option that stands under a heading of its own in the help."""
 
     def __init__(self, *args: Any, section: str, **kwargs: Any):
@@ -53,14 +53,14 @@ class SectionedCommand(click.Command):
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
-                sections[getattr(param, "section", OTHERS)].append(record)
+                sections[getattr(param, "section", OTHER_SECTION)].append(record)
         for title in filter(sections.get, SECTIONS):
             with formatter.section(title):
                 formatter.write_dl(sections[title])
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputOptions:
     """How the answer is shown."""
 
     as_json: bool
@@ -72,15 +72,15 @@ class Output:
 
 def flag(section: str, *names: str, **kwargs: Any) -> Decorator:
     """Declare one option under a heading of the help."""
-    return click.option(*names, cls=Flag, section=section, **kwargs)
+    return click.option(*names, cls=SectionedOption, section=section, **kwargs)
 
 
 def _remember_debug(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
-    ctx.meta[DEBUG] = wanted
+    ctx.meta[DEBUG_KEY] = wanted
 
 
 # Eager: a mistake in any other flag is then told with its traceback as well.
-debug = flag(
+debug_flag = flag(
     "Output", "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug,
     help="Show the whole traceback when something fails.",
 )  # fmt: skip
@@ -90,10 +90,10 @@ _POSITIVE, _COUNT, _SHARE = click.IntRange(min=1), click.IntRange(min=0), click.
 
 def complete_models(ctx: click.Context, param: click.Parameter, typed: str) -> Any:
 
-    return models(ctx, param, typed)
+    return list_model_completions(ctx, param, typed)
 
 
-LOADING: Mapping[str, Decorator] = {
+LOAD_FLAGS: Mapping[str, Decorator] = {
     "model": flag(
         "Model", "--model", "model", metavar="PATH|REPO|SIZE", envvar="INTERNVL3_MODEL",
         show_envvar=True, help="A folder, a hub repository, a size such as 2b, or demo.",
@@ -128,7 +128,7 @@ def read_schema(_ctx: click.Context, _param: click.Parameter, path: str | None) 
     return text
 
 
-SETTINGS: Mapping[str, Decorator] = {
+GENERATION_FLAGS: Mapping[str, Decorator] = {
     "system": flag(
         "Question", "--system", "--system-prompt", "system", metavar="TEXT",
         show_default="the model's own", help='System text; "" for none.',
@@ -248,7 +248,7 @@ SETTINGS: Mapping[str, Decorator] = {
     ),
 }  # fmt: skip
 
-OUTPUT: Mapping[str, Decorator] = {
+OUTPUT_FLAGS: Mapping[str, Decorator] = {
     "as_json": flag("Output", "--json", "as_json", is_flag=True, help="One JSON object."),
     "as_jsonl": flag("Output", "--jsonl", "as_jsonl", is_flag=True, help="One JSON line each."),
     "each": flag("Output", "--each", "each", is_flag=True, help="Ask about one picture at a time."),
@@ -257,22 +257,22 @@ OUTPUT: Mapping[str, Decorator] = {
 }  # fmt: skip
 
 
-def loading(command: Function) -> Function:
+def load_flags(command: Function) -> Function:
     """Give ``command`` the flags of ``load`` as one dictionary ``loading`` of those given."""
-    return _gather(command, LOADING, "loading", _only_given)
+    return _gather(command, LOAD_FLAGS, "loading", _only_given)
 
 
-def settings(command: Function) -> Function:
+def generation_flags(command: Function) -> Function:
     """Give ``command`` the flags of ``Settings`` as one dictionary ``settings`` of those given."""
-    return _gather(command, SETTINGS, "settings", _only_given)
+    return _gather(command, GENERATION_FLAGS, "settings", _only_given)
 
 
-def output(command: Function) -> Function:
+def output_flags(command: Function) -> Function:
     """Give ``command`` the output flags as one ``Output``."""
-    return _gather(command, OUTPUT, "output", lambda values: Output(**values))
+    return _gather(command, OUTPUT_FLAGS, "output", lambda values: OutputOptions(**values))
 
 
-def deltas(text: str) -> "float | Fraction | str | tuple[Any, ...]":
+def parse_deltas(text: str) -> "float | Fraction | str | tuple[Any, ...]":
     """Read ``--v2pe-delta``: one step for all images, or with commas one for each."""
     from internvl3_mlx.prompt.v2pe import parse_delta
 
@@ -306,11 +306,13 @@ def _only_given(values: dict[str, Any]) -> dict[str, Any]:
 FAMILY = "internvl3"
 
 
-def models(_ctx: click.Context, _param: click.Parameter, typed: str) -> list[CompletionItem]:
+def list_model_completions(
+    _ctx: click.Context, _param: click.Parameter, typed: str
+) -> list[CompletionItem]:
     """Complete ``--model``: sizes, the demo, the family's repositories in the cache, folders."""
-    from internvl3_mlx.loading.resolve import DEMO, SIZES
+    from internvl3_mlx.loading.resolve import DEMO, PUBLISHED_SIZES
 
-    names = [*SIZES, DEMO, *cached_repositories()]
+    names = [*PUBLISHED_SIZES, DEMO, *cached_repositories()]
     found = [CompletionItem(name) for name in names if name.startswith(typed)]
     return [*found, CompletionItem(typed, type="dir")]
 

@@ -6,13 +6,15 @@ from contextlib import contextmanager
 
 from internvl3_mlx.cli import console
 
-Advance = Callable[[str, int, int], None]  # what is being done, how far, of how much (0: unknown)
+ProgressCallback = Callable[
+    [str, int, int], None
+]  # what is being done, how far, of how much (0: unknown)
 
 
 @contextmanager
-def bar(*, quiet: bool = False, counts_bytes: bool = False) -> Iterator[Advance]:
+def progress_bar(*, quiet: bool = False, counts_bytes: bool = False) -> Iterator[ProgressCallback]:
     """Show one bar until the body ends. Off a terminal, or when quiet, nothing is shown."""
-    if quiet or not console.is_lively(sys.stderr):
+    if quiet or not console.is_interactive(sys.stderr):
         yield lambda *_: None
         return
     from rich.console import Console

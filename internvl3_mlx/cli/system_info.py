@@ -15,28 +15,28 @@ LIMITS = {
 }
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Name Python, the system and every library that an answer depends on."""
     return {
         "python": platform.python_version(),
-        "system": system(),
-        **{name: installed(name) for name in LIBRARIES},
+        "system": system_name(),
+        **{name: installed_version(name) for name in LIBRARIES},
     }
 
 
-def system() -> str:
+def system_name() -> str:
     release = platform.mac_ver()[0]
     return f"{f'macOS {release}' if release else platform.platform()} {platform.machine()}"
 
 
-def installed(name: str) -> str:
+def installed_version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
 
 
-def device() -> dict[str, Any]:
+def device_info() -> dict[str, Any]:
     """Describe what MLX computes on and how much memory that may take."""
     import mlx.core as mx
 
@@ -49,24 +49,24 @@ def device() -> dict[str, Any]:
     }
 
 
-def with_units(value: Any) -> Any:
+def format_sizes(value: Any) -> Any:
     """Give what is counted in bytes a unit: ``nbytes`` becomes size, ``x_nbytes`` becomes x."""
     if isinstance(value, list):
-        return [with_units(item) for item in value]
+        return [format_sizes(item) for item in value]
     if not isinstance(value, dict):
         return value
     return {
         name.removesuffix("_nbytes").replace("nbytes", "size"): (
-            console.size(item) if name.endswith("nbytes") else with_units(item)
+            console.format_size(item) if name.endswith("nbytes") else format_sizes(item)
         )
         for name, item in value.items()
     }
 
 
-def hear_kernels(*, quiet: bool) -> None:
+def report_kernel_fallbacks(*, quiet: bool) -> None:
     """Show the one line that tells of a kernel that does not work here; refuse a switch that is set
     to something unknown before any work is done."""
     from internvl3_mlx.metal_kernels import dispatch
 
-    dispatch.setting()
-    dispatch.on_fallback((lambda _: None) if quiet else console.note)
+    dispatch.kernel_mode()
+    dispatch.set_fallback_handler((lambda _: None) if quiet else console.note)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 ROWS = 8  # lines of the terminal that a picture takes
 CHUNK = 4096  # longest payload of one kitty sequence
 
-Draw = Callable[[bytes], str]
+ThumbnailEncoder = Callable[[bytes], str]
 
 
-def drawer(env: Mapping[str, str], *, wanted: bool | None = None) -> Draw | None:
+def choose_thumbnail_encoder(
+    env: Mapping[str, str], *, wanted: bool | None = None
+) -> ThumbnailEncoder | None:
     """Choose how this terminal shows pictures, or None where it cannot.
 
     ``wanted``: None shows them where that is known to work; True also in VS Code, which has to be
@@ -19,23 +21,23 @@ def drawer(env: Mapping[str, str], *, wanted: bool | None = None) -> Draw | None
         return None
     program = env.get("TERM_PROGRAM", "")
     inside_tmux = bool(env.get("TMUX"))
-    draw = KNOWN.get(program)
+    draw = ENCODERS.get(program)
     if env.get("KITTY_WINDOW_ID") or env.get("TERM") in ("xterm-kitty", "xterm-ghostty"):
-        draw = kitty
+        draw = encode_kitty
     if wanted and draw is None:
-        draw = iterm
+        draw = encode_iterm
     if inside_tmux or program == "vscode":
-        return through_tmux(draw or iterm, inside_tmux) if wanted else None
+        return wrap_for_tmux(draw or encode_iterm, inside_tmux) if wanted else None
     return draw
 
 
-def iterm(png: bytes) -> str:
+def encode_iterm(png: bytes) -> str:
     """Write OSC 1337, iTerm2's own."""
     head = f"\x1b]1337;File=inline=1;size={len(png)};height={ROWS};preserveAspectRatio=1:"
     return f"{head}{b64encode(png).decode()}\a\n"
 
 
-def kitty(png: bytes) -> str:
+def encode_kitty(png: bytes) -> str:
     """Write kitty's graphics sequences, the payload in chunks."""
     data = b64encode(png).decode()
     chunks = [data[at : at + CHUNK] for at in range(0, len(data), CHUNK)]
@@ -47,7 +49,7 @@ def kitty(png: bytes) -> str:
     return text + "\n"
 
 
-def through_tmux(draw: Draw, inside: bool) -> Draw:
+def wrap_for_tmux(draw: ThumbnailEncoder, inside: bool) -> ThumbnailEncoder:
     """Wrap a sequence so that tmux passes it on."""
     if not inside:
         return draw
@@ -59,4 +61,9 @@ def through_tmux(draw: Draw, inside: bool) -> Draw:
     return wrapped
 
 
-KNOWN: dict[str, Draw] = {"iTerm.app": iterm, "WezTerm": iterm, "ghostty": kitty, "vscode": iterm}
+ENCODERS: dict[str, ThumbnailEncoder] = {
+    "iTerm.app": encode_iterm,
+    "WezTerm": encode_iterm,
+    "ghostty": encode_kitty,
+    "vscode": encode_iterm,
+}

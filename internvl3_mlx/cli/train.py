@@ -9,26 +9,26 @@ import click
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.options import Decorator, Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.training.config import PRESETS, TrainRecipe
-from internvl3_mlx.training.config_fields import about
-from internvl3_mlx.training.config_file import RECIPE, build_recipe, kind_of
+from internvl3_mlx.training.config import PRESETS, TrainConfig
+from internvl3_mlx.training.config_fields import field_info
+from internvl3_mlx.training.config_file import CONFIG_FILE, build_config, field_type
 
 TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, tuple: click.STRING}
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAMES"}
 
 
-def recipe_flags(command: Function) -> Function:
+def config_flags(command: Function) -> Function:
     """Give ``command`` a flag for each field of the recipe."""
-    for entry in reversed(fields(TrainRecipe)):
-        command = flag_of(entry)(command)
+    for entry in reversed(fields(TrainConfig)):
+        command = field_flag(entry)(command)
     return command
 
 
-def flag_of(entry: "Field[Any]") -> Decorator:
+def field_flag(entry: "Field[Any]") -> Decorator:
     """Make a flag of one field. Not given it has no value: YAML and presets show through."""
     if entry.name == "model":
-        return options.LOADING["model"]
-    known, (kind, _) = about(entry), kind_of(entry.name)
+        return options.LOAD_FLAGS["model"]
+    known, (kind, _) = field_info(entry), field_type(entry.name)
     name = "--" + entry.name.replace("_", "-")
     extra: dict[str, Any] = {"help": known.help, "default": None}
     if kind is bool:
@@ -37,21 +37,25 @@ def flag_of(entry: "Field[Any]") -> Decorator:
         extra["type"] = click.Choice(known.choices)
     else:
         extra |= {"type": TYPES[kind], "metavar": known.metavar or METAVARS[kind]}
-    return flag(known.section, name, entry.name, show_default=shown_default(entry), **extra)
+    return flag(known.section, name, entry.name, show_default=format_default(entry), **extra)
 
 
-def shown_default(entry: "Field[Any]") -> str | bool:
+def format_default(entry: "Field[Any]") -> str | bool:
     """Put a default in words, with what the methods make of it."""
-    own = about(entry).unset if entry.default is None else in_words(entry.default)
+    own = (
+        field_info(entry).default_text
+        if entry.default is None
+        else format_field_value(entry.default)
+    )
     others = [
-        f"{method} {in_words(preset[entry.name])}"
+        f"{method} {format_field_value(preset[entry.name])}"
         for method, preset in PRESETS.items()
         if entry.name in preset
     ]
     return "; ".join(filter(None, [own, *others])) or False
 
 
-def in_words(value: object) -> str:
+def format_field_value(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
@@ -69,11 +73,11 @@ def in_words(value: object) -> str:
     help="Go on even with other settings or data.",
 )  # fmt: skip
 @flag("Run", "--overwrite", "overwrite", is_flag=True, help="Replace an earlier run in FOLDER.")
-@recipe_flags
+@config_flags
 @flag("Output", "--json", "as_json", is_flag=True, help="JSON lines.")
 @flag("Output", "--quiet", "quiet", is_flag=True, help="No notes, no progress.")
-@options.debug
-def train(config: str | None, **flags: Any) -> None:
+@options.debug_flag
+def train_command(config: str | None, **flags: Any) -> None:
     """Fine-tune a model on rows of your own, with adapters or in whole parts.
 
     --data is checked whole before the model loads. FOLDER of --adapter-path receives the adapter in
@@ -86,26 +90,26 @@ def train(config: str | None, **flags: Any) -> None:
 
     Several Macs: mlx.launch --hostfile hosts.json -- internvl3 train -c recipe.yaml
     """
-    from internvl3_mlx.cli.train_run import Request, carry_out
+    from internvl3_mlx.cli.train_run import TrainRequest, run_train
 
-    names = [entry.name for entry in fields(TrainRecipe)]
+    names = [entry.name for entry in fields(TrainConfig)]
     given = {name: value for name in names if (value := flags.pop(name)) is not None}
-    recipe = build_recipe(given, recipe_file(config, given, resumes=flags["resume"]))
+    recipe = build_config(given, choose_config_file(config, given, resumes=flags["resume"]))
     if recipe.data is None:
         if flags["resume"] and config is None:
             raise UserError(f"no run in {recipe.adapter_path}; name its folder: --adapter-path")
         raise UserError("no data to learn from: pass --data with a folder or a JSONL file")
-    raise SystemExit(carry_out(Request(recipe, **flags)))
+    raise SystemExit(run_train(TrainRequest(recipe, **flags)))
 
 
-def recipe_file(config: str | None, given: dict[str, Any], *, resumes: bool) -> Path | None:
+def choose_config_file(config: str | None, given: dict[str, Any], *, resumes: bool) -> Path | None:
     """Choose the YAML below the flags: the one that is named, or that of the run to go on with."""
     if config is not None:
         return Path(config).expanduser()
-    folder = given.get("adapter_path", default_of("adapter_path"))
-    kept = Path(folder).expanduser() / RECIPE
+    folder = given.get("adapter_path", field_default("adapter_path"))
+    kept = Path(folder).expanduser() / CONFIG_FILE
     return kept if resumes and kept.is_file() else None
 
 
-def default_of(name: str) -> Any:
-    return next(entry.default for entry in fields(TrainRecipe) if entry.name == name)
+def field_default(name: str) -> Any:
+    return next(entry.default for entry in fields(TrainConfig) if entry.name == name)

@@ -5,52 +5,56 @@ from typing import TYPE_CHECKING, Any
 from internvl3_mlx.cli import console
 
 if TYPE_CHECKING:
-    from internvl3_mlx.training.data.preview import Example, Stretch
-    from internvl3_mlx.training.data.validate import Survey
-    from internvl3_mlx.training.setup import Ground, Rows
+    from internvl3_mlx.training.data.preview import PreviewSpan, SamplePreview
+    from internvl3_mlx.training.data.validate import DataReport
+    from internvl3_mlx.training.setup import DataSplit, RunSetup
 
-MISTAKEN = 2
-PICTURE = "picture"
+INVALID_DATA = 2
+IMAGE_STYLE = "picture"
 Json = dict[str, Any]
 
 
-def show_check(ground: "Ground", *, as_json: bool) -> int:
+def show_data_check(ground: "RunSetup", *, as_json: bool) -> int:
     """Tell what was found in the rows; return the exit code."""
     splits = {"train": ground.train} | ({"valid": ground.valid} if ground.valid else {})
-    faulty = any(rows.survey.faults for rows in splits.values())
+    faulty = any(rows.report.errors for rows in splits.values())
     if as_json:
-        found = {name: counts(rows) | listed(rows.survey) for name, rows in splits.items()}
-        console.as_json({"event": "check", **found, "sample": None if faulty else sample(ground)})
-        return MISTAKEN if faulty else 0
+        found = {
+            name: split_counts(rows) | findings_json(rows.report) for name, rows in splits.items()
+        }
+        console.print_json(
+            {"event": "check", **found, "sample": None if faulty else sample_json(ground)}
+        )
+        return INVALID_DATA if faulty else 0
     for rows in splits.values():
-        tell(rows.survey)
-    console.facts({name: counts(rows) for name, rows in splits.items()})
+        show_findings(rows.report)
+    console.print_table({name: split_counts(rows) for name, rows in splits.items()})
     if faulty:
-        return MISTAKEN
+        return INVALID_DATA
     show_sample(ground)
     return 0
 
 
-def tell(survey: "Survey") -> None:
+def show_findings(survey: "DataReport") -> None:
     """Write faults and notes, one a line."""
-    for fault in survey.faults:
+    for fault in survey.errors:
         console.error(str(fault))
-    if survey.more_faults:
-        console.error(f"and {survey.more_faults:,} more")
-    for told in survey.notes:
+    if survey.more_errors:
+        console.error(f"and {survey.more_errors:,} more")
+    for told in survey.warnings:
         console.note(str(told))
-    if survey.more_notes:
-        console.note(f"and {survey.more_notes:,} more")
+    if survey.more_warnings:
+        console.note(f"and {survey.more_warnings:,} more")
 
 
-def counts(rows: "Rows") -> Json:
-    survey, sizes = rows.survey, rows.survey.sizes
-    usable = len(sizes.numbers)
+def split_counts(rows: "DataSplit") -> Json:
+    survey, sizes = rows.report, rows.report.sizes
+    usable = len(sizes.indices)
     return {
-        "rows": survey.rows,
-        "faulty": len(survey.faults) + survey.more_faults,
-        "left_out": survey.left_out,
-        "cut": survey.shortened,
+        "rows": survey.num_records,
+        "faulty": len(survey.errors) + survey.more_errors,
+        "left_out": survey.skipped,
+        "cut": survey.truncated,
         "with_pictures": int((sizes.tiles > 0).sum()),
         "tiles": int(sizes.tiles.sum()),
         "tokens": int(sizes.tokens.sum()),
@@ -58,44 +62,53 @@ def counts(rows: "Rows") -> Json:
     }
 
 
-def listed(survey: "Survey") -> Json:
+def findings_json(survey: "DataReport") -> Json:
     return {
-        "faults": [{"place": told.place, "text": told.text} for told in survey.faults],
-        "notes": [{"place": told.place, "text": told.text} for told in survey.notes],
+        "faults": [{"place": told.location, "text": told.message} for told in survey.errors],
+        "notes": [{"place": told.location, "text": told.message} for told in survey.warnings],
     }
 
 
-def first_sample(ground: "Ground") -> "Example":
-    from internvl3_mlx.training.data.preview import example
+def load_first_sample(ground: "RunSetup") -> "SamplePreview":
+    from internvl3_mlx.training.data.preview import preview_sample
 
-    return example(ground.train_corpus)
+    return preview_sample(ground.train_dataset)
 
 
-def sample(ground: "Ground") -> Json:
-    found = first_sample(ground)
+def sample_json(ground: "RunSetup") -> Json:
+    found = load_first_sample(ground)
     parts = [
-        {"text": s.text, "learned": s.learned, "kind": s.kind, "tokens": s.tokens}
-        for s in found.stretches
+        {"text": s.text, "learned": s.in_loss, "kind": s.kind, "tokens": s.tokens}
+        for s in found.spans
     ]
-    return {"place": found.place, "tokens": found.tokens, "learned": found.learned, "parts": parts}
+    return {
+        "place": found.location,
+        "tokens": found.tokens,
+        "learned": found.loss_tokens,
+        "parts": parts,
+    }
 
 
-def show_sample(ground: "Ground") -> None:
+def show_sample(ground: "RunSetup") -> None:
     """Write one sample out: learned parts in colour on a terminal, between marks elsewhere."""
-    found = first_sample(ground)
-    console.line()
-    console.line(f"{found.place}: {found.tokens:,} tokens, {found.learned:,} of them learned")
-    console.line()
-    console.stretches([(worded(stretch), style_of(stretch)) for stretch in found.stretches])
+    found = load_first_sample(ground)
+    console.write_line()
+    console.write_line(
+        f"{found.location}: {found.tokens:,} tokens, {found.loss_tokens:,} of them learned"
+    )
+    console.write_line()
+    console.write_segments(
+        [(segment_text(stretch), segment_style(stretch)) for stretch in found.spans]
+    )
 
 
-def worded(stretch: "Stretch") -> str:
-    return f"[picture: {stretch.text}]" if stretch.kind == PICTURE else stretch.text
+def segment_text(stretch: "PreviewSpan") -> str:
+    return f"[picture: {stretch.text}]" if stretch.kind == IMAGE_STYLE else stretch.text
 
 
-def style_of(stretch: "Stretch") -> str:
-    if stretch.kind == PICTURE:
-        return PICTURE
+def segment_style(stretch: "PreviewSpan") -> str:
+    if stretch.kind == IMAGE_STYLE:
+        return IMAGE_STYLE
     if stretch.kind == "rejected":
         return "rejected"
-    return "learned" if stretch.learned else "read"
+    return "learned" if stretch.in_loss else "read"

@@ -31,7 +31,7 @@ class VisionConfig:
     drop_path_rate: float = 0.0  # in training alone
 
     def __post_init__(self) -> None:
-        check_numbers(self, "vision_config")
+        check_positive_numbers(self, "vision_config")
         if self.drop_path_rate >= 1:
             raise ConfigError(
                 f"vision_config.drop_path_rate is {self.drop_path_rate!r}; a share below 1 was "
@@ -82,7 +82,7 @@ class TextConfig:
     qkv_bias: bool = True
 
     def __post_init__(self) -> None:
-        check_numbers(self, "text config")
+        check_positive_numbers(self, "text config")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"text config: {self.num_attention_heads} heads do not share "
@@ -106,7 +106,7 @@ class QuantizationPlan:
     default: Quantization
     modules: Mapping[str, Quantization | Literal[False]] = field(default_factory=dict)
 
-    def of(self, module: str) -> Quantization:
+    def for_module(self, module: str) -> Quantization:
         """Say how ``module`` is packed, given that the checkpoint holds scales for it."""
         return self.modules.get(module) or self.default
 
@@ -163,7 +163,7 @@ class ModelConfig:
 MAY_BE_ZERO = ("drop_path_rate",)
 
 
-def check_numbers(config: VisionConfig | TextConfig, name: str) -> None:
+def check_positive_numbers(config: VisionConfig | TextConfig, name: str) -> None:
     """Raise ConfigError for a size that is no positive number."""
     for entry in fields(config):
         value = getattr(config, entry.name)
@@ -173,5 +173,5 @@ def check_numbers(config: VisionConfig | TextConfig, name: str) -> None:
             raise ConfigError(f"{name}.{entry.name} is {value!r}; a positive number was expected")
 
 
-def is_number(value: object, whole: bool) -> bool:
-    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+def is_number(value: object, integer_only: bool) -> bool:
+    return isinstance(value, int if integer_only else int | float) and not isinstance(value, bool)

@@ -52,7 +52,7 @@ def parse_config(content: Json) -> ModelConfig:
         if kind == "internvl_chat":
             return _chat_config(content)
         if kind == "internvl":
-            return _native_config(content)
+            return _hf_config(content)
     except KeyError as error:
         raise ConfigError(
             f"config.json lacks {error.args[0]!r}, which an InternVL3 config names"
@@ -65,11 +65,11 @@ def parse_config(content: Json) -> ModelConfig:
 
 
 def _chat_config(content: Json) -> ModelConfig:
-    vision = _pick(content["vision_config"], VisionConfig)
+    vision = _select_fields(content["vision_config"], VisionConfig)
     text = content.get("llm_config") or content.get("text_config") or {}
-    plan = _quantization(content)
+    plan = _parse_quantization(content)
     converted = plan is not None or content.get("format") == "mlx"
-    named = _pick(
+    named = _select_fields(
         content, ModelConfig, skip={"layout", "vision", "text", "quantization", "dtype", "trained"}
     )
     system = content.get("system_message")
@@ -87,16 +87,18 @@ def _chat_config(content: Json) -> ModelConfig:
     )
 
 
-def _native_config(content: Json) -> ModelConfig:
+def _hf_config(content: Json) -> ModelConfig:
     """Read the transformers-native form, which always tiles up to 12 and adds the thumbnail."""
     vision = content["vision_config"]
-    mapped = {ours: vision[theirs] for ours, theirs in NATIVE_VISION.items() if theirs in vision}
-    mapped |= {key: _side(mapped[key]) for key in ("image_size", "patch_size") if key in mapped}
+    mapped = {ours: vision[theirs] for ours, theirs in HF_VISION_FIELDS.items() if theirs in vision}
+    mapped |= {
+        key: _square_side(mapped[key]) for key in ("image_size", "patch_size") if key in mapped
+    }
     text = content["text_config"]
     layer = content.get("vision_feature_layer", -1)
     return ModelConfig(
         layout="native",
-        vision=VisionConfig(**(NATIVE_VISION_DEFAULTS | mapped)),
+        vision=VisionConfig(**(HF_VISION_DEFAULTS | mapped)),
         text=_text_config(text, tied=bool(content.get("tie_word_embeddings", False))),
         select_layer=layer[0] if isinstance(layer, list) else layer,
         downsample_ratio=content.get("downsample_ratio", 0.5),
@@ -105,12 +107,12 @@ def _native_config(content: Json) -> ModelConfig:
         dynamic_image_size=True,
         use_thumbnail=True,
         max_dynamic_patch=12,
-        quantization=_quantization(content),
+        quantization=_parse_quantization(content),
         dtype=_dtype(content, text),
     )
 
 
-NATIVE_VISION = {  # our field -> the native config's
+HF_VISION_FIELDS = {  # our field -> the native config's
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_hidden_layers",
     "num_attention_heads": "num_attention_heads",
@@ -122,7 +124,7 @@ NATIVE_VISION = {  # our field -> the native config's
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
 }
-NATIVE_VISION_DEFAULTS: dict[str, Any] = {
+HF_VISION_DEFAULTS: dict[str, Any] = {
     "norm_type": "layer_norm",
     "qkv_bias": False,
     "qk_normalization": False,
@@ -139,7 +141,7 @@ def _text_config(text: Json, *, tied: bool) -> TextConfig:
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     heads, width = text["num_attention_heads"], text["hidden_size"]
     natural = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
-    known = _pick(
+    known = _select_fields(
         text, TextConfig, skip={"family", "tie_word_embeddings", "rope_dynamic_factor", "qkv_bias"}
     )
     filled = {
@@ -158,7 +160,7 @@ def _text_config(text: Json, *, tied: bool) -> TextConfig:
     )
 
 
-def _quantization(content: Json) -> QuantizationPlan | None:
+def _parse_quantization(content: Json) -> QuantizationPlan | None:
     """Read ``quantization``, of which ``quantization_config`` is a copy."""
     table = content.get("quantization") or content.get("quantization_config")
     if not table:
@@ -169,21 +171,21 @@ def _quantization(content: Json) -> QuantizationPlan | None:
             f"{dict(table)}"
         )
     modules: dict[str, Quantization | Literal[False]] = {
-        path: _one_quantization(entry, table) if isinstance(entry, Mapping) else False
+        path: _parse_quantization_entry(entry, table) if isinstance(entry, Mapping) else False
         for path, entry in table.items()
         if isinstance(entry, Mapping) or entry is False
     }
-    return QuantizationPlan(_one_quantization(table, {}), modules)
+    return QuantizationPlan(_parse_quantization_entry(table, {}), modules)
 
 
-def _one_quantization(entry: Json, default: Json) -> Quantization:
+def _parse_quantization_entry(entry: Json, default: Json) -> Quantization:
     merged = {**default, **entry}
     return Quantization(
         bits=merged["bits"], group_size=merged["group_size"], mode=merged.get("mode", "affine")
     )
 
 
-def _pick(
+def _select_fields(
     content: Json, kind: type, skip: frozenset[str] | set[str] = frozenset()
 ) -> dict[str, Any]:
     """Take the fields of ``kind`` that the file names; published configs carry many leftovers."""
@@ -191,7 +193,7 @@ def _pick(
     return {name: content[name] for name in names if name in content}
 
 
-def _side(size: int | list[int]) -> int:
+def _square_side(size: int | list[int]) -> int:
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         raise ConfigError(

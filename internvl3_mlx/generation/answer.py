@@ -6,8 +6,8 @@ from typing import Any, Literal
 from internvl3_mlx.generation.processor import ImageInfo
 
 FinishReason = Literal["stop", "length"]
-DIGITS = 4
-SCALE = 1000  # the model names places in thousandths of the picture's sides
+DECIMALS = 4
+COORDINATE_SCALE = 1000  # the model names places in thousandths of the picture's sides
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the command line's ``--json`` prints them."""
-        content = rounded(asdict(self))
+        content = round_floats(asdict(self))
         ordered = ("model", "text", "images", "boxes", "finish_reason", "usage", "timing")
         return {key: content[key] for key in (*ordered, "peak_memory_gb")}
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerChunk:
     """A bit of text as it is made. The last piece carries the whole answer."""
 
     text: str
@@ -80,16 +80,16 @@ class Piece:
     answer: Answer | None = field(default=None, repr=False)
 
 
-def rounded(value: Any) -> Any:
+def round_floats(value: Any) -> Any:
     """Round the numbers of plain data to what a reader can use."""
     if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
+        return {key: round_floats(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(entry) for entry in value]
-    return round(value, DIGITS) if isinstance(value, float) else value
+        return [round_floats(entry) for entry in value]
+    return round(value, DECIMALS) if isinstance(value, float) else value
 
 
-def located(text: str, images: tuple[ImageInfo, ...]) -> tuple[Box, ...]:
+def locate_boxes(text: str, images: tuple[ImageInfo, ...]) -> tuple[Box, ...]:
     """Find the boxes in an answer and scale them to the first picture, the one asked about."""
     from internvl3_mlx.prompt.boxes import parse_boxes
 
@@ -100,10 +100,10 @@ def located(text: str, images: tuple[ImageInfo, ...]) -> tuple[Box, ...]:
         Box(
             label,
             0,
-            x1 * width / SCALE,
-            y1 * height / SCALE,
-            x2 * width / SCALE,
-            y2 * height / SCALE,
+            x1 * width / COORDINATE_SCALE,
+            y1 * height / COORDINATE_SCALE,
+            x2 * width / COORDINATE_SCALE,
+            y2 * height / COORDINATE_SCALE,
             (x1, y1, x2, y2),
         )
         for label, (x1, y1, x2, y2) in parse_boxes(text)

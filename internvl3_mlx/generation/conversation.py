@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.errors import PromptError, UserError
-from internvl3_mlx.generation.answer import Answer, Piece
-from internvl3_mlx.generation.context_budget import Budget, measured
+from internvl3_mlx.generation.answer import Answer, AnswerChunk
+from internvl3_mlx.generation.context_budget import ContextBudget, measure_context
 from internvl3_mlx.generation.exchange import Exchange
-from internvl3_mlx.generation.generation_config import Settings, changed
-from internvl3_mlx.generation.processor import Film, ImageInfo, Inputs, Preparer, Seen
-from internvl3_mlx.generation.prompt_cache import Memory
-from internvl3_mlx.prompt.messages import Turn
+from internvl3_mlx.generation.generation_config import GenerationConfig, with_overrides
+from internvl3_mlx.generation.processor import (
+    ImageInfo,
+    ModelInputs,
+    ProcessedImage,
+    ProcessedVideo,
+    Processor,
+)
+from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.prompt.messages import Message
 
 if TYPE_CHECKING:
     from internvl3_mlx.generation.vlm import VLM
@@ -28,44 +34,48 @@ class Conversation:
     """
 
     vlm: "VLM"
-    settings: Settings
+    generation_config: GenerationConfig
     exchanges: list[Exchange] = field(default_factory=list)
-    memory: Memory = field(default_factory=Memory)
+    prompt_cache: PromptCache = field(default_factory=PromptCache)
     busy: bool = False
 
     def __post_init__(self) -> None:
-        self.check(self.settings)
+        self.check_config(self.generation_config)
 
     def ask(self, question: str, images: Sequence[Any] = (), **settings: Any) -> Answer:
         """Say something, with new pictures if there are any, and return the answer."""
-        return finished(self.stream(question, images, **settings))
+        return final_answer(self.stream(question, images, **settings))
 
-    def stream(self, question: str, images: Sequence[Any] = (), **settings: Any) -> Iterator[Piece]:
+    def stream(
+        self, question: str, images: Sequence[Any] = (), **settings: Any
+    ) -> Iterator[AnswerChunk]:
         """Yield the answer piece by piece; ``settings`` hold for this question only."""
-        wanted = changed(self.settings, settings)
+        wanted = with_overrides(self.generation_config, settings)
         alone = isinstance(images, str | bytes) or not isinstance(images, Sequence)
-        pictures = tuple(self.look(source) for source in ([images] if alone else images))
-        films = tuple(self.watch(source, wanted) for source in wanted.video)
+        pictures = tuple(self.process_image(source) for source in ([images] if alone else images))
+        films = tuple(self.process_video(source, wanted) for source in wanted.video)
         exchange = Exchange(question, pictures, films)
-        return self.answering(self.exchanges, exchange, wanted)
+        return self.stream_exchange(self.exchanges, exchange, wanted)
 
     def retry(self, **settings: Any) -> Answer:
         """Answer the last question once more, in the place of the last answer."""
-        return finished(self.stream_retry(**settings))
+        return final_answer(self.stream_retry(**settings))
 
-    def stream_retry(self, **settings: Any) -> Iterator[Piece]:
+    def stream_retry(self, **settings: Any) -> Iterator[AnswerChunk]:
         """Yield another answer to the last question; the old one goes when a new one has begun."""
-        last = self.last()
-        again = Exchange(last.question, last.pictures, last.films)
-        return self.answering(self.exchanges[:-1], again, changed(self.settings, settings))
+        last = self.last_exchange()
+        again = Exchange(last.question, last.images, last.videos)
+        return self.stream_exchange(
+            self.exchanges[:-1], again, with_overrides(self.generation_config, settings)
+        )
 
     def undo(self) -> Exchange:
         """Take back the last question with its answer and its pictures, and return it."""
-        last = self.last()
+        last = self.last_exchange()
         self.exchanges = self.exchanges[:-1]
         return last
 
-    def forget(self, count: int = 1) -> None:
+    def drop_oldest(self, count: int = 1) -> None:
         """Drop the oldest ``count`` questions with their answers and pictures, to make room."""
         if not 1 <= count <= len(self.exchanges):
             raise UserError(f"cannot forget {count} of {len(self.exchanges)} questions")
@@ -73,100 +83,108 @@ class Conversation:
 
     def clear(self) -> None:
         """Begin anew and give the memory back; pictures that were looked at stay known."""
-        self.exchanges, self.memory = [], Memory(self.memory.features)
+        self.exchanges, self.prompt_cache = [], PromptCache(self.prompt_cache.features)
 
     def drop_image(self, number: int) -> ImageInfo:
         """Take one picture out of the talk, counted from 1 as in ``images``."""
         left = number - 1
         for at, exchange in enumerate(self.exchanges):
-            if 0 <= left < len(exchange.pictures):
+            if 0 <= left < len(exchange.images):
                 self.exchanges = [*self.exchanges]
-                self.exchanges[at] = exchange.without(left)
-                return exchange.pictures[left].info
-            left -= len(exchange.pictures)
+                self.exchanges[at] = exchange.without_image(left)
+                return exchange.images[left].info
+            left -= len(exchange.images)
         count = len(self.images)
         raise UserError(f"no picture {number}; this talk has {count or 'none'}")
 
-    def change(self, **settings: Any) -> None:
+    def configure(self, **settings: Any) -> None:
         """Set what holds from the next question on, such as ``system`` or ``v2pe_delta``."""
-        wanted = changed(self.settings, settings)
-        self.check(wanted)
-        self.settings = wanted
+        wanted = with_overrides(self.generation_config, settings)
+        self.check_config(wanted)
+        self.generation_config = wanted
 
-    def look(self, source: Any) -> Seen:
+    def process_image(self, source: Any) -> ProcessedImage:
         """Open and cut a picture now, as this talk is set; pass the result to ``ask``."""
-        return self.preparer.look(source, self.settings)
+        return self.processor.process_image(source, self.generation_config)
 
-    def watch(self, source: Any, settings: Settings | None = None) -> Film:
+    def process_video(
+        self, source: Any, settings: GenerationConfig | None = None
+    ) -> ProcessedVideo:
         """Take the frames of a video now; pass the result to ``ask(video=...)``."""
-        return self.preparer.watch(source, settings or self.settings)
+        return self.processor.process_video(source, settings or self.generation_config)
 
     @property
     def images(self) -> tuple[ImageInfo, ...]:
         """The pictures of the talk, in order; videos are not counted."""
-        return tuple(seen.info for exchange in self.exchanges for seen in exchange.pictures)
+        return tuple(seen.info for exchange in self.exchanges for seen in exchange.images)
 
     @property
-    def history(self) -> tuple[Turn, ...]:
+    def history(self) -> tuple[Message, ...]:
         """The talk as ``vlm.ask(history=...)`` takes it, with the ids of its answers."""
-        return tuple(turn for exchange in self.exchanges for turn in exchange.turns())
+        return tuple(turn for exchange in self.exchanges for turn in exchange.messages())
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> ContextBudget:
         """How much of the window and of the memory the talk takes."""
-        inputs = self.inputs(self.exchanges, Exchange(""), self.settings)
-        return measured(inputs, self.memory, self.vlm.model, self.settings)
+        inputs = self.build_inputs(self.exchanges, Exchange(""), self.generation_config)
+        return measure_context(inputs, self.prompt_cache, self.vlm.model, self.generation_config)
 
     def save(self, path: str | Path, *, cache: bool = False) -> None:
         """Write the talk to one file; with ``cache`` what was read goes beside it, so that after
         ``load`` nothing has to be read again."""
-        from internvl3_mlx.generation.conversation_file import save_talk
+        from internvl3_mlx.generation.conversation_file import write_conversation
 
-        save_talk(self, Path(path).expanduser(), cache=cache)
+        write_conversation(self, Path(path).expanduser(), cache=cache)
 
     def load(self, path: str | Path) -> bool:
         """Go on with a saved talk in the place of this one; tell whether its cache came along."""
-        from internvl3_mlx.generation.conversation_file import load_talk
+        from internvl3_mlx.generation.conversation_file import read_conversation
 
-        return load_talk(self, Path(path).expanduser())
+        return read_conversation(self, Path(path).expanduser())
 
     @property
-    def preparer(self) -> Preparer:
-        return self.vlm.preparer
+    def processor(self) -> Processor:
+        return self.vlm.processor
 
-    def last(self) -> Exchange:
+    def last_exchange(self) -> Exchange:
         if not self.exchanges:
             raise UserError("nothing has been asked yet")
         return self.exchanges[-1]
 
-    def check(self, settings: Settings) -> None:
+    def check_config(self, settings: GenerationConfig) -> None:
         if settings.history or settings.video:
             raise UserError("history and video belong to one question; pass them with it")
 
-    def inputs(self, before: Sequence[Exchange], exchange: Exchange, settings: Settings) -> Inputs:
+    def build_inputs(
+        self, before: Sequence[Exchange], exchange: Exchange, settings: GenerationConfig
+    ) -> ModelInputs:
         """Write the prompt of ``exchange`` after ``before``: exactly what a fresh run reads."""
-        history = [turn for past in before for turn in past.turns()]
-        shown = [seen for past in [*before, exchange] for seen in past.seen]
-        return self.preparer.lay([*history, exchange.turn], shown, settings)
+        history = [turn for past in before for turn in past.messages()]
+        shown = [seen for past in [*before, exchange] for seen in past.processed_images]
+        return self.processor.build([*history, exchange.user_message], shown, settings)
 
-    def answering(
-        self, before: Sequence[Exchange], exchange: Exchange, settings: Settings
-    ) -> Iterator[Piece]:
+    def stream_exchange(
+        self, before: Sequence[Exchange], exchange: Exchange, settings: GenerationConfig
+    ) -> Iterator[AnswerChunk]:
         if settings.history:
             raise UserError("the talk is the history; begin another with vlm.conversation()")
         if self.busy:
             raise PromptError("an answer is still being written; finish or close it first")
-        inputs = self.inputs(before, exchange, settings)
-        self.vlm.check_length(inputs, settings)
-        return self.kept(before, exchange, inputs, settings)
+        inputs = self.build_inputs(before, exchange, settings)
+        self.vlm.check_context_length(inputs, settings)
+        return self.record_stream(before, exchange, inputs, settings)
 
-    def kept(
-        self, before: Sequence[Exchange], exchange: Exchange, inputs: Inputs, settings: Settings
-    ) -> Iterator[Piece]:
+    def record_stream(
+        self,
+        before: Sequence[Exchange],
+        exchange: Exchange,
+        inputs: ModelInputs,
+        settings: GenerationConfig,
+    ) -> Iterator[AnswerChunk]:
         """Pass the pieces on, and keep what was said however it ends."""
         text, ids, whole = "", list[int](), False
         self.busy = True
-        pieces = self.vlm.answering(inputs, settings, self.memory)
+        pieces = self.vlm.stream_inputs(inputs, settings, self.prompt_cache)
         try:
             for piece in pieces:
                 text, whole = text + piece.text, piece.answer is not None
@@ -176,11 +194,11 @@ class Conversation:
             self.busy = False
             if ids or whole:
                 said = replace(exchange, answer=text.strip(), complete=whole)
-                if self.spell(ids, text, settings):
+                if self.ids_match_text(ids, text, settings):
                     said = replace(said, token_ids=tuple(ids))
                 self.exchanges = [*before, said]
 
-    def spell(self, ids: Sequence[int], text: str, settings: Settings) -> bool:
+    def ids_match_text(self, ids: Sequence[int], text: str, settings: GenerationConfig) -> bool:
         """Tell whether ids may stand for an answer in the history: not where a stop string cut
         it, nor where the model made up a picture."""
         tokenizer = self.vlm.tokenizer
@@ -188,7 +206,7 @@ class Conversation:
         return spelled.strip() == text.strip() and tokenizer.image_id not in ids
 
 
-def finished(pieces: Iterator[Piece]) -> Answer:
+def final_answer(pieces: Iterator[AnswerChunk]) -> Answer:
     """Run to the end and return the answer."""
     *_, last = pieces
     assert last.answer is not None

@@ -18,56 +18,66 @@ from zlib import error as ZlibError
 import numpy as np
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.generation.engine import packing_of
+from internvl3_mlx.generation.engine import kv_quantization_for
 from internvl3_mlx.generation.exchange import Exchange
-from internvl3_mlx.generation.generation_config import changed
-from internvl3_mlx.generation.processor import Film, ImageInfo, Seen
-from internvl3_mlx.generation.prompt_cache_file import fingerprint, read_prefix, write_prefix
+from internvl3_mlx.generation.generation_config import with_overrides
+from internvl3_mlx.generation.processor import ImageInfo, ProcessedImage, ProcessedVideo
+from internvl3_mlx.generation.prompt_cache_file import (
+    load_prompt_cache,
+    model_fingerprint,
+    save_prompt_cache,
+)
 
 if TYPE_CHECKING:
     from internvl3_mlx.generation.conversation import Conversation
 
-VERSION = 1
-TALK = "talk.json"
+FORMAT_VERSION = 1
+CONVERSATION_ENTRY = "talk.json"
 CACHE_SUFFIX = ".safetensors"
 # what shapes the prompt goes along; how answers are sampled belongs to the listener
-SAVED = ("system", "v2pe_delta", "ntk", "max_tiles", "min_tiles", "thumbnail", "upright")
-DAMAGE = (OSError, zipfile.BadZipFile, ZlibError, ValueError, KeyError, TypeError, EOFError)
+SAVED_FIELDS = ("system", "v2pe_delta", "ntk", "max_tiles", "min_tiles", "thumbnail", "upright")
+READ_ERRORS = (OSError, zipfile.BadZipFile, ZlibError, ValueError, KeyError, TypeError, EOFError)
 
 
-def save_talk(talk: "Conversation", path: Path, *, cache: bool) -> None:
+def write_conversation(talk: "Conversation", path: Path, *, cache: bool) -> None:
     """Write the talk to ``path``; with ``cache`` its keys and values to ``path.safetensors``."""
     try:
         if cache:  # first: a talk without its cache is whole, a cache without its talk is not
             with replacing(cache_path(path)) as part:
-                write_prefix(part, talk.memory, fingerprint(talk.vlm.model))
+                save_prompt_cache(part, talk.prompt_cache, model_fingerprint(talk.vlm.model))
         with replacing(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file:
-            file.writestr(TALK, json.dumps(described(talk), ensure_ascii=False))
-            for key, seen in pictures_of(talk.exchanges).items():
-                file.writestr(f"{key}.npy", as_npy(seen.tiles))
+            file.writestr(
+                CONVERSATION_ENTRY, json.dumps(conversation_to_json(talk), ensure_ascii=False)
+            )
+            for key, seen in images_by_hash(talk.exchanges).items():
+                file.writestr(f"{key}.npy", npy_bytes(seen.tiles))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; try elsewhere") from error
 
 
-def load_talk(talk: "Conversation", path: Path) -> bool:
+def read_conversation(talk: "Conversation", path: Path) -> bool:
     """Put the saved talk into ``talk``, all or nothing; tell whether its cache could be used."""
     try:
         with zipfile.ZipFile(path) as file:
-            content = json.loads(file.read(TALK))
-            check_fits(content, talk, path)
-            exchanges = [restored(entry, file) for entry in content["exchanges"]]
-            settings = {name: content["settings"][name] for name in SAVED}
-            same_model = content["fingerprint"] == fingerprint(talk.vlm.model)
+            content = json.loads(file.read(CONVERSATION_ENTRY))
+            check_tiling(content, talk, path)
+            exchanges = [exchange_from_json(entry, file) for entry in content["exchanges"]]
+            settings = {name: content["settings"][name] for name in SAVED_FIELDS}
+            same_model = content["fingerprint"] == model_fingerprint(talk.vlm.model)
     except FileNotFoundError as error:
         raise UserError(f"no file at {path}; check the path") from error
-    except DAMAGE as error:
+    except READ_ERRORS as error:
         raise UserError(f"cannot read {path}: it is no saved talk, or damaged") from error
     if not same_model:  # another vocabulary, perhaps: its words are read, not its ids
-        exchanges = [entry.as_text() for entry in exchanges]
-    talk.settings = changed(talk.settings, settings)
+        exchanges = [entry.without_token_ids() for entry in exchanges]
+    talk.generation_config = with_overrides(talk.generation_config, settings)
     talk.exchanges = exchanges
-    read = same_model and read_prefix(cache_path(path), talk.memory, content["fingerprint"])
-    return read and talk.memory.fits(packing_of(talk.settings, talk.vlm.config.text.head_dim))
+    read = same_model and load_prompt_cache(
+        cache_path(path), talk.prompt_cache, content["fingerprint"]
+    )
+    return read and talk.prompt_cache.is_compatible(
+        kv_quantization_for(talk.generation_config, talk.vlm.config.text.head_dim)
+    )
 
 
 def cache_path(path: Path) -> Path:
@@ -85,23 +95,29 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def described(talk: "Conversation") -> dict[str, Any]:
+def conversation_to_json(talk: "Conversation") -> dict[str, Any]:
     """Put a talk into plain values; pictures are named by their content."""
     config = talk.vlm.config
     return {
-        "version": VERSION,
+        "version": FORMAT_VERSION,
         "model": talk.vlm.name,
-        "fingerprint": fingerprint(talk.vlm.model),
+        "fingerprint": model_fingerprint(talk.vlm.model),
         "tile_size": config.force_image_size,
         "tokens_per_tile": config.num_image_token,
-        "settings": {name: plain(getattr(talk.settings, name)) for name in SAVED},
+        "settings": {
+            name: json_value(getattr(talk.generation_config, name)) for name in SAVED_FIELDS
+        },
         "exchanges": [
             {
                 "question": exchange.question,
-                "pictures": [named(seen) for seen in exchange.pictures],
+                "pictures": [image_to_json(seen) for seen in exchange.images],
                 "films": [
-                    {"name": film.name, "times": film.times, "frames": [*map(named, film.frames)]}
-                    for film in exchange.films
+                    {
+                        "name": film.name,
+                        "times": film.times,
+                        "frames": [*map(image_to_json, film.frames)],
+                    }
+                    for film in exchange.videos
                 ],
                 "answer": exchange.answer,
                 "token_ids": exchange.token_ids,
@@ -112,30 +128,34 @@ def described(talk: "Conversation") -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Write fractions as text, which is read back as the same step."""
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [json_value(entry) for entry in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def named(seen: Seen) -> dict[str, Any]:
-    return {"key": seen.key.hex(), **asdict(seen.info)}
+def image_to_json(seen: ProcessedImage) -> dict[str, Any]:
+    return {"key": seen.content_hash.hex(), **asdict(seen.info)}
 
 
-def pictures_of(exchanges: list[Exchange]) -> dict[str, Seen]:
-    return {seen.key.hex(): seen for exchange in exchanges for seen in exchange.seen}
+def images_by_hash(exchanges: list[Exchange]) -> dict[str, ProcessedImage]:
+    return {
+        seen.content_hash.hex(): seen
+        for exchange in exchanges
+        for seen in exchange.processed_images
+    }
 
 
-def as_npy(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
     buffer = BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def check_fits(content: dict[str, Any], talk: "Conversation", path: Path) -> None:
+def check_tiling(content: dict[str, Any], talk: "Conversation", path: Path) -> None:
     """Refuse a talk from a newer version, or whose pictures were cut for another model."""
-    if content["version"] != VERSION:
+    if content["version"] != FORMAT_VERSION:
         raise UserError(f"{path} was saved by a newer version of internvl3-mlx; update it")
     config = talk.vlm.config
     theirs = (content["tile_size"], content["tokens_per_tile"])
@@ -146,23 +166,23 @@ def check_fits(content: dict[str, Any], talk: "Conversation", path: Path) -> Non
         )
 
 
-def restored(entry: dict[str, Any], file: zipfile.ZipFile) -> Exchange:
-    def seen(shown: dict[str, Any]) -> Seen:
+def exchange_from_json(entry: dict[str, Any], file: zipfile.ZipFile) -> Exchange:
+    def seen(shown: dict[str, Any]) -> ProcessedImage:
         tiles = np.load(BytesIO(file.read(f"{shown['key']}.npy")), allow_pickle=False)
         info = ImageInfo(**{name: value for name, value in shown.items() if name != "key"})
-        picture = Seen(tiles, info)
-        if picture.key.hex() != shown["key"] or len(tiles) != info.tiles:
+        picture = ProcessedImage(tiles, info)
+        if picture.content_hash.hex() != shown["key"] or len(tiles) != info.tiles:
             raise ValueError("a picture is not the one that was saved")
         return picture
 
-    def film(shown: dict[str, Any]) -> Film:
+    def film(shown: dict[str, Any]) -> ProcessedVideo:
         times = None if shown["times"] is None else tuple(shown["times"])
-        return Film(shown["name"], tuple(map(seen, shown["frames"])), times)
+        return ProcessedVideo(shown["name"], tuple(map(seen, shown["frames"])), times)
 
     return Exchange(
         question=str(entry["question"]),
-        pictures=tuple(map(seen, entry["pictures"])),
-        films=tuple(map(film, entry["films"])),
+        images=tuple(map(seen, entry["pictures"])),
+        videos=tuple(map(film, entry["films"])),
         answer=str(entry["answer"]),
         token_ids=tuple(map(int, entry["token_ids"])),
         complete=bool(entry["complete"]),

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from internvl3_mlx.generation.processor import Film, Seen, asked
-from internvl3_mlx.prompt.messages import IMAGE_MARK, Turn
+from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo, make_user_message
+from internvl3_mlx.prompt.messages import IMAGE_PLACEHOLDER, Message
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,34 +15,34 @@ class Exchange:
     """
 
     question: str
-    pictures: tuple[Seen, ...] = ()
-    films: tuple[Film, ...] = ()
+    images: tuple[ProcessedImage, ...] = ()
+    videos: tuple[ProcessedVideo, ...] = ()
     answer: str = ""
     token_ids: tuple[int, ...] = ()
     complete: bool = True
 
     @property
-    def turn(self) -> Turn:
-        return asked(self.question, self.pictures, self.films)[0]
+    def user_message(self) -> Message:
+        return make_user_message(self.question, self.images, self.videos)[0]
 
     @property
-    def seen(self) -> list[Seen]:
+    def processed_images(self) -> list[ProcessedImage]:
         """Pictures and frames in the order of the prompt."""
-        return asked(self.question, self.pictures, self.films)[1]
+        return make_user_message(self.question, self.images, self.videos)[1]
 
-    def turns(self) -> tuple[Turn, Turn]:
-        return self.turn, Turn("assistant", self.answer, token_ids=self.token_ids)
+    def messages(self) -> tuple[Message, Message]:
+        return self.user_message, Message("assistant", self.answer, token_ids=self.token_ids)
 
-    def as_text(self) -> "Exchange":
+    def without_token_ids(self) -> "Exchange":
         """Forget the ids of the answer: its words are cut anew."""
         return replace(self, token_ids=())
 
-    def without(self, index: int) -> "Exchange":
+    def without_image(self, index: int) -> "Exchange":
         """Leave one picture out, and its mark where the question placed the pictures itself."""
         question = self.question
-        if question.count(IMAGE_MARK) == len(self.pictures):
-            parts = question.split(IMAGE_MARK)
+        if question.count(IMAGE_PLACEHOLDER) == len(self.images):
+            parts = question.split(IMAGE_PLACEHOLDER)
             parts[index : index + 2] = [parts[index] + parts[index + 1]]
-            question = IMAGE_MARK.join(parts)
-        pictures = self.pictures[:index] + self.pictures[index + 1 :]
-        return replace(self, question=question, pictures=pictures)
+            question = IMAGE_PLACEHOLDER.join(parts)
+        pictures = self.images[:index] + self.images[index + 1 :]
+        return replace(self, question=question, images=pictures)

@@ -7,16 +7,16 @@ from fractions import Fraction
 from typing import Any
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.prompt.messages import Turn
+from internvl3_mlx.prompt.messages import Message
 
 KV_BITS = (4, 8)
 KV_GROUP_SIZES = (32, 64, 128)
 
-Delta = float | int | str | Fraction
+V2PEDelta = float | int | str | Fraction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class GenerationConfig:
     """How a question is put and an answer generated. ``None`` means: as the model itself has it.
 
     history: earlier turns, their pictures counted in ``images`` before this turn's.
@@ -30,7 +30,7 @@ class Settings:
     """
 
     system: str | None = None
-    history: tuple[Turn, ...] = ()
+    history: tuple[Message, ...] = ()
     video: tuple[Any, ...] = ()
     num_frames: int = 8
     frame_times: bool = False
@@ -38,7 +38,7 @@ class Settings:
     min_tiles: int | None = None
     thumbnail: bool | None = None
     upright: bool = True
-    v2pe_delta: Delta | list[Delta] | tuple[Delta, ...] = 1
+    v2pe_delta: V2PEDelta | list[V2PEDelta] | tuple[V2PEDelta, ...] = 1
     ntk: bool = True
     max_tokens: int = 1024
     temperature: float = 0.0
@@ -80,29 +80,29 @@ class Settings:
             raise UserError(f"kv_group_size is {self.kv_group_size}; MLX has 32, 64 and 128")
 
 
-MANY = 1_000_000_000
+UNBOUNDED = 1_000_000_000
 RANGES = {
     "num_frames": (1, 4096),
     "max_tiles": (1, 4096),
     "min_tiles": (1, 4096),
-    "max_tokens": (1, MANY),
+    "max_tokens": (1, UNBOUNDED),
     "temperature": (0, 100),
     "top_p": (0, 1),
-    "top_k": (0, MANY),
+    "top_k": (0, UNBOUNDED),
     "min_p": (0, 1),
     "repetition_penalty": (0.01, 100),
     "seed": (0, 2**63),
-    "quantized_kv_start": (0, MANY),
-    "prefill_step_size": (1, MANY),
+    "quantized_kv_start": (0, UNBOUNDED),
+    "prefill_step_size": (1, UNBOUNDED),
     "num_draft_tokens": (1, 16),
 }
 
 
-def changed(settings: Settings, changes: dict[str, Any]) -> Settings:
+def with_overrides(config: GenerationConfig, overrides: dict[str, Any]) -> GenerationConfig:
     """Return ``settings`` with ``changes``; an unknown one raises with the nearest name."""
-    names = [field.name for field in fields(Settings)]
-    for name in changes.keys() - set(names):
+    names = [field.name for field in fields(GenerationConfig)]
+    for name in overrides.keys() - set(names):
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
         raise UserError(f"no setting {name!r}; {hint}")
-    return replace(settings, **changes)
+    return replace(config, **overrides)

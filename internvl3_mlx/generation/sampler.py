@@ -4,17 +4,17 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from internvl3_mlx.generation.generation_config import Settings
+from internvl3_mlx.generation.generation_config import GenerationConfig
 
-Choose = Callable[[mx.array, mx.array], mx.array]  # all ids so far (L,), logits (1, vocab) -> (1,)
+Sampler = Callable[[mx.array, mx.array], mx.array]  # all ids so far (L,), logits (1, vocab) -> (1,)
 
 
-def chooser(settings: Settings) -> Choose:
+def make_sampler(settings: GenerationConfig) -> Sampler:
     """Build the sampler. Importing mlx-lm takes seconds, so greedy decoding never does."""
     if settings.seed is not None:
         mx.random.seed(settings.seed)
     plain = settings.temperature == 0 and settings.repetition_penalty in (None, 1.0)
-    return greedy if plain else sampled(settings)
+    return greedy if plain else random_sampler(settings)
 
 
 def greedy(_: mx.array, logits: mx.array) -> mx.array:
@@ -22,11 +22,11 @@ def greedy(_: mx.array, logits: mx.array) -> mx.array:
     return mx.argmax(logits, axis=-1)
 
 
-def needs_history(settings: Settings) -> bool:
+def needs_history(settings: GenerationConfig) -> bool:
     return settings.repetition_penalty not in (None, 1.0)
 
 
-def sampled(settings: Settings) -> Choose:
+def random_sampler(settings: GenerationConfig) -> Sampler:
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
     sampler = make_sampler(

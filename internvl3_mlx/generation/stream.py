@@ -21,44 +21,44 @@ class TextStream:
     stop: Sequence[str] = ()
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    held: str = ""
+    pending: str = ""
     finish_reason: FinishReason = "length"
 
-    def pieces(self, tokens: Iterable[int]) -> Iterator[tuple[int, str]]:
+    def decode(self, tokens: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Yield each token with the text that became certain with it, until the answer ends."""
         for token in tokens:
             if token in self.stop_ids:
                 self.finish_reason = "stop"
                 return
             self.token_ids.append(token)
-            yield token, self.release(self.detokenizer.add(token))
+            yield token, self.release(self.detokenizer.add_token(token))
             if self.finish_reason == "stop":
                 return
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """Return what was held when the tokens ended."""
-        ready = (self.held + self.detokenizer.finish()).rstrip()
-        self.held = ""
+        ready = (self.pending + self.detokenizer.finalize()).rstrip()
+        self.pending = ""
         self.text += ready
         return ready
 
     def release(self, new: str) -> str:
-        self.held += new
+        self.pending += new
         if not self.text:
-            self.held = self.held.lstrip()
-        found = [i for i in (self.held.find(stop) for stop in self.stop) if i >= 0]
+            self.pending = self.pending.lstrip()
+        found = [i for i in (self.pending.find(stop) for stop in self.stop) if i >= 0]
         if found:
-            self.finish_reason, self.held = "stop", self.held[: min(found)]
+            self.finish_reason, self.pending = "stop", self.pending[: min(found)]
             return ""
-        certain = self.held[: len(self.held) - self.undecided()].rstrip()
-        self.held = self.held[len(certain) :]
+        certain = self.pending[: len(self.pending) - self.partial_stop_length()].rstrip()
+        self.pending = self.pending[len(certain) :]
         self.text += certain
         return certain
 
-    def undecided(self) -> int:
+    def partial_stop_length(self) -> int:
         """Count the last characters that may grow into a stop string."""
         longest = max((len(stop) for stop in self.stop), default=1) - 1
-        for length in range(min(longest, len(self.held)), 0, -1):
-            if any(stop.startswith(self.held[-length:]) for stop in self.stop):
+        for length in range(min(longest, len(self.pending)), 0, -1):
+            if any(stop.startswith(self.pending[-length:]) for stop in self.stop):
                 return length
         return 0

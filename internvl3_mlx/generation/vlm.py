@@ -9,27 +9,37 @@ from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import PromptError, UserError
-from internvl3_mlx.generation.answer import Answer, Box, Piece, Timing, Usage
-from internvl3_mlx.generation.engine import context_left
-from internvl3_mlx.generation.generate import Drafting, Run
-from internvl3_mlx.generation.generation_config import Settings, changed
-from internvl3_mlx.generation.processor import ImageInfo, Inputs, Preparer
-from internvl3_mlx.generation.prompt_cache import Memory
-from internvl3_mlx.generation.prompt_cache_file import fingerprint
-from internvl3_mlx.generation.speculative import DraftModel, Lookup, check_greedy
-from internvl3_mlx.loading.build import Loaded, build
-from internvl3_mlx.loading.fetch_model import Notify, prepare
+from internvl3_mlx.generation.answer import Answer, AnswerChunk, Box, Timing, Usage
+from internvl3_mlx.generation.engine import remaining_context
+from internvl3_mlx.generation.generate import Generation, MakeDrafter
+from internvl3_mlx.generation.generation_config import GenerationConfig, with_overrides
+from internvl3_mlx.generation.processor import ImageInfo, ModelInputs, Processor
+from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
+from internvl3_mlx.generation.speculative import DraftModel, PromptLookup, check_greedy
+from internvl3_mlx.loading.build import LoadedModel, load_local_model
+from internvl3_mlx.loading.fetch_model import Notify, fetch_model
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.prompt.template import Template, template_for
+from internvl3_mlx.prompt.template import Template, load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from internvl3_mlx.generation.conversation import Conversation
 
-__all__ = ["VLM", "Answer", "Box", "ImageInfo", "Inputs", "Piece", "Timing", "Usage", "load"]
+__all__ = [
+    "VLM",
+    "Answer",
+    "Box",
+    "ImageInfo",
+    "ModelInputs",
+    "AnswerChunk",
+    "Timing",
+    "Usage",
+    "load",
+]
 
 
-def silent(_: str) -> None:
+def ignore_message(_: str) -> None:
     """Tell nobody."""
 
 
@@ -40,7 +50,7 @@ def load(
     adapter: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
-    notify: Notify = silent,
+    notify: Notify = ignore_message,
 ) -> "VLM":
     """Load a model by folder, repository, size ("1b" ... "78b") or as "demo".
 
@@ -53,10 +63,12 @@ def load(
     notify: called with one line when something takes long.
     """
     started = time.perf_counter()
-    ready = prepare(model, quantize, revision=revision, notify=notify)
+    ready = fetch_model(model, quantize, revision=revision, notify=notify)
     adapter_folder = Path(adapter).expanduser() if adapter else None
-    loaded = build(ready.folder, quantize=ready.recipe, adapter=adapter_folder, dtype=dtype)
-    template = template_for(loaded.config, ready.folder)
+    loaded = load_local_model(
+        ready.folder, quantize=ready.recipe, adapter=adapter_folder, dtype=dtype
+    )
+    template = load_template(loaded.config, ready.folder)
     name = model if model is not None else ready.folder.name
     return VLM(name, loaded, template, time.perf_counter() - started)
 
@@ -66,10 +78,10 @@ class VLM:
     """A model that answers questions about pictures."""
 
     name: str
-    loaded: Loaded = field(repr=False)
+    loaded: LoadedModel = field(repr=False)
     template: Template
     load_seconds: float = 0.0
-    companions: "dict[str, VLM]" = field(default_factory=dict, repr=False, compare=False)
+    draft_models: "dict[str, VLM]" = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def model(self) -> InternVL:
@@ -84,17 +96,19 @@ class VLM:
         return self.loaded.tokenizer
 
     @property
-    def preparer(self) -> Preparer:
-        return Preparer(self.config, self.tokenizer, self.template)
+    def processor(self) -> Processor:
+        return Processor(self.config, self.tokenizer, self.template)
 
     @property
     def trained(self) -> bool:
         """False for a demo checkpoint whose weights are random."""
         return self.config.trained
 
-    def prepare(self, question: str, images: Sequence[Any] = (), **settings: Any) -> Inputs:
+    def prepare_inputs(
+        self, question: str, images: Sequence[Any] = (), **settings: Any
+    ) -> ModelInputs:
         """Turn a question and pictures into inputs; ``Settings`` lists what can be set."""
-        return self.prepared(question, images, changed(Settings(), settings))
+        return self.build_inputs(question, images, with_overrides(GenerationConfig(), settings))
 
     def ask(self, question: str, images: Sequence[Any] = (), **settings: Any) -> Answer:
         """Answer a question about some pictures (paths, URLs, data URIs, bytes or PIL images)."""
@@ -102,10 +116,12 @@ class VLM:
         assert last.answer is not None
         return last.answer
 
-    def stream(self, question: str, images: Sequence[Any] = (), **settings: Any) -> Iterator[Piece]:
+    def stream(
+        self, question: str, images: Sequence[Any] = (), **settings: Any
+    ) -> Iterator[AnswerChunk]:
         """Yield the answer piece by piece; the last piece carries the finished ``Answer``."""
-        asked = changed(Settings(), settings)
-        return self.answering(self.prepared(question, images, asked), asked)
+        asked = with_overrides(GenerationConfig(), settings)
+        return self.stream_inputs(self.build_inputs(question, images, asked), asked)
 
     def ask_each(
         self, question: str, images: Iterable[Any], *, batch_size: int = 8, **settings: Any
@@ -114,11 +130,11 @@ class VLM:
 
         Each answer is what ``ask`` would give.
         """
-        from internvl3_mlx.generation.batch_generate import answers
+        from internvl3_mlx.generation.batch_generate import batch_generate
 
-        asked = changed(Settings(), settings)
-        prepared = (self.prepared(question, [image], asked) for image in images)
-        return answers(self, prepared, asked, batch_size)
+        asked = with_overrides(GenerationConfig(), settings)
+        prepared = (self.build_inputs(question, [image], asked) for image in images)
+        return batch_generate(self, prepared, asked, batch_size)
 
     def ask_many(
         self, question: str, images: Sequence[Any] = (), *, n: int = 8, **settings: Any
@@ -128,29 +144,31 @@ class VLM:
         Prompt and pictures are read once and kept once, whatever ``n`` is. With a ``seed``, answer
         i draws what ``ask`` would with ``seed + i``, but for rounding.
         """
-        from internvl3_mlx.generation.parallel_samples import samples
+        from internvl3_mlx.generation.parallel_samples import generate_samples
 
-        asked = changed(Settings(), settings)
-        return samples(self, self.prepared(question, images, asked), asked, n)
+        asked = with_overrides(GenerationConfig(), settings)
+        return generate_samples(self, self.build_inputs(question, images, asked), asked, n)
 
-    def prepared(self, question: str, images: Sequence[Any], settings: Settings) -> Inputs:
+    def build_inputs(
+        self, question: str, images: Sequence[Any], settings: GenerationConfig
+    ) -> ModelInputs:
         alone = isinstance(images, str | bytes) or not isinstance(images, Sequence)
-        inputs = self.preparer(question, [images] if alone else images, settings)
-        self.check_length(inputs, settings)
+        inputs = self.processor(question, [images] if alone else images, settings)
+        self.check_context_length(inputs, settings)
         return inputs
 
-    def check_length(self, inputs: Inputs, settings: Settings) -> None:
+    def check_context_length(self, inputs: ModelInputs, settings: GenerationConfig) -> None:
         """Raise PromptError when a prompt is longer than the model's window."""
-        ntk = settings.ntk and inputs.is_ordinary
-        if context_left(inputs.next_position, self.config.text, ntk=ntk) < 0:
-            raise PromptError(too_long(inputs, self.config))
+        ntk = settings.ntk and inputs.uses_unit_positions
+        if remaining_context(inputs.next_position, self.config.text, ntk=ntk) < 0:
+            raise PromptError(context_overflow_message(inputs, self.config))
 
-    def answering(
-        self, inputs: Inputs, settings: Settings, memory: Memory | None = None
-    ) -> Iterator[Piece]:
+    def stream_inputs(
+        self, inputs: ModelInputs, settings: GenerationConfig, memory: PromptCache | None = None
+    ) -> Iterator[AnswerChunk]:
         """Answer prepared inputs; with a ``memory`` only what it does not hold yet is read."""
-        memory = Memory() if memory is None else memory
-        run = Run(
+        memory = PromptCache() if memory is None else memory
+        run = Generation(
             self.name,
             self.model,
             self.tokenizer,
@@ -158,29 +176,31 @@ class VLM:
             settings,
             memory,
             self.load_seconds,
-            self.drafting(inputs, settings, memory),
+            self.choose_drafter(inputs, settings, memory),
         )
-        return run.pieces()
+        return run.stream()
 
-    def drafting(self, inputs: Inputs, settings: Settings, memory: Memory) -> Drafting | None:
+    def choose_drafter(
+        self, inputs: ModelInputs, settings: GenerationConfig, memory: PromptCache
+    ) -> MakeDrafter | None:
         """Say who guesses ahead, if anyone: a smaller model or the text itself."""
         if settings.draft is None and not settings.lookup:
             return None
         check_greedy(settings)
         if settings.draft is None:
-            return Lookup
-        small = self.companion(settings.draft)
-        memory.draft = memory.draft or Memory()
-        if small.tower_key == self.tower_key:
+            return PromptLookup
+        small = self.load_draft_model(settings.draft)
+        memory.draft = memory.draft or PromptCache()
+        if small.vision_fingerprint == self.vision_fingerprint:
             memory.draft.features = memory.features
         return partial(DraftModel, small.model, inputs, settings, memory.draft)
 
-    def companion(self, draft: "VLM | str") -> "VLM":
+    def load_draft_model(self, draft: "VLM | str") -> "VLM":
         """Return the model that drafts, loaded once if it was named; refuse another vocabulary."""
         name = draft if isinstance(draft, str) else draft.name
-        if name not in self.companions:
-            self.companions[name] = load(draft) if isinstance(draft, str) else draft
-        small = self.companions[name]
+        if name not in self.draft_models:
+            self.draft_models[name] = load(draft) if isinstance(draft, str) else draft
+        small = self.draft_models[name]
         ours, theirs = (
             (v.tokenizer.added, v.config.force_image_size, v.config.num_image_token)
             for v in (self, small)
@@ -193,18 +213,18 @@ class VLM:
         return small
 
     @cached_property
-    def tower_key(self) -> str:
+    def vision_fingerprint(self) -> str:
         """Name tower and projector by their weights: models that share them share features."""
-        return fingerprint(self.model.vision_model) + fingerprint(self.model.mlp1)
+        return model_fingerprint(self.model.vision_model) + model_fingerprint(self.model.mlp1)
 
     def conversation(self, **settings: Any) -> "Conversation":
         """Begin a talk: each question costs only its own tokens. ``Settings`` are its defaults."""
         from internvl3_mlx.generation.conversation import Conversation
 
-        return Conversation(self, changed(Settings(), settings))
+        return Conversation(self, with_overrides(GenerationConfig(), settings))
 
 
-def too_long(inputs: Inputs, config: ModelConfig) -> str:
+def context_overflow_message(inputs: ModelInputs, config: ModelConfig) -> str:
     """Say by how much a prompt is too long, and what would make it fit."""
     pictures = inputs.image_tokens > len(inputs.token_ids) / 2
     hint = "fewer tiles (max_tiles) or a smaller v2pe_delta" if pictures else "a shorter question"

@@ -5,8 +5,8 @@ import struct
 import numpy as np
 from PIL import Image
 
-ORIENTATION = 0x0112  # EXIF tag: how the camera was held
-TURNS = {
+ORIENTATION_TAG = 0x0112  # EXIF tag: how the camera was held
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -16,15 +16,15 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 # Modes without a direct way to RGB in Pillow, and the mode that has one.
-DETOURS = {"La": "LA", "RGBa": "RGBA"}
+INTERMEDIATE_MODES = {"La": "LA", "RGBa": "RGBA"}
 # How far to shift whole numbers up to this many bits, to leave eight.
-BITS = 8
-DEEP_BITS = (8, 16, 31)
+OUTPUT_BITS = 8
+INPUT_BIT_DEPTHS = (8, 16, 31)
 
 
-def upright_image(image: Image.Image) -> Image.Image:
+def apply_exif_orientation(image: Image.Image) -> Image.Image:
     """Turn a loaded image as its EXIF note says; without a note, give it back as it is."""
-    turn = TURNS.get(_orientation(image))
+    turn = EXIF_TRANSPOSES.get(_orientation(image))
     if turn is None:
         return image
     turned = image.transpose(turn)
@@ -35,7 +35,7 @@ def upright_image(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """Read the EXIF orientation, 1 (upright) if there is none or it is damaged."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
     except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
         return 1
 
@@ -49,21 +49,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_deep(image).convert("RGB")
+        return _from_integers(image).convert("RGB")
     if image.mode == "F":
         return _from_float(image).convert("RGB")
-    if image.mode in DETOURS:
-        image = image.convert(DETOURS[image.mode])
+    if image.mode in INTERMEDIATE_MODES:
+        image = image.convert(INTERMEDIATE_MODES[image.mode])
     return image.convert("RGB")
 
 
-def _from_deep(image: Image.Image) -> Image.Image:
+def _from_integers(image: Image.Image) -> Image.Image:
     """Keep the top eight bits of 16-bit grey; of 32-bit grey, of the least depth that holds it."""
     values = np.asarray(image)
     deep = 16
     if image.mode == "I":
-        deep = next(bits for bits in DEEP_BITS if int(values.max()) < 2**bits)
-    grey = np.right_shift(values.clip(0), deep - BITS)
+        deep = next(bits for bits in INPUT_BIT_DEPTHS if int(values.max()) < 2**bits)
+    grey = np.right_shift(values.clip(0), deep - OUTPUT_BITS)
     return Image.fromarray(grey.astype(np.uint8))
 
 

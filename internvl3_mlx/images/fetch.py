@@ -21,36 +21,36 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from internvl3_mlx.errors import ImageError
 
 MAX_BYTES = 100 * 2**20  # of one download, data URI or pipe
-MAX_NAME = 200  # characters of a name in a message
-LONGEST_PATH = 1024  # characters; PATH_MAX of macOS
+MAX_NAME_LENGTH = 200  # characters of a name in a message
+MAX_PATH_LENGTH = 1024  # characters; PATH_MAX of macOS
 STDIN = "-"
 LOCAL_HOSTS = ("", "localhost")
-ADDRESS = re.compile(r"(?i)(data):|([a-z][a-z0-9+.-]+)://")
+URL_PATTERN = re.compile(r"(?i)(data):|([a-z][a-z0-9+.-]+)://")
 
 
 @dataclass(frozen=True)
-class Located:
+class ImageBytes:
     """Where the bytes are: a file on disk, or in memory. ``name`` is what the user gave, short."""
 
     name: str
-    place: Path | bytes
+    source: Path | bytes
 
     def open(self) -> BinaryIO:
         """Open the bytes for reading, from the start and seekable."""
-        if isinstance(self.place, bytes):
-            return io.BytesIO(self.place)
+        if isinstance(self.source, bytes):
+            return io.BytesIO(self.source)
         try:
-            return self.place.open("rb")
+            return self.source.open("rb")
         except OSError as error:
             raise ImageError(
                 f"cannot read {self.name}: {error.strerror}; check the file"
             ) from error
 
 
-def locate(source: str | Path | bytes) -> Located:
+def locate(source: str | Path | bytes) -> ImageBytes:
     """Find what ``source`` names; fetch it if it is not on disk. A Path is always a path."""
     if isinstance(source, bytes | bytearray | memoryview):
-        return Located("image bytes", bytes(source))
+        return ImageBytes("image bytes", bytes(source))
     if isinstance(source, Path):
         return _from_path(str(source))
     if not isinstance(source, str):
@@ -60,83 +60,83 @@ def locate(source: str | Path | bytes) -> Located:
         )
     if source == STDIN:
         return _from_stdin()
-    address = ADDRESS.match(source)
+    address = URL_PATTERN.match(source)
     return _from_address(source, address) if address else _from_path(source)
 
 
-def short(name: str) -> str:
+def shorten_name(name: str) -> str:
     """Shorten a name for messages: no control characters, the middle of a long one left out."""
     name = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], name)
-    half = MAX_NAME // 2
-    return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half:]}"
+    half = MAX_NAME_LENGTH // 2
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[:half]}…{name[-half:]}"
 
 
-def _from_stdin() -> Located:
+def _from_stdin() -> ImageBytes:
     """Read the bytes that were piped in."""
     name, pipe = "standard input", sys.stdin.buffer
     if pipe.isatty():
         raise ImageError("cannot read a picture from standard input: pipe one in, or give its path")
-    return Located(name, _limited(pipe, name))
+    return ImageBytes(name, _limited(pipe, name))
 
 
 def _limited(pipe: BinaryIO, name: str) -> bytes:
     """Read a pipe to its end, but no more than ``MAX_BYTES``."""
     data = pipe.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise too_large(name)
+        raise too_large_error(name)
     return data
 
 
-def too_large(name: str) -> ImageError:
+def too_large_error(name: str) -> ImageError:
     """Say that more than ``MAX_BYTES`` came."""
     return ImageError(
         f"cannot read {name}: larger than {MAX_BYTES // 2**20} MB; save it and give its path"
     )
 
 
-def _from_address(text: str, address: re.Match[str]) -> Located:
+def _from_address(text: str, address: re.Match[str]) -> ImageBytes:
     scheme = (address[1] or address[2]).lower()
     if scheme not in SCHEMES:
         raise ImageError(
-            f"cannot read {short(text)}: {scheme} addresses are not supported; "
+            f"cannot read {shorten_name(text)}: {scheme} addresses are not supported; "
             "wanted http, https, file or data, or save the picture and give its path"
         )
     try:
         return SCHEMES[scheme](text)
     except ValueError as error:  # urllib's word for an address that makes no sense
-        raise ImageError(f"cannot read {short(text)}: {error}; check the address") from error
+        raise ImageError(f"cannot read {shorten_name(text)}: {error}; check the address") from error
 
 
-def _from_web(text: str) -> Located:
+def _from_web(text: str) -> ImageBytes:
 
     parts = urlsplit(text)
     # Query and password stay out of messages and logs: signed addresses carry secrets there.
-    name = short(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
-    return Located(name, fetch(text, name))
+    name = shorten_name(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
+    return ImageBytes(name, download_image(text, name))
 
 
-def _from_file_address(text: str) -> Located:
+def _from_file_address(text: str) -> ImageBytes:
     parts = urlsplit(text)
     if parts.netloc.lower() not in LOCAL_HOSTS:
         raise ImageError(
-            f"cannot read {short(text)}: the file is on another computer ({parts.netloc}); "
+            f"cannot read {shorten_name(text)}: the file is on another computer ({parts.netloc}); "
             "copy it here and give its path"
         )
     return _from_path(unquote(parts.path))
 
 
-def _from_data(text: str) -> Located:
+def _from_data(text: str) -> ImageBytes:
     head, comma, payload = text.partition(",")
     media, *options = head[len("data:") :].split(";")
-    name = short(f"data:{media or 'picture'}")
+    name = shorten_name(f"data:{media or 'picture'}")
     if not comma:
         raise ImageError(f"cannot read {name}: a data address needs a comma before its data")
     if len(payload) > 2 * MAX_BYTES:
-        raise too_large(name)
+        raise too_large_error(name)
     data = unquote_to_bytes(payload)
     if "base64" in (option.strip().lower() for option in options):
         data = _from_base64(data, name)
-    return Located(name, data)
+    return ImageBytes(name, data)
 
 
 def _from_base64(data: bytes, name: str) -> bytes:
@@ -150,7 +150,7 @@ def _from_base64(data: bytes, name: str) -> bytes:
         ) from error
 
 
-SCHEMES: dict[str, Callable[[str], Located]] = {
+SCHEMES: dict[str, Callable[[str], ImageBytes]] = {
     "http": _from_web,
     "https": _from_web,
     "file": _from_file_address,
@@ -158,24 +158,24 @@ SCHEMES: dict[str, Callable[[str], Located]] = {
 }
 
 
-def _from_path(text: str) -> Located:
+def _from_path(text: str) -> ImageBytes:
     """Find a file: the exact path, then with ``~`` expanded, then by a name that looks the same."""
-    name = short(text)
+    name = shorten_name(text)
     path = _existing(text)
     if path is None:
         raise ImageError(f"no file at {name or 'an empty path'}: {_hint(text)}")
     if path.is_dir():
         raise ImageError(f"cannot read {name}: it is a folder; name a picture in it")
     if path.is_file():
-        return Located(name, path)
+        return ImageBytes(name, path)
     if not path.is_fifo():
         raise ImageError(f"cannot read {name}: it is a device; give the path of a picture")
     with path.open("rb") as pipe:
-        return Located(name, _limited(pipe, name))
+        return ImageBytes(name, _limited(pipe, name))
 
 
 def _existing(text: str) -> Path | None:
-    if not text or len(text) > LONGEST_PATH:
+    if not text or len(text) > MAX_PATH_LENGTH:
         return None
     for path in (text, os.path.expanduser(text)):
         if os.path.exists(path):
@@ -199,22 +199,26 @@ def _siblings(path: Path) -> list[str]:
 
 def _hint(text: str) -> str:
     """Say what to do about a missing file, naming the one that comes nearest."""
-    if len(text) > LONGEST_PATH:
+    if len(text) > MAX_PATH_LENGTH:
         return "too long for a path; if it is base64, put data:;base64, before it"
     wanted = Path(os.path.expanduser(text))
     near = get_close_matches(wanted.name, _siblings(wanted), n=1, cutoff=0.7)
-    return f"did you mean {short(str(wanted.with_name(near[0])))}?" if near else "check the path"
+    return (
+        f"did you mean {shorten_name(str(wanted.with_name(near[0])))}?"
+        if near
+        else "check the path"
+    )
 
 
 WEB_SCHEMES = ("http", "https")
-SILENCE_S = 20  # longest wait for the next bytes
-TOTAL_S = 120  # longest download
+READ_TIMEOUT_S = 20  # longest wait for the next bytes
+DOWNLOAD_TIMEOUT_S = 120  # longest download
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 2**16
 # Characters that are already meant as they stand; the rest, such as spaces, is escaped.
-SAFE = "%/:=&?~#+!$,;'@()*[]"
+URL_SAFE_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
 # Some hosts refuse Python's own name.
-HEADERS = {"User-Agent": "internvl3-mlx", "Accept": "image/*,*/*;q=0.5"}
+REQUEST_HEADERS = {"User-Agent": "internvl3-mlx", "Accept": "image/*,*/*;q=0.5"}
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -228,40 +232,42 @@ class _Redirects(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def fetch(address: str, name: str) -> bytes:
+def download_image(address: str, name: str) -> bytes:
     """Download ``address``; ``name`` is what messages call it."""
     try:
-        request = Request(quote(address, safe=SAFE), headers=HEADERS)
-        with build_opener(_Redirects).open(request, timeout=SILENCE_S) as response:
+        request = Request(quote(address, safe=URL_SAFE_CHARACTERS), headers=REQUEST_HEADERS)
+        with build_opener(_Redirects).open(request, timeout=READ_TIMEOUT_S) as response:
             return _read(response, name)
     except HTTPError as error:
         error.close()
         lost = error.code in range(300, 400)
         what = "it redirects in circles or away from the web" if lost else f"answer {error.code}"
-        raise _refused(name, what) from error
+        raise _download_error(name, what) from error
     except TimeoutError as error:
-        raise _refused(name, "the server is too slow") from error
+        raise _download_error(name, "the server is too slow") from error
     except URLError as error:
         slow = isinstance(error.reason, TimeoutError)
-        raise _refused(name, "the server is too slow" if slow else str(error.reason)) from error
+        raise _download_error(
+            name, "the server is too slow" if slow else str(error.reason)
+        ) from error
     except (HTTPException, OSError, ValueError) as error:
-        raise _refused(name, str(error) or type(error).__name__) from error
+        raise _download_error(name, str(error) or type(error).__name__) from error
 
 
 def _read(response: IO[bytes], name: str) -> bytes:
     """Read the body piece by piece, so that neither size nor slowness can run away."""
-    deadline = time.monotonic() + TOTAL_S
+    deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
     data = bytearray()
     while piece := response.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
         data += piece
         if len(data) > MAX_BYTES:
-            raise too_large(name)
+            raise too_large_error(name)
         if time.monotonic() > deadline:
             raise TimeoutError
     return bytes(data)
 
 
-def _refused(name: str, what: str) -> ImageError:
+def _download_error(name: str, what: str) -> ImageError:
     return ImageError(
         f"cannot download {name}: {' '.join(what.split())}; "
         "check the address, or save the picture and give its path"

@@ -17,24 +17,29 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from internvl3_mlx.errors import ImageError, MissingExtraError
-from internvl3_mlx.images.colour import ORIENTATION, TURNS, to_rgb, upright_image
-from internvl3_mlx.images.fetch import Located, locate, short
+from internvl3_mlx.images.colour import (
+    EXIF_TRANSPOSES,
+    ORIENTATION_TAG,
+    apply_exif_orientation,
+    to_rgb,
+)
+from internvl3_mlx.images.fetch import ImageBytes, locate, shorten_name
 
 CLIPBOARD = "clipboard"
 # What people have. Others stay shut: some Pillow readers start programs (EPS runs Ghostscript).
-FORMATS = (
+PILLOW_FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "MPO"),
     *("JPEG2000", "PPM", "ICO", "ICNS", "PSD", "QOI", "TGA"),
 )
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # What a damaged file makes Pillow raise, beside OSError: its readers trust what they read.
-DAMAGE = (
+DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
     *(AttributeError, NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
-HEAD_BYTES = 512
+HEADER_BYTES = 512
 # First bytes of a file that is no picture: what it is, and what to do.
-STRANGERS = (
+OTHER_FILE_TYPES = (
     (rb"\A\Z", "it is empty; save or download it again"),
     (rb"\A%PDF", "it is a PDF; ask about it alone, or export the page as PNG"),
     (rb"\A\s*<(\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<?svg", "it is an SVG drawing; export it as PNG"),
@@ -42,11 +47,13 @@ STRANGERS = (
     (rb"\A(....ftyp|\x1aE\xdf\xa3)", "it is a video; ask about it as a video"),
     (rb"\Aversion https://git-lfs", "it is a Git LFS pointer; run git lfs pull first"),
 )
-KNOWN = "wanted JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIC; export it as one of these"
+SUPPORTED_FORMATS = (
+    "wanted JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIC; export it as one of these"
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class LoadedImage:
     """An RGB image and what the user called it."""
 
     image: Image.Image
@@ -63,27 +70,27 @@ class Picture:
         return self.image.height
 
 
-Source = str | Path | bytes | Image.Image | Picture
+ImageSource = str | Path | bytes | Image.Image | LoadedImage
 
 
-def open_picture(source: Source, *, upright: bool = True) -> Picture:
+def open_image(source: ImageSource, *, upright: bool = True) -> LoadedImage:
     """Open a path, http(s), file or data address, bytes, PIL image, ``-`` or ``clipboard``.
 
     Of an animation the first frame. Alpha is dropped, not blended, as the models were trained.
     ``upright`` turns a photo as its camera noted; the published preprocessing does not.
     Raises ``ImageError`` with one line, ``MissingExtraError`` for HEIC without a reader.
     """
-    if isinstance(source, Picture):
+    if isinstance(source, LoadedImage):
         return source
     if isinstance(source, str) and source == CLIPBOARD:
         source = _clipboard()
     if isinstance(source, Image.Image):
-        name = short(str(getattr(source, "filename", "") or "image"))
-        with one_line(name):
-            return Picture(_finish(source, name, upright), name)
+        name = shorten_name(str(getattr(source, "filename", "") or "image"))
+        with one_line_errors(name):
+            return LoadedImage(_finish(source, name, upright), name)
     located = locate(source)
-    with located.open() as file, one_line(located.name):
-        return Picture(_finish(_decode(file, located), located.name, upright), located.name)
+    with located.open() as file, one_line_errors(located.name):
+        return LoadedImage(_finish(_decode(file, located), located.name, upright), located.name)
 
 
 def _clipboard() -> Image.Image | str:
@@ -97,9 +104,9 @@ def _clipboard() -> Image.Image | str:
             "cannot read the clipboard: it works on macOS, or on Linux with wl-paste or xclip; "
             "save the picture and give its path"
         ) from error
-    except DAMAGE as error:
+    except DECODE_ERRORS as error:
         raise ImageError(
-            f"cannot read the clipboard: {_words(error)}; save the picture and give its path"
+            f"cannot read the clipboard: {_error_text(error)}; save the picture and give its path"
         ) from error
     if not found:
         raise ImageError("no picture in the clipboard: copy one first, or give its path")
@@ -107,7 +114,7 @@ def _clipboard() -> Image.Image | str:
 
 
 @contextmanager
-def one_line(name: str) -> Iterator[None]:
+def one_line_errors(name: str) -> Iterator[None]:
     """Turn whatever Pillow raises into one clear line, and keep its warnings to ourselves."""
     try:
         with warnings.catch_warnings():
@@ -118,13 +125,13 @@ def one_line(name: str) -> Iterator[None]:
             f"cannot read {name}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} "
             "megapixels; shrink it first"
         ) from error
-    except DAMAGE as error:
+    except DECODE_ERRORS as error:
         raise ImageError(
-            f"cannot read {name}: {_words(error)}; save or download it again"
+            f"cannot read {name}: {_error_text(error)}; save or download it again"
         ) from error
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     """Say in a few words, on one line, what a reader found wrong."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if "truncated" in text.lower():
@@ -132,27 +139,27 @@ def _words(error: BaseException) -> str:
     return f"the file is damaged ({' '.join(text.split())})"
 
 
-def _decode(file: BinaryIO, located: Located) -> Image.Image:
+def _decode(file: BinaryIO, located: ImageBytes) -> Image.Image:
     """Decode the file once, to its own mode and size."""
     Image.init()  # registers readers beyond the five common ones; cheap after the first time
     try:
-        image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(file, formats=[name for name in PILLOW_FORMATS if name in Image.OPEN])
     except UnidentifiedImageError as error:
         file.seek(0)
-        head = file.read(HEAD_BYTES)
+        head = file.read(HEADER_BYTES)
         if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
             return decode_heic(located)
-        raise ImageError(f"cannot read {located.name}: {_stranger(head)}") from error
+        raise ImageError(f"cannot read {located.name}: {_describe_other_file(head)}") from error
     image.load()
     return image
 
 
-def _stranger(head: bytes) -> str:
+def _describe_other_file(head: bytes) -> str:
     """Say what a file that is no picture seems to be."""
-    for pattern, words in STRANGERS:
+    for pattern, words in OTHER_FILE_TYPES:
         if re.search(pattern, head, re.IGNORECASE | re.DOTALL):
             return words
-    return f"it is not a picture we know; {KNOWN}"
+    return f"it is not a picture we know; {SUPPORTED_FORMATS}"
 
 
 def _finish(image: Image.Image, name: str, upright: bool) -> Image.Image:
@@ -160,13 +167,13 @@ def _finish(image: Image.Image, name: str, upright: bool) -> Image.Image:
     image.load()
     if image.width < 1 or image.height < 1:
         raise ImageError(f"cannot read {name}: it has no pixels ({image.width}x{image.height})")
-    return to_rgb(upright_image(image) if upright else image)
+    return to_rgb(apply_exif_orientation(image) if upright else image)
 
 
 SIPS_TIMEOUT_S = 60
 
 
-def decode_heic(located: Located) -> Image.Image:
+def decode_heic(located: ImageBytes) -> Image.Image:
     """Decode the primary image, already upright with pillow-heif, with its EXIF note with sips."""
     try:
         import pillow_heif
@@ -180,7 +187,7 @@ def decode_heic(located: Located) -> Image.Image:
         return heif.to_pillow()
 
 
-def _by_sips(located: Located) -> Image.Image:
+def _by_sips(located: ImageBytes) -> Image.Image:
     """Let macOS convert to TIFF, which keeps every pixel and the EXIF note."""
     sips = shutil.which("sips")
     if sips is None:
@@ -202,14 +209,14 @@ def _by_sips(located: Located) -> Image.Image:
             return image
 
 
-SIDEWAYS = frozenset(
+SIDEWAYS_ORIENTATIONS = frozenset(
     turn
-    for turn, how in TURNS.items()
+    for turn, how in EXIF_TRANSPOSES.items()
     if how.name in ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 )
 
 
-def picture_size(source: Source, *, upright: bool = True) -> tuple[int, int]:
+def image_size(source: ImageSource, *, upright: bool = True) -> tuple[int, int]:
     """Give (width, height) as ``open_picture`` would; raise ``ImageError`` for what is no picture.
 
     A picture whose pixels are damaged behind a whole header passes.
@@ -218,35 +225,37 @@ def picture_size(source: Source, *, upright: bool = True) -> tuple[int, int]:
         size = _from_header(locate(source), upright)
         if size is not None:
             return size
-    picture = open_picture(source, upright=upright)
+    picture = open_image(source, upright=upright)
     return picture.width, picture.height
 
 
-def _from_header(located: Located, upright: bool) -> tuple[int, int] | None:
+def _from_header(located: ImageBytes, upright: bool) -> tuple[int, int] | None:
     """Read the header; None where Pillow knows no such format, for the whole reader to judge."""
     Image.init()
-    with located.open() as file, one_line(located.name):
+    with located.open() as file, one_line_errors(located.name):
         try:
-            image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+            image = Image.open(
+                file, formats=[name for name in PILLOW_FORMATS if name in Image.OPEN]
+            )
         except UnidentifiedImageError:
             return None
         width, height = image.size
         if width < 1 or height < 1:
             return None
-        return (height, width) if upright and _turned(image) else (width, height)
+        return (height, width) if upright and _is_sideways(image) else (width, height)
 
 
-def _turned(image: Image.Image) -> bool:
+def _is_sideways(image: Image.Image) -> bool:
     try:
-        return int(image.getexif().get(ORIENTATION, 1)) in SIDEWAYS
+        return int(image.getexif().get(ORIENTATION_TAG, 1)) in SIDEWAYS_ORIENTATIONS
     except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
         return False
 
 
-LONGEST = 480  # pixels of the longer side
+PREVIEW_PIXELS = 480  # pixels of the longer side
 
 
-def preview_png(picture: Picture, longest: int = LONGEST) -> bytes:
+def preview_png(picture: LoadedImage, longest: int = PREVIEW_PIXELS) -> bytes:
     """Shrink a picture to ``longest`` pixels and write it as PNG."""
     small = picture.image.copy()
     small.thumbnail((longest, longest), Image.Resampling.BICUBIC)

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.errors import ImageError, MissingExtraError
-from internvl3_mlx.images.fetch import Located, locate
-from internvl3_mlx.images.load import Picture
+from internvl3_mlx.images.fetch import ImageBytes, locate
+from internvl3_mlx.images.load import LoadedImage
 
-LONGER_SIDE = 1792  # pixels of a rendered page: four tiles of 448
-MOST_PAGES = 64  # some 65,000 image tokens; more is no question but a library
+PAGE_PIXELS = 1792  # pixels of a rendered page: four tiles of 448
+MAX_PAGES = 64  # some 65,000 image tokens; more is no question but a library
 
 
-def read_pages(source: str | Path | bytes, *, longer_side: int = LONGER_SIDE) -> list[Picture]:
+def read_pages(source: str | Path | bytes, *, longer_side: int = PAGE_PIXELS) -> list[LoadedImage]:
     """Render every page; each is named after the document and its number.
 
     Raises ``ImageError`` for what is no PDF, is locked, empty or too long; ``MissingExtraError``
@@ -28,19 +28,19 @@ def read_pages(source: str | Path | bytes, *, longer_side: int = LONGER_SIDE) ->
     try:
         document = pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as error:
-        raise ImageError(f"cannot read {located.name}: {fault(str(error))}") from error
+        raise ImageError(f"cannot read {located.name}: {pdfium_error_text(str(error))}") from error
     try:
-        return [*rendered(document, located, longer_side)]
+        return [*render_pages(document, located, longer_side)]
     finally:
         document.close()
 
 
-def rendered(document: Any, located: Located, longer_side: int) -> Iterator[Picture]:
+def render_pages(document: Any, located: ImageBytes, longer_side: int) -> Iterator[LoadedImage]:
     """Yield the pages of a ``PdfDocument`` one by one."""
     count = len(document)
-    if not 1 <= count <= MOST_PAGES:
+    if not 1 <= count <= MAX_PAGES:
         raise ImageError(
-            f"cannot read {located.name}: {count} pages; from 1 to {MOST_PAGES} are read at once, "
+            f"cannot read {located.name}: {count} pages; from 1 to {MAX_PAGES} are read at once, "
             "split the document"
         )
     for number in range(count):
@@ -48,10 +48,10 @@ def rendered(document: Any, located: Located, longer_side: int) -> Iterator[Pict
         scale = longer_side / max(page.get_size())
         image = page.render(scale=scale).to_pil().convert("RGB")
         page.close()
-        yield Picture(image, f"{located.name} page {number + 1}")
+        yield LoadedImage(image, f"{located.name} page {number + 1}")
 
 
-def fault(words: str) -> str:
+def pdfium_error_text(words: str) -> str:
     """Put pdfium's word for what is wrong into ours."""
     if "assword" in words:
         return "it is locked by a password; save a copy without"

@@ -16,10 +16,10 @@ from PIL import Image
 from internvl3_mlx.errors import UserError
 
 # 512 tiles are 131,072 image tokens, four times the context the models were trained on.
-LARGEST_LIMIT = 512
+MAX_TILES_LIMIT = 512
 
 Grid = tuple[int, int]
-Box = tuple[int, int, int, int]
+TileBox = tuple[int, int, int, int]
 
 
 def choose_grid(
@@ -35,9 +35,9 @@ def choose_grid(
             f"cannot cut {width}x{height} pixels into tiles of {tile_size}: "
             "all three must be at least 1; check the picture and the tile size"
         )
-    check_limits(min_tiles, max_tiles)
+    check_tile_limits(min_tiles, max_tiles)
     best, least = (1, 1), inf
-    for columns, rows in candidates(min_tiles, max_tiles):
+    for columns, rows in candidate_grids(min_tiles, max_tiles):
         distance = abs(width / height - columns / rows)
         fills_half = 2 * width * height > tile_size * tile_size * columns * rows
         if distance < least or (distance == least and fills_half):
@@ -45,17 +45,17 @@ def choose_grid(
     return best
 
 
-def check_limits(min_tiles: int, max_tiles: int) -> None:
+def check_tile_limits(min_tiles: int, max_tiles: int) -> None:
     """Refuse tile limits that no grid can meet, or that no model could read."""
-    if not 1 <= min_tiles <= max_tiles <= LARGEST_LIMIT:
+    if not 1 <= min_tiles <= max_tiles <= MAX_TILES_LIMIT:
         raise UserError(
             f"tile limits {min_tiles} to {max_tiles} cannot be met: "
-            f"wanted 1 <= minimum <= maximum <= {LARGEST_LIMIT}; the models learned with 1 to 12"
+            f"wanted 1 <= minimum <= maximum <= {MAX_TILES_LIMIT}; the models learned with 1 to 12"
         )
 
 
 @cache
-def candidates(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
+def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
     """List the grids of ``min_tiles`` to ``max_tiles`` tiles: fewest tiles first, then columns.
 
     The published code leaves the order within one count to a Python set. That order decides
@@ -70,7 +70,7 @@ def candidates(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
-def tile_boxes(grid: Grid, tile_size: int) -> list[Box]:
+def tile_boxes(grid: Grid, tile_size: int) -> list[TileBox]:
     """List the (left, upper, right, lower) of every tile in the resized picture, row by row."""
     columns, rows = grid
     return [
@@ -96,9 +96,9 @@ BAND_ROWS, BAND_PIXELS = 128, 2**20
 SERIAL_PIXELS = 10**6
 WORKERS = min(8, os.cpu_count() or 1)
 # A half-resized picture above this (256 MB) can only come of an absurdly tall one.
-LARGEST_MIDDLE = 2**26
+MAX_INTERMEDIATE_PIXELS = 2**26
 
-Run = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+MapFunction = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TilePolicy:
     dynamic: bool = True
 
     def __post_init__(self) -> None:
-        check_limits(self.min_tiles, self.max_tiles)
+        check_tile_limits(self.min_tiles, self.max_tiles)
 
     def grid(self, width: int, height: int) -> Grid:
         """Choose (columns, rows) for a picture of this size."""
@@ -144,15 +144,15 @@ def to_tiles(image: Image.Image, policy: TilePolicy) -> NDArray[np.uint8]:
     columns, rows = grid = policy.grid(*image.size)
     size = policy.tile_size
     tiles = np.empty((tile_count(grid, policy.thumbnail), size, size, 3), dtype=np.uint8)
-    with _runner(image.width * image.height + tiles.size // 3) as run:
-        _fill(tiles[: columns * rows], image, grid, run)
+    with _thread_map(image.width * image.height + tiles.size // 3) as run:
+        _fill_tiles(tiles[: columns * rows], image, grid, run)
         if len(tiles) > columns * rows:
-            _fill(tiles[columns * rows :], image, (1, 1), run)
+            _fill_tiles(tiles[columns * rows :], image, (1, 1), run)
     return tiles
 
 
 @contextmanager
-def _runner(pixels: int) -> Iterator[Run]:
+def _thread_map(pixels: int) -> Iterator[MapFunction]:
     """Give a ``map`` over threads when that pays: Pillow lets go of the GIL while it resizes."""
     if pixels < SERIAL_PIXELS or WORKERS == 1:
         yield map
@@ -161,7 +161,7 @@ def _runner(pixels: int) -> Iterator[Run]:
         yield pool.map
 
 
-def _fill(tiles: NDArray[np.uint8], image: Image.Image, grid: Grid, run: Run) -> None:
+def _fill_tiles(tiles: NDArray[np.uint8], image: Image.Image, grid: Grid, run: MapFunction) -> None:
     """Stretch ``image`` over ``grid`` and write its tiles: (columns * rows, S, S, 3).
 
     Across first, then down: the order of Pillow before 13, and so of the pictures the models
@@ -169,7 +169,7 @@ def _fill(tiles: NDArray[np.uint8], image: Image.Image, grid: Grid, run: Run) ->
     """
     columns, rows = grid
     size = tiles.shape[1]
-    narrow = _across(image, columns * size, rows * size, run)
+    narrow = _resize_width(image, columns * size, rows * size, run)
 
     def column(x: int) -> None:
         strip = narrow.crop((x * size, 0, (x + 1) * size, narrow.height))
@@ -179,9 +179,9 @@ def _fill(tiles: NDArray[np.uint8], image: Image.Image, grid: Grid, run: Run) ->
     list(run(column, range(columns)))
 
 
-def _across(image: Image.Image, width: int, height: int, run: Run) -> Image.Image:
+def _resize_width(image: Image.Image, width: int, height: int, run: MapFunction) -> Image.Image:
     """Resize to ``width``, leaving the height to the next pass: (H, W) -> (H, width)."""
-    if width * image.height > LARGEST_MIDDLE:
+    if width * image.height > MAX_INTERMEDIATE_PIXELS:
         image = image.resize((image.width, height), Image.Resampling.BICUBIC)
     narrow = Image.new("RGB", (width, image.height))
     step = max(1, min(BAND_ROWS, BAND_PIXELS // image.width))
@@ -208,14 +208,17 @@ def normalize(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     return pixels
 
 
-def as_jpeg(tiles: NDArray[np.uint8], qualities: Sequence[int]) -> NDArray[np.uint8]:
+def jpeg_roundtrip(tiles: NDArray[np.uint8], qualities: Sequence[int]) -> NDArray[np.uint8]:
     """Write every tile as JPEG and read it again: (T, S, S, 3), one quality a tile -> the same."""
     return np.stack(
-        [_through(tile, quality) for tile, quality in zip(tiles, qualities, strict=True)]
+        [
+            _jpeg_roundtrip_tile(tile, quality)
+            for tile, quality in zip(tiles, qualities, strict=True)
+        ]
     )
 
 
-def _through(tile: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+def _jpeg_roundtrip_tile(tile: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
     file = io.BytesIO()
     Image.fromarray(tile).save(file, "JPEG", quality=int(quality))
     return np.asarray(Image.open(file).convert("RGB"))

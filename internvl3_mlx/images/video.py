@@ -14,21 +14,21 @@ from PIL import Image
 
 from internvl3_mlx.errors import ImageError, MissingExtraError, UserError
 from internvl3_mlx.images.colour import to_rgb
-from internvl3_mlx.images.fetch import Located, locate
-from internvl3_mlx.images.load import Picture, one_line
+from internvl3_mlx.images.fetch import ImageBytes, locate
+from internvl3_mlx.images.load import LoadedImage, one_line_errors
 
-MOST_FRAMES = 512  # 131,072 image tokens, four times the context the models were trained on
-FOREVER_S = 100_000.0  # the published bound of a video without one
-ANIMATIONS = re.compile(rb"GIF8|RIFF....WEBP|\x89PNG", re.DOTALL)
+MAX_FRAMES = 512  # 131,072 image tokens, four times the context the models were trained on
+UNBOUNDED_S = 100_000.0  # the published bound of a video without one
+ANIMATION_HEADER = re.compile(rb"GIF8|RIFF....WEBP|\x89PNG", re.DOTALL)
 
 Bound = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
+class VideoFrame:
     """One frame, and when it is shown: seconds from the start of the video."""
 
-    picture: Picture
+    loaded_image: LoadedImage
     seconds: float
 
 
@@ -38,22 +38,24 @@ def read_frames(
     *,
     bound: Bound | None = None,
     upright: bool = True,
-) -> list[Frame]:
+) -> list[VideoFrame]:
     """Read ``num_frames`` frames spread evenly over a video, or over ``bound`` (seconds).
 
     A video of fewer frames gives some of them twice. Only the groups of pictures that hold a
     chosen frame are decoded, and only chosen frames are kept, at full size.
     """
-    if not 1 <= num_frames <= MOST_FRAMES:
-        raise UserError(f"cannot take {num_frames} frames of a video: wanted 1 to {MOST_FRAMES}")
+    if not 1 <= num_frames <= MAX_FRAMES:
+        raise UserError(f"cannot take {num_frames} frames of a video: wanted 1 to {MAX_FRAMES}")
     located = locate(source)
     with located.open() as file:
-        animated = ANIMATIONS.match(file.read(16))
+        animated = ANIMATION_HEADER.match(file.read(16))
 
     def choose(count: int, fps: float) -> list[int]:
         return frame_indices(num_frames, fps, count - 1, bound=bound)
 
-    taken = read_animation(located, choose) if animated else read_film(located, choose, upright)
+    taken = (
+        read_animation(located, choose) if animated else read_container(located, choose, upright)
+    )
     return _frames(located.name, taken)
 
 
@@ -64,7 +66,7 @@ def frame_indices(
 
     ``bound`` is (start, end) in seconds; halves are rounded to even, then the sum is cut down.
     """
-    start, end = bound or (-FOREVER_S, FOREVER_S)
+    start, end = bound or (-UNBOUNDED_S, UNBOUNDED_S)
     low, high = max(first, round(start * fps)), min(round(end * fps), last_frame)
     if high < low:
         raise UserError(
@@ -76,7 +78,7 @@ def frame_indices(
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
+class DecodedFrames:
     """The wanted frame numbers, the images of those decoded, the time in seconds of every frame."""
 
     indices: list[int]
@@ -84,23 +86,23 @@ class Taken:
     seconds: list[float]
 
 
-def _frames(name: str, taken: Taken) -> list[Frame]:
+def _frames(name: str, taken: DecodedFrames) -> list[VideoFrame]:
     """Put frames in order; one that could not be decoded is replaced by the one before it."""
     numbers = sorted(taken.images)
     frames = []
     for index in taken.indices:
         number = numbers[max(0, bisect_right(numbers, index) - 1)]
         seconds = taken.seconds[number]
-        picture = Picture(taken.images[number], f"{name} at {seconds:.1f} s")
-        frames.append(Frame(picture, seconds))
+        picture = LoadedImage(taken.images[number], f"{name} at {seconds:.1f} s")
+        frames.append(VideoFrame(picture, seconds))
     return frames
 
 
 # Other readers of FFmpeg stay shut: playlists and scripts make it open further files and addresses.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
 # These store no times of showing: what FFmpeg gives instead is wrong when frames are reordered.
-TIMELESS = ("avi",)
-TURNS = {
+FORMATS_WITHOUT_TIMESTAMPS = ("avi",)
+ROTATIONS = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
     270: Image.Transpose.ROTATE_270,
@@ -108,19 +110,21 @@ TURNS = {
 
 
 # (number of frames, frames per second) -> numbers of the wanted ones
-Choose = Callable[[int, float], list[int]]
+ChooseFrames = Callable[[int, float], list[int]]
 
 
-def read_film(located: Located, choose: Choose, upright: bool) -> Taken:
+def read_container(located: ImageBytes, choose: ChooseFrames, upright: bool) -> DecodedFrames:
     """Read a film through PyAV: once for the times of its packets, once for the frames."""
-    with _film(located) as (container, stream):
+    with _open_video(located) as (container, stream):
         index = _index(container, stream)
     if not index.seconds:
         raise ImageError(f"cannot read {located.name}: the video has no frames; export it again")
     indices = choose(len(index.seconds), index.fps)
     wanted, images = set(indices), {}
-    with _film(located) as (container, stream):
-        for counted, frame in enumerate(_decoded(container, stream, index.feed(wanted))):
+    with _open_video(located) as (container, stream):
+        for counted, frame in enumerate(
+            _decode(container, stream, index.packets_to_decode(wanted))
+        ):
             number = index.rank.get(frame.pts, -1) if index.rank else counted
             if number in wanted:
                 images[number] = _upright(frame) if upright else frame.to_image()
@@ -128,11 +132,11 @@ def read_film(located: Located, choose: Choose, upright: bool) -> Taken:
                 break
     if not images:
         raise ImageError(f"cannot read {located.name}: no frame can be decoded; export it again")
-    return Taken(indices, images, index.seconds)
+    return DecodedFrames(indices, images, index.seconds)
 
 
 @dataclass(frozen=True)
-class _Index:
+class _PacketIndex:
     """The packets of a film in file order, and when its frames are shown.
 
     ``times`` and ``keys`` (decoding can start here) go by packet. ``rank`` turns a time into the
@@ -145,7 +149,7 @@ class _Index:
     seconds: list[float]
     fps: float
 
-    def feed(self, wanted: set[int]) -> list[bool]:
+    def packets_to_decode(self, wanted: set[int]) -> list[bool]:
         """Mark the packets to decode: for each wanted frame, from the last key frame up to it."""
         if not self.rank:
             return [True] * len(self.times)
@@ -161,7 +165,7 @@ class _Index:
         return feed
 
 
-def _index(container: Any, stream: Any) -> _Index:
+def _index(container: Any, stream: Any) -> _PacketIndex:
     """Read the times of all packets, without decoding any."""
     packets = [
         (packet.pts, packet.is_keyframe, packet.is_discard)
@@ -172,16 +176,20 @@ def _index(container: Any, stream: Any) -> _Index:
     fps = float(stream.average_rate or stream.guessed_rate or 1)
     rank: dict[int, int] = {}
     seconds = [number / fps for number in range(len(shown))]
-    if container.format.name not in TIMELESS and None not in shown and len({*shown}) == len(shown):
+    if (
+        container.format.name not in FORMATS_WITHOUT_TIMESTAMPS
+        and None not in shown
+        and len({*shown}) == len(shown)
+    ):
         order = sorted(shown)
         rank = {pts: number for number, pts in enumerate(order)}
         seconds = [float((pts - order[0]) * stream.time_base) for pts in order]
     times, keys = [pts for pts, *_ in packets], [key for _, key, _ in packets]
-    return _Index(times, keys, rank, seconds, fps)
+    return _PacketIndex(times, keys, rank, seconds, fps)
 
 
 @contextmanager
-def _film(located: Located) -> Iterator[tuple[Any, Any]]:
+def _open_video(located: ImageBytes) -> Iterator[tuple[Any, Any]]:
     """Open the first real video stream; turn what FFmpeg says into one line."""
     try:
         import av
@@ -199,14 +207,14 @@ def _film(located: Located) -> Iterator[tuple[Any, Any]]:
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except av.error.FFmpegError as error:
-        raise _unreadable(located) from error
+        raise _unreadable_error(located) from error
 
 
-def _unreadable(located: Located) -> ImageError:
+def _unreadable_error(located: ImageBytes) -> ImageError:
     """Say what a file that is no film is, if Pillow knows it."""
     try:
-        with located.open() as file, one_line(located.name), Image.open(file):
-            return still(located.name)
+        with located.open() as file, one_line_errors(located.name), Image.open(file):
+            return still_image_error(located.name)
     except ImageError:
         return ImageError(
             f"cannot read {located.name}: it is not a video we know, or damaged; "
@@ -214,7 +222,7 @@ def _unreadable(located: Located) -> ImageError:
         )
 
 
-def _decoded(container: Any, stream: Any, feed: list[bool]) -> Iterator[Any]:
+def _decode(container: Any, stream: Any, feed: list[bool]) -> Iterator[Any]:
     """Decode the marked packets; where a gap begins, empty the decoder and start it afresh."""
     import av
 
@@ -234,36 +242,36 @@ def _decoded(container: Any, stream: Any, feed: list[bool]) -> Iterator[Any]:
 
 def _upright(frame: Any) -> Image.Image:
     """Turn a frame as the camera noted; the note counts degrees against the clock."""
-    turn = TURNS.get(round(frame.rotation) % 360)
+    turn = ROTATIONS.get(round(frame.rotation) % 360)
     image = frame.to_image()
     return image if turn is None else image.transpose(turn)
 
 
-STILL_MS = 100  # how long browsers show a frame of no duration
+DEFAULT_FRAME_MS = 100  # how long browsers show a frame of no duration
 
 
-def read_animation(located: Located, choose: Choose) -> Taken:
+def read_animation(located: ImageBytes, choose: ChooseFrames) -> DecodedFrames:
     """Read an animation through Pillow: once for the times, once for the frames."""
-    with located.open() as file, one_line(located.name):
+    with located.open() as file, one_line_errors(located.name):
         image = Image.open(file, formats=["GIF", "WEBP", "PNG"])
         count = getattr(image, "n_frames", 1)
         if count == 1:
-            raise still(located.name)
+            raise still_image_error(located.name)
         lengths = []
         for number in range(count):
             image.seek(number)
             image.load()
-            lengths.append((image.info.get("duration") or STILL_MS) / 1000)
+            lengths.append((image.info.get("duration") or DEFAULT_FRAME_MS) / 1000)
         seconds = [0.0, *accumulate(lengths)]
         indices = choose(count, count / seconds[-1])
         images = {}
         for number in sorted(set(indices)):
             image.seek(number)
             images[number] = to_rgb(image.copy())
-    return Taken(indices, images, seconds)
+    return DecodedFrames(indices, images, seconds)
 
 
-def still(name: str) -> ImageError:
+def still_image_error(name: str) -> ImageError:
     """Say that a picture was given for a video."""
     return ImageError(
         f"cannot read {name} as a video: it is a single picture; ask about it as an image"

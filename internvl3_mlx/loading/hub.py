@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx.checkpoints.reader import weight_files
-from internvl3_mlx.device import gpu_bytes
+from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.errors import CheckpointError, DownloadError, UserError
-from internvl3_mlx.loading.resolve import GB, SIZES
+from internvl3_mlx.loading.resolve import GB, PUBLISHED_SIZES
 
-WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
-TORCH_WANTED = (*WANTED, "pytorch_model*.bin")
+MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
+TORCH_MODEL_PATTERNS = (*MODEL_PATTERNS, "pytorch_model*.bin")
 HTTP_LIBRARIES = ("requests", "httpx", "httpx2", "huggingface_hub")
 SPARE_BYTES = 1 * GB  # left free on disk beside a download
 
 
 @dataclass(frozen=True)
-class Remote:
+class RepoInfo:
     """What the hub says of a repository."""
 
     repo: str
@@ -33,7 +33,7 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
     try:
         folder = Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=list(WANTED), local_files_only=True
+                repo, revision=revision, allow_patterns=list(MODEL_PATTERNS), local_files_only=True
             )
         )
     except (LocalEntryNotFoundError, OSError, ValueError):
@@ -45,7 +45,7 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
     return folder if whole else None
 
 
-def look(repo: str, revision: str | None = None) -> Remote:
+def repo_info(repo: str, revision: str | None = None) -> RepoInfo:
     """Ask the hub what a repository weighs; raise when there is no network or no such one."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -59,7 +59,7 @@ def look(repo: str, revision: str | None = None) -> Remote:
     except HfHubHTTPError as error:
         raise DownloadError(f"the hub does not answer for {repo}: {first_line(error)}") from error
     except Exception as error:
-        if not is_network(error):
+        if not is_network_error(error):
             raise
         raise DownloadError(
             f"no network and {repo} is not in the cache; try --model demo, or name a folder"
@@ -67,25 +67,25 @@ def look(repo: str, revision: str | None = None) -> Remote:
     safe = any(file.rfilename.endswith(".safetensors") for file in siblings)
     suffixes = (".safetensors",) if safe else (".bin",)
     nbytes = sum(file.size or 0 for file in siblings if file.rfilename.endswith(suffixes))
-    return Remote(repo, nbytes, WANTED if safe else TORCH_WANTED)
+    return RepoInfo(repo, nbytes, MODEL_PATTERNS if safe else TORCH_MODEL_PATTERNS)
 
 
-def check_room(remote: Remote, *, packed: bool) -> None:
+def check_fits(remote: RepoInfo, *, quantized: bool) -> None:
     """Refuse a download that the disk cannot hold or whose model this machine's GPU cannot."""
-    check_disk(remote, packed=packed)
-    limit, need = gpu_bytes(), remote.nbytes * (0.3 if packed else 1.0)
+    check_free_disk(remote, quantized=quantized)
+    limit, need = gpu_memory_limit(), remote.nbytes * (0.3 if quantized else 1.0)
     if need > limit:
         raise UserError(
             f"{remote.repo} needs about {need / GB:.0f} GB, "
-            f"this machine can give the GPU {limit / GB:.0f} GB; " + better_choice(limit)
+            f"this machine can give the GPU {limit / GB:.0f} GB; " + suggest_size(limit)
         )
 
 
-def check_disk(remote: Remote, *, packed: bool) -> None:
+def check_free_disk(remote: RepoInfo, *, quantized: bool) -> None:
     """Refuse a download that the disk cannot hold."""
     cache = hub_cache()
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
-    needed = remote.nbytes * (1.3 if packed else 1.0) + SPARE_BYTES
+    needed = remote.nbytes * (1.3 if quantized else 1.0) + SPARE_BYTES
     if free < needed:
         raise DownloadError(
             f"{remote.repo} needs {needed / GB:.0f} GB of disk, "
@@ -94,15 +94,15 @@ def check_disk(remote: Remote, *, packed: bool) -> None:
         )
 
 
-def better_choice(limit: float) -> str:
+def suggest_size(limit: float) -> str:
     """Name the largest size that fits, packed."""
-    fitting = [name for name, size in SIZES.items() if size.packed_bytes < limit]
+    fitting = [name for name, size in PUBLISHED_SIZES.items() if size.quantized_bytes < limit]
     if not fitting:
         return "no published size fits"
-    return f"try --model {fitting[-1]} (4-bit, about {SIZES[fitting[-1]].packed_bytes / GB:.1f} GB)"
+    return f"try --model {fitting[-1]} (4-bit, about {PUBLISHED_SIZES[fitting[-1]].quantized_bytes / GB:.1f} GB)"
 
 
-def fetch(remote: Remote, revision: str | None = None) -> Path:
+def download(remote: RepoInfo, revision: str | None = None) -> Path:
     """Download what is missing; the hub's library shows its bars, resumes and keeps the files."""
     from huggingface_hub import snapshot_download
 
@@ -111,7 +111,7 @@ def fetch(remote: Remote, revision: str | None = None) -> Path:
             snapshot_download(remote.repo, revision=revision, allow_patterns=list(remote.patterns))
         )
     except Exception as error:
-        if not is_network(error):
+        if not is_network_error(error):
             raise
         raise DownloadError(
             f"the download of {remote.repo} stopped: {first_line(error)}; "
@@ -125,7 +125,7 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def is_network(error: Exception) -> bool:
+def is_network_error(error: Exception) -> bool:
     """Tell a network's failure, whichever HTTP library this huggingface-hub is built on."""
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in HTTP_LIBRARIES
 
@@ -134,18 +134,18 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-Ask = Callable[[str], bool]
+Confirm = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
-class Uploaded:
+class UploadResult:
     """Where a folder went."""
 
     repo: str
     url: str
 
 
-def upload(folder: Path, repo: str, ask: Ask, *, private: bool = False) -> Uploaded:
+def upload(folder: Path, repo: str, confirm: Confirm, *, private: bool = False) -> UploadResult:
     """Upload every file of ``folder``. ``ask`` is asked before an existing repository is touched.
 
     Raises UserError when that is refused or nobody is logged in, DownloadError without a network.
@@ -153,11 +153,11 @@ def upload(folder: Path, repo: str, ask: Ask, *, private: bool = False) -> Uploa
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    check_name(repo)
+    check_repo_name(repo)
     api = HfApi()
     try:
         if api.repo_exists(repo):
-            if not ask(f"{repo} exists on the hub; replace its files?"):
+            if not confirm(f"{repo} exists on the hub; replace its files?"):
                 raise UserError(f"{repo} was left as it is; name another --upload-repo")
         else:
             api.create_repo(repo, private=private, repo_type="model")
@@ -172,12 +172,12 @@ def upload(folder: Path, repo: str, ask: Ask, *, private: bool = False) -> Uploa
     except HfHubHTTPError as error:
         raise DownloadError(f"the hub refused the upload to {repo}: {first_line(error)}") from error
     except Exception as error:
-        if not is_network(error):
+        if not is_network_error(error):
             raise
         raise DownloadError(f"the upload to {repo} stopped: {first_line(error)}") from error
-    return Uploaded(repo, str(commit.repo_url))
+    return UploadResult(repo, str(commit.repo_url))
 
 
-def check_name(repo: str) -> None:
+def check_repo_name(repo: str) -> None:
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise UserError(f"--upload-repo {repo} is no repository; wanted is OWNER/NAME")

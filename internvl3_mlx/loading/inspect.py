@@ -5,21 +5,25 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.checkpoints.keymap import Move
+from internvl3_mlx.checkpoints.keymap import ResolvedRule
 from internvl3_mlx.checkpoints.reader import Checkpoint, open_checkpoint
-from internvl3_mlx.checkpoints.remap import arrange
+from internvl3_mlx.checkpoints.remap import plan_remap
 from internvl3_mlx.config import ModelConfig, QuantizationPlan, read_config
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.hub import cached_snapshot
-from internvl3_mlx.loading.resolve import find
+from internvl3_mlx.loading.resolve import resolve_model
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 WORD_BITS = 32  # packed weights are stored as 32-bit words
-PARTS = {"vision_model": "vision tower", "mlp1": "projector", "language_model": "language model"}
+PART_NAMES = {
+    "vision_model": "vision tower",
+    "mlp1": "projector",
+    "language_model": "language model",
+}
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """One of the three parts: its parameters and its bytes on disk."""
 
     name: str
@@ -32,12 +36,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelInfo:
     """Everything ``internvl3 info`` shows of a checkpoint."""
 
     folder: Path
     config: ModelConfig
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     files: int
     nbytes: int
     stop_tokens: dict[str, int]
@@ -65,16 +69,16 @@ class Facts:
         }
 
 
-def inspect(model: str) -> Facts:
+def inspect_model(model: str) -> ModelInfo:
     """Describe a folder, a size or a cached repository; raise UserError when it is not here."""
-    folder = local_folder(model)
+    folder = find_local_folder(model)
     checkpoint = open_checkpoint(folder)
-    config, moves = arrange(checkpoint, read_config(folder))
+    config, moves = plan_remap(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
-    return Facts(
+    return ModelInfo(
         folder=folder,
         config=config,
-        parts=tuple(parts(checkpoint, config, moves)),
+        parts=tuple(parameters_by_part(checkpoint, config, moves)),
         files=len({info.file for info in checkpoint.tensors.values()}),
         nbytes=checkpoint.nbytes,
         stop_tokens=stop_tokens(tokenizer),
@@ -86,8 +90,8 @@ def stop_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     return {names.get(token, str(token)): token for token in sorted(tokenizer.stop_ids)}
 
 
-def local_folder(model: str) -> Path:
-    place = find(model)
+def find_local_folder(model: str) -> Path:
+    place = resolve_model(model)
     folder = place.folder or cached_snapshot(place.repo or "")
     if folder is None:
         raise UserError(
@@ -97,24 +101,31 @@ def local_folder(model: str) -> Path:
     return folder
 
 
-def parts(checkpoint: Checkpoint, config: ModelConfig, moves: list[Move]) -> list[Part]:
+def parameters_by_part(
+    checkpoint: Checkpoint, config: ModelConfig, moves: list[ResolvedRule]
+) -> list[ModelPart]:
     """Add up each part's tensors; packed weights count as what they unpack to."""
-    totals = {name: [0, 0] for name in PARTS}
+    totals = {name: [0, 0] for name in PART_NAMES}
     for move in moves:
         total = totals[move.targets[0].split(".", 1)[0]]
         for source in move.sources:
             info = checkpoint.tensors[source]
-            total[0] += unpacked_size(info.shape, info.dtype, move.targets[0], config.quantization)
+            total[0] += parameter_count(
+                info.shape, info.dtype, move.targets[0], config.quantization
+            )
             total[1] += info.nbytes
-    return [Part(PARTS[name], parameters, nbytes) for name, (parameters, nbytes) in totals.items()]
+    return [
+        ModelPart(PART_NAMES[name], parameters, nbytes)
+        for name, (parameters, nbytes) in totals.items()
+    ]
 
 
-def unpacked_size(
+def parameter_count(
     shape: tuple[int, ...], dtype: str, target: str, plan: QuantizationPlan | None
 ) -> int:
     module, _, kind = target.rpartition(".")
     if kind in ("scales", "biases"):
         return 0
     if dtype == "U32" and plan is not None:
-        return prod(shape) * WORD_BITS // plan.of(module).bits
+        return prod(shape) * WORD_BITS // plan.for_module(module).bits
     return prod(shape)

@@ -14,13 +14,13 @@ DEMO = "demo"
 CACHE_VARIABLE = "INTERNVL3_CACHE"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-PACKED_BYTES = (
+QUANTIZED_BYTES_PER_PARAMETER = (
     0.6  # a weight at 4 bits with its group's scale and offset, and some of the model left dense
 )
 
 
 @dataclass(frozen=True)
-class Size:
+class PublishedSize:
     """One published size, for estimates before a download."""
 
     repo: str
@@ -31,12 +31,12 @@ class Size:
         return 2 * self.parameters
 
     @property
-    def packed_bytes(self) -> float:
-        return PACKED_BYTES * self.parameters
+    def quantized_bytes(self) -> float:
+        return QUANTIZED_BYTES_PER_PARAMETER * self.parameters
 
 
-SIZES = {
-    name: Size(f"OpenGVLab/InternVL3-{name.upper()}", parameters * 1e9)
+PUBLISHED_SIZES = {
+    name: PublishedSize(f"OpenGVLab/InternVL3-{name.upper()}", parameters * 1e9)
     for name, parameters in {
         "1b": 0.94,
         "2b": 2.09,
@@ -50,7 +50,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelLocation:
     """Where a model is: a folder here, or a repository; ``size`` when it was asked for by size."""
 
     folder: Path | None = None
@@ -58,26 +58,26 @@ class Place:
     size: str | None = None
 
 
-def find(model: str) -> Place:
+def resolve_model(model: str) -> ModelLocation:
     """Say what ``model`` names. A folder wins over a repository of the same spelling."""
     path = Path(model).expanduser()
     if model == DEMO:
-        return Place(folder=DEMO_FOLDER)
+        return ModelLocation(folder=DEMO_FOLDER)
     if model and path.is_dir():
-        return Place(folder=path)
+        return ModelLocation(folder=path)
     if path.is_file():
         raise CheckpointError(
             f"{model} is a file; name the folder that holds config.json and the weights"
         )
-    if size := SIZES.get(model.lower()):
-        return Place(repo=size.repo, size=model.lower())
+    if size := PUBLISHED_SIZES.get(model.lower()):
+        return ModelLocation(repo=size.repo, size=model.lower())
     if REPOSITORY.fullmatch(model) and not path.is_absolute() and not model.startswith("."):
-        return Place(repo=model)
-    near = difflib.get_close_matches(model.lower(), [*SIZES, DEMO], n=1)
+        return ModelLocation(repo=model)
+    near = difflib.get_close_matches(model.lower(), [*PUBLISHED_SIZES, DEMO], n=1)
     hint = (
         f"did you mean {near[0]!r}?"
         if near
-        else f"sizes are {', '.join(SIZES)}, repositories are OWNER/NAME"
+        else f"sizes are {', '.join(PUBLISHED_SIZES)}, repositories are OWNER/NAME"
     )
     raise UserError(f"no model folder, size or repository {model!r}; {hint}")
 

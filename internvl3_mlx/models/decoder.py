@@ -15,13 +15,15 @@ import mlx.nn as nn
 
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.models.attention import AnyCache, attend, attend_kept, takes_unturned
-from internvl3_mlx.models.fused_linear import join_rows
-from internvl3_mlx.models.layers import Run, plainly, swiglu
-from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, powers_where_ordinary
-from internvl3_mlx.models.spans import Spans
+from internvl3_mlx.models.fused_linear import fuse_linears
+from internvl3_mlx.models.layers import BlockRunner, run_block, swiglu
+from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, ntk_frequencies
+from internvl3_mlx.models.spans import PackedSequences
 
-Rows = slice | mx.array  # of a sequence: a stretch, or (R,) indices where it is cut into spans
-EVERY, LAST = slice(None), slice(-1, None)
+RowSelection = (
+    slice | mx.array
+)  # of a sequence: a stretch, or (R,) indices where it is cut into spans
+ALL_ROWS, LAST_ROW = slice(None), slice(-1, None)
 
 
 class Attention(nn.Module):
@@ -41,28 +43,30 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: Rows = EVERY
+        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: RowSelection = ALL_ROWS
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D): all L rows are remembered, ``rows`` of them answered."""
-        joint, values = self.project(x)
+        joint, values = self.project_qkv(x)
         if takes_unturned(cache, x.shape[1]):
             queries, keys = mx.split(joint, [self.heads], axis=2)
-            cache.append_unturned(keys, values, rotary.turn(x.shape[1]))
+            cache.append_pre_rope(keys, values, rotary.rope_params(x.shape[1]))
             out = attend_kept(rotary(queries)[:, :, rows], cache)
         else:
             out = self.attend(rotary(joint), values.transpose(0, 2, 1, 3), cache, rows)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
     def attend(
-        self, turned: mx.array, values: mx.array, cache: AnyCache | None, rows: Rows
+        self, turned: mx.array, values: mx.array, cache: AnyCache | None, rows: RowSelection
     ) -> mx.array:
         """turned: q and k (B, H + KV, L, Dh), values (B, KV, L, Dh) -> (B, H, R, Dh)."""
         queries, keys = mx.split(turned, [self.heads], axis=1)
-        if isinstance(cache, Spans):  # the rows lie in several spans: attend first, choose after
+        if isinstance(
+            cache, PackedSequences
+        ):  # the rows lie in several spans: attend first, choose after
             return attend(queries, keys, values, cache)[:, :, rows]
         return attend(queries[:, :, rows], keys, values, cache)
 
-    def project(self, x: mx.array) -> list[mx.array]:
+    def project_qkv(self, x: mx.array) -> list[mx.array]:
         """x: (B, L, D) -> q and k, to be turned together, (B, L, H + KV, Dh), and v (B, L, KV,
         Dh)."""
         if "qkv_proj" in self:
@@ -73,7 +77,7 @@ class Attention(nn.Module):
         return list(mx.split(heads, [self.heads + self.kv_heads], axis=2))
 
     def fuse(self) -> None:
-        join_rows(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+        fuse_linears(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
 
 
 class MLP(nn.Module):
@@ -92,7 +96,7 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(gate, up))
 
     def fuse(self) -> None:
-        join_rows(self, ("gate_proj", "up_proj"), "gate_up_proj")
+        fuse_linears(self, ("gate_proj", "up_proj"), "gate_up_proj")
 
 
 class Block(nn.Module):
@@ -105,7 +109,7 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config), MLP(config)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: Rows = EVERY
+        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: RowSelection = ALL_ROWS
     ) -> mx.array:
         x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, cache, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -125,8 +129,8 @@ class Decoder(nn.Module):
         x: mx.array,
         rotary: Rotary,
         cache: Sequence[AnyCache] | None = None,
-        rows: Rows = EVERY,
-        run: Run = plainly,
+        rows: RowSelection = ALL_ROWS,
+        run: BlockRunner = run_block,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D), the states of ``rows`` alone.
 
@@ -135,7 +139,7 @@ class Decoder(nn.Module):
         """
         last = len(self.layers) - 1
         for i, (block, kept) in enumerate(zip(self.layers, cache or repeat(None), strict=False)):
-            x = run(block, x, rotary, kept, rows if i == last else EVERY)
+            x = run(block, x, rotary, kept, rows if i == last else ALL_ROWS)
         return self.norm(x)
 
 
@@ -167,7 +171,7 @@ class LanguageModel(nn.Module):
         stretched = ntk_base(base, dim, config.rope_dynamic_factor, length, trained)
         if isinstance(positions, int):
             return Rotary(dim, stretched, positions)
-        return Rotary(dim, powers_where_ordinary(positions, dim, base, stretched), positions)
+        return Rotary(dim, ntk_frequencies(positions, dim, base, stretched), positions)
 
     def fuse(self) -> None:
         """Join the projections that read the same input."""

@@ -12,15 +12,15 @@ import mlx.nn as nn
 
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.device import on_gpu
-from internvl3_mlx.models.cache import Cache
+from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.decoder import LanguageModel
-from internvl3_mlx.models.projector import pixel_shuffle, projector
+from internvl3_mlx.models.projector import build_projector, pixel_shuffle
 from internvl3_mlx.models.rope import Positions
 from internvl3_mlx.models.vision import VisionModel
 
 # a tile brings 1025 rows to each matrix product: more of them at once mostly cost memory, on a CPU
 # speed as well (docs/performance.md)
-TILES_AT_ONCE = 2 if on_gpu() else 1
+TILES_PER_CHUNK = 2 if on_gpu() else 1
 
 
 class InternVL(nn.Module):
@@ -30,21 +30,25 @@ class InternVL(nn.Module):
         super().__init__()
         self.config, self.image_id = config, image_id
         self.vision_model = VisionModel(config.vision)
-        self.mlp1 = projector(config)
+        self.mlp1 = build_projector(config)
         self.language_model = LanguageModel(config.text)
 
-    def see(self, pixels: mx.array) -> mx.array:
+    def get_image_features(self, pixels: mx.array) -> mx.array:
         """Turn tiles into visual tokens.
 
         pixels: (T, S, S, 3), normalised floats or raw bytes -> (T, V, D). A few tiles at a time,
         each chunk evaluated before the next begins, so that memory does not grow with the tiles.
         """
-        chunks = range(0, pixels.shape[0], TILES_AT_ONCE)
+        chunks = range(0, pixels.shape[0], TILES_PER_CHUNK)
         return mx.concatenate(
-            [settled(self.see_chunk(pixels[i : i + TILES_AT_ONCE])) for i in chunks], axis=0
+            [
+                eval_unless_traced(self.encode_tiles(pixels[i : i + TILES_PER_CHUNK]))
+                for i in chunks
+            ],
+            axis=0,
         )
 
-    def see_chunk(self, pixels: mx.array) -> mx.array:
+    def encode_tiles(self, pixels: mx.array) -> mx.array:
         """Run tower and projector on a few tiles: (T, S, S, 3) -> (T, V, D)."""
         return self.project(self.vision_model(pixels, self.config.select_layer))
 
@@ -81,7 +85,7 @@ class InternVL(nn.Module):
         ids: mx.array,
         pixels: mx.array | None = None,
         positions: Positions = 0,
-        cache: Sequence[Cache] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         *,
         ntk: bool = True,
     ) -> mx.array:
@@ -92,8 +96,8 @@ class InternVL(nn.Module):
         fused path.
         Raises ValueError when the image tokens and the tiles' visual tokens differ in number.
         """
-        features = None if pixels is None else self.see(pixels)
-        check_counts(
+        features = None if pixels is None else self.get_image_features(pixels)
+        check_image_token_count(
             ids, self.image_id, 0 if features is None else features.shape[0] * features.shape[1]
         )
         length = ids.shape[1] + (cache[0].offset if cache else 0)
@@ -102,20 +106,20 @@ class InternVL(nn.Module):
             self.language_model.model(self.embed(ids, features), rotary, cache)
         )
 
-    def fold(self) -> None:
+    def optimize_for_inference(self) -> None:
         """Rearrange the weights for inference; the checkpoint's own names are gone from here on."""
         self.vision_model.fold()
         self.language_model.fuse()
 
 
-def settled(chunk: mx.array) -> mx.array:
+def eval_unless_traced(array: mx.array) -> mx.array:
     """Evaluate now, except inside a compiled function, where nothing can be."""
     with contextlib.suppress(ValueError):
-        mx.eval(chunk)
-    return chunk
+        mx.eval(array)
+    return array
 
 
-def check_counts(ids: mx.array, image_id: int, features: int) -> None:
+def check_image_token_count(ids: mx.array, image_id: int, features: int) -> None:
     """Raise when ids and features disagree; inside a compiled function none can be counted."""
     try:
         tokens = int((ids == image_id).sum())

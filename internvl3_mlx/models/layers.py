@@ -11,10 +11,10 @@ from internvl3_mlx.device import on_gpu
 
 INVERSE_SQRT_2 = 1 / math.sqrt(2)
 
-Elementwise = Callable[..., mx.array]
+ElementwiseFunction = Callable[..., mx.array]
 
 
-def fused(function: Elementwise) -> Elementwise:
+def compile_on_gpu(function: ElementwiseFunction) -> ElementwiseFunction:
     """Compile an elementwise function into one GPU kernel.
 
     On a CPU MLX would call a C++ compiler at run time, which a user's machine may lack: there it
@@ -23,24 +23,24 @@ def fused(function: Elementwise) -> Elementwise:
     return mx.compile(function, shapeless=True) if on_gpu() else function
 
 
-@fused
+@compile_on_gpu
 def gelu(x: mx.array) -> mx.array:
     """Apply GELU in its erf form; the tanh form is off by 1e-3 after a whole tower."""
     wide = x.astype(mx.float32)
     return (wide * 0.5 * (1 + mx.erf(wide * INVERSE_SQRT_2))).astype(x.dtype)
 
 
-@fused
+@compile_on_gpu
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up."""
     wide = gate.astype(mx.float32)
     return (wide * mx.sigmoid(wide)).astype(gate.dtype) * up
 
 
-Run = Callable[..., mx.array]  # (block, x, *rest) -> what the block makes of x
+BlockRunner = Callable[..., mx.array]  # (block, x, *rest) -> what the block makes of x
 
 
-def plainly(block: nn.Module, x: mx.array, *rest: Any) -> mx.array:
+def run_block(block: nn.Module, x: mx.array, *rest: Any) -> mx.array:
     """Call a block as it is."""
     out: mx.array = block(x, *rest)
     return out

@@ -9,19 +9,19 @@ from internvl3_mlx.models.layers import gelu
 LAYER_NORM_EPS = 1e-5  # torch's default; the checkpoint names none
 
 
-def projector(config: ModelConfig) -> list[nn.Module]:
+def build_projector(config: ModelConfig) -> list[nn.Module]:
     """Build ``mlp1``: list positions are the checkpoint's names mlp1.0, mlp1.1 and mlp1.3."""
     wide = config.vision.hidden_size * config.shuffle_factor**2
     width = config.text.hidden_size
     return [
         nn.LayerNorm(wide, eps=LAYER_NORM_EPS),
         nn.Linear(wide, width),
-        Gelu(),
+        GELU(),
         nn.Linear(width, width),
     ]
 
 
-class Gelu(nn.Module):
+class GELU(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return gelu(x)
 

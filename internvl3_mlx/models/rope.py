@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.kv_append import Turn
+from internvl3_mlx.metal_kernels.kv_append import RopeParams
 
 POSITIONS_PER_UNIT = 256  # the finest V2PE step is 1/256 (paper section 2.2)
 
@@ -30,16 +30,16 @@ class Rotary:
     def __call__(self, x: mx.array) -> mx.array:
         """Rotate pairs (i, i + D/2), as Qwen2 and Llama do. x: (B, L, H, D) -> (B, H, L, D)."""
         if isinstance(self.positions, int):
-            return self.rotate(x.transpose(0, 2, 1, 3), self.positions, 1.0)
+            return self.apply_rope(x.transpose(0, 2, 1, 3), self.positions, 1.0)
         batch, length, heads, dim = x.shape
         offsets = mx.broadcast_to(self.positions * POSITIONS_PER_UNIT, (batch, length)).astype(
             mx.int32
         )
         rows = x.reshape(batch * length, heads, 1, dim)
-        turned = self.rotate(rows, offsets.reshape(-1), 1 / POSITIONS_PER_UNIT)
+        turned = self.apply_rope(rows, offsets.reshape(-1), 1 / POSITIONS_PER_UNIT)
         return turned.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
 
-    def turn(self, length: int) -> Turn:
+    def rope_params(self, length: int) -> RopeParams:
         """Say the same in numbers, for the kernel that turns new keys as it packs them."""
         start, base = self.positions, self.base
         positions = (
@@ -48,10 +48,10 @@ class Rotary:
             else start
         )
         if isinstance(base, mx.array):
-            return Turn(positions, base)
-        return Turn.of(positions, self.head_dim, base)
+            return RopeParams(positions, base)
+        return RopeParams.from_base(positions, self.head_dim, base)
 
-    def rotate(self, x: mx.array, offset: int | mx.array, scale: float) -> mx.array:
+    def apply_rope(self, x: mx.array, offset: int | mx.array, scale: float) -> mx.array:
         base, freqs = (None, self.base) if isinstance(self.base, mx.array) else (self.base, None)
         return mx.fast.rope(
             x, self.head_dim, traditional=False, base=base, scale=scale, offset=offset, freqs=freqs
@@ -65,9 +65,7 @@ def ntk_base(base: float, head_dim: int, factor: float, length: int, trained: in
     return base * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
 
 
-def powers_where_ordinary(
-    positions: mx.array, head_dim: int, base: float, stretched: float
-) -> mx.array:
+def ntk_frequencies(positions: mx.array, head_dim: int, base: float, stretched: float) -> mx.array:
     """Give the rotary's frequencies for explicit positions longer than the trained window: (D/2,)
     float32.
 

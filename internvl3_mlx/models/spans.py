@@ -20,21 +20,21 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Spans:
+class PackedSequences:
     """What stands in the place of a cache when a row of spans is read at once."""
 
     spans: tuple[Span, ...]
 
 
-def attend_spans(q: mx.array, k: mx.array, v: mx.array, spans: Spans) -> mx.array:
+def attend_spans(q: mx.array, k: mx.array, v: mx.array, spans: PackedSequences) -> mx.array:
     """Attend within each span. q: (B, H, L, D), k v: (B, KV, L, D) -> (B, H, L, D)."""
     scale = q.shape[-1] ** -0.5
     return mx.concatenate(
         [
             mx.fast.scaled_dot_product_attention(
                 q[:, :, span.start : span.stop],
-                reach(k, span),
-                reach(v, span),
+                visible_keys(k, span),
+                visible_keys(v, span),
                 scale=scale,
                 mask="causal",  # aligned to the lower right: a branch sees its whole prefix
             )
@@ -44,7 +44,7 @@ def attend_spans(q: mx.array, k: mx.array, v: mx.array, spans: Spans) -> mx.arra
     )
 
 
-def reach(x: mx.array, span: Span) -> mx.array:
+def visible_keys(x: mx.array, span: Span) -> mx.array:
     """Give what a span looks at: its prefix, if it has one, and itself."""
     own = x[:, :, span.start : span.stop]
     if span.prefix is None:

@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.config import VisionConfig
-from internvl3_mlx.models.layers import Run, gelu, plainly
+from internvl3_mlx.models.layers import BlockRunner, gelu, run_block
 
-CHANNELS = 3
-BYTE = 255.0
+RGB_CHANNELS = 3
+MAX_BYTE = 255.0
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -23,7 +23,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         patch = config.patch_size
-        self.weight = mx.zeros((config.hidden_size, patch, patch, CHANNELS))
+        self.weight = mx.zeros((config.hidden_size, patch, patch, RGB_CHANNELS))
         self.bias = mx.zeros(config.hidden_size)
 
     def __call__(self, pixels: mx.array) -> mx.array:
@@ -37,33 +37,35 @@ class PatchEmbedding(nn.Module):
         out, patch = self.weight.shape[0], self.weight.shape[1]
         weight, bias = self.weight, self.bias
         if pixels.dtype == mx.uint8:
-            weight, bias = self.raw
+            weight, bias = self.raw_pixel_weights
         patches = to_patches(pixels.astype(weight.dtype), patch)
         return mx.addmm(bias, patches, weight.reshape(out, -1).T).astype(self.weight.dtype)
 
     @property
-    def raw(self) -> tuple[mx.array, mx.array]:
+    def raw_pixel_weights(self) -> tuple[mx.array, mx.array]:
         """Weights for raw colours; ``fold`` keeps them, under a name that is no parameter."""
         kept: tuple[mx.array, mx.array] | None = self.get("_raw")
-        return kept or raw_colour_weights(self.weight, self.bias)
+        return kept or fold_normalization(self.weight, self.bias)
 
     def fold(self) -> None:
-        self._raw = raw_colour_weights(self.weight, self.bias)
+        self._raw = fold_normalization(self.weight, self.bias)
 
 
-def raw_colour_weights(weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+def fold_normalization(weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
     """Fold ``(x / 255 - mean) / std`` into a projection: (C, P, P, 3), (C,) -> float32 likes."""
     mean, std = mx.array(IMAGENET_MEAN), mx.array(IMAGENET_STD)
     wide = weight.astype(mx.float32) / std
-    return wide / BYTE, bias.astype(mx.float32) - (wide * mean).sum(axis=(1, 2, 3))
+    return wide / MAX_BYTE, bias.astype(mx.float32) - (wide * mean).sum(axis=(1, 2, 3))
 
 
 def to_patches(pixels: mx.array, patch: int) -> mx.array:
     """Lay patches out as rows, row-major: (T, S, S, 3) -> (T, G*G, P*P*3)."""
     tiles, side = pixels.shape[0], pixels.shape[1]
     grid = side // patch
-    cells = pixels.reshape(tiles, grid, patch, grid, patch, CHANNELS).transpose(0, 1, 3, 2, 4, 5)
-    return cells.reshape(tiles, grid * grid, patch * patch * CHANNELS)
+    cells = pixels.reshape(tiles, grid, patch, grid, patch, RGB_CHANNELS).transpose(
+        0, 1, 3, 2, 4, 5
+    )
+    return cells.reshape(tiles, grid * grid, patch * patch * RGB_CHANNELS)
 
 
 class Embeddings(nn.Module):
@@ -99,11 +101,11 @@ class Attention(nn.Module):
         q, k, v = mx.split(self.qkv(x), 3, axis=-1)
         if "q_norm" in self:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (self.part(y) for y in (q, k, v))
+        q, k, v = (self.split_heads(y) for y in (q, k, v))
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
         return self.proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
 
-    def part(self, x: mx.array) -> mx.array:
+    def split_heads(self, x: mx.array) -> mx.array:
         """Split into heads without a copy: (T, N, C) -> (T, H, N, C/H)."""
         return x.reshape(*x.shape[:2], self.heads, self.head_dim).transpose(0, 2, 1, 3)
 
@@ -131,10 +133,10 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array, drop: float = 0.0) -> mx.array:
         """x: (T, N, C) -> (T, N, C). ``drop``: how likely a tile goes past each branch."""
-        x = x + drop_path(self.scale("ls1", self.attn(self.norm1(x))), drop)
-        return x + drop_path(self.scale("ls2", self.mlp(self.norm2(x))), drop)
+        x = x + drop_path(self.layer_scale("ls1", self.attn(self.norm1(x))), drop)
+        return x + drop_path(self.layer_scale("ls2", self.mlp(self.norm2(x))), drop)
 
-    def scale(self, name: str, branch: mx.array) -> mx.array:
+    def layer_scale(self, name: str, branch: mx.array) -> mx.array:
         return branch * self[name] if name in self else branch
 
     def fold(self) -> None:
@@ -176,7 +178,7 @@ class VisionModel(nn.Module):
         pixels: mx.array,
         select_layer: int = -1,
         drop_path_rate: float = 0.0,
-        run: Run = plainly,
+        run: BlockRunner = run_block,
     ) -> mx.array:
         """pixels: (T, S, S, 3) -> (T, 1 + G*G, C), the class token first.
 

@@ -10,33 +10,33 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from internvl3_mlx.device import on_gpu
-from internvl3_mlx.generation.context_budget import SCALES_BITS
+from internvl3_mlx.generation.context_budget import SCALE_AND_BIAS_BITS
 from internvl3_mlx.metal_kernels import dispatch, self_test
 from internvl3_mlx.metal_kernels.flash_decode import (
-    LONGEST_DRAFT,
+    MAX_DRAFT_TOKENS,
     FlashVariant,
     Store,
     flash_decode,
 )
-from internvl3_mlx.metal_kernels.kv_layout import RowLayout
-from internvl3_mlx.metal_kernels.registry import Entry
-from internvl3_mlx.models.attention import attend_packed
+from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
+from internvl3_mlx.metal_kernels.registry import KernelThreshold
+from internvl3_mlx.models.attention import quantized_attention
 from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.profiling.flops import DENSE_BITS
-from internvl3_mlx.profiling.results import Figure
-from internvl3_mlx.profiling.timing import RUNS, noise, seconds
+from internvl3_mlx.profiling.results import Measurement
+from internvl3_mlx.profiling.timing import RUNS, measure_seconds, random_cache
 
 KERNEL = "flash_decode"
 GROUP_SIZE = 64
 BITS = (DENSE_BITS, 8, 4)
-PAYS = 1.05  # times faster, or it is left to MLX: less may be chance
-NO_METAL = "our kernels need Metal, which is not here"
-TURNED_OFF = f"our kernels are turned off by {dispatch.SWITCH}"
-FALLS_BACK = "some of our kernels do not work here; internvl3 doctor tells more"
+MIN_SPEEDUP = 1.05  # times faster, or it is left to MLX: less may be chance
+METAL_MISSING = "our kernels need Metal, which is not here"
+KERNELS_DISABLED = f"our kernels are turned off by {dispatch.MODE_VARIABLE}"
+KERNEL_FAILED = "some of our kernels do not work here; internvl3 doctor tells more"
 
 
 @dataclass(frozen=True)
-class Trial:
+class AttentionTrial:
     """The attention of one published size over a cache of some bits, ``length`` tokens at once."""
 
     size: str
@@ -53,7 +53,9 @@ class Trial:
 
     def nbytes(self, context: int, dense: int) -> float:
         """Bytes of keys and values; ``dense`` is what a number takes that is not packed."""
-        each = dense if self.bits == DENSE_BITS else (self.bits + SCALES_BITS / GROUP_SIZE) / 8
+        each = (
+            dense if self.bits == DENSE_BITS else (self.bits + SCALE_AND_BIAS_BITS / GROUP_SIZE) / 8
+        )
         return 2 * self.kv_heads * self.dim * context * each
 
     def flops(self, context: int) -> int:
@@ -71,40 +73,40 @@ SHAPES = (
 QUICK_SHAPES = (SHAPES[0], SHAPES[2])
 
 
-def trials(*, quick: bool = False) -> list[Trial]:
+def attention_trials(*, quick: bool = False) -> list[AttentionTrial]:
     """List what is measured: every shape with every cache, or two shapes."""
     return [
-        Trial(*shape, bits, length)
-        for length in (1, LONGEST_DRAFT)
+        AttentionTrial(*shape, bits, length)
+        for length in (1, MAX_DRAFT_TOKENS)
         for shape in (QUICK_SHAPES if quick else SHAPES)
         for bits in BITS
     ]
 
 
-def measured(trial: Trial, context: int, runs: int = RUNS) -> Figure:
+def measure_attention(trial: AttentionTrial, context: int, runs: int = RUNS) -> Measurement:
     """Time the attention both ways; MLX's way alone where our kernel would not run."""
     dtype = mx.float16 if on_gpu() else mx.float32
-    filled = noise(trial.kv_heads, context, trial.dim, dtype)
+    filled = random_cache(trial.kv_heads, context, trial.dim, dtype)
     shape = (1, trial.heads, trial.length, trial.dim)
     q = mx.random.normal(shape, key=mx.random.key(2)).astype(dtype)
-    peer = seconds(built_in(trial, filled), q, runs=runs)
-    why = hindrance(trial, q, filled)
-    took = None if why else seconds(ours(trial, filled), q, runs=runs)
+    peer = measure_seconds(mlx_step(trial, filled), q, runs=runs)
+    why = unavailable_reason(trial, q, filled)
+    took = None if why else measure_seconds(kernel_step(trial, filled), q, runs=runs)
     nbytes, flops = trial.nbytes(context, dtype.size), trial.flops(context)
-    return Figure("kernels", trial.name, context, took, nbytes, flops, peer, why)
+    return Measurement("kernels", trial.name, context, took, nbytes, flops, peer, why)
 
 
-def hindrance(trial: Trial, q: mx.array, filled: KVCache) -> str:
+def unavailable_reason(trial: AttentionTrial, q: mx.array, filled: KVCache) -> str:
     """Say why our kernel would not run, nothing if it would: never time what stands in for it."""
     if not dispatch.metal_available():
-        return NO_METAL
-    if dispatch.setting() == dispatch.OFF:
-        return TURNED_OFF
-    variant = FlashVariant.of(q, stored(trial, filled), causal=trial.length > 1)
-    return "" if variant.fits and self_test.usable(variant) else FALLS_BACK
+        return METAL_MISSING
+    if dispatch.kernel_mode() == dispatch.OFF:
+        return KERNELS_DISABLED
+    variant = FlashVariant.from_inputs(q, build_store(trial, filled), causal=trial.length > 1)
+    return "" if variant.is_supported and self_test.is_usable(variant) else KERNEL_FAILED
 
 
-def built_in(trial: Trial, filled: KVCache) -> Callable[[mx.array], mx.array]:
+def mlx_step(trial: AttentionTrial, filled: KVCache) -> Callable[[mx.array], mx.array]:
     """Return MLX's own way: its fused attention, or two products with packed matrices."""
     scale, mask = trial.dim**-0.5, "causal" if trial.length > 1 else None
     if trial.bits == DENSE_BITS:
@@ -114,39 +116,43 @@ def built_in(trial: Trial, filled: KVCache) -> Callable[[mx.array], mx.array]:
         )
     packed = filled.quantized(trial.bits, GROUP_SIZE)
     mx.eval(packed.state)
-    kept_keys, kept_values = packed.packed_keys, packed.packed_values
-    return lambda q: attend_packed(q * scale, kept_keys, kept_values, packed)
+    kept_keys, kept_values = packed.quantized_keys, packed.quantized_values
+    return lambda q: quantized_attention(q * scale, kept_keys, kept_values, packed)
 
 
-def ours(trial: Trial, filled: KVCache) -> Callable[[mx.array], mx.array]:
+def kernel_step(trial: AttentionTrial, filled: KVCache) -> Callable[[mx.array], mx.array]:
     """Return our kernel over the same cache."""
-    store, context = stored(trial, filled), filled.offset
+    store, context = build_store(trial, filled), filled.offset
     mx.eval(store.arrays)
     return lambda q: flash_decode(q, store, context, causal=trial.length > 1)[0]
 
 
-def stored(trial: Trial, filled: KVCache) -> Store:
+def build_store(trial: AttentionTrial, filled: KVCache) -> Store:
     if trial.bits == DENSE_BITS:
-        return filled.stored
-    layout = RowLayout(trial.dim, trial.bits, GROUP_SIZE, filled.stored.keys.dtype)
-    return filled.quantized(trial.bits, GROUP_SIZE).as_rows(layout).stored
+        return filled.buffers
+    layout = KVRowLayout(trial.dim, trial.bits, GROUP_SIZE, filled.buffers.keys.dtype)
+    return filled.quantized(trial.bits, GROUP_SIZE).as_rows(layout).buffers
 
 
-def entries(found: Mapping[Trial, Sequence[Figure]]) -> list[Entry]:
+def kernel_thresholds(
+    found: Mapping[AttentionTrial, Sequence[Measurement]],
+) -> list[KernelThreshold]:
     """Say from how many tokens on each kernel pays; the table asks for one token at a time."""
     return [
-        Entry(KERNEL, trial.bits, trial.dim, trial.heads // trial.kv_heads, pays_from(figures))
+        KernelThreshold(
+            KERNEL, trial.bits, trial.dim, trial.heads // trial.kv_heads, faster_from(figures)
+        )
         for trial, figures in found.items()
         if trial.length == 1
     ]
 
 
-def pays_from(figures: Sequence[Figure]) -> int | None:
+def faster_from(figures: Sequence[Measurement]) -> int | None:
     """Return the shortest context from which on our kernel is faster at every one that was
     measured; None if there is none."""
     start = None
     for figure in sorted(figures, key=lambda figure: figure.context, reverse=True):
-        if not (figure.seconds and figure.peer and figure.peer > PAYS * figure.seconds):
+        if not (figure.seconds and figure.peer and figure.peer > MIN_SPEEDUP * figure.seconds):
             break
         start = figure.context
     return start

@@ -10,14 +10,14 @@ from typing import Any
 import mlx.core as mx
 
 from internvl3_mlx.device import on_gpu
-from internvl3_mlx.profiling.timing import seconds
+from internvl3_mlx.profiling.timing import measure_seconds
 
 MB = 2**20
-PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+SI_PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
 
 @dataclass(frozen=True)
-class Limits:
+class MachineLimits:
     """``bandwidth`` in bytes a second, ``rate`` in operations a second (``dtype``), ``launch_s``
     for an operation that does next to nothing."""
 
@@ -26,15 +26,15 @@ class Limits:
     launch_s: float
     dtype: str
 
-    def seconds(self, nbytes: float, flops: float) -> float:
+    def min_seconds(self, nbytes: float, flops: float) -> float:
         """Return the least time that so many bytes and operations take here."""
         return max(nbytes / self.bandwidth, flops / self.rate)
 
-    def told(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
         """Put the limits in words."""
         return {
-            "memory": scaled(self.bandwidth, "B/s"),
-            f"{self.dtype} products": scaled(self.rate, "FLOP/s"),
+            "memory": format_si(self.bandwidth, "B/s"),
+            f"{self.dtype} products": format_si(self.rate, "FLOP/s"),
             "an operation on nothing": f"{self.launch_s * 1e6:,.1f} µs",
         }
 
@@ -42,50 +42,50 @@ class Limits:
         return vars(self).copy()
 
 
-def scaled(value: float, unit: str) -> str:
+def format_si(value: float, unit: str) -> str:
     """Write a large number with a prefix: 380.2 GB/s, 26.1 TFLOP/s."""
     prefix, size = max(
-        ((p, size) for p, size in PREFIXES.items() if size <= value), key=lambda pair: pair[1],
+        ((p, size) for p, size in SI_PREFIXES.items() if size <= value), key=lambda pair: pair[1],
         default=("", 1.0),
     )  # fmt: skip
     return f"{value / size:,.1f} {prefix}{unit}"
 
 
-def measure(*, quick: bool = False) -> Limits:
+def measure_limits(*, quick: bool = False) -> MachineLimits:
     """Measure the three limits; ``quick`` takes smaller arrays."""
     dtype = mx.float16 if on_gpu() else mx.float32
-    nbytes, side = sizes(quick)
-    return Limits(
-        bandwidth=max(copied(nbytes), streamed(nbytes, dtype)),
-        rate=multiplied(side, dtype),
-        launch_s=seconds(lambda x: x + 1, mx.zeros(8)),
+    nbytes, side = problem_sizes(quick)
+    return MachineLimits(
+        bandwidth=max(copy_bandwidth(nbytes), matvec_bandwidth(nbytes, dtype)),
+        rate=matmul_rate(side, dtype),
+        launch_s=measure_seconds(lambda x: x + 1, mx.zeros(8)),
         dtype=str(dtype).removeprefix("mlx.core."),
     )
 
 
-def sizes(quick: bool) -> tuple[int, int]:
+def problem_sizes(quick: bool) -> tuple[int, int]:
     """Choose the bytes to move, far beyond any cache, and the side of the matrices to multiply."""
     if on_gpu():
         return (256 * MB, 2048) if quick else (1024 * MB, 4096)
     return (64 * MB, 512) if quick else (256 * MB, 1024)
 
 
-def copied(nbytes: int) -> float:
+def copy_bandwidth(nbytes: int) -> float:
     """Return bytes a second of a copy, each byte read once and written once."""
     x = mx.zeros(nbytes // 4)
-    return 2 * nbytes / seconds(lambda x: x + 1, x)
+    return 2 * nbytes / measure_seconds(lambda x: x + 1, x)
 
 
-def streamed(nbytes: int, dtype: mx.Dtype) -> float:
+def matvec_bandwidth(nbytes: int, dtype: mx.Dtype) -> float:
     """Return bytes a second of a matrix times a vector: what writing a token does all day."""
     side = int((nbytes / dtype.size) ** 0.5)
     w = mx.full((side, side), 1 / side, dtype=dtype)
-    return dtype.size * side**2 / seconds(lambda x: w @ x, mx.ones((side, 1), dtype=dtype))
+    return dtype.size * side**2 / measure_seconds(lambda x: w @ x, mx.ones((side, 1), dtype=dtype))
 
 
-def multiplied(side: int, dtype: mx.Dtype) -> float:
+def matmul_rate(side: int, dtype: mx.Dtype) -> float:
     """Return operations a second of a square matrix product, a multiplication and an addition
     counted as two."""
     key = mx.random.key(0)
     w = (mx.random.normal((side, side), key=key) / side**0.5).astype(dtype)
-    return 2 * side**3 / seconds(lambda x: x @ w, w)
+    return 2 * side**3 / measure_seconds(lambda x: x @ w, w)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from internvl3_mlx.profiling.limits import Limits
+from internvl3_mlx.profiling.limits import MachineLimits
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """``seconds`` is None where nothing could be measured; ``why`` says the reason.
 
     ``nbytes`` and ``flops`` are counted from the shapes: what the work needs at the least, however
@@ -29,20 +29,25 @@ class Figure:
         """Operations for each byte."""
         return self.flops / self.nbytes
 
-    def share(self, limits: Limits) -> float | None:
+    def share_of_limit(self, limits: MachineLimits) -> float | None:
         """Return what part of the machine's limit was reached, 1 for all of it."""
         if self.seconds is None:
             return None
-        return limits.seconds(self.nbytes, self.flops) / self.seconds
+        return limits.min_seconds(self.nbytes, self.flops) / self.seconds
 
-    def to_dict(self, limits: Limits) -> dict[str, Any]:
+    def to_dict(self, limits: MachineLimits) -> dict[str, Any]:
         ratio = self.peer / self.seconds if self.peer and self.seconds else None
-        limit = limits.seconds(self.nbytes, self.flops)
-        return {**asdict(self), "limit_s": limit, "share": self.share(limits), "ratio": ratio}
+        limit = limits.min_seconds(self.nbytes, self.flops)
+        return {
+            **asdict(self),
+            "limit_s": limit,
+            "share": self.share_of_limit(limits),
+            "ratio": ratio,
+        }
 
 
-class Task(NamedTuple):
+class MeasurementTask(NamedTuple):
     """One figure still to be measured."""
 
     name: str
-    measure: Callable[[], Figure]
+    measure: Callable[[], Measurement]

@@ -15,20 +15,20 @@ from internvl3_mlx.metal_kernels.flash_decode import (
     PackedRows,
     Store,
     flash_decode_reference,
-    merge,
+    merge_attention,
 )
-from internvl3_mlx.metal_kernels.kv_append import Turn, new_row_reference
-from internvl3_mlx.metal_kernels.kv_layout import RowLayout, pack, unpack
+from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append_reference
+from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout, dequantize_rows, quantize_rows
 from internvl3_mlx.models.rope import Rotary
 
 TOLERANCE = 1e-4  # of the largest number, in float32
 BATCH, HEADS, KV_HEADS, DIM, TOKENS, NEW = 2, 6, 2, 64, 37, 3
 BASE = 1e6
-PLACES = (4.0, 4.0625, 3000.5)  # whole, and as V2PE places image tokens
+POSITIONS = (4.0, 4.0625, 3000.5)  # whole, and as V2PE places image tokens
 
 
 @dataclass(frozen=True)
-class Check:
+class OperationCheck:
     """One thing that was tried; ``detail`` says how well it went."""
 
     name: str
@@ -36,76 +36,87 @@ class Check:
     detail: str
 
 
-def plain_checks() -> Iterator[Check]:
+def run_operation_checks() -> Iterator[OperationCheck]:
     """Try the plain operations, one after another; a failure is a result."""
     for name, error in CHECKS.items():
         try:
             found = error()
         except Exception as fault:  # noqa: BLE001  whatever goes wrong is what is asked for
-            yield Check(name, False, f"{type(fault).__name__}: {fault}")
+            yield OperationCheck(name, False, f"{type(fault).__name__}: {fault}")
         else:
-            yield Check(name, found <= TOLERANCE, f"relative error {found:.0e}")
+            yield OperationCheck(name, found <= TOLERANCE, f"relative error {found:.0e}")
 
 
-def dense() -> float:
-    keys, values = drawn(1, KV_HEADS, TOKENS), drawn(2, KV_HEADS, TOKENS)
-    return attended(Dense(keys, values), keys, values)
+def check_dense_attention() -> float:
+    keys, values = random_heads(1, KV_HEADS, TOKENS), random_heads(2, KV_HEADS, TOKENS)
+    return attention_error(Dense(keys, values), keys, values)
 
 
-def packed(bits: int) -> float:
-    layout = RowLayout(DIM, bits, 32, mx.float32)
-    rows = pack(drawn(1, KV_HEADS, TOKENS), drawn(2, KV_HEADS, TOKENS), layout)
-    return attended(PackedRows(rows, layout), *unpack(rows, layout))
+def check_quantized_attention(bits: int) -> float:
+    layout = KVRowLayout(DIM, bits, 32, mx.float32)
+    rows = quantize_rows(
+        random_heads(1, KV_HEADS, TOKENS), random_heads(2, KV_HEADS, TOKENS), layout
+    )
+    return attention_error(PackedRows(rows, layout), *dequantize_rows(rows, layout))
 
 
-def attended(store: Store, keys: mx.array, values: mx.array) -> float:
+def attention_error(store: Store, keys: mx.array, values: mx.array) -> float:
     """Compare a draft's attention, causal among its own tokens."""
-    q = drawn(3, HEADS, NEW)
+    q = random_heads(3, HEADS, NEW)
     found, _ = flash_decode_reference(q, store, TOKENS, causal=True)
-    return difference(found, in_float64(q, keys, values))
+    return relative_error(found, attention_float64(q, keys, values))
 
 
-def in_two_parts() -> float:
+def check_merged_attention() -> float:
     """Compare attention to two stretches, joined, with attention to all."""
-    q, keys, values = drawn(3, HEADS, 1), drawn(1, KV_HEADS, TOKENS), drawn(2, KV_HEADS, TOKENS)
+    q, keys, values = (
+        random_heads(3, HEADS, 1),
+        random_heads(1, KV_HEADS, TOKENS),
+        random_heads(2, KV_HEADS, TOKENS),
+    )
     cut = TOKENS // 3
     first = flash_decode_reference(q, Dense(keys[..., :cut, :], values[..., :cut, :]), cut)
     rest = Dense(keys[..., cut:, :], values[..., cut:, :])
-    found, _ = merge(*first, *flash_decode_reference(q, rest, TOKENS - cut))
-    return difference(found, in_float64(q, keys, values))
+    found, _ = merge_attention(*first, *flash_decode_reference(q, rest, TOKENS - cut))
+    return relative_error(found, attention_float64(q, keys, values))
 
 
-def turned() -> float:
+def check_rope() -> float:
     """Compare the rotary at whole and fractional positions."""
-    x = drawn(4, HEADS, len(PLACES)).transpose(0, 2, 1, 3)
-    found = Rotary(DIM, BASE, mx.array(PLACES))(x)
-    return difference(found, turned_in_float64(x))
+    x = random_heads(4, HEADS, len(POSITIONS)).transpose(0, 2, 1, 3)
+    found = Rotary(DIM, BASE, mx.array(POSITIONS))(x)
+    return relative_error(found, rope_float64(x))
 
 
-def new_rows() -> float:
+def check_kv_append() -> float:
     """Compare keys that were turned and packed in one go, values packed beside them."""
-    keys, values = (drawn(n, KV_HEADS, len(PLACES)).transpose(0, 2, 1, 3) for n in (5, 6))
-    layout = RowLayout(DIM, 8, 32, mx.float32)
-    rows = new_row_reference(keys, values, layout, Turn.of(mx.array(PLACES), DIM, BASE))
-    wanted = mx.array(turned_in_float64(keys).astype(np.float32))
-    exact = unpack(pack(wanted, values.transpose(0, 2, 1, 3), layout), layout)
-    found = unpack(rows, layout)
-    return max(difference(a, numbers(b)) for a, b in zip(found, exact, strict=True))
+    keys, values = (random_heads(n, KV_HEADS, len(POSITIONS)).transpose(0, 2, 1, 3) for n in (5, 6))
+    layout = KVRowLayout(DIM, 8, 32, mx.float32)
+    rows = kv_append_reference(
+        keys, values, layout, RopeParams.from_base(mx.array(POSITIONS), DIM, BASE)
+    )
+    wanted = mx.array(rope_float64(keys).astype(np.float32))
+    exact = dequantize_rows(quantize_rows(wanted, values.transpose(0, 2, 1, 3), layout), layout)
+    found = dequantize_rows(rows, layout)
+    return max(relative_error(a, to_float64(b)) for a, b in zip(found, exact, strict=True))
 
 
 CHECKS: dict[str, Callable[[], float]] = {
-    "attention, 16-bit cache": dense,
-    "attention, 8-bit cache": lambda: packed(8),
-    "attention, 4-bit cache": lambda: packed(4),
-    "attention in two parts": in_two_parts,
-    "rotary at V2PE positions": turned,
-    "new keys turned and packed": new_rows,
+    "attention, 16-bit cache": check_dense_attention,
+    "attention, 8-bit cache": lambda: check_quantized_attention(8),
+    "attention, 4-bit cache": lambda: check_quantized_attention(4),
+    "attention in two parts": check_merged_attention,
+    "rotary at V2PE positions": check_rope,
+    "new keys turned and packed": check_kv_append,
 }
 
 
-def in_float64(q: mx.array, keys: mx.array, values: mx.array) -> np.ndarray:
+def attention_float64(q: mx.array, keys: mx.array, values: mx.array) -> np.ndarray:
     """Attend causally, the last rows seeing all before them."""
-    wide, k, v = numbers(q), *(np.repeat(numbers(x), HEADS // KV_HEADS, 1) for x in (keys, values))
+    wide, k, v = (
+        to_float64(q),
+        *(np.repeat(to_float64(x), HEADS // KV_HEADS, 1) for x in (keys, values)),
+    )
     scores = wide @ k.swapaxes(2, 3) / np.sqrt(DIM)
     length, stored = scores.shape[2:]
     hidden = np.arange(stored) > np.arange(stored - length, stored)[:, None]
@@ -113,21 +124,21 @@ def in_float64(q: mx.array, keys: mx.array, values: mx.array) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-def turned_in_float64(x: mx.array) -> np.ndarray:
+def rope_float64(x: mx.array) -> np.ndarray:
     """Turn (B, L, H, D) at PLACES -> (B, H, L, D)."""
-    angle = np.outer(PLACES, BASE ** (-np.arange(0, DIM, 2) / DIM))
-    a, b = np.split(numbers(x).swapaxes(1, 2), 2, axis=-1)
+    angle = np.outer(POSITIONS, BASE ** (-np.arange(0, DIM, 2) / DIM))
+    a, b = np.split(to_float64(x).swapaxes(1, 2), 2, axis=-1)
     cos, sin = np.cos(angle), np.sin(angle)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def drawn(seed: int, heads: int, length: int) -> mx.array:
+def random_heads(seed: int, heads: int, length: int) -> mx.array:
     return mx.random.normal((BATCH, heads, length, DIM), key=mx.random.key(seed))
 
 
-def numbers(x: mx.array) -> np.ndarray:
+def to_float64(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32), dtype=np.float64)
 
 
-def difference(found: mx.array, wanted: np.ndarray) -> float:
-    return float(np.abs(numbers(found) - wanted).max() / np.abs(wanted).max())
+def relative_error(found: mx.array, wanted: np.ndarray) -> float:
+    return float(np.abs(to_float64(found) - wanted).max() / np.abs(wanted).max())

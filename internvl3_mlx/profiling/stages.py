@@ -6,23 +6,29 @@ from functools import partial
 
 import mlx.core as mx
 
-from internvl3_mlx.device import gpu_bytes
-from internvl3_mlx.generation.engine import PREFILL_STEP, Engine, packing_of
-from internvl3_mlx.generation.generation_config import Settings
+from internvl3_mlx.device import gpu_memory_limit
+from internvl3_mlx.generation.engine import PREFILL_STEP_SIZE, Engine, kv_quantization_for
+from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.sampler import greedy
-from internvl3_mlx.models.cache import Cache
+from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.profiling.flops import DENSE_BITS, Work, decoding, looking, reading
-from internvl3_mlx.profiling.results import Figure, Task
-from internvl3_mlx.profiling.timing import RUNS, noise, seconds
+from internvl3_mlx.profiling.flops import (
+    DENSE_BITS,
+    StageCost,
+    decode_cost,
+    prefill_cost,
+    vision_cost,
+)
+from internvl3_mlx.profiling.results import Measurement, MeasurementTask
+from internvl3_mlx.profiling.timing import RUNS, measure_seconds, random_cache
 
-TILES = (1, 13)  # the smallest picture, and twelve tiles with their thumbnail
-SHARE_OF_MEMORY = 0.5  # what a filled cache may take beside the weights
-NO_ROOM = "the cache would take more than half of the memory"
+TILE_COUNTS = (1, 13)  # the smallest picture, and twelve tiles with their thumbnail
+MAX_MEMORY_SHARE = 0.5  # what a filled cache may take beside the weights
+CACHE_TOO_LARGE = "the cache would take more than half of the memory"
 
 
 @dataclass(frozen=True)
-class Stages:
+class StageBenchmark:
     """What of a model is measured: at which contexts, with which caches, on how many tiles.
 
     Caches are filled with noise, so that no prompt of 128k tokens need be read.
@@ -30,45 +36,51 @@ class Stages:
 
     model: InternVL
     contexts: Sequence[int]
-    tiles: Sequence[int] = TILES
+    tiles: Sequence[int] = TILE_COUNTS
     bits: Sequence[int] = (DENSE_BITS, 8, 4)
-    chunk: int = PREFILL_STEP
+    chunk: int = PREFILL_STEP_SIZE
     runs: int = RUNS
 
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[MeasurementTask]:
         """List the stages in the order in which a question meets them."""
-        tower = [Task(f"tower, {tiles} tiles", partial(self.tower, tiles)) for tiles in self.tiles]
+        tower = [
+            MeasurementTask(f"tower, {tiles} tiles", partial(self.measure_vision, tiles))
+            for tiles in self.tiles
+        ]
         prefill = [
-            Task(f"prefill after {context:,} tokens", partial(self.prefill, context))
+            MeasurementTask(
+                f"prefill after {context:,} tokens", partial(self.measure_prefill, context)
+            )
             for context in self.contexts
         ]
         decode = [
-            Task(
-                f"decode, {bits}-bit cache, {context:,} tokens", partial(self.decode, context, bits)
+            MeasurementTask(
+                f"decode, {bits}-bit cache, {context:,} tokens",
+                partial(self.measure_decode, context, bits),
             )
             for bits in self.bits
             for context in self.contexts
         ]
         return tower + prefill + decode
 
-    def tower(self, tiles: int) -> Figure:
+    def measure_vision(self, tiles: int) -> Measurement:
         """Time tiles to visual tokens."""
         size = self.model.config.force_image_size
         pixels = mx.zeros((tiles, size, size, 3))
 
         def look(shown: mx.array) -> mx.array:
-            return pixels + 0 * self.model.see(shown).astype(mx.float32).mean()
+            return pixels + 0 * self.model.get_image_features(shown).astype(mx.float32).mean()
 
         name = f"{tiles} tile{'s' * (tiles > 1)}"
-        took = seconds(look, pixels, runs=self.runs)
-        return figure("tower", name, 0, took, looking(self.model, tiles))
+        took = measure_seconds(look, pixels, runs=self.runs)
+        return build_measurement("tower", name, 0, took, vision_cost(self.model, tiles))
 
-    def prefill(self, context: int) -> Figure:
+    def measure_prefill(self, context: int) -> Measurement:
         """Time a chunk of a prompt of which ``context`` tokens were read before."""
-        name, work = f"{self.chunk} tokens", reading(self.model, context, self.chunk)
-        if work.cache_nbytes > SHARE_OF_MEMORY * gpu_bytes():
-            return figure("prefill", name, context, None, work, NO_ROOM)
-        engine = self.engine(context, DENSE_BITS)
+        name, work = f"{self.chunk} tokens", prefill_cost(self.model, context, self.chunk)
+        if work.cache_nbytes > MAX_MEMORY_SHARE * gpu_memory_limit():
+            return build_measurement("prefill", name, context, None, work, CACHE_TOO_LARGE)
+        engine = self.filled_engine(context, DENSE_BITS)
 
         def read(ids: mx.array) -> mx.array:
             logits = engine.prefill(ids, None, None, self.chunk)
@@ -76,15 +88,19 @@ class Stages:
             return ids + 0 * mx.argmax(logits).astype(mx.int32)
 
         ids = mx.zeros((1, context + self.chunk), dtype=mx.int32)
-        return figure("prefill", name, context, seconds(read, ids, runs=self.runs), work)
+        return build_measurement(
+            "prefill", name, context, measure_seconds(read, ids, runs=self.runs), work
+        )
 
-    def decode(self, context: int, bits: int) -> Figure:
+    def measure_decode(self, context: int, bits: int) -> Measurement:
         """Time one token after ``context`` others, the choice of it included."""
-        name, work = f"{bits}-bit cache", decoding(self.model, context, bits)
-        dense = decoding(self.model, context, DENSE_BITS)  # what it is filled with and packed from
-        if dense.cache_nbytes > SHARE_OF_MEMORY * gpu_bytes():
-            return figure("decode", name, context, None, work, NO_ROOM)
-        engine = self.engine(context, bits)
+        name, work = f"{bits}-bit cache", decode_cost(self.model, context, bits)
+        dense = decode_cost(
+            self.model, context, DENSE_BITS
+        )  # what it is filled with and packed from
+        if dense.cache_nbytes > MAX_MEMORY_SHARE * gpu_memory_limit():
+            return build_measurement("decode", name, context, None, work, CACHE_TOO_LARGE)
+        engine = self.filled_engine(context, bits)
 
         def write(token: mx.array) -> mx.array:
             chosen = greedy(token, engine.step(token))
@@ -93,23 +109,27 @@ class Stages:
             return chosen
 
         token = mx.zeros(1, dtype=mx.int32)
-        return figure("decode", name, context, seconds(write, token, runs=self.runs), work)
+        return build_measurement(
+            "decode", name, context, measure_seconds(write, token, runs=self.runs), work
+        )
 
-    def engine(self, context: int, bits: int) -> Engine:
+    def filled_engine(self, context: int, bits: int) -> Engine:
         """Make an engine that seems to have read ``context`` tokens."""
         text = self.model.config.text
-        settings = Settings(kv_bits=None if bits == DENSE_BITS else bits)
-        packing = packing_of(settings, text.head_dim)
+        settings = GenerationConfig(kv_bits=None if bits == DENSE_BITS else bits)
+        packing = kv_quantization_for(settings, text.head_dim)
         dtype = self.model.language_model.model.norm.weight.dtype
         shape = (text.num_key_value_heads, context, text.head_dim, dtype)
-        cache: list[Cache] = [noise(*shape) for _ in range(text.num_hidden_layers)]
-        engine = Engine(self.model, greedy, cache, context, read=context, packing=packing)
-        engine.pack()
+        cache: list[LayerCache] = [random_cache(*shape) for _ in range(text.num_hidden_layers)]
+        engine = Engine(
+            self.model, greedy, cache, context, num_cached=context, kv_quantization=packing
+        )
+        engine.quantize_cache()
         mx.eval([layer.state for layer in engine.cache])
         return engine
 
 
-def figure(
-    group: str, name: str, context: int, took: float | None, work: Work, why: str = ""
-) -> Figure:
-    return Figure(group, name, context, took, work.nbytes, work.flops, why=why)
+def build_measurement(
+    group: str, name: str, context: int, took: float | None, work: StageCost, why: str = ""
+) -> Measurement:
+    return Measurement(group, name, context, took, work.nbytes, work.flops, why=why)

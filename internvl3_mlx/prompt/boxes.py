@@ -2,7 +2,7 @@
 
 import re
 
-FULL_SCALE = 1000  # coordinates are thousandths of the original picture's width and height
+COORDINATE_SCALE = 1000  # coordinates are thousandths of the original picture's width and height
 
 Corners = tuple[int, int, int, int]
 
@@ -25,6 +25,6 @@ def parse_boxes(text: str) -> list[tuple[str | None, Corners]]:
         label = (match["label"] or "").strip() or None
         for corners in re.findall(_CORNERS, match["single"] or match["list"]):
             x1, y1, x2, y2 = (int(number) for number in re.findall(r"[0-9]+", corners))
-            if x1 <= x2 <= FULL_SCALE and y1 <= y2 <= FULL_SCALE:
+            if x1 <= x2 <= COORDINATE_SCALE and y1 <= y2 <= COORDINATE_SCALE:
                 found.append((label, (x1, y1, x2, y2)))
     return found

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Callable, Mapping
 
 from internvl3_mlx.prompt.tokenizer_files import AddedToken
-from internvl3_mlx.prompt.vocabulary import Lead
+from internvl3_mlx.prompt.vocabulary import LeadingSpace
 
 
 class StreamingDetokenizer:
@@ -18,14 +18,14 @@ class StreamingDetokenizer:
         self,
         spell: Callable[[int], bytes],
         shown: Mapping[int, bytes | None],
-        lead: Lead,
+        lead: LeadingSpace,
     ):
         """``shown``: what each added token writes, None for those that are skipped."""
         self._spell, self._shown, self._lead = spell, shown, lead
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_blank = lead != "none"
 
-    def add(self, token_id: int) -> str:
+    def add_token(self, token_id: int) -> str:
         """Take one id and return the text that it completes, often none."""
         token_id = int(token_id)
         if token_id in self._shown:
@@ -40,13 +40,15 @@ class StreamingDetokenizer:
             written = written.removeprefix(b" ")
         return self._characters.decode(written)
 
-    def finish(self) -> str:
+    def finalize(self) -> str:
         """End the answer and return the text still held back: none, half a character is dropped."""
         self._characters.reset()
         return ""
 
 
-def shown_tokens(added: Mapping[str, AddedToken], keep: frozenset[str]) -> dict[int, bytes | None]:
+def visible_added_tokens(
+    added: Mapping[str, AddedToken], keep: frozenset[str]
+) -> dict[int, bytes | None]:
     """Say what each added token writes into an answer: special ones nothing, unless kept."""
     return {
         entry.id: None if entry.special and token not in keep else token.encode()

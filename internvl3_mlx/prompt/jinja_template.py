@@ -8,29 +8,29 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from internvl3_mlx.errors import CheckpointError, PromptError
 from internvl3_mlx.prompt.messages import (
-    ImageRun,
+    ImageSegment,
+    Message,
     Segment,
-    Text,
-    Turn,
-    check_turns,
-    content,
-    merge,
+    TextSegment,
+    check_messages,
+    merge_segments,
+    message_segments,
     system_segment,
 )
-from internvl3_mlx.prompt.tokenizer_files import read_json, read_text, token_name
+from internvl3_mlx.prompt.tokenizer_files import read_optional_json, read_optional_text, token_text
 
 if TYPE_CHECKING:
     import jinja2
 
 # Texts go through the template as numbers between two private-use characters.
-SENTINEL = "\ue000{}\ue001"
-PLACES = re.compile(
+TEXT_SENTINEL = "\ue000{}\ue001"
+SENTINEL_PATTERN = re.compile(
     "\ue000(?P<text>[0-9]+)\ue001"
     r"|(?:<img>|<\|vision_start\|>)?"
     r"(?:<IMG_CONTEXT>|<image>|<\|image(?:_pad)?\|>)"
     r"(?:</img>|<\|vision_end\|>)?"
 )
-BUILT_IN = 'put "template": "internvl2_5" into config.json to use the built-in template'
+BUILT_IN_HINT = 'put "template": "internvl2_5" into config.json to use the built-in template'
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,26 @@ class JinjaTemplate:
     system_message: str | None
     variables: dict[str, str]
 
-    def render(self, turns: Sequence[Turn], system: str | None) -> list[Segment]:
+    def render(self, messages: Sequence[Message], system: str | None) -> list[Segment]:
         """Write the prompt. ``system``: None for the model's own text, "" for none at all."""
-        check_turns(turns)
+        check_messages(messages)
         instruction = system_segment(system, self.system_message)
         told: list[tuple[str, list[Segment]]] = []
         if instruction.text:
             told.append(("system", [instruction]))
-        told += [(turn.role, content(turn)) for turn in turns]
+        told += [(turn.role, message_segments(turn)) for turn in messages]
         given = [segment for _, body in told for segment in body]
         problem: Exception | None = None
         for plain in (False, True):  # some templates read lists, some only plain strings
             try:
-                segments = _substitute(self._write(_messages(told, plain)), given)
+                segments = _substitute(self._write(_template_messages(told, plain)), given)
             except _template_failures() as error:
                 problem = problem or error
                 continue
             if segments is not None:
                 return segments
         fault = " ".join(str(problem or "it leaves out a message or an image").split())
-        raise PromptError(f"{self.origin} cannot write this conversation: {fault}; {BUILT_IN}")
+        raise PromptError(f"{self.origin} cannot write this conversation: {fault}; {BUILT_IN_HINT}")
 
     def _write(self, messages: list[dict[str, Any]]) -> str:
         return self.compiled.render(messages=messages, add_generation_prompt=True, **self.variables)
@@ -73,15 +73,18 @@ def read_jinja(folder: Path, system_message: str | None) -> JinjaTemplate | None
     Original repositories inherit a text-only template from their language model, which their own
     code never uses: one that does not speak of images is passed over.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_optional_json(folder / "tokenizer_config.json")
     for origin, source in (
-        ("chat_template.jinja", read_text(folder / "chat_template.jinja")),
-        ("chat_template.json", read_json(folder / "chat_template.json").get("chat_template")),
+        ("chat_template.jinja", read_optional_text(folder / "chat_template.jinja")),
+        (
+            "chat_template.json",
+            read_optional_json(folder / "chat_template.json").get("chat_template"),
+        ),
         ("tokenizer_config.json", _default_template(config.get("chat_template"))),
     ):
         if isinstance(source, str) and "image" in source.lower():
             names = ("bos_token", "eos_token", "pad_token", "unk_token")
-            variables = {name: token_name(config.get(name)) or "" for name in names}
+            variables = {name: token_text(config.get(name)) or "" for name in names}
             return JinjaTemplate(_compile(source, origin), origin, system_message, variables)
     return None
 
@@ -101,16 +104,16 @@ def _compile(source: str, origin: str) -> "jinja2.Template":
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals["raise_exception"] = _refuse
+    environment.globals["raise_exception"] = _raise_exception
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
-            f"{origin} is no valid chat template (line {error.lineno}: {error.message}); {BUILT_IN}"
+            f"{origin} is no valid chat template (line {error.lineno}: {error.message}); {BUILT_IN_HINT}"
         ) from error
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     import jinja2
 
     raise jinja2.TemplateError(message)
@@ -123,14 +126,16 @@ def _template_failures() -> tuple[type[Exception], ...]:
     return (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError)
 
 
-def _messages(told: Sequence[tuple[str, list[Segment]]], plain: bool) -> list[dict[str, Any]]:
+def _template_messages(
+    told: Sequence[tuple[str, list[Segment]]], plain: bool
+) -> list[dict[str, Any]]:
     """Write messages whose texts are numbered sentinels; ``plain`` makes pure text a string."""
     messages, number = [], 0
     for role, body in told:
         parts = []
         for segment in body:
-            if not isinstance(segment, ImageRun):
-                parts.append({"type": "text", "text": SENTINEL.format(number)})
+            if not isinstance(segment, ImageSegment):
+                parts.append({"type": "text", "text": TEXT_SENTINEL.format(number)})
             else:
                 parts.append({"type": "image"})
             number += 1
@@ -149,14 +154,16 @@ def _substitute(rendered: str, given: Sequence[Segment]) -> list[Segment] | None
     segments: list[Segment] = []
     waiting = list(enumerate(given))[::-1]
     end = 0
-    for place in PLACES.finditer(rendered):
+    for place in SENTINEL_PATTERN.finditer(rendered):
         literal, end = rendered[end : place.start()], place.end()
-        number, segment = waiting.pop() if waiting else (-1, ImageRun(0))
+        number, segment = waiting.pop() if waiting else (-1, ImageSegment(0))
         is_text = place["text"] is not None
-        if is_text == isinstance(segment, ImageRun) or (is_text and int(place["text"]) != number):
+        if is_text == isinstance(segment, ImageSegment) or (
+            is_text and int(place["text"]) != number
+        ):
             return None
-        after_image = bool(segments) and isinstance(segments[-1], ImageRun)
-        if isinstance(segment, Text) and after_image and literal == "\n":
-            segment = Text(segment.text.removeprefix("\n"), segment.typed)
-        segments += [Text(literal), segment]
-    return None if waiting else merge([*segments, Text(rendered[end:])])
+        after_image = bool(segments) and isinstance(segments[-1], ImageSegment)
+        if isinstance(segment, TextSegment) and after_image and literal == "\n":
+            segment = TextSegment(segment.text.removeprefix("\n"), segment.untrusted)
+        segments += [TextSegment(literal), segment]
+    return None if waiting else merge_segments([*segments, TextSegment(rendered[end:])])

@@ -12,12 +12,12 @@ from typing import Literal
 
 from internvl3_mlx.errors import PromptError
 
-IMAGE_MARK = "<image>"
-VIDEO_MARK = "<video>"
+IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
 
 
 @dataclass(frozen=True)
-class Media:
+class MessageMedia:
     """One picture or video: how many tiles each of its runs takes.
 
     A picture has one entry in ``tiles`` (more are laid into one run), a video one per frame.
@@ -41,7 +41,7 @@ class Media:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Message:
     """One message. Only the user's carry pictures.
 
     ``token_ids``: of an answer, the ids that were generated. Its text cut anew may give others;
@@ -50,7 +50,7 @@ class Turn:
 
     role: Literal["user", "assistant"]
     text: str
-    media: tuple[Media, ...] = ()
+    media: tuple[MessageMedia, ...] = ()
     token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,65 +66,65 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextSegment:
     """A stretch of prompt. In ``typed`` text, structural special tokens stay plain text."""
 
     text: str
-    typed: bool = False
+    untrusted: bool = False
 
 
 @dataclass(frozen=True)
-class ImageRun:
+class ImageSegment:
     """The place of one picture or frame: <img>, its context tokens, </img>."""
 
     tiles: int
 
 
 @dataclass(frozen=True)
-class Spoken:
+class GeneratedAnswer:
     """An answer as it was generated, token by token."""
 
     token_ids: tuple[int, ...]
 
 
-Segment = Text | ImageRun | Spoken
+Segment = TextSegment | ImageSegment | GeneratedAnswer
 
 
-def check_turns(turns: Sequence[Turn]) -> None:
+def check_messages(turns: Sequence[Message]) -> None:
     """Raise ``PromptError`` unless the conversation ends with the user."""
     if not turns or turns[-1].role != "user":
         given = f"ends with {turns[-1].role!r}" if turns else "is empty"
         raise PromptError(f"the conversation {given}: its last turn must be the user's")
 
 
-def content(turn: Turn) -> list[Segment]:
+def message_segments(turn: Message) -> list[Segment]:
     """Lay out one turn in the form the model was trained on.
 
     Marks the user typed place the pictures when there are as many marks as pictures; otherwise
     the pictures stand in front (images, then the frames of videos) and the marks stay text.
     """
     if turn.token_ids:
-        return [Spoken(turn.token_ids)]
+        return [GeneratedAnswer(turn.token_ids)]
     images = [medium for medium in turn.media if medium.kind == "image"]
     videos = [medium for medium in turn.media if medium.kind == "video"]
     front: list[Segment] = []
     placed: dict[str, Iterator[list[Segment]]] = {}
-    if images and turn.text.count(IMAGE_MARK) == len(images):
-        placed[IMAGE_MARK] = ([_run(image)] for image in images)
+    if images and turn.text.count(IMAGE_PLACEHOLDER) == len(images):
+        placed[IMAGE_PLACEHOLDER] = ([_image_segment(image)] for image in images)
     else:
         front += _image_lines(images)
-    if videos and turn.text.count(VIDEO_MARK) == len(videos):
-        placed[VIDEO_MARK] = (_frame_lines(video) for video in videos)
+    if videos and turn.text.count(VIDEO_PLACEHOLDER) == len(videos):
+        placed[VIDEO_PLACEHOLDER] = (_frame_lines(video) for video in videos)
     else:
-        front += [part for video in videos for part in (*_frame_lines(video), Text("\n"))]
-    return merge([*front, *_fill(turn.text, placed)])
+        front += [part for video in videos for part in (*_frame_lines(video), TextSegment("\n"))]
+    return merge_segments([*front, *_fill_placeholders(turn.text, placed)])
 
 
-def shown_order(turn: Turn) -> list[int]:
+def media_order(turn: Message) -> list[int]:
     """Say in which order the prompt shows a turn's media: their indices in ``turn.media``."""
     waiting = {
         mark: [n for n, medium in enumerate(turn.media) if medium.kind == kind]
-        for mark, kind in ((IMAGE_MARK, "image"), (VIDEO_MARK, "video"))
+        for mark, kind in ((IMAGE_PLACEHOLDER, "image"), (VIDEO_PLACEHOLDER, "video"))
     }
     placed = [mark for mark, media in waiting.items() if turn.text.count(mark) == len(media) > 0]
     front = [n for mark, media in waiting.items() if mark not in placed for n in media]
@@ -132,28 +132,32 @@ def shown_order(turn: Turn) -> list[int]:
     return front + [waiting[mark].pop(0) for mark in marks]
 
 
-def merge(segments: Iterable[Segment]) -> list[Segment]:
+def merge_segments(segments: Iterable[Segment]) -> list[Segment]:
     """Join neighbouring texts of one kind and drop empty ones."""
     merged: list[Segment] = []
     for segment in segments:
         last = merged[-1] if merged else None
-        if isinstance(segment, Text) and isinstance(last, Text) and last.typed == segment.typed:
-            merged[-1] = Text(last.text + segment.text, last.typed)
-        elif not isinstance(segment, Text) or segment.text:
+        if (
+            isinstance(segment, TextSegment)
+            and isinstance(last, TextSegment)
+            and last.untrusted == segment.untrusted
+        ):
+            merged[-1] = TextSegment(last.text + segment.text, last.untrusted)
+        elif not isinstance(segment, TextSegment) or segment.text:
             merged.append(segment)
     return merged
 
 
-def _image_lines(images: Sequence[Media]) -> list[Segment]:
+def _image_lines(images: Sequence[MessageMedia]) -> list[Segment]:
     """Write ``<image>`` alone on a line, or ``Image-1: <image>`` and so on (model card)."""
     lines: list[Segment] = []
     for number, image in enumerate(images, start=1):
         label = f"Image-{number}: " if len(images) > 1 else ""
-        lines += [Text(label), _run(image), Text("\n")]
+        lines += [TextSegment(label), _image_segment(image), TextSegment("\n")]
     return lines
 
 
-def _frame_lines(video: Media) -> list[Segment]:
+def _frame_lines(video: MessageMedia) -> list[Segment]:
     """Write ``Frame1: <image>`` per frame, joined by newlines; each video counts from 1.
 
     The form is the model card's; a time, when asked for, follows the number: ``Frame1 (0.5s): ``.
@@ -162,27 +166,27 @@ def _frame_lines(video: Media) -> list[Segment]:
     for index, tiles in enumerate(video.tiles):
         time = f" ({video.times[index]:.1f}s)" if video.times else ""
         break_before = "\n" if index else ""
-        lines += [Text(f"{break_before}Frame{index + 1}{time}: "), ImageRun(tiles)]
+        lines += [TextSegment(f"{break_before}Frame{index + 1}{time}: "), ImageSegment(tiles)]
     return lines
 
 
-def _run(image: Media) -> ImageRun:
-    return ImageRun(sum(image.tiles))
+def _image_segment(image: MessageMedia) -> ImageSegment:
+    return ImageSegment(sum(image.tiles))
 
 
-def _fill(text: str, placed: dict[str, Iterator[list[Segment]]]) -> Iterator[Segment]:
+def _fill_placeholders(text: str, placed: dict[str, Iterator[list[Segment]]]) -> Iterator[Segment]:
     if not placed:
-        yield Text(text, typed=True)
+        yield TextSegment(text, untrusted=True)
         return
     parts = re.split("(" + "|".join(placed) + ")", text)
     for index, part in enumerate(parts):
         if index % 2 == 0:
-            yield Text(part, typed=True)
+            yield TextSegment(part, untrusted=True)
             continue
         yield from next(placed[part])
         # the card ends the frame lines with a newline; the user's own one is enough
-        if part == VIDEO_MARK and parts[index + 1] and not parts[index + 1].startswith("\n"):
-            yield Text("\n")
+        if part == VIDEO_PLACEHOLDER and parts[index + 1] and not parts[index + 1].startswith("\n"):
+            yield TextSegment("\n")
 
 
 # the system text that InternVL3 was trained with, to the letter
@@ -192,11 +196,11 @@ DEFAULT_SYSTEM = (
 )
 
 
-def system_segment(system: str | None, own: str | None) -> Text:
+def system_segment(system: str | None, own: str | None) -> TextSegment:
     """Choose the system text: the caller's, else the model's own, else the published one.
 
     A null or empty ``own`` counts as absent: some releases would otherwise prompt with "None".
     """
     if system is not None:
-        return Text(system, typed=True)
-    return Text(own or DEFAULT_SYSTEM)
+        return TextSegment(system, untrusted=True)
+    return TextSegment(own or DEFAULT_SYSTEM)

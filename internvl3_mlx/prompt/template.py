@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Protocol
 
 from internvl3_mlx.errors import ConfigError
 from internvl3_mlx.prompt.messages import (
+    Message,
     Segment,
-    Text,
-    Turn,
-    check_turns,
-    content,
-    merge,
+    TextSegment,
+    check_messages,
+    merge_segments,
+    message_segments,
     system_segment,
 )
 
 if TYPE_CHECKING:
     from internvl3_mlx.config import ModelConfig
 
-TURN_START, TURN_END = "<|im_start|>{role}\n", "<|im_end|>\n"
+MESSAGE_START, MESSAGE_END = "<|im_start|>{role}\n", "<|im_end|>\n"
 
 
 class Template(Protocol):
     """Write a conversation as segments, ending with the opened assistant turn."""
 
-    def render(self, turns: Sequence[Turn], system: str | None) -> list[Segment]: ...
+    def render(self, messages: Sequence[Message], system: str | None) -> list[Segment]: ...
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class InternVLTemplate:
 
     system_message: str | None = None
 
-    def render(self, turns: Sequence[Turn], system: str | None) -> list[Segment]:
+    def render(self, messages: Sequence[Message], system: str | None) -> list[Segment]:
         """Write the prompt. ``system``: None for the model's own text, "" for none at all."""
-        check_turns(turns)
+        check_messages(messages)
         instruction = system_segment(system, self.system_message)
-        segments = _part("system", [instruction]) if instruction.text else []
-        for turn in turns:
-            segments += _part(turn.role, content(turn))
-        return merge([*segments, Text(TURN_START.format(role="assistant"))])
+        segments = _message_segments("system", [instruction]) if instruction.text else []
+        for turn in messages:
+            segments += _message_segments(turn.role, message_segments(turn))
+        return merge_segments([*segments, TextSegment(MESSAGE_START.format(role="assistant"))])
 
 
 TEMPLATES = {"internvl2_5": InternVLTemplate}
 
 
-def template_for(config: "ModelConfig", folder: Path) -> Template:
+def load_template(config: "ModelConfig", folder: Path) -> Template:
     """Choose the template the config names; without a name, the repository's own Jinja.
 
     Raises ``ConfigError`` for a name we do not know: another template would be silently worse.
@@ -67,5 +67,5 @@ def template_for(config: "ModelConfig", folder: Path) -> Template:
     )
 
 
-def _part(role: str, body: Sequence[Segment]) -> list[Segment]:
-    return [Text(TURN_START.format(role=role)), *body, Text(TURN_END)]
+def _message_segments(role: str, body: Sequence[Segment]) -> list[Segment]:
+    return [TextSegment(MESSAGE_START.format(role=role)), *body, TextSegment(MESSAGE_END)]

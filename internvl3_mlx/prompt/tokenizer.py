@@ -10,23 +10,23 @@ from tokenizers import models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import Metaspace
 
 from internvl3_mlx.errors import CheckpointError
-from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer, shown_tokens
-from internvl3_mlx.prompt.messages import ImageRun, Segment, Spoken, Text
+from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer, visible_added_tokens
+from internvl3_mlx.prompt.messages import GeneratedAnswer, ImageSegment, Segment, TextSegment
 from internvl3_mlx.prompt.tokenizer_files import (
-    GROUNDING,
-    NEVER_ADDED,
+    GROUNDING_TOKENS,
+    IGNORED_ADDED_TOKENS,
     AddedToken,
-    bos_name,
-    end_ids,
-    end_name,
+    bos_token,
+    eos_token,
+    eos_token_ids,
     read_added_tokens,
 )
 from internvl3_mlx.prompt.vocabulary import (
-    Lead,
+    LeadingSpace,
     Vocabulary,
+    byte_level_bytes,
     read_sentencepiece,
-    spell_byte_level,
-    spell_sentencepiece,
+    sentencepiece_bytes,
 )
 
 # How Qwen2 splits text into words before any merge; tokenizer.json holds it, vocab.json does not.
@@ -34,8 +34,8 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LEADS: dict[str, Lead] = {"always": "chunk", "first": "start", "never": "none"}
-IMAGE_START, IMAGE_CONTEXT, IMAGE_END, TURN_END = "<img>", "<IMG_CONTEXT>", "</img>", "<|im_end|>"
+LEADING_SPACES: dict[str, LeadingSpace] = {"always": "chunk", "first": "start", "never": "none"}
+IMAGE_START, IMAGE_CONTEXT, IMAGE_END, IM_END = "<img>", "<IMG_CONTEXT>", "</img>", "<|im_end|>"
 
 
 class Tokenizer:
@@ -46,8 +46,8 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary, *, source: Path, stops: Iterable[int | str] = ()):
         self._vocabulary = vocabulary
-        self.added = {t: a for t, a in vocabulary.added.items() if t not in NEVER_ADDED}
-        missing = {IMAGE_START, IMAGE_CONTEXT, IMAGE_END, TURN_END} - self.added.keys()
+        self.added = {t: a for t, a in vocabulary.added.items() if t not in IGNORED_ADDED_TOKENS}
+        missing = {IMAGE_START, IMAGE_CONTEXT, IMAGE_END, IM_END} - self.added.keys()
         if missing:
             raise CheckpointError(
                 f"the tokenizer in {source} lacks {', '.join(sorted(missing))}: "
@@ -58,20 +58,22 @@ class Tokenizer:
         self.image_start_id = self.added[IMAGE_START].id
         self.image_id = self.added[IMAGE_CONTEXT].id
         self.image_end_id = self.added[IMAGE_END].id
-        self.im_end_id = self.added[TURN_END].id
-        named = (self.added[s].id if s in self.added else s for s in (TURN_END, *stops))
+        self.im_end_id = self.added[IM_END].id
+        named = (self.added[s].id if s in self.added else s for s in (IM_END, *stops))
         self.stop_ids = frozenset(
             n for n in named if isinstance(n, int) and 0 <= n < self.vocab_size
         )
-        self.for_structure: Any = None  # another library's view of this tokenizer, once built
+        self.llguidance_tokenizer: Any = (
+            None  # another library's view of this tokenizer, once built
+        )
         self._any_token = _pattern(self.added)
-        self._typed_token = _pattern(GROUNDING & self.added.keys())
+        self._typed_token = _pattern(GROUNDING_TOKENS & self.added.keys())
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read tokenizer.json, else vocab.json with merges.txt, else tokenizer.model."""
         folder = Path(folder)
-        stops: list[int | str] = [*end_ids(folder), end_name(folder) or TURN_END]
+        stops: list[int | str] = [*eos_token_ids(folder), eos_token(folder) or IM_END]
         return cls(_read_vocabulary(folder), source=folder, stops=stops)
 
     def encode(
@@ -88,9 +90,9 @@ class Tokenizer:
             if isinstance(piece, str):
                 waiting += piece
                 continue
-            ids += self._cut(waiting, at_start=not ids) + piece
+            ids += self._encode_plain(waiting, at_start=not ids) + piece
             waiting = ""
-        ids += self._cut(waiting, at_start=not ids)
+        ids += self._encode_plain(waiting, at_start=not ids)
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
@@ -98,44 +100,46 @@ class Tokenizer:
     def encode_text(self, text: str, *, specials: bool = False) -> list[int]:
         """Turn plain text into ids, without BOS; ``specials`` makes special tokens count."""
         if specials:
-            return self.encode([Text(text)], 0, bos=False)
-        return self._cut(text, at_start=True)
+            return self.encode([TextSegment(text)], 0, bos=False)
+        return self._encode_plain(text, at_start=True)
 
-    def spell(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
         """Give the bytes a plain token stands for, a part of a character included."""
-        return self._vocabulary.spell(token_id)
+        return self._vocabulary.token_bytes(token_id)
 
     def decode(self, ids: Iterable[int], *, keep_boxes: bool = False) -> str:
         """Turn ids into text, special tokens skipped; ``keep_boxes`` keeps grounding tags."""
         pieces = self.detokenizer(keep_boxes=keep_boxes)
-        return "".join([*map(pieces.add, ids), pieces.finish()])
+        return "".join([*map(pieces.add_token, ids), pieces.finalize()])
 
     def detokenizer(self, *, keep_boxes: bool = False) -> StreamingDetokenizer:
         """Start decoding one answer, id by id."""
-        keep = GROUNDING if keep_boxes else frozenset()
-        shown = shown_tokens(self.added, keep)
-        return StreamingDetokenizer(self._vocabulary.spell, shown, self._vocabulary.lead)
+        keep = GROUNDING_TOKENS if keep_boxes else frozenset()
+        shown = visible_added_tokens(self.added, keep)
+        return StreamingDetokenizer(
+            self._vocabulary.token_bytes, shown, self._vocabulary.leading_space
+        )
 
     def _pieces(
         self, segments: Sequence[Segment], num_image_token: int
     ) -> Iterator[str | list[int]]:
         """Yield plain texts, and ids of special tokens, images and answers."""
         for segment in segments:
-            if isinstance(segment, ImageRun):
+            if isinstance(segment, ImageSegment):
                 context = [self.image_id] * (segment.tiles * num_image_token)
                 yield [self.image_start_id, *context, self.image_end_id]
                 continue
-            if isinstance(segment, Spoken):
+            if isinstance(segment, GeneratedAnswer):
                 yield list(segment.token_ids)
                 continue
-            pattern = self._typed_token if segment.typed else self._any_token
+            pattern = self._typed_token if segment.untrusted else self._any_token
             for index, part in enumerate(pattern.split(segment.text)):
                 yield [self.added[part].id] if index % 2 else part
 
-    def _cut(self, text: str, *, at_start: bool) -> list[int]:
+    def _encode_plain(self, text: str, *, at_start: bool) -> list[int]:
         # surrogates, which no tokenizer takes, come from broken file names and JSON escapes
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._vocabulary.cut(clean, at_start) if clean else []
+        return self._vocabulary.encode(clean, at_start) if clean else []
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -178,7 +182,7 @@ def _read_tokenizer_json(folder: Path) -> Vocabulary:
 def _named_bos(
     folder: Path, core: tokenizers.Tokenizer, added: dict[str, AddedToken]
 ) -> int | None:
-    name = bos_name(folder, default=False)
+    name = bos_token(folder, default=False)
     if name is None:
         return None
     return added[name].id if name in added else core.token_to_id(name)
@@ -217,32 +221,32 @@ def _bpe_vocabulary(
     core: tokenizers.Tokenizer, added: dict[str, AddedToken], bos_id: int | None
 ) -> Vocabulary:
     state = core.decoder.__getstate__() if core.decoder is not None else b""
-    spell = spell_byte_level if b'"ByteLevel"' in state else spell_sentencepiece
-    inner = _without_lead(core)
+    spell = byte_level_bytes if b'"ByteLevel"' in state else sentencepiece_bytes
+    inner = _without_leading_space(core)
     strips = b'"Strip"' in state or b'"Metaspace"' in state
 
     def cut(text: str, at_start: bool) -> list[int]:
         return (core if at_start else inner).encode(text, add_special_tokens=False).ids
 
     return Vocabulary(
-        cut=cut,
-        spell=lambda n: spell(core.id_to_token(n) if n >= 0 else None),
+        encode=cut,
+        token_bytes=lambda n: spell(core.id_to_token(n) if n >= 0 else None),
         size=core.get_vocab_size(with_added_tokens=False),
         added=added,
         bos_id=bos_id,
-        lead=_lead(core) if strips else "none",
+        leading_space=_leading_space(core) if strips else "none",
     )
 
 
-def _lead(core: tokenizers.Tokenizer) -> Lead:
+def _leading_space(core: tokenizers.Tokenizer) -> LeadingSpace:
     blank = core.pre_tokenizer
     if isinstance(blank, Metaspace):
-        return LEADS[blank.prepend_scheme]
+        return LEADING_SPACES[blank.prepend_scheme]
     normal = core.normalizer.__getstate__() if core.normalizer is not None else b""
     return "chunk" if b'"Prepend"' in normal else "none"
 
 
-def _without_lead(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def _without_leading_space(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """Cut what follows an added token: a blank that belongs to the prompt's start stays away."""
     blank = core.pre_tokenizer
     if not isinstance(blank, Metaspace) or blank.prepend_scheme != "first":

@@ -9,15 +9,15 @@ from typing import Any
 from internvl3_mlx.errors import CheckpointError
 
 # Tags of grounding prompts and answers: the only special tokens a user may type.
-GROUNDING = frozenset(
+GROUNDING_TOKENS = frozenset(
     f"<{slash}{name}>" for name in ("ref", "box", "quad") for slash in ("", "/")
 ) | frozenset(
     f"<|{name}_{edge}|>" for name in ("object_ref", "box", "quad") for edge in ("start", "end")
 )
 # Text in our prompts, though native repositories give it an id, beyond the embedding's last row.
-NEVER_ADDED = frozenset({"<video>"})
+IGNORED_ADDED_TOKENS = frozenset({"<video>"})
 # Qwen's added tokens that are text of a kind: an answer shows them.
-SHOWN = ("tool_", "fim_", "repo_name", "file_sep")
+VISIBLE_PREFIXES = ("tool_", "fim_", "repo_name", "file_sep")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class AddedToken:
     special: bool
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_optional_json(path: Path) -> dict[str, Any]:
     """Read an optional JSON object: empty when there is no such file."""
-    text = read_text(path)
+    text = read_optional_text(path)
     if text is None:
         return {}
     try:
@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_text(path: Path) -> str | None:
+def read_optional_text(path: Path) -> str | None:
     """Read an optional text file: None when there is no such file."""
     if not path.is_file():
         return None
@@ -57,38 +57,38 @@ def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
 
     The latter does not say which are special: all are but ``SHOWN``, as in the former.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_optional_json(folder / "tokenizer_config.json")
     found = {
         entry["content"]: AddedToken(int(number), bool(entry.get("special", False)))
         for number, entry in config.get("added_tokens_decoder", {}).items()
         if "content" in entry
     }
-    for token, number in read_json(folder / "added_tokens.json").items():
-        special = not token.strip("</|>").startswith(SHOWN)
+    for token, number in read_optional_json(folder / "added_tokens.json").items():
+        special = not token.strip("</|>").startswith(VISIBLE_PREFIXES)
         found.setdefault(token, AddedToken(int(number), special))
     return found
 
 
-def bos_name(folder: Path, *, default: bool) -> str | None:
+def bos_token(folder: Path, *, default: bool) -> str | None:
     """Name the token the tokenizer puts in front of every text, if any."""
-    config = read_json(folder / "tokenizer_config.json")
-    return token_name(config.get("bos_token")) if config.get("add_bos_token", default) else None
+    config = read_optional_json(folder / "tokenizer_config.json")
+    return token_text(config.get("bos_token")) if config.get("add_bos_token", default) else None
 
 
-def token_name(entry: Any) -> str | None:
+def token_text(entry: Any) -> str | None:
     """Take the text of a token, written either plainly or as an object."""
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def end_ids(folder: Path) -> Iterator[int]:
+def eos_token_ids(folder: Path) -> Iterator[int]:
     """List every end-of-sequence id that the model's JSON files name, at any of their levels."""
-    config = read_json(folder / "config.json")
+    config = read_optional_json(folder / "config.json")
     levels = (config, config.get("llm_config"), config.get("text_config"))
-    for level in (*levels, read_json(folder / "generation_config.json")):
+    for level in (*levels, read_optional_json(folder / "generation_config.json")):
         named = (level or {}).get("eos_token_id")
         yield from [named] if isinstance(named, int) else named or []
 
 
-def end_name(folder: Path) -> str | None:
+def eos_token(folder: Path) -> str | None:
     """Name the tokenizer's own end token."""
-    return token_name(read_json(folder / "tokenizer_config.json").get("eos_token"))
+    return token_text(read_optional_json(folder / "tokenizer_config.json").get("eos_token"))

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from internvl3_mlx.errors import PromptError
 
 DELTAS = tuple(2.0**-n for n in range(9))  # 1, 1/2, ..., 1/256: the steps seen in training
-NUMBER = re.compile(r"[0-9]{1,4}(/[1-9][0-9]{0,3})?|[0-9]{0,4}\.[0-9]{1,12}")
-DELTA_NAMES = ", ".join(str(Fraction(delta)) for delta in DELTAS)
+DELTA_PATTERN = re.compile(r"[0-9]{1,4}(/[1-9][0-9]{0,3})?|[0-9]{0,4}\.[0-9]{1,12}")
+DELTA_LIST = ", ".join(str(Fraction(delta)) for delta in DELTAS)
 
 
 def parse_delta(text: str | float | Fraction) -> float | Literal["auto"]:
@@ -27,7 +27,7 @@ def parse_delta(text: str | float | Fraction) -> float | Literal["auto"]:
     value = _number(text)
     if value not in DELTAS:
         raise PromptError(
-            f"V2PE step {text}: the model knows {DELTA_NAMES}; give one of these, or auto"
+            f"V2PE step {text}: the model knows {DELTA_LIST}; give one of these, or auto"
         )
     return value
 
@@ -35,13 +35,13 @@ def parse_delta(text: str | float | Fraction) -> float | Literal["auto"]:
 def _number(text: object) -> float:
     """Read a fraction, a decimal or a number; 0 for anything else."""
     if isinstance(text, str):
-        return float(Fraction(text.strip())) if NUMBER.fullmatch(text.strip()) else 0.0
+        return float(Fraction(text.strip())) if DELTA_PATTERN.fullmatch(text.strip()) else 0.0
     if isinstance(text, bool) or not isinstance(text, Real):
         return 0.0
     return float(text)
 
 
-def image_runs(ids: ArrayLike, image_id: int) -> list[tuple[int, int]]:
+def image_spans(ids: ArrayLike, image_id: int) -> list[tuple[int, int]]:
     """List the stretches of context tokens, one per picture or frame, as (start, stop)."""
     starts, lengths, is_image = _runs(ids, image_id)
     return [

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from internvl3_mlx.errors import CheckpointError
-from internvl3_mlx.prompt.tokenizer_files import AddedToken, bos_name, read_added_tokens
+from internvl3_mlx.prompt.tokenizer_files import AddedToken, bos_token, read_added_tokens
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 # Where a blank is put in front of text, and taken off again when reading: nowhere, at the start of
 # the prompt, or after every added token as well.
-Lead = Literal["none", "start", "chunk"]
+LeadingSpace = Literal["none", "start", "chunk"]
 
 SPACE = "\u2581"  # how sentencepiece writes a blank
 BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
@@ -28,23 +28,23 @@ class Vocabulary:
     do not exist stand for nothing. ``size`` counts the plain ids.
     """
 
-    cut: Callable[[str, bool], list[int]]
-    spell: Callable[[int], bytes]
+    encode: Callable[[str, bool], list[int]]
+    token_bytes: Callable[[int], bytes]
     size: int
     added: dict[str, AddedToken]
     bos_id: int | None = None
-    lead: Lead = "none"
+    leading_space: LeadingSpace = "none"
 
 
-def spell_byte_level(piece: str | None) -> bytes:
+def byte_level_bytes(piece: str | None) -> bytes:
     """Read a byte-level piece: each character stands for one byte."""
     try:
-        return bytes(BYTE_OF[character] for character in piece or "")
+        return bytes(BYTE_LEVEL_TABLE[character] for character in piece or "")
     except KeyError:  # a whole word put into the vocabulary by hand
         return (piece or "").encode()
 
 
-def spell_sentencepiece(piece: str | None) -> bytes:
+def sentencepiece_bytes(piece: str | None) -> bytes:
     """Read a sentencepiece piece: text with marked blanks, or one byte as ``<0x0A>``."""
     byte = BYTE_PIECE.fullmatch(piece or "")
     return bytes([int(byte[1], 16)]) if byte else (piece or "").replace(SPACE, " ").encode()
@@ -59,11 +59,11 @@ def _byte_alphabet() -> dict[str, int]:
     }
 
 
-BYTE_OF = _byte_alphabet()
+BYTE_LEVEL_TABLE = _byte_alphabet()
 
 
 @dataclass(frozen=True)
-class Pieces:
+class SentencePieceModel:
     """An open ``tokenizer.model`` and the tokens added to it.
 
     ``prefixed``: the model's normaliser puts a blank in front of what it cuts.
@@ -73,10 +73,10 @@ class Pieces:
     size: int
     added: dict[str, AddedToken]
     bos: str | None
-    prefixed: bool
+    adds_leading_space: bool
 
 
-def open_pieces(folder: Path) -> Pieces:
+def open_sentencepiece(folder: Path) -> SentencePieceModel:
     """Open ``tokenizer.model``; that class adds the BOS unless told not to, hence the default."""
     from sentencepiece import SentencePieceProcessor
 
@@ -93,7 +93,7 @@ def open_pieces(folder: Path) -> Pieces:
     }
     added = control | read_added_tokens(folder)
     prefixed = model.decode([SPACE + "a"]) == "a"
-    return Pieces(model, size, added, bos_name(folder, default=True), prefixed)
+    return SentencePieceModel(model, size, added, bos_token(folder, default=True), prefixed)
 
 
 def read_sentencepiece(folder: Path) -> Vocabulary:
@@ -102,14 +102,14 @@ def read_sentencepiece(folder: Path) -> Vocabulary:
     Each text between added tokens is cut on its own, its blank in front included where the model's
     normaliser adds one, as InternLM3's own tokenizer does.
     """
-    pieces = open_pieces(folder)
+    pieces = open_sentencepiece(folder)
     model, size, added, bos = pieces.model, pieces.size, pieces.added, pieces.bos
-    lead: Lead = "chunk" if pieces.prefixed else "none"
+    lead: LeadingSpace = "chunk" if pieces.adds_leading_space else "none"
     return Vocabulary(
-        cut=lambda text, at_start: model.encode(text),
-        spell=lambda n: spell_sentencepiece(model.id_to_piece(n)) if 0 <= n < size else b"",
+        encode=lambda text, at_start: model.encode(text),
+        token_bytes=lambda n: sentencepiece_bytes(model.id_to_piece(n)) if 0 <= n < size else b"",
         size=size,
         added=added,
         bos_id=added[bos].id if bos in added else None,
-        lead=lead,
+        leading_space=lead,
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from internvl3_mlx.generation.processor import Seen
+from internvl3_mlx.generation.processor import ProcessedImage
 from internvl3_mlx.models.spans import Span
 
 
@@ -20,13 +20,13 @@ class Batch:
     seen: the pictures in the order of their tokens. places: where each sample stands in the data.
     """
 
-    ids: np.ndarray
+    input_ids: np.ndarray
     positions: np.ndarray
     spans: tuple[Span, ...]
-    rows: np.ndarray
+    target_positions: np.ndarray
     targets: np.ndarray
-    owner: np.ndarray
-    weights: np.ndarray
-    answers: int
-    seen: tuple[Seen, ...]
-    places: tuple[str, ...]
+    answer_ids: np.ndarray
+    loss_weights: np.ndarray
+    num_answers: int
+    images: tuple[ProcessedImage, ...]
+    locations: tuple[str, ...]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from internvl3_mlx.errors import UserError
 
-SETTING = "setting"  # where a field keeps its Setting
+METADATA_KEY = "setting"  # where a field keeps its Setting
 METHODS = ("sft", "mpo", "pretrain")
 OPTIMIZERS = (
     "adamw", "adam", "adamax", "adafactor", "adagrad", "adadelta", "lion", "muon", "rmsprop", "sgd",
@@ -13,16 +13,16 @@ OPTIMIZERS = (
 SCHEDULES = ("cosine", "linear", "constant")
 REDUCTIONS = ("token", "sample", "square")
 LOGGERS = ("wandb", "tensorboard", "swanlab")
-DTYPES = ("float32", "bfloat16", "float16")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 LORA = "lora"
-PARTS = (LORA, "language_model", "mlp1", "vision_model", "lm_head")
-ALL_PARTS = PARTS[1:4]
-SHIFTS = ("running", "zero")
+TRAINABLE_PARTS = (LORA, "language_model", "mlp1", "vision_model", "lm_head")
+MODEL_PARTS = TRAINABLE_PARTS[1:4]
+REWARD_SHIFTS = ("running", "zero")
 RANDOM: Literal["random"] = "random"  # of V2PE: another step for every picture
 
 
 @dataclass(frozen=True)
-class Setting:
+class FieldInfo:
     """What a reader of flags or YAML must know of one field. Bounds: low <= value <= high."""
 
     section: str
@@ -31,23 +31,23 @@ class Setting:
     high: float | None = None
     choices: tuple[str, ...] = ()
     metavar: str = ""
-    unset: str = ""  # what no value stands for, in words
+    default_text: str = ""  # what no value stands for, in words
 
 
-def setting(default: Any, section: str, text: str, **about: Any) -> Any:
+def config_field(default: Any, section: str, help: str, **about: Any) -> Any:
     """Declare one field with its default and its place in the help."""
-    return field(default=default, metadata={SETTING: Setting(section, text, **about)})
+    return field(default=default, metadata={METADATA_KEY: FieldInfo(section, help, **about)})
 
 
-def about(entry: Field[Any]) -> Setting:
+def field_info(entry: Field[Any]) -> FieldInfo:
     """Give the ``Setting`` of a field."""
-    found: Setting = entry.metadata[SETTING]
+    found: FieldInfo = entry.metadata[METADATA_KEY]
     return found
 
 
 def check_bounds(entry: Field[Any], value: Any) -> None:
     """Refuse a value outside of what its field can be."""
-    known, name = about(entry), entry.name
+    known, name = field_info(entry), entry.name
     if value is None:
         return
     if known.choices and str(value) not in known.choices:

@@ -18,72 +18,74 @@ from types import NoneType
 from typing import Any
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.training.config import PRESETS, TrainRecipe
+from internvl3_mlx.training.config import PRESETS, TrainConfig
 from internvl3_mlx.training.config_fields import METHODS
 
-RECIPE = "recipe.yaml"  # the name under which a run keeps its own
-NUMBERS = (int, float)
-YES_NO = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+CONFIG_FILE = "recipe.yaml"  # the name under which a run keeps its own
+NUMBER_TYPES = (int, float)
+BOOL_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def build_recipe(flags: Mapping[str, Any], path: Path | None = None) -> TrainRecipe:
+def build_config(flags: Mapping[str, Any], path: Path | None = None) -> TrainConfig:
     """Merge what was asked for: flags over the file over the method's preset over the defaults."""
-    asked = {**(read_file(path) if path else {}), **read_values(flags, "the command line")}
+    asked = {**(read_config_file(path) if path else {}), **parse_values(flags, "the command line")}
     method = asked.get("method", "sft")
     if method not in METHODS:
         raise UserError(f"method is {method}; known are {', '.join(METHODS)}")
-    return TrainRecipe(**{**PRESETS[method], **asked})
+    return TrainConfig(**{**PRESETS[method], **asked})
 
 
-def write_file(recipe: TrainRecipe, path: Path) -> None:
+def write_config_file(config: TrainConfig, path: Path) -> None:
     """Write all settings of a run as YAML that ``build_recipe`` reads back as the same run."""
     import yaml
 
-    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """Read a YAML recipe. Raises UserError that names the file and the key."""
     from internvl3_mlx.convert.recipes import read_yaml  # brings MLX, which --help can spare
 
-    return read_values(read_yaml(path, "keys such as model, data and method"), str(path))
+    return parse_values(read_yaml(path, "keys such as model, data and method"), str(path))
 
 
-def read_values(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
+def parse_values(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """Give every value its field's type; refuse keys that no field has."""
-    known = {entry.name: entry for entry in fields(TrainRecipe)}
+    known = {entry.name: entry for entry in fields(TrainConfig)}
     for key in content:
         if key not in known:
-            raise UserError(f"{where}: no setting {key!r}; {nearest(str(key), known)}")
-    return {key: read_value(known[key], value, where) for key, value in content.items()}
+            raise UserError(f"{where}: no setting {key!r}; {suggest_setting(str(key), known)}")
+    return {key: parse_value(known[key], value, where) for key, value in content.items()}
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def suggest_setting(key: str, known: Iterable[str]) -> str:
     """Name the setting that was probably meant."""
     near = difflib.get_close_matches(key.replace("-", "_"), [*known], n=1)
     return f"did you mean {near[0]}?" if near else "see internvl3 train --help for all of them"
 
 
-def read_value(entry: "Field[Any]", value: Any, where: str) -> Any:
+def parse_value(entry: "Field[Any]", value: Any, where: str) -> Any:
     """Read one value as its field wants it: YAML takes 1e-5 for text, and 0.25 for no fraction."""
-    kind, optional = kind_of(entry.name)
+    kind, optional = field_type(entry.name)
     if value is None:
         if optional:
             return None
-        raise UserError(f"{where}: {entry.name} has no value; wanted is {wanted(kind)}")
+        raise UserError(f"{where}: {entry.name} has no value; wanted is {describe_type(kind)}")
     try:
-        return READERS[kind](value)
+        return PARSERS[kind](value)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise UserError(f"{where}: {entry.name} is {value!r}; wanted is {wanted(kind)}") from error
+        raise UserError(
+            f"{where}: {entry.name} is {value!r}; wanted is {describe_type(kind)}"
+        ) from error
 
 
 @cache
-def kind_of(name: str) -> tuple[type, bool]:
+def field_type(name: str) -> tuple[type, bool]:
     """Tell the type of a field, and whether it may be without a value."""
-    hint = typing.get_type_hints(TrainRecipe)[name]
+    hint = typing.get_type_hints(TrainConfig)[name]
     arms = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return tuple, False
@@ -92,12 +94,12 @@ def kind_of(name: str) -> tuple[type, bool]:
     return hint, False
 
 
-def wanted(kind: type) -> str:
+def describe_type(kind: type) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words.get(kind, "a list of names")
 
 
-def read_whole(value: Any) -> int:
+def parse_int(value: Any) -> int:
     if isinstance(value, bool):
         raise ValueError(value)
     number = float(value) if isinstance(value, str) else value
@@ -106,7 +108,7 @@ def read_whole(value: Any) -> int:
     return int(number)
 
 
-def read_number(value: Any) -> float:
+def parse_float(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError(value)
     number = float(value)
@@ -115,20 +117,20 @@ def read_number(value: Any) -> float:
     return number
 
 
-def read_flag(value: Any) -> bool:
-    return value if isinstance(value, bool) else YES_NO[value.lower()]
+def parse_bool(value: Any) -> bool:
+    return value if isinstance(value, bool) else BOOL_WORDS[value.lower()]
 
 
-def read_text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, *NUMBERS)):
+def parse_str(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, *NUMBER_TYPES)):
         raise ValueError(value)
     return str(value)
 
 
-def read_names(value: Any) -> tuple[str, ...]:
+def parse_names(value: Any) -> tuple[str, ...]:
     """Read a list, or names with commas between them."""
-    parts = value.split(",") if isinstance(value, str) else [read_text(part) for part in value]
+    parts = value.split(",") if isinstance(value, str) else [parse_str(part) for part in value]
     return tuple(filter(None, (part.strip() for part in parts)))
 
 
-READERS = {int: read_whole, float: read_number, bool: read_flag, str: read_text, tuple: read_names}
+PARSERS = {int: parse_int, float: parse_float, bool: parse_bool, str: parse_str, tuple: parse_names}

@@ -12,16 +12,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.models.layers import Run
+from internvl3_mlx.models.layers import BlockRunner
 
 SEEDS = 2**31 - 1  # as many as the generator's integers tell apart
 STREAMS = 2**16  # seeds kept for the pieces of one forward pass
 WORD = 32  # bits in each half of the generator's state
 
 
-def recomputing() -> Run:
+def checkpointed_runner() -> BlockRunner:
     """Make what calls blocks during one forward pass, and again during its backward pass."""
-    first, count = fresh_seed(), 0
+    first, count = draw_seed(), 0
 
     def run(block: nn.Module, x: mx.array, *rest: Any) -> mx.array:
         nonlocal count
@@ -29,7 +29,7 @@ def recomputing() -> Run:
         seed = first + count
 
         def piece(weights: dict[str, Any], x: mx.array) -> mx.array:
-            with holding(block, weights), drawing_from(seed):
+            with swapped_weights(block, weights), seeded(seed):
                 out: mx.array = block(x, *rest)
                 return out
 
@@ -39,14 +39,14 @@ def recomputing() -> Run:
     return run
 
 
-def fresh_seed() -> int:
+def draw_seed() -> int:
     """Draw where a forward pass's seeds begin. Waits for nothing but a number of its own."""
     drawn: Any = mx.random.randint(0, SEEDS).item()
     return STREAMS * int(drawn)
 
 
 @contextmanager
-def holding(module: nn.Module, weights: dict[str, Any]) -> Iterator[None]:
+def swapped_weights(module: nn.Module, weights: dict[str, Any]) -> Iterator[None]:
     """Lend a module other weights; its own come back afterwards."""
     own = module.trainable_parameters()
     module.update(weights)
@@ -57,7 +57,7 @@ def holding(module: nn.Module, weights: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Draw random numbers from ``seed``; afterwards go on where the generator stood."""
     state: Any = mx.random.state
     high, low = state[0].tolist()
@@ -68,6 +68,6 @@ def drawing_from(seed: int) -> Iterator[None]:
         mx.random.seed(high << WORD | low)
 
 
-def learns(part: nn.Module) -> bool:
+def is_trainable(part: nn.Module) -> bool:
     """Tell whether anything in a part of the model is trained."""
     return bool(tree_flatten(part.trainable_parameters()))

@@ -11,27 +11,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internvl3_mlx.errors import MissingExtraError, TrainingError
-from internvl3_mlx.training.config import TrainRecipe
-from internvl3_mlx.training.plot import draw
-from internvl3_mlx.training.trainer import Step
+from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.plot import draw_plot
+from internvl3_mlx.training.trainer import UpdateDone
 
-TABLE, PLOT = "metrics.csv", "loss.svg"
+METRICS_FILE, PLOT_FILE = "metrics.csv", "loss.svg"
 PROJECT = "internvl3-mlx"
 GB = 1e9
-DRAWN_EVERY = 20  # rows: whoever looks while a run goes on sees most of it
+PLOT_EVERY = 20  # rows: whoever looks while a run goes on sees most of it
 UPDATE = "update"
-Row = Mapping[str, float | int | None]
+MetricsRow = Mapping[str, float | int | None]
 
 
 class Logger(Protocol):
     """Somewhere that figures go."""
 
-    def log(self, row: Row) -> None: ...
+    def log(self, row: MetricsRow) -> None: ...
 
     def close(self) -> None: ...
 
 
-def row_of(step: Step, checked: Mapping[str, float] | None) -> dict[str, float | int | None]:
+def metrics_row(
+    step: UpdateDone, checked: Mapping[str, float] | None
+) -> dict[str, float | int | None]:
     """Put an update's figures, and those of a validation after it, in one row."""
     checked = checked or {}
     return {
@@ -39,32 +41,32 @@ def row_of(step: Step, checked: Mapping[str, float] | None) -> dict[str, float |
         "loss": step.loss,
         "val_loss": checked.get("val_loss"),
         "val_exact": checked.get("val_exact"),
-        **step.figures,
-        **{f"val_{name}": checked.get(f"val_{name}") for name in step.figures},
+        **step.metrics,
+        **{f"val_{name}": checked.get(f"val_{name}") for name in step.metrics},
         "learning_rate": step.learning_rate,
-        "grad_norm": step.norm,
+        "grad_norm": step.grad_norm,
         "tokens": step.tokens,
-        "trained_tokens": step.targets,
+        "trained_tokens": step.trained_tokens,
         "tokens_per_second": step.tokens / step.seconds,
-        "memory_gb": step.memory / GB,
+        "memory_gb": step.peak_memory / GB,
         "seconds": step.seconds,
         "skipped": int(step.skipped),
     }
 
 
 @contextmanager
-def reporting(
-    recipe: TrainRecipe, run: Path, after: int = 0, *, writes: bool = True
-) -> "Iterator[Report]":
+def open_loggers(
+    recipe: TrainConfig, run: Path, after: int = 0, *, writes: bool = True
+) -> "Iterator[LoggerList]":
     """Open all that a recipe reports to; of a run that was resumed rows are kept to ``after``.
 
     ``writes``: only one rank of several does; the others report to nobody.
     """
     if not writes:
-        yield Report([])
+        yield LoggerList([])
         return
-    report = Report(
-        [Table(run, after), *(open_logger(name, recipe, run) for name in recipe.report_to)]
+    report = LoggerList(
+        [CSVLogger(run, after), *(make_logger(name, recipe, run) for name in recipe.report_to)]
     )
     try:
         yield report
@@ -74,40 +76,40 @@ def reporting(
 
 
 @dataclass(frozen=True)
-class Report:
+class LoggerList:
     """Passes each row to every logger."""
 
     loggers: list[Logger]
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricsRow) -> None:
         for logger in self.loggers:
             logger.log(row)
 
 
 @dataclass(eq=False)
-class Table:
+class CSVLogger:
     """The CSV, one row an update, and the plot that is drawn of it."""
 
     run: Path
     after: int = 0
-    rows: list[Row] = field(init=False)
+    rows: list[MetricsRow] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = [
-            row for row in read_table(self.run / TABLE) if (row[UPDATE] or 0) <= self.after
+            row for row in read_metrics(self.run / METRICS_FILE) if (row[UPDATE] or 0) <= self.after
         ]
         self.rewrite()
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricsRow) -> None:
         known = [*self.rows[0]] if self.rows else [*row]
         self.rows.append(row)
         if [*row] != known or len(self.rows) == 1:
             self.rewrite()
         else:
-            with (self.run / TABLE).open("a", encoding="utf-8", newline="") as file:
+            with (self.run / METRICS_FILE).open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, known).writerow(row)
-        if len(self.rows) % DRAWN_EVERY == 0:
-            self.draw()
+        if len(self.rows) % PLOT_EVERY == 0:
+            self.write_plot()
 
     def rewrite(self) -> None:
         """Write the table anew, whole before it takes its name."""
@@ -117,15 +119,15 @@ class Table:
         if columns:
             writer.writeheader()
         writer.writerows(self.rows)
-        replace(self.run / TABLE, text.getvalue())
+        replace(self.run / METRICS_FILE, text.getvalue())
 
-    def draw(self) -> None:
-        replace(self.run / PLOT, draw(self.rows))
+    def write_plot(self) -> None:
+        replace(self.run / PLOT_FILE, draw_plot(self.rows))
 
     def close(self) -> None:
         """Draw what there is, if there is anything."""
         if self.rows:
-            self.draw()
+            self.write_plot()
 
 
 def replace(path: Path, text: str) -> None:
@@ -135,7 +137,7 @@ def replace(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def read_table(path: Path) -> list[dict[str, float | None]]:
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Read a table back; none is an empty one."""
     if not path.is_file():
         return []
@@ -149,7 +151,7 @@ def read_table(path: Path) -> list[dict[str, float | None]]:
             raise TrainingError(f"{path} is no table of figures; move it away") from error
 
 
-def open_logger(name: str, recipe: TrainRecipe, run: Path) -> Logger:
+def make_logger(name: str, recipe: TrainConfig, run: Path) -> Logger:
     """Open a logger whose library is installed; say how to install it where it is not."""
     library, make = LOGGERS[name]
     try:
@@ -159,7 +161,7 @@ def open_logger(name: str, recipe: TrainRecipe, run: Path) -> Logger:
     return make(module, recipe, run)
 
 
-def check_loggers(recipe: TrainRecipe) -> None:
+def check_loggers(recipe: TrainConfig) -> None:
     """Refuse a logger that is not installed, before anything is loaded."""
     for name in recipe.report_to:
         try:
@@ -168,38 +170,38 @@ def check_loggers(recipe: TrainRecipe) -> None:
             raise MissingExtraError(f"--report-to {name}", LOGGERS[name][0], name) from error
 
 
-def given(row: Row) -> dict[str, float | int]:
+def logged_values(row: MetricsRow) -> dict[str, float | int]:
     return {name: value for name, value in row.items() if value is not None and name != UPDATE}
 
 
-class Dashboard:
+class WandbLogger:
     """Weights & Biases or SwanLab, whose calls are alike."""
 
-    def __init__(self, module: Any, recipe: TrainRecipe, run: Path):
+    def __init__(self, module: Any, recipe: TrainConfig, run: Path):
         self.module = module
         folders = {"wandb": {"dir": str(run)}, "swanlab": {"logdir": str(run / "swanlab")}}
         module.init(
             project=PROJECT, name=run.name, config=recipe.to_dict(), **folders[module.__name__]
         )
 
-    def log(self, row: Row) -> None:
-        self.module.log(given(row), step=row[UPDATE])
+    def log(self, row: MetricsRow) -> None:
+        self.module.log(logged_values(row), step=row[UPDATE])
 
     def close(self) -> None:
         self.module.finish()
 
 
-class Board:
+class TensorBoardLogger:
     """TensorBoard, written by tensorboardX, which needs no torch."""
 
-    def __init__(self, module: Any, recipe: TrainRecipe, run: Path):
+    def __init__(self, module: Any, recipe: TrainConfig, run: Path):
         self.writer = module.SummaryWriter(str(run / "tensorboard"))
         self.writer.add_text(
             "recipe", "\n".join(f"    {k}: {v}" for k, v in recipe.to_dict().items())
         )
 
-    def log(self, row: Row) -> None:
-        for name, value in given(row).items():
+    def log(self, row: MetricsRow) -> None:
+        for name, value in logged_values(row).items():
             self.writer.add_scalar(name, value, row[UPDATE])
 
     def close(self) -> None:
@@ -208,7 +210,7 @@ class Board:
 
 # name -> the library to import, and what is made of it
 LOGGERS: Mapping[str, tuple[str, Any]] = {
-    "wandb": ("wandb", Dashboard),
-    "tensorboard": ("tensorboardX", Board),
-    "swanlab": ("swanlab", Dashboard),
+    "wandb": ("wandb", WandbLogger),
+    "tensorboard": ("tensorboardX", TensorBoardLogger),
+    "swanlab": ("swanlab", WandbLogger),
 }

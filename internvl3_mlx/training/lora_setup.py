@@ -8,32 +8,32 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from internvl3_mlx.adapters.attach import attach
-from internvl3_mlx.adapters.peft import Adapter, read_adapter, siblings
-from internvl3_mlx.adapters.peft_writer import Form, write_adapter, written_names
+from internvl3_mlx.adapters.attach import attach_adapter
+from internvl3_mlx.adapters.peft import Adapter, load_adapter, unchanged_siblings
+from internvl3_mlx.adapters.peft_writer import PeftOptions, layout_keymap, save_adapter
 from internvl3_mlx.checkpoints.writer import writing_folder
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import (
-    Factors,
     LoRALinear,
-    adapters,
-    dense_weight,
-    lengths,
+    LoRAWeights,
+    dequantized_weight,
+    linear_shape,
+    lora_layers,
     replace_module,
-    sides,
+    row_norms,
 )
 from internvl3_mlx.training.trainable import (
     LORA,
-    chosen_layers,
-    set_modes,
+    modules_to_save,
+    restore_modes,
+    select_layers,
     set_trainable,
-    trained_modules,
 )
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoRAConfig:
     """How layers are adapted. ``keys`` say which: presets, or patterns over the layers' names.
 
     alpha over rank (over its root with ``rslora``) scales what is added. ``layers``: only the last
@@ -69,17 +69,17 @@ class LoraSettings:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def adapt(model: InternVL, settings: LoraSettings) -> tuple[str, ...]:
+def add_lora(model: InternVL, settings: LoRAConfig) -> tuple[str, ...]:
     """Put fresh adapters beside the layers that ``settings`` choose; return their names.
 
     They alone are trained from then on, unless ``set_trainable`` says otherwise. The draws come
     from MLX's random state: seed it first. Raises UserError, with near names, for a key that
     matches no layer.
     """
-    names = chosen_layers(model, settings.keys, settings.layers, settings.vision_layers)
+    names = select_layers(model, settings.keys, settings.layers, settings.vision_layers)
     modules = dict(model.named_modules())
     for name in names:
-        adapted = LoRALinear.fresh(
+        adapted = LoRALinear.from_base(
             modules[name], settings.rank, settings.scale, settings.dropout, dora=settings.dora
         )
         replace_module(model, name, adapted)
@@ -88,25 +88,25 @@ def adapt(model: InternVL, settings: LoraSettings) -> tuple[str, ...]:
 
 
 @contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Make the model its base, as it answers: no adapter, no dropout, no drop path."""
-    layers = [(layer, layer.active) for _, layer in adapters(model)]
+    layers = [(layer, layer.enabled) for _, layer in lora_layers(model)]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         for layer, _ in layers:
-            layer.active = False
+            layer.enabled = False
         yield
     finally:
         for layer, active in layers:
-            layer.active = active
-        set_modes(modes)
+            layer.enabled = active
+        restore_modes(modes)
 
 
-def save_adapter(
+def save_model_adapter(
     model: InternVL,
     folder: Path,
-    settings: LoraSettings,
+    settings: LoRAConfig,
     naming: str = "original",
     *,
     base: str | None = None,
@@ -118,49 +118,49 @@ def save_adapter(
     for a run's checkpoints. The folder appears when it is whole.
     """
     with writing_folder(folder, overwrite=overwrite) as aside:
-        write_into(model, aside, settings, naming, base=base)
+        write_adapter_into(model, aside, settings, naming, base=base)
 
 
-def write_into(
+def write_adapter_into(
     model: InternVL,
     folder: Path,
-    settings: LoraSettings,
+    settings: LoRAConfig,
     naming: str = "original",
     *,
     base: str | None = None,
 ) -> None:
     """Write the two files of an adapter into a folder that exists, such as a checkpoint's."""
-    form = Form(settings.alpha, settings.rslora, settings.dropout, base)
-    write_adapter(adapter_of(model, naming), folder, model.config, form, naming)
+    form = PeftOptions(settings.alpha, settings.rslora, settings.dropout, base)
+    save_adapter(collect_adapter(model, naming), folder, model.config, form, naming)
 
 
-def adapter_of(model: InternVL, naming: str) -> Adapter:
+def collect_adapter(model: InternVL, naming: str) -> Adapter:
     """Gather what was trained: factors, and whole modules beside them."""
-    changes = {f"{path}.weight": layer.factors for path, layer in adapters(model)}
+    changes = {f"{path}.weight": layer.weights for path, layer in lora_layers(model)}
     if not changes:
         raise UserError("the model has no adapters to save; save the model instead")
-    keymap = written_names(naming, model.config)
+    keymap = layout_keymap(naming, model.config)
     lengthened = {name: f for name, f in changes.items() if f.magnitude is not None}
-    idle = {name: idle_factors(model, name) for name in siblings(lengthened, keymap)}
-    return Adapter({**changes, **idle}, trained_modules(model))
+    idle = {name: zero_lora_weights(model, name) for name in unchanged_siblings(lengthened, keymap)}
+    return Adapter({**changes, **idle}, modules_to_save(model))
 
 
-def idle_factors(model: InternVL, name: str) -> Factors:
+def zero_lora_weights(model: InternVL, name: str) -> LoRAWeights:
     """State the rows' own lengths of a layer that DoRA leaves alone, to be joined with others."""
     linear = dict(model.named_modules())[name.removesuffix(".weight")]
-    rows, columns = sides(linear)
-    own = lengths(dense_weight(linear))
-    return Factors(mx.zeros((0, columns)), mx.zeros((rows, 0)), 1.0, own)
+    rows, columns = linear_shape(linear)
+    own = row_norms(dequantized_weight(linear))
+    return LoRAWeights(mx.zeros((0, columns)), mx.zeros((rows, 0)), 1.0, own)
 
 
-def load_adapter(model: InternVL, folder: Path) -> tuple[str, ...]:
+def load_adapter_into_model(model: InternVL, folder: Path) -> tuple[str, ...]:
     """Give a model, adapted already or not, the adapters of a folder; return their names.
 
     Where it was not, they alone are trained from then on. Raises when the folder's layers or ranks
     are not those that the model is adapted with.
     """
-    was_adapted = any(adapters(model))
-    names = attach(model, read_adapter(folder, model.config))
+    was_adapted = any(lora_layers(model))
+    names = attach_adapter(model, load_adapter(folder, model.config))
     if not was_adapted:
         set_trainable(model, (LORA,))
     return names

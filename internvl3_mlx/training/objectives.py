@@ -15,22 +15,22 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.spans import Span
 from internvl3_mlx.training.batch import Batch
-from internvl3_mlx.training.forward import Forward, supervised_states
-from internvl3_mlx.training.losses import Preference, Terms, preference_terms
-from internvl3_mlx.training.token_log_probs import CHUNK, log_probs
+from internvl3_mlx.training.forward import ForwardOptions, target_states
+from internvl3_mlx.training.losses import MPOTerms, PreferenceConfig, preference_terms
+from internvl3_mlx.training.token_log_probs import CHUNK, token_log_probs
 
 
 @dataclass(frozen=True)
-class Micro:
+class LossOutput:
     """What one micro-batch gives: scalars, and ``figures`` to be averaged for the log."""
 
     numerator: mx.array
     denominator: mx.array
-    figures: dict[str, mx.array]
+    metrics: dict[str, mx.array]
 
 
 @dataclass(frozen=True)
-class MethodState:
+class ObjectiveState:
     """What a method remembers between micro-batches; it belongs in every checkpoint. Scalars.
 
     shift: the running mean of MPO's rewards. count: of how many micro-batches.
@@ -40,7 +40,7 @@ class MethodState:
     count: mx.array = field(default_factory=lambda: mx.array(0.0))
 
 
-class Method(Protocol):
+class Objective(Protocol):
     """Something that can be learned from a batch."""
 
     @property
@@ -55,16 +55,16 @@ class Method(Protocol):
         batch: Batch,
         vision: mx.array | None,
         reference: mx.array | None,
-        state: MethodState,
-    ) -> tuple[Micro, MethodState]: ...
+        state: ObjectiveState,
+    ) -> tuple[LossOutput, ObjectiveState]: ...
 
 
 @dataclass(frozen=True)
-class Supervised:
+class SFT:
     """Cross-entropy weighted by ``batch.weights``: sum(CE * w) over sum(w)."""
 
     name: str = "sft"
-    how: Forward = Forward()
+    forward: ForwardOptions = ForwardOptions()
     chunk: int = CHUNK
     needs_reference: bool = False
 
@@ -74,15 +74,15 @@ class Supervised:
         batch: Batch,
         vision: mx.array | None,
         reference: mx.array | None,
-        state: MethodState,
-    ) -> tuple[Micro, MethodState]:
-        found = answers_log_probs(model, batch, vision, self.how, self.chunk)
-        weights = mx.array(batch.weights)
-        return Micro(-(found * weights).sum(), weights.sum(), {}), state
+        state: ObjectiveState,
+    ) -> tuple[LossOutput, ObjectiveState]:
+        found = target_log_probs(model, batch, vision, self.forward, self.chunk)
+        weights = mx.array(batch.loss_weights)
+        return LossOutput(-(found * weights).sum(), weights.sum(), {}), state
 
 
 @dataclass(frozen=True)
-class MixedPreference:
+class MPO:
     """MPO: weighted DPO, BCO and SFT terms; a weight of 0 leaves a term out.
 
     The defaults are the published ones. Both answers of a pair stand behind one prompt, which is
@@ -93,8 +93,8 @@ class MixedPreference:
     dpo_weight: float = 0.8
     bco_weight: float = 0.2
     sft_weight: float = 1.0
-    preference: Preference = Preference()
-    how: Forward = Forward()
+    preference: PreferenceConfig = PreferenceConfig()
+    forward: ForwardOptions = ForwardOptions()
     chunk: int = CHUNK
 
     @property
@@ -107,25 +107,29 @@ class MixedPreference:
         batch: Batch,
         vision: mx.array | None,
         reference: mx.array | None,
-        state: MethodState,
-    ) -> tuple[Micro, MethodState]:
+        state: ObjectiveState,
+    ) -> tuple[LossOutput, ObjectiveState]:
         if not self.needs_reference:
-            loss = chosen_loss(chosen := chosen_alone(batch), self.policy(model, chosen, vision))
-            return Micro(self.sft_weight * loss, mx.array(1.0), {"sft": loss}), state
+            loss = chosen_loss(
+                chosen := chosen_only(batch), self.policy_log_probs(model, chosen, vision)
+            )
+            return LossOutput(self.sft_weight * loss, mx.array(1.0), {"sft": loss}), state
         if reference is None:
             raise UserError("dpo and bco compare with a reference, and none was given")
-        policy = self.policy(model, batch, vision)
-        sums = answer_sums(batch, policy - mx.stop_gradient(reference))
+        policy = self.policy_log_probs(model, batch, vision)
+        sums = sum_by_answer(batch, policy - mx.stop_gradient(reference))
         sft = chosen_loss(batch, policy)
-        how = replace(self.preference, running=self.preference.running and model.training)
+        how = replace(
+            self.preference, running_shift=self.preference.running_shift and model.training
+        )
         terms = preference_terms(sums[0::2], sums[1::2], sft, how, state.shift, state.count)
-        micro = Micro(self.mixed(terms), mx.array(1.0), figures_of(terms))
-        return micro, MethodState(terms.shift, terms.count)
+        micro = LossOutput(self.weighted_sum(terms), mx.array(1.0), mpo_metrics(terms))
+        return micro, ObjectiveState(terms.shift, terms.count)
 
-    def policy(self, model: InternVL, batch: Batch, vision: mx.array | None) -> mx.array:
-        return answers_log_probs(model, batch, vision, self.how, self.chunk)
+    def policy_log_probs(self, model: InternVL, batch: Batch, vision: mx.array | None) -> mx.array:
+        return target_log_probs(model, batch, vision, self.forward, self.chunk)
 
-    def mixed(self, terms: Terms) -> mx.array:
+    def weighted_sum(self, terms: MPOTerms) -> mx.array:
         """Add the terms up; one that weighs nothing is never computed."""
         weighed = (
             (self.dpo_weight, terms.dpo),
@@ -135,7 +139,7 @@ class MixedPreference:
         return sum((weight * term for weight, term in weighed if weight), start=mx.array(0.0))
 
 
-def figures_of(terms: Terms) -> dict[str, mx.array]:
+def mpo_metrics(terms: MPOTerms) -> dict[str, mx.array]:
     """Report each term and what the answers' rewards do, apart."""
     margin = terms.chosen_reward - terms.rejected_reward
     return {
@@ -150,26 +154,26 @@ def figures_of(terms: Terms) -> dict[str, mx.array]:
     }
 
 
-def chosen_alone(batch: Batch) -> Batch:
+def chosen_only(batch: Batch) -> Batch:
     """Leave the rejected answers out: every second one behind a prompt."""
-    kept = np.ones(len(batch.ids), bool)
+    kept = np.ones(len(batch.input_ids), bool)
     rejected = [span for span in batch.spans if span.prefix is not None][1::2]
     for span in rejected:
         kept[span.start : span.stop] = False
-    place, mine = np.cumsum(kept) - 1, np.asarray(batch.owner) % 2 == 0
+    place, mine = np.cumsum(kept) - 1, np.asarray(batch.answer_ids) % 2 == 0
     return replace(
         batch,
-        ids=np.asarray(batch.ids)[kept],
+        input_ids=np.asarray(batch.input_ids)[kept],
         positions=np.asarray(batch.positions)[kept],
-        spans=tuple(moved(span, place) for span in batch.spans if span not in rejected),
-        rows=place[np.asarray(batch.rows)[mine]],
+        spans=tuple(remap_span(span, place) for span in batch.spans if span not in rejected),
+        target_positions=place[np.asarray(batch.target_positions)[mine]],
         targets=np.asarray(batch.targets)[mine],
-        owner=np.asarray(batch.owner)[mine],
-        weights=np.asarray(batch.weights)[mine],
+        answer_ids=np.asarray(batch.answer_ids)[mine],
+        loss_weights=np.asarray(batch.loss_weights)[mine],
     )
 
 
-def moved(span: Span, place: np.ndarray) -> Span:
+def remap_span(span: Span, place: np.ndarray) -> Span:
     """Say where a span lies when the row has lost some tokens before it."""
 
     def at(start: int, stop: int) -> tuple[int, int]:
@@ -178,33 +182,33 @@ def moved(span: Span, place: np.ndarray) -> Span:
     return Span(*at(span.start, span.stop), span.prefix and at(*span.prefix))
 
 
-def answers_log_probs(
+def target_log_probs(
     model: InternVL,
     batch: Batch,
     vision: mx.array | None,
-    how: Forward | None = None,
+    how: ForwardOptions | None = None,
     chunk: int = CHUNK,
 ) -> mx.array:
     """Score every target of a batch: -> (N,) float32."""
-    states = supervised_states(model, batch, vision, how)
+    states = target_states(model, batch, vision, how)
     targets, learning = mx.array(batch.targets), model.training
-    return log_probs(model.language_model, states, targets, chunk=chunk, learning=learning)
+    return token_log_probs(model.language_model, states, targets, chunk=chunk, needs_grad=learning)
 
 
-def answer_sums(batch: Batch, values: mx.array) -> mx.array:
+def sum_by_answer(batch: Batch, values: mx.array) -> mx.array:
     """Sum what belongs to each answer, in one fixed order: (N,) -> (answers,)."""
-    mine = mx.array(batch.owner) == mx.arange(batch.answers)[:, None]
+    mine = mx.array(batch.answer_ids) == mx.arange(batch.num_answers)[:, None]
     return mx.where(mine, values, 0).sum(axis=-1)
 
 
 def chosen_loss(batch: Batch, policy: mx.array) -> mx.array:
     """Average the cross-entropy over all tokens of the chosen answers, the even ones."""
-    chosen = mx.array(batch.owner) % 2 == 0
+    chosen = mx.array(batch.answer_ids) % 2 == 0
     return -mx.where(chosen, policy, 0).sum() / chosen.sum()
 
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "sft": Supervised,
-    "pretrain": lambda **settings: Supervised(name="pretrain", **settings),
-    "mpo": MixedPreference,
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "sft": SFT,
+    "pretrain": lambda **settings: SFT(name="pretrain", **settings),
+    "mpo": MPO,
 }

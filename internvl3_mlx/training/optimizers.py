@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_reduce
 
-from internvl3_mlx.training.config import TrainRecipe
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.params import Arrays, Tree
 
 EPSILON = 1e-6  # a gradient of 0 has no direction to divide by
@@ -33,12 +33,12 @@ OPTIMIZERS: Mapping[str, Callable[[float], optim.Optimizer]] = MappingProxyType(
 })  # fmt: skip
 
 
-def build_optimizer(recipe: TrainRecipe) -> optim.Optimizer:
+def build_optimizer(recipe: TrainConfig) -> optim.Optimizer:
     """Build the optimizer of a recipe; ``step_size`` is set before every update."""
     return OPTIMIZERS[recipe.optimizer](recipe.learning_rate)
 
 
-def step_size(recipe: TrainRecipe, update: int, updates: int) -> float:
+def learning_rate_at(recipe: TrainConfig, update: int, updates: int) -> float:
     """Give the step size of one update of so many, counted from 1.
 
     It rises in a straight line to the highest, and falls by the schedule towards its end, which
@@ -52,7 +52,7 @@ def step_size(recipe: TrainRecipe, update: int, updates: int) -> float:
     return recipe.learning_rate * (recipe.lr_end + (1 - recipe.lr_end) * fall)
 
 
-def warmup_updates(recipe: TrainRecipe, updates: int) -> int:
+def warmup_updates(recipe: TrainConfig, updates: int) -> int:
     if recipe.warmup_steps is not None:
         return recipe.warmup_steps
     return math.ceil(recipe.warmup_ratio * updates)
@@ -84,7 +84,7 @@ def global_norm(gradients: Tree) -> mx.array:
     return mx.sqrt(total)
 
 
-def clipped(gradients: Tree, norm: mx.array, longest: float) -> Tree:
+def clip_gradients(gradients: Tree, norm: mx.array, longest: float) -> Tree:
     """Shorten gradients of length ``norm`` to ``longest``; 0 leaves them as they are."""
     if not longest:
         return gradients
@@ -92,13 +92,13 @@ def clipped(gradients: Tree, norm: mx.array, longest: float) -> Tree:
     return tree_map(lambda g: g * scale, gradients)
 
 
-def shrunk(weights: Tree, by: float) -> Tree:
+def decay_weights(weights: Tree, by: float) -> Tree:
     """Draw matrices towards 0 by a share of themselves; biases, norms and scales are left alone."""
     if not by:
         return weights
     return tree_map(lambda w: w * (1 - by) if w.ndim > 1 else w, weights)
 
 
-def masters(weights: Arrays) -> Arrays:
+def master_weights(weights: Arrays) -> Arrays:
     """Take arrays in float32; those that are so already are not copied."""
     return {name: w.astype(mx.float32) for name, w in weights.items()}

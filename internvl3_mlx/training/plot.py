@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from xml.sax.saxutils import escape
 
-Row = Mapping[str, float | int | None]
+MetricsRow = Mapping[str, float | int | None]
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 64, 24, 34, 30  # pixels
 FIRST_HEIGHT, HEIGHT = 240, 160  # of the panel that matters most, and of the others
 GAP = 18
 TICKS = 4
 SMOOTHING = 0.9  # of the train curve, which is drawn faint as it is and bold as a running mean
 BLANK = "\N{NO-BREAK SPACE}"  # not every program counts gaps given as numbers
-MANY = 30  # points: fewer are not smoothed
-STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # between two marks of an axis, times a power of ten
+MIN_SMOOTHED = 30  # points: fewer are not smoothed
+TICK_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # between two marks of an axis, times a power of ten
 STYLE = """
 .bg { fill: #ffffff } .grid { stroke: #e4e4ea } text { fill: #5b5b66 }
 @media (prefers-color-scheme: dark) {
@@ -29,7 +29,7 @@ class Curve:
 
     column: str
     label: str
-    colour: str
+    color: str
     smooth: bool = False
 
 
@@ -56,22 +56,24 @@ PANELS: Mapping[str, tuple[Curve, ...]] = {
     ),
     "learning rate": (Curve("learning_rate", "learning rate", "#8a8a96"),),
 }
-WHOLE: Mapping[str, tuple[float, float]] = {"share that is right": (0.0, 1.0)}  # always all of it
+FIXED_RANGES: Mapping[str, tuple[float, float]] = {
+    "share that is right": (0.0, 1.0)
+}  # always all of it
 Points = list[tuple[float, float]]
 
 
-def draw(rows: Sequence[Row]) -> str:
+def draw_plot(rows: Sequence[MetricsRow]) -> str:
     """Draw all panels that the rows have figures for, one below the other."""
     panels = [
         (title, found)
         for title, curves in PANELS.items()
-        if (found := [(c, p) for c in curves if (p := points(rows, c.column))])
+        if (found := [(c, p) for c in curves if (p := column_points(rows, c.column))])
     ]
     last = max(float(row["update"] or 0) for row in rows)
     body, height = [], GAP
     for title, curves in panels:
         bottom = height + (FIRST_HEIGHT if height == GAP else HEIGHT)
-        body.append(panel(title, curves, (height, bottom), last))
+        body.append(draw_panel(title, curves, (height, bottom), last))
         height = bottom + GAP
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
@@ -83,19 +85,19 @@ def draw(rows: Sequence[Row]) -> str:
     ])  # fmt: skip
 
 
-def points(rows: Sequence[Row], column: str) -> Points:
+def column_points(rows: Sequence[MetricsRow], column: str) -> Points:
     """Take the finite figures of one column, by update."""
     found = [(row["update"], row.get(column)) for row in rows]
     return [(float(x), float(y)) for x, y in found if x and y is not None and math.isfinite(y)]
 
 
-def panel(
+def draw_panel(
     title: str, curves: list[tuple[Curve, Points]], reach: tuple[int, int], last: float
 ) -> str:
     """Draw one panel that reaches from one height to another: axes, curves, legend."""
     y = reach[0]
-    values = [*WHOLE.get(title, ()), *(value for _, found in curves for _, value in found)]
-    marks = ticks(min(values), max(values))
+    values = [*FIXED_RANGES.get(title, ()), *(value for _, found in curves for _, value in found)]
+    marks = axis_ticks(min(values), max(values))
     low, high = marks[0], marks[-1]
     right, bottom = WIDTH - RIGHT, reach[1] - BOTTOM
 
@@ -110,31 +112,31 @@ def panel(
         parts.append(
             f'<text x="{LEFT - 8}" y="{float(at) + 4:.1f}" text-anchor="end">{mark:g}</text>'
         )
-    for mark in whole_ticks(last):
+    for mark in update_ticks(last):
         at = place((mark, low)).split(",")[0]
         parts.append(f'<text x="{at}" y="{bottom + 18:.1f}" text-anchor="middle">{mark:,}</text>')
     for curve, found in curves:
-        parts.append(trace(curve, found, place))
+        parts.append(draw_curve(curve, found, place))
     named = [curve for curve, _ in curves if curve.label != title]
-    return "\n".join([*parts, legend(named, y + 16)])
+    return "\n".join([*parts, draw_legend(named, y + 16)])
 
 
-def trace(curve: Curve, found: Points, place) -> str:  # type: ignore[no-untyped-def]
+def draw_curve(curve: Curve, found: Points, place) -> str:  # type: ignore[no-untyped-def]
     """Draw one curve, faint and smoothed over it where it is long."""
     line = '<path fill="none" stroke="{}" stroke-width="{}" stroke-opacity="{}" d="M{}"/>'
-    if curve.smooth and len(found) >= MANY:
-        faint = line.format(curve.colour, 1, 0.3, " ".join(map(place, found)))
-        return faint + line.format(curve.colour, 2, 1, " ".join(map(place, smoothed(found))))
-    drawn = line.format(curve.colour, 2, 1, " ".join(map(place, found)))
-    if len(found) < MANY:
+    if curve.smooth and len(found) >= MIN_SMOOTHED:
+        faint = line.format(curve.color, 1, 0.3, " ".join(map(place, found)))
+        return faint + line.format(curve.color, 2, 1, " ".join(map(place, running_mean(found))))
+    drawn = line.format(curve.color, 2, 1, " ".join(map(place, found)))
+    if len(found) < MIN_SMOOTHED:
         centres = (place(point).split(",") for point in found)
         drawn += "".join(
-            f'<circle cx="{x}" cy="{y}" r="3" fill="{curve.colour}"/>' for x, y in centres
+            f'<circle cx="{x}" cy="{y}" r="3" fill="{curve.color}"/>' for x, y in centres
         )
     return drawn
 
 
-def smoothed(found: Points) -> Points:
+def running_mean(found: Points) -> Points:
     """Average with what came before, less the further back; the first points are not drawn to 0."""
     mean, weight, result = 0.0, 0.0, []
     for x, value in found:
@@ -143,31 +145,31 @@ def smoothed(found: Points) -> Points:
     return result
 
 
-def legend(curves: Sequence[Curve], y: float) -> str:
+def draw_legend(curves: Sequence[Curve], y: float) -> str:
     """Name the curves at the right, each behind a dot of its colour."""
     names = (BLANK * 3).join(
-        f'<tspan fill="{curve.colour}">\N{BLACK CIRCLE}</tspan>{BLANK}{escape(curve.label)}'
+        f'<tspan fill="{curve.color}">\N{BLACK CIRCLE}</tspan>{BLANK}{escape(curve.label)}'
         for curve in curves
     )
     return f'<text x="{WIDTH - RIGHT}" y="{y:.0f}" text-anchor="end">{names}</text>'
 
 
-def ticks(low: float, high: float, about: int = TICKS) -> list[float]:
+def axis_ticks(low: float, high: float, about: int = TICKS) -> list[float]:
     """Choose round marks that enclose all values."""
     if high - low < 1e-12:
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(step * power for step in STEPS if step * power >= rough)
+    step = next(step * power for step in TICK_STEPS if step * power >= rough)
     first, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(step * k, 12) for k in range(first, max(end, first + 1) + 1)]
 
 
-def whole_ticks(last: float) -> list[int]:
+def update_ticks(last: float) -> list[int]:
     """Choose round updates along the way, the first and the last among them."""
     inner = [
         int(mark)
-        for mark in ticks(0, last, 2 * TICKS)
+        for mark in axis_ticks(0, last, 2 * TICKS)
         if mark == int(mark) and 1 < mark < last * 0.94
     ]
     marks = sorted({1, *inner, int(last)})

@@ -9,66 +9,66 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from internvl3_mlx.device import gpu_bytes
+from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.errors import InternVL3Error
-from internvl3_mlx.training.checkpoint import prune, save_state
-from internvl3_mlx.training.config_file import RECIPE, write_file
-from internvl3_mlx.training.evaluate import accuracy, validate
+from internvl3_mlx.training.checkpoint import prune_checkpoints, save_checkpoint
+from internvl3_mlx.training.config_file import CONFIG_FILE, write_config_file
+from internvl3_mlx.training.evaluate import evaluate_loss, exact_match_rate
 from internvl3_mlx.training.export import save_best, save_results, write_adapter_files
-from internvl3_mlx.training.loggers import GB, Report, reporting, row_of
-from internvl3_mlx.training.session import Session
-from internvl3_mlx.training.trainer import Step, train
+from internvl3_mlx.training.loggers import GB, LoggerList, metrics_row, open_loggers
+from internvl3_mlx.training.session import TrainSession
+from internvl3_mlx.training.trainer import UpdateDone, make_updates
 
-Checked = dict[str, float]
+ValidationMetrics = dict[str, float]
 CACHE_SHARE = 8  # of what the GPU may take, for buffers that wait to be used again
 
 
 @dataclass(frozen=True)
-class Moment:
+class TrainEvent:
     """What just happened. ``step``: an update. ``checked``: a validation after it. ``saved``: a
     checkpoint. ``stopped``: why the run ends before its last update."""
 
-    step: Step
-    checked: Checked | None = None
+    step: UpdateDone
+    validation: ValidationMetrics | None = None
     saved: Path | None = None
-    stopped: str = ""
+    stop_reason: str = ""
 
 
-def go(session: Session, asked_to_stop: Callable[[], bool]) -> Iterator[Moment]:
+def run_session(session: TrainSession, stop_requested: Callable[[], bool]) -> Iterator[TrainEvent]:
     """Run what is left of a run, and yield what happens.
 
     Whoever asks it to stop is heard after the update that is being made; then it is saved. All
     files are whole at any time. Raises TrainingError when the numbers are lost; then, and after any
     other fault, what was good is saved as well.
     """
-    learner, writes = session.learner, session.learner.ranks.writes
+    learner, writes = session.state, session.state.ranks.is_main
     if writes:
         session.folder.mkdir(parents=True, exist_ok=True)
-        write_file(session.recipe, session.folder / RECIPE)
-    reports = reporting(session.recipe, session.folder, learner.update, writes=writes)
-    with bounded_memory(), reports as report:
+        write_config_file(session.config, session.folder / CONFIG_FILE)
+    reports = open_loggers(session.config, session.folder, learner.update, writes=writes)
+    with limited_memory(), reports as report:
         try:
-            for step in train(learner, session.left()):
-                moment = after_update(session, step, report, asked_to_stop)
+            for step in make_updates(learner, session.remaining_batches()):
+                moment = finish_update(session, step, report, stop_requested)
                 yield moment
-                if moment.stopped:
+                if moment.stop_reason:
                     return
         except (InternVL3Error, OSError, RuntimeError):  # MLX and the ring raise RuntimeError
             with suppress(InternVL3Error, OSError, RuntimeError):  # the first fault is to be told
-                save(session, final=True)
+                save_run(session, final=True)
             raise
 
 
 @contextmanager
-def bounded_memory() -> Iterator[None]:
+def limited_memory() -> Iterator[None]:
     """Count memory from here on, keep little of what is freed, and keep a GPU's weights in place.
 
     Batches differ in length, so that buffers that are freed seldom fit again and would pile up.
     """
     mx.reset_peak_memory()
     on_metal = mx.metal.is_available()
-    cache = mx.set_cache_limit(gpu_bytes() // CACHE_SHARE)
-    wired = mx.set_wired_limit(gpu_bytes()) if on_metal else 0
+    cache = mx.set_cache_limit(gpu_memory_limit() // CACHE_SHARE)
+    wired = mx.set_wired_limit(gpu_memory_limit()) if on_metal else 0
     try:
         yield
     finally:
@@ -77,65 +77,71 @@ def bounded_memory() -> Iterator[None]:
             mx.set_wired_limit(wired)
 
 
-def after_update(
-    session: Session, step: Step, report: Report, asked_to_stop: Callable[[], bool]
-) -> Moment:
+def finish_update(
+    session: TrainSession, step: UpdateDone, report: LoggerList, asked_to_stop: Callable[[], bool]
+) -> TrainEvent:
     """Validate, report, and save where it is time to."""
-    recipe, last = session.recipe, step.update == session.learner.updates
+    recipe, last = session.config, step.update == session.state.total_updates
     session.progress = replace(session.progress, seconds=session.progress.seconds + step.seconds)
     checked = None
-    if session.ground.valid and (last or step.update % recipe.steps_per_eval == 0):
-        checked = check(session)
-    report.log(row_of(step, checked))
-    stopped = "" if last else reason_to_stop(session, step, asked_to_stop)
+    if session.setup.valid and (last or step.update % recipe.steps_per_eval == 0):
+        checked = run_validation(session)
+    report.log(metrics_row(step, checked))
+    stopped = "" if last else find_stop_reason(session, step, asked_to_stop)
     due = last or stopped or step.update % recipe.save_every == 0
-    return Moment(
-        step, checked, save(session, final=last or bool(stopped)) if due else None, stopped
+    return TrainEvent(
+        step, checked, save_run(session, final=last or bool(stopped)) if due else None, stopped
     )
 
 
-def check(session: Session) -> Checked:
+def run_validation(session: TrainSession) -> ValidationMetrics:
     """Validate, and keep the best adapter so far beside the run."""
-    learner, progress = session.learner, session.progress
-    loss, figures = validate(learner, session.valid())
+    learner, progress = session.state, session.progress
+    loss, figures = evaluate_loss(learner, session.validation_batches())
     checked = {"val_loss": loss, **{f"val_{name}": value for name, value in figures.items()}}
-    if session.recipe.eval_accuracy:
-        checked["val_exact"] = accuracy(learner, session.valid())
+    if session.config.eval_accuracy:
+        checked["val_exact"] = exact_match_rate(learner, session.validation_batches())
     best = math.inf if progress.best_loss is None else progress.best_loss
     if loss < best:  # never so for what is no number
-        session.progress = replace(progress, best_loss=loss, best_update=learner.update, stale=0)
-        if learner.ranks.writes:
+        session.progress = replace(
+            progress, best_loss=loss, best_update=learner.update, validations_since_best=0
+        )
+        if learner.ranks.is_main:
             save_best(session)
     else:
-        session.progress = replace(progress, stale=progress.stale + 1)
+        session.progress = replace(
+            progress, validations_since_best=progress.validations_since_best + 1
+        )
     return checked
 
 
-def reason_to_stop(session: Session, step: Step, asked_to_stop: Callable[[], bool]) -> str:
+def find_stop_reason(
+    session: TrainSession, step: UpdateDone, asked_to_stop: Callable[[], bool]
+) -> str:
     """Say why the run should end now, in words; all ranks come to the same."""
-    recipe, progress, ranks = session.recipe, session.progress, session.learner.ranks
-    if ranks.agree(asked_to_stop()):
+    recipe, progress, ranks = session.config, session.progress, session.state.ranks
+    if ranks.any_rank(asked_to_stop()):
         return "interrupted"
-    if recipe.patience is not None and progress.stale >= recipe.patience:
+    if recipe.patience is not None and progress.validations_since_best >= recipe.patience:
         return f"no better validation loss since update {progress.best_update}"
-    limit = recipe.memory_limit * GB if recipe.memory_limit else gpu_bytes()
+    limit = recipe.memory_limit * GB if recipe.memory_limit else gpu_memory_limit()
     held = mx.get_active_memory()
-    if ranks.agree(step.memory > limit):
+    if ranks.any_rank(step.peak_memory > limit):
         return (
-            f"memory: an update took {step.memory / GB:.1f} GB of {limit / GB:.1f} GB "
+            f"memory: an update took {step.peak_memory / GB:.1f} GB of {limit / GB:.1f} GB "
             f"({held / GB:.1f} GB between updates); try --grad-checkpoint, a smaller "
             "--batch-size or --max-tiles"
         )
     return ""
 
 
-def save(session: Session, *, final: bool) -> Path | None:
+def save_run(session: TrainSession, *, final: bool) -> Path | None:
     """Write a checkpoint and, beside it, what the run has to show; only one rank does."""
-    session.works.keep()
-    if not session.learner.ranks.writes:
+    session.dataloader.flush()
+    if not session.state.ranks.is_main:
         return None
-    extra = partial(write_adapter_files, session) if session.recipe.adapts else None
-    saved = save_state(session.learner, session.folder, session.progress, extra)
+    extra = partial(write_adapter_files, session) if session.config.uses_adapters else None
+    saved = save_checkpoint(session.state, session.folder, session.progress, extra)
     save_results(session, final=final)
-    prune(session.folder, session.recipe.keep_last)
+    prune_checkpoints(session.folder, session.config.keep_last)
     return saved

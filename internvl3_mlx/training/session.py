@@ -10,103 +10,110 @@ from typing import Any
 import mlx.core as mx
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.loading.build import build
+from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.checkpoint import (
-    Progress,
-    check_same,
-    checkpoints,
-    differences,
-    load_state,
-    read_facts,
-    spread,
+    RunProgress,
+    broadcast_state,
+    check_same_run,
+    find_differences,
+    list_checkpoints,
+    load_checkpoint,
+    read_metadata,
 )
-from internvl3_mlx.training.compiled_step import Compiled
-from internvl3_mlx.training.config import TrainRecipe
+from internvl3_mlx.training.compiled_step import CompiledStep
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.dataloader import (
-    Works,
-    features_of,
-    kept_references,
-    switched_off_reference,
+    DataLoader,
+    online_reference,
+    open_feature_cache,
+    open_reference_cache,
 )
-from internvl3_mlx.training.distributed import ALONE, Ranks
-from internvl3_mlx.training.feature_cache import silent
-from internvl3_mlx.training.forward import Forward
-from internvl3_mlx.training.lora_setup import LoraSettings, adapt, load_adapter
-from internvl3_mlx.training.losses import Preference
-from internvl3_mlx.training.objectives import METHODS, Method
+from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup
+from internvl3_mlx.training.feature_cache import ignore_progress
+from internvl3_mlx.training.forward import ForwardOptions
+from internvl3_mlx.training.lora_setup import LoRAConfig, add_lora, load_adapter_into_model
+from internvl3_mlx.training.losses import PreferenceConfig
+from internvl3_mlx.training.objectives import OBJECTIVES, Objective
 from internvl3_mlx.training.optimizers import warmup_updates
-from internvl3_mlx.training.setup import Advance, Ground
+from internvl3_mlx.training.setup import ProgressCallback, RunSetup
 from internvl3_mlx.training.trainable import count_parameters, set_trainable
-from internvl3_mlx.training.trainer import Learner, Work
+from internvl3_mlx.training.trainer import MicroBatch, TrainState
 
 
 @dataclass(eq=False)
-class Session:
+class TrainSession:
     """A learner with its works. ``progress`` is what the run knows beside its weights."""
 
-    ground: Ground
-    learner: Learner
-    works: Works
-    progress: Progress
-    adapted: tuple[str, ...] = ()
+    setup: RunSetup
+    state: TrainState
+    dataloader: DataLoader
+    progress: RunProgress
+    adapted_layers: tuple[str, ...] = ()
 
     @property
-    def recipe(self) -> TrainRecipe:
-        return self.learner.recipe
+    def config(self) -> TrainConfig:
+        return self.state.config
 
     @property
     def folder(self) -> Path:
-        return Path(self.recipe.adapter_path).expanduser()
+        return Path(self.config.adapter_path).expanduser()
 
-    def left(self) -> Iterator[Work]:
+    def remaining_batches(self) -> Iterator[MicroBatch]:
         """Yield the works that are left, from where the learner stands."""
-        done = self.learner.micro
-        if self.recipe.iters is not None:
-            return self.works.train(done)
-        planned = planned_batches(self.ground, self.learner.ranks)
-        return islice(self.works.train(done), max(planned - done, 0))
+        done = self.state.micro_steps
+        if self.config.iters is not None:
+            return self.dataloader.iter_train(done)
+        planned = planned_batches(self.setup, self.state.ranks)
+        return islice(self.dataloader.iter_train(done), max(planned - done, 0))
 
-    def valid(self) -> Iterator[Work]:
+    def validation_batches(self) -> Iterator[MicroBatch]:
         """Yield the works of a validation."""
-        return self.works.valid(self.recipe.val_batches)
+        return self.dataloader.iter_valid(self.config.val_batches)
 
 
-def open_session(ground: Ground, ranks: Ranks = ALONE, advance: Advance = silent) -> Session:
+def open_train_session(
+    ground: RunSetup,
+    ranks: ProcessGroup = SINGLE_PROCESS,
+    advance: ProgressCallback = ignore_progress,
+) -> TrainSession:
     """Load the model, choose what is trained, and stand at the beginning of the run."""
-    recipe = ground.recipe
+    recipe = ground.config
     mx.random.seed(recipe.seed)  # all ranks begin with the same adapters
-    model = build(
-        ground.ready.folder, quantize=ground.ready.recipe, dtype=recipe.dtype, for_training=True
+    model = load_local_model(
+        ground.local_model.folder,
+        quantize=ground.local_model.recipe,
+        dtype=recipe.dtype,
+        for_training=True,
     ).model
-    references = kept_references(model, ground)
-    adapted = adapted_layers(model, recipe)
+    references = open_reference_cache(model, ground)
+    adapted = add_configured_lora(model, recipe)
     set_trainable(model, recipe.train)
-    works = Works(ground, ranks, features_of(model, ground), references=references)
+    works = DataLoader(ground, ranks, open_feature_cache(model, ground), reference_cache=references)
     if recipe.needs_reference:
-        works.reference = references.of if references else switched_off_reference(model)
-    if references and not recipe.only_adapts:
-        works.look_ahead(advance)
-    learner = Learner(
-        model, recipe, method_of(recipe, ranks), planned_updates(ground, ranks), ranks
+        works.compute_reference = references.get if references else online_reference(model)
+    if references and not recipe.adapters_only:
+        works.precompute_reference(advance)
+    learner = TrainState(
+        model, recipe, build_objective(recipe, ranks), planned_updates(ground, ranks), ranks
     )
     if recipe.compile:
-        learner.compute = Compiled(learner)
-    return Session(ground, learner, works, Progress(ground.identity), adapted)
+        learner.compiled_step = CompiledStep(learner)
+    return TrainSession(ground, learner, works, RunProgress(ground.identity), adapted)
 
 
-def adapted_layers(model: InternVL, recipe: TrainRecipe) -> tuple[str, ...]:
+def add_configured_lora(model: InternVL, recipe: TrainConfig) -> tuple[str, ...]:
     """Put adapters into the model, fresh or those of an earlier run."""
-    if not recipe.adapts:
+    if not recipe.uses_adapters:
         return ()
-    names = adapt(model, lora_settings(recipe))
+    names = add_lora(model, lora_config(recipe))
     if recipe.resume_adapter_file is not None:
-        load_adapter(model, Path(recipe.resume_adapter_file).expanduser())
+        load_adapter_into_model(model, Path(recipe.resume_adapter_file).expanduser())
     return names
 
 
-def lora_settings(recipe: TrainRecipe) -> LoraSettings:
-    return LoraSettings(
+def lora_config(recipe: TrainConfig) -> LoRAConfig:
+    return LoRAConfig(
         rank=recipe.lora_rank,
         alpha=recipe.lora_alpha,
         dropout=recipe.lora_dropout,
@@ -117,14 +124,14 @@ def lora_settings(recipe: TrainRecipe) -> LoraSettings:
     )
 
 
-def method_of(recipe: TrainRecipe, ranks: Ranks) -> Method:
+def build_objective(recipe: TrainConfig, ranks: ProcessGroup) -> Objective:
     """Build the method that a recipe names."""
-    how = Forward(recompute=recipe.grad_checkpoint, drop_path_rate=recipe.drop_path)
+    how = ForwardOptions(grad_checkpoint=recipe.grad_checkpoint, drop_path_rate=recipe.drop_path)
     if recipe.method != "mpo":
-        return METHODS[recipe.method](how=how)
+        return OBJECTIVES[recipe.method](how=how)
     running = recipe.reward_shift == "running"
-    preference = Preference(recipe.beta, recipe.label_smoothing, running, ranks.across)
-    return METHODS["mpo"](
+    preference = PreferenceConfig(recipe.beta, recipe.label_smoothing, running, ranks.all_mean)
+    return OBJECTIVES["mpo"](
         dpo_weight=recipe.dpo_weight,
         bco_weight=recipe.bco_weight,
         sft_weight=recipe.sft_weight,
@@ -133,26 +140,26 @@ def method_of(recipe: TrainRecipe, ranks: Ranks) -> Method:
     )
 
 
-def planned_updates(ground: Ground, ranks: Ranks) -> int:
+def planned_updates(ground: RunSetup, ranks: ProcessGroup) -> int:
     """Count the updates of a run: those asked for, or what its epochs make."""
-    iters = ground.recipe.iters
+    iters = ground.config.iters
     if iters is not None:
-        check_ranks(ground.train_corpus.count(0, ranks.size), ranks)
+        check_batch_count(ground.train_dataset.count_batches(0, ranks.size), ranks)
         return iters
-    return ceil(planned_batches(ground, ranks) / ground.recipe.grad_accumulation_steps)
+    return ceil(planned_batches(ground, ranks) / ground.config.grad_accumulation_steps)
 
 
-def planned_batches(ground: Ground, ranks: Ranks) -> int:
+def planned_batches(ground: RunSetup, ranks: ProcessGroup) -> int:
     """Count the batches that each rank reads in the epochs of a run."""
-    corpus, epochs = ground.train_corpus, ground.recipe.epochs
+    corpus, epochs = ground.train_dataset, ground.config.epochs
     whole = int(epochs)
-    total = sum(corpus.count(epoch, ranks.size) for epoch in range(whole))
-    total += ceil((epochs - whole) * corpus.count(whole, ranks.size))
-    check_ranks(total, ranks)
+    total = sum(corpus.count_batches(epoch, ranks.size) for epoch in range(whole))
+    total += ceil((epochs - whole) * corpus.count_batches(whole, ranks.size))
+    check_batch_count(total, ranks)
     return total
 
 
-def check_ranks(batches: int, ranks: Ranks) -> None:
+def check_batch_count(batches: int, ranks: ProcessGroup) -> None:
     """Refuse data that leaves each rank without a batch: it would wait for one without end."""
     if not batches:
         raise UserError(
@@ -161,42 +168,43 @@ def check_ranks(batches: int, ranks: Ranks) -> None:
         )
 
 
-def resume(session: Session, *, accept_changes: bool) -> None:
+def resume_session(session: TrainSession, *, accept_changes: bool) -> None:
     """Go to where the last checkpoint of the run's folder is; only the first rank needs to have it.
 
     Raises where there is none, or where it is of another run.
     """
-    learner = session.learner
-    if learner.ranks.writes:
-        found = checkpoints(session.folder)
+    learner = session.state
+    if learner.ranks.is_main:
+        found = list_checkpoints(session.folder)
         if not found:
             raise UserError(f"no checkpoint in {session.folder} to go on from; leave out --resume")
         if not accept_changes:
-            world, identity = learner.ranks.size, session.ground.identity
-            check_same(
-                differences(read_facts(found[-1]), learner.recipe, identity, world), found[-1]
+            world, identity = learner.ranks.size, session.setup.identity
+            check_same_run(
+                find_differences(read_metadata(found[-1]), learner.config, identity, world),
+                found[-1],
             )
-        session.progress = load_state(learner, found[-1])
-    session.progress = spread(learner, session.progress)
+        session.progress = load_checkpoint(learner, found[-1])
+    session.progress = broadcast_state(learner, session.progress)
 
 
-def plan_of(session: Session) -> dict[str, Any]:
+def describe_plan(session: TrainSession) -> dict[str, Any]:
     """Say what will be trained on what, how often, and how much of the model it is."""
-    recipe, learner, ground = session.recipe, session.learner, session.ground
+    recipe, learner, ground = session.config, session.state, session.setup
     counts = count_parameters(learner.model)
-    survey = ground.train.survey
+    survey = ground.train.report
     together = recipe.batch_size * recipe.grad_accumulation_steps * learner.ranks.size
     plan = {
         "method": recipe.method,
-        "model": recipe.model or ground.ready.folder.name,
+        "model": recipe.model or ground.local_model.folder.name,
         "trained": f"{counts.trainable:,} of {counts.total:,} parameters ({counts.share:.2%})",
-        "layers_adapted": len(session.adapted) or None,
-        "rows": len(survey.sizes.numbers),
+        "layers_adapted": len(session.adapted_layers) or None,
+        "rows": len(survey.sizes.indices),
         "tokens": int(survey.sizes.tokens.sum()),
         "tiles": int(survey.sizes.tiles.sum()),
-        "rows_validated": len(ground.valid.survey.sizes.numbers) if ground.valid else None,
-        "updates": learner.updates,
-        "of_them_warm_up": warmup_updates(recipe, learner.updates),
+        "rows_validated": len(ground.valid.report.sizes.indices) if ground.valid else None,
+        "updates": learner.total_updates,
+        "of_them_warm_up": warmup_updates(recipe, learner.total_updates),
         "samples_an_update": None if recipe.packing else together,
         "processes": learner.ranks.size if learner.ranks.size > 1 else None,
         "goes_on_after_update": learner.update or None,

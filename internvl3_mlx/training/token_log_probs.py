@@ -13,21 +13,21 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.models.decoder import LanguageModel
-from internvl3_mlx.training.grad_checkpoint import drawing_from, fresh_seed, holding, learns
+from internvl3_mlx.training.grad_checkpoint import draw_seed, is_trainable, seeded, swapped_weights
 
-NEVER_DRAWS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+DETERMINISTIC_HEADS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 # states whose logits are made at once: of 128 and 151674 words they take 78 MB. A CPU makes room
 # for the next chunks while one is computed, and gains little from large products
 CHUNK = 128 if on_gpu() else 32
 
 
-def log_probs(
+def token_log_probs(
     model: LanguageModel,
     states: mx.array,
     targets: mx.array,
     *,
     chunk: int = CHUNK,
-    learning: bool = False,
+    needs_grad: bool = False,
 ) -> mx.array:
     """Score each target under the state that predicts it: (N, D), (N,) -> (N,) float32.
 
@@ -35,12 +35,14 @@ def log_probs(
     there either way.
     """
     head = model.lm_head if "lm_head" in model else model.model.embed_tokens
-    if learning and not learns(head):
-        return with_slopes(model, states, targets, chunk)
-    return recomputed(model, head, states, targets, chunk)
+    if needs_grad and not is_trainable(head):
+        return log_probs_with_grads(model, states, targets, chunk)
+    return recomputed_log_probs(model, head, states, targets, chunk)
 
 
-def with_slopes(model: LanguageModel, states: mx.array, targets: mx.array, chunk: int) -> mx.array:
+def log_probs_with_grads(
+    model: LanguageModel, states: mx.array, targets: mx.array, chunk: int
+) -> mx.array:
     """Score, and find at once how each score changes with its own state.
 
     A score depends on one state alone, so the slope needs no gradient from outside, and a frozen
@@ -53,7 +55,7 @@ def with_slopes(model: LanguageModel, states: mx.array, targets: mx.array, chunk
         part = after(fixed[start : start + chunk], [*values[-1:], *slopes[-1:]])
         wanted = targets[start : start + chunk]
         ones = [mx.ones(part.shape[0])]
-        found, change = mx.vjp(lambda x, t=wanted: score(model, x, t), [part], ones)
+        found, change = mx.vjp(lambda x, t=wanted: score_targets(model, x, t), [part], ones)
         values += found
         slopes += change
     value = mx.stop_gradient(mx.concatenate(values))
@@ -62,19 +64,19 @@ def with_slopes(model: LanguageModel, states: mx.array, targets: mx.array, chunk
     return value + ((states - fixed) * slope).astype(mx.float32).sum(axis=-1)
 
 
-def recomputed(
+def recomputed_log_probs(
     model: LanguageModel, head: nn.Module, states: mx.array, targets: mx.array, chunk: int
 ) -> mx.array:
     """Score, and make the logits again in the backward pass; the head itself may be trained."""
     starts = range(0, states.shape[0], chunk)
     trained: dict[str, mx.array] = dict(tree_flatten(head.trainable_parameters()))
-    seed = None if isinstance(head, NEVER_DRAWS) else fresh_seed()
+    seed = None if isinstance(head, DETERMINISTIC_HEADS) else draw_seed()
 
     def part(start: int, x: mx.array, own: list[mx.array]) -> mx.array:
         weights = tree_unflatten(list(zip(trained, own, strict=True)))
-        stream = nullcontext() if seed is None else drawing_from(seed + start)
-        with holding(head, weights), stream:
-            return score(model, x, targets[start : start + chunk])
+        stream = nullcontext() if seed is None else seeded(seed + start)
+        with swapped_weights(head, weights), stream:
+            return score_targets(model, x, targets[start : start + chunk])
 
     @mx.custom_function
     def scored(states: mx.array, own: list[mx.array]) -> mx.array:
@@ -106,7 +108,7 @@ def after(x: mx.array, done: list[mx.array]) -> mx.array:
     return out
 
 
-def score(model: LanguageModel, states: mx.array, targets: mx.array) -> mx.array:
+def score_targets(model: LanguageModel, states: mx.array, targets: mx.array) -> mx.array:
     """Take the log-softmax of the logits at the targets: (C, D), (C,) -> (C,) float32."""
     logits = model.head(states).astype(mx.float32)
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]

@@ -14,12 +14,15 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear
 
-DECODER, TOWER = "language_model.model.layers.*.", "vision_model.encoder.layers.*."
+DECODER_LAYERS, VISION_LAYERS = "language_model.model.layers.*.", "vision_model.encoder.layers.*."
 LANGUAGE = (
-    *(DECODER + f"self_attn.{p}_proj" for p in "qkvo"),
-    *(DECODER + f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+    *(DECODER_LAYERS + f"self_attn.{p}_proj" for p in "qkvo"),
+    *(DECODER_LAYERS + f"mlp.{p}_proj" for p in ("gate", "up", "down")),
 )
-VISION = (*(TOWER + f"attn.{p}" for p in ("qkv", "proj")), *(TOWER + f"mlp.fc{i}" for i in (1, 2)))
+VISION = (
+    *(VISION_LAYERS + f"attn.{p}" for p in ("qkv", "proj")),
+    *(VISION_LAYERS + f"mlp.fc{i}" for i in (1, 2)),
+)
 PROJECTOR = ("mlp1.1", "mlp1.3")
 # what --lora-keys may name at once; InternVL's own recipe adapts "language" and "vision"
 PRESETS = {
@@ -35,12 +38,12 @@ LORA_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 PARTS = ("language_model", "mlp1", "vision_model", LM_HEAD)
 SHOWN = 3
 LINEAR = (nn.Linear, nn.QuantizedLinear)
-WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
-PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+SAVED_WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
+QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 WORD_BITS = 32
 
 
-def chosen_layers(
+def select_layers(
     model: InternVL, keys: Sequence[str], layers: int | None, vision_layers: int | None
 ) -> tuple[str, ...]:
     """List the linear layers that any key means, in the model's order.
@@ -52,22 +55,24 @@ def chosen_layers(
     if any(isinstance(module, LoRALinear) for module in modules.values()):
         raise UserError("the model has adapters already; load it anew to adapt it otherwise")
     linear = [path for path, module in modules.items() if isinstance(module, LINEAR)][::-1]
-    within = [path for path in linear if in_range(model, path, layers, vision_layers)]
+    within = [path for path in linear if in_last_layers(model, path, layers, vision_layers)]
     chosen: set[str] = set()
     for key in keys:
-        found = [path for path in within if asks_for(key, path)]
+        found = [path for path in within if key_selects(key, path)]
         if not found:
-            raise UserError(unmatched(key, linear))
+            raise UserError(unmatched_key_message(key, linear))
         chosen.update(found)
     return tuple(sorted(chosen, key=linear.index))
 
 
-def asks_for(key: str, path: str) -> bool:
+def key_selects(key: str, path: str) -> bool:
     """Tell whether a key means a layer; the head is adapted only by its own name."""
-    return means(key, path) and (not path.endswith(LM_HEAD) or key.endswith(LM_HEAD))
+    return matches_key(key, path) and (not path.endswith(LM_HEAD) or key.endswith(LM_HEAD))
 
 
-def in_range(model: InternVL, path: str, layers: int | None, vision_layers: int | None) -> bool:
+def in_last_layers(
+    model: InternVL, path: str, layers: int | None, vision_layers: int | None
+) -> bool:
     """Tell whether a layer is among the last so many of its tower; what is in none is."""
     match = LAYER.match(path)
     if match is None:
@@ -78,13 +83,13 @@ def in_range(model: InternVL, path: str, layers: int | None, vision_layers: int 
     return asked is None or int(match[2]) >= config.num_hidden_layers - asked
 
 
-def means(key: str, path: str) -> bool:
+def matches_key(key: str, path: str) -> bool:
     patterns = PRESETS.get(key, (key,))
     forms = (form for p in patterns for form in (p, f"*.{p}", f"{p}.*", f"*.{p}.*"))
     return any(fnmatchcase(path, form) for form in forms)
 
 
-def unmatched(key: str, paths: Iterable[str]) -> str:
+def unmatched_key_message(key: str, paths: Iterable[str]) -> str:
     """Say that a key means no layer, and which names are near."""
     names = {path.rsplit(".", 1)[-1] for path in paths} | {*PRESETS}
     near = difflib.get_close_matches(key.rsplit(".", 1)[-1], sorted(names), n=SHOWN)
@@ -99,22 +104,22 @@ def set_trainable(model: InternVL, parts: Sequence[str]) -> None:
     """
     model.freeze()
     for part in parts:
-        unfreeze(model, part)
+        unfreeze_part(model, part)
     if LORA in parts:
-        trained_modules(model)
-    into_training(model)
+        modules_to_save(model)
+    set_train_mode(model)
 
 
-def unfreeze(model: InternVL, part: str) -> None:
+def unfreeze_part(model: InternVL, part: str) -> None:
     """Let the parameters that ``part`` means be trained."""
     modules = dict(model.named_modules())
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    names = [name for name in parameters if is_meant(part, name)]
+    names = [name for name in parameters if belongs_to_part(part, name)]
     if not names:
-        raise UserError(nothing_to_train(model, part))
+        raise UserError(unmatched_part_message(model, part))
     for name in names:
         path, key = name.rpartition(".")[::2]
-        if isinstance(modules[path], PACKED):
+        if isinstance(modules[path], QUANTIZED):
             raise UserError(
                 f"{part} cannot be trained in full: {path} is quantized; "
                 "train adapters over it, or name the 16-bit checkpoint"
@@ -122,15 +127,15 @@ def unfreeze(model: InternVL, part: str) -> None:
         modules[path].unfreeze(recurse=False, keys=[key])
 
 
-def is_meant(part: str, name: str) -> bool:
+def belongs_to_part(part: str, name: str) -> bool:
     """Tell whether a parameter belongs to a part. What an adapter stands beside stays frozen."""
     is_lora = name.rsplit(".", 1)[-1] in LORA_NAMES
     if part == LORA or is_lora:
         return part == LORA and is_lora
-    return ".base." not in name and means(part, name)
+    return ".base." not in name and matches_key(part, name)
 
 
-def nothing_to_train(model: InternVL, part: str) -> str:
+def unmatched_part_message(model: InternVL, part: str) -> str:
     if part == LORA:
         return "the model has no adapters to train; adapt it first"
     if part == LM_HEAD:
@@ -144,7 +149,7 @@ def nothing_to_train(model: InternVL, part: str) -> str:
     return f"{part!r} names nothing that can be trained; {advice}"
 
 
-def trained_modules(model: InternVL) -> dict[str, mx.array]:
+def modules_to_save(model: InternVL) -> dict[str, mx.array]:
     """Give all tensors of the modules that are trained whole beside adapters: so PEFT saves them.
 
     Raises UserError for a parameter that belongs to no module of PEFT's.
@@ -157,7 +162,7 @@ def trained_modules(model: InternVL) -> dict[str, mx.array]:
         module = modules[path]
         if isinstance(module, LoRALinear):
             continue
-        if not isinstance(module, WHOLE):
+        if not isinstance(module, SAVED_WHOLE):
             raise UserError(
                 f"{name} is trained beside adapters, and PEFT has no place for it; "
                 "train layers and norms, or whole parts without adapters"
@@ -166,23 +171,23 @@ def trained_modules(model: InternVL) -> dict[str, mx.array]:
     return found
 
 
-def into_training(model: nn.Module) -> None:
+def set_train_mode(model: nn.Module) -> None:
     """Put what is trained, and what holds it, into training mode, all else into evaluation mode.
 
     So a frozen tower drops no path. Call it again after an evaluation.
     """
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    holding = {path for name in trained for path in beginnings(name)}
-    set_modes((module, path in holding) for path, module in model.named_modules())
+    holding = {path for name in trained for path in parent_paths(name)}
+    restore_modes((module, path in holding) for path, module in model.named_modules())
 
 
-def beginnings(name: str) -> Iterator[str]:
+def parent_paths(name: str) -> Iterator[str]:
     """Yield the paths of all that holds a parameter: "a.b.weight" -> "", "a", "a.b"."""
     steps = name.split(".")
     return (".".join(steps[:count]) for count in range(len(steps)))
 
 
-def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+def restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     """Put modules into training mode or out of it, what holds others first."""
     for module, training in modes:
         if module.training is not training:  # or its parent has seen to it
@@ -190,7 +195,7 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """How many numbers a model has, and how many of them are trained."""
 
     trainable: int
@@ -201,18 +206,18 @@ class Counts:
         return self.trainable / self.total
 
 
-def count_parameters(model: nn.Module) -> Counts:
+def count_parameters(model: nn.Module) -> ParameterCounts:
     """Count numbers, a packed weight's as many as it stands for; scales are not counted."""
     total = 0
     for _, module in model.named_modules():
         for key, value in module.items():
             if isinstance(value, mx.array) and not key.startswith("_"):
-                total += size(module, key, value)
+                total += parameter_count(module, key, value)
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    return Counts(sum(value.size for value in trained.values()), total)
+    return ParameterCounts(sum(value.size for value in trained.values()), total)
 
 
-def size(module: nn.Module, key: str, value: mx.array) -> int:
-    if not isinstance(module, PACKED) or key == "bias":
+def parameter_count(module: nn.Module, key: str, value: mx.array) -> int:
+    if not isinstance(module, QUANTIZED) or key == "bias":
         return value.size
     return value.size * WORD_BITS // module.bits if key == "weight" else 0

@@ -16,10 +16,15 @@ from mlx.utils import tree_flatten
 
 from internvl3_mlx import KeyMapError, load
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.generation.prompt_cache_file import fingerprint
-from internvl3_mlx.loading.build import build
-from internvl3_mlx.models.lora import LoRALinear, adapters
-from internvl3_mlx.training.lora_setup import LoraSettings, adapt, load_adapter, save_adapter
+from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
+from internvl3_mlx.loading.build import load_local_model
+from internvl3_mlx.models.lora import LoRALinear, lora_layers
+from internvl3_mlx.training.lora_setup import (
+    LoRAConfig,
+    add_lora,
+    load_adapter_into_model,
+    save_model_adapter,
+)
 from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 2e-5
@@ -39,7 +44,7 @@ def packed(bits=BITS[0], **changes):
 def test_a_packed_checkpoint_answers_as_the_numbers_it_stands_for(bits, form, tmp_path):
     case = packed(bits)
     model, settings = adapted(case, keys=("all",), **form)
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     over = load(str(case.folder), adapter=str(tmp_path / "a")).model
     assert relative_error(logits(over, case), logits(model, case)) < TOLERANCE
     dense = tiny(Recipe(layout="mlx", bits=bits, dequantised=True))
@@ -51,7 +56,7 @@ def test_a_packed_checkpoint_answers_as_the_numbers_it_stands_for(bits, form, tm
 def test_what_reads_the_same_input_stays_joined_under_an_adapter(tmp_path):
     case = packed()
     model, settings = adapted(case, keys=("q_proj", "v_proj", "up_proj"), layers=2)
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     over = load(str(case.folder), adapter=str(tmp_path / "a")).model
     first, *rest = over.language_model.model.layers
     assert type(first.self_attn.qkv_proj) is not LoRALinear
@@ -64,7 +69,7 @@ def test_layers_packed_unlike_stay_apart_under_an_adapter(tmp_path):
     unlike = {"language_model.model.layers.1.self_attn.v_proj": {"bits": 8}}
     case = packed(Bits(group_size=32, overrides=unlike))
     model, settings = adapted(case, keys=("language",), dora=True)
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     over = load(str(case.folder), adapter=str(tmp_path / "a")).model
     assert isinstance(over.language_model.model.layers[1].self_attn.v_proj, LoRALinear)
     assert relative_error(logits(over, case), logits(model, case)) < TOLERANCE
@@ -73,7 +78,7 @@ def test_layers_packed_unlike_stay_apart_under_an_adapter(tmp_path):
 def test_generate_over_a_packed_model_speaks_as_the_adapted_one(tmp_path):
     case = packed()
     model, settings = adapted(case, keys=("all",))
-    save_adapter(model, tmp_path / "a", settings, "native")
+    save_model_adapter(model, tmp_path / "a", settings, "native")
     picture(90, 60).save(tmp_path / "p.png")
     words = ["generate", str(tmp_path / "p.png"), "-p", "What?", "-m", "5", "--json"]
     words += ["--model", str(case.folder)]
@@ -91,13 +96,13 @@ def test_generate_over_a_packed_model_speaks_as_the_adapted_one(tmp_path):
 def test_what_was_read_with_one_alpha_is_not_taken_for_another(tmp_path):
     case = packed()
     model, settings = adapted(case, keys=("v_proj",))
-    save_adapter(model, tmp_path / "a", settings)
-    for _, layer in adapters(model):
+    save_model_adapter(model, tmp_path / "a", settings)
+    for _, layer in lora_layers(model):
         layer.scale *= 2
-    save_adapter(model, tmp_path / "b", replace(settings, alpha=14.0))
+    save_model_adapter(model, tmp_path / "b", replace(settings, alpha=14.0))
     one, other = (load(str(case.folder), adapter=str(tmp_path / name)).model for name in "ab")
     assert relative_error(logits(one, case), logits(other, case)) > 1e-3
-    assert fingerprint(one) != fingerprint(other)
+    assert model_fingerprint(one) != model_fingerprint(other)
 
 
 def test_whole_modules_replace_packed_ones(tmp_path):
@@ -105,7 +110,7 @@ def test_whole_modules_replace_packed_ones(tmp_path):
     model, settings = adapted(dense, keys=("v_proj",))
     set_trainable(model, ("lora", "mlp1"))
     model.mlp1[3].bias = model.mlp1[3].bias + 1
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     over = load(str(packed().folder), adapter=str(tmp_path / "a")).model
     for layer in (1, 3):
         np.testing.assert_array_equal(
@@ -117,7 +122,7 @@ def test_whole_modules_replace_packed_ones(tmp_path):
 def test_an_adapter_of_another_model_is_named_over_packed_weights(tmp_path):
     other = tiny(Recipe(style="6b"))
     model, settings = adapted(other, keys=("o_proj",))
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     with pytest.raises(KeyMapError, match=r"of another model: it changes .*o_proj\.weight by"):
         load(str(packed().folder), adapter=str(tmp_path / "a"))
 
@@ -125,25 +130,25 @@ def test_an_adapter_of_another_model_is_named_over_packed_weights(tmp_path):
 def test_training_goes_on_only_with_what_the_model_is_adapted_with(tmp_path):
     case = packed()
     model, settings = adapted(case, keys=("o_proj",))
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     more, _ = adapted(case, keys=("o_proj", "mlp1"))
     with pytest.raises(KeyMapError, match=r"are not adapted alike: mlp1\.1\.weight"):
-        load_adapter(more, tmp_path / "a")
+        load_adapter_into_model(more, tmp_path / "a")
     wider, _ = adapted(case, keys=("o_proj",), rank=4)
     with pytest.raises(KeyMapError, match=r"LoRA of rank 4, the adapter has LoRA of rank 3"):
-        load_adapter(wider, tmp_path / "a")
+        load_adapter_into_model(wider, tmp_path / "a")
     other_kind, _ = adapted(case, keys=("o_proj",), dora=True)
     with pytest.raises(KeyMapError, match=r"DoRA of rank 3, the adapter has LoRA of rank 3"):
-        load_adapter(other_kind, tmp_path / "a")
+        load_adapter_into_model(other_kind, tmp_path / "a")
 
 
 def test_the_9bs_joined_factors_part_again_when_training_goes_on(tmp_path):
     case = tiny(Recipe(style="9b"))
     model, settings = adapted(case, keys=("q_proj", "v_proj"))
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     other, _ = adapted(case, keys=("q_proj", "v_proj"), seed=5)
-    load_adapter(other, tmp_path / "a")
-    for (path, ours), (_, theirs) in zip(adapters(model), adapters(other), strict=True):
+    load_adapter_into_model(other, tmp_path / "a")
+    for (path, ours), (_, theirs) in zip(lora_layers(model), lora_layers(other), strict=True):
         np.testing.assert_array_equal(np.array(ours.lora_A), np.array(theirs.lora_A), path)
         np.testing.assert_array_equal(np.array(ours.lora_B), np.array(theirs.lora_B), path)
 
@@ -151,9 +156,9 @@ def test_the_9bs_joined_factors_part_again_when_training_goes_on(tmp_path):
 def test_in_16_bits_the_answers_stay_close_and_the_factors_are_cast_once(tmp_path):
     case = packed()
     model, settings = adapted(case, keys=("all",), dora=True)
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     narrow = load(str(case.folder), adapter=str(tmp_path / "a"), dtype="bfloat16").model
-    layers = [layer for _, layer in adapters(narrow)]
+    layers = [layer for _, layer in lora_layers(narrow)]
     assert {layer.lora_A.dtype for layer in layers} == {mx.bfloat16}
     assert {layer.lora_B.dtype for layer in layers} == {mx.float32}
     assert all("_lengths" in layer for layer in layers)
@@ -168,7 +173,7 @@ def slopes_of(model, case):
 
     def loss():
         language = model.language_model
-        x = model.embed(ids, model.see_chunk(pixels))
+        x = model.embed(ids, model.encode_tiles(pixels))
         logits = language.head(language.model(x, language.rotary(0, ids.shape[1])))
         return nn.losses.cross_entropy(logits[:, :-1].astype(mx.float32), ids[:, 1:]).mean()
 
@@ -192,16 +197,16 @@ def test_slopes_over_packed_weights_are_those_over_the_numbers_they_stand_for(bi
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_16_bits_over_packed_weights_no_slope_is_nan(dtype):
     case = packed()
-    model = build(case.folder, for_training=True, dtype=dtype).model
+    model = load_local_model(case.folder, for_training=True, dtype=dtype).model
     mx.random.seed(1)
-    adapt(model, LoraSettings(rank=3, keys=("all",), dora=True, dropout=0.3))
+    add_lora(model, LoRAConfig(rank=3, keys=("all",), dora=True, dropout=0.3))
     for name, slope in slopes_of(model, case).items():
         assert slope.dtype == mx.float32, name
         assert bool(mx.isfinite(slope).all()), name
 
 
 def test_a_model_for_training_keeps_its_names_and_its_packing():
-    model = build(packed().folder, for_training=True).model
+    model = load_local_model(packed().folder, for_training=True).model
     block = model.language_model.model.layers[0]
     assert "q_proj" in block.self_attn
     assert "gate_proj" in block.mlp

@@ -9,23 +9,23 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.conversions import converted, tensors
+from fixtures.conversions import run_conversion, tensors
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 from safetensors.numpy import load_file
 
 from internvl3_mlx.checkpoints import writer
 from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.checkpoints.writer import Entry, ShardWriter, writing_folder
-from internvl3_mlx.convert.pipeline import Options, convert
-from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.checkpoints.writer import ShardWriter, TensorSpec, writing_folder
+from internvl3_mlx.convert.pipeline import ConvertOptions, convert_checkpoint
+from internvl3_mlx.convert.recipes import uniform_recipe
 from internvl3_mlx.errors import CheckpointError
 
 
 def test_shards_keep_their_limit_and_the_index_names_every_tensor(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SHARD_BYTES", 300_000)
     monkeypatch.setattr(ShardWriter.__init__, "__kwdefaults__", {"shard_bytes": 300_000})
-    converted(tiny(Recipe()).folder, tmp_path / "out")
+    run_conversion(tiny(Recipe()).folder, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(files) > 5
@@ -44,7 +44,7 @@ def test_shards_hold_at_most_five_gigabytes():
 
 
 def test_headers_are_aligned_and_the_data_follows_at_once(tmp_path):
-    writer = ShardWriter(tmp_path, [Entry("abc", "F32", (3,))], {"format": "mlx"})
+    writer = ShardWriter(tmp_path, [TensorSpec("abc", "F32", (3,))], {"format": "mlx"})
     writer.write("abc", memoryview(np.arange(3, dtype=np.float32)))
     writer.finish()
     data = (tmp_path / "model.safetensors").read_bytes()
@@ -55,7 +55,7 @@ def test_headers_are_aligned_and_the_data_follows_at_once(tmp_path):
 
 
 def test_a_tensor_written_short_is_noticed(tmp_path):
-    writer = ShardWriter(tmp_path, [Entry("abc", "F32", (3,))], {})
+    writer = ShardWriter(tmp_path, [TensorSpec("abc", "F32", (3,))], {})
     writer.write("abc", memoryview(np.arange(2, dtype=np.float32)))
     with pytest.raises(CheckpointError, match="abc was not written whole"):
         writer.finish()
@@ -63,7 +63,7 @@ def test_a_tensor_written_short_is_noticed(tmp_path):
 
 
 def test_a_tensor_written_long_is_noticed(tmp_path):
-    writer = ShardWriter(tmp_path, [Entry("abc", "F32", (3,))], {})
+    writer = ShardWriter(tmp_path, [TensorSpec("abc", "F32", (3,))], {})
     with pytest.raises(CheckpointError, match="abc has more bytes"):
         writer.write("abc", memoryview(np.arange(4, dtype=np.float32)))
     writer.close()
@@ -73,14 +73,14 @@ def test_an_existing_target_is_refused_and_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     with pytest.raises(CheckpointError, match="out exists; name another folder, or pass --overwr"):
-        converted(tiny(Recipe()).folder, tmp_path / "out")
+        run_conversion(tiny(Recipe()).folder, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 
 
 def test_overwrite_replaces_the_whole_folder(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
-    converted(tiny(Recipe()).folder, tmp_path / "out", overwrite=True)
+    run_conversion(tiny(Recipe()).folder, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -88,15 +88,15 @@ def test_overwrite_replaces_the_whole_folder(tmp_path):
 def test_a_file_is_never_overwritten(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(CheckpointError, match="out exists; name another folder$"):
-        converted(tiny(Recipe()).folder, tmp_path / "out", overwrite=True)
+        run_conversion(tiny(Recipe()).folder, tmp_path / "out", overwrite=True)
 
 
 def test_a_failed_overwrite_leaves_the_old_folder(tmp_path, monkeypatch):
-    converted(tiny(Recipe()).folder, tmp_path / "out")
+    run_conversion(tiny(Recipe()).folder, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     monkeypatch.setattr("internvl3_mlx.convert.pipeline.write_side_files", failing)
     with pytest.raises(CheckpointError, match="Input/output error; nothing was left behind"):
-        converted(tiny(Recipe(seed=1)).folder, tmp_path / "out", overwrite=True)
+        run_conversion(tiny(Recipe(seed=1)).folder, tmp_path / "out", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -106,7 +106,7 @@ def failing(*_):
 
 
 def test_a_conversion_given_up_half_way_leaves_nothing(tmp_path):
-    steps = convert(tiny(Recipe()).folder, tmp_path / "out", recipe(4, 32))
+    steps = convert_checkpoint(tiny(Recipe()).folder, tmp_path / "out", uniform_recipe(4, 32))
     next(steps)
     assert [path.name for path in tmp_path.iterdir()] == [f".out.{os.getpid()}.part"]
     steps.close()
@@ -129,15 +129,19 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
 
 
 def test_progress_counts_bytes_up_to_the_whole(tmp_path):
-    steps = list(convert(tiny(Recipe()).folder, tmp_path / "out", recipe(4, 32), Options()))
-    assert [step.done for step in steps] == sorted(step.done for step in steps)
-    assert steps[-1].done == steps[-1].total == open_checkpoint(tmp_path / "out").nbytes
+    steps = list(
+        convert_checkpoint(
+            tiny(Recipe()).folder, tmp_path / "out", uniform_recipe(4, 32), ConvertOptions()
+        )
+    )
+    assert [step.bytes_done for step in steps] == sorted(step.bytes_done for step in steps)
+    assert steps[-1].bytes_done == steps[-1].bytes_total == open_checkpoint(tmp_path / "out").nbytes
 
 
 def test_slabs_of_one_row_give_the_same_file(tmp_path, monkeypatch):
     source = tiny(Recipe(style="9b"))
-    converted(source.folder, tmp_path / "whole", recipe(4, 32))
+    run_conversion(source.folder, tmp_path / "whole", uniform_recipe(4, 32))
     monkeypatch.setattr("internvl3_mlx.convert.row_reader.SLAB_BYTES", 1)
-    converted(source.folder, tmp_path / "rows", recipe(4, 32))
+    run_conversion(source.folder, tmp_path / "rows", uniform_recipe(4, 32))
     whole, rows = tensors(tmp_path / "whole"), tensors(tmp_path / "rows")
     assert all(mx.array_equal(whole[name], rows[name]) for name in whole)

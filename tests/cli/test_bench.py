@@ -10,13 +10,13 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.metal_kernels import dispatch, registry
-from internvl3_mlx.metal_kernels.registry import Entry
+from internvl3_mlx.metal_kernels.registry import KernelThreshold
 from internvl3_mlx.profiling import kernels, limits, timing
-from internvl3_mlx.profiling.kernels import NO_METAL, Trial
-from internvl3_mlx.profiling.limits import Limits
-from internvl3_mlx.profiling.suite import Bench
+from internvl3_mlx.profiling.kernels import METAL_MISSING, AttentionTrial
+from internvl3_mlx.profiling.limits import MachineLimits
+from internvl3_mlx.profiling.suite import BenchmarkSuite
 
-LIMITS = Limits(bandwidth=2.5e9, rate=3e10, launch_s=5e-6, dtype="float32")
+LIMITS = MachineLimits(bandwidth=2.5e9, rate=3e10, launch_s=5e-6, dtype="float32")
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +24,14 @@ def _small(monkeypatch, tmp_path):
     """Measure each thing once, one kernel alone, on a machine of known limits without Metal."""
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(timing, "LEAST_S", 0.0)
-    monkeypatch.setattr(limits, "measure", lambda *, quick: LIMITS)
-    monkeypatch.setattr(kernels, "trials", lambda *, quick: [Trial("odd", 6, 2, 64, 8)])
-    registry.measured.cache_clear()
+    monkeypatch.setattr(timing, "MIN_RUN_SECONDS", 0.0)
+    monkeypatch.setattr(limits, "measure_limits", lambda *, quick: LIMITS)
+    monkeypatch.setattr(
+        kernels, "attention_trials", lambda *, quick: [AttentionTrial("odd", 6, 2, 64, 8)]
+    )
+    registry.read_thresholds.cache_clear()
     yield
-    registry.measured.cache_clear()
+    registry.read_thresholds.cache_clear()
 
 
 def bench(*words):
@@ -50,7 +52,7 @@ def test_a_table_for_every_stage():
         "decode",
         "kernels",
     ]
-    assert f"not measured  {NO_METAL}" in lines
+    assert f"not measured  {METAL_MISSING}" in lines
     shares = [line for line in lines if line.endswith("%")]
     assert len(shares) == 1 + 2 + 3 * 2  # a tile, two contexts, three caches at both
 
@@ -72,7 +74,7 @@ def test_a_picture_is_written_whole(tmp_path):
 
 
 def test_a_place_that_is_none_is_told_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(Bench, "run", None)
+    monkeypatch.setattr(BenchmarkSuite, "run", None)
     result = bench("--svg", str(tmp_path / "nowhere" / "roof.svg"))
     assert result.exit_code == 2
     assert "no folder" in result.stderr
@@ -88,42 +90,44 @@ def test_contexts_that_are_no_numbers_of_tokens_are_refused(words):
 
 
 def test_an_interrupt_shows_what_was_measured(monkeypatch):
-    measured = kernels.measured
+    measured = kernels.measure_attention
 
     def broken(trial, context, runs):
         if context > 7:
             raise KeyboardInterrupt
         return measured(trial, context, runs)
 
-    monkeypatch.setattr(kernels, "measured", broken)
+    monkeypatch.setattr(kernels, "measure_attention", broken)
     result = bench("--json")
     assert result.exit_code == 130
     assert [figure["context"] for figure in json.loads(result.stdout)["figures"]] == [7]
 
 
-PAYS = Entry("flash_decode", 8, 64, 3, 1024)
+PAYS = KernelThreshold("flash_decode", 8, 64, 3, 1024)
 
 
 @pytest.fixture
 def found(monkeypatch):
     """Let a kernel pay, in a run that counts as whole."""
-    begin = Bench.__post_init__
+    begin = BenchmarkSuite.__post_init__
     whole = lambda self: begin(self) or setattr(self, "is_whole", True)  # noqa: E731
-    monkeypatch.setattr(Bench, "__post_init__", whole)
-    monkeypatch.setattr(Bench, "entries", [PAYS, Entry("flash_decode", 4, 64, 3, None)])
+    monkeypatch.setattr(BenchmarkSuite, "__post_init__", whole)
+    monkeypatch.setattr(
+        BenchmarkSuite, "thresholds", [PAYS, KernelThreshold("flash_decode", 4, 64, 3, None)]
+    )
 
 
 def test_where_kernels_pay_is_kept_and_told(found):
-    assert f"  {PAYS.case}  from 1,024 tokens\n" in bench().stdout
-    assert registry.pays(PAYS.case, 1024)
-    assert not registry.pays(PAYS.case, 1023)
+    assert f"  {PAYS.key}  from 1,024 tokens\n" in bench().stdout
+    assert registry.is_faster(PAYS.key, 1024)
+    assert not registry.is_faster(PAYS.key, 1023)
 
 
 def test_a_run_of_some_contexts_changes_no_table(monkeypatch):
-    monkeypatch.setattr(Bench, "entries", [PAYS])
+    monkeypatch.setattr(BenchmarkSuite, "thresholds", [PAYS])
     shown = bench().stdout
-    assert f"  {PAYS.case}  from 1,024 tokens\nnot kept      where kernels pay;" in shown
-    assert not registry.pays(PAYS.case, 1024)
+    assert f"  {PAYS.key}  from 1,024 tokens\nnot kept      where kernels pay;" in shown
+    assert not registry.is_faster(PAYS.key, 1024)
 
 
 def test_a_cache_folder_that_takes_no_files_is_told(found, monkeypatch, tmp_path):

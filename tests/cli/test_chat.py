@@ -15,7 +15,7 @@ from fixtures.tiny import Recipe
 import internvl3_mlx
 from internvl3_mlx import load
 from internvl3_mlx.cli import console
-from internvl3_mlx.cli.chat_session import Session
+from internvl3_mlx.cli.chat_session import ChatSession
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 
@@ -31,7 +31,7 @@ def session(vlm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture(130, 70).save(tmp_path / "cat.png")
     picture(60, 60, 1).save(tmp_path / "dog.png")
-    return Session(vlm.conversation(max_tokens=4))
+    return ChatSession(vlm.conversation(max_tokens=4))
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def told(session, capsys):
 
 def test_a_dropped_picture_waits_for_the_question(session, told):
     assert told("cat.png") == "cat.png 130×70 · 3 tiles · 12 tokens\n"
-    assert session.talk.exchanges == []
+    assert session.conversation.exchanges == []
     told("What is it?")
-    assert [info.source for info in session.talk.images] == ["cat.png"]
+    assert [info.source for info in session.conversation.images] == ["cat.png"]
     assert session.pending == []
 
 
@@ -64,13 +64,13 @@ def test_image_attaches_several_and_images_lists_them(session, told):
     ]
     assert told("/drop 3") == "dropped dog.png\n"
     assert told("/drop 1") == "dropped cat.png\n"
-    assert [info.source for info in session.talk.images] == ["dog.png"]
+    assert [info.source for info in session.conversation.images] == ["dog.png"]
     assert "no picture 7; this talk has 1" in told("/drop 7")
 
 
 def test_a_missing_picture_is_told_and_the_question_is_not_asked(session, told):
     assert "error: no file at cot.png: did you mean cat.png?" in told("cot.png what is it?")
-    assert session.talk.exchanges == []
+    assert session.conversation.exchanges == []
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,13 @@ def test_a_missing_picture_is_told_and_the_question_is_not_asked(session, told):
 )
 def test_mistakes_are_told_in_one_line_and_the_chat_goes_on(session, told, line, message):
     assert message in told(line)
-    assert not session.over
+    assert not session.is_finished
 
 
 def test_a_path_that_begins_with_a_slash_is_no_command(session, told, tmp_path):
     assert "cat.png 130×70" in told(f"{tmp_path}/cat.png")
     told("/usr/bin is a folder?")
-    assert session.talk.exchanges[0].question == "/usr/bin is a folder?"
+    assert session.conversation.exchanges[0].question == "/usr/bin is a folder?"
 
 
 def test_undo_gives_the_pictures_back_to_the_next_question(session, told):
@@ -109,14 +109,14 @@ def test_undo_gives_the_pictures_back_to_the_next_question(session, told):
     assert told("/undo") == "took back: What is it?\n"
     assert [item.name for item in session.pending] == ["cat.png"]
     told("And now?")
-    assert len(session.talk.images) == 1
+    assert len(session.conversation.images) == 1
 
 
 def test_retry_answers_in_the_place_of_the_last_answer(session, told):
     told("cat.png What is it?")
-    first = session.talk.exchanges[0].answer
+    first = session.conversation.exchanges[0].answer
     told("/retry")
-    assert [exchange.answer for exchange in session.talk.exchanges] == [first]
+    assert [exchange.answer for exchange in session.conversation.exchanges] == [first]
 
 
 def test_settings_hold_from_the_next_question_on(session, told):
@@ -124,12 +124,12 @@ def test_settings_hold_from_the_next_question_on(session, told):
     assert told("/set v2pe-delta 1/4") == "v2pe_delta = 0.25\n"
     assert told("/set temperature default") == "temperature = 0.0\n"
     told("/system Be brief.")
-    assert session.talk.settings.system == "Be brief."
+    assert session.conversation.settings.system == "Be brief."
     shown = told("/show")
     assert "v2pe delta  0.25" in shown
     assert "positions" in shown
     told("/system none")
-    assert session.talk.settings.system is None
+    assert session.conversation.settings.system is None
 
 
 def test_save_load_and_clear(session, told, tmp_path):
@@ -137,11 +137,11 @@ def test_save_load_and_clear(session, told, tmp_path):
     assert told("/save my\\ talk.zip cache") == "saved my talk.zip with what was read\n"
     assert (tmp_path / "my talk.zip.safetensors").is_file()
     assert told("/clear") == "a new talk\n"
-    assert session.talk.exchanges == []
+    assert session.conversation.exchanges == []
     assert told("/load 'my talk.zip'") == "loaded 1 question; nothing has to be read again\n"
-    assert len(session.talk.images) == 1
+    assert len(session.conversation.images) == 1
     told("/save plain.zip")
-    session.talk.memory.reading = session.talk.memory.reading.upto(0)
+    session.conversation.memory.reading = session.conversation.memory.reading.prefix(0)
     assert "reads it all again" in told("/load plain.zip")
 
 
@@ -149,8 +149,8 @@ def test_edit_changes_the_last_question_and_asks_again(session, told, monkeypatc
     monkeypatch.setattr("click.edit", lambda text: text.replace("it", "this"))
     told("cat.png What is it?")
     told("/edit")
-    assert [exchange.question for exchange in session.talk.exchanges] == ["What is this?"]
-    assert len(session.talk.images) == 1
+    assert [exchange.question for exchange in session.conversation.exchanges] == ["What is this?"]
+    assert len(session.conversation.images) == 1
     monkeypatch.setattr("click.edit", lambda text: None)
     assert told("/edit") == "nothing was changed\n"
 
@@ -159,13 +159,13 @@ def test_forget_makes_room(session, told):
     told("One?")
     told("Two?")
     assert told("/forget") == "1 questions are left\n"
-    assert session.talk.exchanges[0].question == "Two?"
+    assert session.conversation.exchanges[0].question == "Two?"
 
 
 @pytest.mark.parametrize("word", ["/exit", "/quit", "/bye"])
 def test_leaving(session, told, word):
     told(word)
-    assert session.over
+    assert session.is_finished
 
 
 @pytest.mark.parametrize("word", ["/help", "/?"])
@@ -188,7 +188,7 @@ def test_a_video_is_a_picture_that_moves(session, told, tmp_path):
     told("/set num_frames 3")
     assert told("clip.mp4") == "clip.mp4 · 3 frames · 12 tokens\n"
     told("What happens?")
-    assert len(session.talk.exchanges[0].films[0].frames) == 3
+    assert len(session.conversation.exchanges[0].films[0].frames) == 3
 
 
 def test_the_pages_of_a_pdf_are_pictures(session, told, tmp_path):
@@ -202,16 +202,16 @@ def test_what_is_too_long_is_refused_and_its_pictures_are_kept(told, tmp_path, m
     short = load(str(tiny(Recipe(max_positions=96)).folder))
     monkeypatch.chdir(tmp_path)
     picture(60, 60).save("dog.png")
-    session = Session(short.conversation(system=""))
-    session.take("dog.png")
-    session.take("word " * 300)
+    session = ChatSession(short.conversation(system=""))
+    session.handle_line("dog.png")
+    session.handle_line("word " * 300)
     assert [item.name for item in session.pending] == ["dog.png"]
 
 
 def test_the_user_is_warned_before_the_window_is_full(capsys):
     short = load(str(tiny(Recipe(max_positions=96)).folder))
-    session = Session(short.conversation(system="", max_tokens=12))
-    session.take("word " * 14)
+    session = ChatSession(short.conversation(system="", max_tokens=12))
+    session.handle_line("word " * 14)
     assert "of 96 positions; to make room: forget the oldest" in capsys.readouterr().err
 
 
@@ -222,17 +222,17 @@ def test_an_interrupt_before_the_first_word_takes_the_question_back(session, tol
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(session.talk.vlm.model), "see_chunk", interrupted)
+        patch.setattr(type(session.conversation.vlm.model), "see_chunk", interrupted)
         assert "stopped before the first word" in told("What is it?")
     assert [item.name for item in session.pending] == ["cat.png"]
-    assert session.talk.exchanges == []
+    assert session.conversation.exchanges == []
     told("What is it?")
-    assert len(session.talk.exchanges) == 1
+    assert len(session.conversation.exchanges) == 1
 
 
 def test_an_interrupted_retry_keeps_the_last_answer(session, told, monkeypatch):
     told("What is it?")
-    before = session.talk.exchanges
+    before = session.conversation.exchanges
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -240,13 +240,13 @@ def test_an_interrupted_retry_keeps_the_last_answer(session, told, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("internvl3_mlx.generation.engine.Engine.prefill", interrupted)
         assert "the last answer is kept" in told("/retry")
-    assert session.talk.exchanges == before
+    assert session.conversation.exchanges == before
 
 
 def test_figures_tell_what_was_kept_and_how_many_guesses_were_right(vlm):
     talk = vlm.conversation(max_tokens=20, draft=vlm)
     talk.ask("What is it?", [picture(60, 60)])
-    text = console.describe(talk.ask("Why?"))
+    text = console.format_stats(talk.ask("Why?"))
     assert re.search(r"prompt \d+ \(4 image, \d+ kept\) in .* · 100% of \d+ guesses right$", text)
 
 

@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.cli.options import models
+from internvl3_mlx.cli.options import list_model_completions
 
 
 @pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])
@@ -19,9 +19,11 @@ def test_models_are_completed_from_sizes_the_cache_and_folders(tmp_path, monkeyp
     (tmp_path / "models--OpenGVLab--InternVL3-2B").mkdir()
     (tmp_path / "models--other--thing").mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    values = [item.value for item in models(None, None, "")]
+    values = [item.value for item in list_model_completions(None, None, "")]
     assert "2b" in values
     assert "OpenGVLab/InternVL3-2B" in values
     assert "other/thing" not in values
-    assert [item.value for item in models(None, None, "Open")][0] == "OpenGVLab/InternVL3-2B"
-    assert models(None, None, "x")[-1].type == "dir"
+    assert [item.value for item in list_model_completions(None, None, "Open")][
+        0
+    ] == "OpenGVLab/InternVL3-2B"
+    assert list_model_completions(None, None, "x")[-1].type == "dir"

@@ -25,8 +25,8 @@ def terminal(monkeypatch):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(console, "PATIENCE_S", 0.01)
-    monkeypatch.setattr(console, "TICK_S", 0.01)
+    monkeypatch.setattr(console, "SPINNER_DELAY_S", 0.01)
+    monkeypatch.setattr(console, "SPINNER_INTERVAL_S", 0.01)
 
 
 def wait_for(condition) -> None:
@@ -53,33 +53,33 @@ def test_colour_can_be_refused(terminal, monkeypatch, name, value):
 
 
 def test_a_terminal_gets_no_control_characters_from_the_model(terminal):
-    console.answer_text("\x1b[2Jtab\tline\n\x07é\x9b31m")
+    console.write_answer("\x1b[2Jtab\tline\n\x07é\x9b31m")
     assert console.sys.stdout.getvalue() == "[2Jtab\tline\né31m"
 
 
 def test_a_pipe_gets_the_models_text_untouched(capsys):
-    console.answer_text("\x1b[2Jtab\tline\n")
+    console.write_answer("\x1b[2Jtab\tline\n")
     assert capsys.readouterr().out == "\x1b[2Jtab\tline\n"
 
 
 def test_a_long_wait_shows_what_for_and_clears_it(terminal, impatient):
-    with console.waiting("loading 2b"):
+    with console.spinner("loading 2b"):
         wait_for(lambda: "loading 2b · 0 s" in terminal.getvalue())
     assert terminal.getvalue().endswith(console.CLEAR_LINE)
 
 
 def test_a_short_wait_shows_nothing(terminal):
-    with console.waiting("loading 2b"):
+    with console.spinner("loading 2b"):
         pass
     assert terminal.getvalue() == ""
 
 
 def test_the_first_note_ends_the_display(terminal, impatient):
-    with console.waiting("loading 2b") as notify:
+    with console.spinner("loading 2b") as notify:
         wait_for(lambda: "loading" in terminal.getvalue())
         notify("downloading 4.2 GB")
         length = len(terminal.getvalue())
-        time.sleep(5 * console.TICK_S)
+        time.sleep(5 * console.SPINNER_INTERVAL_S)
         assert len(terminal.getvalue()) == length
     assert terminal.getvalue().endswith(
         f"{console.CLEAR_LINE}\x1b[33mnote:\x1b[0m downloading 4.2 GB\n"
@@ -90,15 +90,15 @@ def test_the_first_note_ends_the_display(terminal, impatient):
 def test_quiet_or_dumb_shows_no_progress(terminal, impatient, monkeypatch, dumb):
     if dumb:
         monkeypatch.setenv("TERM", "dumb")
-    with console.waiting("loading 2b", quiet=not dumb) as notify:
-        time.sleep(5 * console.TICK_S)
+    with console.spinner("loading 2b", quiet=not dumb) as notify:
+        time.sleep(5 * console.SPINNER_INTERVAL_S)
         notify("found in the cache")
     assert terminal.getvalue() == ("note: found in the cache\n" if dumb else "")
 
 
 def test_a_failure_while_waiting_clears_the_line(terminal, impatient):
     def fail():
-        with console.waiting("loading 2b"):
+        with console.spinner("loading 2b"):
             wait_for(lambda: "loading" in terminal.getvalue())
             raise ValueError("no")
 
@@ -109,13 +109,15 @@ def test_a_failure_while_waiting_clears_the_line(terminal, impatient):
 
 def test_figures_leave_images_out_when_there_are_none():
     answer = FakeAnswer("yes", images=0)
-    assert "(1,792 image)" in console.describe(answer)
+    assert "(1,792 image)" in console.format_stats(answer)
     answer.usage = type(answer.usage)(prompt_tokens=17, image_tokens=0, completion_tokens=1)
-    assert console.describe(answer) == "1 token · 61.3 tok/s · prompt 17 in 0.9 s · peak 3.2 GB"
+    assert console.format_stats(answer) == "1 token · 61.3 tok/s · prompt 17 in 0.9 s · peak 3.2 GB"
 
 
 def test_values_are_put_in_words(capsys):
-    console.facts({"metal": True, "bits": 4.50, "size_gb": 12.0, "system": None, "ids": (1, 20)})
+    console.print_table(
+        {"metal": True, "bits": 4.50, "size_gb": 12.0, "system": None, "ids": (1, 20)}
+    )
     assert capsys.readouterr().out == (
         "metal    yes\nbits     4.5\nsize gb  12\nsystem   –\nids      1, 20\n"
     )

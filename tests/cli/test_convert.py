@@ -9,7 +9,7 @@ from fixtures.hub import running_hub
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 
-from internvl3_mlx.cli.convert import FLOATS, LAYOUTS, MODES
+from internvl3_mlx.cli.convert import DTYPE_NAMES, LAYOUTS, MODES
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.convert import plan, recipes
 
@@ -161,4 +161,4 @@ def test_an_upload_asks_and_a_pipe_cannot_say_yes(source, tmp_path, monkeypatch)
 def test_the_flags_offer_what_the_converter_knows():
     assert set(MODES) == {*recipes.MODES}
     assert LAYOUTS == plan.LAYOUTS
-    assert {*FLOATS} == {*plan.FLOATS}
+    assert {*DTYPE_NAMES} == {*plan.FLOATS}

@@ -20,12 +20,12 @@ from internvl3_mlx.profiling import self_check
 @pytest.fixture(autouse=True)
 def _no_metal(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
-    monkeypatch.delenv(dispatch.SWITCH, raising=False)
+    monkeypatch.delenv(dispatch.MODE_VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
-    registry.measured.cache_clear()
+    registry.read_thresholds.cache_clear()
     yield
-    self_test.known.clear()
-    registry.measured.cache_clear()
+    self_test.results.clear()
+    registry.read_thresholds.cache_clear()
 
 
 def doctor(*words):
@@ -50,7 +50,7 @@ class Sound:
 @pytest.fixture
 def a_mac(_no_metal, monkeypatch):
     monkeypatch.setattr(dispatch, "metal_available", lambda: True)
-    return lambda *found: monkeypatch.setattr(variants, "variants", lambda: [*found])
+    return lambda *found: monkeypatch.setattr(variants, "all_variants", lambda: [*found])
 
 
 def test_without_metal_that_is_said_and_the_rest_is_tried():
@@ -100,7 +100,7 @@ def test_a_model_that_fails_is_a_result(monkeypatch):
 
 
 def test_where_kernels_pay_is_told():
-    registry.write_table([registry.Entry("flash_decode", 8, 64, 7, 4096)])
+    registry.write_thresholds([registry.KernelThreshold("flash_decode", 8, 64, 7, 4096)])
     used = json.loads(doctor("--json").stdout)["kernels"]["used"]
     assert used == {"flash_decode, 8 bits, head_dim 64, 7 rows": "from 4,096 tokens"}
 
@@ -114,12 +114,12 @@ def test_where_kernels_pay_is_told():
     ],
 )
 def test_paths_are_left_out_and_nothing_else(text, shown):
-    assert doctor_module.line("a", "ok", text)["detail"] == shown
+    assert doctor_module.check_row("a", "ok", text)["detail"] == shown
 
 
 def ask(monkeypatch, tmp_path, switch, *words):
     picture(60, 60).save(tmp_path / "a.png")
-    monkeypatch.setenv(dispatch.SWITCH, switch)
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, switch)
     model = str(tiny(Recipe()).folder)
     words = [*words, "-p", "?", "--model", model, "-m", "3", "--kv-bits", "8"]
     return CliRunner().invoke(main, ["generate", str(tmp_path / "a.png"), *words])
@@ -129,20 +129,20 @@ def test_a_kernel_that_does_not_work_is_told_in_one_line(monkeypatch, tmp_path, 
     from internvl3_mlx.metal_kernels.flash_decode import FlashVariant
 
     plain = ask(monkeypatch, tmp_path, "off")
-    monkeypatch.setattr(FlashVariant, "both", Sound(fault="no such function").both)
+    monkeypatch.setattr(FlashVariant, "self_test_pairs", Sound(fault="no such function").both)
     result = ask(monkeypatch, tmp_path, "force")
     assert result.stdout == plain.stdout
     assert result.stderr.startswith("note: Metal kernel flash_decode 8 bits")
     assert "(no such function): using MLX's own attention" in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    self_test.known.clear()
+    self_test.results.clear()
     (tmp_path / "kernels" / "probes.json").unlink()
     assert ask(monkeypatch, tmp_path, "force", "-q").stderr == ""
 
 
 def test_an_unknown_wish_is_refused_before_anything_is_tried(monkeypatch):
-    monkeypatch.setenv(dispatch.SWITCH, "maybe")
-    monkeypatch.setattr(doctor_module, "checks", None)
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, "maybe")
+    monkeypatch.setattr(doctor_module, "run_checks", None)
     result = doctor()
     assert result.exit_code == 2
     assert "INTERNVL3_KERNELS=maybe: it may be off, on or force" in result.stderr

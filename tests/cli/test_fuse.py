@@ -15,10 +15,10 @@ from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.tiny import Bits, Recipe
 
 from internvl3_mlx import load
-from internvl3_mlx.checkpoints.build_model import open_model
+from internvl3_mlx.checkpoints.build_model import build_model
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.models.lora import adapters, dense_weight
-from internvl3_mlx.training.lora_setup import save_adapter
+from internvl3_mlx.models.lora import dequantized_weight, lora_layers
+from internvl3_mlx.training.lora_setup import save_model_adapter
 from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 2e-5
@@ -33,7 +33,7 @@ def fuse(*args):
 def saved(case, folder, naming="original", **changes):
     """Save an adapter of a tiny model; return the model that has it."""
     model, settings = adapted(case, **{"keys": ("all",), **changes})
-    save_adapter(model, folder, settings, naming)
+    save_model_adapter(model, folder, settings, naming)
     return model
 
 
@@ -64,7 +64,7 @@ def test_either_naming_fuses_into_every_layout(layout, naming, tmp_path):
     case = tiny(Recipe(layout=layout, shards=2))
     model = saved(case, tmp_path / "a", naming)
     fused(case, tmp_path, "--no-proof")
-    out = logits(open_model(tmp_path / "out").model, case)
+    out = logits(build_model(tmp_path / "out").model, case)
     assert relative_error(out, logits(model, case)) < TOLERANCE
 
 
@@ -74,7 +74,7 @@ def test_the_result_may_be_pytorchs(to, style, tmp_path):
     case = tiny(Recipe(style=style))
     model = saved(case, tmp_path / "a", dora=True)
     fused(case, tmp_path, "--to", to)
-    out = logits(open_model(tmp_path / "out").model, case)
+    out = logits(build_model(tmp_path / "out").model, case)
     assert relative_error(out, logits(model, case)) < TOLERANCE
 
 
@@ -84,7 +84,7 @@ def test_a_packed_model_dequantized_equals_its_adapter(form, tmp_path):
     model = saved(case, tmp_path / "a", **form)
     report = fused(case, tmp_path, "--dequantize")
     assert report["packing"] == []
-    out = logits(open_model(tmp_path / "out").model, case)
+    out = logits(build_model(tmp_path / "out").model, case)
     assert relative_error(out, logits(model, case)) < TOLERANCE
 
 
@@ -94,16 +94,16 @@ def test_a_packed_model_is_packed_again_as_it_was(form, tmp_path):
     model = saved(case, tmp_path / "a", **form)
     report = fused(case, tmp_path)
     assert [(p["bits"], p["group_size"]) for p in report["packing"]] == [(8, 32)]
-    out, before = open_model(tmp_path / "out"), open_model(case.folder)
+    out, before = build_model(tmp_path / "out"), build_model(case.folder)
     assert out.config.quantization == before.config.quantization
     found = dict(out.model.named_modules())
-    for path, layer in adapters(model):
-        exact = layer.factors.applied(dense_weight(layer.base))
+    for path, layer in lora_layers(model):
+        exact = layer.weights.merged_into(dequantized_weight(layer.base))
         step = mx.repeat(found[path].scales, 32, axis=1)
-        assert bool((mx.abs(dense_weight(found[path]) - exact) <= mx.abs(step)).all()), path
+        assert bool((mx.abs(dequantized_weight(found[path]) - exact) <= mx.abs(step)).all()), path
     # what eight bits cost these weights at all, and how much more the adapter changes
     plain = relative_error(
-        logits(before.model, case), logits(open_model(tiny(DENSE).folder).model, case)
+        logits(before.model, case), logits(build_model(tiny(DENSE).folder).model, case)
     )
     error = relative_error(logits(out.model, case), logits(model, case))
     assert error < 1.5 * plain
@@ -129,7 +129,7 @@ def test_bfloat16_rounds_once_and_stays_bfloat16(tmp_path):
     fused(case, tmp_path, "--no-proof")
     after = tensors(tmp_path / "out")["mlp1.1.weight"]
     layer = model.mlp1[1]
-    exact = layer.factors.applied(layer.base.weight)
+    exact = layer.weights.applied(layer.base.weight)
     assert after.dtype == mx.bfloat16
     np.testing.assert_array_equal(
         np.array(after.astype(mx.float32)), np.array(exact.astype(mx.bfloat16).astype(mx.float32))
@@ -143,7 +143,7 @@ def test_modules_trained_whole_are_fused_too(base, tmp_path):
     set_trainable(model, ("lora", "mlp1"))
     model.mlp1[1].weight = model.mlp1[1].weight * 1.5
     model.mlp1[3].bias = model.mlp1[3].bias + 0.5
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     source = tiny(base)
     fused(source, tmp_path, *(["--dequantize"] if base is PACKED else []))
     after = tensors(tmp_path / "out")
@@ -184,7 +184,7 @@ def test_rows_whose_length_only_the_model_knows_are_not_made_up(tmp_path):
     assert "joined from parts of which DoRA changes only some; fuse" in result.stderr
     assert not (tmp_path / "out").exists()
     fused(case, tmp_path, "--to", "original")
-    out = logits(open_model(tmp_path / "out").model, case)
+    out = logits(build_model(tmp_path / "out").model, case)
     assert relative_error(out, logits(model, case)) < TOLERANCE
 
 

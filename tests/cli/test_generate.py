@@ -12,7 +12,7 @@ from fixtures.fake_vlm import FakeVLM
 from PIL import Image
 
 import internvl3_mlx
-from internvl3_mlx.cli.generate import UNTRAINED
+from internvl3_mlx.cli.generate import UNTRAINED_NOTE
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.errors import PromptError
 
@@ -57,31 +57,33 @@ def screens(result) -> tuple[str, str, int]:
 
 def test_the_answer_is_all_there_is_on_stdout(vlm, red):
     assert screens(generate(red, "-p", "What is this?")) == ("A red square.\n", "", 0)
-    assert [(question, len(names)) for question, names, _ in vlm.asked] == [("What is this?", 1)]
+    assert [(question, len(names)) for question, names, _ in vlm.processing_config] == [
+        ("What is this?", 1)
+    ]
 
 
 def test_a_question_needs_no_picture(vlm):
     assert screens(generate("-p", "Who are you?")) == ("A red square.\n", "", 0)
-    assert vlm.asked == [("Who are you?", [], {})]
+    assert vlm.processing_config == [("Who are you?", [], {})]
 
 
 def test_pictures_come_in_the_order_given_positional_first(vlm, red, green):
     generate("-i", green, red, "-p", "Which?")
-    ((_, names, _),) = vlm.asked
+    ((_, names, _),) = vlm.processing_config
     assert [Path(name).name for name in names] == ["red.png", "my green.png"]
 
 
 @pytest.mark.parametrize("flags", [[], ["-p", "-"]])
 def test_the_question_is_read_from_a_pipe(vlm, flags):
     assert generate(*flags, input="What is this?\n").exit_code == 0
-    assert vlm.asked[0][0].strip() == "What is this?"
+    assert vlm.processing_config[0][0].strip() == "What is this?"
 
 
 def test_a_picture_is_read_from_a_pipe(vlm):
     png = BytesIO()
     Image.new("RGB", (7, 5), "red").save(png, "PNG")
     assert generate("-", "-p", "What is this?", input=png.getvalue()).exit_code == 0
-    assert vlm.asked == [("What is this?", ["standard input"], {})]
+    assert vlm.processing_config == [("What is this?", ["standard input"], {})]
 
 
 def test_at_a_keyboard_a_missing_question_is_told_at_once(red):
@@ -181,7 +183,7 @@ def test_flags_reach_the_settings_and_only_those_given(vlm):
         *("--quantized-kv-start", "7", "--prefill-step-size", "512"),
     ]
     assert generate("-p", "?", *flags).exit_code == 0
-    assert vlm.asked[0][2] == {
+    assert vlm.processing_config[0][2] == {
         "system": "",
         "max_tokens": 9,
         "temperature": 0.5,
@@ -212,7 +214,7 @@ def test_flags_reach_the_settings_and_only_those_given(vlm):
 )
 def test_the_position_step_is_one_or_one_for_each_picture(vlm, text, delta):
     assert generate("-p", "?", "--v2pe-delta", text).exit_code == 0
-    assert vlm.asked[0][2] == {"v2pe_delta": delta}
+    assert vlm.processing_config[0][2] == {"v2pe_delta": delta}
 
 
 def test_a_position_step_off_the_scale_is_refused(vlm):
@@ -225,7 +227,7 @@ def test_a_video_reaches_the_settings(vlm, tmp_path):
     video = tmp_path / "walk.mp4"
     video.write_bytes(b"frames")
     assert generate("-p", "?", "--video", str(video)).exit_code == 0
-    assert vlm.asked[0][2] == {"video": (str(video),)}
+    assert vlm.processing_config[0][2] == {"video": (str(video),)}
 
 
 def test_flags_reach_load_and_only_those_given(vlm):
@@ -250,13 +252,13 @@ def test_stats_go_to_stderr(vlm, red):
 
 
 def test_notes_go_to_stderr(vlm):
-    vlm.notes, vlm.trained = ("no network: using the demo model",), False
-    notes = f"note: no network: using the demo model\nnote: {UNTRAINED}\n"
+    vlm.warnings, vlm.trained = ("no network: using the demo model",), False
+    notes = f"note: no network: using the demo model\nnote: {UNTRAINED_NOTE}\n"
     assert screens(generate("-p", "?")) == ("A red square.\n", notes, 0)
 
 
 def test_quiet_silences_notes(vlm):
-    vlm.notes, vlm.trained = ("no network: using the demo model",), False
+    vlm.warnings, vlm.trained = ("no network: using the demo model",), False
     assert screens(generate("-p", "?", "--quiet")) == ("A red square.\n", "", 0)
 
 
@@ -278,7 +280,7 @@ def test_each_heads_every_answer_with_its_file(vlm, red, green):
     answers = f"== {red}\nA red square.\n== {green}\nA red square.\n"
     assert screens(result) == (answers, "", 0)
     assert len(vlm.loaded) == 1
-    assert [len(names) for _, names, _ in vlm.asked] == [1, 1]
+    assert [len(names) for _, names, _ in vlm.processing_config] == [1, 1]
 
 
 def test_each_with_jsonl_is_one_line_a_file(vlm, red, green):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from internvl3_mlx.cli.input_line import read_line, shown
+from internvl3_mlx.cli.input_line import display_path, parse_line
 
 NARROW = "\u202f"  # what macOS puts before AM and PM in the names of screenshots
 SCREENSHOT = f"Screenshot 2026-11-23 at 9.41.00{NARROW}AM.png"
@@ -51,45 +51,45 @@ def home(tmp_path, monkeypatch):
     ],
 )
 def test_words_that_are_pictures_are_taken_out_and_the_rest_stays(home, typed, sources, question):
-    line = read_line(typed)
-    assert [dropped.source for dropped in line.dropped] == sources
+    line = parse_line(typed)
+    assert [dropped.source for dropped in line.media] == sources
     assert line.question == (typed if question is None else question)
-    assert line.missing == ()
+    assert line.problems == ()
 
 
 def test_a_file_address_is_a_picture(home):
-    line = read_line(f"file://{home}/My%20cat.png hi")
-    assert len(line.dropped) == 1
+    line = parse_line(f"file://{home}/My%20cat.png hi")
+    assert len(line.media) == 1
     assert line.question == "hi"
 
 
 def test_a_screenshot_typed_with_a_plain_blank_is_found(home):
     typed = SCREENSHOT.replace(NARROW, " ").replace(" ", "\\ ")
-    assert len(read_line(f"{typed} hi").dropped) == 1
+    assert len(parse_line(f"{typed} hi").media) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "kind"), [("cat.png", "image"), ("clip.mp4", "video"), ("report.pdf", "document")]
 )
 def test_the_suffix_says_what_it_is(home, name, kind):
-    assert read_line(name).dropped[0].kind == kind
+    assert parse_line(name).media[0].kind == kind
 
 
 @pytest.mark.parametrize("typed", ["~/cta.png what?", "what is 'no such.png' about"])
 def test_a_missing_picture_is_reported_and_never_sent(home, typed):
-    line = read_line(typed)
-    assert line.dropped == ()
-    assert "no file at" in line.missing[0]
+    line = parse_line(typed)
+    assert line.media == ()
+    assert "no file at" in line.problems[0]
 
 
 def test_a_near_miss_is_named(home):
-    assert "did you mean" in read_line("~/cta.png").missing[0]
+    assert "did you mean" in parse_line("~/cta.png").problems[0]
 
 
 def test_a_path_is_shown_as_it_would_be_typed(home, monkeypatch):
     path = os.path.join(home, "My cat.png")
     monkeypatch.chdir(home)
-    assert shown(path) == "My\\ cat.png"
+    assert display_path(path) == "My\\ cat.png"
     monkeypatch.chdir("/")
-    assert shown(path) == "~/My\\ cat.png"
-    assert read_line(shown(path)).dropped[0].source == "~/My cat.png"
+    assert display_path(path) == "~/My\\ cat.png"
+    assert parse_line(display_path(path)).media[0].source == "~/My cat.png"

@@ -162,7 +162,7 @@ def test_a_full_disk_is_told_without_its_number(monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("internvl3_mlx.cli.console.facts", full)
+    monkeypatch.setattr("internvl3_mlx.cli.console.print_table", full)
     result = invoke("info")
     assert result.exit_code == 1
     assert result.stderr == (

@@ -7,7 +7,7 @@ import pytest
 from rich.cells import cell_len
 
 from internvl3_mlx.cli import console, markdown
-from internvl3_mlx.cli.markdown import Blocks, MarkdownWriter
+from internvl3_mlx.cli.markdown import BlockSplitter, MarkdownWriter
 
 LIST, CODE = "- one\n- two\n\n  more of two", "```py\nx\n\ny\n```\nend"
 TEXT = f"# Head\n\nA *b* para\nof two lines.\n\n{LIST}\n\n{CODE}"
@@ -38,7 +38,7 @@ def written(shown, text, size=3):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_blocks_are_the_same_however_the_text_arrives(size):
-    blocks = Blocks()
+    blocks = BlockSplitter()
     found = [b for at in range(0, len(TEXT), size) for b in blocks.add(TEXT[at : at + size])]
     found += blocks.finish()
     assert found == [
@@ -105,13 +105,13 @@ def test_markdown_is_set_in_type_and_its_signs_are_gone(shown):
 def test_colour_is_left_out_where_it_is_not_wanted(shown, monkeypatch):
     written(shown, "```py\nx = 1\n```")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", shown.getvalue())
-    assert console.is_lively(shown)
+    assert console.is_interactive(shown)
 
 
 def test_what_is_still_being_written_passes_by_on_one_line(shown, monkeypatch):
     passed = []
-    monkeypatch.setattr(console, "passing", passed.append)
-    monkeypatch.setattr(markdown, "TICK_S", -1)
+    monkeypatch.setattr(console, "show_transient", passed.append)
+    monkeypatch.setattr(markdown, "PREVIEW_INTERVAL_S", -1)
     written(shown, "A long\nparagraph that grows 图片 " * 9, size=40)
     assert passed[-1] == ""
     lines = [line for line in passed if line]

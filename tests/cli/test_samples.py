@@ -9,7 +9,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import load
-from internvl3_mlx.cli.generate import ALL_THE_SAME
+from internvl3_mlx.cli.generate import GREEDY_SAMPLES_NOTE
 from internvl3_mlx.cli.main import main
 
 DRAWN = ("--temp", "1", "--seed", "4")
@@ -54,10 +54,10 @@ def test_figures_of_each_are_told(run):
 
 def test_greedy_answers_are_all_the_same_and_that_is_said(run):
     result = run("--samples", "2")
-    assert f"note: {ALL_THE_SAME}\n" in result.stderr
+    assert f"note: {GREEDY_SAMPLES_NOTE}\n" in result.stderr
     _, first, second = result.stdout.replace("== 2", "== 1").split("== 1\n")
     assert first == second
-    assert ALL_THE_SAME not in run("--samples", "2", *DRAWN).stderr
+    assert GREEDY_SAMPLES_NOTE not in run("--samples", "2", *DRAWN).stderr
 
 
 def test_many_pictures_one_by_one_are_refused(run):

@@ -7,8 +7,8 @@ import pytest
 from fixtures.image_files import noise
 from PIL import Image
 
-from internvl3_mlx.cli.thumbnails import CHUNK, drawer, iterm, kitty
-from internvl3_mlx.images.load import Picture, preview_png
+from internvl3_mlx.cli.thumbnails import CHUNK, choose_thumbnail_encoder, encode_iterm, encode_kitty
+from internvl3_mlx.images.load import LoadedImage, preview_png
 
 PNG = b"\x89PNG" + bytes(range(256)) * 40
 
@@ -16,11 +16,11 @@ PNG = b"\x89PNG" + bytes(range(256)) * 40
 @pytest.mark.parametrize(
     ("env", "draw"),
     [
-        ({"TERM_PROGRAM": "iTerm.app"}, iterm),
-        ({"TERM_PROGRAM": "WezTerm"}, iterm),
-        ({"TERM_PROGRAM": "ghostty"}, kitty),
-        ({"TERM": "xterm-kitty"}, kitty),
-        ({"KITTY_WINDOW_ID": "1"}, kitty),
+        ({"TERM_PROGRAM": "iTerm.app"}, encode_iterm),
+        ({"TERM_PROGRAM": "WezTerm"}, encode_iterm),
+        ({"TERM_PROGRAM": "ghostty"}, encode_kitty),
+        ({"TERM": "xterm-kitty"}, encode_kitty),
+        ({"KITTY_WINDOW_ID": "1"}, encode_kitty),
         ({"TERM_PROGRAM": "Apple_Terminal"}, None),
         ({"TERM_PROGRAM": "WarpTerminal"}, None),
         ({"TERM_PROGRAM": "vscode"}, None),
@@ -30,25 +30,25 @@ PNG = b"\x89PNG" + bytes(range(256)) * 40
     ],
 )
 def test_each_terminal_gets_its_own_sequence_or_none(env, draw):
-    assert drawer(env) is draw
-    assert drawer(env, wanted=False) is None
+    assert choose_thumbnail_encoder(env) is draw
+    assert choose_thumbnail_encoder(env, wanted=False) is None
 
 
 def test_vs_code_and_tmux_show_pictures_when_asked():
-    assert drawer({"TERM_PROGRAM": "vscode"}, wanted=True) is iterm
-    wrapped = drawer({"TERM_PROGRAM": "iTerm.app", "TMUX": "x"}, wanted=True)(PNG)
+    assert choose_thumbnail_encoder({"TERM_PROGRAM": "vscode"}, wanted=True) is encode_iterm
+    wrapped = choose_thumbnail_encoder({"TERM_PROGRAM": "iTerm.app", "TMUX": "x"}, wanted=True)(PNG)
     assert wrapped.startswith("\x1bPtmux;\x1b\x1b]1337;")
     assert wrapped.endswith("\x1b\\\n")
 
 
 def test_osc_1337_carries_the_whole_file():
-    text = iterm(PNG)
+    text = encode_iterm(PNG)
     assert text.startswith(f"\x1b]1337;File=inline=1;size={len(PNG)};")
     assert base64.b64decode(text.partition(":")[2].removesuffix("\a\n")) == PNG
 
 
 def test_kitty_sequences_are_chunks_that_join_to_the_file():
-    parts = kitty(PNG).rstrip("\n").split("\x1b\\")[:-1]
+    parts = encode_kitty(PNG).rstrip("\n").split("\x1b\\")[:-1]
     payloads = [part.partition(";")[2] for part in parts]
     assert base64.b64decode("".join(payloads)) == PNG
     assert max(map(len, payloads)) <= CHUNK
@@ -56,5 +56,5 @@ def test_kitty_sequences_are_chunks_that_join_to_the_file():
 
 
 def test_a_preview_is_small_and_keeps_its_shape():
-    png = preview_png(Picture(noise(900, 300), "wide"))
+    png = preview_png(LoadedImage(noise(900, 300), "wide"))
     assert Image.open(io.BytesIO(png)).size == (480, 160)

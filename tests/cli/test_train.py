@@ -13,14 +13,14 @@ from fixtures.terminal import Program
 
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.cli.train import in_words, train
-from internvl3_mlx.training.checkpoint import checkpoints
-from internvl3_mlx.training.config import PRESETS, TrainRecipe
-from internvl3_mlx.training.config_fields import about
-from internvl3_mlx.training.config_file import build_recipe
+from internvl3_mlx.cli.train import format_field_value, train_command
+from internvl3_mlx.training.checkpoint import list_checkpoints
+from internvl3_mlx.training.config import PRESETS, TrainConfig
+from internvl3_mlx.training.config_fields import field_info
+from internvl3_mlx.training.config_file import build_config
 
-FIELDS = {entry.name: entry for entry in fields(TrainRecipe)}
-FLAGS = {param.name: param for param in train.params}
+FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
+FLAGS = {param.name: param for param in train_command.params}
 SHORT = [
     word
     for name, value in (SMALL | {"iters": 3, "steps_per_report": 1}).items()
@@ -52,7 +52,9 @@ def test_every_field_has_one_flag_of_its_name():
     assert {*FIELDS} <= {*FLAGS}
     for name in FIELDS:
         assert f"--{name.replace('_', '-')}" in FLAGS[name].opts
-    spellings = [name for param in train.params for name in (*param.opts, *param.secondary_opts)]
+    spellings = [
+        name for param in train_command.params for name in (*param.opts, *param.secondary_opts)
+    ]
     assert len(spellings) == len({*spellings})
 
 
@@ -61,20 +63,24 @@ def test_the_help_names_the_default_that_is_used(name):
     shown, entry = FLAGS[name].show_default, FIELDS[name]
     if name == "model":
         return
-    own = about(entry).unset if entry.default is None else in_words(entry.default)
-    presets = [f"{m} {in_words(p[name])}" for m, p in PRESETS.items() if name in p]
+    own = (
+        field_info(entry).default_text
+        if entry.default is None
+        else format_field_value(entry.default)
+    )
+    presets = [f"{m} {format_field_value(p[name])}" for m, p in PRESETS.items() if name in p]
     assert (shown or "") == "; ".join(filter(None, [own, *presets]))
 
 
 def test_a_flag_that_is_not_given_has_no_value_of_its_own(monkeypatch):
     monkeypatch.delenv("INTERNVL3_MODEL", raising=False)
-    context = train.make_context("train", [])
+    context = train_command.make_context("train", [])
     assert {name for name in FIELDS if context.params[name] is not None} == set()
 
 
 def test_every_flag_stands_under_a_heading_and_says_what_it_does():
-    for param in train.params:
-        assert isinstance(param, options.Flag)
+    for param in train_command.params:
+        assert isinstance(param, options.SectionedOption)
         assert param.help
         assert param.section in options.SECTIONS
 
@@ -113,7 +119,7 @@ def test_the_adapter_of_a_run_changes_answers(folder):
     adapted = CliRunner().invoke(main, [*ask, "--adapter-path", "adapters"])
     assert adapted.exit_code == 0, adapted.stderr
     assert adapted.stdout != plain
-    step = checkpoints(Path("adapters"))[-1]
+    step = list_checkpoints(Path("adapters"))[-1]
     assert CliRunner().invoke(main, [*ask, "--adapter-path", str(step)]).stdout == adapted.stdout
 
 
@@ -122,7 +128,7 @@ def test_a_recipe_from_a_file_with_flags_over_it(folder):
     (folder / "mine.yaml").write_text("\n".join([*lines, "data: data", "iters: 5", "seed: 1"]))
     result = invoke("-c", "mine.yaml", "--iters", 2, "--json")
     assert result.exit_code == 0, result.stderr
-    kept = build_recipe({}, folder / "adapters" / "recipe.yaml")
+    kept = build_config({}, folder / "adapters" / "recipe.yaml")
     assert (kept.iters, kept.seed, kept.lora_rank) == (2, 1, 3)
 
 
@@ -159,7 +165,7 @@ def test_a_run_goes_on_by_its_folder_alone(folder):
     assert further.exit_code == 2
     assert "iters was 3 and is 4" in further.stderr
     assert invoke("--resume", "--iters", 4, "--accept-changes").exit_code == 0
-    assert checkpoints(folder / "adapters")[-1].name == "step-000004"
+    assert list_checkpoints(folder / "adapters")[-1].name == "step-000004"
 
 
 def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
@@ -172,7 +178,7 @@ def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
         "--overwrite\n"
     )
     assert begin("--overwrite", "--iters", 2).exit_code == 0
-    assert [path.name for path in checkpoints(folder / "adapters")] == ["step-000002"]
+    assert [path.name for path in list_checkpoints(folder / "adapters")] == ["step-000002"]
     assert (folder / "adapters" / "mine.txt").exists()
 
 
@@ -264,7 +270,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, terminal):
     assert "stopping after this update, then saving; Ctrl-C again stops at once" in screen
     assert "note: stopped: interrupted" in screen
     assert "go on with: internvl3 train --resume --adapter-path adapters" in screen
-    assert len(checkpoints(folder / "adapters")) == 1
+    assert len(list_checkpoints(folder / "adapters")) == 1
     assert (folder / "adapters" / "adapter_model.safetensors").exists()
 
 

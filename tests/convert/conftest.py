@@ -5,8 +5,8 @@ from fixtures.inputs import picture
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx.checkpoints.build_model import open_model
-from internvl3_mlx.convert.calibration.data import read_samples
+from internvl3_mlx.checkpoints.build_model import build_model
+from internvl3_mlx.convert.calibration.data import load_samples
 
 TINY = Recipe()
 
@@ -21,9 +21,9 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def opened():
-    return open_model(tiny(TINY).folder)
+    return build_model(tiny(TINY).folder)
 
 
 @pytest.fixture(scope="session")
 def samples(opened, pictures):
-    return read_samples(pictures, opened)
+    return load_samples(pictures, opened)

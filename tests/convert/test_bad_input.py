@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from fixtures.checkpoints import write_json
-from fixtures.conversions import converted
+from fixtures.conversions import run_conversion
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 from safetensors.torch import load_file, save_file
 
 from internvl3_mlx.checkpoints import verify, writer
-from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.recipes import uniform_recipe
 from internvl3_mlx.errors import InternVL3Error
 
 NORM = "language_model.model.norm.weight"
@@ -40,7 +40,7 @@ def refusal(source: Path, target: Path, *, packing=None, **options) -> str:
     """Expect a conversion to fail, in one line, and to leave everything as it was."""
     before, around = contents(source), sorted(target.parent.iterdir())
     with pytest.raises(InternVL3Error) as caught:
-        converted(source, target, packing, **options)
+        run_conversion(source, target, packing, **options)
     assert contents(source) == before
     assert sorted(target.parent.iterdir()) == around
     message = str(caught.value)
@@ -95,7 +95,7 @@ def test_a_folder_without_its_small_files_is_refused(source, tmp_path, missing):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("packing", [None, recipe(4, 32)], ids=["dense", "packed"])
+@pytest.mark.parametrize("packing", [None, uniform_recipe(4, 32)], ids=["dense", "packed"])
 def test_weights_that_are_no_numbers_are_named(source, tmp_path, dtype, number, packing):
     spoil(
         source, DOWN, lambda x: x.to(getattr(torch, dtype)).index_fill(0, torch.tensor([7]), number)
@@ -117,12 +117,12 @@ def test_the_source_as_target_is_refused(source, tmp_path):
 @pytest.mark.parametrize("inside", ["out", "a/b"])
 def test_a_target_inside_the_source_is_refused(source, inside):
     with pytest.raises(InternVL3Error, match="overlaps the source"):
-        converted(source, source / inside)
+        run_conversion(source, source / inside)
 
 
 def test_a_target_around_the_source_is_refused(source):
     with pytest.raises(InternVL3Error, match="overlaps the source"):
-        converted(source, source.parent, overwrite=True)
+        run_conversion(source, source.parent, overwrite=True)
 
 
 def test_too_little_room_is_told_before_anything_is_written(source, tmp_path, monkeypatch):
@@ -174,11 +174,11 @@ def test_a_read_only_target_is_told():
 def test_a_target_below_a_file_is_told(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InternVL3Error, match="cannot write .*Not a directory; nothing was left"):
-        converted(source, tmp_path / "file" / "out")
+        run_conversion(source, tmp_path / "file" / "out")
 
 
 def test_a_disk_that_reads_back_other_bytes_is_noticed(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "checksum", lambda info: 1)
+    monkeypatch.setattr(verify, "file_checksum", lambda info: 1)
     message = refusal(source, tmp_path / "out")
     assert "reads back differently than it was written" in message
 
@@ -186,7 +186,10 @@ def test_a_disk_that_reads_back_other_bytes_is_noticed(source, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"packing": recipe(4)}, "is quantized already; convert the 16-bit checkpoint instead"),
+        (
+            {"packing": uniform_recipe(4)},
+            "is quantized already; convert the 16-bit checkpoint instead",
+        ),
         ({"layout": "hf"}, "is quantized, PyTorch reads dense weights; add --dequantize"),
         ({"layout": "gguf"}, "layout 'gguf' was asked for; known are mlx, original, hf"),
         ({"dtype": "int8"}, "dtype 'int8' was asked for; known are float32, float16, bfloat16"),
@@ -203,7 +206,7 @@ def test_a_dense_checkpoint_cannot_be_dequantized(source, tmp_path):
 
 
 def test_pytorch_layouts_are_not_packed(source, tmp_path):
-    message = refusal(source, tmp_path / "out", packing=recipe(4), layout="original")
+    message = refusal(source, tmp_path / "out", packing=uniform_recipe(4), layout="original")
     assert message == "original checkpoints are not quantized; leave out one of --to and -q"
 
 
@@ -254,8 +257,8 @@ def test_an_adapter_of_unknown_scale_is_refused(tmp_path):
 def test_an_adapter_config_names_the_scale(tmp_path):
     folder = adapters(tmp_path, lambda weights: None)
     write_json(folder / "adapter_config.json", {"r": 3, "lora_alpha": 6})
-    converted(folder, tmp_path / "out")
+    run_conversion(folder, tmp_path / "out")
     write_json(folder / "adapter_config.json", {"r": 3, "lora_alpha": 3})
-    converted(folder, tmp_path / "half")
+    run_conversion(folder, tmp_path / "half")
     one, half = (load_file(tmp_path / n / "model.safetensors")[DOWN] for n in ("out", "half"))
     assert not torch.equal(one, half)

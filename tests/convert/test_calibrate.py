@@ -3,15 +3,25 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.conversions import converted, logits, tensors
+from fixtures.conversions import logits, run_conversion, tensors
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.calibration.bit_allocation import Measured, allocate, hull, packed_bits
-from internvl3_mlx.convert.calibration.calibrate import Wish, calibrate, measure, prove_forward
-from internvl3_mlx.convert.calibration.metrics import bits_by_part
-from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.calibration.bit_allocation import (
+    Sensitivity,
+    allocate_bits,
+    lower_hull,
+    quantized_bits,
+)
+from internvl3_mlx.convert.calibration.calibrate import (
+    CalibrationConfig,
+    calibrate,
+    compare_checkpoints,
+    compare_outputs,
+)
+from internvl3_mlx.convert.calibration.metrics import bits_per_part
+from internvl3_mlx.convert.recipes import uniform_recipe
 from internvl3_mlx.errors import CheckpointError, UserError
 
 TINY = Recipe(style="300m")
@@ -20,17 +30,17 @@ TINY = Recipe(style="300m")
 @pytest.fixture(scope="module")
 def found(pictures):
     silent = lambda *_: None  # noqa: E731
-    return calibrate(tiny(TINY).folder, pictures, Wish(5.0, epochs=2), silent)
+    return calibrate(tiny(TINY).folder, pictures, CalibrationConfig(5.0, epochs=2), silent)
 
 
 def entry(unit, bits, kl, width=64):
     form = Quantization(bits, 64)
-    return Measured((unit,), form, packed_bits((10, width), form), kl)
+    return Sensitivity((unit,), form, quantized_bits((10, width), form), kl)
 
 
 def test_the_hull_drops_what_costs_more_for_less():
     entries = [entry("a", 2, 1.0), entry("a", 3, 0.9), entry("a", 4, 0.1), entry("a", 5, 0.2)]
-    assert [e.form.bits for e in hull(entries)] == [2, 4]
+    assert [e.quantization.bits for e in lower_hull(entries)] == [2, 4]
 
 
 def test_bits_go_to_the_unit_that_needs_them():
@@ -39,52 +49,54 @@ def test_bits_go_to_the_unit_that_needs_them():
         for unit, weight in (("a", 100), ("b", 1))
         for bits in (2, 3, 4, 5, 6, 8)
     ]
-    plan = allocate(entries, {"a": 640, "b": 640}, 4.5)
-    assert plan.chosen[("a",)].form.bits > plan.chosen[("b",)].form.bits
-    assert plan.bpw <= 4.5
+    plan = allocate_bits(entries, {"a": 640, "b": 640}, 4.5)
+    assert plan.chosen[("a",)].quantization.bits > plan.chosen[("b",)].quantization.bits
+    assert plan.bits_per_weight <= 4.5
 
 
 def test_the_projector_takes_its_best_eight_bits_and_does_not_count():
     entries = [entry("a", 2, 1.0), entry("a", 4, 0.1), entry("mlp1.1", 8, 0.01)]
-    plan = allocate(entries, {"a": 640, "mlp1.1": 640}, 4.5)
-    assert plan.chosen[("mlp1.1",)].form.bits == 8
-    assert plan.chosen[("a",)].form.bits == 4
+    plan = allocate_bits(entries, {"a": 640, "mlp1.1": 640}, 4.5)
+    assert plan.chosen[("mlp1.1",)].quantization.bits == 8
+    assert plan.chosen[("a",)].quantization.bits == 4
 
 
 def test_a_target_below_the_least_is_refused():
     with pytest.raises(UserError, match="--target-bpw 2.1 cannot be met: the least is 2.50 bits"):
-        allocate([entry("a", 2, 1.0)], {"a": 640}, 2.1)
+        allocate_bits([entry("a", 2, 1.0)], {"a": 640}, 2.1)
 
 
 def test_what_was_learned_is_what_is_written(tmp_path, found):
     source = tiny(TINY)
-    outcome = converted(source.folder, tmp_path / "out", found.recipe, learned=found.learned)
+    outcome = run_conversion(source.folder, tmp_path / "out", found.recipe, learned=found.learned)
     written = tensors(tmp_path / "out")
     for name, x in found.learned.items():
         assert mx.array_equal(written[name], x), name
-    assert {form.bits for form in outcome.packed.values()} != {4}
+    assert {form.bits for form in outcome.quantized.values()} != {4}
     assert np.isfinite(logits(tmp_path / "out", source)).all()
 
 
 def test_a_calibrated_model_beats_the_plain_one_of_its_size(tmp_path, found, pictures):
     source = tiny(TINY)
-    converted(source.folder, tmp_path / "plain", recipe(4, 32))
-    converted(source.folder, tmp_path / "ours", found.recipe, learned=found.learned)
-    plain, ours = (measure(source.folder, tmp_path / n, pictures) for n in ("plain", "ours"))
-    bits = [bits_by_part(tmp_path / n)["language model"] for n in ("plain", "ours")]
+    run_conversion(source.folder, tmp_path / "plain", uniform_recipe(4, 32))
+    run_conversion(source.folder, tmp_path / "ours", found.recipe, learned=found.learned)
+    plain, ours = (
+        compare_checkpoints(source.folder, tmp_path / n, pictures) for n in ("plain", "ours")
+    )
+    bits = [bits_per_part(tmp_path / n)["language model"] for n in ("plain", "ours")]
     assert bits[1] <= bits[0] + 0.05
     assert ours.kl < plain.kl / 1.5
 
 
 def test_a_tower_that_shares_the_budget_is_packed_and_written_as_measured(tmp_path, pictures):
     source, silent = tiny(TINY), lambda *_: None
-    wish = Wish(5.5, tower_bits=6, epochs=1)
+    wish = CalibrationConfig(5.5, vision_bits=6, epochs=1)
     found = calibrate(source.folder, pictures, wish, silent)
-    outcome = converted(source.folder, tmp_path / "out", found.recipe, learned=found.learned)
-    tower = [form for path, form in outcome.packed.items() if path.startswith("vision_model.")]
+    outcome = run_conversion(source.folder, tmp_path / "out", found.recipe, learned=found.weights)
+    tower = [form for path, form in outcome.quantized.items() if path.startswith("vision_model.")]
     assert tower
     assert min(form.bits for form in tower) >= 6
-    assert measure(source.folder, tmp_path / "out", pictures).kl < 0.05
+    assert compare_checkpoints(source.folder, tmp_path / "out", pictures).kl < 0.05
 
 
 def test_the_projector_of_a_calibrated_model_has_eight_bits(found):
@@ -96,16 +108,18 @@ def test_the_tower_is_dense_unless_it_shares_the_budget(found):
 
 
 def test_a_copy_that_answers_differently_is_noticed(tmp_path):
-    converted(tiny(Recipe(seed=1)).folder, tmp_path / "other")
+    run_conversion(tiny(Recipe(seed=1)).folder, tmp_path / "other")
     with pytest.raises(CheckpointError, match="the converted model answers differently"):
-        prove_forward(tiny(Recipe()).folder, tmp_path / "other", same=True)
+        compare_outputs(tiny(Recipe()).folder, tmp_path / "other", same=True)
 
 
 def test_a_copy_too_large_for_memory_is_not_run(monkeypatch, tmp_path):
     monkeypatch.setattr("internvl3_mlx.convert.calibration.calibrate.MEMORY_SHARE", 1e-9)
-    assert prove_forward(tiny(Recipe()).folder, tmp_path, same=True) is None
+    assert compare_outputs(tiny(Recipe()).folder, tmp_path, same=True) is None
 
 
 def test_a_true_copy_is_proven_by_running_it(tmp_path):
-    outcome = converted(tiny(Recipe()).folder, tmp_path / "out", compare=True, dtype="bfloat16")
-    assert outcome.forward.kl < 1e-3
+    outcome = run_conversion(
+        tiny(Recipe()).folder, tmp_path / "out", compare=True, dtype="bfloat16"
+    )
+    assert outcome.output_check.kl < 1e-3

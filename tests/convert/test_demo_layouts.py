@@ -7,11 +7,11 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.conversions import converted
+from fixtures.conversions import run_conversion
 from fixtures.loaded_models import numbers
 
 from internvl3_mlx import load
-from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.recipes import uniform_recipe
 from internvl3_mlx.loading.resolve import DEMO_FOLDER
 
 LAYOUTS = ("mlx", "original", "hf")
@@ -26,7 +26,7 @@ def demo():
 def scores(folder):
     """Score every token of the first sample's prompt: (L, V)."""
     sample = SAMPLES[0]
-    inputs = demo().prepare(sample["question"], [DEMO_FOLDER / "samples" / sample["file"]])
+    inputs = demo().prepare_inputs(sample["question"], [DEMO_FOLDER / "samples" / sample["file"]])
     return numbers(load(str(folder)).model(inputs.input_ids[None], inputs.pixel_values))[0]
 
 
@@ -35,13 +35,13 @@ def first(tmp_path_factory):
     """The demo model once in each layout."""
     place = tmp_path_factory.mktemp("demo")
     for layout in LAYOUTS:
-        converted(DEMO_FOLDER, place / layout, layout=layout)
+        run_conversion(DEMO_FOLDER, place / layout, layout=layout)
     return place
 
 
 @pytest.mark.parametrize(("source", "target"), list(product(LAYOUTS, LAYOUTS)))
 def test_the_demo_keeps_its_logits_through_every_pair(first, tmp_path, source, target):
-    converted(first / source, tmp_path / "out", layout=target)
+    run_conversion(first / source, tmp_path / "out", layout=target)
     np.testing.assert_array_equal(scores(tmp_path / "out"), scores(DEMO_FOLDER))
 
 
@@ -56,8 +56,8 @@ def test_the_demo_answers_its_samples_in_every_layout(first, layout):
 
 
 def test_eight_bits_of_the_demo_unpack_to_what_they_stood_for(tmp_path):
-    converted(DEMO_FOLDER, tmp_path / "packed", recipe(8))
-    converted(tmp_path / "packed", tmp_path / "dense", dequantize=True, dtype="float32")
+    run_conversion(DEMO_FOLDER, tmp_path / "packed", uniform_recipe(8))
+    run_conversion(tmp_path / "packed", tmp_path / "dense", dequantize=True, dtype="float32")
     packed, dense = scores(tmp_path / "packed"), scores(tmp_path / "dense")
     assert np.abs(packed - dense).max() < 1e-3 * np.abs(dense).max()
     assert mx.array_equal(mx.array(packed.argmax(-1)), mx.array(dense.argmax(-1)))

@@ -6,14 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from fixtures.conversions import converted, logits, tensors
+from fixtures.conversions import logits, run_conversion, tensors
 from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 from safetensors import safe_open
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
-from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.recipes import uniform_recipe
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 STYLES = ("300m", "6b", "9b")
@@ -27,7 +27,7 @@ TOLERANCE = 2e-5
 @pytest.mark.parametrize("style", STYLES)
 def test_every_pair_of_layouts_keeps_the_logits_to_the_bit(tmp_path, style, layout, target):
     source = tiny(Recipe(style=style, layout=layout))
-    converted(source.folder, tmp_path / "out", layout=target)
+    run_conversion(source.folder, tmp_path / "out", layout=target)
     plain = tiny(Recipe(style=style))
     np.testing.assert_array_equal(logits(tmp_path / "out", plain), logits(plain.folder, plain))
 
@@ -35,9 +35,9 @@ def test_every_pair_of_layouts_keeps_the_logits_to_the_bit(tmp_path, style, layo
 @pytest.mark.parametrize("style", STYLES)
 def test_there_and_back_again_gives_the_same_bytes(tmp_path, style):
     source = tiny(Recipe(style=style, dtype="bfloat16"))
-    converted(source.folder, tmp_path / "hf", layout="hf")
-    converted(tmp_path / "hf", tmp_path / "mlx", layout="mlx")
-    converted(tmp_path / "mlx", tmp_path / "original", layout="original")
+    run_conversion(source.folder, tmp_path / "hf", layout="hf")
+    run_conversion(tmp_path / "hf", tmp_path / "mlx", layout="mlx")
+    run_conversion(tmp_path / "mlx", tmp_path / "original", layout="original")
     before, after = tensors(source.folder), tensors(tmp_path / "original")
     assert before.keys() == after.keys()
     for name, x in before.items():
@@ -48,8 +48,8 @@ def test_there_and_back_again_gives_the_same_bytes(tmp_path, style):
 @pytest.mark.parametrize("target", TARGETS)
 def test_converting_twice_equals_converting_once(tmp_path, target):
     source = tiny(Recipe(style="6b", layout="native_a"))
-    converted(source.folder, tmp_path / "once", layout=target)
-    converted(tmp_path / "once", tmp_path / "twice", layout=target)
+    run_conversion(source.folder, tmp_path / "once", layout=target)
+    run_conversion(tmp_path / "once", tmp_path / "twice", layout=target)
     once, twice = tensors(tmp_path / "once"), tensors(tmp_path / "twice")
     assert once.keys() == twice.keys()
     assert all(mx.array_equal(once[name], twice[name]) for name in once)
@@ -59,8 +59,8 @@ def test_converting_twice_equals_converting_once(tmp_path, target):
 
 def test_converting_a_packed_checkpoint_twice_equals_once(tmp_path):
     source = tiny(Recipe())
-    converted(source.folder, tmp_path / "once", recipe(4, 32))
-    converted(tmp_path / "once", tmp_path / "twice")
+    run_conversion(source.folder, tmp_path / "once", uniform_recipe(4, 32))
+    run_conversion(tmp_path / "once", tmp_path / "twice")
     once, twice = tensors(tmp_path / "once"), tensors(tmp_path / "twice")
     assert all(mx.array_equal(once[name], twice[name]) for name in once)
     contents = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("once", "twice")]
@@ -70,7 +70,7 @@ def test_converting_a_packed_checkpoint_twice_equals_once(tmp_path):
 @pytest.mark.parametrize("style", STYLES)
 def test_original_out_has_the_published_names_and_shapes(tmp_path, style):
     published = tensors(tiny(Recipe(style=style)).folder)
-    converted(
+    run_conversion(
         tiny(Recipe(style=style, layout="native_b")).folder, tmp_path / "o", layout="original"
     )
     ours = tensors(tmp_path / "o")
@@ -78,7 +78,7 @@ def test_original_out_has_the_published_names_and_shapes(tmp_path, style):
 
 
 def test_the_nine_billion_model_goes_out_as_internlm2_with_grouped_rows(tmp_path):
-    converted(tiny(Recipe(style="9b", layout="mlx")).folder, tmp_path / "o", layout="original")
+    run_conversion(tiny(Recipe(style="9b", layout="mlx")).folder, tmp_path / "o", layout="original")
     name = "language_model.model.layers.1.attention.wqkv.weight"
     ours, published = tensors(tmp_path / "o"), tensors(tiny(Recipe(style="9b")).folder)
     assert mx.array_equal(ours[name], published[name])
@@ -88,7 +88,7 @@ def test_the_nine_billion_model_goes_out_as_internlm2_with_grouped_rows(tmp_path
 @pytest.mark.parametrize("style", STYLES)
 def test_hf_out_loads_in_transformers_and_gives_the_same_logits(tmp_path, style, layout):
     source = tiny(Recipe(style=style, layout=layout))
-    converted(source.folder, tmp_path / "hf", layout="hf")
+    run_conversion(source.folder, tmp_path / "hf", layout="hf")
     model, info = InternVLForConditionalGeneration.from_pretrained(
         tmp_path / "hf", output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
@@ -104,7 +104,7 @@ def test_hf_out_loads_in_transformers_and_gives_the_same_logits(tmp_path, style,
 @pytest.mark.parametrize("style", STYLES)
 def test_hf_out_brings_the_tokenizer_its_processor_asks_for(tmp_path, style):
     source = tiny(Recipe(style=style))
-    converted(source.folder, tmp_path / "hf", layout="hf")
+    run_conversion(source.folder, tmp_path / "hf", layout="hf")
     theirs, ours = (
         AutoTokenizer.from_pretrained(tmp_path / "hf"),
         Tokenizer.from_folder(source.folder),
@@ -121,7 +121,7 @@ def test_hf_out_brings_the_tokenizer_its_processor_asks_for(tmp_path, style):
 @pytest.mark.parametrize("style", STYLES)
 def test_adapters_are_merged_on_the_way(tmp_path, style):
     source = tiny(Recipe(style=style, lora="adapters"))
-    converted(source.folder, tmp_path / "out")
+    run_conversion(source.folder, tmp_path / "out")
     plain = tiny(Recipe(style=style))
     ours = logits(tmp_path / "out", plain)
     assert relative_error(ours, logits(plain.folder, plain)) < TOLERANCE
@@ -129,14 +129,14 @@ def test_adapters_are_merged_on_the_way(tmp_path, style):
 
 
 def test_a_merged_wrapping_is_taken_off(tmp_path):
-    converted(tiny(Recipe(lora="prefix")).folder, tmp_path / "out", layout="original")
+    run_conversion(tiny(Recipe(lora="prefix")).folder, tmp_path / "out", layout="original")
     assert tensors(tmp_path / "out").keys() == tensors(tiny(Recipe()).folder).keys()
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_old_pytorch_files_convert_too(tmp_path, form):
     source = tiny(Recipe(form=form, shards=2, dtype="bfloat16"))
-    converted(source.folder, tmp_path / "out")
+    run_conversion(source.folder, tmp_path / "out")
     plain = tiny(Recipe(dtype="bfloat16"))
     np.testing.assert_array_equal(logits(tmp_path / "out", plain), logits(plain.folder, plain))
 
@@ -144,26 +144,26 @@ def test_old_pytorch_files_convert_too(tmp_path, form):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_tied_head_stays_tied(tmp_path, target):
     source = tiny(Recipe(tied=True))
-    converted(source.folder, tmp_path / "out", layout=target)
+    run_conversion(source.folder, tmp_path / "out", layout=target)
     np.testing.assert_array_equal(logits(tmp_path / "out", source), logits(source.folder, source))
 
 
 @pytest.mark.parametrize(("target", "kind"), [("mlx", "mlx"), ("original", "pt"), ("hf", "pt")])
 def test_files_say_whose_format_they_are(tmp_path, target, kind):
-    converted(tiny(Recipe()).folder, tmp_path / "out", layout=target)
+    run_conversion(tiny(Recipe()).folder, tmp_path / "out", layout=target)
     with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": kind}
 
 
 def test_the_dtype_asked_for_is_written_and_named(tmp_path):
-    converted(tiny(Recipe()).folder, tmp_path / "out", dtype="bfloat16")
+    run_conversion(tiny(Recipe()).folder, tmp_path / "out", dtype="bfloat16")
     assert {x.dtype for x in tensors(tmp_path / "out").values()} == {mx.bfloat16}
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["torch_dtype"] == content["llm_config"]["torch_dtype"] == "bfloat16"
 
 
 def test_original_out_names_the_code_that_reads_it(tmp_path):
-    converted(tiny(Recipe(layout="native_a")).folder, tmp_path / "out", layout="original")
+    run_conversion(tiny(Recipe(layout="native_a")).folder, tmp_path / "out", layout="original")
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["auto_map"]["AutoModel"].startswith("OpenGVLab/InternVL3-8B--modeling_")
     assert content["template"] == "internvl2_5"
@@ -173,7 +173,7 @@ def test_original_out_names_the_code_that_reads_it(tmp_path):
 def test_dequantizing_gives_the_numbers_that_packing_stood_for(tmp_path):
     bits = Bits(bits=4, group_size=32)
     packed = tiny(Recipe(layout="mlx", bits=bits))
-    converted(packed.folder, tmp_path / "dense", dequantize=True)
+    run_conversion(packed.folder, tmp_path / "dense", dequantize=True)
     ours = tensors(tmp_path / "dense")
     theirs = tensors(tiny(Recipe(layout="mlx", bits=bits, dequantised=True)).folder)
     assert ours.keys() == theirs.keys()
@@ -183,6 +183,6 @@ def test_dequantizing_gives_the_numbers_that_packing_stood_for(tmp_path):
 @pytest.mark.parametrize("target", ["original", "hf"])
 def test_a_packed_checkpoint_goes_back_to_pytorch_dense(tmp_path, target):
     packed = tiny(Recipe(layout="mlx", bits=Bits(bits=8, group_size=32)))
-    converted(packed.folder, tmp_path / "out", layout=target, dequantize=True)
+    run_conversion(packed.folder, tmp_path / "out", layout=target, dequantize=True)
     error = relative_error(logits(tmp_path / "out", packed), logits(packed.folder, packed))
     assert error < TOLERANCE

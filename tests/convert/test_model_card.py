@@ -2,14 +2,14 @@
 
 import pytest
 import yaml
-from fixtures.conversions import converted
+from fixtures.conversions import run_conversion
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx.convert.api import Session, default_name
-from internvl3_mlx.convert.calibration.metrics import Figures
-from internvl3_mlx.convert.model_card import base_model, read_licence
-from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.api import Conversion, default_target_name
+from internvl3_mlx.convert.calibration.metrics import QualityMetrics
+from internvl3_mlx.convert.model_card import find_base_model, read_license
+from internvl3_mlx.convert.recipes import uniform_recipe
 
 LICENCE = (
     "---\nlicense: other\nlicense_name: qwen\nlicense_link: https://x.org\ntags: [a]\n---\nText\n"
@@ -18,16 +18,16 @@ COMMAND = "internvl3 convert OpenGVLab/InternVL3-2B -q"
 
 
 def card(tmp_path, packing, **options):
-    outcome = converted(tiny(Recipe()).folder, tmp_path / "out", packing, **options)
-    session = Session(tiny(Recipe()).folder, tmp_path / "out", COMMAND)
-    text = session.write_card(outcome, Figures(0.0123, 0.97, 3.2, 3.1, 456))
+    outcome = run_conversion(tiny(Recipe()).folder, tmp_path / "out", packing, **options)
+    session = Conversion(tiny(Recipe()).folder, tmp_path / "out", COMMAND)
+    text = session.write_card(outcome, QualityMetrics(0.0123, 0.97, 3.2, 3.1, 456))
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == text
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
 
 
 def test_a_packed_model_is_sorted_under_its_base(tmp_path):
-    front, body = card(tmp_path, recipe(4, 32))
+    front, body = card(tmp_path, uniform_recipe(4, 32))
     assert front["library_name"] == "mlx"
     assert front["pipeline_tag"] == "image-text-to-text"
     assert front["base_model_relation"] == "quantized"
@@ -50,7 +50,7 @@ def test_a_pytorch_copy_says_which_library_loads_it(tmp_path):
 
 def test_the_licence_is_carried_over(tmp_path):
     (tmp_path / "README.md").write_text(LICENCE)
-    assert read_licence(tmp_path) == {
+    assert read_license(tmp_path) == {
         "license": "other", "license_name": "qwen", "license_link": "https://x.org"
     }  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_the_licence_is_carried_over(tmp_path):
 @pytest.mark.parametrize("text", ["", "no front", "---\n: [\n---\n", "---\n---\nx"])
 def test_a_card_without_a_licence_names_none(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
-    assert read_licence(tmp_path) == {}
+    assert read_license(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_card_without_a_licence_names_none(tmp_path, text):
     ],
 )
 def test_the_base_is_named_by_its_repository(tmp_path, folder, content, name):
-    assert base_model(tmp_path / folder, content) == name
+    assert find_base_model(tmp_path / folder, content) == name
 
 
 def test_a_target_is_named_by_habit(tmp_path):
-    assert default_name(tmp_path / "InternVL3-2B", "4bit") == "InternVL3-2B-4bit"
+    assert default_target_name(tmp_path / "InternVL3-2B", "4bit") == "InternVL3-2B-4bit"

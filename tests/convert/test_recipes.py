@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.conversions import converted, logits, tensors
+from fixtures.conversions import logits, run_conversion, tensors
 from fixtures.inputs import relative_error
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe as Tiny
@@ -13,13 +13,13 @@ from fixtures.tiny import Recipe as Tiny
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.recipes import (
     BITS,
-    MIXES,
+    MIXED_RECIPES,
     MODES,
-    Recipe,
-    mixed,
-    packing,
+    QuantizationRecipe,
+    make_quantization,
+    mixed_recipe,
     read_recipe,
-    recipe,
+    uniform_recipe,
 )
 from internvl3_mlx.errors import UserError
 
@@ -37,7 +37,9 @@ ALL_FORMS = [
 @pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_what_is_packed_is_what_mlx_packs(tmp_path, form):
     source = tiny(Tiny())
-    converted(source.folder, tmp_path / "out", recipe(form.bits, form.group_size, form.mode))
+    run_conversion(
+        source.folder, tmp_path / "out", uniform_recipe(form.bits, form.group_size, form.mode)
+    )
     dense, packed = tensors(source.folder), tensors(tmp_path / "out")
     settings = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
     for name in ("language_model.lm_head", "language_model.model.layers.1.mlp.down_proj"):
@@ -50,48 +52,54 @@ def test_what_is_packed_is_what_mlx_packs(tmp_path, form):
 @pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_packed_logits_are_those_of_the_numbers_they_stand_for(tmp_path, form):
     source = tiny(Tiny())
-    converted(source.folder, tmp_path / "out", recipe(form.bits, form.group_size, form.mode))
-    converted(tmp_path / "out", tmp_path / "dense", dequantize=True)
+    run_conversion(
+        source.folder, tmp_path / "out", uniform_recipe(form.bits, form.group_size, form.mode)
+    )
+    run_conversion(tmp_path / "out", tmp_path / "dense", dequantize=True)
     error = relative_error(logits(tmp_path / "out", source), logits(tmp_path / "dense", source))
     assert error < 2e-5
 
 
-@pytest.mark.parametrize("plain", [recipe(2), recipe(mode="mxfp4"), *map(mixed, MIXES)])
+@pytest.mark.parametrize(
+    "plain", [uniform_recipe(2), uniform_recipe(mode="mxfp4"), *map(mixed_recipe, MIXED_RECIPES)]
+)
 def test_the_projector_keeps_eight_bits_in_every_recipe(plain):
     for path in ("mlp1.1", "mlp1.3"):
-        assert plain.for_depth(DEPTH).choose(path).bits >= 8
+        assert plain.with_num_layers(DEPTH).choose(path).bits >= 8
 
 
 def test_a_rule_cannot_take_the_projectors_bits():
-    greedy = recipe(4)
-    spared = Recipe("x", Quantization(4), Quantization(3), rules=()).choose("mlp1.1")
+    greedy = uniform_recipe(4)
+    spared = QuantizationRecipe("x", Quantization(4), Quantization(3), rules=()).choose("mlp1.1")
     assert spared == Quantization(8, 64)
     assert greedy.choose("mlp1.3") == Quantization(8, 64)
 
 
 def test_the_tower_is_dense_unless_asked(tmp_path):
     source = tiny(Tiny())
-    dense = converted(source.folder, tmp_path / "a", recipe(4, 32))
-    assert not [path for path in dense.packed if path.startswith("vision_model.")]
-    packed = converted(source.folder, tmp_path / "b", recipe(4, 32, vision=8))
-    tower = {path: form for path, form in packed.packed.items() if path.startswith("vision_model.")}
+    dense = run_conversion(source.folder, tmp_path / "a", uniform_recipe(4, 32))
+    assert not [path for path in dense.quantized if path.startswith("vision_model.")]
+    packed = run_conversion(source.folder, tmp_path / "b", uniform_recipe(4, 32, vision_bits=8))
+    tower = {
+        path: form for path, form in packed.quantized.items() if path.startswith("vision_model.")
+    }
     assert len(tower) == 2 * 4
     assert set(tower.values()) == {Quantization(8, 32)}
 
 
 def test_odd_widths_stay_dense_and_are_told(tmp_path):
     source = tiny(Tiny(style="9b"))  # tower 96 wide, decoder 192 and 288
-    outcome = converted(source.folder, tmp_path / "out", recipe(4, 64, vision=8))
-    assert outcome.left_dense["vision_model.encoder.layers.0.attn.qkv"] == 96
-    assert outcome.left_dense["language_model.model.layers.0.mlp.down_proj"] == 288
-    assert "language_model.model.layers.0.mlp.up_proj" in outcome.packed
+    outcome = run_conversion(source.folder, tmp_path / "out", uniform_recipe(4, 64, vision_bits=8))
+    assert outcome.skipped_modules["vision_model.encoder.layers.0.attn.qkv"] == 96
+    assert outcome.skipped_modules["language_model.model.layers.0.mlp.down_proj"] == 288
+    assert "language_model.model.layers.0.mlp.up_proj" in outcome.quantized
     logits(tmp_path / "out", source)
 
 
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("name", MIXED_RECIPES)
 def test_mixes_give_more_to_what_suffers(name):
-    low, high = MIXES[name]
-    mix = mixed(name).for_depth(DEPTH)
+    low, high = MIXED_RECIPES[name]
+    mix = mixed_recipe(name).with_num_layers(DEPTH)
     bits = {path: mix.choose(path).bits for path in mix_paths()}
     assert bits == {path: high if suffers else low for path, suffers in mix_paths().items()}
 
@@ -112,7 +120,7 @@ def mix_paths():
 
 def test_a_mix_is_written_with_every_exception_by_path(tmp_path):
     source = tiny(Tiny())
-    converted(source.folder, tmp_path / "out", mixed("mixed_3_6", 32))
+    run_conversion(source.folder, tmp_path / "out", mixed_recipe("mixed_3_6", 32))
     table = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
     assert (table["bits"], table["group_size"]) == (3, 32)
     assert table["language_model.lm_head"] == {"bits": 6, "group_size": 32, "mode": "affine"}
@@ -131,7 +139,7 @@ def test_a_mix_is_written_with_every_exception_by_path(tmp_path):
 )
 def test_what_mlx_cannot_pack_is_refused(request_, message):
     with pytest.raises(UserError) as caught:
-        packing(**request_)
+        make_quantization(**request_)
     assert str(caught.value).startswith(message)
 
 
@@ -150,7 +158,7 @@ def test_a_recipe_file_is_read(tmp_path):
         'modules:\n  language_model.lm_head: 6\n  "*.o_proj": dense\n'
         '  "*.down_proj": {bits: 5, layers: sensitive}\n'
     )
-    mine = read_recipe(file).for_depth(DEPTH)
+    mine = read_recipe(file).with_num_layers(DEPTH)
     assert mine.name == "mine"
     assert mine.choose(LAYER.format(ORDINARY) + "mlp.up_proj") == Quantization(3, 32)
     assert mine.choose(LAYER.format(ORDINARY) + "self_attn.o_proj") is None
@@ -193,4 +201,4 @@ def test_a_recipe_file_that_is_not_there_is_named(tmp_path):
 
 def test_an_unknown_mix_names_the_known_ones():
     with pytest.raises(UserError, match="recipe 'mixed_1_2' was asked for; known are mixed_2_6,"):
-        mixed("mixed_1_2")
+        mixed_recipe("mixed_1_2")

@@ -3,13 +3,13 @@
 import shutil
 
 import pytest
-from fixtures.conversions import converted
+from fixtures.conversions import run_conversion
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 from fixtures.tokenizers import write_internlm_tokenizer, write_qwen_tokenizer
 from transformers import AutoTokenizer
 
-from internvl3_mlx.convert.tokenizer_export import fast_tokenizer
+from internvl3_mlx.convert.tokenizer_export import build_fast_tokenizer
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 TEXTS = (
@@ -39,7 +39,7 @@ def slow(request, tmp_path):
 
 
 def test_a_slow_tokenizer_becomes_a_fast_one_of_the_same_ids(slow, tmp_path):
-    converted(slow, tmp_path / "out")
+    run_conversion(slow, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     before, after = Tokenizer.from_folder(slow), Tokenizer.from_folder(tmp_path / "out")
     assert (before.bos_id, before.stop_ids) == (after.bos_id, after.stop_ids)
@@ -51,7 +51,7 @@ def test_a_slow_tokenizer_becomes_a_fast_one_of_the_same_ids(slow, tmp_path):
 
 
 def test_transformers_reads_the_made_tokenizer_alike(slow, tmp_path):
-    converted(slow, tmp_path / "out", layout="hf")
+    run_conversion(slow, tmp_path / "out", layout="hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = Tokenizer.from_folder(slow)
     for text in TEXTS:
@@ -62,26 +62,26 @@ def test_transformers_reads_the_made_tokenizer_alike(slow, tmp_path):
 def test_every_tokenizer_file_travels(slow, tmp_path):
     (slow / "chat_template.jinja").write_text("{{ messages }}")
     (slow / "LICENSE").write_text("MIT")
-    converted(slow, tmp_path / "out")
+    run_conversion(slow, tmp_path / "out")
     names = {path.name for path in slow.iterdir() if path.suffix != ".safetensors"}
     assert names - {path.name for path in (tmp_path / "out").iterdir()} == set()
 
 
 def test_a_fast_tokenizer_is_copied_as_it_is(tmp_path):
     source = tiny(Recipe())
-    converted(source.folder, tmp_path / "out")
+    run_conversion(source.folder, tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source.folder / name).read_bytes()
 
 
 def test_a_folder_without_a_tokenizer_has_none_to_make(tmp_path):
-    assert fast_tokenizer(tmp_path) is None
+    assert build_fast_tokenizer(tmp_path) is None
 
 
 def test_code_travels_to_the_original_layout_only(tmp_path):
     shutil.copytree(tiny(Recipe()).folder, tmp_path / "source")
     (tmp_path / "source" / "modeling_internvl_chat.py").write_text("raise SystemExit")
-    converted(tmp_path / "source", tmp_path / "original", layout="original")
-    converted(tmp_path / "source", tmp_path / "mlx")
+    run_conversion(tmp_path / "source", tmp_path / "original", layout="original")
+    run_conversion(tmp_path / "source", tmp_path / "mlx")
     assert (tmp_path / "original" / "modeling_internvl_chat.py").exists()
     assert not (tmp_path / "mlx" / "modeling_internvl_chat.py").exists()

@@ -55,7 +55,7 @@ def test_logits_equal_pytorch(shipped, original, size, delta):
     model, rows = original
     draw = np.random.default_rng(3)
     picture = Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    inputs = shipped.prepare("Where is the dog?", [picture], v2pe_delta=delta)
+    inputs = shipped.prepare_inputs("Where is the dog?", [picture], v2pe_delta=delta)
     positions = np.array(inputs.positions, dtype=np.float32)
     ours = shipped.model(inputs.input_ids[None], inputs.pixel_values, mx.array(positions))
     ids = torch.tensor(inputs.input_ids.tolist())[None]
@@ -89,14 +89,14 @@ def test_long_pictures_are_answered_right(shipped, column, task):
 
 @pytest.mark.parametrize(("column", "tiles"), [("square", 1), *LONG.items(), *LARGE.items()])
 def test_the_evaluation_asks_about_all_tiles_of_whole_pictures(monkeypatch, column, tiles):
-    seen, prepare = [], VLM.prepared
+    seen, prepare = [], VLM.build_inputs
 
     def prepared(vlm, question, images, settings):
         inputs = prepare(vlm, question, images, settings)
         seen.append((images[0].size, inputs.num_tiles, inputs.image_tokens))
         return inputs
 
-    monkeypatch.setattr(VLM, "prepared", prepared)
+    monkeypatch.setattr(VLM, "build_inputs", prepared)
     (item,) = items("name", COLUMNS[column], 1)
     library_asker("demo")([item.picture], [item.question.text], 1.0)
     scaled = tuple(side * COLUMNS[column].scale for side in COLUMNS[column].size)

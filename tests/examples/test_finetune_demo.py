@@ -14,10 +14,10 @@ from examples.demo_model.questions import Item
 from examples.demo_model.vocabulary import CATEGORIES
 from examples.finetune_demo import kinds, measure, pairs
 from internvl3_mlx import load
-from internvl3_mlx.training.config_file import build_recipe
-from internvl3_mlx.training.run import go
-from internvl3_mlx.training.session import open_session
-from internvl3_mlx.training.setup import look_around
+from internvl3_mlx.training.config_file import build_config
+from internvl3_mlx.training.run import run_session
+from internvl3_mlx.training.session import open_train_session
+from internvl3_mlx.training.setup import prepare_run
 
 HERE = Path(kinds.__file__).parent
 
@@ -76,9 +76,9 @@ def test_an_example_runs_from_its_data_to_its_figure(name, tmp_path, monkeypatch
             assert Image.open(data / row["image"]).size == (112, 112)
     where = {"data": str(data), "adapter_path": str(tmp_path / "adapter")}
     tiny = {"iters": 1, "epochs": 1, "batch_size": 2, "save_every": 1, "steps_per_eval": 1}
-    recipe = build_recipe({**tiny, **where}, HERE / f"{name}.yaml")
-    *_, last = go(open_session(look_around(recipe, silent, silent)), lambda: False)
-    assert last.step.norm > 0
+    recipe = build_config({**tiny, **where}, HERE / f"{name}.yaml")
+    *_, last = run_session(open_train_session(prepare_run(recipe, silent, silent)), lambda: False)
+    assert last.step.grad_norm > 0
     questions = data / {"kinds": "test.jsonl", "preference": "fresh.jsonl"}[name]
     arguments = [str(questions), "--adapter", where["adapter_path"], "--wrong", "1"]
     monkeypatch.setattr("sys.argv", ["measure", *arguments])

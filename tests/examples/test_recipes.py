@@ -7,10 +7,10 @@ import pytest
 from fixtures.runs import silent, write_data
 
 import internvl3_mlx
-from internvl3_mlx.training.config_file import build_recipe
-from internvl3_mlx.training.run import go
-from internvl3_mlx.training.session import open_session
-from internvl3_mlx.training.setup import look_around
+from internvl3_mlx.training.config_file import build_config
+from internvl3_mlx.training.run import run_session
+from internvl3_mlx.training.session import open_train_session
+from internvl3_mlx.training.setup import prepare_run
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 RECIPES = sorted(
@@ -28,13 +28,13 @@ TINY = {
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_recipe_makes_an_update(path, tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
-    own = build_recipe({}, path)
+    own = build_config({}, path)
     write_data(tmp_path / "data", 4, 1, pairs=own.method == "mpo")
     where = {"data": str(tmp_path / "data"), "adapter_path": str(tmp_path / "run")}
-    recipe = build_recipe({**TINY, **where}, path)
-    here = open_session(look_around(recipe, silent, silent))
-    [moment] = go(here, lambda: False)
-    assert moment.step.norm > 0
+    recipe = build_config({**TINY, **where}, path)
+    here = open_train_session(prepare_run(recipe, silent, silent))
+    [moment] = run_session(here, lambda: False)
+    assert moment.step.grad_norm > 0
     assert not moment.step.skipped
     assert moment.saved
 
@@ -46,4 +46,4 @@ def test_a_recipe_says_how_it_is_run(path):
 
 
 def test_there_is_a_recipe_for_every_method():
-    assert {build_recipe({}, path).method for path in RECIPES} == {"sft", "mpo", "pretrain"}
+    assert {build_config({}, path).method for path in RECIPES} == {"sft", "mpo", "pretrain"}

@@ -22,10 +22,10 @@ def vlm():
 def batches(monkeypatch):
     """Note how many went together."""
     sizes = []
-    together = batch_generate.together
+    together = batch_generate.generate_together
     monkeypatch.setattr(
         batch_generate,
-        "together",
+        "generate_together",
         lambda vlm, group, s: sizes.append(len(group)) or together(vlm, group, s),
     )
     return sizes

@@ -6,7 +6,7 @@ from fixtures.inputs import picture, write_video
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx import PromptError, Turn, UserError, load
+from internvl3_mlx import Message, PromptError, UserError, load
 from internvl3_mlx.prompt.v2pe import DELTAS
 
 CAT, DOG, SIGN = picture(130, 70), picture(60, 60, 1), picture(70, 150, 2)
@@ -31,7 +31,7 @@ def towers(vlm, monkeypatch):
 
 def fresh(talk, question, images=(), **settings):
     """Ask the same with nothing remembered: exactly the ids of the rendered history."""
-    past = [seen for exchange in talk.exchanges for seen in exchange.pictures]
+    past = [seen for exchange in talk.exchanges for seen in exchange.images]
     wanted = {"system": talk.settings.system, "v2pe_delta": talk.settings.v2pe_delta, **settings}
     return talk.vlm.ask(question, [*past, *images], history=talk.history, **wanted)
 
@@ -79,7 +79,7 @@ def test_another_picture_of_the_same_size_is_never_mistaken_for_the_first(vlm):
     talk.ask("What is it?", [picture(60, 60, 7)], **SHORT)
     talk.undo()
     answer = same(talk, "What is it?", [picture(60, 60, 8)], **SHORT)
-    ids = vlm.prepare("What is it?", [DOG]).token_ids
+    ids = vlm.prepare_inputs("What is it?", [DOG]).token_ids
     assert answer.usage.cached_tokens == ids.index(vlm.tokenizer.image_id)
 
 
@@ -100,8 +100,10 @@ def test_what_was_generated_is_kept_even_where_its_text_cuts_differently(vlm):
     talk = vlm.conversation()
     answer = talk.ask("Say something odd.", temperature=3.0, seed=6, max_tokens=12)
     assert talk.history[-1].token_ids == tuple(answer.token_ids)
-    recut = vlm.prepare("Go on.", history=(talk.history[0], Turn("assistant", answer.text)))
-    exact = vlm.prepare("Go on.", history=talk.history)
+    recut = vlm.prepare_inputs(
+        "Go on.", history=(talk.history[0], Message("assistant", answer.text))
+    )
+    exact = vlm.prepare_inputs("Go on.", history=talk.history)
     assert exact.token_ids != recut.token_ids
     after = same(talk, "Go on.", **SHORT)
     assert after.usage.cached_tokens == answer.usage.prompt_tokens + 11
@@ -155,12 +157,12 @@ def test_forgetting_the_oldest_makes_room(vlm):
     for number in range(3):
         talk.ask(f"{number}?", [picture(60, 60, number)], **SHORT)
     before = talk.budget.positions
-    talk.forget(2)
+    talk.drop_oldest(2)
     assert talk.budget.positions < before
     assert len(talk.images) == 1
     same(talk, "Well?", **SHORT)
     with pytest.raises(UserError, match="cannot forget 9 of 2 questions"):
-        talk.forget(9)
+        talk.drop_oldest(9)
 
 
 def test_retry_takes_the_place_of_the_last_answer(vlm):
@@ -204,7 +206,7 @@ def test_a_dense_cache_can_be_packed_in_the_middle_of_a_talk(vlm):
     talk.change(kv_bits=8)
     answer = talk.ask("Why?", **SHORT)
     assert answer.usage.cached_tokens > 0
-    assert talk.memory.is_packed
+    assert talk.memory.is_quantized
     talk.change(kv_bits=None)
     assert talk.ask("Why?", **SHORT).usage.cached_tokens == 0
 
@@ -218,7 +220,7 @@ def test_beyond_the_window_stretched_keys_are_never_reused():
     talk = short.conversation(system="")
     for question in ("word " * 9, "some more words here", "and again", "and"):
         same(talk, question, max_tokens=9)
-    assert talk.memory.stretched
+    assert talk.prompt_cache.uses_dynamic_ntk
 
 
 def test_auto_moves_every_position_when_the_step_changes():
@@ -287,6 +289,6 @@ def test_what_belongs_to_a_question_is_refused_for_the_talk(vlm):
     with pytest.raises(UserError, match="history and video belong to one question"):
         vlm.conversation(video="clip.mp4")
     with pytest.raises(UserError, match="the talk is the history"):
-        vlm.conversation().ask("Hi", history=(Turn("user", "a"),))
+        vlm.conversation().ask("Hi", history=(Message("user", "a"),))
     with pytest.raises(UserError, match="did you mean 'system'"):
         vlm.conversation(sistem="x")

@@ -189,6 +189,6 @@ def test_pictures_are_stored_as_they_were_seen(talk, tmp_path):
     talk.save(tmp_path / "talk")
     again = talk.vlm.conversation()
     again.load(tmp_path / "talk")
-    ours, theirs = (t.exchanges[0].pictures[0] for t in (talk, again))
+    ours, theirs = (t.exchanges[0].images[0] for t in (talk, again))
     assert np.array_equal(ours.tiles, theirs.tiles)
     assert ours.key == theirs.key

@@ -52,7 +52,7 @@ def interrupted_at(call, number):
 def test_an_interrupt_in_the_tower_leaves_the_talk_as_it_was(talk, monkeypatch):
     before, wanted = talk.history, expected(talk, "And this?", [DOG])
     with monkeypatch.context() as patch:
-        see = type(talk.vlm.model).see_chunk
+        see = type(talk.vlm.model).encode_tiles
         patch.setattr(type(talk.vlm.model), "see_chunk", interrupted_at(see, 1))
         with pytest.raises(KeyboardInterrupt):
             talk.ask("And this?", [DOG], **SHORT)
@@ -64,7 +64,7 @@ def test_an_interrupt_in_the_tower_leaves_the_talk_as_it_was(talk, monkeypatch):
 def test_an_interrupt_between_any_two_layers_leaves_the_cache_whole(talk, monkeypatch, call):
     wanted = expected(talk, "And this?", [DOG])
     with monkeypatch.context() as patch:
-        patch.setattr(KVCache, "append", interrupted_at(KVCache.append, call))
+        patch.setattr(KVCache, "update_and_fetch", interrupted_at(KVCache.update_and_fetch, call))
         with pytest.raises(KeyboardInterrupt):
             talk.ask("And this?", [DOG], prefill_step_size=9, **SHORT)
     if len(talk.exchanges) == 2:
@@ -86,13 +86,13 @@ def test_closing_the_stream_keeps_what_was_said(talk, kept):
     talk.undo()
     fresh = talk.vlm.ask("Go on.", [CAT, DOG], history=talk.history, v2pe_delta="1/4", **SHORT)
     assert after.token_ids == fresh.token_ids
-    assert after.usage.cached_tokens > len(talk.vlm.prepare("And this?", [DOG]).token_ids)
+    assert after.usage.cached_tokens > len(talk.vlm.prepare_inputs("And this?", [DOG]).token_ids)
 
 
 def test_a_retry_that_says_nothing_keeps_the_old_answer(talk, monkeypatch):
     old = talk.exchanges[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(KVCache, "append", interrupted_at(KVCache.append, 1))
+        patch.setattr(KVCache, "update_and_fetch", interrupted_at(KVCache.update_and_fetch, 1))
         with pytest.raises(KeyboardInterrupt):
             talk.retry(**SHORT)
     assert talk.exchanges[-1] is old

@@ -36,7 +36,7 @@ def test_the_size_of_a_prefill_chunk_changes_nothing(vlm, step, delta):
 
 
 def test_decoding_equals_reading_the_whole_sequence_again(vlm):
-    inputs = vlm.prepare(QUESTION, PICTURES, v2pe_delta="1/16")
+    inputs = vlm.prepare_inputs(QUESTION, PICTURES, v2pe_delta="1/16")
     ids, positions = list(inputs.token_ids), list(inputs.positions)
     for token in vlm.ask(QUESTION, PICTURES, v2pe_delta="1/16", max_tokens=9).token_ids:
         logits = vlm.model(
@@ -55,13 +55,13 @@ def test_eight_bits_of_cache_answer_as_sixteen_do(vlm):
 
 def test_the_cache_is_packed_from_the_token_that_was_named(vlm, monkeypatch):
     packed_at = []
-    original = QuantizedKVCache.append
+    original = QuantizedKVCache.update_and_fetch
     monkeypatch.setattr(
         QuantizedKVCache,
-        "append",
+        "update_and_fetch",
         lambda self, keys, values: packed_at.append(keys.shape[2]) or original(self, keys, values),
     )
-    prompt = len(vlm.prepare(QUESTION).token_ids)
+    prompt = len(vlm.prepare_inputs(QUESTION).token_ids)
     settings = {"max_tokens": 6, "kv_bits": 8, "kv_group_size": 32}
     vlm.ask(QUESTION, quantized_kv_start=prompt + 2, **settings)
     assert packed_at[0] == prompt + 3
@@ -89,7 +89,7 @@ def test_a_heavy_repetition_penalty_stops_repetition(vlm):
 
 
 def test_the_answer_ends_where_the_window_ends(short):
-    inputs = short.prepare("Hi", system="")
+    inputs = short.prepare_inputs("Hi", system="")
     answer = short.ask("Hi", system="", max_tokens=10_000, stop=())
     assert answer.finish_reason == "length"
     assert len(inputs.token_ids) + answer.usage.completion_tokens == 192
@@ -108,27 +108,27 @@ def test_pictures_that_do_not_fit_are_told_apart_from_words(short):
 
 
 def test_auto_takes_the_largest_step_that_fits(short):
-    inputs = short.prepare("Hi", [picture(300, 200)] * 3, system="", v2pe_delta="auto")
+    inputs = short.prepare_inputs("Hi", [picture(300, 200)] * 3, system="", v2pe_delta="auto")
     assert inputs.deltas[0] < 1
     assert inputs.positions.max() < 96
 
 
 def test_one_step_for_each_picture(vlm):
-    inputs = vlm.prepare(QUESTION, PICTURES, v2pe_delta=["1/2", 1])
+    inputs = vlm.prepare_inputs(QUESTION, PICTURES, v2pe_delta=["1/2", 1])
     assert inputs.deltas == (0.5, 1.0)
     with pytest.raises(PromptError, match="3 V2PE steps for 2 pictures"):
-        vlm.prepare(QUESTION, PICTURES, v2pe_delta=[1, 1, 1])
+        vlm.prepare_inputs(QUESTION, PICTURES, v2pe_delta=[1, 1, 1])
 
 
 def test_fewer_tiles_when_asked(vlm):
-    assert vlm.prepare(QUESTION, [picture(200, 100)], max_tiles=1).num_tiles == [1]
+    assert vlm.prepare_inputs(QUESTION, [picture(200, 100)], max_tiles=1).num_tiles == [1]
     with pytest.raises(UserError, match="min_tiles 3 is more than max_tiles 2"):
-        vlm.prepare(QUESTION, PICTURES, min_tiles=3, max_tiles=2)
+        vlm.prepare_inputs(QUESTION, PICTURES, min_tiles=3, max_tiles=2)
 
 
 def test_figures_of_a_run_add_up(vlm):
     answer = vlm.ask(QUESTION, PICTURES, max_tokens=5)
-    assert answer.usage.prompt_tokens == len(vlm.prepare(QUESTION, PICTURES).token_ids)
+    assert answer.usage.prompt_tokens == len(vlm.prepare_inputs(QUESTION, PICTURES).token_ids)
     assert answer.usage.image_tokens == sum(image.tokens for image in answer.images)
     assert answer.usage.completion_tokens == len(answer.token_ids) == 5
     assert answer.timing.first_token_s > 0
@@ -136,12 +136,15 @@ def test_figures_of_a_run_add_up(vlm):
 
 
 def test_past_turns_take_their_pictures_first(vlm):
-    from internvl3_mlx import Media, Turn
+    from internvl3_mlx import Message, MessageMedia
 
-    history = (Turn("user", "What is it?", (Media((1,)),)), Turn("assistant", "A cat."))
-    inputs = vlm.prepare("And this?", PICTURES, history=history)
+    history = (
+        Message("user", "What is it?", (MessageMedia((1,)),)),
+        Message("assistant", "A cat."),
+    )
+    inputs = vlm.prepare_inputs("And this?", PICTURES, history=history)
     text = vlm.tokenizer.decode(inputs.token_ids)
     assert len(inputs.images) == 2
     assert text.index("What is it?") < text.index("A cat.") < text.index("And this?")
     with pytest.raises(PromptError, match="history shows more pictures than were given"):
-        vlm.prepare("And this?", [], history=history)
+        vlm.prepare_inputs("And this?", [], history=history)

@@ -3,7 +3,7 @@
 import pytest
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.generation.generation_config import Settings, changed
+from internvl3_mlx.generation.generation_config import GenerationConfig, with_overrides
 
 
 @pytest.mark.parametrize(
@@ -20,19 +20,19 @@ from internvl3_mlx.generation.generation_config import Settings, changed
 )
 def test_values_out_of_range_are_named_with_their_range(change, message):
     with pytest.raises(UserError, match=message):
-        Settings(**change)
+        GenerationConfig(**change)
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="no setting 'temprature'; did you mean 'temperature'"):
-        changed(Settings(), {"temprature": 1})
+        with_overrides(GenerationConfig(), {"temprature": 1})
 
 
 def test_one_string_is_a_list_of_one():
-    assert changed(Settings(), {"stop": "END"}).stop == ("END",)
-    assert changed(Settings(), {"video": "clip.mp4"}).video == ("clip.mp4",)
+    assert with_overrides(GenerationConfig(), {"stop": "END"}).stop == ("END",)
+    assert with_overrides(GenerationConfig(), {"video": "clip.mp4"}).video == ("clip.mp4",)
 
 
 def test_changes_keep_the_rest():
-    base = Settings(max_tokens=5, top_k=3)
-    assert changed(base, {"top_k": 4}) == Settings(max_tokens=5, top_k=4)
+    base = GenerationConfig(max_tokens=5, top_k=3)
+    assert with_overrides(base, {"top_k": 4}) == GenerationConfig(max_tokens=5, top_k=4)

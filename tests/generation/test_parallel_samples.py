@@ -8,7 +8,7 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.generation import parallel_samples
-from internvl3_mlx.models.cache import PackedKVCache, SharedKVCache
+from internvl3_mlx.models.cache import RowQuantizedKVCache, SharedPrefixKVCache
 
 CAT, DOG = picture(130, 70), picture(60, 60, 1)
 ASKED = ("Which is larger?", [CAT, DOG])
@@ -24,9 +24,9 @@ def vlm():
 def shared(monkeypatch):
     """Keep every shared cache that is made."""
     made = []
-    begin = SharedKVCache.__init__
+    begin = SharedPrefixKVCache.__init__
     monkeypatch.setattr(
-        SharedKVCache, "__init__", lambda self, *args: made.append(self) or begin(self, *args)
+        SharedPrefixKVCache, "__init__", lambda self, *args: made.append(self) or begin(self, *args)
     )
     return made
 
@@ -73,7 +73,7 @@ def test_what_was_read_stands_in_memory_once(vlm, shared, cache, count):
         assert {part.shape[0] for part in layer.suffix.state} == {count}
         assert layer.suffix.offset == 4
         assert layer.suffix.state[0].shape[2] < prompt + 256
-    assert isinstance(shared[0].prefix, PackedKVCache) == bool(cache)
+    assert isinstance(shared[0].prefix, RowQuantizedKVCache) == bool(cache)
 
 
 def test_the_prompt_is_read_once(vlm, monkeypatch):
@@ -100,11 +100,11 @@ def test_answers_end_at_their_own_time(vlm):
 
 
 def test_a_cache_that_is_packed_on_the_way_answers_as_alone(vlm, shared):
-    prompt = vlm.prepare(*ASKED)
+    prompt = vlm.prepare_inputs(*ASKED)
     settings = {"kv_bits": 8, "quantized_kv_start": len(prompt.token_ids) + 4, "max_tokens": 12}
     found = vlm.ask_many(*ASKED, n=3, **settings)
     assert [a.token_ids for a in found] == [vlm.ask(*ASKED, **settings).token_ids] * 3
-    assert isinstance(shared[0].prefix, PackedKVCache)
+    assert isinstance(shared[0].prefix, RowQuantizedKVCache)
 
 
 def test_beyond_the_window_answers_are_those_of_ask(shared):
@@ -121,9 +121,11 @@ def test_beyond_the_window_answers_are_those_of_ask(shared):
 def test_what_cannot_go_together_is_answered_one_by_one(settings, shared, monkeypatch):
     vlm = load(str(tiny(Recipe(head_dim=128)).folder))
     looked = []
-    see = type(vlm.model).see
+    see = type(vlm.model).get_image_features
     monkeypatch.setattr(
-        type(vlm.model), "see", lambda self, tiles: looked.append(1) or see(self, tiles)
+        type(vlm.model),
+        "get_image_features",
+        lambda self, tiles: looked.append(1) or see(self, tiles),
     )
     found = vlm.ask_many(*ASKED, n=2, max_tokens=5, **settings)
     assert looked == [1]
@@ -143,4 +145,4 @@ def test_no_answers_at_all_is_a_mistake(vlm):
     with pytest.raises(UserError, match="n is 0; ask for one answer or more"):
         vlm.ask_many(*ASKED, n=0)
     assert len(vlm.ask_many(*ASKED, n=1, max_tokens=2)) == 1
-    assert parallel_samples.goes_together(vlm, vlm.conversation().settings)
+    assert parallel_samples.can_sample_together(vlm, vlm.conversation().settings)

@@ -6,7 +6,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
-from internvl3_mlx.generation.speculative import Lookup, agreeing
+from internvl3_mlx.generation.speculative import PromptLookup, common_prefix_length
 
 CAT, DOG = picture(130, 70), picture(60, 60, 1)
 LONG = {"max_tokens": 40}
@@ -132,17 +132,17 @@ def test_a_model_with_other_tokens_cannot_draft(vlm):
 def test_a_draft_may_be_named(vlm, twin):
     answer = vlm.ask("What is it?", draft=str(twin.loaded.folder), **LONG)
     assert answer.usage.accepted_tokens > 0
-    assert str(twin.loaded.folder) in vlm.companions
+    assert str(twin.loaded.folder) in vlm.draft_models
 
 
 def test_lookup_takes_what_followed_the_longest_latest_match():
-    assert Lookup().propose([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == [8, 1, 2]
-    assert Lookup().propose([5, 6, 1, 2, 7, 6, 1, 2], 2) == [7, 6]
-    assert Lookup().propose([1, 2, 3, 4], 3) == []
-    assert Lookup().propose([1], 3) == []
+    assert PromptLookup().propose([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == [8, 1, 2]
+    assert PromptLookup().propose([5, 6, 1, 2, 7, 6, 1, 2], 2) == [7, 6]
+    assert PromptLookup().propose([1, 2, 3, 4], 3) == []
+    assert PromptLookup().propose([1], 3) == []
 
 
 def test_agreement_ends_at_the_first_difference():
-    assert agreeing([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert agreeing([1, 2], [1, 2, 4]) == 2
-    assert agreeing([], [7]) == 0
+    assert common_prefix_length([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_prefix_length([1, 2], [1, 2, 4]) == 2
+    assert common_prefix_length([], [7]) == 0

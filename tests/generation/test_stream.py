@@ -24,8 +24,8 @@ class Letters:
 
 def run(text, stop=(), *, end=True):
     stream = TextStream(Letters(), {END}, stop)
-    pieces = [piece for _, piece in stream.pieces([*map(ord, text), *[END] * end])]
-    rest = stream.rest()
+    pieces = [piece for _, piece in stream.decode([*map(ord, text), *[END] * end])]
+    rest = stream.flush()
     assert "".join(pieces) + rest == stream.text
     return stream, pieces
 
@@ -65,9 +65,9 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(text, stop, shown):
 
 def test_what_may_become_a_stop_string_is_held_back():
     stream = TextStream(Letters(), {END}, ("STOP",))
-    shown = "".join(piece for _, piece in stream.pieces(map(ord, "abcSTO")))
+    shown = "".join(piece for _, piece in stream.decode(map(ord, "abcSTO")))
     assert shown == "abc"
-    assert stream.rest() == "STO"
+    assert stream.flush() == "STO"
 
 
 @pytest.fixture(scope="module")
@@ -83,5 +83,5 @@ def test_pieces_of_any_tokens_join_to_the_stripped_decoding(tokenizer):
         ids = [draw.randrange(tokenizer.vocab_size) for _ in range(30)]
         ids = [token for token in ids if token not in tokenizer.stop_ids]
         stream = TextStream(tokenizer.detokenizer(), tokenizer.stop_ids)
-        text = "".join(piece for _, piece in stream.pieces(ids)) + stream.rest()
+        text = "".join(piece for _, piece in stream.decode(ids)) + stream.flush()
         assert text == tokenizer.decode(ids).strip()

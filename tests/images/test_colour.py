@@ -7,7 +7,7 @@ import pytest
 from fixtures.image_files import encoded, held, noise, same
 from PIL import Image
 
-from internvl3_mlx.images.load import open_picture
+from internvl3_mlx.images.load import open_image
 
 # One bright corner tells every turn apart: where the stored top left corner must end up.
 UPRIGHT_CORNER = {
@@ -34,36 +34,36 @@ def test_photos_are_upright(kind, orientation):
     stored = Image.new("RGB", (48, 32))
     stored.paste((255, 255, 255), (0, 0, 16, 16))
     exif = held(orientation)
-    picture = open_picture(encoded(stored, kind, exif=exif))
+    picture = open_image(encoded(stored, kind, exif=exif))
     assert corner(picture.image.resize((2, 2))) == UPRIGHT_CORNER[orientation]
     assert picture.image.size == ((32, 48) if orientation > 4 else (48, 32))
-    again = open_picture(picture.image)
+    again = open_image(picture.image)
     assert same(again, picture.image)
 
 
 def test_upright_false_leaves_the_photo_as_stored():
     exif = held(6)
     data = encoded(noise(8, 16), exif=exif)
-    assert open_picture(data).image.size == (16, 8)
-    assert open_picture(data, upright=False).image.size == (8, 16)
+    assert open_image(data).image.size == (16, 8)
+    assert open_image(data, upright=False).image.size == (8, 16)
 
 
 def test_damaged_exif_does_not_matter():
     data = encoded(noise(16, 8), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01")
-    assert open_picture(data).image.size == (16, 8)
+    assert open_image(data).image.size == (16, 8)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "RGBX"])
 def test_ordinary_modes_equal_pillows_conversion(mode):
     image = noise(9, 4).convert(mode)
-    assert same(open_picture(image), image)
+    assert same(open_image(image), image)
 
 
 def test_alpha_is_dropped_not_blended():
     image = Image.new("RGBA", (2, 3), (200, 100, 50, 0))
-    assert open_picture(encoded(image)).image.getpixel((1, 2)) == (200, 100, 50)
+    assert open_image(encoded(image)).image.getpixel((1, 2)) == (200, 100, 50)
     for mode in ("RGBa", "La"):
-        assert open_picture(Image.new(mode, (2, 3))).image.mode == "RGB"
+        assert open_image(Image.new(mode, (2, 3))).image.mode == "RGB"
 
 
 @pytest.mark.parametrize("transparency", [0, bytes([0, 128, 255])])
@@ -72,16 +72,16 @@ def test_a_transparent_palette_raises_no_warning(transparency):
     data = encoded(image, transparency=transparency)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = open_picture(data)
+        picture = open_image(data)
     assert same(picture, image)
 
 
 def test_sixteen_bit_grey_keeps_its_high_byte():
     deep = Image.fromarray(np.array([[0, 255, 256, 0x8000, 65535]], dtype=np.uint16))
     for source in (deep, encoded(deep), encoded(deep, "TIFF")):
-        grey = np.asarray(open_picture(source).image)[0, :, 0]
+        grey = np.asarray(open_image(source).image)[0, :, 0]
         assert grey.tolist() == [0, 0, 1, 0x80, 255]
-    colour = np.asarray(open_picture(encoded(deep)).image)
+    colour = np.asarray(open_image(encoded(deep)).image)
     assert (colour == colour[..., :1]).all()
 
 
@@ -95,7 +95,7 @@ def test_sixteen_bit_grey_keeps_its_high_byte():
 )
 def test_whole_numbers_are_scaled_by_the_depth_that_holds_them(values, wanted):
     image = Image.fromarray(np.array([values], dtype=np.int32))
-    assert np.asarray(open_picture(image).image)[0, :, 0].tolist() == wanted
+    assert np.asarray(open_image(image).image)[0, :, 0].tolist() == wanted
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_whole_numbers_are_scaled_by_the_depth_that_holds_them(values, wanted):
 )
 def test_floats_are_scaled_or_clipped(values, wanted):
     image = Image.fromarray(np.array([values], dtype=np.float32))
-    assert np.asarray(open_picture(image).image)[0, :, 0].tolist() == wanted
+    assert np.asarray(open_image(image).image)[0, :, 0].tolist() == wanted

@@ -12,7 +12,7 @@ import pytest
 from fixtures.image_files import encoded, message, noise
 
 from internvl3_mlx.images import fetch
-from internvl3_mlx.images.load import open_picture
+from internvl3_mlx.images.load import open_image
 
 
 def test_tilde_is_home_but_an_exact_name_comes_first(tmp_path, monkeypatch):
@@ -22,10 +22,10 @@ def test_tilde_is_home_but_an_exact_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     noise(3, 4).save(home / "a.png")
     monkeypatch.chdir(tmp_path)
-    assert open_picture("~/a.png").height == 4
-    assert open_picture(Path("~/a.png")).name == "~/a.png"
+    assert open_image("~/a.png").height == 4
+    assert open_image(Path("~/a.png")).name == "~/a.png"
     noise(3, 9).save(tmp_path / "~" / "a.png")
-    assert open_picture("~/a.png").height == 9
+    assert open_image("~/a.png").height == 9
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_tilde_is_home_but_an_exact_name_comes_first(tmp_path, monkeypatch):
 )
 def test_a_name_that_looks_the_same_is_found(tmp_path, stored, typed):
     noise().save(tmp_path / stored)
-    assert open_picture(str(tmp_path / typed)).width == 7
+    assert open_image(str(tmp_path / typed)).width == 7
 
 
 def test_two_names_that_look_the_same_are_not_guessed_between(tmp_path):
@@ -50,7 +50,7 @@ def test_two_names_that_look_the_same_are_not_guessed_between(tmp_path):
         noise().save(tmp_path / f"a{space}b.png")
     assert "no file at" in message(tmp_path / "a b.png")
     noise(3, 3).save(tmp_path / "a b.png")
-    assert open_picture(tmp_path / "a b.png").width == 3
+    assert open_image(tmp_path / "a b.png").width == 3
 
 
 def test_a_named_pipe_is_read_like_a_file(tmp_path):
@@ -58,7 +58,7 @@ def test_a_named_pipe_is_read_like_a_file(tmp_path):
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=(encoded(noise()),))
     writer.start()
-    assert open_picture(pipe).width == 7
+    assert open_image(pipe).width == 7
     writer.join()
 
 

@@ -22,9 +22,9 @@ def test_frames_are_the_chosen_ones_at_their_times(kind, codec):
     wanted = frame_indices(5, RATE, 39)
     assert numbers(frames) == wanted
     assert [frame.seconds for frame in frames] == pytest.approx([n / RATE for n in wanted])
-    assert frames[0].picture.image.mode == "RGB"
-    assert frames[0].picture.image.size == (64, 48)
-    assert frames[1].picture.name == "image bytes at 1.1 s"
+    assert frames[0].loaded_image.image.mode == "RGB"
+    assert frames[0].loaded_image.image.size == (64, 48)
+    assert frames[1].loaded_image.name == "image bytes at 1.1 s"
 
 
 @pytest.mark.parametrize(
@@ -36,17 +36,23 @@ def test_skipping_groups_changes_no_pixel(monkeypatch, options):
         for count in (1, 2, 7, 60):
             quick = read_frames(data, count, bound=bound)
             with monkeypatch.context() as patch:
-                patch.setattr(reader._Index, "feed", lambda self, wanted: [True] * len(self.times))
+                patch.setattr(
+                    reader._PacketIndex,
+                    "packets_to_decode",
+                    lambda self, wanted: [True] * len(self.times),
+                )
                 slow = read_frames(data, count, bound=bound)
             assert numbers(quick) == numbers(slow)
             for one, other in zip(quick, slow, strict=True):
-                assert one.picture.image.tobytes() == other.picture.image.tobytes()
+                assert one.loaded_image.image.tobytes() == other.loaded_image.image.tobytes()
 
 
 def test_only_groups_with_a_chosen_frame_are_decoded(monkeypatch):
     fed = []
-    real = reader._Index.feed
-    monkeypatch.setattr(reader._Index, "feed", lambda *given: fed.append(real(*given)) or fed[-1])
+    real = reader._PacketIndex.packets_to_decode
+    monkeypatch.setattr(
+        reader._PacketIndex, "packets_to_decode", lambda *given: fed.append(real(*given)) or fed[-1]
+    )
     read_frames(film(count=40), 1, bound=(1.8, 1.9))
     assert 1 <= sum(fed[0]) <= 8
 
@@ -54,14 +60,14 @@ def test_only_groups_with_a_chosen_frame_are_decoded(monkeypatch):
 def test_a_short_video_gives_frames_twice():
     frames = read_frames(film(count=3), 8)
     assert numbers(frames) == frame_indices(8, RATE, 2)
-    assert frames[0].picture.image is frames[1].picture.image
+    assert frames[0].loaded_image.image is frames[1].loaded_image.image
 
 
 def test_a_path_and_an_address_open(tmp_path):
     path = tmp_path / "my clip.mp4"
     path.write_bytes(film(count=4))
     for source in (path, str(path), path.as_uri()):
-        assert read_frames(source, 1)[0].picture.name == f"{path} at 0.1 s"
+        assert read_frames(source, 1)[0].loaded_image.name == f"{path} at 0.1 s"
 
 
 ONE = 1 << 16  # 1.0 in the fixed point of the track header
@@ -80,10 +86,10 @@ HALF = (-ONE, 0, 0, 0, -ONE, 0, 0, 0, 1 << 30)
 )
 def test_a_turned_camera_gives_upright_frames(matrix, size, corner):
     data = turned(film(count=4), matrix)
-    image = read_frames(data, 1)[0].picture.image
+    image = read_frames(data, 1)[0].loaded_image.image
     assert image.size == size
     assert min(image.getpixel(corner)) > 220
-    assert read_frames(data, 1, upright=False)[0].picture.image.size == (64, 48)
+    assert read_frames(data, 1, upright=False)[0].loaded_image.image.size == (64, 48)
 
 
 def test_only_chosen_frames_become_pictures(monkeypatch):

@@ -9,7 +9,7 @@ from fixtures.image_files import held, message
 from PIL import Image
 
 from internvl3_mlx.errors import MissingExtraError
-from internvl3_mlx.images.load import open_picture
+from internvl3_mlx.images.load import open_image
 
 
 @pytest.fixture
@@ -24,17 +24,17 @@ def heic():
 
 
 def test_heic_opens_upright_through_pillow_heif(heic):
-    image = open_picture(heic).image
+    image = open_image(heic).image
     assert image.size == (32, 64)
     assert np.allclose(image.getpixel((5, 40)), (250, 10, 20), atol=6)
-    assert open_picture(image).image.size == (32, 64)
+    assert open_image(image).image.size == (32, 64)
 
 
 def test_heic_without_a_reader_names_the_extra(heic, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(MissingExtraError) as caught:
-        open_picture(heic)
+        open_image(heic)
     assert str(caught.value) == (
         'cannot read image bytes: HEIC needs pillow-heif: pip install "internvl3-mlx[heic]"'
     )
@@ -66,7 +66,7 @@ def sips(tmp_path, monkeypatch):
 def test_heic_opens_through_sips(heic, sips, tmp_path, upright):
     path = tmp_path / "-a b.heic"
     path.write_bytes(heic)
-    picture = open_picture(path, upright=upright)
+    picture = open_image(path, upright=upright)
     assert picture.image.getpixel((3, 3)) == (9, 8, 7)
     assert picture.image.size == (32, 64)  # Pillow turns every TIFF by itself
 

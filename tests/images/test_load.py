@@ -13,7 +13,7 @@ from fixtures.image_files import encoded, held, message, noise, png_claiming, sa
 from PIL import Image, ImageGrab
 
 from internvl3_mlx.errors import ImageError
-from internvl3_mlx.images.load import Picture, open_picture
+from internvl3_mlx.images.load import LoadedImage, open_image
 
 
 def test_every_way_in_gives_the_same_picture(tmp_path, monkeypatch):
@@ -40,29 +40,29 @@ def test_every_way_in_gives_the_same_picture(tmp_path, monkeypatch):
         (image, "image"),
     ]
     for source, name in ways:
-        picture = open_picture(source)
+        picture = open_image(source)
         assert same(picture, image), name
         assert picture.name == name
         assert (picture.width, picture.height) == (7, 5)
 
 
 def test_a_picture_is_returned_as_it_is():
-    picture = Picture(noise(), "mine")
-    assert open_picture(picture) is picture
+    picture = LoadedImage(noise(), "mine")
+    assert open_image(picture) is picture
 
 
 def test_an_rgb_image_is_not_copied_nor_changed():
     image = noise()
-    assert open_picture(image).image is image
+    assert open_image(image).image is image
 
 
 def test_the_clipboard_gives_its_image_or_its_first_file(tmp_path, monkeypatch):
     image = noise()
     image.save(tmp_path / "copied.png")
     monkeypatch.setattr(ImageGrab, "grabclipboard", lambda: image)
-    assert same(open_picture("clipboard"), image)
+    assert same(open_image("clipboard"), image)
     monkeypatch.setattr(ImageGrab, "grabclipboard", lambda: [str(tmp_path / "copied.png")])
-    assert open_picture("clipboard").name.endswith("copied.png")
+    assert open_image("clipboard").name.endswith("copied.png")
 
 
 def test_clipboard_faults_are_told(monkeypatch):
@@ -87,13 +87,13 @@ def test_an_animation_gives_its_first_frame(kind):
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("#ff0000", "#00ff00")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert open_picture(data).image.getpixel((3, 2)) == (255, 0, 0)
+    assert open_image(data).image.getpixel((3, 2)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_thin_pictures_open(size, kind):
-    assert open_picture(encoded(Image.new("RGB", size), kind)).image.size == size
+    assert open_image(encoded(Image.new("RGB", size), kind)).image.size == size
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_no_damage_escapes_as_another_error():
             for _ in range(rng.randint(1, 8)):
                 data[rng.randrange(min(len(data), rng.choice((40, 10**6))))] = rng.randrange(256)
             try:
-                open_picture(bytes(data))
+                open_image(bytes(data))
             except ImageError as error:
                 told.append(str(error))
     assert len(told) > 100
@@ -153,7 +153,7 @@ def test_a_photo_that_pillow_warns_about_opens_quietly(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1201)  # Pillow stops at twice this
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert open_picture(data).width == 60
+        assert open_image(data).width == 60
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked():

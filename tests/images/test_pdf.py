@@ -21,7 +21,7 @@ def test_every_page_keeps_its_shape(tmp_path):
 
 
 def test_a_document_of_too_many_pages_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(pdf, "MOST_PAGES", 1)
+    monkeypatch.setattr(pdf, "MAX_PAGES", 1)
     path = write_pdf(tmp_path / "a.pdf", (10, 20), (10, 20))
     with pytest.raises(ImageError, match="a.pdf: 2 pages; from 1 to 1 are read at once"):
         read_pages(path)
@@ -33,7 +33,9 @@ def test_what_is_no_pdf_is_told():
 
 
 def test_a_locked_document_is_told():
-    assert "locked by a password" in pdf.fault("Failed to load document (Incorrect password)")
+    assert "locked by a password" in pdf.pdfium_error_text(
+        "Failed to load document (Incorrect password)"
+    )
 
 
 def test_without_the_library_the_line_to_paste_is_given(tmp_path, monkeypatch):

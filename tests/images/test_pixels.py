@@ -110,7 +110,7 @@ def test_other_modes_become_rgb_first():
 
 def test_an_absurdly_tall_picture_is_shrunk_before_it_is_widened(monkeypatch):
     tall = noise(3, 4000)
-    monkeypatch.setattr(tiling, "LARGEST_MIDDLE", 14 * 3000)
+    monkeypatch.setattr(tiling, "MAX_INTERMEDIATE_PIXELS", 14 * 3000)
     tiles = to_tiles(tall, SMALL)
     down_first = tall.resize((3, 14), Image.Resampling.BICUBIC).resize((14, 14))
     assert np.array_equal(tiles[-1], np.asarray(down_first))

@@ -6,8 +6,8 @@ import pytest
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.images.tiling import (
-    LARGEST_LIMIT,
-    candidates,
+    MAX_TILES_LIMIT,
+    candidate_grids,
     choose_grid,
     tile_boxes,
     tile_count,
@@ -82,7 +82,7 @@ def sweep():
     yield from KNOWN_TRAPS
     for _ in range(300):
         yield rng.randint(1, 5000), rng.randint(1, 5000)
-    for columns, rows in candidates(1, 12):
+    for columns, rows in candidate_grids(1, 12):
         for scale in (1, 224, 316, 317, 448, 633, 634, 951):
             yield scale * columns, scale * rows
 
@@ -126,7 +126,7 @@ def test_a_limit_of_one_gives_one_tile():
 
 @pytest.mark.parametrize(("limit", "count"), [(6, 14), (12, 35)])
 def test_candidates_are_complete_and_ordered(limit, count):
-    grids = candidates(1, limit)
+    grids = candidate_grids(1, limit)
     assert len(grids) == count == len(set(grids))
     products = [c * r for c, r in grids]
     assert products == sorted(products)
@@ -152,7 +152,7 @@ def test_a_thumbnail_is_added_to_many_tiles_only(grid, thumbnail, count):
     assert tile_count(grid, thumbnail) == count
 
 
-@pytest.mark.parametrize("limits", [(5, 4), (0, 4), (1, 0), (1, LARGEST_LIMIT + 1), (-1, -1)])
+@pytest.mark.parametrize("limits", [(5, 4), (0, 4), (1, 0), (1, MAX_TILES_LIMIT + 1), (-1, -1)])
 def test_impossible_limits_are_refused(limits):
     low, high = limits
     with pytest.raises(UserError, match=f"tile limits {low} to {high} cannot be met: wanted 1 <="):

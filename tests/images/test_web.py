@@ -8,7 +8,7 @@ import pytest
 from fixtures.image_files import encoded, message, noise, same
 
 from internvl3_mlx.images import fetch
-from internvl3_mlx.images.load import open_picture
+from internvl3_mlx.images.load import open_image
 
 PICTURE = encoded(noise())
 
@@ -88,11 +88,11 @@ def site(monkeypatch):
 
 @pytest.mark.parametrize("path", ["/a.png", "/a bé.png", "/a%20b%C3%A9.png", "/moved"])
 def test_a_picture_is_fetched(site, path):
-    assert same(open_picture(site + path), noise())
+    assert same(open_image(site + path), noise())
 
 
 def test_the_name_keeps_secrets_out(site):
-    assert open_picture(f"{site}/a.png?token=secret").name == f"{site}/a.png"
+    assert open_image(f"{site}/a.png?token=secret").name == f"{site}/a.png"
     assert "secret" not in message("http://me:secret@127.0.0.1:1/a.png?key=secret")
 
 
@@ -118,12 +118,12 @@ def test_a_large_download_is_stopped(site, monkeypatch):
 
 
 def test_a_slow_download_is_stopped(site, monkeypatch):
-    monkeypatch.setattr(fetch, "TOTAL_S", 0.1)
+    monkeypatch.setattr(fetch, "DOWNLOAD_TIMEOUT_S", 0.1)
     assert "/drip: the server is too slow" in message(f"{site}/drip")
 
 
 def test_a_silent_server_is_given_up(site, monkeypatch):
-    monkeypatch.setattr(fetch, "SILENCE_S", 0.1)
+    monkeypatch.setattr(fetch, "READ_TIMEOUT_S", 0.1)
     assert "/silent: the server is too slow" in message(f"{site}/silent")
 
 

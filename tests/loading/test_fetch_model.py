@@ -67,7 +67,7 @@ def notes():
 def test_a_repository_is_fetched_once_and_without_its_code(repository, notes):
     for _ in range(2):
         load("someone/model", notify=notes.append, revision="main")
-    [(repo, revision, patterns)] = repository.asked
+    [(repo, revision, patterns)] = repository.processing_config
     assert (repo, revision) == ("someone/model", "main")
     assert not any(
         pattern.endswith((".py", "*")) and "LICENSE" not in pattern for pattern in patterns
@@ -109,7 +109,7 @@ def test_any_folder_may_be_packed_on_the_way_in():
     assert linear.bits == 4
     assert packed.model.mlp1[1].bits == 8
     assert not hasattr(packed.model.vision_model.encoder.layers[0].attn.qkv, "bits")
-    ids = dense.prepare("Hello").input_ids[None]
+    ids = dense.prepare_inputs("Hello").input_ids[None]
     assert not mx.array_equal(packed.model(ids), dense.model(ids))
 
 
@@ -180,7 +180,7 @@ def test_a_model_too_large_for_the_gpu_is_refused_with_one_that_fits(repository,
         r"try --model 14b \(4-bit, about 9.1 GB\)",
     ):
         load("78b")
-    assert repository.asked == []
+    assert repository.processing_config == []
 
 
 def test_a_disk_too_small_is_told_before_the_download(repository, monkeypatch):
@@ -189,7 +189,7 @@ def test_a_disk_too_small_is_told_before_the_download(repository, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20 * GB))
     with pytest.raises(DownloadError, match="needs 51 GB of disk, 20 GB are free"):
         load("someone/model")
-    assert repository.asked == []
+    assert repository.processing_config == []
 
 
 def test_a_half_fetched_repository_is_fetched_again(repository, tmp_path):

@@ -2,12 +2,12 @@
 
 import huggingface_hub
 import pytest
-from fixtures.conversions import converted
+from fixtures.conversions import run_conversion
 from fixtures.hub import running_hub
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.recipes import uniform_recipe
 from internvl3_mlx.errors import DownloadError, UserError
 from internvl3_mlx.loading.hub import upload
 
@@ -26,7 +26,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    converted(tiny(Recipe()).folder, tmp_path / "out", recipe(4, 32))
+    run_conversion(tiny(Recipe()).folder, tmp_path / "out", uniform_recipe(4, 32))
     return tmp_path / "out"
 
 

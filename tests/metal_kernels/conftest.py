@@ -13,11 +13,11 @@ def emulated() -> Callable:
     """Give ``emulated_metal``, inside which kernels are built anew."""
 
     def fresh(*args, **kwargs):
-        dispatch.compiled.cache_clear()
+        dispatch.build_kernel.cache_clear()
         return emulated_metal(*args, **kwargs)
 
     yield fresh
-    dispatch.compiled.cache_clear()
+    dispatch.build_kernel.cache_clear()
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def a_mac(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "metal_available", lambda: True)
     monkeypatch.setattr(dispatch, "device_name", lambda: "Apple M9")
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
-    monkeypatch.delenv(dispatch.SWITCH, raising=False)
-    self_test.known.clear()
-    registry.measured.cache_clear()
+    monkeypatch.delenv(dispatch.MODE_VARIABLE, raising=False)
+    self_test.results.clear()
+    registry.read_thresholds.cache_clear()
     yield tmp_path / "kernels"
-    self_test.known.clear()
-    registry.measured.cache_clear()
+    self_test.results.clear()
+    registry.read_thresholds.cache_clear()

@@ -7,7 +7,7 @@ import pytest
 from fixtures.attention_cases import Ragged
 
 import internvl3_mlx
-from internvl3_mlx.metal_kernels.cost_model import Look, table
+from internvl3_mlx.metal_kernels.cost_model import AttentionCost, cost_table
 from internvl3_mlx.metal_kernels.flash_decode import WHOLE, Dense, PackedRows, flash_decode_kernel
 
 METAL = Path(internvl3_mlx.__file__).parents[1] / "docs" / "metal.md"
@@ -25,26 +25,26 @@ def test_the_emulator_counts_the_same_bytes(emulated, shape):
     with emulated(schedules=("forward",)) as metal:
         flash_decode_kernel(q, store, tokens)
     split, join = metal.dispatches
-    look = Look(
+    look = AttentionCost(
         shape.kv_heads * shape.sharing, shape.kv_heads, shape.dim, tokens, shape.bits, shape.draft,
         shape.group_size,
     )  # fmt: skip
     assert sum(split.reads[name].total for name in ("keys", "values")) == look.store_nbytes
-    parts = sum(split.writes[name] for name in ("out", "top", "sum"))
+    parts = sum(split.is_main[name] for name in ("out", "top", "sum"))
     parts += sum(join.reads[name].distinct for name in ("parts", "tops", "sums"))
     assert parts == look.parts_nbytes
 
 
 def fitted(store: Dense | PackedRows, tokens: int) -> Dense | PackedRows:
     """Copy the first tokens, so that they are the whole store."""
-    first = store.first(tokens)
+    first = store.first_tokens(tokens)
     if isinstance(first, Dense):
         return Dense(mx.contiguous(first.keys), mx.contiguous(first.values))
     return PackedRows(mx.contiguous(first.rows), first.layout)
 
 
 def test_matrix_tiles_are_counted_with_their_padding():
-    seven, eight, nine = (Look(rows, 1, 64, 100) for rows in (7, 8, 9))
+    seven, eight, nine = (AttentionCost(rows, 1, 64, 100) for rows in (7, 8, 9))
     assert seven.flops * 8 == eight.flops * 7
     assert seven.kernel_flops == eight.kernel_flops
     assert nine.kernel_flops == 2 * eight.kernel_flops
@@ -52,12 +52,12 @@ def test_matrix_tiles_are_counted_with_their_padding():
 
 
 def test_eight_answers_to_one_picture_read_it_once():
-    one, eight = (Look(28, 4, 128, 3328, 8, draft=n) for n in (1, 8))
+    one, eight = (AttentionCost(28, 4, 128, 3328, 8, draft=n) for n in (1, 8))
     assert eight.store_nbytes == one.store_nbytes
     assert eight.flops == 8 * one.flops
-    assert Look(28, 4, 128, 3328).store_nbytes == 2 * 4 * 3328 * 128 * 2
-    assert Look(28, 4, 128, 3328).bits == WHOLE
+    assert AttentionCost(28, 4, 128, 3328).store_nbytes == 2 * 4 * 3328 * 128 * 2
+    assert AttentionCost(28, 4, 128, 3328).bits == WHOLE
 
 
 def test_the_document_holds_the_table():
-    assert table(16384) in METAL.read_text("utf-8")
+    assert cost_table(16384) in METAL.read_text("utf-8")

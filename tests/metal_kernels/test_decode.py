@@ -7,8 +7,8 @@ from fixtures.tiny import TEXT, Recipe
 
 from internvl3_mlx import load
 from internvl3_mlx.metal_kernels import dispatch
-from internvl3_mlx.metal_kernels.registry import Entry, write_table
-from internvl3_mlx.models.cache import PackedKVCache, QuantizedKVCache
+from internvl3_mlx.metal_kernels.registry import KernelThreshold, write_thresholds
+from internvl3_mlx.models.cache import QuantizedKVCache, RowQuantizedKVCache
 
 CAT, DOG = picture(130, 70), picture(60, 60, 1)
 ASKED = ("the the the image the the image", [CAT])
@@ -39,7 +39,7 @@ def by_kernels(emulated, request, monkeypatch):
 
     def run(ask, setting="force"):
         request.getfixturevalue("a_mac")
-        monkeypatch.setenv(dispatch.SWITCH, setting)
+        monkeypatch.setenv(dispatch.MODE_VARIABLE, setting)
         with emulated(schedules=("forward",), checked=False) as metal:
             answer = ask()
         monkeypatch.setattr(dispatch, "metal_available", lambda: False)
@@ -107,7 +107,7 @@ def test_a_talk_is_saved_and_read_with_and_without_kernels(vlm, by_kernels, tmp_
         assert talk.load(path)
         assert isinstance(talk.memory.cache[0], QuantizedKVCache)
         answer = talk.ask("And?", [DOG])
-        assert isinstance(talk.memory.cache[0], PackedKVCache)
+        assert isinstance(talk.memory.cache[0], RowQuantizedKVCache)
         talk.save(tmp_path / "later.zip", cache=True)
         return answer, talk.ask("Why?")
 
@@ -125,7 +125,7 @@ def test_the_cache_takes_the_form_that_was_measured_to_pay(vlm, by_kernels):
     start, forms = plain.usage.prompt_tokens + 4, []
 
     def ask():
-        write_table([Entry("flash_decode", 8, 64, 2, start)])
+        write_thresholds([KernelThreshold("flash_decode", 8, 64, 2, start)])
         talk = vlm.conversation(**settings)
         pieces = talk.stream(*ASKED)
         ids = []
@@ -137,7 +137,7 @@ def test_the_cache_takes_the_form_that_was_measured_to_pay(vlm, by_kernels):
     found, launched = by_kernels(ask, setting="on")
     assert found == plain.token_ids
     assert forms[0] is QuantizedKVCache
-    assert forms[-1] is PackedKVCache
+    assert forms[-1] is RowQuantizedKVCache
     assert LAYERS < launched["flash_rows"] < LAYERS * 10
 
 

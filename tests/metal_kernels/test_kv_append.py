@@ -6,8 +6,8 @@ import pytest
 from fixtures.attention_cases import float64, unpacked
 from fixtures.kv_append_cases import BASE, Projected
 
-from internvl3_mlx.metal_kernels.kv_append import Turn, new_row_kernel, new_row_reference
-from internvl3_mlx.metal_kernels.kv_layout import parts
+from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append_kernel, kv_append_reference
+from internvl3_mlx.metal_kernels.kv_layout import split_rows
 
 SHAPES = [
     *(Projected(32, 4, 32, *sizes) for sizes in [(1, 1, 2), (2, 3, 2), (3, 2, 2)]),
@@ -36,26 +36,26 @@ def typed(shape: Projected, dtype: mx.Dtype) -> Projected:
 def test_what_is_not_turned_is_packed_as_mlx_packs_to_the_bit(emulated, shape, dtype):
     shape = typed(shape, dtype)
     with emulated() as metal:
-        found = new_row_kernel(shape.keys, shape.values, shape.layout, shape.still)
+        found = kv_append_kernel(shape.keys, shape.values, shape.layout, shape.still)
     assert mx.array_equal(found, shape.packed_by_mlx())
-    assert metal.last.writes["rows"] == found.nbytes
+    assert metal.last.is_main["rows"] == found.nbytes
     assert metal.last.copied == ()
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(SHAPES[1], mx.bfloat16), (SHAPES[3], mx.float32), (SHAPES[6], mx.float16)]
 )
-@pytest.mark.parametrize("run", [new_row_kernel, new_row_reference])
+@pytest.mark.parametrize("run", [kv_append_kernel, kv_append_reference])
 def test_keys_are_turned_as_complex_numbers_are(emulated, shape, dtype, run):
     shape = typed(shape, dtype)
-    turn = Turn.of(shape.positions, shape.dim, BASE)
+    turn = RopeParams.from_base(shape.positions, shape.dim, BASE)
     with emulated(schedules=("forward",)):
         rows = run(shape.keys, shape.values, shape.layout, turn, shape.bias)
-    keys, values = parts(rows, shape.layout)
+    keys, values = split_rows(rows, shape.layout)
     wanted = shape.turned(shape.keys + shape.bias.reshape(shape.heads, shape.dim))
     allowed = one_level(keys, shape) + TURNED[dtype] * np.abs(wanted).max()
     assert (np.abs(unpacked(keys, shape.bits, shape.group_size) - wanted) <= allowed).all()
-    untouched = parts(shape.packed_by_mlx(), shape.layout)[1]
+    untouched = split_rows(shape.packed_by_mlx(), shape.layout)[1]
     assert all(mx.array_equal(one, other) for one, other in zip(values, untouched, strict=True))
 
 
@@ -67,12 +67,13 @@ def one_level(packed: tuple[mx.array, ...], shape: Projected) -> np.ndarray:
 def test_positions_of_one_sequence_serve_all(emulated):
     shape = Projected(32, 8)
     turn, each = (
-        Turn.of(positions, shape.dim, BASE)
+        RopeParams.from_base(positions, shape.dim, BASE)
         for positions in (shape.positions[0], mx.repeat(shape.positions[:1], 2, axis=0))
     )
     with emulated(schedules=("forward",)):
         found, wanted = (
-            new_row_kernel(shape.keys, shape.values, shape.layout, given) for given in (turn, each)
+            kv_append_kernel(shape.keys, shape.values, shape.layout, given)
+            for given in (turn, each)
         )
     assert mx.array_equal(found, wanted)
 
@@ -80,13 +81,16 @@ def test_positions_of_one_sequence_serve_all(emulated):
 def test_keys_turn_like_mlx_rotary_embedding():
     shape = Projected(64, 8, 64)
     positions = mx.array([[3, 4, 5], [40, 41, 42]])
-    rows = new_row_reference(
-        shape.keys, shape.values, shape.layout, Turn.of(positions.astype(mx.float32), 64, BASE)
+    rows = kv_append_reference(
+        shape.keys,
+        shape.values,
+        shape.layout,
+        RopeParams.from_base(positions.astype(mx.float32), 64, BASE),
     )
     turned = mx.fast.rope(
         shape.keys.swapaxes(1, 2), 64, traditional=False, base=BASE, scale=1.0,
         offset=positions[:, 0],
     )  # fmt: skip
-    keys, _ = parts(rows, shape.layout)
+    keys, _ = split_rows(rows, shape.layout)
     allowed = one_level(keys, shape) + 1e-6
     assert (np.abs(unpacked(keys, shape.bits, 64) - float64(turned)) <= allowed).all()

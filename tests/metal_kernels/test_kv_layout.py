@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.metal_kernels.kv_layout import RowLayout, join, pack, parts, unpack
+from internvl3_mlx.metal_kernels.kv_layout import (
+    KVRowLayout,
+    dequantize_rows,
+    join_rows,
+    quantize_rows,
+    split_rows,
+)
 
 LAYOUTS = [
-    RowLayout(dim, bits, group, dtype)
+    KVRowLayout(dim, bits, group, dtype)
     for (dim, group), bits, dtype in product(
         ((32, 32), (64, 64), (128, 32)), (4, 8), (mx.float16, mx.bfloat16, mx.float32)
     )
@@ -23,25 +29,25 @@ def test_rows_give_back_mlx_numbers_to_the_bit(layout):
     keys, values = (
         mx.array(rng.normal(size=(2, 3, 5, layout.head_dim))).astype(layout.dtype) for _ in "kv"
     )
-    rows = pack(keys, values, layout)
+    rows = quantize_rows(keys, values, layout)
     assert rows.shape == (2, 3, 5, layout.words)
     assert rows.nbytes == 2 * 3 * 5 * layout.row_bytes
     how = {"group_size": layout.group_size, "bits": layout.bits}
     for given, held, back in zip(
-        (keys, values), parts(rows, layout), unpack(rows, layout), strict=True
+        (keys, values), split_rows(rows, layout), dequantize_rows(rows, layout), strict=True
     ):
         packed = mx.quantize(given, **how)
         assert all(mx.array_equal(one, other) for one, other in zip(held, packed, strict=True))
         assert mx.array_equal(back, mx.dequantize(*packed, **how))
         assert back.dtype == layout.dtype
-    assert mx.array_equal(join(*parts(rows, layout), layout), rows)
+    assert mx.array_equal(join_rows(*split_rows(rows, layout), layout), rows)
 
 
 def test_a_row_takes_little_more_than_its_bits():
     """Of 128 numbers twice: 8 bits each, and a word for each group of 64."""
-    assert RowLayout(128, 8, 64, mx.bfloat16).row_bytes == 256 + 4 * 4
-    assert RowLayout(128, 4, 64, mx.bfloat16).row_bytes == 128 + 4 * 4
-    assert RowLayout(128, 8, 64, mx.float32).row_bytes == 256 + 8 * 4
+    assert KVRowLayout(128, 8, 64, mx.bfloat16).row_bytes == 256 + 4 * 4
+    assert KVRowLayout(128, 4, 64, mx.bfloat16).row_bytes == 128 + 4 * 4
+    assert KVRowLayout(128, 8, 64, mx.float32).row_bytes == 256 + 8 * 4
 
 
 @pytest.mark.parametrize(
@@ -56,4 +62,4 @@ def test_a_row_takes_little_more_than_its_bits():
 )
 def test_an_unknown_layout_is_refused_with_what_is_known(given, told):
     with pytest.raises(UserError, match=told):
-        RowLayout(**given)
+        KVRowLayout(**given)

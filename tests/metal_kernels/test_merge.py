@@ -6,11 +6,11 @@ from fixtures.attention_cases import ROUNDING, Ragged, relative_error
 
 from internvl3_mlx.metal_kernels.flash_decode import (
     Dense,
-    as_batch,
-    as_rows,
-    attend_built_in,
+    attend_mlx,
+    batch_to_queries,
     flash_decode_reference,
-    merge,
+    merge_attention,
+    queries_to_batch,
 )
 
 
@@ -27,9 +27,11 @@ def test_a_shared_prefix_and_own_suffixes_join_to_the_whole():
     ]
     prefix = Dense(*(part[:1, :, :11] for part in whole.arrays))
     suffix = Dense(*(part[:, :, 11:] for part in whole.arrays))
-    first = [as_batch(part) for part in flash_decode_reference(as_rows(q), prefix, 11)]
+    first = [
+        queries_to_batch(part) for part in flash_decode_reference(batch_to_queries(q), prefix, 11)
+    ]
     second = flash_decode_reference(q, suffix, mx.array(lengths) - 11)
-    out, lse = merge(*first, *second)
+    out, lse = merge_attention(*first, *second)
     wanted, sums = shape.exact(q, Dense(*joined))
     assert relative_error(out, wanted) <= ROUNDING[mx.float32]
     np.testing.assert_allclose(np.array(lse), sums, rtol=1e-5)
@@ -40,10 +42,10 @@ def test_a_stretch_that_is_empty_changes_nothing():
     store = Dense(*(mx.nan_to_num(part) for part in store.arrays))
     empty, full = flash_decode_reference(q, store, 0), flash_decode_reference(q, store, 7)
     for pair in ((empty, full), (full, empty)):
-        out, lse = merge(*pair[0], *pair[1])
+        out, lse = merge_attention(*pair[0], *pair[1])
         assert mx.array_equal(out, full[0])
         assert mx.array_equal(lse, full[1])
-    nothing = merge(*empty, *empty)[0]
+    nothing = merge_attention(*empty, *empty)[0]
     assert mx.array_equal(nothing, mx.zeros_like(q))
 
 
@@ -52,5 +54,5 @@ def test_a_draft_sees_itself_only_backwards():
     q, store = Ragged((9, 9), 3, 64, draft=4).made()
     store = Dense(*(mx.nan_to_num(part) for part in store.arrays))
     out, _ = flash_decode_reference(q, store, 9, causal=True)
-    assert mx.allclose(out, attend_built_in(q, store, 9, causal=True), atol=1e-5)
-    assert not mx.allclose(out, attend_built_in(q, store, 9), atol=1e-2)
+    assert mx.allclose(out, attend_mlx(q, store, 9, causal=True), atol=1e-5)
+    assert not mx.allclose(out, attend_mlx(q, store, 9), atol=1e-2)

@@ -14,7 +14,7 @@ from fixtures.kv_append_cases import Projected
 from metal_emulator import KernelFault, KernelRefused
 
 from internvl3_mlx.metal_kernels.flash_decode import flash_decode_kernel
-from internvl3_mlx.metal_kernels.kv_append import new_row_kernel
+from internvl3_mlx.metal_kernels.kv_append import kv_append_kernel
 
 FEW = Ragged((600, 2), 1, 64, 8, 64, draft=3, causal=True)  # one row of the second sees nothing
 TILE = Ragged((600, 9), 7, 128, 8, 64)
@@ -128,7 +128,7 @@ def test_new_rows_need_each_guard(emulated, shape, old, new):
     wanted = shape.packed_by_mlx()
 
     def right(_) -> bool:
-        found = new_row_kernel(shape.keys, shape.values, shape.layout, shape.still)
+        found = kv_append_kernel(shape.keys, shape.values, shape.layout, shape.still)
         return mx.array_equal(found, wanted).item()
 
     assert right_as_it_stands(emulated, right)

@@ -11,20 +11,20 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 from internvl3_mlx.metal_kernels.flash_decode import (
     FlashVariant,
-    attend,
-    attend_built_in,
-    chosen,
+    attend_fastest,
+    attend_mlx,
     flash_decode,
     flash_decode_reference,
-    prefers_rows,
+    prefers_row_layout,
+    should_use_kernel,
 )
-from internvl3_mlx.metal_kernels.kv_append import NewRowVariant
-from internvl3_mlx.metal_kernels.kv_layout import RowLayout
-from internvl3_mlx.metal_kernels.variants import variants
+from internvl3_mlx.metal_kernels.kv_append import KVAppendVariant
+from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
+from internvl3_mlx.metal_kernels.variants import all_variants
 
 FAST = {"schedules": ("forward",), "checked": False}
 SMALL = FlashVariant(mx.float16, 4, 32, 32, 3)
-NEW = NewRowVariant(RowLayout(32, 4, 32, mx.float16))
+NEW = KVAppendVariant(KVRowLayout(32, 4, 32, mx.float16))
 REFUSED = ("constexpr int DEEP = 8;", "constexpr int DEEP = eight;")
 WRONG = ("float whole = total[m] * fade;", "float whole = total[m] * 2.0f * fade;")
 
@@ -32,9 +32,9 @@ WRONG = ("float whole = total[m] * fade;", "float whole = total[m] * 2.0f * fade
 @pytest.fixture
 def lines(a_mac):
     told = []
-    dispatch.on_fallback(told.append)
+    dispatch.set_fallback_handler(told.append)
     yield told
-    dispatch.on_fallback()
+    dispatch.set_fallback_handler()
 
 
 @dataclass
@@ -54,10 +54,10 @@ class Odd:
 @pytest.mark.parametrize("variant", [SMALL, NEW], ids=lambda variant: variant.name)
 def test_a_sound_kernel_passes_its_trial(emulated, lines, variant):
     with emulated(**FAST):
-        assert self_test.usable(variant)
+        assert self_test.is_usable(variant)
     assert lines == []
-    assert self_test.states()[0].name == variant.name
-    assert self_test.states()[0].detail.startswith("relative error")
+    assert self_test.all_results()[0].name == variant.name
+    assert self_test.all_results()[0].detail.startswith("relative error")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_broken_kernel_is_told_once_and_the_answer_comes_all_the_same(
     emulated, lines, change, told
 ):
     q, store = Ragged((9, 5), 3, 32, 4).made(mx.float16)
-    store = store.first(5)
+    store = store.first_tokens(5)
     with emulated(mutate=[change], **FAST):
         found = [flash_decode(q, store, 5)[0] for _ in range(3)]
     assert all(mx.array_equal(out, flash_decode_reference(q, store, 5)[0]) for out in found)
@@ -79,10 +79,10 @@ def test_a_broken_kernel_is_told_once_and_the_answer_comes_all_the_same(
 
 
 def test_a_trial_runs_the_very_text_that_an_answer_takes(emulated, lines, monkeypatch):
-    monkeypatch.setenv(dispatch.SWITCH, "force")
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
     q, store = Ragged((9, 9), 3, 32, 4).made(mx.float16)
     with emulated(**FAST) as metal:
-        attend(q, store, 9)
+        attend_fastest(q, store, 9)
     trial, trial_join, answer, answer_join = metal.dispatches
     assert (trial.text, trial_join.text) == (answer.text, answer_join.text)
     assert trial.grid[1] == 2  # splits, which the second kernel joins
@@ -96,18 +96,20 @@ def test_a_compiler_is_quoted_with_its_first_error(lines, a_mac):
             "program_source:12:3: error: use of undeclared identifier 'eight'\n  eight\n"
         )
 
-    assert not self_test.usable(Odd(refuse))
+    assert not self_test.is_usable(Odd(refuse))
     assert "(program_source:12:3: error: use of undeclared identifier 'eight'): " in lines[0]
 
 
 def test_a_trial_that_ended_the_program_is_not_walked_into_again(lines, a_mac):
     while_trying = {}
-    assert self_test.usable(Odd(lambda: while_trying.update(registry.recall(registry.PROBES))))
-    self_test.known.clear()  # a start after one that ended there
-    registry.remember(registry.PROBES, while_trying)
+    assert self_test.is_usable(
+        Odd(lambda: while_trying.update(registry.read_record(registry.SELF_TESTS_FILE)))
+    )
+    self_test.results.clear()  # a start after one that ended there
+    registry.write_record(registry.SELF_TESTS_FILE, while_trying)
     again = Odd(lambda: pytest.fail("it was tried again"))
-    assert not self_test.usable(again)
-    assert [state.detail for state in self_test.self_check([again])] == [self_test.ENDED]
+    assert not self_test.is_usable(again)
+    assert [state.detail for state in self_test.run_self_tests([again])] == [self_test.CRASHED]
 
 
 def test_an_interrupted_trial_is_no_verdict(lines, a_mac):
@@ -115,9 +117,9 @@ def test_an_interrupted_trial_is_no_verdict(lines, a_mac):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        self_test.usable(Odd(interrupt))
-    assert registry.recall(registry.PROBES) == {}
-    assert self_test.usable(Odd(lambda: None))
+        self_test.is_usable(Odd(interrupt))
+    assert registry.read_record(registry.SELF_TESTS_FILE) == {}
+    assert self_test.is_usable(Odd(lambda: None))
 
 
 def test_a_dropped_kernel_is_a_warning_unless_someone_listens(emulated, a_mac):
@@ -125,16 +127,16 @@ def test_a_dropped_kernel_is_a_warning_unless_someone_listens(emulated, a_mac):
         pytest.warns(RuntimeWarning, match="using MLX's own attention") as told,
         emulated(mutate=[REFUSED], **FAST),
     ):
-        assert not self_test.usable(SMALL)
+        assert not self_test.is_usable(SMALL)
     assert len(told) == 1
 
 
 def test_a_trial_is_remembered_for_later_starts(emulated, lines):
     with emulated(mutate=[REFUSED], **FAST):
-        assert not self_test.usable(SMALL)
-    self_test.known.clear()  # a later start
+        assert not self_test.is_usable(SMALL)
+    self_test.results.clear()  # a later start
     with emulated(**FAST) as metal:
-        assert not self_test.usable(SMALL)
+        assert not self_test.is_usable(SMALL)
     assert metal.dispatches == []
     assert len(lines) == 1
 
@@ -142,55 +144,55 @@ def test_a_trial_is_remembered_for_later_starts(emulated, lines):
 @pytest.mark.parametrize("what", ["device", "mlx", "kernels"])
 def test_another_machine_mlx_or_text_is_tried_anew(emulated, lines, a_mac, what):
     with emulated(mutate=[REFUSED], **FAST):
-        assert not self_test.usable(SMALL)
-    path = a_mac / registry.PROBES
+        assert not self_test.is_usable(SMALL)
+    path = a_mac / registry.SELF_TESTS_FILE
     content = json.loads(path.read_text("utf-8"))
     content["of"][what] = "another"
     path.write_text(json.dumps(content), "utf-8")
-    self_test.known.clear()
+    self_test.results.clear()
     with emulated(**FAST):
-        assert self_test.usable(SMALL)
+        assert self_test.is_usable(SMALL)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"of": 1}', '{"holds": {"x": {"y": 1}}}'])
 def test_a_damaged_memory_is_no_memory(emulated, lines, a_mac, content):
     a_mac.mkdir()
-    (a_mac / registry.PROBES).write_text(content, "utf-8")
+    (a_mac / registry.SELF_TESTS_FILE).write_text(content, "utf-8")
     with emulated(**FAST):
-        assert self_test.usable(SMALL)
-    assert registry.recall(registry.PROBES)[SMALL.name]["works"] is True
+        assert self_test.is_usable(SMALL)
+    assert registry.read_record(registry.SELF_TESTS_FILE)[SMALL.name]["works"] is True
 
 
 def test_a_memory_with_other_fields_is_no_memory(lines):
-    registry.remember(registry.PROBES, {SMALL.name: {"passed": 1}})
-    assert self_test.recalled() == {}
+    registry.write_record(registry.SELF_TESTS_FILE, {SMALL.name: {"passed": 1}})
+    assert self_test.load_results() == {}
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(emulated, lines, a_mac, monkeypatch):
     a_mac.parent.joinpath("file").write_text("")
     monkeypatch.setenv("INTERNVL3_CACHE", str(a_mac.parent / "file"))
     with emulated(**FAST):
-        assert self_test.usable(SMALL)
+        assert self_test.is_usable(SMALL)
     assert lines == []
-    assert not registry.write_table([])
+    assert not registry.write_thresholds([])
 
 
 def test_a_self_check_tries_all_anew_and_says_nothing(emulated, lines):
     with emulated(mutate=[REFUSED], **FAST):
-        assert not self_test.usable(SMALL)
+        assert not self_test.is_usable(SMALL)
     lines.clear()
     with emulated(**FAST):
-        states = [*self_test.self_check([SMALL, NEW])]
-    assert [state.works for state in states] == [True, True]
+        states = [*self_test.run_self_tests([SMALL, NEW])]
+    assert [state.passed for state in states] == [True, True]
     with emulated(mutate=[WRONG], **FAST):
-        assert not next(self_test.self_check([SMALL])).works
+        assert not next(self_test.run_self_tests([SMALL])).passed
     assert lines == []
-    self_test.known.clear()
-    assert {state.name for state in self_test.states()} == {SMALL.name, NEW.name}
+    self_test.results.clear()
+    assert {state.name for state in self_test.all_results()} == {SMALL.name, NEW.name}
 
 
 def test_every_published_size_is_in_the_self_check():
-    names = [variant.name for variant in variants()]
+    names = [variant.name for variant in all_variants()]
     assert len(names) == len({*names})
     for shape in (
         "head_dim 64, 7 rows",
@@ -199,58 +201,62 @@ def test_every_published_size_is_in_the_self_check():
         "head_dim 128, 16 x 8 causal rows",
     ):
         assert sum(shape in name for name in names) >= 3
-    assert all(getattr(variant, "fits", True) for variant in variants())
+    assert all(getattr(variant, "fits", True) for variant in all_variants())
 
 
-CASE = registry.Entry("flash_decode", 4, 32, 3, 100)
+CASE = registry.KernelThreshold("flash_decode", 4, 32, 3, 100)
 
 
 def test_only_a_measured_gain_takes_the_kernel(emulated, lines):
     with emulated(**FAST):
-        assert not chosen(SMALL, 5000)
-        assert registry.write_table([CASE])
-        assert [chosen(SMALL, tokens) for tokens in (99, 100, 5000)] == [False, True, True]
-        assert prefers_rows(NEW.layout, 3, 100)
-        assert not prefers_rows(NEW.layout, 7, 100)
-        registry.write_table([registry.Entry("flash_decode", 4, 32, 3, None)])
-        assert not chosen(SMALL, 5000)
-        assert not registry.measured()  # nothing pays: a token costs no look
+        assert not should_use_kernel(SMALL, 5000)
+        assert registry.write_thresholds([CASE])
+        assert [should_use_kernel(SMALL, tokens) for tokens in (99, 100, 5000)] == [
+            False,
+            True,
+            True,
+        ]
+        assert prefers_row_layout(NEW.layout, 3, 100)
+        assert not prefers_row_layout(NEW.layout, 7, 100)
+        registry.write_thresholds([registry.KernelThreshold("flash_decode", 4, 32, 3, None)])
+        assert not should_use_kernel(SMALL, 5000)
+        assert not registry.read_thresholds()  # nothing pays: a token costs no look
 
 
 def test_the_switch_turns_kernels_off_or_takes_them_unmeasured(emulated, lines, monkeypatch):
     with emulated(**FAST) as metal:
-        monkeypatch.setenv(dispatch.SWITCH, "force")
-        assert chosen(SMALL, 1)
-        registry.write_table([CASE])
-        monkeypatch.setenv(dispatch.SWITCH, "off")
+        monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
+        assert should_use_kernel(SMALL, 1)
+        registry.write_thresholds([CASE])
+        monkeypatch.setenv(dispatch.MODE_VARIABLE, "off")
         tried = len(metal.dispatches)
-        assert not chosen(SMALL, 5000)
-        assert not self_test.usable(SMALL)
+        assert not should_use_kernel(SMALL, 5000)
+        assert not self_test.is_usable(SMALL)
         assert len(metal.dispatches) == tried
-    monkeypatch.setenv(dispatch.SWITCH, "fast")
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, "fast")
     with pytest.raises(UserError, match="INTERNVL3_KERNELS=fast: it may be off, on or force"):
-        dispatch.setting()
+        dispatch.kernel_mode()
 
 
 def test_the_door_gives_the_same_answer_either_way(emulated, lines, monkeypatch):
     shape = Ragged((9, 9), 3, 32, 4)
     q, store = shape.made(mx.float16)
     with emulated(**FAST) as metal:
-        built_in = attend(q, store, 9)
+        built_in = attend_fastest(q, store, 9)
         assert metal.dispatches == []
-        monkeypatch.setenv(dispatch.SWITCH, "force")
-        ours = attend(q, store, 9)
+        monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
+        ours = attend_fastest(q, store, 9)
         assert metal.last.kernel == "flash_join"
-    assert mx.array_equal(built_in, attend_built_in(q, store, 9))
+    assert mx.array_equal(built_in, attend_mlx(q, store, 9))
     assert mx.allclose(ours, built_in, atol=2e-3)
 
 
 def test_a_shape_no_kernel_knows_goes_the_plain_way(emulated, lines, monkeypatch):
-    monkeypatch.setenv(dispatch.SWITCH, "force")
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
     for shape in (Ragged((9, 9), 3, 96), Ragged((9, 9), 33, 32, draft=4)):
         q, store = shape.made()
         with emulated(**FAST) as metal:
-            out = attend(q, store, 9)
+            out = attend_fastest(q, store, 9)
             flash_decode(q, store, 9)
         assert metal.dispatches == []
         assert out.shape == q.shape
@@ -258,8 +264,8 @@ def test_a_shape_no_kernel_knows_goes_the_plain_way(emulated, lines, monkeypatch
 
 def test_without_metal_nothing_is_tried(tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
-    monkeypatch.setenv(dispatch.SWITCH, "force")
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    assert not self_test.usable(SMALL)
+    assert not self_test.is_usable(SMALL)
     assert dispatch.device_name() == "no Metal device"
     assert [*tmp_path.iterdir()] == []

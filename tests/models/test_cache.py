@@ -6,7 +6,7 @@ import pytest
 from fixtures.inputs import relative_error
 
 from internvl3_mlx.models.attention import attend
-from internvl3_mlx.models.cache import GROWTH, KVCache, QuantizedKVCache
+from internvl3_mlx.models.cache import GROWTH_STEP, KVCache, QuantizedKVCache
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 64
 
@@ -16,12 +16,12 @@ def rows(length, heads=KV_HEADS, seed=0):
 
 
 @pytest.mark.parametrize("room", [0, 7, 900])
-@pytest.mark.parametrize("steps", [(5, 1, 1), (GROWTH, 1), (GROWTH - 1, 2, 300), (1,)])
+@pytest.mark.parametrize("steps", [(5, 1, 1), (GROWTH_STEP, 1), (GROWTH_STEP - 1, 2, 300), (1,)])
 def test_everything_appended_comes_back_in_order(room, steps):
     cache, given = KVCache(room), []
     for seed, length in enumerate(steps):
         given.append((rows(length, seed=seed), rows(length, seed=seed + 50)))
-        keys, values = cache.append(*given[-1])
+        keys, values = cache.update_and_fetch(*given[-1])
     assert cache.offset == sum(steps)
     for kept, side in ((keys, 0), (values, 1)):
         assert mx.array_equal(kept, mx.concatenate([pair[side] for pair in given], axis=2))
@@ -29,7 +29,7 @@ def test_everything_appended_comes_back_in_order(room, steps):
 
 def test_the_room_asked_for_is_made_once():
     cache = KVCache(1000)
-    cache.append(rows(3), rows(3))
+    cache.update_and_fetch(rows(3), rows(3))
     assert cache.keys.shape[2] == 1000
 
 
@@ -51,7 +51,7 @@ def test_attention_sees_the_cache_and_the_rows_before(past, length):
     cache = KVCache()
     old, new = (rows(past), rows(past, seed=1)), (rows(length, seed=2), rows(length, seed=3))
     if past:
-        cache.append(*old)
+        cache.update_and_fetch(*old)
     q = rows(length, HEADS, seed=4)
     ours = attend(q, *new, cache)
     keys, values = (mx.concatenate([a, b], axis=2) for a, b in zip(old, new, strict=True))
@@ -63,7 +63,7 @@ def test_attention_sees_the_cache_and_the_rows_before(past, length):
 def test_packed_attention_equals_attention_over_the_unpacked_cache(bits, length):
     cache = QuantizedKVCache(bits, 32)
     old, new = (rows(40), rows(40, seed=1)), (rows(length, seed=2), rows(length, seed=3))
-    cache.append(*old)
+    cache.update_and_fetch(*old)
     q = rows(length, HEADS, seed=4)
     ours = attend(q, *new, cache)
     packed = [
@@ -79,8 +79,8 @@ def test_packed_attention_equals_attention_over_the_unpacked_cache(bits, length)
 
 def test_packing_a_filled_cache_keeps_its_tokens_and_its_place():
     cache = KVCache(10)
-    cache.append(rows(7), rows(7, seed=1))
+    cache.update_and_fetch(rows(7), rows(7, seed=1))
     packed = cache.quantized(8, 64)
     assert packed.offset == 7
     weights = tuple(part[..., :7, :] for part in packed.keys)
-    assert relative_error(np.array(packed.unpack(weights)), np.array(rows(7))) < 0.01
+    assert relative_error(np.array(packed.dequantize(weights)), np.array(rows(7))) < 0.01

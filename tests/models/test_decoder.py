@@ -7,7 +7,7 @@ from fixtures.inputs import relative_error, token_row
 from fixtures.loaded_models import bare_model, numbers
 
 from internvl3_mlx.models.cache import KVCache, QuantizedKVCache
-from internvl3_mlx.models.decoder import LAST
+from internvl3_mlx.models.decoder import LAST_ROW
 
 TOLERANCE = 2e-5
 STYLES = ["300m", "6b", "9b"]
@@ -46,7 +46,7 @@ def test_fused_projections_give_the_same_logits(style):
     model, checkpoint = bare_model(style)
     ids = mx.array([token_row(checkpoint)])
     before = numbers(model(ids))
-    model.fold()
+    model.optimize_for_inference()
     assert relative_error(numbers(model(ids)), before) < TOLERANCE
 
 
@@ -54,12 +54,12 @@ def test_fused_projections_give_the_same_logits(style):
 def test_the_last_row_alone_is_the_last_of_all_rows_and_remembers_the_same(folded):
     model, checkpoint = bare_model("300m")
     if folded:
-        model.fold()
+        model.optimize_for_inference()
     decoder, ids = model.language_model.model, mx.array([token_row(checkpoint, seed=3)] * 2)
     rotary = model.language_model.rotary(0, ids.shape[1])
     caches = [[KVCache() for _ in decoder.layers] for _ in range(2)]
     every = decoder(model.embed(ids), rotary, caches[0])
-    last = decoder(model.embed(ids), rotary, caches[1], LAST)
+    last = decoder(model.embed(ids), rotary, caches[1], LAST_ROW)
     assert last.shape == (2, 1, every.shape[2])
     assert relative_error(numbers(last), numbers(every[:, -1:])) < TOLERANCE
     for whole, alone in zip(*caches, strict=True):
@@ -94,7 +94,7 @@ class RoundTripCache(KVCache):
         super().__init__()
         self.form = {"bits": bits, "group_size": 32}
 
-    def append(self, keys, values):
+    def update_and_fetch(self, keys, values):
         return super().append(*(self.rounded(x) for x in (keys, values)))
 
     def rounded(self, x):
@@ -120,7 +120,7 @@ def test_a_dense_cache_packs_itself_midway():
     model(first, None, 0, dense)
     rounded = [RoundTripCache(8) for _ in dense]
     for source, target in zip(dense, rounded, strict=True):
-        target.append(*(x[..., :6, :] for x in source.state))
+        target.update_and_fetch(*(x[..., :6, :] for x in source.state))
     packed = [layer.quantized(8, 32) for layer in dense]
     assert [layer.offset for layer in packed] == [6, 6, 6]
     ours, theirs = (numbers(model(rest, None, 6, cache)) for cache in (packed, rounded))

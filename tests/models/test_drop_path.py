@@ -12,8 +12,8 @@ from internvl3_mlx.config import VisionConfig
 from internvl3_mlx.errors import ConfigError
 from internvl3_mlx.models import vision
 from internvl3_mlx.models.vision import drop_path
-from internvl3_mlx.training.data.collate import laid
-from internvl3_mlx.training.forward import Forward, supervised_states
+from internvl3_mlx.training.data.collate import collate
+from internvl3_mlx.training.forward import ForwardOptions, target_states
 from internvl3_mlx.training.trainable import set_trainable
 
 SIZES = {
@@ -67,12 +67,12 @@ def test_nothing_is_dropped_unless_it_is_asked_for():
 )
 def test_only_a_tower_that_learns_drops_paths_and_only_in_training(parts, training, drops):
     model, checkpoint = bare_model("300m")
-    batch = laid([sample(checkpoint, (3, 2), seed=1)])
+    batch = collate([sample(checkpoint, (3, 2), seed=1)])
     set_trainable(model, parts)
     model.train(training)
     mx.random.seed(3)
     often, never = (
-        numbers(supervised_states(model, batch, None, Forward(drop_path_rate=rate)))
+        numbers(target_states(model, batch, None, ForwardOptions(drop_path_rate=rate)))
         for rate in (0.9, 0.0)
     )
     assert (relative_error(often, never) > 1e-3) == drops

@@ -7,7 +7,7 @@ from fixtures.inputs import relative_error
 from fixtures.loaded_models import numbers
 
 from internvl3_mlx import KeyMapError
-from internvl3_mlx.models.lora import Factors, joined, lengths
+from internvl3_mlx.models.lora import LoRAWeights, concatenate_lora, row_norms
 
 WIDTH = 7
 
@@ -17,7 +17,7 @@ def drawn(rows, rank=3, scale=2.0, *, dora=False, seed=0):
     down = mx.random.normal((rank, WIDTH), key=keys[0])
     up = mx.random.normal((rows, rank), key=keys[1])
     magnitude = 1 + mx.random.uniform(shape=(rows,), key=keys[2]) if dora else None
-    return Factors(down, up, scale, magnitude)
+    return LoRAWeights(down, up, scale, magnitude)
 
 
 def weight(rows, seed=9):
@@ -30,19 +30,21 @@ def test_adapters_of_one_matrix_stand_in_blocks(dora, scales):
     first = drawn(4, 3, scales[0], dora=dora, seed=1)
     last = drawn(6, 2, scales[1], dora=dora, seed=2)
     rows = [weight(4, 3), weight(5, 4), weight(6, 5)]
-    whole = joined([(first, 0, 4), (None, 0, 5), (last, 0, 6)])
+    whole = concatenate_lora([(first, 0, 4), (None, 0, 5), (last, 0, 6)])
     assert whole.shape == (15, WIDTH)
-    assert whole.down.shape[0] == 3 + 2
+    assert whole.lora_a.shape[0] == 3 + 2
     expected = mx.concatenate([first.applied(rows[0]), rows[1], last.applied(rows[2])])
-    assert relative_error(numbers(whole.applied(mx.concatenate(rows))), numbers(expected)) < 1e-6
+    assert (
+        relative_error(numbers(whole.merged_into(mx.concatenate(rows))), numbers(expected)) < 1e-6
+    )
 
 
 def test_one_and_the_same_a_is_kept_once_and_to_the_bit():
     whole = drawn(6, dora=True)
-    equal = Factors(mx.array(np.array(whole.down)), whole.up, whole.scale, whole.magnitude)
-    again = joined([(whole, 0, 2), (equal, 2, 3), (whole, 3, 6)])
+    equal = LoRAWeights(mx.array(np.array(whole.down)), whole.up, whole.scale, whole.magnitude)
+    again = concatenate_lora([(whole, 0, 2), (equal, 2, 3), (whole, 3, 6)])
     assert again.scale == whole.scale
-    for ours, theirs in ((again.down, whole.down), (again.up, whole.up)):
+    for ours, theirs in ((again.lora_a, whole.down), (again.lora_b, whole.up)):
         assert bool(mx.array_equal(ours, theirs))
     assert bool(mx.array_equal(again.magnitude, whole.magnitude))
 
@@ -56,11 +58,11 @@ def test_rows_taken_alone_are_changed_as_among_the_others():
 def test_a_row_without_a_length_of_its_own_keeps_the_weights():
     factors, rows = drawn(4, dora=True), weight(4)
     open_rows = mx.where(mx.arange(4) == 2, mx.nan, factors.magnitude)
-    out = Factors(factors.down, factors.up, factors.scale, open_rows).applied(rows)
-    assert lengths(out)[2].item() == pytest.approx(lengths(rows)[2].item(), rel=1e-6)
-    assert lengths(out)[1].item() == pytest.approx(factors.magnitude[1].item(), rel=1e-6)
+    out = LoRAWeights(factors.down, factors.up, factors.scale, open_rows).merged_into(rows)
+    assert row_norms(out)[2].item() == pytest.approx(row_norms(rows)[2].item(), rel=1e-6)
+    assert row_norms(out)[1].item() == pytest.approx(factors.magnitude[1].item(), rel=1e-6)
 
 
 def test_lora_and_dora_cannot_be_joined():
     with pytest.raises(KeyMapError, match="DoRA and LoRA stand side by side in one joined weight"):
-        joined([(drawn(4, dora=True), 0, 4), (drawn(4, seed=1), 0, 4)])
+        concatenate_lora([(drawn(4, dora=True), 0, 4), (drawn(4, seed=1), 0, 4)])

@@ -29,7 +29,7 @@ def test_every_epsilon_is_the_published_one(style):
     ours = numbers(model.vision_model(mx.array(pixels)))
     assert np.square(ours).mean() < 1e-4
     assert relative_error(ours, checkpoint.reference.tower(pixels)) < TOLERANCE
-    ours = numbers(model.see(mx.array(pixels)))
+    ours = numbers(model.get_image_features(mx.array(pixels)))
     assert relative_error(ours, checkpoint.reference.features(pixels)) < TOLERANCE
     ours = numbers(model(mx.array([ids]), mx.array(pixels)))
     assert relative_error(ours, checkpoint.reference.logits(ids, pixels)) < TOLERANCE

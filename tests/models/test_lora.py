@@ -13,7 +13,13 @@ from mlx.utils import tree_flatten
 from peft import LoraConfig, get_peft_model
 
 from internvl3_mlx.models import lora
-from internvl3_mlx.models.lora import Factors, LoRALinear, adapters, dense_weight, replace_module
+from internvl3_mlx.models.lora import (
+    LoRALinear,
+    LoRAWeights,
+    dequantized_weight,
+    lora_layers,
+    replace_module,
+)
 
 TOLERANCE = 2e-5
 OUT, WIDTH, RANK, ALPHA = 40, 96, 5, 12.0
@@ -51,7 +57,7 @@ def same_layer(theirs, dropout=0.0):
     if theirs.use_dora["default"]:
         vector = theirs.lora_magnitude_vector["default"].weight
         magnitude = mx.array(vector.detach().numpy())
-    return LoRALinear(base, Factors(down, up, theirs.scaling["default"], magnitude), dropout)
+    return LoRALinear(base, LoRAWeights(down, up, theirs.scaling["default"], magnitude), dropout)
 
 
 def some_x(seed=0):
@@ -64,7 +70,7 @@ def test_a_fresh_adapter_starts_where_pefts_does():
     root.wide = torch.nn.Linear(512, 64)
     theirs = get_peft_model(root, LoraConfig(r=32, target_modules=["wide"])).base_model.model.wide
     mx.random.seed(0)
-    ours = LoRALinear.fresh(nn.Linear(512, 64), 32, 1.0)
+    ours = LoRALinear.from_base(nn.Linear(512, 64), 32, 1.0)
     a, b = numbers(ours.lora_A), theirs.lora_A["default"].weight.detach().numpy()
     assert a.shape == b.shape == (32, 512)
     bound = 1 / math.sqrt(512)
@@ -81,7 +87,7 @@ def test_a_fresh_adapter_changes_nothing_to_the_bit(dora):
     base = nn.Linear(WIDTH, OUT)
     x = mx.array(some_x())
     before = numbers(base(x))
-    layer = LoRALinear.fresh(base, RANK, 2.0, dora=dora)
+    layer = LoRALinear.from_base(base, RANK, 2.0, dora=dora)
     np.testing.assert_array_equal(numbers(layer(x)), before)
 
 
@@ -118,7 +124,7 @@ def test_results_and_slopes_are_pefts(form, bias):
 def test_merging_is_pefts_merging(form):
     theirs = peft_layer(form)
     ours = same_layer(theirs)
-    merged = numbers(ours.factors.applied(ours.base.weight))
+    merged = numbers(ours.weights.applied(ours.base.weight))
     theirs.merge()
     assert relative_error(merged, theirs.base_layer.weight.detach().numpy()) < TOLERANCE
 
@@ -128,8 +134,8 @@ def test_dropout_falls_where_pefts_does(form, monkeypatch):
     theirs, rate = peft_layer(form, dropout=0.25), 0.25
     mask = np.random.default_rng(4).random((2, 7, WIDTH)) > rate
     drop = theirs.lora_dropout["default"]
-    drop.forward = lambda x: x * torch.tensor(mask) / (1 - rate) if drop.training else x
-    monkeypatch.setattr(lora, "dropped", lambda x, _: x * mx.array(mask) / (1 - rate))
+    drop.output_check = lambda x: x * torch.tensor(mask) / (1 - rate) if drop.training else x
+    monkeypatch.setattr(lora, "dropout", lambda x, _: x * mx.array(mask) / (1 - rate))
     ours = same_layer(theirs, dropout=rate)
     expected = theirs.train()(torch.tensor(some_x())).detach().numpy()
     assert relative_error(numbers(ours.train()(mx.array(some_x()))), expected) < TOLERANCE
@@ -140,7 +146,7 @@ def test_dropout_falls_where_pefts_does(form, monkeypatch):
 
 def test_dropout_keeps_the_mean_and_drops_its_share():
     mx.random.seed(2)
-    x = numbers(lora.dropped(mx.ones((400, 500)), 0.3))
+    x = numbers(lora.dropout(mx.ones((400, 500)), 0.3))
     assert x.mean() == pytest.approx(1, abs=0.01)
     assert (x == 0).mean() == pytest.approx(0.3, abs=0.01)
 
@@ -154,10 +160,10 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
 def test_over_a_packed_layer_all_is_as_over_the_numbers_it_stands_for(how, dora):
     packed = nn.Linear(WIDTH, OUT).to_quantized(**{"group_size": 32, **how})
     plain = nn.Linear(WIDTH, OUT)
-    plain.weight, plain.bias = dense_weight(packed), packed.bias
+    plain.weight, plain.bias = dequantized_weight(packed), packed.bias
     mx.random.seed(6)
-    start = LoRALinear.fresh(plain, RANK, 2.5, dora=dora).factors
-    factors = Factors(start.down, mx.random.normal((OUT, RANK)) / 10, 2.5, start.magnitude)
+    start = LoRALinear.from_base(plain, RANK, 2.5, dora=dora).weights
+    factors = LoRAWeights(start.lora_a, mx.random.normal((OUT, RANK)) / 10, 2.5, start.magnitude)
     x, mix = mx.array(some_x()), mx.array(some_x(1)[..., :OUT])
 
     def both(layer):
@@ -181,7 +187,7 @@ def test_in_16_bits_over_packed_weights_factors_and_slopes_stay_float32_and_fini
     base.set_dtype(dtype)
     packed = base.to_quantized(group_size=32, bits=4)
     mx.random.seed(6)
-    layer = LoRALinear.fresh(packed, RANK, 2.5, dora=dora)
+    layer = LoRALinear.from_base(packed, RANK, 2.5, dora=dora)
     layer.lora_B = mx.random.normal((OUT, RANK)) / 10
     x = mx.array(some_x()).astype(dtype)
     score, slopes = nn.value_and_grad(layer, lambda: layer(x).astype(mx.float32).square().sum())()
@@ -189,8 +195,8 @@ def test_in_16_bits_over_packed_weights_factors_and_slopes_stay_float32_and_fini
     for name, slope in tree_flatten(slopes):
         assert slope.dtype == mx.float32, name
         assert bool(mx.isfinite(slope).all() & (mx.abs(slope).max() > 0)), name
-    wide = LoRALinear(base, layer.factors)
-    base.weight = dense_weight(packed)
+    wide = LoRALinear(base, layer.weights)
+    base.weight = dequantized_weight(packed)
     expected = wide(x.astype(mx.float32))
     assert relative_error(numbers(layer(x)), numbers(expected)) < 2e-2
     assert bool(mx.isfinite(score))
@@ -200,7 +206,7 @@ def test_the_length_of_rows_needs_no_merged_matrix():
     layer = same_layer(peft_layer({"use_dora": True}))
     merged = layer.base.weight + layer.scale * (layer.lora_B @ layer.lora_A)
     expected = np.linalg.norm(numbers(merged), axis=1)
-    assert relative_error(numbers(layer.row_lengths()), expected) < TOLERANCE
+    assert relative_error(numbers(layer.adapted_row_norms()), expected) < TOLERANCE
 
 
 def test_rows_of_zeros_and_rows_that_cancel_never_become_nan():
@@ -210,12 +216,12 @@ def test_rows_of_zeros_and_rows_that_cancel_never_become_nan():
     up = mx.zeros((OUT, RANK))
     up[5] = -base.weight[5, :RANK]  # takes away all that the row has
     base.weight[5] = mx.where(mx.arange(WIDTH) < RANK, base.weight[5], 0)
-    layer = LoRALinear(base, Factors(down, up, 1.0, mx.full((OUT,), mx.nan)))
+    layer = LoRALinear(base, LoRAWeights(down, up, 1.0, mx.full((OUT,), mx.nan)))
     x = mx.array(some_x())
     out, slopes = nn.value_and_grad(layer, lambda: layer(x).square().sum())()
     assert bool(mx.isfinite(out))
     assert all(bool(mx.isfinite(slope).all()) for _, slope in tree_flatten(slopes))
-    merged = layer.factors.applied(base.weight)
+    merged = layer.weights.merged_into(base.weight)
     assert bool(mx.isfinite(merged).all())
     assert not numbers(merged[:3]).any()
 
@@ -224,21 +230,23 @@ def test_a_settled_adapter_answers_the_same_and_measures_no_more(monkeypatch):
     layer = same_layer(peft_layer({"use_dora": True}))
     x = mx.array(some_x())
     before = numbers(layer(x))
-    layer.settle(mx.float32)
+    layer.finalize(mx.float32)
     calls = []
-    monkeypatch.setattr(LoRALinear, "row_lengths", lambda self: calls.append(self))
+    monkeypatch.setattr(LoRALinear, "adapted_row_norms", lambda self: calls.append(self))
     np.testing.assert_array_equal(numbers(layer(x)), before)
     assert not calls
     monkeypatch.undo()
-    other = same_layer(peft_layer({"use_dora": True})).factors
-    layer.take(Factors(other.down * 2, other.up, other.scale, other.magnitude))
-    assert relative_error(numbers(layer.divisor()), numbers(layer.row_lengths())) == 0
+    other = same_layer(peft_layer({"use_dora": True})).weights
+    layer.take(LoRAWeights(other.down * 2, other.up, other.scale, other.magnitude))
+    assert (
+        relative_error(numbers(layer.frozen_row_norms()), numbers(layer.adapted_row_norms())) == 0
+    )
 
 
 def test_an_adapter_switched_off_is_its_base():
     layer = same_layer(peft_layer({"use_dora": True}))
     x = mx.array(some_x())
-    layer.active = False
+    layer.enabled = False
     np.testing.assert_array_equal(numbers(layer(x)), numbers(layer.base(x)))
 
 
@@ -252,6 +260,6 @@ def test_a_layer_is_replaced_where_its_path_leads():
     tree = Tree()
     for path, rank in (("parts.1", 2), ("deep.layers.0", 1)):
         module = dict(tree.named_modules())[path]
-        replace_module(tree, path, LoRALinear.fresh(module, rank, 1.0))
-    found = {path: layer.lora_A.shape for path, layer in adapters(tree)}
+        replace_module(tree, path, LoRALinear.from_base(module, rank, 1.0))
+    found = {path: layer.lora_A.shape for path, layer in lora_layers(tree)}
     assert found == {"parts.1": (2, 4), "deep.layers.0": (1, 4)}

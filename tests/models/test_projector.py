@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import ModelConfig, TextConfig, VisionConfig
 from internvl3_mlx.models import internvl
-from internvl3_mlx.models.projector import pixel_shuffle, projector
+from internvl3_mlx.models.projector import build_projector, pixel_shuffle
 
 TOLERANCE = 2e-5
 GOLDEN = [  # a 4 x 4 grid of 2 channels, numbered 0..31 row by row
@@ -52,7 +52,7 @@ def test_a_grid_that_does_not_split_is_named():
 def test_projected_features_equal_transformers(style):
     model, checkpoint = bare_model(style)
     pixels = random_pixels(checkpoint, tiles=5)
-    ours = numbers(model.see(mx.array(pixels)))
+    ours = numbers(model.get_image_features(mx.array(pixels)))
     assert ours.shape[:2] == (5, checkpoint.recipe.tokens_per_tile)
     assert relative_error(ours, checkpoint.reference.features(pixels)) < TOLERANCE
 
@@ -61,9 +61,9 @@ def test_projected_features_equal_transformers(style):
 def test_features_do_not_depend_on_how_many_tiles_go_at_once(at_once, monkeypatch):
     model, checkpoint = bare_model("6b")
     pixels = mx.array(random_pixels(checkpoint, tiles=5))
-    whole = numbers(model.see_chunk(pixels))
-    monkeypatch.setattr(internvl, "TILES_AT_ONCE", at_once)
-    assert relative_error(numbers(model.see(pixels)), whole) < TOLERANCE
+    whole = numbers(model.encode_tiles(pixels))
+    monkeypatch.setattr(internvl, "TILES_PER_CHUNK", at_once)
+    assert relative_error(numbers(model.get_image_features(pixels)), whole) < TOLERANCE
 
 
 def test_tiles_are_not_held_in_memory_together():
@@ -71,7 +71,7 @@ def test_tiles_are_not_held_in_memory_together():
     pixels = mx.array(random_pixels(checkpoint, tiles=12))
     mx.eval(pixels, model.parameters())
     peaks = []
-    for look in (model.see, model.see_chunk):
+    for look in (model.get_image_features, model.encode_tiles):
         held = mx.get_active_memory()
         mx.reset_peak_memory()
         mx.eval(look(pixels))
@@ -109,6 +109,6 @@ def test_published_projectors_have_their_published_parameter_count(
         intermediate_size=4864,
         vocab_size=151674,
     )
-    layers = projector(ModelConfig(layout="original", vision=vision, text=text))
+    layers = build_projector(ModelConfig(layout="original", vision=vision, text=text))
     sizes = [value.size for layer in layers for _, value in tree_flatten(layer.parameters())]
     assert sum(sizes) == parameters

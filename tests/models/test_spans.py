@@ -6,7 +6,7 @@ import pytest
 from fixtures.inputs import relative_error, token_row
 from fixtures.loaded_models import bare_model, numbers
 
-from internvl3_mlx.models.spans import Span, Spans, attend_spans
+from internvl3_mlx.models.spans import PackedSequences, Span, attend_spans
 
 TOLERANCE = 2e-5
 ALONE = (Span(0, 1), Span(1, 8), Span(8, 9), Span(9, 20))
@@ -45,7 +45,7 @@ def test_spans_attend_as_the_mask_says(spans):
     length, draw = spans[-1].stop, np.random.default_rng(1)
     q = draw.normal(size=(2, 6, length, 24)).astype(np.float32)
     k, v = (draw.normal(size=(2, 3, length, 24)).astype(np.float32) for _ in "kv")
-    ours = numbers(attend_spans(mx.array(q), mx.array(k), mx.array(v), Spans(spans)))
+    ours = numbers(attend_spans(mx.array(q), mx.array(k), mx.array(v), PackedSequences(spans)))
     theirs = softmax_attention(q, k, v, seen_by(spans, length))
     assert relative_error(ours, theirs) < TOLERANCE
 
@@ -106,7 +106,7 @@ def states(model, ids, places, features, spans, rows=slice(None)):
     """Read one row cut into spans: -> (R, D)."""
     language = model.language_model
     rotary = language.rotary(mx.array(places.astype(np.float32)), len(ids))
-    kept = [Spans(tuple(spans))] * len(language.model.layers)
+    kept = [PackedSequences(tuple(spans))] * len(language.model.layers)
     x = model.embed(mx.array(ids)[None], features)
     return numbers(language.model(x, rotary, kept, rows))[0]
 

@@ -6,7 +6,7 @@ import pytest
 from fixtures.loaded_models import bare_model
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.profiling.flops import decoding, looking, reading
+from internvl3_mlx.profiling.flops import decode_cost, prefill_cost, vision_cost
 
 STYLES = ("300m", "6b", "9b")
 
@@ -24,7 +24,7 @@ def model(request):
 
 def test_a_token_multiplies_with_every_weight_and_looks_at_every_other_token(model):
     text, language = model.config.text, model.language_model
-    found, far = decoding(model, 0, 16), decoding(model, 100, 16)
+    found, far = decode_cost(model, 0, 16), decode_cost(model, 100, 16)
     assert found.flops == 2 * weights(language, without=("embed_tokens",))
     scores = 2 * text.num_attention_heads * text.head_dim  # and as much for the sums
     assert far.flops - found.flops == text.num_hidden_layers * 100 * 2 * scores
@@ -32,12 +32,12 @@ def test_a_token_multiplies_with_every_weight_and_looks_at_every_other_token(mod
 
 def test_a_token_reads_every_weight_and_every_key_and_value(model):
     language, text = model.language_model, model.config.text
-    found = decoding(model, 1000, 16)
+    found = decode_cost(model, 1000, 16)
     whole = sum(x.nbytes for _, x in tree_flatten(language.parameters()))
     assert found.weights_nbytes == whole - language.model.embed_tokens.weight.nbytes
     rows = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     assert found.cache_nbytes == 1000 * rows * mx.float32.size
-    assert decoding(model, 1000, 8).cache_nbytes < found.cache_nbytes / 3
+    assert decode_cost(model, 1000, 8).cache_nbytes < found.cache_nbytes / 3
 
 
 @pytest.mark.parametrize(("context", "count"), [(0, 1), (0, 7), (60, 5)])
@@ -51,7 +51,7 @@ def test_a_prompt_is_counted_token_by_token(model, context, count):
     pairs = 4 * text.num_attention_heads * text.head_dim
     seen = sum(context + at + 0.5 for at in range(count)) * (text.num_hidden_layers - 1)
     wanted = products + pairs * (seen + context + count)
-    assert reading(model, context, count).flops == pytest.approx(wanted)
+    assert prefill_cost(model, context, count).flops == pytest.approx(wanted)
 
 
 def test_a_tile_passes_every_matrix_of_the_tower_once_a_row(model):
@@ -61,8 +61,8 @@ def test_a_tile_passes_every_matrix_of_the_tower_once_a_row(model):
     towers = rows * sum(weights(layer) for layer in layers) + patch
     attention = 2 * len(layers) * rows * rows * config.hidden_size
     projected = model.config.num_image_token * weights_of(model.mlp1)
-    assert looking(model, 3).flops == pytest.approx(2 * 3 * (towers + attention + projected))
-    assert looking(model, 3).nbytes == looking(model, 1).nbytes
+    assert vision_cost(model, 3).flops == pytest.approx(2 * 3 * (towers + attention + projected))
+    assert vision_cost(model, 3).nbytes == vision_cost(model, 1).nbytes
 
 
 def weights_of(layers):

@@ -3,25 +3,25 @@
 import pytest
 
 from internvl3_mlx.metal_kernels import dispatch
-from internvl3_mlx.metal_kernels.registry import Entry
+from internvl3_mlx.metal_kernels.registry import KernelThreshold
 from internvl3_mlx.profiling import kernels, timing
 from internvl3_mlx.profiling.kernels import (
-    NO_METAL,
+    METAL_MISSING,
     SHAPES,
-    Trial,
-    entries,
-    measured,
-    pays_from,
-    trials,
+    AttentionTrial,
+    attention_trials,
+    faster_from,
+    kernel_thresholds,
+    measure_attention,
 )
-from internvl3_mlx.profiling.results import Figure
+from internvl3_mlx.profiling.results import Measurement
 
 SHAPE = ("1b", 14, 2, 64)
 
 
 def figures(*times):
     """Give (context, ours, theirs) as figures."""
-    return [Figure("kernels", "a", n, ours, 1, 1, theirs) for n, ours, theirs in times]
+    return [Measurement("kernels", "a", n, ours, 1, 1, theirs) for n, ours, theirs in times]
 
 
 @pytest.mark.parametrize(
@@ -36,20 +36,24 @@ def figures(*times):
     ],
 )
 def test_a_kernel_pays_where_it_is_faster_from_there_on(times, start):
-    assert pays_from(figures(*times)) == start
+    assert faster_from(figures(*times)) == start
 
 
 def test_the_table_holds_single_tokens():
     wins = figures((1, 1.0, 2.0))
-    found = {Trial(*SHAPE, 8): wins, Trial(*SHAPE, 4): [], Trial(*SHAPE, 8, length=8): wins}
-    assert entries(found) == [
-        Entry("flash_decode", 8, 64, 7, 1),
-        Entry("flash_decode", 4, 64, 7, None),
+    found = {
+        AttentionTrial(*SHAPE, 8): wins,
+        AttentionTrial(*SHAPE, 4): [],
+        AttentionTrial(*SHAPE, 8, length=8): wins,
+    }
+    assert kernel_thresholds(found) == [
+        KernelThreshold("flash_decode", 8, 64, 7, 1),
+        KernelThreshold("flash_decode", 4, 64, 7, None),
     ]
 
 
 def test_every_published_shape_is_tried_with_every_cache():
-    whole, quick = trials(), trials(quick=True)
+    whole, quick = attention_trials(), attention_trials(quick=True)
     assert {(trial.size, trial.bits) for trial in whole} == {
         (shape[0], bits) for shape in SHAPES for bits in (16, 8, 4)
     }
@@ -60,12 +64,12 @@ def test_every_published_shape_is_tried_with_every_cache():
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("length", [1, 8])
 def test_without_metal_mlx_alone_is_measured(monkeypatch, bits, length):
-    monkeypatch.setattr(timing, "LEAST_S", 0.0)
+    monkeypatch.setattr(timing, "MIN_RUN_SECONDS", 0.0)
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
     monkeypatch.setattr(kernels, "on_gpu", lambda: False)
-    trial = Trial("odd", 6, 2, 64, bits, length)
-    figure = measured(trial, 37, runs=1)
-    assert (figure.seconds, figure.why) == (None, NO_METAL)
+    trial = AttentionTrial("odd", 6, 2, 64, bits, length)
+    figure = measure_attention(trial, 37, runs=1)
+    assert (figure.seconds, figure.why) == (None, METAL_MISSING)
     assert figure.peer > 0
     assert figure.context == 37
     assert figure.flops == 4 * length * 6 * 64 * 37

@@ -4,8 +4,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from internvl3_mlx.profiling.limits import Limits
-from internvl3_mlx.profiling.results import Figure
+from internvl3_mlx.profiling.limits import MachineLimits
+from internvl3_mlx.profiling.results import Measurement
 from internvl3_mlx.profiling.roofline import (
     BOTTOM,
     HEIGHT,
@@ -13,24 +13,24 @@ from internvl3_mlx.profiling.roofline import (
     RIGHT,
     TOP,
     WIDTH,
-    Frame,
-    roofline,
+    ChartAxes,
+    draw_roofline,
 )
 
-LIMITS = Limits(bandwidth=4e11, rate=2e13, launch_s=1e-6, dtype="float16")
+LIMITS = MachineLimits(bandwidth=4e11, rate=2e13, launch_s=1e-6, dtype="float16")
 FIGURES = [
-    Figure("decode", "8-bit cache", 1024, 2e-3, 4e8, 3e9),
-    Figure("prefill", "512 tokens", 1024, 0.5, 1e9, 5e12),
-    Figure("kernels", "1b, 8-bit cache", 4096, 1e-4, 1e7, 7e7, peer=3e-4),
-    Figure("kernels", "8b, 8-bit cache", 4096, None, 1e7, 7e7, peer=2e-4),
-    Figure("kernels", "1b, 4-bit cache", 4096, None, 1e7, 7e7, why="no Metal"),
+    Measurement("decode", "8-bit cache", 1024, 2e-3, 4e8, 3e9),
+    Measurement("prefill", "512 tokens", 1024, 0.5, 1e9, 5e12),
+    Measurement("kernels", "1b, 8-bit cache", 4096, 1e-4, 1e7, 7e7, peer=3e-4),
+    Measurement("kernels", "8b, 8-bit cache", 4096, None, 1e7, 7e7, peer=2e-4),
+    Measurement("kernels", "1b, 4-bit cache", 4096, None, 1e7, 7e7, why="no Metal"),
 ]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture
 def picture():
-    return ET.fromstring(roofline(FIGURES, LIMITS, "M<9> & more"))
+    return ET.fromstring(draw_roofline(FIGURES, LIMITS, "M<9> & more"))
 
 
 def dots(picture):
@@ -54,7 +54,7 @@ def test_every_measured_time_is_a_dot_and_every_peer_a_ring(picture):
 
 
 def test_dots_lie_inside_the_frame_and_under_the_roof(picture):
-    frame = Frame.around(FIGURES, LIMITS)
+    frame = ChartAxes.fit(FIGURES, LIMITS)
     for x, y, title, _ in dots(picture):
         assert LEFT <= x <= WIDTH - RIGHT, title
         assert TOP <= y <= HEIGHT - BOTTOM, title
@@ -65,7 +65,7 @@ def test_dots_lie_inside_the_frame_and_under_the_roof(picture):
 
 
 def test_the_roof_bends_where_both_limits_meet(picture):
-    frame, ridge = Frame.around(FIGURES, LIMITS), LIMITS.rate / LIMITS.bandwidth
+    frame, ridge = ChartAxes.fit(FIGURES, LIMITS), LIMITS.rate / LIMITS.bandwidth
     points = picture.find(f"{SVG}polyline").get("points").split()
     bend = [float(number) for number in points[1].split(",")]
     assert bend == pytest.approx([frame.x(ridge), frame.y(LIMITS.rate)], abs=0.06)

@@ -4,11 +4,11 @@ import mlx.core as mx
 import pytest
 
 from internvl3_mlx.profiling import self_check
-from internvl3_mlx.profiling.self_check import CHECKS, plain_checks
+from internvl3_mlx.profiling.self_check import CHECKS, run_operation_checks
 
 
 def test_all_is_well_here():
-    assert [(check.name, check.passed) for check in plain_checks()] == [
+    assert [(check.name, check.passed) for check in run_operation_checks()] == [
         (name, True) for name in CHECKS
     ]
 
@@ -33,21 +33,21 @@ def wrong(function):
 )  # fmt: skip
 def test_a_wrong_operation_is_noticed(monkeypatch, name, noticed):
     monkeypatch.setattr(self_check, name, wrong(getattr(self_check, name)))
-    assert {check.name for check in plain_checks() if not check.passed} == noticed
+    assert {check.name for check in run_operation_checks() if not check.passed} == noticed
 
 
 def test_rotary_at_rounded_positions_is_noticed(monkeypatch):
     rotary = self_check.Rotary
     monkeypatch.setattr(self_check, "Rotary", lambda d, b, at: rotary(d, b, mx.round(at)))
-    turn = self_check.Turn.of
-    monkeypatch.setattr(self_check.Turn, "of", lambda at, d, b: turn(mx.round(at), d, b))
-    failed = {check.name for check in plain_checks() if not check.passed}
+    turn = self_check.Turn.from_base
+    monkeypatch.setattr(self_check.Turn, "from_base", lambda at, d, b: turn(mx.round(at), d, b))
+    failed = {check.name for check in run_operation_checks() if not check.passed}
     assert failed == {"rotary at V2PE positions", "new keys turned and packed"}
 
 
 def test_what_does_not_even_run_is_a_result(monkeypatch):
     monkeypatch.setitem(CHECKS, "attention in two parts", lambda: 1 / 0)
-    (failed,) = [check for check in plain_checks() if not check.passed]
+    (failed,) = [check for check in run_operation_checks() if not check.passed]
     assert (failed.name, failed.detail) == (
         "attention in two parts",
         "ZeroDivisionError: division by zero",

@@ -4,13 +4,13 @@ import pytest
 from fixtures.loaded_models import bare_model
 
 from internvl3_mlx.profiling import stages, timing
-from internvl3_mlx.profiling.stages import Stages
-from internvl3_mlx.profiling.suite import Bench
+from internvl3_mlx.profiling.stages import StageBenchmark
+from internvl3_mlx.profiling.suite import BenchmarkSuite
 
 
 @pytest.fixture(autouse=True)
 def _once(monkeypatch):
-    monkeypatch.setattr(timing, "LEAST_S", 0.0)
+    monkeypatch.setattr(timing, "MIN_RUN_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def model():
 
 
 def test_every_stage_is_measured_at_every_context(model):
-    stages = Stages(model, [5, 40], tiles=(1, 3), chunk=7, runs=1)
+    stages = StageBenchmark(model, [5, 40], tiles=(1, 3), chunk=7, runs=1)
     found = [task.measure() for task in stages.tasks()]
     assert [(f.group, f.name, f.context) for f in found] == [
         ("tower", "1 tile", 0),
@@ -32,44 +32,44 @@ def test_every_stage_is_measured_at_every_context(model):
 
 
 def test_a_context_stays_as_long_as_it_is(model):
-    stages = Stages(model, [9], chunk=4, runs=2)
-    engine = stages.engine(9, 8)
+    stages = StageBenchmark(model, [9], chunk=4, runs=2)
+    engine = stages.filled_engine(9, 8)
     caches = []
-    make = Stages.engine
+    make = StageBenchmark.filled_engine
 
     def kept(self, context, bits):
         caches.append(make(self, context, bits))
         return caches[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stages, "engine", kept)
-        stages.decode(9, 8)
-        stages.prefill(9)
-    assert [one.read for one in caches] == [9, 9]
+        patch.setattr(StageBenchmark, "filled_engine", kept)
+        stages.measure_decode(9, 8)
+        stages.measure_prefill(9)
+    assert [one.num_cached for one in caches] == [9, 9]
     assert {layer.offset for one in caches for layer in one.cache} == {9}
-    assert engine.packing.bits == 8
+    assert engine.kv_quantization.bits == 8
 
 
 def test_a_cache_without_room_is_left_out_and_says_so(model, monkeypatch):
     monkeypatch.setattr(stages, "gpu_bytes", lambda: 1000)
-    measured = Stages(model, [64], chunk=7, runs=1)
-    for figure in (measured.prefill(64), measured.decode(64, 8)):
+    measured = StageBenchmark(model, [64], chunk=7, runs=1)
+    for figure in (measured.measure_prefill(64), measured.measure_decode(64, 8)):
         assert figure.seconds is None
         assert figure.why == "the cache would take more than half of the memory"
 
 
 def test_what_was_measured_stays_when_it_is_broken_off(model):
-    run = Bench(model, [33, 3], quick=True)
+    run = BenchmarkSuite(model, [33, 3], quick=True)
     assert run.contexts == [3, 33]
     steps = run.run()
     names = [next(steps) for _ in range(4)]
     steps.close()
     assert names[0] == "the machine's own limits"
     assert names[1] == "kernels, 1b, 16-bit cache, 3 tokens"
-    assert [figure.context for figure in run.figures] == [3, 33]
+    assert [figure.context for figure in run.measurements] == [3, 33]
     assert run.limits is not None
     assert len(run) > 4
 
 
 def test_contexts_that_suit_are_taken_without_any(model):
-    assert len(Bench(model).contexts) > len(Bench(model, quick=True).contexts) > 0
+    assert len(BenchmarkSuite(model).contexts) > len(BenchmarkSuite(model, quick=True).contexts) > 0

@@ -5,7 +5,7 @@ from fixtures.tokenizers import write_internlm_tokenizer, write_qwen_tokenizer
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from internvl3_mlx.prompt.messages import Text
+from internvl3_mlx.prompt.messages import TextSegment
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 ANSWER = "A cat 😀 和 é\n\n<ref>the  cat</ref><box>[[1, 2, 3, 4]]</box> <tool_call> end"
@@ -26,7 +26,7 @@ def folder(request, tmp_path_factory):
 
 def streamed(tokenizer: Tokenizer, ids: list[int], *, keep_boxes: bool) -> list[str]:
     stream = tokenizer.detokenizer(keep_boxes=keep_boxes)
-    return [*map(stream.add, ids), stream.finish()]
+    return [*map(stream.add_token, ids), stream.finalize()]
 
 
 @pytest.mark.parametrize("keep_boxes", [False, True])
@@ -63,7 +63,7 @@ def test_no_piece_holds_half_a_character(folder):
 def test_special_tokens_are_skipped_and_boxes_kept_on_demand(folder):
     tokenizer = Tokenizer.from_folder(folder)
     text = "It is <ref>cat</ref><box>[[1, 2, 3, 4]]</box><|im_end|>"
-    ids = tokenizer.encode([Text(text)], 1, bos=False)
+    ids = tokenizer.encode([TextSegment(text)], 1, bos=False)
     kept = tokenizer.decode(ids, keep_boxes=True)
     assert kept == text.removesuffix("<|im_end|>")
     assert "".join(tokenizer.decode(ids).split()) == "Itiscat[[1,2,3,4]]"

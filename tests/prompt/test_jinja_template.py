@@ -6,8 +6,8 @@ from fixtures.tokenizers import write_qwen_tokenizer
 from transformers import AutoTokenizer
 
 from internvl3_mlx.errors import CheckpointError, PromptError
-from internvl3_mlx.prompt.messages import ImageRun, Media, Text, Turn
-from internvl3_mlx.prompt.template import InternVLTemplate, template_for
+from internvl3_mlx.prompt.messages import ImageSegment, Message, MessageMedia, TextSegment
+from internvl3_mlx.prompt.template import InternVLTemplate, load_template
 
 # what native repositories ship: an image is its placeholder and a newline
 NATIVE = """
@@ -36,14 +36,18 @@ STRINGS = (
     "<|im_start|>assistant\n{# no image #}"
 )
 CONVERSATIONS = (
-    (Turn("user", "What?"),),
-    (Turn("user", ""),),
-    (Turn("user", "What?", (Media((7,)),)),),
-    (Turn("user", "\nWhat?", (Media((7,)),)),),
-    (Turn("user", "<image>\nWhat <IMG_CONTEXT> <image>?", (Media((7,)),)),),
-    (Turn("user", "What?", (Media((7,)), Media((3,)))),),
-    (Turn("user", "What?", (Media((1, 1, 1), "video", (0.5, 1.5, 2.5)),)),),
-    (Turn("user", "a"), Turn("assistant", "b <image>"), Turn("user", "c", (Media((2,)),))),
+    (Message("user", "What?"),),
+    (Message("user", ""),),
+    (Message("user", "What?", (MessageMedia((7,)),)),),
+    (Message("user", "\nWhat?", (MessageMedia((7,)),)),),
+    (Message("user", "<image>\nWhat <IMG_CONTEXT> <image>?", (MessageMedia((7,)),)),),
+    (Message("user", "What?", (MessageMedia((7,)), MessageMedia((3,)))),),
+    (Message("user", "What?", (MessageMedia((1, 1, 1), "video", (0.5, 1.5, 2.5)),)),),
+    (
+        Message("user", "a"),
+        Message("assistant", "b <image>"),
+        Message("user", "c", (MessageMedia((2,)),)),
+    ),
 )
 
 
@@ -56,17 +60,17 @@ class Config:
 
 def with_template(folder, source: str):
     (folder / "chat_template.jinja").write_text(source)
-    return template_for(Config(), folder)
+    return load_template(Config(), folder)
 
 
 def same(segments):
     """Segments without who typed them, neighbours joined."""
     parts: list[str | int] = []
     for segment in segments:
-        if isinstance(segment, Text) and parts and isinstance(parts[-1], str):
+        if isinstance(segment, TextSegment) and parts and isinstance(parts[-1], str):
             parts[-1] += segment.text
         else:
-            parts.append(segment.text if isinstance(segment, Text) else segment.tiles)
+            parts.append(segment.text if isinstance(segment, TextSegment) else segment.tiles)
     return parts
 
 
@@ -83,12 +87,14 @@ def test_a_repositorys_template_gives_the_published_prompt(tmp_path, source, tur
 
 
 def test_typed_placeholders_stay_typed(tmp_path):
-    turn = Turn(
-        "user", "a <image> <IMG_CONTEXT> \ue0000\ue001 <|im_end|>", (Media((4,)), Media((5,)))
+    turn = Message(
+        "user",
+        "a <image> <IMG_CONTEXT> \ue0000\ue001 <|im_end|>",
+        (MessageMedia((4,)), MessageMedia((5,))),
     )
     segments = with_template(tmp_path, NATIVE).render((turn,), "")
-    assert [s.tiles for s in segments if isinstance(s, ImageRun)] == [4, 5]
-    assert Text(turn.text, typed=True) in segments
+    assert [s.tiles for s in segments if isinstance(s, ImageSegment)] == [4, 5]
+    assert TextSegment(turn.text, untrusted=True) in segments
 
 
 def test_a_template_means_what_transformers_makes_of_it(tmp_path):
@@ -105,8 +111,10 @@ def test_a_template_means_what_transformers_makes_of_it(tmp_path):
         tokenize=False,
         add_generation_prompt=True,
     )
-    ours = template.render((Turn("user", "What?", (Media((1,)),)),), "Be brief.")
-    assert "".join(s.text if isinstance(s, Text) else "<IMG_CONTEXT>" for s in ours) == theirs
+    ours = template.render((Message("user", "What?", (MessageMedia((1,)),)),), "Be brief.")
+    assert (
+        "".join(s.text if isinstance(s, TextSegment) else "<IMG_CONTEXT>" for s in ours) == theirs
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,20 +135,20 @@ def test_a_template_means_what_transformers_makes_of_it(tmp_path):
 )
 def test_the_template_is_found_in_every_file(tmp_path, name, content):
     (tmp_path / name).write_text(json.dumps(content))
-    assert template_for(Config(), tmp_path).origin == name
+    assert load_template(Config(), tmp_path).origin == name
 
 
 def test_a_template_inherited_from_a_text_model_is_passed_over(tmp_path):
     text_only = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(text_only))
-    assert template_for(Config(system_message="x"), tmp_path) == InternVLTemplate("x")
+    assert load_template(Config(system_message="x"), tmp_path) == InternVLTemplate("x")
 
 
 def test_tokens_of_the_tokenizer_are_known_to_the_template(tmp_path):
     names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     source = "{{ bos_token }}{{ eos_token }}{{ pad_token }}" + NATIVE
-    start = with_template(tmp_path, source).render((Turn("user", "q"),), "")[0]
+    start = with_template(tmp_path, source).render((Message("user", "q"),), "")[0]
     assert start.text.startswith("<s></s><|im_start|>user")
 
 
@@ -159,7 +167,7 @@ def test_tokens_of_the_tokenizer_are_known_to_the_template(tmp_path):
 def test_a_template_that_fails_says_so_in_one_line(tmp_path, source, message):
     template = with_template(tmp_path, source)
     with pytest.raises(PromptError, match=message) as caught:
-        template.render((Turn("user", "q", (Media((1,)),)),), "")
+        template.render((Message("user", "q", (MessageMedia((1,)),)),), "")
     assert str(caught.value).startswith("chat_template.jinja ")
     assert "\n" not in str(caught.value)
 

@@ -1,14 +1,22 @@
 import pytest
 
 from internvl3_mlx.errors import PromptError
-from internvl3_mlx.prompt.messages import ImageRun, Media, Spoken, Text, Turn, content, shown_order
+from internvl3_mlx.prompt.messages import (
+    GeneratedAnswer,
+    ImageSegment,
+    Message,
+    MessageMedia,
+    TextSegment,
+    media_order,
+    message_segments,
+)
 
 
-def laid_out(text: str, *media: Media) -> list[str | int]:
+def laid_out(text: str, *media: MessageMedia) -> list[str | int]:
     """One turn as strings and tile counts, neighbouring texts joined."""
     parts: list[str | int] = []
-    for segment in content(Turn("user", text, media)):
-        if isinstance(segment, ImageRun):
+    for segment in message_segments(Message("user", text, media)):
+        if isinstance(segment, ImageSegment):
             parts.append(segment.tiles)
         elif parts and isinstance(parts[-1], str):
             parts[-1] += segment.text
@@ -18,11 +26,11 @@ def laid_out(text: str, *media: Media) -> list[str | int]:
 
 
 def test_one_image_stands_alone_on_the_first_line():
-    assert laid_out("What?", Media((7,))) == [7, "\nWhat?"]
+    assert laid_out("What?", MessageMedia((7,))) == [7, "\nWhat?"]
 
 
 def test_several_images_are_numbered():
-    assert laid_out("What?", Media((7,)), Media((3,))) == [
+    assert laid_out("What?", MessageMedia((7,)), MessageMedia((3,))) == [
         "Image-1: ",
         7,
         "\nImage-2: ",
@@ -32,7 +40,7 @@ def test_several_images_are_numbered():
 
 
 def test_marks_place_the_images_when_there_are_as_many():
-    assert laid_out("Is <image> like\n<image>?", Media((7,)), Media((3,))) == [
+    assert laid_out("Is <image> like\n<image>?", MessageMedia((7,)), MessageMedia((3,))) == [
         "Is ",
         7,
         " like\n",
@@ -43,26 +51,26 @@ def test_marks_place_the_images_when_there_are_as_many():
 
 @pytest.mark.parametrize("question", ["<image>\nWhat?", "<image>What?"])
 def test_a_mark_already_in_place_is_not_doubled(question):
-    assert laid_out(question, Media((5,))) == [5, question.removeprefix("<image>")]
+    assert laid_out(question, MessageMedia((5,))) == [5, question.removeprefix("<image>")]
 
 
 def test_marks_that_do_not_fit_stay_text():
-    assert laid_out("<image> <image>", Media((7,))) == [7, "\n<image> <image>"]
+    assert laid_out("<image> <image>", MessageMedia((7,))) == [7, "\n<image> <image>"]
     assert laid_out("<image>") == ["<image>"]
-    assert laid_out("<video>", Media((7,))) == [7, "\n<video>"]
+    assert laid_out("<video>", MessageMedia((7,))) == [7, "\n<video>"]
 
 
 def test_several_entries_of_one_image_share_a_run():
-    assert laid_out("q", Media((7, 3))) == [10, "\nq"]
+    assert laid_out("q", MessageMedia((7, 3))) == [10, "\nq"]
 
 
 def test_video_frames_are_numbered_lines():
-    video = Media((1, 1, 1), "video")
+    video = MessageMedia((1, 1, 1), "video")
     assert laid_out("q", video) == ["Frame1: ", 1, "\nFrame2: ", 1, "\nFrame3: ", 1, "\nq"]
 
 
 def test_video_frames_name_their_times_when_asked():
-    video = Media((1, 1), "video", times=(0.5, 12.25))
+    video = MessageMedia((1, 1), "video", times=(0.5, 12.25))
     assert laid_out("q", video) == ["Frame1 (0.5s): ", 1, "\nFrame2 (12.2s): ", 1, "\nq"]
 
 
@@ -71,16 +79,16 @@ def test_video_frames_name_their_times_when_asked():
 )
 def test_a_video_mark_becomes_the_frame_lines(question, rest):
     expected = ["See: Frame1: ", 1, "\nFrame2: ", 1, *([rest] if rest else [])]
-    assert laid_out(f"See: {question}", Media((1, 1), "video")) == expected
+    assert laid_out(f"See: {question}", MessageMedia((1, 1), "video")) == expected
 
 
 def test_images_go_before_frames_whatever_the_order_given():
-    video, image = Media((1, 1), "video"), Media((4,))
+    video, image = MessageMedia((1, 1), "video"), MessageMedia((4,))
     assert laid_out("q", video, image) == [4, "\nFrame1: ", 1, "\nFrame2: ", 1, "\nq"]
 
 
 def test_each_video_counts_its_frames_from_one():
-    one, two = Media((1,), "video"), Media((1, 1), "video")
+    one, two = MessageMedia((1,), "video"), MessageMedia((1, 1), "video")
     assert laid_out("q", one, two) == [
         "Frame1: ",
         1,
@@ -93,26 +101,28 @@ def test_each_video_counts_its_frames_from_one():
 
 
 def test_only_what_the_user_wrote_is_typed():
-    segments = content(Turn("user", "a <image>", (Media((1,)), Media((2,)))))
+    segments = message_segments(
+        Message("user", "a <image>", (MessageMedia((1,)), MessageMedia((2,))))
+    )
     assert segments == [
-        Text("Image-1: "),
-        ImageRun(1),
-        Text("\nImage-2: "),
-        ImageRun(2),
-        Text("\n"),
-        Text("a <image>", typed=True),
+        TextSegment("Image-1: "),
+        ImageSegment(1),
+        TextSegment("\nImage-2: "),
+        ImageSegment(2),
+        TextSegment("\n"),
+        TextSegment("a <image>", untrusted=True),
     ]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Turn("system", "x"), "role 'system': use 'user' or 'assistant'"),
-        (lambda: Turn("assistant", "x", (Media((1,)),)), "pictures in an assistant turn"),
-        (lambda: Media(()), "image with tiles .*: every picture and frame has at least one"),
-        (lambda: Media((1, 0), "video"), "video with tiles .1, 0."),
-        (lambda: Media((1, 1), "video", (0.5,)), "1 frame times for video with 2 entries"),
-        (lambda: Media((2,), times=(0.5,)), "give a video one time per frame"),
+        (lambda: Message("system", "x"), "role 'system': use 'user' or 'assistant'"),
+        (lambda: Message("assistant", "x", (MessageMedia((1,)),)), "pictures in an assistant turn"),
+        (lambda: MessageMedia(()), "image with tiles .*: every picture and frame has at least one"),
+        (lambda: MessageMedia((1, 0), "video"), "video with tiles .1, 0."),
+        (lambda: MessageMedia((1, 1), "video", (0.5,)), "1 frame times for video with 2 entries"),
+        (lambda: MessageMedia((2,), times=(0.5,)), "give a video one time per frame"),
     ],
 )
 def test_impossible_turns_are_refused(make, message):
@@ -121,26 +131,28 @@ def test_impossible_turns_are_refused(make, message):
 
 
 def test_an_answer_with_its_ids_is_repeated_to_the_token():
-    assert content(Turn("assistant", "whatever", token_ids=(5, 3))) == [Spoken((5, 3))]
+    assert message_segments(Message("assistant", "whatever", token_ids=(5, 3))) == [
+        GeneratedAnswer((5, 3))
+    ]
     with pytest.raises(PromptError, match="token ids in a user's turn"):
-        Turn("user", "hi", token_ids=(5,))
+        Message("user", "hi", token_ids=(5,))
 
 
-FILM = Media((1, 1), kind="video")
+FILM = MessageMedia((1, 1), kind="video")
 
 
 @pytest.mark.parametrize(
     ("text", "media", "order"),
     [
-        ("no marks", (FILM, Media((3,)), Media((2,))), [1, 2, 0]),
-        ("<video> then <image>", (Media((3,)), FILM), [1, 0]),
-        ("<image> then <video>", (FILM, Media((3,))), [1, 0]),
-        ("<video> alone", (Media((3,)), FILM), [0, 1]),
-        ("<image> is one mark for two", (Media((3,)), Media((2,))), [0, 1]),
+        ("no marks", (FILM, MessageMedia((3,)), MessageMedia((2,))), [1, 2, 0]),
+        ("<video> then <image>", (MessageMedia((3,)), FILM), [1, 0]),
+        ("<image> then <video>", (FILM, MessageMedia((3,))), [1, 0]),
+        ("<video> alone", (MessageMedia((3,)), FILM), [0, 1]),
+        ("<image> is one mark for two", (MessageMedia((3,)), MessageMedia((2,))), [0, 1]),
         ("nothing shown <image>", (), []),
     ],
 )
 def test_media_are_counted_in_the_order_in_which_the_prompt_shows_them(text, media, order):
-    assert shown_order(Turn("user", text, media)) == order
+    assert media_order(Message("user", text, media)) == order
     tiles = [n for n in laid_out(text, *media) if isinstance(n, int)]
     assert tiles == [n for index in order for n in media[index].tiles]

@@ -3,8 +3,14 @@ from dataclasses import dataclass
 import pytest
 
 from internvl3_mlx.errors import ConfigError, PromptError
-from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM, ImageRun, Media, Text, Turn
-from internvl3_mlx.prompt.template import InternVLTemplate, template_for
+from internvl3_mlx.prompt.messages import (
+    DEFAULT_SYSTEM,
+    ImageSegment,
+    Message,
+    MessageMedia,
+    TextSegment,
+)
+from internvl3_mlx.prompt.template import InternVLTemplate, load_template
 
 SYSTEM = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
@@ -21,15 +27,15 @@ class Config:
 
 def written(segments) -> str:
     """The prompt as chat() would hold it before it puts context tokens in."""
-    return "".join(s.text if isinstance(s, Text) else f"<image:{s.tiles}>" for s in segments)
+    return "".join(s.text if isinstance(s, TextSegment) else f"<image:{s.tiles}>" for s in segments)
 
 
-def render(*turns: Turn, system=None, own=None) -> str:
+def render(*turns: Message, system=None, own=None) -> str:
     return written(InternVLTemplate(own).render(turns, system))
 
 
 def test_the_whole_prompt_of_one_image():
-    assert render(Turn("user", "Describe it.", (Media((13,)),))) == (
+    assert render(Message("user", "Describe it.", (MessageMedia((13,)),))) == (
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
         "<|im_start|>user\n<image:13>\nDescribe it.<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -37,7 +43,7 @@ def test_the_whole_prompt_of_one_image():
 
 
 def test_the_whole_prompt_of_a_video():
-    assert render(Turn("user", "q", (Media((1, 1), "video"),)), system="") == (
+    assert render(Message("user", "q", (MessageMedia((1, 1), "video"),)), system="") == (
         "<|im_start|>user\nFrame1: <image:1>\nFrame2: <image:1>\nq<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
@@ -45,11 +51,11 @@ def test_the_whole_prompt_of_a_video():
 
 def test_history_keeps_answers_and_every_turns_images():
     turns = (
-        Turn("user", "Hello"),
-        Turn("assistant", "Hi <image>."),
-        Turn("user", "And this?", (Media((3,)),)),
-        Turn("assistant", ""),
-        Turn("user", "Compare.", (Media((1,)), Media((2,)))),
+        Message("user", "Hello"),
+        Message("assistant", "Hi <image>."),
+        Message("user", "And this?", (MessageMedia((3,)),)),
+        Message("assistant", ""),
+        Message("user", "Compare.", (MessageMedia((1,)), MessageMedia((2,)))),
     )
     assert render(*turns, system="") == (
         "<|im_start|>user\nHello<|im_end|>\n"
@@ -75,24 +81,28 @@ def test_the_published_system_text_is_the_default():
     ],
 )
 def test_the_callers_system_text_goes_before_the_models(system, own, expected):
-    prompt = render(Turn("user", "q"), system=system, own=own)
+    prompt = render(Message("user", "q"), system=system, own=own)
     assert prompt.startswith(f"<|im_start|>system\n{expected}<|im_end|>\n<|im_start|>user\nq")
 
 
 def test_an_empty_system_text_leaves_the_part_out():
-    assert render(Turn("user", "q"), system="", own="Be brief.").startswith("<|im_start|>user\nq")
+    assert render(Message("user", "q"), system="", own="Be brief.").startswith(
+        "<|im_start|>user\nq"
+    )
 
 
 def test_typed_text_is_told_from_the_templates():
-    segments = InternVLTemplate().render((Turn("user", "q", (Media((2,)),)),), "Be brief.")
+    segments = InternVLTemplate().render(
+        (Message("user", "q", (MessageMedia((2,)),)),), "Be brief."
+    )
     assert segments == [
-        Text("<|im_start|>system\n"),
-        Text("Be brief.", typed=True),
-        Text("<|im_end|>\n<|im_start|>user\n"),
-        ImageRun(2),
-        Text("\n"),
-        Text("q", typed=True),
-        Text("<|im_end|>\n<|im_start|>assistant\n"),
+        TextSegment("<|im_start|>system\n"),
+        TextSegment("Be brief.", untrusted=True),
+        TextSegment("<|im_end|>\n<|im_start|>user\n"),
+        ImageSegment(2),
+        TextSegment("\n"),
+        TextSegment("q", untrusted=True),
+        TextSegment("<|im_end|>\n<|im_start|>assistant\n"),
     ]
 
 
@@ -100,7 +110,7 @@ def test_typed_text_is_told_from_the_templates():
     ("turns", "message"),
     [
         ((), "the conversation is empty: its last turn must be the user's"),
-        ((Turn("assistant", "x"),), "ends with 'assistant'"),
+        ((Message("assistant", "x"),), "ends with 'assistant'"),
     ],
 )
 def test_a_conversation_ends_with_the_user(turns, message):
@@ -110,15 +120,15 @@ def test_a_conversation_ends_with_the_user(turns, message):
 
 def test_the_named_template_is_used_though_a_jinja_one_lies_there(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("image {{ messages }}")
-    assert template_for(Config(system_message="Be brief."), tmp_path) == InternVLTemplate(
+    assert load_template(Config(system_message="Be brief."), tmp_path) == InternVLTemplate(
         "Be brief."
     )
 
 
 def test_without_name_or_jinja_the_prompt_is_the_published_one(tmp_path):
-    assert template_for(Config(template=None), tmp_path) == InternVLTemplate(None)
+    assert load_template(Config(template=None), tmp_path) == InternVLTemplate(None)
 
 
 def test_an_unknown_template_names_the_known(tmp_path):
     with pytest.raises(ConfigError, match=r"names the template 'phi3-chat'; known: internvl2_5\."):
-        template_for(Config(template="phi3-chat"), tmp_path)
+        load_template(Config(template="phi3-chat"), tmp_path)

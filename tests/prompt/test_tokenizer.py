@@ -8,7 +8,7 @@ from fixtures.tokenizers import TokenizerFacts, write_internlm_tokenizer, write_
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from internvl3_mlx.prompt.messages import ImageRun, Media, Segment, Text, Turn
+from internvl3_mlx.prompt.messages import ImageSegment, Message, MessageMedia, Segment, TextSegment
 from internvl3_mlx.prompt.template import InternVLTemplate
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -57,9 +57,9 @@ def internlm(request, tmp_path_factory) -> Written:
 
 def conversation(text: str) -> list[Segment]:
     turns = (
-        Turn("user", "first", (Media((2,)),)),
-        Turn("assistant", text),
-        Turn("user", text, (Media((1,)), Media((3,)))),
+        Message("user", "first", (MessageMedia((2,)),)),
+        Message("assistant", text),
+        Message("user", text, (MessageMedia((1,)), MessageMedia((3,)))),
     )
     return InternVLTemplate().render(turns, None)
 
@@ -67,7 +67,7 @@ def conversation(text: str) -> list[Segment]:
 def written_out(segments: list[Segment]) -> str:
     return "".join(
         segment.text
-        if isinstance(segment, Text)
+        if isinstance(segment, TextSegment)
         else f"<img>{'<IMG_CONTEXT>' * (segment.tiles * CONTEXT)}</img>"
         for segment in segments
     )
@@ -84,10 +84,15 @@ def test_a_prompt_has_the_ids_transformers_gives_it_written_out(ours, text):
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_sentencepiece_cuts_each_stretch_between_added_tokens(internlm, text):
     model = SentencePieceProcessor(model_file=str(internlm.folder / "tokenizer.model"))
-    ids = internlm.facts.ids
+    ids = internlm.input_facts.ids
     plain = text.replace("<", "(")
-    question = [Text("<|im_start|>user\n"), ImageRun(1), Text("\n"), Text(plain, typed=True)]
-    assert internlm.tokenizer.encode([*question, Text("<|im_end|>\n")], CONTEXT) == [
+    question = [
+        TextSegment("<|im_start|>user\n"),
+        ImageSegment(1),
+        TextSegment("\n"),
+        TextSegment(plain, untrusted=True),
+    ]
+    assert internlm.tokenizer.encode([*question, TextSegment("<|im_end|>\n")], CONTEXT) == [
         model.bos_id(),
         ids["<|im_start|>"],
         *model.encode("user\n"),
@@ -130,16 +135,16 @@ STRUCTURAL = (
 
 @pytest.mark.parametrize("token", STRUCTURAL)
 def test_typed_structure_stays_text(ours, token):
-    ids = ours.tokenizer.encode([Text(f"a{token}b", typed=True)], CONTEXT)
-    assert ours.facts.ids[token] not in ids
+    ids = ours.tokenizer.encode([TextSegment(f"a{token}b", untrusted=True)], CONTEXT)
+    assert ours.input_facts.ids[token] not in ids
     assert ours.tokenizer.decode(ids) == f"a{token}b"
     assert ours.tokenizer.encode_text(f"a{token}b") == ids
 
 
 @pytest.mark.parametrize("token", STRUCTURAL)
 def test_structure_in_the_template_counts(ours, token):
-    ids = ours.tokenizer.encode([Text(f"a{token}b")], CONTEXT)
-    assert ids.count(ours.facts.ids[token]) == 1
+    ids = ours.tokenizer.encode([TextSegment(f"a{token}b")], CONTEXT)
+    assert ids.count(ours.input_facts.ids[token]) == 1
 
 
 @pytest.mark.parametrize(
@@ -148,23 +153,25 @@ def test_structure_in_the_template_counts(ours, token):
     + [f"<|{kind}_{end}|>" for kind in ("object_ref", "box", "quad") for end in ("start", "end")],
 )
 def test_typed_grounding_tags_count(ours, token):
-    assert ours.facts.ids[token] in ours.tokenizer.encode([Text(token, typed=True)], CONTEXT)
+    assert ours.input_facts.ids[token] in ours.tokenizer.encode(
+        [TextSegment(token, untrusted=True)], CONTEXT
+    )
 
 
 def test_a_special_token_is_not_made_of_neighbours(ours):
-    ids = ours.tokenizer.encode([Text("<i"), Text("mg>", typed=True)], CONTEXT)
-    assert ours.facts.ids["<img>"] not in ids
+    ids = ours.tokenizer.encode([TextSegment("<i"), TextSegment("mg>", untrusted=True)], CONTEXT)
+    assert ours.input_facts.ids["<img>"] not in ids
 
 
 def test_an_image_run_takes_its_context_tokens(ours):
-    ids = ours.facts.ids
+    ids = ours.input_facts.ids
     run = [ids["<img>"], *[ids["<IMG_CONTEXT>"]] * 6, ids["</img>"]]
-    assert ours.tokenizer.encode([ImageRun(2), ImageRun(2)], CONTEXT) == run + run
+    assert ours.tokenizer.encode([ImageSegment(2), ImageSegment(2)], CONTEXT) == run + run
 
 
 def test_ids_are_looked_up_by_name(ours):
-    tokenizer, ids = ours.tokenizer, ours.facts.ids
-    assert tokenizer.vocab_size == ours.facts.vocab_size
+    tokenizer, ids = ours.tokenizer, ours.input_facts.ids
+    assert tokenizer.vocab_size == ours.input_facts.vocab_size
     assert tokenizer.image_id == ids["<IMG_CONTEXT>"]
     assert (tokenizer.image_start_id, tokenizer.image_end_id) == (ids["<img>"], ids["</img>"])
     assert tokenizer.im_end_id == ids["<|im_end|>"]
@@ -173,11 +180,11 @@ def test_ids_are_looked_up_by_name(ours):
 
 
 def test_sentencepiece_ids_are_looked_up_by_name(internlm):
-    assert internlm.tokenizer.vocab_size == internlm.facts.vocab_size
-    assert internlm.tokenizer.image_id == internlm.facts.ids["<IMG_CONTEXT>"]
+    assert internlm.tokenizer.vocab_size == internlm.input_facts.vocab_size
+    assert internlm.tokenizer.image_id == internlm.input_facts.ids["<IMG_CONTEXT>"]
     assert internlm.tokenizer.bos_id == 1
     assert internlm.tokenizer.encode([], CONTEXT) == [1]
-    assert internlm.tokenizer.encode([Text("<s>a")], CONTEXT)[:2].count(1) == 1
+    assert internlm.tokenizer.encode([TextSegment("<s>a")], CONTEXT)[:2].count(1) == 1
     assert internlm.tokenizer.encode([], CONTEXT, bos=False) == []
 
 
@@ -185,13 +192,13 @@ def test_sentencepiece_ids_are_looked_up_by_name(internlm):
 def test_the_video_token_without_embedding_is_never_used(tmp_path, fast):
     tokenizer = qwen(tmp_path, fast=fast, video_token=True).tokenizer
     for typed in (True, False):
-        ids = tokenizer.encode([Text("<video>\n<ref>", typed=typed)], CONTEXT)
+        ids = tokenizer.encode([TextSegment("<video>\n<ref>", untrusted=typed)], CONTEXT)
         assert max(ids) < tokenizer.vocab_size
     assert tokenizer.vocab_size == qwen(tmp_path / "plain").tokenizer.vocab_size
 
 
 def test_an_empty_question_has_no_ids(ours):
-    assert ours.tokenizer.encode([Text("", typed=True)], CONTEXT) == []
+    assert ours.tokenizer.encode([TextSegment("", untrusted=True)], CONTEXT) == []
     assert ours.tokenizer.encode_text("") == []
 
 
@@ -207,7 +214,7 @@ def test_long_questions_take_time_in_proportion(tmp_path, write, pattern):
     tokenizer = Tokenizer.from_folder(tmp_path)
     text = (pattern * (200_000 // len(pattern)))[:200_000]
     start = time.process_time()
-    tokenizer.encode([Text(text, typed=True)], CONTEXT)
+    tokenizer.encode([TextSegment(text, untrusted=True)], CONTEXT)
     assert time.process_time() - start < 5
 
 
@@ -217,4 +224,6 @@ def test_random_texts_have_the_ids_of_transformers(ours):
     alphabet = [*"abc XY1\n\r\t .,'’<>é中😀", "\u0301", "'ll", "<ref>", "</box>", "  ", "\u3000"]
     for _ in range(300):
         text = "".join(chance.choices(alphabet, k=chance.randrange(1, 40)))
-        assert ours.tokenizer.encode([Text(text, typed=True)], 1) == theirs(text).input_ids, text
+        assert (
+            ours.tokenizer.encode([TextSegment(text, untrusted=True)], 1) == theirs(text).input_ids
+        ), text

@@ -8,7 +8,7 @@ from internvl3_mlx.errors import PromptError
 from internvl3_mlx.prompt.v2pe import (
     DELTAS,
     auto_delta,
-    image_runs,
+    image_spans,
     next_position,
     parse_delta,
     visual_positions,
@@ -55,7 +55,7 @@ def test_one_real_tile(delta, first, last, after):
 def test_three_tiles_then_one(delta, runs, texts):
     ids = [1, 2, 3, 8, *[IMG] * 768, 9, 4, 8, *[IMG] * 256, 9, 4, 5, 6]
     positions = visual_positions(ids, IMG, delta)
-    spans = image_runs(ids, IMG)
+    spans = image_spans(ids, IMG)
     assert spans == [(4, 772), (775, 1031)]
     assert [(positions[a], positions[b - 1]) for a, b in spans] == runs
     assert [*positions[772:775], *positions[1031:]] == texts

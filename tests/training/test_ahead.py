@@ -6,15 +6,15 @@ import time
 import pytest
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.training.dataloader import ahead
+from internvl3_mlx.training.dataloader import prefetch
 
 PATIENCE_S = 20
 
 
 def test_everything_comes_in_its_order():
-    assert [*ahead(iter(range(50)))] == [*range(50)]
-    assert [*ahead(iter(()))] == []
-    assert [*ahead(iter([None, 0, None]))] == [None, 0, None]
+    assert [*prefetch(iter(range(50)))] == [*range(50)]
+    assert [*prefetch(iter(()))] == []
+    assert [*prefetch(iter([None, 0, None]))] == [None, 0, None]
 
 
 def test_the_next_items_are_made_before_they_are_asked_for():
@@ -27,7 +27,7 @@ def test_the_next_items_are_made_before_they_are_asked_for():
                 ready.set()
             yield n
 
-    read = ahead(items(), depth=2)
+    read = prefetch(items(), depth=2)
     assert next(read) == 0
     assert ready.wait(PATIENCE_S)
     assert max(made) <= 3  # two wait, and one is held
@@ -39,7 +39,7 @@ def test_a_fault_is_told_after_what_came_before_it():
         yield 1
         raise DataError("rows.jsonl:2: not JSON")
 
-    read = ahead(items())
+    read = prefetch(items())
     assert next(read) == 1
     with pytest.raises(DataError, match="rows.jsonl:2"):
         next(read)
@@ -47,7 +47,7 @@ def test_a_fault_is_told_after_what_came_before_it():
 
 def test_a_reader_ends_when_nobody_wants_more():
     before = threading.active_count()
-    read = ahead(iter(int, 1))  # zeros without end
+    read = prefetch(iter(int, 1))  # zeros without end
     next(read)
     read.close()
     deadline = time.monotonic() + PATIENCE_S

@@ -12,11 +12,17 @@ from fixtures.rows import talk, write_rows
 from fixtures.runs import recipe, session, write_data
 
 from internvl3_mlx.errors import CheckpointError, DataError, UserError
-from internvl3_mlx.training.checkpoint import arrays_of, checkpoints, load_state, prune, save_state
-from internvl3_mlx.training.config_file import write_file
-from internvl3_mlx.training.run import go
-from internvl3_mlx.training.session import resume
-from internvl3_mlx.training.trainer import train
+from internvl3_mlx.training.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    state_arrays,
+)
+from internvl3_mlx.training.config_file import write_config_file
+from internvl3_mlx.training.run import run_session
+from internvl3_mlx.training.session import resume_session
+from internvl3_mlx.training.trainer import make_updates
 
 PATIENCE_S = 120
 MPO = {
@@ -26,7 +32,7 @@ MPO = {
 
 
 def arrays(learner):
-    return {name: np.array(x) for name, x in arrays_of(learner).items()}
+    return {name: np.array(x) for name, x in state_arrays(learner).items()}
 
 
 def same(one, other):
@@ -37,11 +43,11 @@ def same(one, other):
 def whole_run(folder, **settings):
     """Run to the end without a break; return its moments and what it ends with."""
     here = session(folder, **settings)
-    return [*go(here, lambda: False)], arrays(here.learner)
+    return [*run_session(here, lambda: False)], arrays(here.state)
 
 
 def losses(moments):
-    return [(moment.step.update, moment.step.loss, moment.checked) for moment in moments]
+    return [(moment.step.update, moment.step.loss, moment.validation) for moment in moments]
 
 
 def test_a_run_that_is_resumed_equals_the_run_that_was_not(tmp_path):
@@ -50,15 +56,15 @@ def test_a_run_that_is_resumed_equals_the_run_that_was_not(tmp_path):
         write_data(tmp_path / name / "data", 8, 2, pairs=True)
     straight, end = whole_run(tmp_path / "one", **MPO)
     first = session(tmp_path / "two", **MPO)
-    began = [*islice(go(first, lambda: False), 3)]
+    began = [*islice(run_session(first, lambda: False), 3)]
     del first
     second = session(tmp_path / "two", **MPO)
-    resume(second, accept_changes=False)
-    assert second.learner.update == 3
-    went_on = [*go(second, lambda: False)]
+    resume_session(second, accept_changes=False)
+    assert second.state.update == 3
+    went_on = [*run_session(second, lambda: False)]
     assert losses([*began, *went_on]) == losses(straight)
-    assert same(arrays(second.learner), end)
-    assert second.learner.state.count.item() == 14
+    assert same(arrays(second.state), end)
+    assert second.state.objective_state.count.item() == 14
 
 
 CODE = """
@@ -78,7 +84,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on_to_the_bit(tmp_pat
     settings = {"iters": 40, "save_every": 2, "keep_last": 3, "lora_dropout": 0.1}
     for name in ("one", "two"):
         write_data(tmp_path / name / "data", 5)
-    write_file(recipe(tmp_path / "two", **settings), tmp_path / "recipe.yaml")
+    write_config_file(recipe(tmp_path / "two", **settings), tmp_path / "recipe.yaml")
     process = subprocess.Popen(
         [sys.executable, "-c", CODE, str(tmp_path / "recipe.yaml")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -88,24 +94,24 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on_to_the_bit(tmp_pat
     process.kill()
     process.communicate(timeout=PATIENCE_S)
     second = session(tmp_path / "two", **settings)
-    resume(second, accept_changes=False)
-    assert 4 <= second.learner.update < 40
-    assert checkpoints(second.folder)[-1].name == f"step-{second.learner.update:06d}"
+    resume_session(second, accept_changes=False)
+    assert 4 <= second.state.update < 40
+    assert list_checkpoints(second.folder)[-1].name == f"step-{second.state.update:06d}"
     first = session(tmp_path / "one", **settings)
-    goal = second.learner.update + 2
+    goal = second.state.update + 2
     for run in (first, second):
-        for step in train(run.learner, run.left()):
+        for step in make_updates(run.state, run.remaining_batches()):
             if step.update == goal:
                 break
-    assert same(arrays(first.learner), arrays(second.learner))
+    assert same(arrays(first.state), arrays(second.state))
 
 
 def saved(tmp_path, **settings):
     """Make one update and save it."""
     write_data(tmp_path / "data", 4)
     here = session(tmp_path, iters=3, **settings)
-    next(train(here.learner, here.left()))
-    return here, save_state(here.learner, here.folder, here.progress)
+    next(make_updates(here.state, here.remaining_batches()))
+    return here, save_checkpoint(here.state, here.folder, here.progress)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +128,10 @@ def test_another_recipe_is_not_gone_on_with_unless_told(tmp_path, changes, messa
     saved(tmp_path)
     other = session(tmp_path, **{"iters": 3, **changes})
     with pytest.raises(UserError, match=message + r"\. Go on with .*--accept-changes"):
-        resume(other, accept_changes=False)
-    assert other.learner.update == 0
-    resume(other, accept_changes=True)
-    assert other.learner.update == 1
+        resume_session(other, accept_changes=False)
+    assert other.state.update == 0
+    resume_session(other, accept_changes=True)
+    assert other.state.update == 1
 
 
 def test_other_data_is_not_gone_on_with_unless_told(tmp_path):
@@ -133,35 +139,35 @@ def test_other_data_is_not_gone_on_with_unless_told(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", [talk(answer="A dog."), talk(answer="A bee.")])
     other = session(tmp_path, iters=3)
     with pytest.raises(UserError, match="the data is another"):
-        resume(other, accept_changes=False)
+        resume_session(other, accept_changes=False)
 
 
 def test_what_changes_no_number_may_change(tmp_path):
     saved(tmp_path)
     other = session(tmp_path, iters=3, save_every=1, grad_checkpoint=True, steps_per_eval=5)
-    resume(other, accept_changes=False)
-    assert other.learner.update == 1
+    resume_session(other, accept_changes=False)
+    assert other.state.update == 1
 
 
 def test_the_same_data_in_another_place_is_the_same(tmp_path):
     saved(tmp_path)
     write_data(tmp_path / "moved" / "data", 4)
     other = session(tmp_path, iters=3, data=str(tmp_path / "moved" / "data"))
-    resume(other, accept_changes=False)
-    assert other.learner.update == 1
+    resume_session(other, accept_changes=False)
+    assert other.state.update == 1
 
 
 def test_other_weights_cannot_take_a_checkpoint_at_all(tmp_path):
     _, folder = saved(tmp_path)
     other = session(tmp_path, iters=3, num_layers=1)
     with pytest.raises(CheckpointError, match=r"trained other weights, such as language_model\."):
-        load_state(other.learner, folder)
+        load_checkpoint(other.state, folder)
 
 
 def test_there_must_be_something_to_go_on_from(tmp_path):
     write_data(tmp_path / "data", 4)
     with pytest.raises(UserError, match="no checkpoint in .*run to go on from; leave out --resume"):
-        resume(session(tmp_path, iters=3), accept_changes=False)
+        resume_session(session(tmp_path, iters=3), accept_changes=False)
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path):
@@ -169,14 +175,14 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     facts = folder / "state.json"
     facts.write_text(facts.read_text().replace('"form": 1', '"form": 99'))
     with pytest.raises(CheckpointError, match="written by another version, in form 99"):
-        load_state(here.learner, folder)
+        load_checkpoint(here.state, folder)
     facts.write_text("{")
     with pytest.raises(CheckpointError, match="is no checkpoint of a run"):
-        load_state(here.learner, folder)
-    save_state(here.learner, here.folder, here.progress)
+        load_checkpoint(here.state, folder)
+    save_checkpoint(here.state, here.folder, here.progress)
     (folder / "state.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(CheckpointError, match=r"cannot read .*state.safetensors"):
-        load_state(here.learner, folder)
+        load_checkpoint(here.state, folder)
 
 
 def test_only_the_last_checkpoints_are_kept_in_the_order_of_their_numbers(tmp_path):
@@ -185,19 +191,19 @@ def test_only_the_last_checkpoints_are_kept_in_the_order_of_their_numbers(tmp_pa
         folder.mkdir(parents=True)
         (folder / "state.json").write_text("{}")
     (tmp_path / "checkpoints" / "step-000011").mkdir()  # not whole: it has no facts
-    prune(tmp_path, 2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+    prune_checkpoints(tmp_path, 2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
 
 
 def test_a_run_says_what_it_did(tmp_path):
     write_data(tmp_path / "data", 6, 3)
     here = session(tmp_path, iters=5, save_every=2, steps_per_eval=2, keep_last=2)
-    moments = [*go(here, lambda: False)]
+    moments = [*run_session(here, lambda: False)]
     assert [m.step.update for m in moments if m.saved] == [2, 4, 5]
-    assert [m.step.update for m in moments if m.checked] == [2, 4, 5]
-    assert [path.name for path in checkpoints(here.folder)] == ["step-000004", "step-000005"]
-    facts = json.loads((checkpoints(here.folder)[-1] / "state.json").read_text())
-    best = min((m.checked["val_loss"], m.step.update) for m in moments if m.checked)
+    assert [m.step.update for m in moments if m.validation] == [2, 4, 5]
+    assert [path.name for path in list_checkpoints(here.folder)] == ["step-000004", "step-000005"]
+    facts = json.loads((list_checkpoints(here.folder)[-1] / "state.json").read_text())
+    best = min((m.validation["val_loss"], m.step.update) for m in moments if m.validation)
     assert (facts["best_loss"], facts["best_update"]) == best
     written = {path.name for path in here.folder.iterdir()}
     assert written == {
@@ -214,7 +220,7 @@ def test_a_run_that_breaks_off_saves_its_last_whole_update(tmp_path):
     straight, end = whole_run(tmp_path / "one", **settings)
     first = session(tmp_path / "two", **settings)
     pictures = tmp_path / "two" / "data"
-    moments = go(first, lambda: False)
+    moments = run_session(first, lambda: False)
     began = [next(moments)]
     for path in pictures.glob("*.png"):
         path.rename(path.with_suffix(".away"))
@@ -223,29 +229,29 @@ def test_a_run_that_breaks_off_saves_its_last_whole_update(tmp_path):
     for path in pictures.glob("*.away"):
         path.rename(path.with_suffix(".png"))
     second = session(tmp_path / "two", **settings)
-    resume(second, accept_changes=False)
-    assert second.learner.update == len(began)
-    assert second.learner.micro == 3 * len(began)
-    went_on = [*go(second, lambda: False)]
+    resume_session(second, accept_changes=False)
+    assert second.state.update == len(began)
+    assert second.state.micro_steps == 3 * len(began)
+    went_on = [*run_session(second, lambda: False)]
     assert losses([*began, *went_on]) == losses(straight)
-    assert same(arrays(second.learner), end)
+    assert same(arrays(second.state), end)
 
 
 def test_who_is_asked_to_stop_saves_first(tmp_path):
     write_data(tmp_path / "data", 6)
     here = session(tmp_path, iters=9)
     moments = []
-    for moment in go(here, lambda: len(moments) == 2):
+    for moment in run_session(here, lambda: len(moments) == 2):
         moments.append(moment)
-    assert [m.stopped for m in moments] == ["", "", "interrupted"]
-    assert moments[-1].saved == checkpoints(here.folder)[-1]
+    assert [m.stop_reason for m in moments] == ["", "", "interrupted"]
+    assert moments[-1].saved == list_checkpoints(here.folder)[-1]
 
 
 def test_a_run_that_gets_no_better_stops(tmp_path):
     write_data(tmp_path / "data", 6, 3)
     here = session(tmp_path, iters=30, learning_rate=0, steps_per_eval=1, patience=2)
-    moments = [*go(here, lambda: False)]
-    assert moments[-1].stopped == "no better validation loss since update 1"
+    moments = [*run_session(here, lambda: False)]
+    assert moments[-1].stop_reason == "no better validation loss since update 1"
     assert len(moments) == 3
 
 
@@ -253,7 +259,7 @@ def test_a_run_leaves_the_limits_of_memory_as_they_were(tmp_path):
     write_data(tmp_path / "data", 2)
     before = mx.set_cache_limit(12_345_678)
     try:
-        for _ in go(session(tmp_path, iters=1), lambda: False):
+        for _ in run_session(session(tmp_path, iters=1), lambda: False):
             pass
         assert mx.set_cache_limit(before) == 12_345_678
     finally:
@@ -263,8 +269,8 @@ def test_a_run_leaves_the_limits_of_memory_as_they_were(tmp_path):
 def test_a_run_that_takes_too_much_memory_stops_and_saves(tmp_path):
     write_data(tmp_path / "data", 6)
     here = session(tmp_path, iters=9, memory_limit=0.001)
-    moments = [*go(here, lambda: False)]
+    moments = [*run_session(here, lambda: False)]
     assert len(moments) == 1
-    assert "memory: an update took" in moments[0].stopped
-    assert "try --grad-checkpoint" in moments[0].stopped
+    assert "memory: an update took" in moments[0].stop_reason
+    assert "try --grad-checkpoint" in moments[0].stop_reason
     assert moments[0].saved

@@ -11,70 +11,75 @@ import pytest
 from fixtures.runs import recipe, session, write_data
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.training.compiled_step import ROUND_TARGETS, ROUND_TOKENS, Compiled, rounded
-from internvl3_mlx.training.params import named
-from internvl3_mlx.training.trainer import train, value_and_grad
+from internvl3_mlx.training.compiled_step import (
+    TARGET_MULTIPLE,
+    TOKEN_MULTIPLE,
+    CompiledStep,
+    pad_batch,
+)
+from internvl3_mlx.training.params import named_arrays
+from internvl3_mlx.training.trainer import loss_and_grads, make_updates
 
 
 def works(folder, **settings):
     write_data(folder / "data", 7)
     here = session(folder, lora_dropout=0, batch_size=3, **settings)
-    return here, [*islice(here.left(), 2)]
+    return here, [*islice(here.remaining_batches(), 2)]
 
 
 def test_rounded_samples_give_the_loss_and_the_gradients_of_the_samples(tmp_path):
     here, [work, _] = works(tmp_path, loss_reduction="square")
-    compute = value_and_grad(here.learner, here.learner.state)
-    round_work = type(work)(rounded(work.batch), work.vision)
+    compute = loss_and_grads(here.state, here.state.state)
+    round_work = type(work)(pad_batch(work.batch), work.vision)
     one, other = compute(work), compute(round_work)
     assert len(round_work.batch.ids) > len(work.batch.ids)
     assert other[0][0].item() == pytest.approx(one[0][0].item(), rel=1e-6)
     assert other[0][1].item() == pytest.approx(one[0][1].item(), rel=1e-6)
-    theirs = dict(named(other[1]))
-    for name, slope in named(one[1]):
+    theirs = dict(named_arrays(other[1]))
+    for name, slope in named_arrays(one[1]):
         assert np.abs(np.array(slope) - np.array(theirs[name])).max() < 2e-5, name
 
 
 def test_lengths_and_counts_are_round(tmp_path):
     _, found = works(tmp_path)
     for work in found:
-        batch = rounded(work.batch)
-        assert {(span.stop - span.start) % ROUND_TOKENS for span in batch.spans} == {0}
-        assert batch.spans[-1].stop == len(batch.ids) == len(batch.positions)
-        assert len(batch.targets) % ROUND_TARGETS == 0
-        assert batch.weights.sum() == work.batch.weights.sum()
-        learned = batch.weights > 0
+        batch = pad_batch(work.batch)
+        assert {(span.stop - span.start) % TOKEN_MULTIPLE for span in batch.spans} == {0}
+        assert batch.spans[-1].stop == len(batch.input_ids) == len(batch.positions)
+        assert len(batch.targets) % TARGET_MULTIPLE == 0
+        assert batch.loss_weights.sum() == work.batch.weights.sum()
+        learned = batch.loss_weights > 0
         assert np.array_equal(batch.targets[learned], work.batch.targets)
         before = work.batch.ids[work.batch.rows]
-        assert np.array_equal(batch.ids[batch.rows[learned]], before)
+        assert np.array_equal(batch.input_ids[batch.target_positions[learned]], before)
 
 
 @pytest.mark.parametrize("parts", ["lora", "lora,mlp1", "vision_model"])
 def test_a_step_is_traced_whole_and_leaves_the_model_its_weights(tmp_path, parts):
     here, [work, _] = works(tmp_path, train=parts, compile=True, drop_path=0.2)
-    before = dict(named(here.learner.model.trainable_parameters()))
-    compiled = here.learner.compute
-    assert isinstance(compiled, Compiled)
+    before = dict(named_arrays(here.state.model.trainable_parameters()))
+    compiled = here.state.compute
+    assert isinstance(compiled, CompiledStep)
     (numerator, denominator, *_), gradients = compiled(work)
     assert (numerator.shape, denominator.shape) == ((), ())
-    assert {name: g.shape for name, g in named(gradients)} == {
+    assert {name: g.shape for name, g in named_arrays(gradients)} == {
         n: w.shape for n, w in before.items()
     }
-    after = dict(named(here.learner.model.trainable_parameters()))
+    after = dict(named_arrays(here.state.model.trainable_parameters()))
     assert all(after[name] is before[name] for name in before)
     compiled(work)
-    assert len(compiled.steps) == 1
+    assert len(compiled.by_shape) == 1
 
 
 def test_the_loop_takes_a_compiled_step(tmp_path):
     write_data(tmp_path / "data", 6)
     settings = {"iters": 3, "lora_dropout": 0}
     plain = session(tmp_path, **settings)
-    losses = [step.loss for step in train(plain.learner, plain.left())]
+    losses = [step.loss for step in make_updates(plain.state, plain.remaining_batches())]
     mx.disable_compile()
     try:
         here = session(tmp_path, compile=True, **settings)
-        found = [step.loss for step in train(here.learner, here.left())]
+        found = [step.loss for step in make_updates(here.state, here.remaining_batches())]
     finally:
         mx.enable_compile()
     assert found == pytest.approx(losses, rel=1e-5)

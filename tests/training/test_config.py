@@ -6,15 +6,15 @@ import pytest
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training import config_fields
-from internvl3_mlx.training.config import PRESETS, DataSettings, TrainRecipe
-from internvl3_mlx.training.config_file import build_recipe, kind_of, write_file
+from internvl3_mlx.training.config import PRESETS, DataSettings, TrainConfig
+from internvl3_mlx.training.config_file import build_config, field_type, write_config_file
 from internvl3_mlx.training.loggers import LOGGERS
-from internvl3_mlx.training.lora_setup import LoraSettings
-from internvl3_mlx.training.losses import Preference
-from internvl3_mlx.training.objectives import METHODS, MixedPreference
+from internvl3_mlx.training.lora_setup import LoRAConfig
+from internvl3_mlx.training.losses import PreferenceConfig
+from internvl3_mlx.training.objectives import MPO, OBJECTIVES
 from internvl3_mlx.training.optimizers import OPTIMIZERS, SCHEDULES
 
-FIELDS = {entry.name: entry for entry in fields(TrainRecipe)}
+FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 
 
 def written(tmp_path, text):
@@ -25,7 +25,7 @@ def written(tmp_path, text):
 
 def test_flags_go_over_the_file_over_the_preset_over_the_defaults(tmp_path):
     path = written(tmp_path, "method: mpo\nlearning_rate: 3e-6\nbeta: 0.2\nseed: 7\n")
-    recipe = build_recipe({"beta": 0.5}, path)
+    recipe = build_config({"beta": 0.5}, path)
     assert recipe.beta == 0.5
     assert recipe.learning_rate == 3e-6
     assert recipe.grad_accumulation_steps == PRESETS["mpo"]["grad_accumulation_steps"]
@@ -37,24 +37,24 @@ def test_flags_go_over_the_file_over_the_preset_over_the_defaults(tmp_path):
     ("text", "value"), [("1e-5", 1e-5), ("1E-05", 1e-5), ("0.5", 0.5), ("2", 2.0), (".5e-3", 5e-4)]
 )
 def test_numbers_are_read_as_people_write_them(tmp_path, text, value):
-    recipe = build_recipe({}, written(tmp_path, f"learning_rate: {text}\n"))
+    recipe = build_config({}, written(tmp_path, f"learning_rate: {text}\n"))
     assert recipe.learning_rate == value
     assert isinstance(recipe.learning_rate, float)
 
 
 @pytest.mark.parametrize("text", ["train: [lora, mlp1]", "train: lora, mlp1", "train: 'lora,mlp1'"])
 def test_lists_are_read_with_commas_too(tmp_path, text):
-    assert build_recipe({}, written(tmp_path, text)).train == ("lora", "mlp1")
+    assert build_config({}, written(tmp_path, text)).train == ("lora", "mlp1")
 
 
 @pytest.mark.parametrize("text", ["packing: yes", "packing: true", "packing: 'on'"])
 def test_yes_and_no_are_read_in_all_spellings(tmp_path, text):
-    assert build_recipe({}, written(tmp_path, text)).packing is True
+    assert build_config({}, written(tmp_path, text)).packing is True
 
 
 @pytest.mark.parametrize("step", ["0.25", "1", "1/4", "random"])
 def test_a_step_of_positions_may_be_written_as_a_number(tmp_path, step):
-    assert build_recipe({}, written(tmp_path, f"v2pe_delta: {step}")).v2pe_delta == step
+    assert build_config({}, written(tmp_path, f"v2pe_delta: {step}")).v2pe_delta == step
 
 
 @pytest.mark.parametrize(
@@ -105,35 +105,35 @@ def test_a_step_of_positions_may_be_written_as_a_number(tmp_path, step):
 )
 def test_a_wrong_recipe_is_told_in_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
-        build_recipe({}, written(tmp_path, text))
+        build_config({}, written(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
 def test_a_recipe_that_is_not_there_is_told(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*none.yaml: No such file"):
-        build_recipe({}, tmp_path / "none.yaml")
+        build_config({}, tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("method", PRESETS)
 def test_a_recipe_that_is_written_reads_back_as_itself(tmp_path, method):
-    recipe = build_recipe({"method": method, "learning_rate": 1e-7, "train": "lora, lm_head"} | (
+    recipe = build_config({"method": method, "learning_rate": 1e-7, "train": "lora, lm_head"} | (
         {"cache_reference": True} if method == "mpo" else {}
     ))  # fmt: skip
-    write_file(recipe, tmp_path / "recipe.yaml")
-    assert build_recipe({}, tmp_path / "recipe.yaml") == recipe
+    write_config_file(recipe, tmp_path / "recipe.yaml")
+    assert build_config({}, tmp_path / "recipe.yaml") == recipe
 
 
 def test_a_recipe_cannot_be_changed_once_it_is_made():
     with pytest.raises(AttributeError):
-        TrainRecipe().seed = 3
+        TrainConfig().seed = 3
 
 
 def test_presets_change_settings_that_exist_to_values_they_can_have():
-    assert {*PRESETS} == {*config_fields.METHODS} == {*METHODS}
+    assert {*PRESETS} == {*config_fields.METHODS} == {*OBJECTIVES}
     for method, preset in PRESETS.items():
         assert {*preset} <= {*FIELDS}
         assert (
-            build_recipe({"method": method}).to_dict().items()
+            build_config({"method": method}).to_dict().items()
             >= {
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in preset.items()
@@ -150,10 +150,10 @@ def test_names_to_choose_from_are_those_that_can_be_built():
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (LoraSettings(), {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
+        (LoRAConfig(), {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
                           "lora_keys": "keys", "num_layers": "layers"}),
-        (MixedPreference(), {n: n for n in ("dpo_weight", "bco_weight", "sft_weight")}),
-        (Preference(), {"beta": "beta", "label_smoothing": "label_smoothing"}),
+        (MPO(), {n: n for n in ("dpo_weight", "bco_weight", "sft_weight")}),
+        (PreferenceConfig(), {"beta": "beta", "label_smoothing": "label_smoothing"}),
         (DataSettings(), {n: n for n in ("max_seq_length", "max_packed_tiles", "num_frames",
                                          "loss_reduction", "packing", "augment", "seed")}),
     ],
@@ -170,5 +170,5 @@ def test_every_setting_of_the_data_can_be_asked_for():
 
 def test_every_field_has_a_type_that_can_be_read_and_a_help():
     for name, entry in FIELDS.items():
-        assert kind_of(name)[0] in (int, float, bool, str, tuple)
-        assert entry.metadata[config_fields.SETTING].help.endswith(".")
+        assert field_type(name)[0] in (int, float, bool, str, tuple)
+        assert entry.metadata[config_fields.METADATA_KEY].help.endswith(".")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fixtures.runs import recipe, session, write_data
 
-from internvl3_mlx.training.config_file import write_file
-from internvl3_mlx.training.distributed import ALONE, Ranks, connect
-from internvl3_mlx.training.trainer import train
+from internvl3_mlx.training.config_file import write_config_file
+from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup, init_distributed
+from internvl3_mlx.training.trainer import make_updates
 
 PATIENCE_S = 240
 LAUNCH = "from mlx._distributed_utils.launch import main; main()"  # what mlx.launch runs
@@ -89,13 +89,13 @@ MPO = {"batch_size": 1, "grad_accumulation_steps": 2, "method": "mpo"}
 def test_two_processes_make_the_updates_of_one_with_twice_the_batch(tmp_path, settings):
     write_data(tmp_path / "data", 17, 3, pairs="method" in settings)
     common = {**settings, "lora_dropout": 0, "grouping": False, "iters": 2, "optimizer": "sgd"}
-    write_file(recipe(tmp_path, **common), tmp_path / "recipe.yaml")
+    write_config_file(recipe(tmp_path, **common), tmp_path / "recipe.yaml")
     ranks = launched(tmp_path)
     doubled = common | {"grad_accumulation_steps": 4}
     here = session(tmp_path, **doubled)
-    steps = [*islice(train(here.learner, here.left()), 2)]
+    steps = [*islice(make_updates(here.state, here.remaining_batches()), 2)]
     one, other = (loaded(tmp_path / f"rank{n}.safetensors") for n in range(2))
-    alone = {name: np.array(w) for name, w in here.learner.weights.items()}
+    alone = {name: np.array(w) for name, w in here.state.weights.items()}
     assert all(np.array_equal(one[name], other[name]) for name in alone)
     if settings is SFT:  # one process moves the reward shift twice as often: other updates
         assert max(float(np.abs(one[name] - alone[name]).max()) for name in alone) < 1e-7
@@ -113,38 +113,38 @@ def test_two_processes_make_the_updates_of_one_with_twice_the_batch(tmp_path, se
 
 
 def test_one_process_is_alone_and_sums_nothing():
-    assert connect() is ALONE
+    assert init_distributed() is SINGLE_PROCESS
     tree = {"a": [mx.array([1.0])]}
-    assert ALONE.summed(tree) is tree
-    assert ALONE.writes
-    assert ALONE.across is None
-    assert ALONE.agree(True)
-    assert ALONE.count(2**30 + 1) == 2**30 + 1
-    assert ALONE.means({"a": [1.0, 3.0]}) == {"a": 2.0}
+    assert SINGLE_PROCESS.all_sum(tree) is tree
+    assert SINGLE_PROCESS.is_main
+    assert SINGLE_PROCESS.all_mean is None
+    assert SINGLE_PROCESS.any_rank(True)
+    assert SINGLE_PROCESS.sum_count(2**30 + 1) == 2**30 + 1
+    assert SINGLE_PROCESS.mean_metrics({"a": [1.0, 3.0]}) == {"a": 2.0}
 
 
-class OneOfTwo(Ranks):
+class OneOfTwo(ProcessGroup):
     """A rank beside one that sends what ``other`` holds, in order."""
 
     other = ([1.0, 2.0], [3.0, 5.0])
 
-    def summed(self, tree):
+    def all_sum(self, tree):
         theirs = next(self.__dict__.setdefault("sent", iter(self.other)))
         return [tree[0] + mx.array(theirs)]
 
 
 def test_a_rank_without_rows_holds_nobody_up():
-    assert OneOfTwo(0, 2).means({"a": [1.0, 3.0], "b": [7.0]}) == {"a": 2.5, "b": 6.0}
+    assert OneOfTwo(0, 2).mean_metrics({"a": [1.0, 3.0], "b": [7.0]}) == {"a": 2.5, "b": 6.0}
     idle = OneOfTwo(1, 2)
-    assert idle.means({}) == {}
+    assert idle.mean_metrics({}) == {}
     assert next(idle.sent, None) is None  # it took part in both sums
 
 
 def test_two_ranks_read_no_row_twice(tmp_path):
     write_data(tmp_path / "data", 9)
-    corpus = session(tmp_path).ground.train_corpus
+    corpus = session(tmp_path).setup.train_dataset
     own = [
-        {place for batch in corpus.epoch(0, rank=rank, ranks=2) for place in batch.places}
+        {place for batch in corpus.iter_epoch(0, rank=rank, ranks=2) for place in batch.locations}
         for rank in range(2)
     ]
     assert not own[0] & own[1]

@@ -5,7 +5,7 @@ from fixtures.rows import pair, talk, write_picture, write_rows
 from fixtures.runs import session
 
 from internvl3_mlx import load
-from internvl3_mlx.training.evaluate import accuracy, reproduced
+from internvl3_mlx.training.evaluate import exact_match_rate, reproduced_exactly
 
 
 def asked(folder, count):
@@ -28,9 +28,11 @@ def test_an_answer_counts_when_greedy_decoding_gives_it(tmp_path):
     write_rows(data / "train.jsonl", rows)
     write_rows(data / "valid.jsonl", rows)
     here = session(tmp_path, max_tiles=None, batch_size=3)
-    found = np.concatenate([reproduced(here.learner.model, work) for work in here.valid()])
+    found = np.concatenate(
+        [reproduced_exactly(here.state.model, work) for work in here.validation_batches()]
+    )
     assert found.tolist() == [True] * 4 + [False] * 3
-    assert accuracy(here.learner, here.valid()) == 4 / 7
+    assert exact_match_rate(here.state, here.validation_batches()) == 4 / 7
 
 
 def test_of_a_pair_the_chosen_answer_counts(tmp_path):
@@ -40,6 +42,6 @@ def test_of_a_pair_the_chosen_answer_counts(tmp_path):
     for split in ("train", "valid"):
         write_rows(data / f"{split}.jsonl", rows)
     here = session(tmp_path, method="mpo", max_tiles=None)
-    [work] = here.valid()
-    assert reproduced(here.learner.model, work).tolist() == [True, False, False, True]
-    assert accuracy(here.learner, here.valid()) == 0.5
+    [work] = here.validation_batches()
+    assert reproduced_exactly(here.state.model, work).tolist() == [True, False, False, True]
+    assert exact_match_rate(here.state, here.validation_batches()) == 0.5

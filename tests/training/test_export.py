@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.conversions import converted, tensors
+from fixtures.conversions import run_conversion, tensors
 from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.loaded_models import numbers, tiny
 from fixtures.lora_models import adapted, logits
@@ -17,9 +17,9 @@ from mlx.utils import tree_flatten, tree_map
 from transformers import InternVLForConditionalGeneration
 
 from internvl3_mlx import UserError, load
-from internvl3_mlx.checkpoints.build_model import open_model
-from internvl3_mlx.loading.build import build
-from internvl3_mlx.training.export import export
+from internvl3_mlx.checkpoints.build_model import build_model
+from internvl3_mlx.loading.build import load_local_model
+from internvl3_mlx.training.export import export_model
 from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 2e-5
@@ -28,7 +28,7 @@ PARTS = ("vision_model", "mlp1", "language_model")
 
 def trained(case, parts=PARTS):
     """A model of which some parts have moved, as training moves them."""
-    model = build(case.folder, for_training=True).model
+    model = load_local_model(case.folder, for_training=True).model
     set_trainable(model, parts)
     mx.random.seed(1)
     moved = tree_map(
@@ -40,7 +40,7 @@ def trained(case, parts=PARTS):
 
 
 def exported(model, source, target, **options):
-    for _ in export(model, source, target, **options):
+    for _ in export_model(model, source, target, **options):
         pass
     return target
 
@@ -63,8 +63,8 @@ def test_it_converts_to_pytorchs_layouts(to, tmp_path):
     case = tiny(Recipe(style="9b"))
     model = trained(case, ("language_model", "mlp1"))
     folder = exported(model, case.folder, tmp_path / "out")
-    converted(folder, tmp_path / "there", layout=to)
-    there = logits(open_model(tmp_path / "there").model, case)
+    run_conversion(folder, tmp_path / "there", layout=to)
+    there = logits(build_model(tmp_path / "there").model, case)
     assert relative_error(there, logits(model, case)) < TOLERANCE
 
 
@@ -72,7 +72,7 @@ def test_transformers_reads_it_once_converted(tmp_path):
     case = tiny(Recipe())
     model = trained(case)
     folder = exported(model, case.folder, tmp_path / "out")
-    converted(folder, tmp_path / "hf", layout="hf")
+    run_conversion(folder, tmp_path / "hf", layout="hf")
     theirs = InternVLForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     found = torch_logits(theirs, token_row(case, [2]), random_pixels(case, 2), native=True)
     assert relative_error(found, logits(model, case)) < TOLERANCE
@@ -136,14 +136,14 @@ def test_mistakes_are_told_and_leave_nothing(tmp_path):
     model = trained(case, ("mlp1",))
     model.mlp1[1].bias = model.mlp1[1].bias * mx.inf
     with pytest.raises(UserError, match=r"left numbers in mlp1\.1\.bias that are not finite"):
-        export(model, case.folder, tmp_path / "out")
+        export_model(model, case.folder, tmp_path / "out")
     model.freeze()
     with pytest.raises(UserError, match="nothing of the model was trained"):
-        export(model, case.folder, tmp_path / "out")
+        export_model(model, case.folder, tmp_path / "out")
     packed = tiny(Recipe(layout="mlx", bits=Bits(group_size=32)))
     over, _ = adapted(packed, keys=("q_proj",))
     with pytest.raises(UserError, match="adapted over packed weights; save the adapter and fuse"):
-        export(over, packed.folder, tmp_path / "out")
+        export_model(over, packed.folder, tmp_path / "out")
     with pytest.raises(UserError, match="was trained dense and is packed in"):
-        export(trained(case, ("mlp1",)), packed.folder, tmp_path / "out")
+        export_model(trained(case, ("mlp1",)), packed.folder, tmp_path / "out")
     assert [*tmp_path.iterdir()] == []

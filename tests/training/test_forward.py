@@ -9,10 +9,10 @@ from fixtures.loaded_models import bare_model, numbers
 from fixtures.training_samples import sample
 
 from internvl3_mlx.errors import PromptError
-from internvl3_mlx.models.internvl import TILES_AT_ONCE
-from internvl3_mlx.models.layers import plainly
-from internvl3_mlx.training.data.collate import laid
-from internvl3_mlx.training.forward import Forward, supervised_states, tower_states
+from internvl3_mlx.models.internvl import TILES_PER_CHUNK
+from internvl3_mlx.models.layers import run_block
+from internvl3_mlx.training.data.collate import collate
+from internvl3_mlx.training.forward import ForwardOptions, target_states, vision_states
 from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 2e-5
@@ -22,13 +22,13 @@ TOLERANCE = 2e-5
 def case():
     model, checkpoint = bare_model("6b")
     samples = [sample(checkpoint, (2, 1), seed=1), sample(checkpoint), sample(checkpoint, (3,))]
-    batch = laid(samples)
-    return model, batch, mx.array(np.concatenate([seen.tiles for seen in batch.seen]))
+    batch = collate(samples)
+    return model, batch, mx.array(np.concatenate([seen.tiles for seen in batch.images]))
 
 
 def test_states_are_the_models_own(case):
     model, batch, tiles = case
-    found = numbers(supervised_states(model, batch, None))
+    found = numbers(target_states(model, batch, None))
     span = batch.spans[0]
     ids = mx.array(batch.ids[: span.stop])[None]
     language = model.language_model
@@ -46,18 +46,18 @@ def test_tiles_tower_states_and_features_lead_to_the_same_states(case, trained):
         set_trainable(model, trained)
     model.eval()
     stages = [None, tiles, model.vision_model(tiles), model.see(tiles)]
-    assert tiles.shape[0] > TILES_AT_ONCE
-    own, *others = (numbers(supervised_states(model, batch, stage)) for stage in stages)
+    assert tiles.shape[0] > TILES_PER_CHUNK
+    own, *others = (numbers(target_states(model, batch, stage)) for stage in stages)
     assert max(relative_error(other, own) for other in others) < TOLERANCE
 
 
 def test_a_layer_below_the_last_is_selected_in_training_too(case, monkeypatch):
     model, batch, tiles = case
-    last = numbers(supervised_states(model, batch, None))
+    last = numbers(target_states(model, batch, None))
     monkeypatch.setattr(model, "config", changed(model.config, select_layer=-2))
-    lower = numbers(supervised_states(model, batch, None))
+    lower = numbers(target_states(model, batch, None))
     states = model.vision_model(tiles, -2)
-    assert relative_error(lower, numbers(supervised_states(model, batch, states))) < TOLERANCE
+    assert relative_error(lower, numbers(target_states(model, batch, states))) < TOLERANCE
     assert relative_error(lower, last) > 1e-3
 
 
@@ -80,7 +80,8 @@ def peak_of_a_gradient(model, pixels):
     tiles = mx.array(pixels)
     mx.eval(tiles, model.parameters())
     step = nn.value_and_grad(
-        model, lambda: model.project(tower_states(model, tiles, Forward(), plainly)[:1]).sum()
+        model,
+        lambda: model.project(vision_states(model, tiles, ForwardOptions(), run_block)[:1]).sum(),
     )
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -95,4 +96,4 @@ def test_pictures_that_do_not_fit_the_tokens_are_refused_by_place(case):
         PromptError,
         match=r"rows.jsonl:2, rows.jsonl:1, rows.jsonl:1: 54 image tokens but 45 visual tokens",
     ):
-        supervised_states(model, batch, model.see(tiles[1:]))
+        target_states(model, batch, model.see(tiles[1:]))

@@ -11,11 +11,11 @@ from fixtures.training_samples import sample
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.training.data.collate import laid
-from internvl3_mlx.training.forward import Forward
-from internvl3_mlx.training.grad_checkpoint import drawing_from, recomputing
-from internvl3_mlx.training.lora_setup import LoraSettings, adapt
-from internvl3_mlx.training.objectives import METHODS, MethodState
+from internvl3_mlx.training.data.collate import collate
+from internvl3_mlx.training.forward import ForwardOptions
+from internvl3_mlx.training.grad_checkpoint import checkpointed_runner, seeded
+from internvl3_mlx.training.lora_setup import LoRAConfig, add_lora
+from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
 from internvl3_mlx.training.trainable import set_trainable
 
 
@@ -33,17 +33,17 @@ class Thinned(nn.Module):
 
 def test_the_second_run_drops_what_the_first_dropped():
     block, x = Thinned(), mx.random.normal((11, 37), key=mx.random.key(2))
-    run = recomputing()
+    run = checkpointed_runner()
     total, slopes = nn.value_and_grad(block, lambda: (run(block, x) + run(block, x)).sum())()
     # of what is linear, slope times weight is the value again: only if the masks agree
     assert (slopes["weight"] * block.weight).sum().item() == pytest.approx(total.item(), rel=1e-4)
 
 
 def test_every_call_drops_something_else():
-    block, x, run = Thinned(), mx.ones((11, 37)), recomputing()
+    block, x, run = Thinned(), mx.ones((11, 37)), checkpointed_runner()
     first, second = (numbers(run(block, x)) == 0 for _ in range(2))
     assert (first != second).any()
-    again = numbers(recomputing()(block, x)) == 0
+    again = numbers(checkpointed_runner()(block, x)) == 0
     assert (first != again).any()
 
 
@@ -51,7 +51,7 @@ def test_a_seed_is_lent_and_given_back():
     mx.random.seed(2**40 + 17)
     expected = numbers(mx.random.normal((5,)))
     mx.random.seed(2**40 + 17)
-    with drawing_from(3):
+    with seeded(3):
         lent = numbers(mx.random.normal((5,)))
     np.testing.assert_array_equal(numbers(mx.random.normal((5,))), expected)
     mx.random.seed(3)
@@ -62,15 +62,15 @@ def test_a_seed_is_lent_and_given_back():
 def test_adapters_with_dropout_learn_along_their_own_slope(dropout):
     model, checkpoint = bare_model("300m")
     mx.random.seed(1)
-    adapt(model, LoraSettings(rank=3, dropout=dropout, keys=("language", "vision")))
+    add_lora(model, LoRAConfig(rank=3, dropout=dropout, keys=("language", "vision")))
     set_trainable(model, ("lora",))
     model.train()
-    batch = laid([sample(checkpoint, (1,), seed=1, turns=(6,))])
-    method = METHODS["sft"](how=Forward(recompute=True, drop_path_rate=dropout))
+    batch = collate([sample(checkpoint, (1,), seed=1, turns=(6,))])
+    method = OBJECTIVES["sft"](how=ForwardOptions(grad_checkpoint=True, drop_path_rate=dropout))
 
     def loss():
         mx.random.seed(7)
-        return method(model, batch, None, None, MethodState())[0].numerator
+        return method(model, batch, None, None, ObjectiveState())[0].numerator
 
     value, slopes = nn.value_and_grad(model, loss)()
     slopes = dict(tree_flatten(slopes))
@@ -93,15 +93,15 @@ def test_recomputing_needs_less_memory():
     model = InternVL(deep, checkpoint.image_id)
     model.freeze()
     model.language_model.model.layers[0].unfreeze()
-    batch = laid([sample(checkpoint, seed=1, turns=(300,))])
-    used = [peak_of(model, batch, Forward(recompute=how)) for how in (False, True)]
+    batch = collate([sample(checkpoint, seed=1, turns=(300,))])
+    used = [peak_of(model, batch, ForwardOptions(grad_checkpoint=how)) for how in (False, True)]
     assert used[1] < 0.6 * used[0]
 
 
 def peak_of(model, batch, how):
-    method = METHODS["sft"](how=how)
+    method = OBJECTIVES["sft"](how=how)
     step = nn.value_and_grad(
-        model, lambda: method(model, batch, None, None, MethodState())[0].numerator
+        model, lambda: method(model, batch, None, None, ObjectiveState())[0].numerator
     )
     mx.eval(model.parameters())
     mx.clear_cache()

@@ -14,10 +14,10 @@ from fixtures.training_samples import answered, pair, sample
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.models.vision import IMAGENET_MEAN, IMAGENET_STD
-from internvl3_mlx.training.data.collate import laid, laid_pairs
-from internvl3_mlx.training.forward import Forward
-from internvl3_mlx.training.losses import Preference
-from internvl3_mlx.training.objectives import METHODS, MethodState
+from internvl3_mlx.training.data.collate import collate, collate_pairs
+from internvl3_mlx.training.forward import ForwardOptions
+from internvl3_mlx.training.losses import PreferenceConfig
+from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
 from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 1e-4  # of a tensor's largest slope: two frameworks' float32, twice through the model
@@ -42,7 +42,7 @@ def torch_scores(model, one):
         attention_mask=torch.ones_like(ids),
         use_cache=False,
     )
-    targets = np.flatnonzero(one.supervised)
+    targets = np.flatnonzero(one.loss_mask)
     scores = out.logits[0, targets - 1].log_softmax(-1)
     return scores[torch.arange(len(targets)), ids[0, targets]]
 
@@ -86,7 +86,7 @@ def sft(request):
     loss = -sum(w * score.sum() for w, score in zip(weights, scores, strict=True))
     loss = loss / sum(w * len(score) for w, score in zip(weights, scores, strict=True))
     slopes = torch_slopes(model, checkpoint, loss)
-    return request.param, laid(samples, "square"), loss.item(), slopes
+    return request.param, collate(samples, "square"), loss.item(), slopes
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -96,10 +96,10 @@ def test_sft_has_transformers_gradients(sft, part, recompute):
     model, _ = bare_model(style)
     set_trainable(model, PARTS[part])
     model.train()
-    method = METHODS["sft"](how=Forward(recompute, drop_path_rate=0.0), chunk=4)
+    method = OBJECTIVES["sft"](how=ForwardOptions(recompute, drop_path_rate=0.0), chunk=4)
 
     def step():
-        micro, _ = method(model, batch, None, None, MethodState())
+        micro, _ = method(model, batch, None, None, ObjectiveState())
         return micro.numerator / micro.denominator
 
     value, ours = our_slopes(model, step)
@@ -112,14 +112,14 @@ def test_features_seen_beforehand_give_the_same_gradients(sft):
     style, batch, _, theirs = sft
     model, _ = bare_model(style)
     tiles = mx.array(np.concatenate([seen.tiles for seen in batch.seen]))
-    stages = {"mlp1": model.vision_model(tiles), "language_model": model.see(tiles)}
+    stages = {"mlp1": model.vision_model(tiles), "language_model": model.get_image_features(tiles)}
     mx.eval(stages)
     for part, vision in stages.items():
         set_trainable(model, (part,))
         model.train()
 
         def step(vision=vision):
-            micro, _ = METHODS["sft"]()(model, batch, vision, None, MethodState())
+            micro, _ = OBJECTIVES["sft"]()(model, batch, vision, None, ObjectiveState())
             return micro.numerator / micro.denominator
 
         assert_close(our_slopes(model, step)[1], theirs)
@@ -148,12 +148,12 @@ def test_mpo_has_torchs_gradients():
 
     set_trainable(model, PARTS["full"])
     model.train()
-    batch, reference = laid_pairs(pairs), mx.array(torch.cat(base).numpy())
-    method = METHODS["mpo"](
-        preference=Preference(0.1, 0.1), how=Forward(drop_path_rate=0.0), chunk=4
+    batch, reference = collate_pairs(pairs), mx.array(torch.cat(base).numpy())
+    method = OBJECTIVES["mpo"](
+        preference=PreferenceConfig(0.1, 0.1), how=ForwardOptions(drop_path_rate=0.0), chunk=4
     )
     value, ours = our_slopes(
-        model, lambda: method(model, batch, None, reference, MethodState())[0].numerator
+        model, lambda: method(model, batch, None, reference, ObjectiveState())[0].numerator
     )
     assert value == pytest.approx(loss.item(), rel=1e-5)
     assert ours.keys() == theirs.keys()
@@ -167,7 +167,7 @@ def test_what_is_frozen_leaves_no_gradient_and_moves_nothing(sft):
     model.train()
     before = numbers(model.vision_model(mx.array(batch.seen[0].tiles)))
     _, ours = our_slopes(
-        model, lambda: METHODS["sft"]()(model, batch, None, None, MethodState())[0].numerator
+        model, lambda: OBJECTIVES["sft"]()(model, batch, None, None, ObjectiveState())[0].numerator
     )
     assert {name.split(".")[0] for name in ours} == {"mlp1"}
     after = numbers(model.vision_model(mx.array(batch.seen[0].tiles)))

@@ -9,8 +9,8 @@ import tokenizers
 from fixtures.rows import opened, preparer, tokenizer_folder, write_picture, write_rows
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.generation.generation_config import Settings
-from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM, Media, Spoken, Turn
+from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM, GeneratedAnswer, Message, MessageMedia
 
 PER_TILE = 16  # of the demo's sizes
 KINDS = ("qwen", "internlm", "demo")
@@ -30,7 +30,7 @@ def row_of(talk, system=None, **rest):
 
 def sample_of(tmp_path, row, kind="qwen", **settings):
     data, made = opened(write_rows(tmp_path / "train.jsonl", [row]), kind, **settings)
-    return made.sample(data[0])
+    return made.build_sample(data[0])
 
 
 def turn_by_turn(talk, system, tiles):
@@ -68,7 +68,7 @@ def test_labels_are_those_of_the_published_recipe(tmp_path, system):
     ids, learned = turn_by_turn(told, system or DEFAULT_SYSTEM, [4, 1])
     assert learned[-1] is False
     assert sample.ids.tolist() == ids[:-1]  # the last newline predicts nothing and is left out
-    assert sample.supervised.tolist() == learned[:-1]
+    assert sample.loss_mask.tolist() == learned[:-1]
     assert [len(seen.tiles) for seen in sample.seen] == [4, 1]
 
 
@@ -77,20 +77,20 @@ def test_ids_are_what_generation_reads_for_the_same_talk(tmp_path, kind):
     sample = sample_of(tmp_path, row_of(TALK), kind)
     prepare = preparer(kind)
     for number in range(len(TALK)):
-        turns = [Turn("user", TALK[0][0])]
+        turns = [Message("user", TALK[0][0])]
         for (_, answer), (question, _) in zip(TALK[:number], TALK[1:], strict=False):
-            turns += [Turn("assistant", answer), Turn("user", question)]
-        prompt = prepare.lay(turns, (), Settings()).token_ids
+            turns += [Message("assistant", answer), Message("user", question)]
+        prompt = prepare.build(turns, (), GenerationConfig()).token_ids
         assert sample.ids[: len(prompt)].tolist() == prompt
-        assert sample.supervised[len(prompt)]
-        assert not sample.supervised[len(prompt) - 1]
+        assert sample.loss_mask[len(prompt)]
+        assert not sample.loss_mask[len(prompt) - 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learned_tokens_spell_the_answers_and_nothing_else(tmp_path, kind):
     sample = sample_of(tmp_path, row_of(TALK), kind)
     tokenizer = preparer(kind).tokenizer
-    edges = np.flatnonzero(np.diff(sample.supervised.astype(int), prepend=0, append=0))
+    edges = np.flatnonzero(np.diff(sample.loss_mask.astype(int), prepend=0, append=0))
     answers = [sample.ids[start:stop] for start, stop in edges.reshape(-1, 2)]
     assert [answer[-1] for answer in answers] == [tokenizer.im_end_id] * len(TALK)
     for answer, (_, text) in zip(answers, TALK, strict=True):
@@ -102,10 +102,10 @@ def test_learned_tokens_spell_the_answers_and_nothing_else(tmp_path, kind):
 
 
 def test_an_answer_that_begins_with_a_newline_leaves_the_opened_turn_whole(tmp_path):
-    prompt = preparer("qwen").lay([Turn("user", "Hm?")], (), Settings()).token_ids
+    prompt = preparer("qwen").build([Message("user", "Hm?")], (), GenerationConfig()).token_ids
     sample = sample_of(tmp_path, row_of([("Hm?", "\n\nYes.")]))
     assert sample.ids[: len(prompt)].tolist() == prompt
-    assert sample.supervised[len(prompt) :].all()
+    assert sample.loss_mask[len(prompt) :].all()
     spelled = preparer("qwen").tokenizer.decode(sample.ids[len(prompt) :])
     assert spelled == "\n\nYes."
 
@@ -130,12 +130,12 @@ def test_a_pair_shares_the_prompt_that_generation_reads(tmp_path):
     write_picture(tmp_path / "a.png", 300, 100)
     row = {"image": "a.png", "question": "What?", "chosen": "A cat.", "rejected": " A\ndog"}
     data, made = opened(write_rows(tmp_path / "t.jsonl", [row]), "qwen", method="mpo")
-    pair = made.pair(data[0])
-    turn = Turn("user", "What?", (Media((4,)),))
-    prompt = preparer("qwen").lay([turn], pair.prompt.seen, Settings())
-    assert pair.prompt.ids.tolist() == prompt.token_ids
+    pair = made.build_pair(data[0])
+    turn = Message("user", "What?", (MessageMedia((4,)),))
+    prompt = preparer("qwen").build([turn], pair.prompt.images, GenerationConfig())
+    assert pair.prompt.input_ids.tolist() == prompt.token_ids
     assert pair.prompt.positions.tolist() == prompt.positions.tolist()
-    assert not pair.prompt.supervised.any()
+    assert not pair.prompt.loss_mask.any()
     for answer, text in ((pair.chosen, "A cat."), (pair.rejected, " A\ndog")):
         talk = [("user", "<image>\nWhat?"), ("assistant", text)]
         ids, learned = turn_by_turn(talk, DEFAULT_SYSTEM, [4])
@@ -144,10 +144,10 @@ def test_a_pair_shares_the_prompt_that_generation_reads(tmp_path):
 
 def test_a_template_that_ends_answers_otherwise_is_refused(tmp_path):
     data, made = opened(write_rows(tmp_path / "t.jsonl", [row_of(TALK)]), "qwen")
-    unclosed = replace(made.preparer, template=Unclosed(made.preparer.template))
-    made = replace(made, preparer=unclosed)
+    unclosed = replace(made.processor, template=Unclosed(made.processor.template))
+    made = replace(made, processor=unclosed)
     with pytest.raises(DataError, match="does not end an answer with"):
-        made.sample(data[0])
+        made.build_sample(data[0])
 
 
 class Unclosed:
@@ -158,5 +158,5 @@ class Unclosed:
 
     def render(self, turns, system):
         segments = self.template.render(turns, system)
-        spoken = [n for n, segment in enumerate(segments) if isinstance(segment, Spoken)]
+        spoken = [n for n, segment in enumerate(segments) if isinstance(segment, GeneratedAnswer)]
         return [segment for n, segment in enumerate(segments) if n - 1 not in spoken]

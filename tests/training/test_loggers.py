@@ -9,27 +9,30 @@ import pytest
 
 from internvl3_mlx.errors import MissingExtraError, TrainingError
 from internvl3_mlx.training import loggers
-from internvl3_mlx.training.config import TrainRecipe
-from internvl3_mlx.training.loggers import check_loggers, read_table, reporting, row_of
-from internvl3_mlx.training.plot import draw, smoothed, ticks, whole_ticks
-from internvl3_mlx.training.trainer import Step
+from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.loggers import check_loggers, metrics_row, open_loggers, read_metrics
+from internvl3_mlx.training.plot import axis_ticks, draw_plot, running_mean, update_ticks
+from internvl3_mlx.training.trainer import UpdateDone
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def step(update, loss=2.5, **figures):
-    return Step(update, loss, figures, 3e-5, 0.7, 1200, 300, 2.0, 5_000_000, skipped=False)
+    return UpdateDone(update, loss, figures, 3e-5, 0.7, 1200, 300, 2.0, 5_000_000, skipped=False)
 
 
 def run(folder, rows, after=0, **recipe):
-    with reporting(TrainRecipe(**recipe), folder, after) as to:
+    with open_loggers(TrainConfig(**recipe), folder, after) as to:
         for row in rows:
             to.log(row)
 
 
 def test_every_update_is_a_row(tmp_path):
     checked = {"val_loss": 2.0, "val_exact": 0.5, "val_dpo": 0.25}
-    run(tmp_path, [row_of(step(1, dpo=0.5), None), row_of(step(2, 2.25, dpo=0.5), checked)])
+    run(
+        tmp_path,
+        [metrics_row(step(1, dpo=0.5), None), metrics_row(step(2, 2.25, dpo=0.5), checked)],
+    )
     with (tmp_path / "metrics.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
     assert (first["update"], first["loss"], first["val_loss"]) == ("1", "2.5", "")
@@ -40,26 +43,26 @@ def test_every_update_is_a_row(tmp_path):
 
 
 def test_the_table_is_whole_after_every_row(tmp_path):
-    with reporting(TrainRecipe(), tmp_path) as to:
+    with open_loggers(TrainConfig(), tmp_path) as to:
         for n in range(1, 4):
-            to.log(row_of(step(n), None))
-            assert [row["update"] for row in read_table(tmp_path / "metrics.csv")] == [
+            to.log(metrics_row(step(n), None))
+            assert [row["update"] for row in read_metrics(tmp_path / "metrics.csv")] == [
                 *range(1, n + 1)
             ]
 
 
 def test_the_plot_can_be_looked_at_while_the_run_goes_on(tmp_path):
-    with reporting(TrainRecipe(), tmp_path) as to:
-        for n in range(1, loggers.DRAWN_EVERY + 1):
+    with open_loggers(TrainConfig(), tmp_path) as to:
+        for n in range(1, loggers.PLOT_EVERY + 1):
             assert not (tmp_path / "loss.svg").exists()
-            to.log(row_of(step(n), None))
+            to.log(metrics_row(step(n), None))
         assert (tmp_path / "loss.svg").exists()
 
 
 def test_a_resumed_run_goes_on_with_its_table(tmp_path):
-    run(tmp_path, [row_of(step(n, float(n)), None) for n in range(1, 6)])
-    run(tmp_path, [row_of(step(n, 9.0), None) for n in (4, 5)], after=3)
-    rows = read_table(tmp_path / "metrics.csv")
+    run(tmp_path, [metrics_row(step(n, float(n)), None) for n in range(1, 6)])
+    run(tmp_path, [metrics_row(step(n, 9.0), None) for n in (4, 5)], after=3)
+    rows = read_metrics(tmp_path / "metrics.csv")
     assert [(row["update"], row["loss"]) for row in rows] == [
         (1, 1),
         (2, 2),
@@ -70,8 +73,8 @@ def test_a_resumed_run_goes_on_with_its_table(tmp_path):
 
 
 def test_figures_that_come_later_get_a_column(tmp_path):
-    run(tmp_path, [row_of(step(1), None), row_of(step(2, bco=1.5), None)])
-    assert [row["bco"] for row in read_table(tmp_path / "metrics.csv")] == [None, 1.5]
+    run(tmp_path, [metrics_row(step(1), None), metrics_row(step(2, bco=1.5), None)])
+    assert [row["bco"] for row in read_metrics(tmp_path / "metrics.csv")] == [None, 1.5]
 
 
 def test_a_table_that_is_none_is_told(tmp_path):
@@ -87,7 +90,7 @@ def test_no_row_no_plot(tmp_path):
 
 def curves(rows):
     """The points of every curve of a plot, by panel."""
-    root = ET.fromstring(draw(rows))
+    root = ET.fromstring(draw_plot(rows))
     found = []
     for path in root.iter(f"{SVG}path"):
         if path.get("class") != "grid":
@@ -133,8 +136,8 @@ def test_a_flat_curve_has_an_axis_too(value):
 
 
 def test_a_long_curve_is_smoothed_and_no_point_is_drawn_to_zero():
-    assert [y for _, y in smoothed([(1, 4.0), (2, 4.0), (3, 4.0)])] == pytest.approx([4, 4, 4])
-    found = smoothed([(1, 1.0), (2, 2.0)])
+    assert [y for _, y in running_mean([(1, 4.0), (2, 4.0), (3, 4.0)])] == pytest.approx([4, 4, 4])
+    found = running_mean([(1, 1.0), (2, 2.0)])
     assert found[1][1] == pytest.approx((0.9 * 1 + 2) / 1.9)
     rows = [{"update": n, "loss": n % 2} for n in range(1, 61)]
     _, _, [faint, bold] = curves(rows)
@@ -145,7 +148,7 @@ def test_a_long_curve_is_smoothed_and_no_point_is_drawn_to_zero():
     ("low", "high"), [(0, 1), (0.2, 0.9), (-3, 7), (1e-7, 9e-5), (12, 13), (5, 5), (0, 0)]
 )
 def test_marks_are_few_round_and_around_all_values(low, high):
-    marks = ticks(low, high)
+    marks = axis_ticks(low, high)
     assert marks[0] <= low <= high <= marks[-1]
     assert 2 <= len(marks) <= 7
     assert all(len(re.sub(r"e.*|[-.]", "", f"{mark:g}").strip("0")) <= 4 for mark in marks)
@@ -153,7 +156,7 @@ def test_marks_are_few_round_and_around_all_values(low, high):
 
 @pytest.mark.parametrize("last", [1, 2, 7, 240, 3301])
 def test_marks_of_updates_are_whole_and_end_with_the_last(last):
-    marks = whole_ticks(last)
+    marks = update_ticks(last)
     assert marks[0] == 1
     assert marks[-1] == last
     assert len(marks) <= 11
@@ -177,7 +180,7 @@ class Recorder:
 def test_dashboards_get_every_figure_at_its_update(tmp_path, monkeypatch, name):
     library = Recorder(name)
     monkeypatch.setitem(sys.modules, name, library)
-    run(tmp_path, [row_of(step(3, dpo=0.5), {"val_loss": 2.0})], report_to=(name,))
+    run(tmp_path, [metrics_row(step(3, dpo=0.5), {"val_loss": 2.0})], report_to=(name,))
     (init, _, begun), (log, [figures], at), (finish, _, _) = library.calls
     assert (init, log, finish) == ("init", "log", "finish")
     assert begun["config"]["learning_rate"] == 4e-5
@@ -190,7 +193,7 @@ def test_dashboards_get_every_figure_at_its_update(tmp_path, monkeypatch, name):
 def test_tensorboard_gets_every_figure_at_its_update(tmp_path, monkeypatch):
     library = Recorder("tensorboardX")
     monkeypatch.setitem(sys.modules, "tensorboardX", library)
-    run(tmp_path, [row_of(step(3), None)], report_to=("tensorboard",))
+    run(tmp_path, [metrics_row(step(3), None)], report_to=("tensorboard",))
     scalars = {args[0]: args[1:] for name, args, _ in library.calls if name == "add_scalar"}
     assert scalars["loss"] == (2.5, 3)
     assert library.calls[-1][0] == "close"
@@ -203,20 +206,20 @@ def test_a_logger_that_is_not_installed_is_told_before_anything_begins(monkeypat
     with pytest.raises(
         MissingExtraError, match=rf"--report-to {name} needs {library}: pip install"
     ):
-        check_loggers(TrainRecipe(report_to=(name,)))
+        check_loggers(TrainConfig(report_to=(name,)))
 
 
 def test_loggers_are_closed_when_a_run_breaks_off(tmp_path, monkeypatch):
     library = Recorder("wandb")
     monkeypatch.setitem(sys.modules, "wandb", library)
-    broken = reporting(TrainRecipe(report_to=("wandb",)), tmp_path)
-    broken.__enter__().log(row_of(step(1), None))
+    broken = open_loggers(TrainConfig(report_to=("wandb",)), tmp_path)
+    broken.__enter__().log(metrics_row(step(1), None))
     broken.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert library.calls[-1][0] == "finish"
     assert (tmp_path / "loss.svg").exists()
 
 
 def test_who_does_not_write_reports_to_nobody(tmp_path):
-    with reporting(TrainRecipe(), tmp_path, writes=False) as to:
-        to.log(row_of(step(1), None))
+    with open_loggers(TrainConfig(), tmp_path, writes=False) as to:
+        to.log(metrics_row(step(1), None))
     assert [*tmp_path.iterdir()] == []

@@ -11,20 +11,30 @@ from fixtures.tiny import Bits, Recipe
 from mlx.utils import tree_flatten
 
 from internvl3_mlx import CheckpointError, UserError
-from internvl3_mlx.loading.build import build
-from internvl3_mlx.models.lora import LoRALinear, adapters
-from internvl3_mlx.training.lora_setup import LoraSettings, adapt, save_adapter, switched_off
-from internvl3_mlx.training.trainable import PRESETS, count_parameters, into_training, set_trainable
+from internvl3_mlx.loading.build import load_local_model
+from internvl3_mlx.models.lora import LoRALinear, lora_layers
+from internvl3_mlx.training.lora_setup import (
+    LoRAConfig,
+    adapters_disabled,
+    add_lora,
+    save_model_adapter,
+)
+from internvl3_mlx.training.trainable import (
+    PRESETS,
+    count_parameters,
+    set_train_mode,
+    set_trainable,
+)
 
 CASE, PACKED = Recipe(), Recipe(layout="mlx", bits=Bits(group_size=32))
 
 
 def fresh(recipe=CASE):
-    return build(tiny(recipe).folder, for_training=True).model
+    return load_local_model(tiny(recipe).folder, for_training=True).model
 
 
 def names_of(*keys, recipe=CASE, **changes):
-    return adapt(fresh(recipe), LoraSettings(rank=2, keys=keys, **changes))
+    return add_lora(fresh(recipe), LoRAConfig(rank=2, keys=keys, **changes))
 
 
 def trained(model):
@@ -107,15 +117,15 @@ def test_a_tied_model_has_no_head_to_adapt():
 )
 def test_settings_check_themselves(changes, message):
     with pytest.raises(UserError, match=message):
-        LoraSettings(**changes)
+        LoRAConfig(**changes)
 
 
 def test_a_model_is_adapted_once():
     model = fresh()
-    adapt(model, LoraSettings(keys=("q_proj",)))
+    add_lora(model, LoRAConfig(keys=("q_proj",)))
     assert {name.rsplit(".", 1)[1] for name in trained(model)} == {"lora_A", "lora_B"}
     with pytest.raises(UserError, match="has adapters already"):
-        adapt(model, LoraSettings(keys=("k_proj",)))
+        add_lora(model, LoRAConfig(keys=("k_proj",)))
 
 
 def test_lora_alone_is_trained_and_only_what_holds_it_is_in_training_mode():
@@ -158,7 +168,7 @@ def test_the_named_parts_are_trained_and_nothing_else(parts, inside):
 
 def test_parts_beside_adapters_leave_the_adapted_layers_own_weights_frozen():
     model = fresh()
-    adapt(model, LoraSettings(rank=2, keys=("projector", "q_proj")))
+    add_lora(model, LoRAConfig(rank=2, keys=("projector", "q_proj")))
     set_trainable(model, ("lora", "mlp1"))
     assert {n for n in trained(model) if n.startswith("mlp1") and "lora" not in n} == {
         "mlp1.0.weight",
@@ -170,7 +180,7 @@ def test_parts_beside_adapters_leave_the_adapted_layers_own_weights_frozen():
 @pytest.mark.parametrize("part", ["vision_model", "vision_model.embeddings", "ls1"])
 def test_what_no_adapter_could_hold_is_refused_before_it_is_trained(part):
     model = fresh()
-    adapt(model, LoraSettings(rank=2))
+    add_lora(model, LoRAConfig(rank=2))
     with pytest.raises(UserError, match=r"\.\w+ is trained beside adapters, and PEFT has no place"):
         set_trainable(model, ("lora", part))
 
@@ -202,7 +212,7 @@ def test_modes_return_after_an_evaluation():
     model, _ = adapted(tiny(CASE), keys=("q_proj",))
     before = {path: module.training for path, module in model.named_modules()}
     model.eval()
-    into_training(model)
+    set_train_mode(model)
     assert {path: module.training for path, module in model.named_modules()} == before
     assert {*before.values()} == {True, False}
 
@@ -213,7 +223,7 @@ def test_switched_off_the_model_is_its_base_and_comes_back(recipe):
     plain = logits(fresh(recipe), case)
     model, _ = adapted(case, keys=("all",), dora=True, dropout=0.5)
     modes = [module.training for module in model.modules()]
-    with switched_off(model), switched_off(model):
+    with adapters_disabled(model), adapters_disabled(model):
         np.testing.assert_array_equal(logits(model, case), plain)
         assert not model.training
     assert [module.training for module in model.modules()] == modes
@@ -222,9 +232,9 @@ def test_switched_off_the_model_is_its_base_and_comes_back(recipe):
 
 def test_switched_off_ends_with_an_error_too():
     model, _ = adapted(tiny(CASE), keys=("q_proj",))
-    with pytest.raises(KeyError), switched_off(model):
+    with pytest.raises(KeyError), adapters_disabled(model):
         raise KeyError
-    assert all(layer.active for _, layer in adapters(model))
+    assert all(layer.enabled for _, layer in lora_layers(model))
 
 
 def test_slopes_pass_an_adapter_that_is_switched_off_by():
@@ -234,7 +244,7 @@ def test_slopes_pass_an_adapter_that_is_switched_off_by():
     def score():
         return model.mlp1[3](nn.gelu(model.mlp1[1](x))).square().sum()
 
-    with switched_off(model):
+    with adapters_disabled(model):
         slopes = nn.value_and_grad(model, score)()[1]
     assert not any(bool(mx.any(slope != 0)) for _, slope in tree_flatten(slopes))
 
@@ -245,7 +255,7 @@ def test_packed_weights_count_as_many_numbers_as_they_stand_for(recipe):
     whole = sum(x.size for _, x in tree_flatten(fresh(CASE).parameters()))
     model.freeze()
     assert (count_parameters(model).total, count_parameters(model).trainable) == (whole, 0)
-    adapt(model, LoraSettings(rank=2, keys=("mlp1.1",)))
+    add_lora(model, LoRAConfig(rank=2, keys=("mlp1.1",)))
     set_trainable(model, ("lora",))
     counts = count_parameters(model)
     assert counts.trainable == 2 * (384 + 128)
@@ -257,7 +267,7 @@ def test_the_same_seed_begins_the_same_adapter():
     def first(seed):
         mx.random.seed(seed)
         model = fresh()
-        adapt(model, LoraSettings(keys=("q_proj",)))
+        add_lora(model, LoRAConfig(keys=("q_proj",)))
         return numbers(model.language_model.model.layers[1].self_attn.q_proj.lora_A)
 
     np.testing.assert_array_equal(first(3), first(3))
@@ -267,26 +277,26 @@ def test_the_same_seed_begins_the_same_adapter():
 def test_an_adapter_folder_is_written_whole_or_not_at_all(tmp_path):
     model, settings = adapted(tiny(CASE), keys=("q_proj",))
     with pytest.raises(UserError, match="naming 'torch' was asked for; known are original, native"):
-        save_adapter(model, tmp_path / "a", settings, "torch")
+        save_model_adapter(model, tmp_path / "a", settings, "torch")
     assert [*tmp_path.iterdir()] == []
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     with pytest.raises(CheckpointError, match="exists; name another folder"):
-        save_adapter(model, tmp_path / "a", settings)
+        save_model_adapter(model, tmp_path / "a", settings)
     before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
     stirred(model, seed=8)
-    save_adapter(model, tmp_path / "a", settings, overwrite=True)
+    save_model_adapter(model, tmp_path / "a", settings, overwrite=True)
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_model_without_adapters_has_none_to_save(tmp_path):
     with pytest.raises(UserError, match="has no adapters to save; save the model instead"):
-        save_adapter(fresh(), tmp_path / "a", LoraSettings())
+        save_model_adapter(fresh(), tmp_path / "a", LoRAConfig())
 
 
 def test_adapted_layers_are_ours_and_float32():
     model, _ = adapted(tiny(PACKED), keys=("language",))
-    layers = dict(adapters(model))
+    layers = dict(lora_layers(model))
     assert len(layers) == 21
     for layer in layers.values():
         assert isinstance(layer, LoRALinear)

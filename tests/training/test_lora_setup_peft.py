@@ -18,8 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from internvl3_mlx import load
 from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.loading.build import build
-from internvl3_mlx.training.lora_setup import load_adapter, save_adapter
+from internvl3_mlx.loading.build import load_local_model
+from internvl3_mlx.training.lora_setup import load_adapter_into_model, save_model_adapter
 from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 2e-5
@@ -63,7 +63,7 @@ def test_the_torch_model_with_original_names_is_the_reference():
 def test_an_adapter_made_here_works_in_peft(naming, form, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("all",), **form)
-    save_adapter(model, tmp_path / "a", settings, naming)
+    save_model_adapter(model, tmp_path / "a", settings, naming)
     base = torch_model(case, naming)
     before = asked(base, case, naming)
     theirs = PeftModel.from_pretrained(base, tmp_path / "a").eval()
@@ -75,7 +75,7 @@ def test_an_adapter_made_here_works_in_peft(naming, form, tmp_path):
 def test_slopes_of_every_factor_in_the_model_are_pefts(form, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("all",), **form)
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     theirs = PeftModel.from_pretrained(OriginalInternVL(case), tmp_path / "a", is_trainable=True)
     rows, pixels = [token_row(case, [2, 1])], random_pixels(case, 3)
     mix = np.random.default_rng(7).normal(size=case.tokens.vocab_size).astype(np.float32)
@@ -83,7 +83,7 @@ def test_slopes_of_every_factor_in_the_model_are_pefts(form, tmp_path):
     (theirs(torch.tensor(rows), tiles) @ torch.tensor(mix)).sum().backward()
 
     def score():
-        features = model.see_chunk(mx.array(pixels))
+        features = model.encode_tiles(mx.array(pixels))
         ids = mx.array(rows)
         language = model.language_model
         states = language.model(model.embed(ids, features), language.rotary(0, ids.shape[1]))
@@ -104,7 +104,7 @@ def test_slopes_of_every_factor_in_the_model_are_pefts(form, tmp_path):
 def test_peft_finds_each_layer_that_was_adapted_and_no_other(naming, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("q_proj", "vision"), layers=1)
-    save_adapter(model, tmp_path / "a", settings, naming)
+    save_model_adapter(model, tmp_path / "a", settings, naming)
     theirs = PeftModel.from_pretrained(torch_model(case, naming), tmp_path / "a")
     targets = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
     found = [n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")]
@@ -132,8 +132,8 @@ def test_an_adapter_made_in_peft_works_here(naming, form, tmp_path):
     expected = asked(theirs, case, naming)
     merged = load(str(case.folder), adapter=str(tmp_path / "a")).model
     assert relative_error(logits(merged, case), expected) < TOLERANCE
-    beside = build(case.folder, for_training=True).model
-    assert len(load_adapter(beside, tmp_path / "a")) == len(ORIGINAL_TARGETS)
+    beside = load_local_model(case.folder, for_training=True).model
+    assert len(load_adapter_into_model(beside, tmp_path / "a")) == len(ORIGINAL_TARGETS)
     assert relative_error(logits(beside, case), expected) < TOLERANCE
 
 
@@ -144,7 +144,7 @@ def test_modules_trained_whole_travel_with_the_adapter(naming, tmp_path):
     set_trainable(model, ("lora", "mlp1", "language_model.model.norm"))
     for module in (model.mlp1[0], model.mlp1[1], model.language_model.model.norm):
         module.weight = module.weight * 1.25
-    save_adapter(model, tmp_path / "a", settings, naming)
+    save_model_adapter(model, tmp_path / "a", settings, naming)
     theirs = PeftModel.from_pretrained(torch_model(case, naming), tmp_path / "a").eval()
     assert relative_error(asked(theirs, case, naming), logits(model, case)) < TOLERANCE
     ours = load(str(case.folder), adapter=str(tmp_path / "a")).model
@@ -155,7 +155,7 @@ def test_modules_trained_whole_travel_with_the_adapter(naming, tmp_path):
 def test_peft_merges_into_the_grouped_matrix_of_the_9b(dora, tmp_path):
     case = tiny(Recipe(style="9b"))
     model, settings = adapted(case, keys=("q_proj", "v_proj", "mlp"), dora=dora)
-    save_adapter(model, tmp_path / "a", settings)
+    save_model_adapter(model, tmp_path / "a", settings)
     theirs = PeftModel.from_pretrained(skeleton(case.folder), tmp_path / "a").merge_and_unload()
     changed = {name: mx.array(x.numpy()) for name, x in theirs.state_dict().items()}
     checkpoint = open_checkpoint(case.folder)
@@ -167,7 +167,9 @@ def test_peft_merges_into_the_grouped_matrix_of_the_9b(dora, tmp_path):
         if file.suffix != ".safetensors":
             (copy / file.name).write_bytes(file.read_bytes())
     mx.save_safetensors(str(copy / "model.safetensors"), {**weights, **changed})
-    assert relative_error(logits(build(copy).model, case), logits(model, case)) < TOLERANCE
+    assert (
+        relative_error(logits(load_local_model(copy).model, case), logits(model, case)) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("naming", ["original", "native", "mlx"])
@@ -175,10 +177,10 @@ def test_peft_merges_into_the_grouped_matrix_of_the_9b(dora, tmp_path):
 def test_saving_and_loading_keeps_every_bit(naming, form, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("all",), **form)
-    save_adapter(model, tmp_path / "a", settings, naming)
+    save_model_adapter(model, tmp_path / "a", settings, naming)
     other, _ = adapted(case, keys=("all",), seed=5, **form)
     before = logits(other, case)
-    load_adapter(other, tmp_path / "a")
+    load_adapter_into_model(other, tmp_path / "a")
     np.testing.assert_array_equal(logits(other, case), logits(model, case))
     assert relative_error(before, logits(model, case)) > 1e-3
 
@@ -186,7 +188,7 @@ def test_saving_and_loading_keeps_every_bit(naming, form, tmp_path):
 def test_a_runs_own_naming_keeps_the_9bs_factors_apart(tmp_path):
     case = tiny(Recipe(style="9b"))
     model, settings = adapted(case, keys=("self_attn",))
-    save_adapter(model, tmp_path / "a", settings, "mlx")
+    save_model_adapter(model, tmp_path / "a", settings, "mlx")
     other, _ = adapted(case, keys=("self_attn",), seed=5)
-    load_adapter(other, tmp_path / "a")
+    load_adapter_into_model(other, tmp_path / "a")
     np.testing.assert_array_equal(logits(other, case), logits(model, case))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internvl3_mlx.training.losses import Preference, mpo_terms, preference_terms
+from internvl3_mlx.training.losses import PreferenceConfig, mpo_terms, preference_terms
 
 TOLERANCE = 1e-5
 WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
@@ -210,7 +210,7 @@ def test_a_policy_that_is_its_reference_begins_at_the_known_loss():
 
 def test_a_shift_that_does_not_run_stays_where_it_is():
     ratios = mx.array([3.0, -1.0]), mx.array([0.5, 2.0])
-    fixed = Preference(running=False)
+    fixed = PreferenceConfig(running_shift=False)
     terms = preference_terms(*ratios, mx.array(0.0), fixed, mx.array(0.0), mx.array(7.0))
     assert terms.shift.item() == 0
     assert terms.count.item() == 7
@@ -220,6 +220,6 @@ def test_a_shift_that_does_not_run_stays_where_it_is():
 
 def test_ranks_share_one_shift():
     ratios = mx.array([3.0]), mx.array([1.0])
-    shared = Preference(across=lambda mean: (mean + 1.8) / 2)
+    shared = PreferenceConfig(all_mean=lambda mean: (mean + 1.8) / 2)
     terms = preference_terms(*ratios, mx.array(0.0), shared, mx.array(0.0), mx.array(0.0))
     assert terms.shift.item() == pytest.approx((0.2 + 1.8) / 2, abs=1e-6)

@@ -11,16 +11,16 @@ from fixtures.training_samples import answered, pair, plain_log_probs, sample
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.training.data.collate import laid, laid_pairs
-from internvl3_mlx.training.forward import Forward
-from internvl3_mlx.training.lora_setup import LoraSettings, adapt
-from internvl3_mlx.training.losses import Preference, mpo_terms
-from internvl3_mlx.training.objectives import METHODS, MethodState
-from internvl3_mlx.training.reference import base_log_probs
+from internvl3_mlx.training.data.collate import collate, collate_pairs
+from internvl3_mlx.training.forward import ForwardOptions
+from internvl3_mlx.training.lora_setup import LoRAConfig, add_lora
+from internvl3_mlx.training.losses import PreferenceConfig, mpo_terms
+from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
+from internvl3_mlx.training.reference import reference_log_probs
 from internvl3_mlx.training.trainable import set_trainable
 
 TOLERANCE = 1e-5
-STILL = Forward(drop_path_rate=0.0)
+STILL = ForwardOptions(drop_path_rate=0.0)
 POWERS = {"token": 0, "sample": 1, "square": 0.5}
 
 
@@ -55,10 +55,10 @@ def three_samples(checkpoint):
 @pytest.mark.parametrize("reduction", POWERS)
 def test_a_packed_row_has_the_loss_and_gradient_of_its_samples_alone(opened, reduction):
     model, checkpoint = opened
-    samples, method = three_samples(checkpoint), METHODS["sft"](how=STILL, chunk=4)
+    samples, method = three_samples(checkpoint), OBJECTIVES["sft"](how=STILL, chunk=4)
 
     def packed():
-        micro, _ = method(model, laid(samples, reduction), None, None, MethodState())
+        micro, _ = method(model, collate(samples, reduction), None, None, ObjectiveState())
         return micro.numerator / micro.denominator
 
     def alone():
@@ -72,27 +72,27 @@ def test_a_packed_row_has_the_loss_and_gradient_of_its_samples_alone(opened, red
 
 def test_a_batch_of_two_is_two_singles(opened):
     model, checkpoint = opened
-    samples, method = three_samples(checkpoint)[:2], METHODS["sft"](how=STILL)
+    samples, method = three_samples(checkpoint)[:2], OBJECTIVES["sft"](how=STILL)
 
     def total(batches):
-        micros = [method(model, batch, None, None, MethodState())[0] for batch in batches]
+        micros = [method(model, batch, None, None, ObjectiveState())[0] for batch in batches]
         return sum(micro.numerator for micro in micros)
 
-    both = gradients(model, lambda: total([laid(samples)]))
-    assert_same(both, gradients(model, lambda: total([laid([one]) for one in samples])))
+    both = gradients(model, lambda: total([collate(samples)]))
+    assert_same(both, gradients(model, lambda: total([collate([one]) for one in samples])))
 
 
 @pytest.mark.parametrize(("reduction", "loss"), [("token", 0.7), ("sample", 1), ("square", 0.8333)])
 def test_tokens_weigh_as_in_the_worked_example(monkeypatch, reduction, loss):
     model, checkpoint = bare_model("300m")
-    batch = laid(
+    batch = collate(
         [sample(checkpoint, seed=1, turns=(2,)), sample(checkpoint, turns=(8,))], reduction
     )
     costs = mx.array([2.0, 1.0, *[0.5] * 8])
     monkeypatch.setattr(
-        "internvl3_mlx.training.objectives.answers_log_probs", lambda *_: -costs
+        "internvl3_mlx.training.objectives.target_log_probs", lambda *_: -costs
     )  # the example names the costs
-    micro, _ = METHODS["sft"]()(model, batch, None, None, MethodState())
+    micro, _ = OBJECTIVES["sft"]()(model, batch, None, None, ObjectiveState())
     ratio = (micro.numerator / micro.denominator).item()
     assert ratio == pytest.approx(loss, abs=5e-5)
 
@@ -101,7 +101,7 @@ def adapted(opened, *, fresh=False):
     """Adapt every layer of the decoder; unless fresh, so that something is added."""
     model, checkpoint = opened
     mx.random.seed(4)
-    adapt(model, LoraSettings(rank=3, dropout=0.0))
+    add_lora(model, LoRAConfig(rank=3, dropout=0.0))
     if not fresh:
         for _, module in model.named_modules():
             if "lora_B" in module:
@@ -127,11 +127,11 @@ def padded(rows):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_shared_prompt_gives_the_loss_and_gradient_of_four_forwards(opened, smoothing):
     model, checkpoint = adapted(opened)
-    pairs, batch = two_pairs(checkpoint), laid_pairs(two_pairs(checkpoint))
-    before = MethodState(mx.array(0.25), mx.array(3.0))
-    method = METHODS["mpo"](preference=Preference(0.3, smoothing), how=STILL, chunk=4)
+    pairs, batch = two_pairs(checkpoint), collate_pairs(two_pairs(checkpoint))
+    before = ObjectiveState(mx.array(0.25), mx.array(3.0))
+    method = OBJECTIVES["mpo"](preference=PreferenceConfig(0.3, smoothing), how=STILL, chunk=4)
     model.train()
-    reference = base_log_probs(model, batch, None)
+    reference = reference_log_probs(model, batch, None)
 
     def shared():
         return method(model, batch, None, reference, before)[0].numerator
@@ -163,53 +163,54 @@ def base_of(model, answers):
 
 def test_a_fresh_adapter_begins_at_the_known_loss(opened):
     model, checkpoint = adapted(opened, fresh=True)
-    batch = laid_pairs(two_pairs(checkpoint))
+    batch = collate_pairs(two_pairs(checkpoint))
     model.train()
-    reference = base_log_probs(model, batch, None)
-    micro, state = METHODS["mpo"]()(model, batch, None, reference, MethodState())
+    reference = reference_log_probs(model, batch, None)
+    micro, state = OBJECTIVES["mpo"]()(model, batch, None, reference, ObjectiveState())
     known = 0.8 * np.log(2) + 0.2 * 2 * np.log(2)
-    assert micro.numerator.item() == pytest.approx(known + micro.figures["sft"].item(), abs=1e-6)
+    assert micro.numerator.item() == pytest.approx(known + micro.metrics["sft"].item(), abs=1e-6)
     chosen = [plain_log_probs(model, answered(one, "chosen")) for one in two_pairs(checkpoint)]
     nll = -mx.concatenate(chosen).mean().item()
-    assert micro.figures["sft"].item() == pytest.approx(nll, rel=TOLERANCE)
-    assert micro.figures["margin"].item() == 0
+    assert micro.metrics["sft"].item() == pytest.approx(nll, rel=TOLERANCE)
+    assert micro.metrics["margin"].item() == 0
     assert state.count.item() == 1
 
 
 def test_the_shift_runs_in_training_and_rests_in_evaluation(opened):
     model, checkpoint = adapted(opened)
-    batch, method = laid_pairs(two_pairs(checkpoint)), METHODS["mpo"](how=STILL)
-    reference = base_log_probs(model, batch, None)
-    before = MethodState(mx.array(0.5), mx.array(1.0))
+    batch, method = collate_pairs(two_pairs(checkpoint)), OBJECTIVES["mpo"](how=STILL)
+    reference = reference_log_probs(model, batch, None)
+    before = ObjectiveState(mx.array(0.5), mx.array(1.0))
     model.train()
-    figures = method(model, batch, None, reference, before)[0].figures
+    figures = method(model, batch, None, reference, before)[0].metrics
     mean = (figures["chosen_reward"] + figures["rejected_reward"]).item() / 2
     assert figures["shift"].item() == pytest.approx((0.5 + mean) / 2, abs=1e-6)
     model.eval()
     micro, after = method(model, batch, None, reference, before)
-    assert (micro.figures["shift"].item(), after.count.item()) == (0.5, 1)
+    assert (micro.metrics["shift"].item(), after.count.item()) == (0.5, 1)
 
 
 def test_terms_that_weigh_nothing_leave_the_others(opened):
     model, checkpoint = adapted(opened)
     pairs = two_pairs(checkpoint)
-    batch = laid_pairs(pairs)
-    reference = base_log_probs(model, batch, None)
+    batch = collate_pairs(pairs)
+    reference = reference_log_probs(model, batch, None)
     for name in ("dpo", "bco"):
         weights = dict.fromkeys(("dpo_weight", "bco_weight", "sft_weight"), 0.0)
-        method = METHODS["mpo"](**{**weights, f"{name}_weight": 0.7}, how=STILL)
-        micro, _ = method(model, batch, None, reference, MethodState())
-        assert micro.numerator.item() == pytest.approx(0.7 * micro.figures[name].item())
+        method = OBJECTIVES["mpo"](**{**weights, f"{name}_weight": 0.7}, how=STILL)
+        micro, _ = method(model, batch, None, reference, ObjectiveState())
+        assert micro.numerator.item() == pytest.approx(0.7 * micro.metrics[name].item())
 
 
 def test_where_only_chosen_answers_count_no_other_is_read(opened):
     model, checkpoint = adapted(opened)
     pairs = two_pairs(checkpoint)
-    method = METHODS["mpo"](dpo_weight=0, bco_weight=0, sft_weight=2, how=STILL)
+    method = OBJECTIVES["mpo"](dpo_weight=0, bco_weight=0, sft_weight=2, how=STILL)
     assert not method.needs_reference
     spoiled = [replace(one, rejected=np.full(4, 10**6, np.int32)) for one in pairs]  # no such word
     ours = gradients(
-        model, lambda: method(model, laid_pairs(spoiled), None, None, MethodState())[0].numerator
+        model,
+        lambda: method(model, collate_pairs(spoiled), None, None, ObjectiveState())[0].numerator,
     )
 
     def alone():
@@ -221,6 +222,6 @@ def test_where_only_chosen_answers_count_no_other_is_read(opened):
 
 def test_preferences_without_a_reference_are_refused(opened):
     model, checkpoint = opened
-    batch = laid_pairs(two_pairs(checkpoint))
+    batch = collate_pairs(two_pairs(checkpoint))
     with pytest.raises(UserError, match="dpo and bco compare with a reference, and none was given"):
-        METHODS["mpo"]()(model, batch, None, None, MethodState())
+        OBJECTIVES["mpo"]()(model, batch, None, None, ObjectiveState())

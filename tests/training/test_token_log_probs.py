@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from internvl3_mlx.models.decoder import LanguageModel
 from internvl3_mlx.models.lora import LoRALinear
-from internvl3_mlx.training.token_log_probs import log_probs
+from internvl3_mlx.training.token_log_probs import token_log_probs
 
 TOLERANCE = 2e-5
 VOCABULARY = 151_674  # InternVL3's
@@ -38,7 +38,7 @@ def language_with(head):
         packed = "model.embed_tokens" if head.startswith("tied") else "lm_head"
         nn.quantize(language, class_predicate=lambda path, _: path == packed)
     if "adapted" in head:
-        language.lm_head = LoRALinear.fresh(language.lm_head, rank=3, scale=2.0)
+        language.lm_head = LoRALinear.from_base(language.lm_head, rank=3, scale=2.0)
         language.lm_head.lora_B = mx.random.normal(language.lm_head.lora_B.shape)
     language.freeze()
     if "trained" in head:
@@ -69,7 +69,7 @@ def test_scores_and_all_gradients_are_those_of_the_whole_table(head, learning):
     states, targets, weigh = case(language)
 
     def in_chunks(states):
-        return log_probs(language, states, targets, chunk=CHUNK, learning=learning) @ weigh
+        return token_log_probs(language, states, targets, chunk=CHUNK, needs_grad=learning) @ weigh
 
     def at_once(states):
         return every_logit(language, states, targets) @ weigh
@@ -102,7 +102,7 @@ def test_scores_are_those_of_float64():
     highest = logits.max(axis=1)
     total = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
     expected = logits[np.arange(STATES), np.array(targets)] - total
-    ours = log_probs(language, states, targets, chunk=CHUNK)
+    ours = token_log_probs(language, states, targets, chunk=CHUNK)
     assert ours.dtype == mx.float32
     assert relative_error(numbers(ours), expected) < TOLERANCE
 
@@ -111,7 +111,7 @@ def test_half_precision_is_summed_in_float32():
     language = language_with("frozen")
     states, targets, _ = case(language)
     language.set_dtype(mx.bfloat16)
-    ours = log_probs(language, states.astype(mx.bfloat16), targets)
+    ours = token_log_probs(language, states.astype(mx.bfloat16), targets)
     logits = language.head(states.astype(mx.bfloat16)).astype(mx.float32)
     expected = nn.log_softmax(logits)[mx.arange(STATES), targets]
     assert ours.dtype == mx.float32
@@ -128,7 +128,7 @@ def test_the_table_of_all_states_by_all_words_never_exists(head):
 
     def loss(weights, states):
         language.update(weights)
-        return log_probs(language, states, targets, chunk=chunk, learning=True) @ weigh
+        return token_log_probs(language, states, targets, chunk=chunk, needs_grad=True) @ weigh
 
     used = peak(lambda: mx.value_and_grad(loss, argnums=(0, 1))(weights, states))
     table, matrix = count * VOCABULARY * 4, language.lm_head.weight.nbytes

@@ -11,19 +11,25 @@ import torch
 from fixtures.runs import session, write_data
 
 from internvl3_mlx.errors import TrainingError
-from internvl3_mlx.training.config import TrainRecipe
-from internvl3_mlx.training.evaluate import validate
-from internvl3_mlx.training.objectives import METHODS, Micro
-from internvl3_mlx.training.optimizers import OPTIMIZERS, clipped, global_norm, shrunk, step_size
-from internvl3_mlx.training.params import named
-from internvl3_mlx.training.trainer import PATIENCE, Work, train
+from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.evaluate import evaluate_loss
+from internvl3_mlx.training.objectives import OBJECTIVES, LossOutput
+from internvl3_mlx.training.optimizers import (
+    OPTIMIZERS,
+    clip_gradients,
+    decay_weights,
+    global_norm,
+    learning_rate_at,
+)
+from internvl3_mlx.training.params import named_arrays
+from internvl3_mlx.training.trainer import MAX_FAILED_UPDATES, MicroBatch, make_updates
 
 
 def trained(folder, updates, **settings):
     """Run some updates; return the weights by name and the steps."""
     here = session(folder, lora_dropout=0, **settings)
-    steps = [*islice(train(here.learner, here.left()), updates)]
-    return {name: np.array(w) for name, w in here.learner.weights.items()}, steps
+    steps = [*islice(make_updates(here.state, here.remaining_batches()), updates)]
+    return {name: np.array(w) for name, w in here.state.weights.items()}, steps
 
 
 def difference(a, b):
@@ -55,8 +61,10 @@ def test_a_token_weighs_the_same_whatever_batch_it_is_in(tmp_path):
     _, [step] = trained(tmp_path, 1, batch_size=1, grad_accumulation_steps=8, **settings)
     here = session(tmp_path, batch_size=1, lora_dropout=0, **settings)
     losses, lengths = [], []
-    for work in islice(here.left(), 8):
-        micro, _ = here.learner.method(here.learner.model, work.batch, work.vision, None, None)
+    for work in islice(here.remaining_batches(), 8):
+        micro, _ = here.state.objective(
+            here.state.model, work.batch, work.vision_features, None, None
+        )
         losses.append(micro.numerator.item())
         lengths.append(len(work.batch.targets))
     assert len({*lengths}) > 1
@@ -76,9 +84,9 @@ def test_gradients_computed_twice_are_the_same_gradients(tmp_path):
 def test_training_lowers_the_loss_that_is_measured(tmp_path, method):
     write_data(tmp_path / "data", 6, 3, pairs=method == "mpo")
     here = session(tmp_path, method=method, iters=12, batch_size=3, learning_rate=3e-3)
-    before, _ = validate(here.learner, here.valid())
-    steps = [*train(here.learner, here.left())]
-    after, figures = validate(here.learner, here.valid())
+    before, _ = evaluate_loss(here.state, here.validation_batches())
+    steps = [*make_updates(here.state, here.remaining_batches())]
+    after, figures = evaluate_loss(here.state, here.validation_batches())
     assert len(steps) == 12
     assert after < before - 0.2
     assert ("dpo" in figures) == (method == "mpo")
@@ -88,24 +96,27 @@ def test_the_first_loss_of_a_fresh_adapter_is_the_constant_and_the_nll(tmp_path)
     """0.8 log 2 + 0.2 * 2 log 2 = 0.8318 + NLL: nothing has moved away from the reference yet."""
     write_data(tmp_path / "data", 4, pairs=True)
     here = session(tmp_path, method="mpo", iters=1, lora_dropout=0)
-    step = next(train(here.learner, here.left()))
-    assert step.figures["dpo"] == pytest.approx(math.log(2), abs=1e-6)
-    assert step.figures["bco"] == pytest.approx(2 * math.log(2), abs=1e-6)
-    assert step.loss == pytest.approx(1.2 * math.log(2) + step.figures["sft"], abs=1e-5)
-    assert step.figures["margin"] == 0
+    step = next(make_updates(here.state, here.remaining_batches()))
+    assert step.metrics["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert step.metrics["bco"] == pytest.approx(2 * math.log(2), abs=1e-6)
+    assert step.loss == pytest.approx(1.2 * math.log(2) + step.metrics["sft"], abs=1e-5)
+    assert step.metrics["margin"] == 0
 
 
 def test_validation_changes_nothing(tmp_path):
     write_data(tmp_path / "data", 6, 5, pairs=True)
     settings = {"method": "mpo", "iters": 4, "grad_checkpoint": True}
     here, there = session(tmp_path, **settings), session(tmp_path, **settings)
-    plain, checked = train(here.learner, here.left()), train(there.learner, there.left())
+    plain, checked = (
+        make_updates(here.state, here.remaining_batches()),
+        make_updates(there.state, there.remaining_batches()),
+    )
     for _ in range(3):
         assert next(plain).loss == next(checked).loss
-        first, again = (validate(there.learner, there.valid())[0] for _ in range(2))
+        first, again = (evaluate_loss(there.state, there.validation_batches())[0] for _ in range(2))
         assert first == again
-    assert here.learner.state.count.item() == there.learner.state.count.item() == 3
-    assert here.learner.state.shift.item() == there.learner.state.shift.item()
+    assert here.state.objective_state.count.item() == there.state.objective_state.count.item() == 3
+    assert here.state.objective_state.shift.item() == there.state.objective_state.shift.item()
 
 
 class Spoiled:
@@ -114,56 +125,58 @@ class Spoiled:
     name, needs_reference = "sft", False
 
     def __init__(self, when):
-        self.calls, self.when, self.inner = 0, when, METHODS["sft"]()
+        self.calls, self.when, self.inner = 0, when, OBJECTIVES["sft"]()
 
     def __call__(self, *args):
         micro, state = self.inner(*args)
         self.calls += 1
         factor = math.nan if self.calls in self.when else 1.0
         moved = replace(state, count=state.count + factor)
-        return Micro(micro.numerator * factor, micro.denominator, micro.figures), moved
+        return LossOutput(micro.numerator * factor, micro.denominator, micro.metrics), moved
 
 
 def test_an_update_that_is_no_number_is_skipped_and_told(tmp_path):
     write_data(tmp_path / "data", 8)
     here = session(tmp_path, iters=4)
-    here.learner.method = Spoiled({2})
+    here.state.objective = Spoiled({2})
     held = []
-    for step in train(here.learner, here.left()):
-        held.append({name: np.array(w) for name, w in here.learner.weights.items()})
+    for step in make_updates(here.state, here.remaining_batches()):
+        held.append({name: np.array(w) for name, w in here.state.weights.items()})
         assert step.skipped == (step.update == 2)
         assert math.isnan(step.loss) == step.skipped
     assert difference(held[0], held[1]) == 0
     assert difference(held[1], held[2]) > 0
-    assert here.learner.optimizer.step.item() == 3
-    assert here.learner.state.count.item() == 3
+    assert here.state.optimizer.step.item() == 3
+    assert here.state.objective_state.count.item() == 3
 
 
 def test_a_run_whose_numbers_are_lost_stops_with_what_was_good(tmp_path):
     write_data(tmp_path / "data", 8)
     here = session(tmp_path, iters=20)
-    here.learner.method = Spoiled(set(range(3, 99)))
+    here.state.objective = Spoiled(set(range(3, 99)))
     steps = []
-    message = f"no number {PATIENCE} times in a row, up to update 7; lower --learning-rate"
+    message = (
+        f"no number {MAX_FAILED_UPDATES} times in a row, up to update 7; lower --learning-rate"
+    )
     with pytest.raises(TrainingError, match=message):
-        steps.extend(train(here.learner, here.left()))
-    assert all(np.isfinite(np.array(w)).all() for _, w in here.learner.weights.items())
+        steps.extend(make_updates(here.state, here.remaining_batches()))
+    assert all(np.isfinite(np.array(w)).all() for _, w in here.state.weights.items())
 
 
 def test_a_run_ends_where_its_epochs_end(tmp_path):
     write_data(tmp_path / "data", 7)
     here = session(tmp_path, epochs=1.5, grad_accumulation_steps=4)
-    steps = [*train(here.learner, here.left())]
-    assert here.learner.updates == len(steps) == 2  # 4 batches, then 2 of the second epoch
-    assert here.learner.micro == 6
+    steps = [*make_updates(here.state, here.remaining_batches())]
+    assert here.state.total_updates == len(steps) == 2  # 4 batches, then 2 of the second epoch
+    assert here.state.micro_steps == 6
 
 
 def plan(**settings):
-    return TrainRecipe(**{"learning_rate": 0.5, "warmup_ratio": 0, **settings})
+    return TrainConfig(**{"learning_rate": 0.5, "warmup_ratio": 0, **settings})
 
 
 def sizes(updates, **settings):
-    return [step_size(plan(**settings), n, updates) for n in range(1, updates + 1)]
+    return [learning_rate_at(plan(**settings), n, updates) for n in range(1, updates + 1)]
 
 
 def test_the_step_size_rises_to_the_highest_and_falls_to_its_end():
@@ -211,7 +224,7 @@ def steps_of(optimizer, kind, settings, decay):
             param.grad = torch.tensor(slopes[name]).float()
         theirs.step()
         gradients = {name: mx.array(x, dtype=mx.float32) for name, x in slopes.items()}
-        weights = ours.apply_gradients(gradients, shrunk(weights, 0.01 * decay))
+        weights = ours.apply_gradients(gradients, decay_weights(weights, 0.01 * decay))
     return weights, params
 
 
@@ -251,17 +264,21 @@ def test_gradients_are_shortened_as_pytorch_shortens_them(longest):
     norm = torch.nn.utils.clip_grad_norm_(params, longest or math.inf)
     ours = {str(n): mx.array(g) for n, g in enumerate(slopes)}
     assert global_norm(ours).item() == pytest.approx(norm.item(), rel=1e-6)
-    for (_, g), param in zip(named(clipped(ours, global_norm(ours), longest)), params, strict=True):
+    for (_, g), param in zip(
+        named_arrays(clip_gradients(ours, global_norm(ours), longest)), params, strict=True
+    ):
         assert np.abs(np.array(g) - param.grad.numpy()).max() < 1e-6
 
 
 def test_weights_are_kept_in_float32_below_a_model_of_16_bits(tmp_path):
     write_data(tmp_path / "data", 4)
     here = session(tmp_path, dtype="bfloat16", train="mlp1", iters=3, learning_rate=1e-6)
-    start = {name: np.array(w) for name, w in here.learner.weights.items()}
-    assert {w.dtype for _, w in named(here.learner.model.trainable_parameters())} == {mx.bfloat16}
-    assert len([*train(here.learner, here.left())]) == 3
-    for name, weight in here.learner.weights.items():
+    start = {name: np.array(w) for name, w in here.state.weights.items()}
+    assert {w.dtype for _, w in named_arrays(here.state.model.trainable_parameters())} == {
+        mx.bfloat16
+    }
+    assert len([*make_updates(here.state, here.remaining_batches())]) == 3
+    for name, weight in here.state.weights.items():
         assert weight.dtype == mx.float32
         assert 0 < np.abs(np.array(weight) - start[name]).max() < 1e-5, name
 
@@ -270,7 +287,7 @@ def test_a_work_may_be_a_batch_alone(tmp_path):
     """A trained tower looks at its pictures itself."""
     write_data(tmp_path / "data", 2)
     here = session(tmp_path, train="vision_model", iters=1)
-    work = next(here.left())
-    assert (work.vision, work.reference) == (None, None)
-    assert isinstance(work, Work)
-    assert next(train(here.learner, iter([work]))).norm > 0
+    work = next(here.remaining_batches())
+    assert (work.vision_features, work.reference_log_probs) == (None, None)
+    assert isinstance(work, MicroBatch)
+    assert next(make_updates(here.state, iter([work]))).grad_norm > 0

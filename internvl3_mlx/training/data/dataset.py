@@ -24,112 +24,114 @@ SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True, eq=False)
-class Lines:
+class LineIndex:
     """The lines of a file that are not blank, found by where they begin."""
 
     path: Path
-    starts: np.ndarray
-    numbers: np.ndarray
+    offsets: np.ndarray
+    line_numbers: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.offsets)
 
     def __getitem__(self, index: int) -> bytes:
         with self.path.open("rb") as file:
-            file.seek(int(self.starts[index]))
+            file.seek(int(self.offsets[index]))
             return file.readline()
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class DataFile:
     """One file of rows. ``taken``: which lines are used, in order; ``passes``: how often.
 
     root: where pictures are looked for. augment, max_tiles: what a meta JSON says, if anything.
     """
 
     name: str
-    lines: Lines
+    lines: LineIndex
     root: Path
-    taken: np.ndarray
-    passes: int = 1
+    selected: np.ndarray
+    repeats: int = 1
     augment: bool | None = None
     max_tiles: int | None = None
 
     def __len__(self) -> int:
-        return len(self.taken) * self.passes
+        return len(self.selected) * self.repeats
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class Record:
     """A row as it stands in its file. ``number``: its place among all rows; ``place``: for a
     user."""
 
-    number: int
-    place: str
-    line: bytes
-    source: Source
+    index: int
+    location: str
+    raw: bytes
+    file: DataFile
 
     @property
     def value(self) -> Any:
         """The row as JSON; raises DataError."""
         try:
-            return json.loads(self.line.decode("utf-8-sig"))
+            return json.loads(self.raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.place}: not UTF-8; save the file as UTF-8") from error
+            raise DataError(f"{self.location}: not UTF-8; save the file as UTF-8") from error
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.place}: not JSON ({error}); wanted one row a line") from error
+            raise DataError(
+                f"{self.location}: not JSON ({error}); wanted one row a line"
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)
-class Data:
+class Dataset:
     """All rows of a split, numbered through its files."""
 
-    sources: tuple[Source, ...]
+    files: tuple[DataFile, ...]
 
     @cached_property
-    def ends(self) -> list[int]:
-        return list(accumulate(len(source) for source in self.sources))
+    def cumulative_lengths(self) -> list[int]:
+        return list(accumulate(len(source) for source in self.files))
 
     def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
+        return self.cumulative_lengths[-1] if self.cumulative_lengths else 0
 
-    def __getitem__(self, number: int) -> Entry:
-        which = bisect_right(self.ends, number)
-        source = self.sources[which]
-        within = number - (self.ends[which - 1] if which else 0)
-        line = int(source.taken[within % len(source.taken)])
-        place = f"{source.name}:{source.lines.numbers[line]}"
-        return Entry(number, place, source.lines[line], source)
+    def __getitem__(self, number: int) -> Record:
+        which = bisect_right(self.cumulative_lengths, number)
+        source = self.files[which]
+        within = number - (self.cumulative_lengths[which - 1] if which else 0)
+        line = int(source.selected[within % len(source.selected)])
+        place = f"{source.name}:{source.lines.line_numbers[line]}"
+        return Record(number, place, source.lines[line], source)
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[Record]:
         return (self[number] for number in range(len(self)))
 
 
-def open_data(
-    path: str | Path, split: str = "train", *, settings: DataSettings | None = None
-) -> Data | None:
+def open_dataset(
+    path: str | Path, split: str = "train", *, config: DataSettings | None = None
+) -> Dataset | None:
     """Find the rows of a split; None where a folder has none of it.
 
     One file, or a meta JSON, is the train split and no other. Raises ``DataError``.
     """
-    settings = settings or DataSettings()
+    config = config or DataSettings()
     given = Path(path).expanduser()
     if given.is_dir():
         file = given / f"{split}.jsonl"
         if not file.is_file():
-            check_folder(given)
+            check_data_folder(given)
             return None
-        return Data((plain(file),))
+        return Dataset((open_jsonl(file),))
     if not given.is_file():
         raise DataError(f"no data at {path}: wanted a folder with train.jsonl, or a file; check it")
     if split != "train":
         return None
     if given.suffix.lower() == ".json":
-        return Data(tuple(open_meta(given, settings)))
-    return Data((plain(given),))
+        return Dataset(tuple(open_meta_file(given, config)))
+    return Dataset((open_jsonl(given),))
 
 
-def check_folder(folder: Path) -> None:
+def check_data_folder(folder: Path) -> None:
     """Refuse a folder without a train split."""
     if not (folder / "train.jsonl").is_file():
         near = sorted(entry.name for entry in folder.glob("*.json*"))[:5]
@@ -137,13 +139,13 @@ def check_folder(folder: Path) -> None:
         raise DataError(f"no train.jsonl in {folder}{there}")
 
 
-def plain(file: Path) -> Source:
+def open_jsonl(file: Path) -> DataFile:
     """Take all rows of a file, its pictures beside it."""
     lines = index_lines(file)
-    return Source(str(file), lines, file.parent, np.arange(len(lines), dtype=np.int32))
+    return DataFile(str(file), lines, file.parent, np.arange(len(lines), dtype=np.int32))
 
 
-def index_lines(path: Path) -> Lines:
+def index_lines(path: Path) -> LineIndex:
     """Find where the lines of a file begin, in one pass over it."""
     starts, numbers, at = array("q"), array("i"), 0
     try:
@@ -157,13 +159,13 @@ def index_lines(path: Path) -> Lines:
         raise DataError(f"cannot read {path}: {error.strerror}; check the file") from error
     if not starts:
         raise DataError(f"no rows in {path}: it is empty; wanted one JSON object a line")
-    return Lines(path, np.frombuffer(starts, np.int64), np.frombuffer(numbers, np.int32))
+    return LineIndex(path, np.frombuffer(starts, np.int64), np.frombuffer(numbers, np.int32))
 
 
-KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
+META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 
 
-def open_meta(path: Path, settings: DataSettings) -> Iterator[Source]:
+def open_meta_file(path: Path, config: DataSettings) -> Iterator[DataFile]:
     """Open every file that a meta JSON names; paths are relative to it."""
     try:
         entries = json.loads(path.read_text("utf-8-sig"))
@@ -178,12 +180,12 @@ def open_meta(path: Path, settings: DataSettings) -> Iterator[Source]:
     if not entries:
         raise DataError(f"{path} names no files; wanted at least one, with root and annotation")
     for name, entry in entries.items():
-        yield source_of(path, name, entry, settings)
+        yield open_meta_entry(path, name, entry, config)
 
 
-def source_of(path: Path, name: str, entry: dict[str, Any], settings: DataSettings) -> Source:
+def open_meta_entry(path: Path, name: str, entry: dict[str, Any], config: DataSettings) -> DataFile:
     place = f"{path}: {name!r}"
-    check_keys(place, entry)
+    check_meta_entry(place, entry)
     annotation = path.parent / Path(entry["annotation"]).expanduser()
     if not annotation.is_file():
         raise DataError(f"{place}: no file at {annotation}; correct 'annotation'")
@@ -191,10 +193,10 @@ def source_of(path: Path, name: str, entry: dict[str, Any], settings: DataSettin
     repeat = entry.get("repeat_time", 1)
     taken = np.arange(len(lines))
     if repeat < 1:
-        taken = part_of(taken, int(len(lines) * repeat), settings)
+        taken = select_fraction(taken, int(len(lines) * repeat), config)
         if not len(taken):
             raise DataError(f"{place}: 'repeat_time' {repeat} leaves none of {len(lines)} rows")
-    return Source(
+    return DataFile(
         str(annotation),
         lines,
         path.parent / Path(entry.get("root") or "").expanduser(),
@@ -205,30 +207,34 @@ def source_of(path: Path, name: str, entry: dict[str, Any], settings: DataSettin
     )
 
 
-def part_of(taken: np.ndarray, count: int, settings: DataSettings) -> np.ndarray:
+def select_fraction(lines: np.ndarray, count: int, config: DataSettings) -> np.ndarray:
     """Take the first rows; for preferences a random part, both as the published trainer does."""
-    if not settings.pairs:
-        return taken[:count]
-    return np.sort(np.random.default_rng(settings.seed).permutation(taken)[:count])
+    if not config.reads_pairs:
+        return lines[:count]
+    return np.sort(np.random.default_rng(config.seed).permutation(lines)[:count])
 
 
-def check_keys(place: str, entry: dict[str, Any]) -> None:
+def check_meta_entry(location: str, entry: dict[str, Any]) -> None:
     """Refuse what cannot be meant; other keys, which other trainers read, are passed over."""
-    for key in entry.keys() - {*KEYS}:
-        if near := get_close_matches(key, KEYS, n=1, cutoff=0.8):
-            raise DataError(f"{place}: unknown key {key!r}; did you mean {near[0]!r}?")
+    for key in entry.keys() - {*META_KEYS}:
+        if near := get_close_matches(key, META_KEYS, n=1, cutoff=0.8):
+            raise DataError(f"{location}: unknown key {key!r}; did you mean {near[0]!r}?")
     if not isinstance(entry.get("annotation"), str):
-        raise DataError(f"{place}: no 'annotation'; wanted the path of its JSONL file")
+        raise DataError(f"{location}: no 'annotation'; wanted the path of its JSONL file")
     repeat = entry.get("repeat_time", 1)
     number = isinstance(repeat, int | float) and not isinstance(repeat, bool)
     if not number or repeat <= 0 or (repeat > 1 and repeat != int(repeat)):
         raise DataError(
-            f"{place}: 'repeat_time' {repeat!r}; wanted a share below 1 or a whole number"
+            f"{location}: 'repeat_time' {repeat!r}; wanted a share below 1 or a whole number"
         )
     tiles = entry.get("max_dynamic_patch")
     if tiles is not None and (type(tiles) is not int or tiles < 1):
-        raise DataError(f"{place}: 'max_dynamic_patch' {tiles!r}; wanted a whole number of tiles")
+        raise DataError(
+            f"{location}: 'max_dynamic_patch' {tiles!r}; wanted a whole number of tiles"
+        )
     if not isinstance(entry.get("data_augment", False), bool):
-        raise DataError(f"{place}: 'data_augment' {entry['data_augment']!r}; wanted true or false")
+        raise DataError(
+            f"{location}: 'data_augment' {entry['data_augment']!r}; wanted true or false"
+        )
     if not isinstance(entry.get("root") or "", str):
-        raise DataError(f"{place}: 'root' {entry['root']!r}; wanted the folder of its pictures")
+        raise DataError(f"{location}: 'root' {entry['root']!r}; wanted the folder of its pictures")

@@ -9,137 +9,144 @@ from pathlib import Path
 import numpy as np
 
 from internvl3_mlx.errors import ImageError, UserError
-from internvl3_mlx.generation.generation_config import Settings
-from internvl3_mlx.generation.processor import Preparer, Seen
-from internvl3_mlx.images.fetch import ADDRESS, short
-from internvl3_mlx.images.load import picture_size
-from internvl3_mlx.images.tiling import TilePolicy, as_jpeg
-from internvl3_mlx.prompt.messages import Media, Turn, shown_order
+from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.generation.processor import ProcessedImage, Processor
+from internvl3_mlx.images.fetch import URL_PATTERN, shorten_name
+from internvl3_mlx.images.load import image_size
+from internvl3_mlx.images.tiling import TilePolicy, jpeg_roundtrip
+from internvl3_mlx.prompt.messages import Message, MessageMedia, media_order
 from internvl3_mlx.training.config import DataSettings
-from internvl3_mlx.training.data.dataset import Source
-from internvl3_mlx.training.data.schema import Row, RowFault
+from internvl3_mlx.training.data.dataset import DataFile
+from internvl3_mlx.training.data.schema import ParsedRecord, RecordError
 
-IMAGE, VIDEO = Media((1,)), Media((1,), "video")  # for their order alone
+ONE_IMAGE, ONE_VIDEO = MessageMedia((1,)), MessageMedia((1,), "video")  # for their order alone
 
 
 @dataclass(frozen=True)
-class Shape:
+class MediaShape:
     """What the prompt must know of a row's media: tiles of each picture, frames of each video."""
 
-    images: tuple[int, ...] = ()
-    films: tuple[int, ...] = ()
+    image_tiles: tuple[int, ...] = ()
+    video_frames: tuple[int, ...] = ()
 
     @property
-    def tiles(self) -> int:
-        return sum(self.images) + sum(self.films)
+    def num_tiles(self) -> int:
+        return sum(self.image_tiles) + sum(self.video_frames)
 
 
 @dataclass(frozen=True, eq=False)
-class Looked:
+class LoadedMedia:
     """The media of a row, cut into tiles."""
 
-    images: tuple[Seen, ...] = ()
-    films: tuple[tuple[Seen, ...], ...] = ()
+    images: tuple[ProcessedImage, ...] = ()
+    videos: tuple[tuple[ProcessedImage, ...], ...] = ()
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> MediaShape:
         tiles = tuple(seen.info.tiles for seen in self.images)
-        return Shape(tiles, tuple(len(film) for film in self.films))
+        return MediaShape(tiles, tuple(len(film) for film in self.videos))
 
-    def in_order(self, row: Row) -> Iterator[Seen]:
+    def in_token_order(self, record: ParsedRecord) -> Iterator[ProcessedImage]:
         """Give pictures and frames in the order of their tokens."""
         images = iter((seen,) for seen in self.images)
-        films = iter(self.films)
-        for said in row.turns:
-            shown = [*islice(images, said.images), *islice(films, said.videos)]
-            media = [*[IMAGE] * said.images, *[VIDEO] * said.videos]
+        films = iter(self.videos)
+        for said in record.messages:
+            shown = [*islice(images, said.num_images), *islice(films, said.num_videos)]
+            media = [*[ONE_IMAGE] * said.num_images, *[ONE_VIDEO] * said.num_videos]
             if media:
-                for n in shown_order(Turn("user", said.text, tuple(media))):
+                for n in media_order(Message("user", said.text, tuple(media))):
                     yield from shown[n]
 
 
 @dataclass(frozen=True)
-class Looker:
+class MediaLoader:
     """Looks at the media of rows, as a chat with the model would."""
 
-    preparer: Preparer
-    settings: DataSettings
+    processor: Processor
+    config: DataSettings
 
-    def look(self, row: Row, source: Source, draw: np.random.Generator) -> Looked:
+    def load(
+        self, record: ParsedRecord, file: DataFile, generator: np.random.Generator
+    ) -> LoadedMedia:
         """Read pictures and frames. ``draw`` gives the qualities of augmented tiles."""
-        asked = self.asked(source)
-        images = [self.preparer.look(place(name, source), asked) for name in row.images]
-        wanted = self.settings.augment
-        if wanted or (wanted is None and source.augment):
-            images = [augmented(seen, draw) for seen in images]
-        films = [self.watch(name, source, row.bound) for name in row.videos]
-        return Looked(tuple(images), tuple(films))
+        asked = self.processing_config(file)
+        images = [
+            self.processor.process_image(resolve_media_path(name, file), asked)
+            for name in record.images
+        ]
+        wanted = self.config.augment
+        if wanted or (wanted is None and file.augment):
+            images = [augment_jpeg(seen, generator) for seen in images]
+        films = [self.load_video(name, file, record.clip) for name in record.videos]
+        return LoadedMedia(tuple(images), tuple(films))
 
-    def measure(self, row: Row, source: Source) -> Shape:
+    def measure(self, record: ParsedRecord, file: DataFile) -> MediaShape:
         """Count tiles and frames from headers; raise ``RowFault`` with all files at fault."""
-        policy = self.preparer.policy(self.asked(source))
+        policy = self.processor.tile_policy(self.processing_config(file))
         faults: list[str] = []
         images: list[int] = []
-        for name in row.images:
-            with collected(faults):
-                images.append(policy.count(*picture_size(place(name, source))))
-        for name in row.videos:
-            with collected(faults):
-                check_video(place(name, source), row.bound)
+        for name in record.images:
+            with collect_errors(faults):
+                images.append(policy.count(*image_size(resolve_media_path(name, file))))
+        for name in record.videos:
+            with collect_errors(faults):
+                check_video(resolve_media_path(name, file), record.clip)
         if faults:
-            raise RowFault("; ".join(faults))
-        return Shape(tuple(images), (self.settings.num_frames,) * len(row.videos))
+            raise RecordError("; ".join(faults))
+        return MediaShape(tuple(images), (self.config.num_frames,) * len(record.videos))
 
-    def asked(self, source: Source) -> Settings:
+    def processing_config(self, file: DataFile) -> GenerationConfig:
         """Take the lower of the limits that the command and the meta JSON set."""
-        limits = [n for n in (self.settings.max_tiles, source.max_tiles) if n is not None]
-        return Settings(max_tiles=min(limits, default=None), num_frames=self.settings.num_frames)
+        limits = [n for n in (self.config.max_tiles, file.max_tiles) if n is not None]
+        return GenerationConfig(
+            max_tiles=min(limits, default=None), num_frames=self.config.num_frames
+        )
 
-    def watch(
-        self, name: str, source: Source, bound: tuple[float, float] | None
-    ) -> tuple[Seen, ...]:
+    def load_video(
+        self, name: str, file: DataFile, clip: tuple[float, float] | None
+    ) -> tuple[ProcessedImage, ...]:
         """Read a video's frames: one tile each, none of them augmented."""
         from internvl3_mlx.images.video import read_frames
 
-        frames = read_frames(place(name, source), self.settings.num_frames, bound=bound)
+        frames = read_frames(resolve_media_path(name, file), self.config.num_frames, bound=clip)
         policy = TilePolicy(
-            tile_size=self.preparer.config.force_image_size, max_tiles=1, dynamic=False
+            tile_size=self.processor.config.force_image_size, max_tiles=1, dynamic=False
         )
-        return tuple(self.preparer.cut(frame.picture, policy) for frame in frames)
+        return tuple(self.processor.tile_image(frame.loaded_image, policy) for frame in frames)
 
 
-def place(name: str, source: Source) -> str | Path:
+def resolve_media_path(name: str, file: DataFile) -> str | Path:
     """Say where a picture lies: beside its file of rows, or in the root of a meta JSON."""
-    if address := ADDRESS.match(name):
+    if address := URL_PATTERN.match(name):
         if (address[1] or address[2]).lower() not in ("data", "file"):
             raise ImageError(
-                f"cannot train on {short(name)}: pictures are read once an epoch; "
+                f"cannot train on {shorten_name(name)}: pictures are read once an epoch; "
                 "download it and give its path"
             )
         return name
-    return source.root / Path(name).expanduser()
+    return file.root / Path(name).expanduser()
 
 
-def check_video(video: str | Path, bound: tuple[float, float] | None) -> None:
+def check_video(video: str | Path, clip: tuple[float, float] | None) -> None:
     """See that a video is there, and long enough for the part that is wanted."""
     from internvl3_mlx.images.video import read_frames
 
-    read_frames(video, 1, bound=bound)
+    read_frames(video, 1, bound=clip)
 
 
 @contextmanager
-def collected(faults: list[str]) -> Iterator[None]:
+def collect_errors(errors: list[str]) -> Iterator[None]:
     """Note what is wrong with a file and go on."""
     try:
         yield
     except UserError as error:
-        faults.append(str(error))
+        errors.append(str(error))
 
 
-LOWEST, HIGHEST = 75, 100  # quality; whole numbers, both ends drawn
+MIN_JPEG_QUALITY, MAX_JPEG_QUALITY = 75, 100  # quality; whole numbers, both ends drawn
 
 
-def augmented(seen: Seen, draw: np.random.Generator) -> Seen:
+def augment_jpeg(image: ProcessedImage, generator: np.random.Generator) -> ProcessedImage:
     """Write each tile of a picture as JPEG of a quality of its own."""
-    qualities = draw.integers(LOWEST, HIGHEST + 1, size=len(seen.tiles))
-    return replace(seen, tiles=as_jpeg(seen.tiles, qualities.tolist()))
+    qualities = generator.integers(MIN_JPEG_QUALITY, MAX_JPEG_QUALITY + 1, size=len(image.tiles))
+    return replace(image, tiles=jpeg_roundtrip(image.tiles, qualities.tolist()))

@@ -12,121 +12,133 @@ from functools import cached_property
 import numpy as np
 
 from internvl3_mlx.errors import DataError, PromptError, UserError
-from internvl3_mlx.generation.processor import Preparer, Seen
-from internvl3_mlx.prompt.messages import Media, Segment, Spoken, Text, Turn
-from internvl3_mlx.prompt.template import TURN_START
-from internvl3_mlx.prompt.tokenizer import TURN_END
-from internvl3_mlx.prompt.v2pe import DELTAS, image_runs, visual_positions
+from internvl3_mlx.generation.processor import ProcessedImage, Processor
+from internvl3_mlx.prompt.messages import (
+    GeneratedAnswer,
+    Message,
+    MessageMedia,
+    Segment,
+    TextSegment,
+)
+from internvl3_mlx.prompt.template import MESSAGE_START
+from internvl3_mlx.prompt.tokenizer import IM_END
+from internvl3_mlx.prompt.v2pe import DELTAS, image_spans, visual_positions
 from internvl3_mlx.training.config import RANDOM, DataSettings
-from internvl3_mlx.training.data.dataset import Entry
-from internvl3_mlx.training.data.media import Looker, Shape
-from internvl3_mlx.training.data.schema import Row, RowFault, read_row
+from internvl3_mlx.training.data.dataset import Record
+from internvl3_mlx.training.data.media import MediaLoader, MediaShape
+from internvl3_mlx.training.data.schema import ParsedRecord, RecordError, parse_record
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class TrainingSample:
     """One conversation. ids: (L,) int32. supervised: (L,) bool, True on what is learned.
 
     positions: (L,) float32. seen: the pictures in the order of their tokens. place: file and line.
     """
 
-    ids: np.ndarray
-    supervised: np.ndarray
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
     positions: np.ndarray
-    seen: tuple[Seen, ...]
-    place: str
+    images: tuple[ProcessedImage, ...]
+    location: str
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class PreferencePair:
     """A question and two answers. ``prompt`` ends with the opened assistant turn; each answer with
     <|im_end|>: (A,) int32."""
 
-    prompt: Sample
+    prompt: TrainingSample
     chosen: np.ndarray
     rejected: np.ndarray
 
     @property
-    def place(self) -> str:
-        return self.prompt.place
+    def location(self) -> str:
+        return self.prompt.location
 
 
 @dataclass(frozen=True)
-class Measure:
+class RecordSize:
     """What a row takes: tokens, tiles, tokens that are learned; ``cut``: those over the limit."""
 
     tokens: int
     tiles: int
-    learned: int
-    cut: int
+    loss_tokens: int
+    truncated_tokens: int
 
 
-class TooLong(Exception):
+class SampleTooLongError(Exception):
     """A sample that cannot be cut to the limit, and why."""
 
 
 @dataclass(frozen=True)
-class Labels:
+class RecordEncoder:
     """Writes rows as one model reads them. ``system``: in the place of the model's own text."""
 
-    preparer: Preparer
+    processor: Processor
     system: str | None = None
 
-    def conversation(self, row: Row, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    def encode_conversation(
+        self, record: ParsedRecord, media: MediaShape
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Write a whole talk: ids (L,) int32, ending with <|im_end|>; learned (L,) bool."""
-        turns = self.turns(row, shape)
-        segments = self.render(turns[:-1], row)
-        answer = Spoken(turns[-1].token_ids)
-        return self.encode([*segments, answer, Text(TURN_END)])
+        turns = self.build_messages(record, media)
+        segments = self.render(turns[:-1], record)
+        answer = GeneratedAnswer(turns[-1].token_ids)
+        return self.encode_segments([*segments, answer, TextSegment(IM_END)])
 
-    def preference(self, row: Row, shape: Shape) -> tuple[np.ndarray, list[np.ndarray]]:
+    def encode_preference(
+        self, record: ParsedRecord, media: MediaShape
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
         """Write a question, up to the opened turn, and the answers, each with its <|im_end|>."""
-        ids, _ = self.encode(self.render(self.turns(row, shape), row))
-        end = self.preparer.tokenizer.im_end_id
-        answers = [[*self.answer_ids(text), end] for text in row.answers or ()]
+        ids, _ = self.encode_segments(self.render(self.build_messages(record, media), record))
+        end = self.processor.tokenizer.im_end_id
+        answers = [[*self.encode_answer(text), end] for text in record.answers or ()]
         return ids, [np.array(answer, np.int32) for answer in answers]
 
-    def render(self, turns: Sequence[Turn], row: Row) -> list[Segment]:
-        system = self.system if row.system is None else row.system
-        return self.preparer.template.render(turns, system)
+    def render(self, messages: Sequence[Message], record: ParsedRecord) -> list[Segment]:
+        system = self.system if record.system is None else record.system
+        return self.processor.template.render(messages, system)
 
-    def turns(self, row: Row, shape: Shape) -> list[Turn]:
+    def build_messages(self, record: ParsedRecord, media: MediaShape) -> list[Message]:
         """Give the turns as the prompt rooms take them, answers in the ids they are learned in."""
-        tiles, frames = iter(shape.images), iter(shape.films)
+        tiles, frames = iter(media.image_tiles), iter(media.video_frames)
         turns = []
-        for said in row.turns:
+        for said in record.messages:
             if said.role == "assistant":
-                turns.append(Turn("assistant", said.text, (), tuple(self.answer_ids(said.text))))
+                turns.append(
+                    Message("assistant", said.text, (), tuple(self.encode_answer(said.text)))
+                )
                 continue
-            media = [Media((next(tiles),)) for _ in range(said.images)]
-            media += [Media((1,) * next(frames), "video") for _ in range(said.videos)]
-            turns.append(Turn("user", said.text, tuple(media)))
+            shown = [MessageMedia((next(tiles),)) for _ in range(said.num_images)]
+            shown += [MessageMedia((1,) * next(frames), "video") for _ in range(said.num_videos)]
+            turns.append(Message("user", said.text, tuple(shown)))
         return turns
 
-    def answer_ids(self, text: str) -> list[int]:
+    def encode_answer(self, text: str) -> list[int]:
         """Cut an answer as it reads behind the opened turn.
 
         Where its first letters would melt into the turn's opening, as a newline does, it is cut
         alone: generation never finds them melted.
         """
-        encode = self.preparer.tokenizer.encode
-        opened = encode([OPENED], 0, bos=False)
-        together = encode([OPENED, Text(text, typed=True)], 0, bos=False)
+        encode = self.processor.tokenizer.encode
+        opened = encode([ASSISTANT_START], 0, bos=False)
+        together = encode([ASSISTANT_START, TextSegment(text, untrusted=True)], 0, bos=False)
         if together[: len(opened)] == opened and len(together) > len(opened):
             return together[len(opened) :]
-        return encode([Text(text, typed=True)], 0, bos=False)
+        return encode([TextSegment(text, untrusted=True)], 0, bos=False)
 
-    def encode(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_segments(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """Turn segments into ids, and mark each answer with the <|im_end|> that follows it."""
-        tokenizer, per_tile = self.preparer.tokenizer, self.preparer.config.num_image_token
+        tokenizer, per_tile = self.processor.tokenizer, self.processor.config.num_image_token
         ids: list[int] = []
         learned: list[bool] = []
-        for part, answer in apart(segments):
+        for part, answer in split_at_answers(segments):
             new = tokenizer.encode(part, per_tile, bos=not ids)
             ends = bool(learned) and learned[-1]
             if ends and new[:1] != [tokenizer.im_end_id]:
                 raise PromptError(
-                    f"the chat template does not end an answer with {TURN_END}; "
+                    f"the chat template does not end an answer with {IM_END}; "
                     'put "template": "internvl2_5" into config.json'
                 )
             ids += new
@@ -137,135 +149,145 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Maker:
+class Preprocessor:
     """Makes samples for one model."""
 
-    preparer: Preparer
-    settings: DataSettings
+    processor: Processor
+    config: DataSettings
 
     @cached_property
-    def looker(self) -> Looker:
-        return Looker(self.preparer, self.settings)
+    def media_loader(self) -> MediaLoader:
+        return MediaLoader(self.processor, self.config)
 
     @cached_property
-    def labels(self) -> Labels:
-        return Labels(self.preparer, self.settings.system)
+    def encoder(self) -> RecordEncoder:
+        return RecordEncoder(self.processor, self.config.system)
 
-    def sample(self, entry: Entry, epoch: int = 0) -> Sample:
+    def build_sample(self, record: Record, epoch: int = 0) -> TrainingSample:
         """Make the sample of a row, as it is drawn in this epoch; raises ``DataError``."""
-        with told_at(entry.place):
-            row, draw = self.row(entry), self.draw(entry, epoch)
-            looked = self.looker.look(row, entry.source, draw)
-            ids, learned = self.labels.conversation(row, looked.shape)
-            length = self.kept(ids, learned)
+        with error_location(record.location):
+            row, draw = self.parse(record), self.random_generator(record, epoch)
+            looked = self.media_loader.load(row, record.file, draw)
+            ids, learned = self.encoder.encode_conversation(row, looked.shape)
+            length = self.truncated_length(ids, learned)
             ids, learned = ids[:length], learned[:length]
-            seen = tuple(looked.in_order(row))
-            return Sample(ids, learned, self.positions(ids, draw), seen, entry.place)
+            seen = tuple(looked.in_token_order(row))
+            return TrainingSample(
+                ids, learned, self.build_positions(ids, draw), seen, record.location
+            )
 
-    def pair(self, entry: Entry, epoch: int = 0) -> Pair:
+    def build_pair(self, record: Record, epoch: int = 0) -> PreferencePair:
         """Make the pair of a preference row; raises ``DataError``."""
-        with told_at(entry.place):
-            row, draw = self.row(entry), self.draw(entry, epoch)
-            looked = self.looker.look(row, entry.source, draw)
-            ids, answers = self.labels.preference(row, looked.shape)
-            chosen, rejected = (a[: self.kept_answer(ids)] for a in answers)
-            seen = tuple(looked.in_order(row))
+        with error_location(record.location):
+            row, draw = self.parse(record), self.random_generator(record, epoch)
+            looked = self.media_loader.load(row, record.file, draw)
+            ids, answers = self.encoder.encode_preference(row, looked.shape)
+            chosen, rejected = (a[: self.answer_limit(ids)] for a in answers)
+            seen = tuple(looked.in_token_order(row))
             nothing = np.zeros(len(ids), bool)
-            prompt = Sample(ids, nothing, self.positions(ids, draw), seen, entry.place)
-            return Pair(prompt, chosen, rejected)
+            prompt = TrainingSample(
+                ids, nothing, self.build_positions(ids, draw), seen, record.location
+            )
+            return PreferencePair(prompt, chosen, rejected)
 
-    def measure(self, entry: Entry) -> Measure:
+    def measure(self, record: Record) -> RecordSize:
         """Count what a row takes without reading its pixels.
 
         Raises ``RowFault`` or ``DataError`` for what is wrong, ``TooLong`` for what cannot be cut.
         """
-        row = self.row(entry)
-        shape = self.looker.measure(row, entry.source)
+        row = self.parse(record)
+        shape = self.media_loader.measure(row, record.file)
         if row.answers is None:
-            ids, learned = self.labels.conversation(row, shape)
-            kept = self.kept(ids, learned)
-            return Measure(kept, shape.tiles, int(learned[:kept].sum()), len(ids) - kept)
-        ids, answers = self.labels.preference(row, shape)
-        room = self.kept_answer(ids)
+            ids, learned = self.encoder.encode_conversation(row, shape)
+            kept = self.truncated_length(ids, learned)
+            return RecordSize(kept, shape.num_tiles, int(learned[:kept].sum()), len(ids) - kept)
+        ids, answers = self.encoder.encode_preference(row, shape)
+        room = self.answer_limit(ids)
         lengths = [min(len(answer), room) for answer in answers]
         lost = sum(len(answer) for answer in answers) - sum(lengths)
-        return Measure(len(ids) + sum(lengths), shape.tiles, sum(lengths), lost)
+        return RecordSize(len(ids) + sum(lengths), shape.num_tiles, sum(lengths), lost)
 
-    def row(self, entry: Entry) -> Row:
+    def parse(self, record: Record) -> ParsedRecord:
         """Read a row and see that it is of the kind that the method learns from."""
-        row = read_row(entry.value)
-        if self.settings.pairs and row.answers is None:
-            raise RowFault(
+        row = parse_record(record.value)
+        if self.config.reads_pairs and row.answers is None:
+            raise RecordError(
                 "a conversation, but --method mpo compares answers; wanted 'question', 'chosen' "
                 "and 'rejected', or --method sft"
             )
-        if not self.settings.pairs and row.answers is not None:
-            raise RowFault(
-                f"two answers to compare, but --method {self.settings.method} learns from "
+        if not self.config.reads_pairs and row.answers is not None:
+            raise RecordError(
+                f"two answers to compare, but --method {self.config.method} learns from "
                 "conversations; wanted 'messages' or 'conversations', or --method mpo"
             )
         return row
 
-    def draw(self, entry: Entry, epoch: int) -> np.random.Generator:
+    def random_generator(self, record: Record, epoch: int) -> np.random.Generator:
         """Give a row its own chance, whatever was read before it."""
-        return np.random.default_rng((self.settings.seed, epoch, entry.number))
+        return np.random.default_rng((self.config.seed, epoch, record.index))
 
-    def kept(self, ids: np.ndarray, learned: np.ndarray) -> int:
+    def truncated_length(self, input_ids: np.ndarray, loss_mask: np.ndarray) -> int:
         """Say how many ids are kept: as many as the limit, but no picture is ever cut."""
-        limit = self.settings.max_seq_length
-        if len(ids) <= limit:
-            return len(ids)
-        if self.cuts_picture(ids, limit):
-            raise TooLong(f"{len(ids):,} tokens, and a picture lies beyond {limit:,}")
-        if not learned[:limit].any():
-            raise TooLong(f"{len(ids):,} tokens, and no answer begins within {limit:,}")
+        limit = self.config.max_seq_length
+        if len(input_ids) <= limit:
+            return len(input_ids)
+        if self.truncates_image(input_ids, limit):
+            raise SampleTooLongError(
+                f"{len(input_ids):,} tokens, and a picture lies beyond {limit:,}"
+            )
+        if not loss_mask[:limit].any():
+            raise SampleTooLongError(
+                f"{len(input_ids):,} tokens, and no answer begins within {limit:,}"
+            )
         return limit
 
-    def kept_answer(self, ids: np.ndarray) -> int:
+    def answer_limit(self, prompt_ids: np.ndarray) -> int:
         """Say how many tokens an answer behind this prompt may have."""
-        room = self.settings.max_seq_length - len(ids)
+        room = self.config.max_seq_length - len(prompt_ids)
         if room < 1:
-            raise TooLong(
-                f"a prompt of {len(ids):,} tokens, and no answer begins within "
-                f"{self.settings.max_seq_length:,}"
+            raise SampleTooLongError(
+                f"a prompt of {len(prompt_ids):,} tokens, and no answer begins within "
+                f"{self.config.max_seq_length:,}"
             )
         return room
 
-    def cuts_picture(self, ids: np.ndarray, limit: int) -> bool:
-        tokenizer = self.preparer.tokenizer
-        return bool(np.isin(ids[limit:], (tokenizer.image_id, tokenizer.image_end_id)).any())
+    def truncates_image(self, input_ids: np.ndarray, limit: int) -> bool:
+        tokenizer = self.processor.tokenizer
+        return bool(np.isin(input_ids[limit:], (tokenizer.image_id, tokenizer.image_end_id)).any())
 
-    def positions(self, ids: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    def build_positions(self, input_ids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Place every token; a random step is drawn anew for each picture or frame."""
-        image_id, delta = self.preparer.tokenizer.image_id, self.settings.delta
+        image_id, delta = self.processor.tokenizer.image_id, self.config.position_delta
         if delta != RANDOM:
-            return visual_positions(ids, image_id, float(delta))
-        runs = len(image_runs(ids, image_id))
-        steps = draw.choice(DELTAS, size=runs).tolist()
-        return visual_positions(ids, image_id, steps if runs else 1.0)
+            return visual_positions(input_ids, image_id, float(delta))
+        runs = len(image_spans(input_ids, image_id))
+        steps = generator.choice(DELTAS, size=runs).tolist()
+        return visual_positions(input_ids, image_id, steps if runs else 1.0)
 
 
 @contextmanager
-def told_at(place: str) -> Iterator[None]:
+def error_location(location: str) -> Iterator[None]:
     """Say where in the data something went wrong."""
     try:
         yield
     except DataError:
         raise
-    except (RowFault, UserError) as error:
-        raise DataError(f"{place}: {error}") from error
-    except TooLong as error:
-        raise DataError(f"{place}: {error}; raise --max-seq-length or lower --max-tiles") from error
+    except (RecordError, UserError) as error:
+        raise DataError(f"{location}: {error}") from error
+    except SampleTooLongError as error:
+        raise DataError(
+            f"{location}: {error}; raise --max-seq-length or lower --max-tiles"
+        ) from error
 
 
-OPENED = Text(TURN_START.format(role="assistant"))
+ASSISTANT_START = TextSegment(MESSAGE_START.format(role="assistant"))
 
 
-def apart(segments: Sequence[Segment]) -> Iterator[tuple[list[Segment], bool]]:
+def split_at_answers(segments: Sequence[Segment]) -> Iterator[tuple[list[Segment], bool]]:
     """Split segments at the answers, and say which part is one."""
     waiting: list[Segment] = []
     for segment in segments:
-        if isinstance(segment, Spoken):
+        if isinstance(segment, GeneratedAnswer):
             yield waiting, False
             yield [segment], True
             waiting = []

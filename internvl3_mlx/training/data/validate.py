@@ -7,146 +7,147 @@ from dataclasses import dataclass
 import numpy as np
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.training.data.batch_sampler import Sizes
-from internvl3_mlx.training.data.dataset import Data, Entry
-from internvl3_mlx.training.data.preprocess import Maker, TooLong
-from internvl3_mlx.training.data.schema import RowFault
+from internvl3_mlx.training.data.batch_sampler import SampleSizes
+from internvl3_mlx.training.data.dataset import Dataset, Record
+from internvl3_mlx.training.data.preprocess import Preprocessor, SampleTooLongError
+from internvl3_mlx.training.data.schema import RecordError
 
-MOST_TOLD = 100  # faults, and notes, that are kept; beyond that they are counted
+MAX_FINDINGS = 100  # faults, and notes, that are kept; beyond that they are counted
 
 
 @dataclass(frozen=True)
-class Told:
+class Finding:
     """Something about one row. ``place``: file and line."""
 
-    place: str
-    text: str
+    location: str
+    message: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.text}"
+        return f"{self.location}: {self.message}"
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class DataReport:
     """What was found in the rows.
 
     faults: what must be mended. notes: rows that were cut or left out for their length.
     more_faults, more_notes: how many further ones there are. sizes: of the rows that can be used.
     """
 
-    rows: int
-    faults: tuple[Told, ...]
-    more_faults: int
-    notes: tuple[Told, ...]
-    more_notes: int
-    left_out: int
-    shortened: int
-    sizes: Sizes
+    num_records: int
+    errors: tuple[Finding, ...]
+    more_errors: int
+    warnings: tuple[Finding, ...]
+    more_warnings: int
+    skipped: int
+    truncated: int
+    sizes: SampleSizes
 
-    def raise_faults(self) -> None:
+    def raise_errors(self) -> None:
         """Raise ``DataError`` with all that must be mended."""
-        if self.faults:
-            more = [f"and {self.more_faults:,} more"] if self.more_faults else []
-            raise DataError("\n".join([*map(str, self.faults), *more]))
-        if not len(self.sizes.numbers):
+        if self.errors:
+            more = [f"and {self.more_errors:,} more"] if self.more_errors else []
+            raise DataError("\n".join([*map(str, self.errors), *more]))
+        if not len(self.sizes.indices):
             raise DataError(
-                f"none of {self.rows:,} rows fits; raise --max-seq-length or lower --max-tiles"
+                f"none of {self.num_records:,} rows fits; raise --max-seq-length or lower --max-tiles"
             )
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class ValidationProgress:
     """How far a survey is; the last one carries it."""
 
     done: int
     total: int
-    survey: Survey | None = None
+    report: DataReport | None = None
 
 
-class Tally:
+class FindingLog:
     """Keeps the first of many, and counts the rest."""
 
     def __init__(self) -> None:
-        self.kept: list[Told] = []
-        self.more = 0
+        self.findings: list[Finding] = []
+        self.num_more = 0
 
-    def add(self, place: str, text: str) -> None:
-        if len(self.kept) < MOST_TOLD:
-            self.kept.append(Told(place, text))
+    def add(self, location: str, message: str) -> None:
+        if len(self.findings) < MAX_FINDINGS:
+            self.findings.append(Finding(location, message))
         else:
-            self.more += 1
+            self.num_more += 1
 
 
-class Surveyor:
+class DataValidator:
     """Goes through rows and remembers what they take: sixteen bytes a row."""
 
-    def __init__(self, maker: Maker) -> None:
-        self.maker = maker
-        self.faults, self.notes = Tally(), Tally()
-        self.numbers, self.tokens, self.tiles = array("q"), array("i"), array("i")
-        self.left_out = self.shortened = 0
+    def __init__(self, maker: Preprocessor) -> None:
+        self.preprocessor = maker
+        self.errors, self.warnings = FindingLog(), FindingLog()
+        self.indices, self.tokens, self.tiles = array("q"), array("i"), array("i")
+        self.skipped = self.truncated = 0
 
-    def see(self, entry: Entry) -> None:
+    def check(self, record: Record) -> None:
         """Check one row."""
-        limit = self.maker.settings.max_seq_length
+        limit = self.preprocessor.config.max_seq_length
         try:
-            measure = self.maker.measure(entry)
-        except TooLong as error:
-            self.left_out += 1
-            self.notes.add(entry.place, f"left out: {error}")
+            measure = self.preprocessor.measure(record)
+        except SampleTooLongError as error:
+            self.skipped += 1
+            self.warnings.add(record.location, f"left out: {error}")
             return
-        except RowFault as error:
-            self.faults.add(entry.place, str(error))
+        except RecordError as error:
+            self.errors.add(record.location, str(error))
             return
         except DataError as error:
-            self.faults.add(entry.place, str(error).removeprefix(f"{entry.place}: "))
+            self.errors.add(record.location, str(error).removeprefix(f"{record.location}: "))
             return
-        if measure.cut:
-            self.shortened += 1
-            self.notes.add(
-                entry.place, f"cut to {limit:,} tokens, {measure.cut:,} of its answers are lost"
+        if measure.truncated_tokens:
+            self.truncated += 1
+            self.warnings.add(
+                record.location,
+                f"cut to {limit:,} tokens, {measure.truncated_tokens:,} of its answers are lost",
             )
-        self.numbers.append(entry.number)
+        self.indices.append(record.index)
         self.tokens.append(measure.tokens)
         self.tiles.append(measure.tiles)
 
-    def repeat(self, known: int, rows: int, passes: int) -> None:
+    def repeat_file(self, first: int, num_records: int, repeats: int) -> None:
         """Count what was found since ``known`` once more for each further pass through a file."""
-        numbers, tokens, tiles = self.numbers[known:], self.tokens[known:], self.tiles[known:]
-        for again in range(1, passes):
-            self.numbers.extend(number + again * rows for number in numbers)
+        numbers, tokens, tiles = self.indices[first:], self.tokens[first:], self.tiles[first:]
+        for again in range(1, repeats):
+            self.indices.extend(number + again * num_records for number in numbers)
             self.tokens.extend(tokens)
             self.tiles.extend(tiles)
 
-    def survey(self, rows: int) -> Survey:
-        columns = (self.numbers, self.tokens, self.tiles)
-        return Survey(
-            rows,
-            tuple(self.faults.kept),
-            self.faults.more,
-            tuple(self.notes.kept),
-            self.notes.more,
-            self.left_out,
-            self.shortened,
-            Sizes(*(np.array(column) for column in columns)),
+    def build_report(self, num_records: int) -> DataReport:
+        columns = (self.indices, self.tokens, self.tiles)
+        return DataReport(
+            num_records,
+            tuple(self.errors.findings),
+            self.errors.num_more,
+            tuple(self.warnings.findings),
+            self.warnings.num_more,
+            self.skipped,
+            self.truncated,
+            SampleSizes(*(np.array(column) for column in columns)),
         )
 
 
-def survey(data: Data, maker: Maker) -> Iterator[Look]:
+def validate_dataset(dataset: Dataset, preprocessor: Preprocessor) -> Iterator[ValidationProgress]:
     """Look at every row, its pictures' headers included; yield after each, the last with all."""
-    surveyor, total, first = Surveyor(maker), len(data), 0
-    for source in data.sources:
-        known = len(surveyor.numbers)
-        for number in range(first, first + len(source.taken)):
-            surveyor.see(data[number])
-            yield Look(number + 1, total)
-        surveyor.repeat(known, len(source.taken), source.passes)
+    surveyor, total, first = DataValidator(preprocessor), len(dataset), 0
+    for source in dataset.files:
+        known = len(surveyor.indices)
+        for number in range(first, first + len(source.selected)):
+            surveyor.check(dataset[number])
+            yield ValidationProgress(number + 1, total)
+        surveyor.repeat_file(known, len(source.selected), source.repeats)
         first += len(source)
-    yield Look(total, total, surveyor.survey(total))
+    yield ValidationProgress(total, total, surveyor.build_report(total))
 
 
-def checked(data: Data, maker: Maker) -> Survey:
+def validation_report(dataset: Dataset, preprocessor: Preprocessor) -> DataReport:
     """Look at every row and return what was found."""
-    *_, last = survey(data, maker)
-    assert last.survey is not None
-    return last.survey
+    *_, last = validate_dataset(dataset, preprocessor)
+    assert last.report is not None
+    return last.report

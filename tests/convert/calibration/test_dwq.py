@@ -7,23 +7,23 @@ import pytest
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx.checkpoints.build_model import open_model
+from internvl3_mlx.checkpoints.build_model import build_model
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.awq import smooth
-from internvl3_mlx.convert.calibration.bit_allocation import module_at
-from internvl3_mlx.convert.calibration.data import Sample
+from internvl3_mlx.convert.calibration.bit_allocation import get_module
+from internvl3_mlx.convert.calibration.data import CalibrationSample
 from internvl3_mlx.convert.calibration.dwq import Learned, learn, learned_tensors
-from internvl3_mlx.convert.calibration.metrics import compare, reference
-from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.calibration.metrics import compute_metrics, reference_log_probs
+from internvl3_mlx.convert.recipes import uniform_recipe
 
 TINY = Recipe(style="300m")
 
 
 def test_learning_lowers_the_divergence(samples, monkeypatch):
     monkeypatch.setattr("internvl3_mlx.convert.calibration.dwq.LEARNING_RATE", 2e-3)
-    opened = open_model(tiny(TINY).folder)
-    wanted = reference(opened.model, samples)
-    choose = recipe(3, 32).choose
+    opened = build_model(tiny(TINY).folder)
+    wanted = reference_log_probs(opened.model, samples)
+    choose = uniform_recipe(3, 32).choose
     forms = {
         f"language_model.model.layers.{n}.mlp.{name}": choose("x")
         for n in range(3)
@@ -36,10 +36,10 @@ def test_learning_lowers_the_divergence(samples, monkeypatch):
 
 
 def test_scales_of_sixteen_bits_are_learned_in_thirty_two(samples):
-    opened = open_model(tiny(TINY).folder)
-    wanted = reference(opened.model, samples)
+    opened = build_model(tiny(TINY).folder)
+    wanted = reference_log_probs(opened.model, samples)
     path, form = "language_model.model.layers.0.mlp.up_proj", Quantization(3, 32)
-    weight = module_at(opened.model, path).weight.astype(mx.float16)
+    weight = get_module(opened.model, path).weight.astype(mx.float16)
     packed = {path: mx.quantize(weight, group_size=32, bits=3)}
     steps = list(learn(opened.model, samples, wanted, {path: form}, epochs=2, packed=packed))
     assert all(np.isfinite(step.kl) for step in steps)
@@ -69,8 +69,8 @@ def test_packed_and_dense_products_learn_the_same():
 
 def test_scaling_changes_no_answer(samples):
     for style in ("300m", "6b", "9b"):
-        opened = open_model(tiny(Recipe(style=style)).folder)
-        wanted = reference(opened.model, samples) if style == "300m" else None
+        opened = build_model(tiny(Recipe(style=style)).folder)
+        wanted = reference_log_probs(opened.model, samples) if style == "300m" else None
         row = mx.array([list(range(5, 40))])
         before = opened.model(row)
         done = list(smooth(opened.model, own_samples(opened, samples, style), tower=True))
@@ -79,7 +79,7 @@ def test_scaling_changes_no_answer(samples):
         )
         assert mx.abs(opened.model(row) - before).max() < 1e-4 * mx.abs(before).max()
         if wanted is not None:
-            assert compare(opened.model, samples, wanted).kl == pytest.approx(0, abs=1e-5)
+            assert compute_metrics(opened.model, samples, wanted).kl == pytest.approx(0, abs=1e-5)
 
 
 def own_samples(opened, samples, style):
@@ -88,4 +88,4 @@ def own_samples(opened, samples, style):
         return samples
     side, image = opened.config.force_image_size, opened.tokenizer.image_id
     tile = np.random.default_rng(1).integers(0, 256, size=(1, side, side, 3), dtype=np.uint8)
-    return [Sample([image] * opened.config.num_image_token + [7, 8, 9, 10], tile, 1)]
+    return [CalibrationSample([image] * opened.config.num_image_token + [7, 8, 9, 10], tile, 1)]

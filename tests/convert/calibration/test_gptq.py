@@ -6,13 +6,13 @@ import pytest
 
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.gptq import (
-    feedback_rounding,
-    inverse_factor,
-    packed_words,
-    second_moment,
+    compute_hessian,
+    inverse_cholesky,
+    pack_levels,
+    quantize_weight,
 )
 from internvl3_mlx.convert.recipes import BITS
-from internvl3_mlx.convert.row_reader import unpacked
+from internvl3_mlx.convert.row_reader import dequantize_parts
 
 FORMS = [Quantization(bits, group) for bits in BITS for group in (32, 64)]
 
@@ -27,7 +27,7 @@ def correlated(rows, width, seed=0):
 def test_words_are_packed_as_mlx_unpacks_them(bits):
     levels = np.random.default_rng(bits).integers(0, 2**bits, size=(5, 96), dtype=np.uint8)
     ones, none = mx.ones((5, 3)), mx.zeros((5, 3))
-    back = mx.dequantize(packed_words(levels, bits), ones, none, group_size=32, bits=bits)
+    back = mx.dequantize(pack_levels(levels, bits), ones, none, group_size=32, bits=bits)
     np.testing.assert_array_equal(np.array(back), levels)
 
 
@@ -38,28 +38,30 @@ def test_the_output_errs_less_than_with_plain_rounding(form):
         mx.array(np.random.default_rng(1).normal(size=(48, 192)).astype(np.float32)),
     )
     plain = mx.quantize(weight, group_size=form.group_size, bits=form.bits)
-    ours = feedback_rounding(weight, second_moment(x), form)
+    ours = quantize_weight(weight, compute_hessian(x), form)
     assert [(p.shape, p.dtype) for p in ours] == [(p.shape, p.dtype) for p in plain]
-    errors = [float(mx.square(x @ (unpacked(p, form) - weight).T).sum()) for p in (ours, plain)]
+    errors = [
+        float(mx.square(x @ (dequantize_parts(p, form) - weight).T).sum()) for p in (ours, plain)
+    ]
     assert errors[0] < 0.8 * errors[1]
 
 
 def test_scales_are_those_of_the_type_they_are_stored_in():
     weight = mx.random.normal((8, 64)).astype(mx.bfloat16)
-    parts = feedback_rounding(weight, second_moment(correlated(100, 64)), Quantization(4, 32))
+    parts = quantize_weight(weight, compute_hessian(correlated(100, 64)), Quantization(4, 32))
     assert [x.dtype for x in parts] == [mx.uint32, mx.bfloat16, mx.bfloat16]
 
 
 def test_equal_weights_stay_what_they_are():
     weight = mx.full((4, 64), 0.5)
-    parts = feedback_rounding(weight, np.eye(64), Quantization(4, 64))
-    assert mx.allclose(unpacked(parts, Quantization(4, 64)), weight).item()
+    parts = quantize_weight(weight, np.eye(64), Quantization(4, 64))
+    assert mx.allclose(dequantize_parts(parts, Quantization(4, 64)), weight).item()
 
 
 def test_the_factor_is_that_of_the_inverse(monkeypatch):
     monkeypatch.setattr("internvl3_mlx.convert.calibration.gptq.DAMPING", 0)
-    moment = second_moment(correlated(300, 16))
-    upper = inverse_factor(moment)
+    moment = compute_hessian(correlated(300, 16))
+    upper = inverse_cholesky(moment)
     assert np.allclose(upper, np.triu(upper))
     identity = upper.T @ upper @ moment
     assert np.allclose(identity, np.eye(16))

@@ -6,7 +6,7 @@ from fixtures.rows import pair, read, talk, write_picture, write_rows
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.config import DataSettings
-from internvl3_mlx.training.data.collate import laid, laid_pairs
+from internvl3_mlx.training.data.collate import collate, collate_pairs
 
 
 @pytest.fixture
@@ -48,26 +48,28 @@ def same(first, second):
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
 def test_a_batch_is_its_samples_end_to_end(rows, reduction):
     corpus = read(rows)
-    samples = [corpus.maker.sample(corpus.data[n]) for n in (2, 0, 1)]
-    batch = laid(samples, reduction)
+    samples = [corpus.preprocessor.build_sample(corpus.dataset[n]) for n in (2, 0, 1)]
+    batch = collate(samples, reduction)
     at, targets = 0, []
     for owner, (sample, span) in enumerate(zip(samples, batch.spans, strict=True)):
-        length = len(sample.ids)
+        length = len(sample.input_ids)
         assert (span.start, span.stop, span.prefix) == (at, at + length, None)
-        assert np.array_equal(batch.ids[at : at + length], sample.ids)
+        assert np.array_equal(batch.input_ids[at : at + length], sample.input_ids)
         assert np.array_equal(batch.positions[at : at + length], sample.positions)
-        count = int(sample.supervised.sum())
+        count = int(sample.loss_mask.sum())
         weight = {"token": 1, "sample": 1 / count, "square": count**-0.5}[reduction]
-        targets += [(at + n - 1, sample.ids[n], owner, weight) for n in range(length)
-                    if sample.supervised[n]]  # fmt: skip
+        targets += [(at + n - 1, sample.input_ids[n], owner, weight) for n in range(length)
+                    if sample.loss_mask[n]]  # fmt: skip
         at += length
-    got = zip(batch.rows, batch.targets, batch.owner, batch.weights, strict=True)
+    got = zip(
+        batch.target_positions, batch.targets, batch.answer_ids, batch.loss_weights, strict=True
+    )
     assert [tuple(map(float, one)) for one in got] == [
         pytest.approx([float(n) for n in one]) for one in targets
     ]
-    assert (batch.answers, len(batch.ids)) == (3, at)
-    assert [len(seen.tiles) for seen in batch.seen] == [1, 4, 4]
-    assert batch.places == tuple(sample.place for sample in samples)
+    assert (batch.num_answers, len(batch.input_ids)) == (3, at)
+    assert [len(seen.tiles) for seen in batch.images] == [1, 4, 4]
+    assert batch.locations == tuple(sample.location for sample in samples)
     kinds = {"positions": np.float32, "weights": np.float32}
     for name in ("ids", "rows", "targets", "owner", *kinds):
         assert getattr(batch, name).dtype == kinds.get(name, np.int32)
@@ -77,37 +79,42 @@ def test_square_weights_average_as_the_published_example():
     """Losses {2, 1} and eight times 0.5: token 0.7, sample 1.0, square 0.8333."""
     losses = np.array([2, 1, *[0.5] * 8])
     for reduction, wanted in (("token", 0.7), ("sample", 1.0), ("square", 5 / 6)):
-        batch = laid([fake(2), fake(8)], reduction)
-        assert (losses * batch.weights).sum() / batch.weights.sum() == pytest.approx(wanted)
+        batch = collate([fake(2), fake(8)], reduction)
+        assert (losses * batch.loss_weights).sum() / batch.loss_weights.sum() == pytest.approx(
+            wanted
+        )
 
 
 def fake(learned):
-    from internvl3_mlx.training.data.preprocess import Sample
+    from internvl3_mlx.training.data.preprocess import TrainingSample
 
     ids = np.arange(3 + learned, dtype=np.int32)
-    return Sample(ids, ids >= 3, ids.astype(np.float32), (), "here")
+    return TrainingSample(ids, ids >= 3, ids.astype(np.float32), (), "here")
 
 
 def test_both_answers_of_a_pair_branch_from_one_prompt(pairs):
     corpus = read(pairs, method="mpo")
-    made = [corpus.maker.pair(corpus.data[n]) for n in (1, 0)]
-    batch = laid_pairs(made)
+    made = [corpus.preprocessor.build_pair(corpus.dataset[n]) for n in (1, 0)]
+    batch = collate_pairs(made)
     at = 0
     for number, one in enumerate(made):
         prompt, chosen, rejected = batch.spans[3 * number : 3 * number + 3]
-        end = at + len(one.prompt.ids)
+        end = at + len(one.prompt.input_ids)
         assert (prompt.start, prompt.stop, prompt.prefix) == (at, end, None)
         assert chosen.prefix == rejected.prefix == (at, end)
         for owner, span, answer in ((0, chosen, one.chosen), (1, rejected, one.rejected)):
-            mine = batch.owner == 2 * number + owner
+            mine = batch.answer_ids == 2 * number + owner
             assert batch.targets[mine].tolist() == answer.tolist()
-            assert batch.rows[mine].tolist() == [end - 1, *range(span.start, span.stop - 1)]
-            assert batch.weights[mine].tolist() == [1.0 - owner] * len(answer)
+            assert batch.target_positions[mine].tolist() == [
+                end - 1,
+                *range(span.start, span.stop - 1),
+            ]
+            assert batch.loss_weights[mine].tolist() == [1.0 - owner] * len(answer)
             first = np.ceil(one.prompt.positions[-1]) + 1
             wanted = first + np.arange(len(answer))
             assert batch.positions[span.start : span.stop].tolist() == wanted.tolist()
         at = rejected.stop
-    assert (batch.answers, len(batch.ids), len(batch.seen)) == (4, at, 1)
+    assert (batch.num_answers, len(batch.input_ids), len(batch.images)) == (4, at, 1)
 
 
 @pytest.mark.parametrize(
@@ -119,36 +126,36 @@ def test_both_answers_of_a_pair_branch_from_one_prompt(pairs):
 )
 def test_to_start_at_a_micro_batch_is_to_have_read_those_before(rows, settings):
     corpus = read(rows, **settings)
-    whole = [*corpus.epoch(1)]
-    assert len(whole) == corpus.count(1) > 2
+    whole = [*corpus.iter_epoch(1)]
+    assert len(whole) == corpus.count_batches(1) > 2
     for start in range(len(whole) + 1):
-        rest = [*read(rows, **settings).epoch(1, start=start)]
+        rest = [*read(rows, **settings).iter_epoch(1, start=start)]
         assert len(rest) == len(whole) - start
         assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
 
 def test_ranks_read_different_samples(rows):
     corpus = read(rows, batch_size=2)
-    shares = [[b.places for b in corpus.epoch(0, rank=r, ranks=2)] for r in (0, 1)]
-    assert [len(share) for share in shares] == [corpus.count(0, 2)] * 2 == [2, 2]
+    shares = [[b.locations for b in corpus.iter_epoch(0, rank=r, ranks=2)] for r in (0, 1)]
+    assert [len(share) for share in shares] == [corpus.count_batches(0, 2)] * 2 == [2, 2]
     read_places = [place for share in shares for places in share for place in places]
     assert len(read_places) == len({*read_places}) == 8
 
 
 def test_validation_reads_every_row_once_in_order(rows):
     corpus = read(rows, batch_size=4)
-    places = [place for batch in corpus.every() for place in batch.places]
-    assert places == [entry.place for entry in corpus.data]
-    halves = [[p for b in corpus.every(rank=r, ranks=2) for p in b.places] for r in (0, 1)]
+    places = [place for batch in corpus.iter_once() for place in batch.locations]
+    assert places == [entry.location for entry in corpus.dataset]
+    halves = [[p for b in corpus.iter_once(rank=r, ranks=2) for p in b.locations] for r in (0, 1)]
     assert halves[0] + halves[1] == places
 
 
 def test_a_packed_batch_keeps_to_its_budget(rows):
     corpus = read(rows, packing=True, max_seq_length=500, max_packed_tiles=5)
-    batches = [*corpus.epoch(0)]
-    assert all(len(batch.ids) <= 500 for batch in batches)
+    batches = [*corpus.iter_epoch(0)]
+    assert all(len(batch.input_ids) <= 500 for batch in batches)
     assert max(len(batch.spans) for batch in batches) > 1
-    assert sum(len(batch.places) for batch in batches) == 10
+    assert sum(len(batch.locations) for batch in batches) == 10
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from fixtures.rows import pair, talk, write_rows
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.training.config import DataSettings
-from internvl3_mlx.training.data.dataset import open_data
+from internvl3_mlx.training.data.dataset import open_dataset
 
 MPO = DataSettings(method="mpo")
 
@@ -19,36 +19,36 @@ def answers(data):
 
 def refused(path, **options):
     with pytest.raises(DataError) as caught:
-        open_data(path, **options)
+        open_dataset(path, **options)
     return str(caught.value)
 
 
 def test_a_folder_has_splits_and_may_lack_some(tmp_path):
     write_rows(tmp_path / "train.jsonl", [talk(answer="a"), talk(answer="b")])
     write_rows(tmp_path / "valid.jsonl", [talk(answer="c")])
-    assert answers(open_data(tmp_path)) == ["a", "b"]
-    assert answers(open_data(tmp_path, "valid")) == ["c"]
-    assert open_data(tmp_path, "test") is None
+    assert answers(open_dataset(tmp_path)) == ["a", "b"]
+    assert answers(open_dataset(tmp_path, "valid")) == ["c"]
+    assert open_dataset(tmp_path, "test") is None
 
 
 def test_one_file_is_the_train_split(tmp_path):
     file = write_rows(tmp_path / "any.jsonl", [talk(answer="a")])
-    assert answers(open_data(file)) == ["a"]
-    assert open_data(file, "valid") is None
+    assert answers(open_dataset(file)) == ["a"]
+    assert open_dataset(file, "valid") is None
 
 
 def test_places_name_the_file_and_the_line_blank_lines_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "data" / "train.jsonl", ["", talk(answer="a"), "   ", talk(answer="b")])
-    data = open_data("data")
-    assert [entry.place for entry in data] == ["data/train.jsonl:2", "data/train.jsonl:4"]
-    assert [entry.number for entry in data] == [0, 1]
+    data = open_dataset("data")
+    assert [entry.location for entry in data] == ["data/train.jsonl:2", "data/train.jsonl:4"]
+    assert [entry.index for entry in data] == [0, 1]
 
 
 def test_a_mark_of_utf8_and_a_missing_last_newline_do_no_harm(tmp_path):
     rows = "\ufeff" + json.dumps(talk(answer="a")) + "\r\n" + json.dumps(talk(answer="ü"))
     (tmp_path / "train.jsonl").write_bytes(rows.encode())
-    assert answers(open_data(tmp_path)) == ["a", "ü"]
+    assert answers(open_dataset(tmp_path)) == ["a", "ü"]
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
@@ -58,9 +58,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         for _ in range(lines):
             out.write(row)
     tracemalloc.start()
-    data = open_data(file)
+    data = open_dataset(file)
     for number in (0, lines // 2, lines - 1):
-        assert data[number].place.endswith(f":{number + 1}")
+        assert data[number].location.endswith(f":{number + 1}")
         assert data[number].value["messages"][1]["content"] == "A cat."
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -86,24 +86,24 @@ def test_a_meta_json_joins_files_and_repeats_them(tmp_path):
         first={"annotation": "rows/a.jsonl", "root": "pictures", "repeat_time": 0.7, "length": 9},
         second={"annotation": "rows/b.jsonl", "repeat_time": 2, "data_augment": True},
     )
-    data = open_data(meta)
+    data = open_dataset(meta)
     assert answers(data) == ["a0", "a1", "b0", "b1", "b0", "b1"]
-    first, second = data.sources
+    first, second = data.files
     assert first.root == tmp_path / "pictures"
     assert (first.augment, second.augment) == (False, True)
-    assert data[4].place == f"{tmp_path / 'rows' / 'b.jsonl'}:1"
-    assert data[4].number == 4
+    assert data[4].location == f"{tmp_path / 'rows' / 'b.jsonl'}:1"
+    assert data[4].index == 4
 
 
 def test_half_of_a_preference_file_is_drawn_not_cut_off(tmp_path):
     rows = [pair(chosen=str(n)) for n in range(40)]
     write_rows(tmp_path / "p.jsonl", rows)
     meta = write_meta(tmp_path, p={"annotation": "p.jsonl", "repeat_time": 0.5})
-    chosen = [int(entry.value["chosen"]) for entry in open_data(meta, settings=MPO)]
+    chosen = [int(entry.value["chosen"]) for entry in open_dataset(meta, config=MPO)]
     assert len(chosen) == 20 == len({*chosen})
     assert chosen == sorted(chosen)
     assert chosen != [*range(20)]
-    again = open_data(meta, settings=MPO)
+    again = open_dataset(meta, config=MPO)
     assert [int(entry.value["chosen"]) for entry in again] == chosen
 
 
@@ -130,7 +130,7 @@ def test_a_fault_in_a_meta_json_is_told(tmp_path, told):
 def test_keys_of_other_trainers_are_passed_over(tmp_path):
     letters(tmp_path, "a", 3)
     meta = write_meta(tmp_path, x={"annotation": "rows/a.jsonl", "conv_style": "internvl2_5"})
-    assert len(open_data(meta)) == 3
+    assert len(open_dataset(meta)) == 3
 
 
 def test_what_is_no_data_is_told_with_what_to_do(tmp_path):

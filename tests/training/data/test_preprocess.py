@@ -9,16 +9,16 @@ from fixtures.rows import opened, pair, preparer, talk, write_picture, write_row
 from PIL import Image
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.generation.generation_config import Settings
-from internvl3_mlx.images.load import open_picture, picture_size
-from internvl3_mlx.prompt.v2pe import DELTAS, image_runs
+from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.images.load import image_size, open_image
+from internvl3_mlx.prompt.v2pe import DELTAS, image_spans
 
 PER_TILE = 16
 
 
 def made(tmp_path, row, epoch=0, **settings):
     data, maker = opened(write_rows(tmp_path / "train.jsonl", [row]), **settings)
-    return maker.sample(data[0], epoch)
+    return maker.build_sample(data[0], epoch)
 
 
 @pytest.fixture
@@ -39,16 +39,16 @@ def test_pictures_and_frames_come_in_the_order_of_their_tokens(pictures):
     row = {"messages": turns, "images": ["tall.png", "wide.png"], "video": "v.mp4"}
     sample = made(pictures, row, num_frames=3)
     tiles = [len(seen.tiles) for seen in sample.seen]
-    runs = image_runs(sample.ids, preparer().tokenizer.image_id)
+    runs = image_spans(sample.ids, preparer().tokenizer.image_id)
     assert tiles == [3, 1, 1, 1, 4]
     assert [(stop - start) // PER_TILE for start, stop in runs] == tiles
-    chat = preparer().look(pictures / "tall.png", Settings())
+    chat = preparer().look(pictures / "tall.png", GenerationConfig())
     assert np.array_equal(sample.seen[0].tiles, chat.tiles)
 
 
 def test_pictures_before_the_question_are_laid_as_a_chat_lays_them(pictures):
     paths = [pictures / "wide.png", pictures / "tall.png"]
-    settings = Settings(video=(str(pictures / "v.mp4"),), num_frames=2)
+    settings = GenerationConfig(video=(str(pictures / "v.mp4"),), num_frames=2)
     chat = preparer()("Which?", paths, settings)
     row = talk("Which?", images=["wide.png", "tall.png"], video="v.mp4")
     sample = made(pictures, row, num_frames=2)
@@ -71,14 +71,14 @@ def test_the_lower_limit_of_tiles_counts(pictures):
 
 @pytest.mark.parametrize("delta", ["1", "1/4", 0.00390625])
 def test_a_fixed_step_places_every_picture(pictures, delta):
-    chat = preparer()("?", [pictures / "wide.png"], Settings(v2pe_delta=delta))
+    chat = preparer()("?", [pictures / "wide.png"], GenerationConfig(v2pe_delta=delta))
     sample = made(pictures, talk("?", image="wide.png"), v2pe_delta=delta)
     assert sample.positions[: len(chat.positions)].tolist() == chat.positions.tolist()
     assert sample.positions.dtype == np.float32
 
 
 def steps_of(sample):
-    runs = image_runs(sample.ids, preparer().tokenizer.image_id)
+    runs = image_spans(sample.ids, preparer().tokenizer.image_id)
     return [float(sample.positions[start + 1] - sample.positions[start]) for start, _ in runs]
 
 
@@ -119,11 +119,11 @@ def test_frames_of_videos_are_never_augmented(pictures):
 def test_a_long_answer_is_cut_and_what_is_left_is_learned(pictures):
     row = talk("?", "cat dog " * 100, image="wide.png")
     whole = made(pictures, row)
-    limit = int(np.flatnonzero(whole.supervised)[9])
+    limit = int(np.flatnonzero(whole.loss_mask)[9])
     short = made(pictures, row, max_seq_length=limit)
     assert np.array_equal(short.ids, whole.ids[:limit])
     assert np.array_equal(short.positions, whole.positions[:limit])
-    assert short.supervised.sum() == 9
+    assert short.loss_mask.sum() == 9
 
 
 def test_image_tokens_are_never_cut(pictures):
@@ -134,7 +134,7 @@ def test_image_tokens_are_never_cut(pictures):
     with pytest.raises(DataError, match=told):
         made(pictures, row, max_seq_length=60)
     # the picture's end mark is the last that must fit
-    last = image_runs(made(pictures, row).ids, preparer().tokenizer.image_id)[0][1]
+    last = image_spans(made(pictures, row).ids, preparer().tokenizer.image_id)[0][1]
     with pytest.raises(DataError, match="a picture lies beyond"):
         made(pictures, row, max_seq_length=last)
     assert len(made(pictures, row, max_seq_length=last + 1).ids) == last + 1
@@ -149,15 +149,15 @@ def test_a_pair_is_cut_answer_by_answer(pictures):
     row = pair("?", "cat " * 50, "dog", image="wide.png")
     file = write_rows(pictures / "p.jsonl", [row])
     data, maker = opened(file, method="mpo")
-    whole = maker.pair(data[0])
-    limit = len(whole.prompt.ids) + 10
+    whole = maker.build_pair(data[0])
+    limit = len(whole.prompt.input_ids) + 10
     data, maker = opened(file, method="mpo", max_seq_length=limit)
-    short = maker.pair(data[0])
+    short = maker.build_pair(data[0])
     assert short.chosen.tolist() == whole.chosen[:10].tolist()
     assert short.rejected.tolist() == whole.rejected.tolist()
-    data, maker = opened(file, method="mpo", max_seq_length=len(whole.prompt.ids))
+    data, maker = opened(file, method="mpo", max_seq_length=len(whole.prompt.input_ids))
     with pytest.raises(DataError, match="a prompt of .* tokens, and no answer begins within"):
-        maker.pair(data[0])
+        maker.build_pair(data[0])
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -165,8 +165,8 @@ def test_a_header_gives_the_size_that_the_picture_has(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
-    picture = open_picture(tmp_path / "a.jpg")
-    assert picture_size(tmp_path / "a.jpg") == (picture.width, picture.height)
+    picture = open_image(tmp_path / "a.jpg")
+    assert image_size(tmp_path / "a.jpg") == (picture.width, picture.height)
     assert (picture.width < picture.height) is (orientation == 6)
 
 
@@ -176,4 +176,4 @@ def test_a_picture_that_breaks_while_training_names_its_row(pictures):
     whole = (pictures / "wide.png").read_bytes()
     (pictures / "wide.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"train.jsonl:1: cannot read .*wide.png"):
-        maker.sample(data[0])
+        maker.build_sample(data[0])

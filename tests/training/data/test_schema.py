@@ -3,11 +3,17 @@
 import pytest
 from fixtures.rows import pair, talk
 
-from internvl3_mlx.training.data.schema import Row, RowFault, Said, read_row
+from internvl3_mlx.training.data.schema import (
+    ParsedMessage,
+    ParsedRecord,
+    RecordError,
+    parse_record,
+)
 
 USER, GPT = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}
-ONE_PICTURE = Row(
-    (Said("user", "<image>\nWhat is it?", 1), Said("assistant", "A cat.")), ("a.png",)
+ONE_PICTURE = ParsedRecord(
+    (ParsedMessage("user", "<image>\nWhat is it?", 1), ParsedMessage("assistant", "A cat.")),
+    ("a.png",),
 )
 
 
@@ -31,7 +37,7 @@ def text(words):
     ],
 )
 def test_image_and_images_string_and_list_mean_the_same(row):
-    assert read_row(row) == ONE_PICTURE
+    assert parse_record(row) == ONE_PICTURE
 
 
 def test_roles_of_both_worlds_are_known_and_a_system_text_stands_first():
@@ -42,28 +48,28 @@ def test_roles_of_both_worlds_are_known_and_a_system_text_stands_first():
         {"role": "user", "content": "Bye"},
         {"role": "assistant", "content": "Bye"},
     ]
-    row = read_row({"conversations": turns})
+    row = parse_record({"conversations": turns})
     assert row.system == "Be brief."
-    assert [said.role for said in row.turns] == ["user", "assistant"] * 2
+    assert [said.role for said in row.messages] == ["user", "assistant"] * 2
 
 
 def test_pictures_go_to_the_turns_that_mark_them():
     turns = [USER, GPT, {"from": "human", "value": "And <image> or <image>?"}, GPT]
-    row = read_row({"image": ["a", "b", "c"], "conversations": turns})
-    assert [said.images for said in row.turns] == [1, 0, 2, 0]
+    row = parse_record({"image": ["a", "b", "c"], "conversations": turns})
+    assert [said.num_images for said in row.messages] == [1, 0, 2, 0]
 
 
 def test_pictures_without_marks_are_shown_by_the_first_question():
     turns = [{"from": "human", "value": "Which?"}, GPT, {"from": "human", "value": "Why?"}, GPT]
-    row = read_row({"image": ["a", "b"], "conversations": turns})
-    assert [said.images for said in row.turns] == [2, 0, 0, 0]
-    assert row.turns[0].text == "Which?"
+    row = parse_record({"image": ["a", "b"], "conversations": turns})
+    assert [said.num_images for said in row.messages] == [2, 0, 0, 0]
+    assert row.messages[0].text == "Which?"
 
 
 def test_videos_count_apart_from_pictures():
-    row = read_row(talk("<video>\n<image>\nSame?", video="v.mp4", image="a.png", clip=[1, 2.5]))
-    assert (row.turns[0].images, row.turns[0].videos) == (1, 1)
-    assert (row.videos, row.bound) == (("v.mp4",), (1.0, 2.5))
+    row = parse_record(talk("<video>\n<image>\nSame?", video="v.mp4", image="a.png", clip=[1, 2.5]))
+    assert (row.messages[0].num_images, row.messages[0].num_videos) == (1, 1)
+    assert (row.videos, row.clip) == (("v.mp4",), (1.0, 2.5))
 
 
 @pytest.mark.parametrize(
@@ -76,25 +82,27 @@ def test_videos_count_apart_from_pictures():
     ],
 )
 def test_parts_in_front_are_left_to_the_template(part):
-    row = read_row(asked(part, part, text("Same?")))
+    row = parse_record(asked(part, part, text("Same?")))
     assert row.images == ("a.png", "a.png")
-    assert row.turns[0] == Said("user", "Same?", 2)
+    assert row.messages[0] == ParsedMessage("user", "Same?", 2)
 
 
 def test_parts_between_words_keep_their_places():
     shown = {"type": "image", "image": "a.png"}
-    row = read_row(asked(text("Here: "), shown, text("and "), shown))
-    assert row.turns[0] == Said("user", "Here: <image>\nand <image>", 2)
+    row = parse_record(asked(text("Here: "), shown, text("and "), shown))
+    assert row.messages[0] == ParsedMessage("user", "Here: <image>\nand <image>", 2)
 
 
 def test_bare_parts_take_their_names_from_the_list():
-    row = read_row({**asked({"type": "image"}, text("What?")), "images": ["b.png"]})
-    assert (row.images, row.turns[0].images) == (("b.png",), 1)
+    row = parse_record({**asked({"type": "image"}, text("What?")), "images": ["b.png"]})
+    assert (row.images, row.messages[0].num_images) == (("b.png",), 1)
 
 
 def test_a_preference_row_is_a_question_with_two_answers():
-    row = read_row(pair("<image>\nWhat?", "Cat", "Dog", image="a.png"))
-    assert row == Row((Said("user", "<image>\nWhat?", 1),), ("a.png",), answers=("Cat", "Dog"))
+    row = parse_record(pair("<image>\nWhat?", "Cat", "Dog", image="a.png"))
+    assert row == ParsedRecord(
+        (ParsedMessage("user", "<image>\nWhat?", 1),), ("a.png",), answers=("Cat", "Dog")
+    )
 
 
 def turns(*roles):
@@ -151,7 +159,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("told", FAULTS)
 def test_a_fault_says_what_is_wrong_and_what_was_wanted(told):
-    with pytest.raises(RowFault) as caught:
-        read_row(FAULTS[told])
+    with pytest.raises(RecordError) as caught:
+        parse_record(FAULTS[told])
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -7,8 +7,8 @@ import pytest
 from fixtures.rows import opened, pair, read, talk, write_picture, write_rows
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.training.data.preview import example
-from internvl3_mlx.training.data.validate import MOST_TOLD, checked, survey
+from internvl3_mlx.training.data.preview import preview_sample
+from internvl3_mlx.training.data.validate import MAX_FINDINGS, validate_dataset, validation_report
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
 
 def found(rows, **settings):
     write_rows(Path("data/train.jsonl"), rows)
-    return checked(*opened("data", **settings))
+    return validation_report(*opened("data", **settings))
 
 
 def test_all_faults_are_told_with_file_and_line(folder):
@@ -38,7 +38,7 @@ def test_all_faults_are_told_with_file_and_line(folder):
         talk(video="a.png"),
     ]
     survey = found(rows)
-    told = [str(fault) for fault in survey.faults]
+    told = [str(fault) for fault in survey.errors]
     assert told[0] == (
         "data/train.jsonl:2: 2 <image> marks but 1 image; write one mark for each, or none to put "
         "them before the question"
@@ -53,30 +53,30 @@ def test_all_faults_are_told_with_file_and_line(folder):
     assert told[6].startswith("data/train.jsonl:9: ")
     assert survey.sizes.numbers.tolist() == [0]
     with pytest.raises(DataError) as caught:
-        survey.raise_faults()
+        survey.raise_errors()
     assert str(caught.value).splitlines() == told
     assert caught.value.exit_code == 2
 
 
 def test_conversations_are_refused_where_pairs_are_wanted(folder):
     survey = found([talk(), pair(image="a.png")], method="mpo")
-    assert [str(fault) for fault in survey.faults] == [
+    assert [str(fault) for fault in survey.errors] == [
         "data/train.jsonl:1: a conversation, but --method mpo compares answers; wanted 'question', "
         "'chosen' and 'rejected', or --method sft"
     ]
 
 
 def test_the_list_of_faults_is_bounded_and_the_rest_is_counted(folder):
-    survey = found([talk(answer="")] * (MOST_TOLD + 1234))
-    assert (len(survey.faults), survey.more_faults) == (MOST_TOLD, 1234)
+    survey = found([talk(answer="")] * (MAX_FINDINGS + 1234))
+    assert (len(survey.errors), survey.more_errors) == (MAX_FINDINGS, 1234)
     with pytest.raises(DataError, match="and 1,234 more"):
-        survey.raise_faults()
+        survey.raise_errors()
 
 
 def test_not_utf8_is_told(folder):
     (folder / "train.jsonl").write_bytes('{"messages": "ä"}'.encode("latin-1"))
-    survey = checked(*opened("data"))
-    assert str(survey.faults[0]) == "data/train.jsonl:1: not UTF-8; save the file as UTF-8"
+    survey = validation_report(*opened("data"))
+    assert str(survey.errors[0]) == "data/train.jsonl:1: not UTF-8; save the file as UTF-8"
 
 
 def test_what_is_measured_from_headers_is_what_is_read(folder):
@@ -87,29 +87,29 @@ def test_what_is_measured_from_headers_is_what_is_read(folder):
     ]
     survey = found(rows, max_seq_length=200, system="")
     data, maker = opened("data", max_seq_length=200, system="")
-    samples = [maker.sample(entry) for entry in data]
-    assert survey.sizes.tokens.tolist() == [len(sample.ids) for sample in samples]
-    tiles = [sum(len(seen.tiles) for seen in sample.seen) for sample in samples]
+    samples = [maker.build_sample(entry) for entry in data]
+    assert survey.sizes.tokens.tolist() == [len(sample.input_ids) for sample in samples]
+    tiles = [sum(len(seen.tiles) for seen in sample.images) for sample in samples]
     assert survey.sizes.tiles.tolist() == tiles == [4, 5, 0]
 
 
 def test_long_rows_are_cut_or_left_out_and_both_are_told(folder):
     rows = [talk("Hm?", "cat " * 300), talk(image="a.png"), talk("where " * 100), talk()]
     survey = found(rows, max_seq_length=60, system="")
-    cut, picture, asked = (str(note) for note in survey.notes)
+    cut, picture, asked = (str(note) for note in survey.warnings)
     assert cut.startswith("data/train.jsonl:1: cut to 60 tokens, ")
     assert "of its answers are lost" in cut
     assert picture.startswith("data/train.jsonl:2: left out: ")
     assert "a picture lies beyond 60" in picture
     assert "data/train.jsonl:3: left out: " in asked
     assert "no answer begins within 60" in asked
-    assert (survey.shortened, survey.left_out, survey.faults) == (1, 2, ())
+    assert (survey.truncated, survey.skipped, survey.errors) == (1, 2, ())
     assert survey.sizes.numbers.tolist() == [0, 3]
 
 
 def test_rows_of_which_none_fits_are_refused(folder):
     with pytest.raises(DataError, match="none of 1 rows fits; raise --max-seq-length"):
-        found([talk(image="a.png")], max_seq_length=20).raise_faults()
+        found([talk(image="a.png")], max_seq_length=20).raise_errors()
 
 
 def test_a_repeated_file_is_looked_at_once(folder, tmp_path):
@@ -119,37 +119,40 @@ def test_a_repeated_file_is_looked_at_once(folder, tmp_path):
         '{"r": {"annotation": "r.jsonl", "repeat_time": 3}, "s": {"annotation": "s.jsonl"}}'
     )
     data, maker = opened(folder / "meta.json")
-    result = checked(data, maker)
-    assert len(result.faults) == 1
-    assert result.sizes.numbers.tolist() == [0, 1, 3, 4, 6, 7, 9]
-    lengths = [len(maker.sample(data[n]).ids) for n in result.sizes.numbers.tolist()]
+    result = validation_report(data, maker)
+    assert len(result.errors) == 1
+    assert result.sizes.indices.tolist() == [0, 1, 3, 4, 6, 7, 9]
+    lengths = [len(maker.build_sample(data[n]).input_ids) for n in result.sizes.indices.tolist()]
     assert result.sizes.tokens.tolist() == lengths
 
 
 def test_progress_counts_rows_up_to_the_last(folder):
     write_rows(folder / "train.jsonl", [talk()] * 5)
-    looks = [*survey(*opened("data"))]
+    looks = [*validate_dataset(*opened("data"))]
     assert [(look.done, look.total) for look in looks] == [(n, 5) for n in (1, 2, 3, 4, 5, 5)]
-    assert [look.survey is None for look in looks] == [True] * 5 + [False]
+    assert [look.report is None for look in looks] == [True] * 5 + [False]
 
 
 def test_an_example_shows_what_is_learned(folder):
     row = talk("<image>\nWhat is this?", "A cat.", image="a.png")
     write_rows(folder / "train.jsonl", [row])
-    shown = example(read("data"))
-    assert shown.place == "data/train.jsonl:1"
-    before, picture, after, answer = shown.stretches
+    shown = preview_sample(read("data"))
+    assert shown.location == "data/train.jsonl:1"
+    before, picture, after, answer = shown.spans
     assert before.text.endswith("<|im_start|>user\n<img>")
     assert (picture.kind, picture.text, picture.tokens) == ("picture", "64 tokens", 64)
     assert after.text == "</img>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
-    assert (answer.text, answer.learned) == ("A cat.<|im_end|>", True)
-    assert [s.learned for s in shown.stretches] == [False, False, False, True]
-    sample = read("data").maker.sample(read("data").data[0])
-    assert (shown.tokens, shown.learned) == (len(sample.ids), int(np.sum(sample.supervised)))
+    assert (answer.text, answer.in_loss) == ("A cat.<|im_end|>", True)
+    assert [s.in_loss for s in shown.spans] == [False, False, False, True]
+    sample = read("data").preprocessor.build_sample(read("data").dataset[0])
+    assert (shown.tokens, shown.loss_tokens) == (
+        len(sample.input_ids),
+        int(np.sum(sample.loss_mask)),
+    )
 
 
 def test_an_example_of_a_pair_shows_both_answers(folder):
     write_rows(folder / "train.jsonl", [pair("What?", "A cat.", "A dog.")])
-    *_, chosen, rejected = example(read("data", method="mpo")).stretches
+    *_, chosen, rejected = preview_sample(read("data", method="mpo")).spans
     assert (chosen.kind, chosen.text) == ("chosen", "A cat.<|im_end|>")
     assert (rejected.kind, rejected.text) == ("rejected", "A dog.<|im_end|>")
