@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fixtures.rows import talk, write_rows
-from fixtures.runs import SMALL, write_data
+from fixtures.records import chat_record, write_jsonl
 from fixtures.terminal import Program
+from fixtures.train_sessions import SMALL, write_data
 
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.main import main
@@ -220,8 +220,8 @@ def test_check_shows_a_sample_with_what_is_learned_of_it(folder):
 
 
 def test_check_tells_every_fault_by_file_and_line(folder):
-    rows = [talk(), {"messages": []}, "{", talk(images=["gone.png"])]
-    write_rows(folder / "data" / "train.jsonl", rows)
+    rows = [chat_record(), {"messages": []}, "{", chat_record(images=["gone.png"])]
+    write_jsonl(folder / "data" / "train.jsonl", rows)
     result = invoke("--data", "data", "--model", "demo", "--check")
     assert result.exit_code == 2
     told = result.stderr.splitlines()

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fixtures.runs import silent, write_data
+from fixtures.train_sessions import ignore_progress, write_data
 
 import internvl3_mlx
 from internvl3_mlx.training.config_file import build_config
@@ -32,7 +32,7 @@ def test_a_recipe_makes_an_update(path, tmp_path, monkeypatch):
     write_data(tmp_path / "data", 4, 1, pairs=own.method == "mpo")
     where = {"data": str(tmp_path / "data"), "adapter_path": str(tmp_path / "run")}
     recipe = build_config({**TINY, **where}, path)
-    here = open_train_session(prepare_run(recipe, silent, silent))
+    here = open_train_session(prepare_run(recipe, ignore_progress, ignore_progress))
     [moment] = run_session(here, lambda: False)
     assert moment.step.grad_norm > 0
     assert not moment.step.skipped

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fixtures.inputs import random_pixels, relative_error
 from fixtures.loaded_models import bare_model, numbers
-from fixtures.training_samples import sample
+from fixtures.training_samples import make_sample
 
 from internvl3_mlx.config import VisionConfig
 from internvl3_mlx.errors import ConfigError
@@ -67,7 +67,7 @@ def test_nothing_is_dropped_unless_it_is_asked_for():
 )
 def test_only_a_tower_that_learns_drops_paths_and_only_in_training(parts, training, drops):
     model, checkpoint = bare_model("300m")
-    batch = collate([sample(checkpoint, (3, 2), seed=1)])
+    batch = collate([make_sample(checkpoint, (3, 2), seed=1)])
     set_trainable(model, parts)
     model.train(training)
     mx.random.seed(3)

@@ -8,8 +8,8 @@ from itertools import islice
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.rows import talk, write_rows
-from fixtures.runs import recipe, session, write_data
+from fixtures.records import chat_record, write_jsonl
+from fixtures.train_sessions import small_config, small_session, write_data
 
 from internvl3_mlx.errors import CheckpointError, DataError, UserError
 from internvl3_mlx.training.checkpoint import (
@@ -42,7 +42,7 @@ def same(one, other):
 
 def whole_run(folder, **settings):
     """Run to the end without a break; return its moments and what it ends with."""
-    here = session(folder, **settings)
+    here = small_session(folder, **settings)
     return [*run_session(here, lambda: False)], arrays(here.state)
 
 
@@ -55,10 +55,10 @@ def test_a_run_that_is_resumed_equals_the_run_that_was_not(tmp_path):
     for name in ("one", "two"):
         write_data(tmp_path / name / "data", 8, 2, pairs=True)
     straight, end = whole_run(tmp_path / "one", **MPO)
-    first = session(tmp_path / "two", **MPO)
+    first = small_session(tmp_path / "two", **MPO)
     began = [*islice(run_session(first, lambda: False), 3)]
     del first
-    second = session(tmp_path / "two", **MPO)
+    second = small_session(tmp_path / "two", **MPO)
     resume_session(second, accept_changes=False)
     assert second.state.update == 3
     went_on = [*run_session(second, lambda: False)]
@@ -84,7 +84,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on_to_the_bit(tmp_pat
     settings = {"iters": 40, "save_every": 2, "keep_last": 3, "lora_dropout": 0.1}
     for name in ("one", "two"):
         write_data(tmp_path / name / "data", 5)
-    write_config_file(recipe(tmp_path / "two", **settings), tmp_path / "recipe.yaml")
+    write_config_file(small_config(tmp_path / "two", **settings), tmp_path / "recipe.yaml")
     process = subprocess.Popen(
         [sys.executable, "-c", CODE, str(tmp_path / "recipe.yaml")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -93,11 +93,11 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on_to_the_bit(tmp_pat
         assert process.stdout.readline(), process.stderr.read()
     process.kill()
     process.communicate(timeout=PATIENCE_S)
-    second = session(tmp_path / "two", **settings)
+    second = small_session(tmp_path / "two", **settings)
     resume_session(second, accept_changes=False)
     assert 4 <= second.state.update < 40
     assert list_checkpoints(second.folder)[-1].name == f"step-{second.state.update:06d}"
-    first = session(tmp_path / "one", **settings)
+    first = small_session(tmp_path / "one", **settings)
     goal = second.state.update + 2
     for run in (first, second):
         for step in make_updates(run.state, run.remaining_batches()):
@@ -109,7 +109,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on_to_the_bit(tmp_pat
 def saved(tmp_path, **settings):
     """Make one update and save it."""
     write_data(tmp_path / "data", 4)
-    here = session(tmp_path, iters=3, **settings)
+    here = small_session(tmp_path, iters=3, **settings)
     next(make_updates(here.state, here.remaining_batches()))
     return here, save_checkpoint(here.state, here.folder, here.progress)
 
@@ -126,7 +126,7 @@ def saved(tmp_path, **settings):
 )
 def test_another_recipe_is_not_gone_on_with_unless_told(tmp_path, changes, message):
     saved(tmp_path)
-    other = session(tmp_path, **{"iters": 3, **changes})
+    other = small_session(tmp_path, **{"iters": 3, **changes})
     with pytest.raises(UserError, match=message + r"\. Go on with .*--accept-changes"):
         resume_session(other, accept_changes=False)
     assert other.state.update == 0
@@ -136,15 +136,18 @@ def test_another_recipe_is_not_gone_on_with_unless_told(tmp_path, changes, messa
 
 def test_other_data_is_not_gone_on_with_unless_told(tmp_path):
     saved(tmp_path)
-    write_rows(tmp_path / "data" / "train.jsonl", [talk(answer="A dog."), talk(answer="A bee.")])
-    other = session(tmp_path, iters=3)
+    write_jsonl(
+        tmp_path / "data" / "train.jsonl",
+        [chat_record(answer="A dog."), chat_record(answer="A bee.")],
+    )
+    other = small_session(tmp_path, iters=3)
     with pytest.raises(UserError, match="the data is another"):
         resume_session(other, accept_changes=False)
 
 
 def test_what_changes_no_number_may_change(tmp_path):
     saved(tmp_path)
-    other = session(tmp_path, iters=3, save_every=1, grad_checkpoint=True, steps_per_eval=5)
+    other = small_session(tmp_path, iters=3, save_every=1, grad_checkpoint=True, steps_per_eval=5)
     resume_session(other, accept_changes=False)
     assert other.state.update == 1
 
@@ -152,14 +155,14 @@ def test_what_changes_no_number_may_change(tmp_path):
 def test_the_same_data_in_another_place_is_the_same(tmp_path):
     saved(tmp_path)
     write_data(tmp_path / "moved" / "data", 4)
-    other = session(tmp_path, iters=3, data=str(tmp_path / "moved" / "data"))
+    other = small_session(tmp_path, iters=3, data=str(tmp_path / "moved" / "data"))
     resume_session(other, accept_changes=False)
     assert other.state.update == 1
 
 
 def test_other_weights_cannot_take_a_checkpoint_at_all(tmp_path):
     _, folder = saved(tmp_path)
-    other = session(tmp_path, iters=3, num_layers=1)
+    other = small_session(tmp_path, iters=3, num_layers=1)
     with pytest.raises(CheckpointError, match=r"trained other weights, such as language_model\."):
         load_checkpoint(other.state, folder)
 
@@ -167,7 +170,7 @@ def test_other_weights_cannot_take_a_checkpoint_at_all(tmp_path):
 def test_there_must_be_something_to_go_on_from(tmp_path):
     write_data(tmp_path / "data", 4)
     with pytest.raises(UserError, match="no checkpoint in .*run to go on from; leave out --resume"):
-        resume_session(session(tmp_path, iters=3), accept_changes=False)
+        resume_session(small_session(tmp_path, iters=3), accept_changes=False)
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path):
@@ -197,7 +200,7 @@ def test_only_the_last_checkpoints_are_kept_in_the_order_of_their_numbers(tmp_pa
 
 def test_a_run_says_what_it_did(tmp_path):
     write_data(tmp_path / "data", 6, 3)
-    here = session(tmp_path, iters=5, save_every=2, steps_per_eval=2, keep_last=2)
+    here = small_session(tmp_path, iters=5, save_every=2, steps_per_eval=2, keep_last=2)
     moments = [*run_session(here, lambda: False)]
     assert [m.step.update for m in moments if m.saved] == [2, 4, 5]
     assert [m.step.update for m in moments if m.validation] == [2, 4, 5]
@@ -218,7 +221,7 @@ def test_a_run_that_breaks_off_saves_its_last_whole_update(tmp_path):
     for name in ("one", "two"):
         write_data(tmp_path / name / "data", 7)
     straight, end = whole_run(tmp_path / "one", **settings)
-    first = session(tmp_path / "two", **settings)
+    first = small_session(tmp_path / "two", **settings)
     pictures = tmp_path / "two" / "data"
     moments = run_session(first, lambda: False)
     began = [next(moments)]
@@ -228,7 +231,7 @@ def test_a_run_that_breaks_off_saves_its_last_whole_update(tmp_path):
         began.extend(moments)
     for path in pictures.glob("*.away"):
         path.rename(path.with_suffix(".png"))
-    second = session(tmp_path / "two", **settings)
+    second = small_session(tmp_path / "two", **settings)
     resume_session(second, accept_changes=False)
     assert second.state.update == len(began)
     assert second.state.micro_steps == 3 * len(began)
@@ -239,7 +242,7 @@ def test_a_run_that_breaks_off_saves_its_last_whole_update(tmp_path):
 
 def test_who_is_asked_to_stop_saves_first(tmp_path):
     write_data(tmp_path / "data", 6)
-    here = session(tmp_path, iters=9)
+    here = small_session(tmp_path, iters=9)
     moments = []
     for moment in run_session(here, lambda: len(moments) == 2):
         moments.append(moment)
@@ -249,7 +252,7 @@ def test_who_is_asked_to_stop_saves_first(tmp_path):
 
 def test_a_run_that_gets_no_better_stops(tmp_path):
     write_data(tmp_path / "data", 6, 3)
-    here = session(tmp_path, iters=30, learning_rate=0, steps_per_eval=1, patience=2)
+    here = small_session(tmp_path, iters=30, learning_rate=0, steps_per_eval=1, patience=2)
     moments = [*run_session(here, lambda: False)]
     assert moments[-1].stop_reason == "no better validation loss since update 1"
     assert len(moments) == 3
@@ -259,7 +262,7 @@ def test_a_run_leaves_the_limits_of_memory_as_they_were(tmp_path):
     write_data(tmp_path / "data", 2)
     before = mx.set_cache_limit(12_345_678)
     try:
-        for _ in run_session(session(tmp_path, iters=1), lambda: False):
+        for _ in run_session(small_session(tmp_path, iters=1), lambda: False):
             pass
         assert mx.set_cache_limit(before) == 12_345_678
     finally:
@@ -268,7 +271,7 @@ def test_a_run_leaves_the_limits_of_memory_as_they_were(tmp_path):
 
 def test_a_run_that_takes_too_much_memory_stops_and_saves(tmp_path):
     write_data(tmp_path / "data", 6)
-    here = session(tmp_path, iters=9, memory_limit=0.001)
+    here = small_session(tmp_path, iters=9, memory_limit=0.001)
     moments = [*run_session(here, lambda: False)]
     assert len(moments) == 1
     assert "memory: an update took" in moments[0].stop_reason

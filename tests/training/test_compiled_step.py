@@ -8,7 +8,7 @@ from itertools import islice
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.runs import recipe, session, write_data
+from fixtures.train_sessions import small_config, small_session, write_data
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.compiled_step import (
@@ -23,7 +23,7 @@ from internvl3_mlx.training.trainer import loss_and_grads, make_updates
 
 def works(folder, **settings):
     write_data(folder / "data", 7)
-    here = session(folder, lora_dropout=0, batch_size=3, **settings)
+    here = small_session(folder, lora_dropout=0, batch_size=3, **settings)
     return here, [*islice(here.remaining_batches(), 2)]
 
 
@@ -74,11 +74,11 @@ def test_a_step_is_traced_whole_and_leaves_the_model_its_weights(tmp_path, parts
 def test_the_loop_takes_a_compiled_step(tmp_path):
     write_data(tmp_path / "data", 6)
     settings = {"iters": 3, "lora_dropout": 0}
-    plain = session(tmp_path, **settings)
+    plain = small_session(tmp_path, **settings)
     losses = [step.loss for step in make_updates(plain.state, plain.remaining_batches())]
     mx.disable_compile()
     try:
-        here = session(tmp_path, compile=True, **settings)
+        here = small_session(tmp_path, compile=True, **settings)
         found = [step.loss for step in make_updates(here.state, here.remaining_batches())]
     finally:
         mx.enable_compile()
@@ -88,4 +88,4 @@ def test_the_loop_takes_a_compiled_step(tmp_path):
 @pytest.mark.parametrize("other", [{"packing": True}, {"grad_checkpoint": True}, {"method": "mpo"}])
 def test_what_cannot_be_compiled_is_refused(tmp_path, other):
     with pytest.raises(UserError, match="compile is for samples of few lengths"):
-        recipe(tmp_path, compile=True, **other)
+        small_config(tmp_path, compile=True, **other)

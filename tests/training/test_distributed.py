@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.runs import recipe, session, write_data
+from fixtures.train_sessions import small_config, small_session, write_data
 
 from internvl3_mlx.training.config_file import write_config_file
 from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup, init_distributed
@@ -89,10 +89,10 @@ MPO = {"batch_size": 1, "grad_accumulation_steps": 2, "method": "mpo"}
 def test_two_processes_make_the_updates_of_one_with_twice_the_batch(tmp_path, settings):
     write_data(tmp_path / "data", 17, 3, pairs="method" in settings)
     common = {**settings, "lora_dropout": 0, "grouping": False, "iters": 2, "optimizer": "sgd"}
-    write_config_file(recipe(tmp_path, **common), tmp_path / "recipe.yaml")
+    write_config_file(small_config(tmp_path, **common), tmp_path / "recipe.yaml")
     ranks = launched(tmp_path)
     doubled = common | {"grad_accumulation_steps": 4}
-    here = session(tmp_path, **doubled)
+    here = small_session(tmp_path, **doubled)
     steps = [*islice(make_updates(here.state, here.remaining_batches()), 2)]
     one, other = (loaded(tmp_path / f"rank{n}.safetensors") for n in range(2))
     alone = {name: np.array(w) for name, w in here.state.weights.items()}
@@ -142,7 +142,7 @@ def test_a_rank_without_rows_holds_nobody_up():
 
 def test_two_ranks_read_no_row_twice(tmp_path):
     write_data(tmp_path / "data", 9)
-    corpus = session(tmp_path).setup.train_dataset
+    corpus = small_session(tmp_path).setup.train_dataset
     own = [
         {place for batch in corpus.iter_epoch(0, rank=rank, ranks=2) for place in batch.locations}
         for rank in range(2)

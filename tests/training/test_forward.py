@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error
 from fixtures.loaded_models import bare_model, numbers
-from fixtures.training_samples import sample
+from fixtures.training_samples import make_sample
 
 from internvl3_mlx.errors import PromptError
 from internvl3_mlx.models.internvl import TILES_PER_CHUNK
@@ -21,7 +21,11 @@ TOLERANCE = 2e-5
 @pytest.fixture
 def case():
     model, checkpoint = bare_model("6b")
-    samples = [sample(checkpoint, (2, 1), seed=1), sample(checkpoint), sample(checkpoint, (3,))]
+    samples = [
+        make_sample(checkpoint, (2, 1), seed=1),
+        make_sample(checkpoint),
+        make_sample(checkpoint, (3,)),
+    ]
     batch = collate(samples)
     return model, batch, mx.array(np.concatenate([seen.tiles for seen in batch.images]))
 

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from fixtures.loaded_models import bare_model, numbers
-from fixtures.training_samples import sample
+from fixtures.training_samples import make_sample
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.models.internvl import InternVL
@@ -65,7 +65,7 @@ def test_adapters_with_dropout_learn_along_their_own_slope(dropout):
     add_lora(model, LoRAConfig(rank=3, dropout=dropout, keys=("language", "vision")))
     set_trainable(model, ("lora",))
     model.train()
-    batch = collate([sample(checkpoint, (1,), seed=1, turns=(6,))])
+    batch = collate([make_sample(checkpoint, (1,), seed=1, turns=(6,))])
     method = OBJECTIVES["sft"](how=ForwardOptions(grad_checkpoint=True, drop_path_rate=dropout))
 
     def loss():
@@ -93,7 +93,7 @@ def test_recomputing_needs_less_memory():
     model = InternVL(deep, checkpoint.image_id)
     model.freeze()
     model.language_model.model.layers[0].unfreeze()
-    batch = collate([sample(checkpoint, seed=1, turns=(300,))])
+    batch = collate([make_sample(checkpoint, seed=1, turns=(300,))])
     used = [peak_of(model, batch, ForwardOptions(grad_checkpoint=how)) for how in (False, True)]
     assert used[1] < 0.6 * used[0]
 

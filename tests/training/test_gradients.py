@@ -10,7 +10,7 @@ import torch
 from fixtures.inputs import relative_error
 from fixtures.layouts import to_layout
 from fixtures.loaded_models import bare_model, numbers
-from fixtures.training_samples import answered, pair, sample
+from fixtures.training_samples import answer_alone, make_pair, make_sample
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.models.vision import IMAGENET_MEAN, IMAGENET_STD
@@ -77,8 +77,8 @@ def sft(request):
     """Two packed samples with pictures, and transformers' loss and gradient of them."""
     _, checkpoint = bare_model(request.param)
     samples = [
-        sample(checkpoint, (2,), seed=1, turns=(4, 2), delta=1 / 4),
-        sample(checkpoint, (1,), seed=2, turns=(3,)),
+        make_sample(checkpoint, (2,), seed=1, turns=(4, 2), delta=1 / 4),
+        make_sample(checkpoint, (1,), seed=2, turns=(3,)),
     ]
     model = deepcopy(checkpoint.reference.model)
     scores = [torch_scores(model, one) for one in samples]
@@ -128,12 +128,12 @@ def test_features_seen_beforehand_give_the_same_gradients(sft):
 def test_mpo_has_torchs_gradients():
     model, checkpoint = bare_model("300m")
     pairs = [
-        pair(checkpoint, (1,), seed=1, lengths=(5, 3), delta=1 / 4),
-        pair(checkpoint, (2,), seed=2, lengths=(2, 6)),
+        make_pair(checkpoint, (1,), seed=1, lengths=(5, 3), delta=1 / 4),
+        make_pair(checkpoint, (2,), seed=2, lengths=(2, 6)),
     ]
     policy = deepcopy(checkpoint.reference.model)
     scores = [
-        torch_scores(policy, answered(one, w)) for one in pairs for w in ("chosen", "rejected")
+        torch_scores(policy, answer_alone(one, w)) for one in pairs for w in ("chosen", "rejected")
     ]
     draw = torch.Generator().manual_seed(5)
     base = [s.detach() + torch.randn(s.shape, generator=draw) for s in scores]

@@ -6,7 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tokenizers
-from fixtures.rows import opened, preparer, tokenizer_folder, write_picture, write_rows
+from fixtures.records import (
+    make_processor,
+    open_records,
+    tokenizer_folder,
+    write_image,
+    write_jsonl,
+)
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.generation.generation_config import GenerationConfig
@@ -29,7 +35,7 @@ def row_of(talk, system=None, **rest):
 
 
 def sample_of(tmp_path, row, kind="qwen", **settings):
-    data, made = opened(write_rows(tmp_path / "train.jsonl", [row]), kind, **settings)
+    data, made = open_records(write_jsonl(tmp_path / "train.jsonl", [row]), kind, **settings)
     return made.build_sample(data[0])
 
 
@@ -59,8 +65,8 @@ def turn_by_turn(talk, system, tiles):
 
 @pytest.mark.parametrize("system", [None, "Answer briefly."])
 def test_labels_are_those_of_the_published_recipe(tmp_path, system):
-    write_picture(tmp_path / "wide.png", 300, 100)
-    write_picture(tmp_path / "small.png", 50, 50)
+    write_image(tmp_path / "wide.png", 300, 100)
+    write_image(tmp_path / "small.png", 50, 50)
     plain = [("Image-1: <image>\nImage-2: <image>\nSame? It's", "No,\nnot  the same "), TALK[0]]
     row = row_of(plain, system, image=["wide.png", "small.png"])
     sample = sample_of(tmp_path, row)
@@ -75,7 +81,7 @@ def test_labels_are_those_of_the_published_recipe(tmp_path, system):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_what_generation_reads_for_the_same_talk(tmp_path, kind):
     sample = sample_of(tmp_path, row_of(TALK), kind)
-    prepare = preparer(kind)
+    prepare = make_processor(kind)
     for number in range(len(TALK)):
         turns = [Message("user", TALK[0][0])]
         for (_, answer), (question, _) in zip(TALK[:number], TALK[1:], strict=False):
@@ -89,7 +95,7 @@ def test_ids_are_what_generation_reads_for_the_same_talk(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_learned_tokens_spell_the_answers_and_nothing_else(tmp_path, kind):
     sample = sample_of(tmp_path, row_of(TALK), kind)
-    tokenizer = preparer(kind).tokenizer
+    tokenizer = make_processor(kind).tokenizer
     edges = np.flatnonzero(np.diff(sample.loss_mask.astype(int), prepend=0, append=0))
     answers = [sample.ids[start:stop] for start, stop in edges.reshape(-1, 2)]
     assert [answer[-1] for answer in answers] == [tokenizer.im_end_id] * len(TALK)
@@ -102,23 +108,25 @@ def test_learned_tokens_spell_the_answers_and_nothing_else(tmp_path, kind):
 
 
 def test_an_answer_that_begins_with_a_newline_leaves_the_opened_turn_whole(tmp_path):
-    prompt = preparer("qwen").build([Message("user", "Hm?")], (), GenerationConfig()).token_ids
+    prompt = (
+        make_processor("qwen").build([Message("user", "Hm?")], (), GenerationConfig()).token_ids
+    )
     sample = sample_of(tmp_path, row_of([("Hm?", "\n\nYes.")]))
     assert sample.ids[: len(prompt)].tolist() == prompt
     assert sample.loss_mask[len(prompt) :].all()
-    spelled = preparer("qwen").tokenizer.decode(sample.ids[len(prompt) :])
+    spelled = make_processor("qwen").tokenizer.decode(sample.ids[len(prompt) :])
     assert spelled == "\n\nYes."
 
 
 def test_the_9b_begins_with_its_bos(tmp_path):
     sample = sample_of(tmp_path, row_of(TALK), "internlm")
-    bos = preparer("internlm").tokenizer.bos_id
+    bos = make_processor("internlm").tokenizer.bos_id
     assert sample.ids[0] == bos
     assert bos not in sample.ids[1:]
 
 
 def test_a_system_text_of_the_run_stands_in_where_the_row_has_none(tmp_path):
-    tokenizer = preparer("qwen").tokenizer
+    tokenizer = make_processor("qwen").tokenizer
     run = tokenizer.decode(sample_of(tmp_path, row_of(TALK), system="Be kind.").ids)
     assert "Be kind." in run
     assert DEFAULT_SYSTEM not in run
@@ -127,12 +135,12 @@ def test_a_system_text_of_the_run_stands_in_where_the_row_has_none(tmp_path):
 
 
 def test_a_pair_shares_the_prompt_that_generation_reads(tmp_path):
-    write_picture(tmp_path / "a.png", 300, 100)
+    write_image(tmp_path / "a.png", 300, 100)
     row = {"image": "a.png", "question": "What?", "chosen": "A cat.", "rejected": " A\ndog"}
-    data, made = opened(write_rows(tmp_path / "t.jsonl", [row]), "qwen", method="mpo")
+    data, made = open_records(write_jsonl(tmp_path / "t.jsonl", [row]), "qwen", method="mpo")
     pair = made.build_pair(data[0])
     turn = Message("user", "What?", (MessageMedia((4,)),))
-    prompt = preparer("qwen").build([turn], pair.prompt.images, GenerationConfig())
+    prompt = make_processor("qwen").build([turn], pair.prompt.images, GenerationConfig())
     assert pair.prompt.input_ids.tolist() == prompt.token_ids
     assert pair.prompt.positions.tolist() == prompt.positions.tolist()
     assert not pair.prompt.loss_mask.any()
@@ -143,7 +151,7 @@ def test_a_pair_shares_the_prompt_that_generation_reads(tmp_path):
 
 
 def test_a_template_that_ends_answers_otherwise_is_refused(tmp_path):
-    data, made = opened(write_rows(tmp_path / "t.jsonl", [row_of(TALK)]), "qwen")
+    data, made = open_records(write_jsonl(tmp_path / "t.jsonl", [row_of(TALK)]), "qwen")
     unclosed = replace(made.processor, template=Unclosed(made.processor.template))
     made = replace(made, processor=unclosed)
     with pytest.raises(DataError, match="does not end an answer with"):

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from fixtures.loaded_models import bare_model, numbers
-from fixtures.training_samples import answered, pair, plain_log_probs, sample
+from fixtures.training_samples import answer_alone, expected_log_probs, make_pair, make_sample
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.errors import UserError
@@ -46,9 +46,9 @@ def assert_same(ours, theirs):
 
 def three_samples(checkpoint):
     return [
-        sample(checkpoint, (2,), seed=1, turns=(4, 3), delta=1 / 4),
-        sample(checkpoint, seed=2, turns=(1,)),
-        sample(checkpoint, (1, 1), seed=3, turns=(5,)),
+        make_sample(checkpoint, (2,), seed=1, turns=(4, 3), delta=1 / 4),
+        make_sample(checkpoint, seed=2, turns=(1,)),
+        make_sample(checkpoint, (1, 1), seed=3, turns=(5,)),
     ]
 
 
@@ -62,7 +62,7 @@ def test_a_packed_row_has_the_loss_and_gradient_of_its_samples_alone(opened, red
         return micro.numerator / micro.denominator
 
     def alone():
-        scores = [plain_log_probs(model, one) for one in samples]
+        scores = [expected_log_probs(model, one) for one in samples]
         weights = [len(score) ** -POWERS[reduction] for score in scores]
         total = sum(w * -score.sum() for w, score in zip(weights, scores, strict=True))
         return total / sum(w * len(score) for w, score in zip(weights, scores, strict=True))
@@ -86,7 +86,8 @@ def test_a_batch_of_two_is_two_singles(opened):
 def test_tokens_weigh_as_in_the_worked_example(monkeypatch, reduction, loss):
     model, checkpoint = bare_model("300m")
     batch = collate(
-        [sample(checkpoint, seed=1, turns=(2,)), sample(checkpoint, turns=(8,))], reduction
+        [make_sample(checkpoint, seed=1, turns=(2,)), make_sample(checkpoint, turns=(8,))],
+        reduction,
     )
     costs = mx.array([2.0, 1.0, *[0.5] * 8])
     monkeypatch.setattr(
@@ -112,8 +113,8 @@ def adapted(opened, *, fresh=False):
 
 def two_pairs(checkpoint):
     return [
-        pair(checkpoint, (2,), seed=1, lengths=(5, 3), delta=1 / 4),
-        pair(checkpoint, seed=2, lengths=(1, 6)),
+        make_pair(checkpoint, (2,), seed=1, lengths=(5, 3), delta=1 / 4),
+        make_pair(checkpoint, seed=2, lengths=(1, 6)),
     ]
 
 
@@ -137,8 +138,8 @@ def test_a_shared_prompt_gives_the_loss_and_gradient_of_four_forwards(opened, sm
         return method(model, batch, None, reference, before)[0].numerator
 
     def four_forwards():
-        answers = [[answered(one, which) for one in pairs] for which in ("chosen", "rejected")]
-        policy = [padded([plain_log_probs(model, one) for one in each]) for each in answers]
+        answers = [[answer_alone(one, which) for one in pairs] for which in ("chosen", "rejected")]
+        policy = [padded([expected_log_probs(model, one) for one in each]) for each in answers]
         base = base_of(model, answers)
         terms = mpo_terms(
             *(values for values, _ in policy), *base, *(mask for _, mask in policy),
@@ -155,7 +156,7 @@ def base_of(model, answers):
     scales = [layer.scale for layer in layers]
     for layer in layers:
         layer.scale = 0.0
-    found = [padded([plain_log_probs(model, one) for one in each])[0] for each in answers]
+    found = [padded([expected_log_probs(model, one) for one in each])[0] for each in answers]
     for layer, scale in zip(layers, scales, strict=True):
         layer.scale = scale
     return [mx.stop_gradient(x) for x in found]
@@ -169,7 +170,9 @@ def test_a_fresh_adapter_begins_at_the_known_loss(opened):
     micro, state = OBJECTIVES["mpo"]()(model, batch, None, reference, ObjectiveState())
     known = 0.8 * np.log(2) + 0.2 * 2 * np.log(2)
     assert micro.numerator.item() == pytest.approx(known + micro.metrics["sft"].item(), abs=1e-6)
-    chosen = [plain_log_probs(model, answered(one, "chosen")) for one in two_pairs(checkpoint)]
+    chosen = [
+        expected_log_probs(model, answer_alone(one, "chosen")) for one in two_pairs(checkpoint)
+    ]
     nll = -mx.concatenate(chosen).mean().item()
     assert micro.metrics["sft"].item() == pytest.approx(nll, rel=TOLERANCE)
     assert micro.metrics["margin"].item() == 0
@@ -214,7 +217,7 @@ def test_where_only_chosen_answers_count_no_other_is_read(opened):
     )
 
     def alone():
-        scores = [plain_log_probs(model, answered(one, "chosen")) for one in pairs]
+        scores = [expected_log_probs(model, answer_alone(one, "chosen")) for one in pairs]
         return -2 * mx.concatenate(scores).mean()
 
     assert_same(ours, gradients(model, alone))

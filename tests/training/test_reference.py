@@ -8,7 +8,7 @@ import pytest
 from fixtures.inputs import relative_error
 from fixtures.loaded_models import bare_model, numbers
 from fixtures.lora_models import stirred
-from fixtures.training_samples import answered, pair, plain_log_probs
+from fixtures.training_samples import answer_alone, expected_log_probs, make_pair
 
 from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.training import reference as module
@@ -25,11 +25,11 @@ def opened(tmp_path):
     model, checkpoint = bare_model("300m")
     references = ReferenceLogProbs(model, tmp_path)
     pairs = [
-        pair(checkpoint, (2,), seed=1, lengths=(5, 3)),
-        pair(checkpoint, (1, 1), seed=2, lengths=(1, 6)),
+        make_pair(checkpoint, (2,), seed=1, lengths=(5, 3)),
+        make_pair(checkpoint, (1, 1), seed=2, lengths=(1, 6)),
     ]
     expected = [
-        numbers(plain_log_probs(model, answered(one, which)))
+        numbers(expected_log_probs(model, answer_alone(one, which)))
         for one in pairs
         for which in ("chosen", "rejected")
     ]

@@ -6,9 +6,9 @@ from itertools import islice
 import numpy as np
 import pytest
 from fixtures.loaded_models import tiny
-from fixtures.rows import talk, write_rows
-from fixtures.runs import recipe, session, silent, write_data
+from fixtures.records import chat_record, write_jsonl
 from fixtures.tiny import Bits, Recipe
+from fixtures.train_sessions import ignore_progress, small_config, small_session, write_data
 
 from internvl3_mlx import load
 from internvl3_mlx.errors import TrainingError, UserError
@@ -27,9 +27,9 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_a_run_begins_with_the_adapter_that_is_named(tmp_path):
     write_data(tmp_path / "data", 5)
-    first = session(tmp_path, iters=2, dora=True)
+    first = small_session(tmp_path, iters=2, dora=True)
     assert len([*run_session(first, lambda: False)]) == 2
-    again = session(tmp_path, iters=2, dora=True, resume_adapter_file=str(first.folder))
+    again = small_session(tmp_path, iters=2, dora=True, resume_adapter_file=str(first.folder))
     for name, weight in again.state.weights.items():
         assert np.array_equal(np.array(weight), np.array(first.state.weights[name])), name
     assert again.state.update == 0
@@ -37,7 +37,7 @@ def test_a_run_begins_with_the_adapter_that_is_named(tmp_path):
 
 def test_the_same_seed_begins_with_the_same_adapter(tmp_path):
     write_data(tmp_path / "data", 3)
-    one, same, other = (session(tmp_path, iters=1, seed=seed) for seed in (4, 4, 5))
+    one, same, other = (small_session(tmp_path, iters=1, seed=seed) for seed in (4, 4, 5))
     name = next(name for name in one.state.weights if name.endswith("lora_A"))
     arrays = [np.array(here.state.weights[name]) for here in (one, same, other)]
     assert np.array_equal(arrays[0], arrays[1])
@@ -51,12 +51,12 @@ def losses(here, count=3):
 def test_a_reference_from_the_disk_is_that_of_the_adapter_switched_off(tmp_path):
     write_data(tmp_path / "data", 6, pairs=True)
     settings = {"method": "mpo", "iters": 3, "learning_rate": 1e-2}
-    asked = losses(session(tmp_path, **settings))
-    kept = session(tmp_path, cache_reference=True, **settings)
+    asked = losses(small_session(tmp_path, **settings))
+    kept = small_session(tmp_path, cache_reference=True, **settings)
     assert losses(kept) == pytest.approx(asked, abs=1e-6)
     kept.dataloader.flush()
     [file] = (tmp_path / "cache" / "references").rglob("*.safetensors")
-    again = session(tmp_path, cache_reference=True, **settings)
+    again = small_session(tmp_path, cache_reference=True, **settings)
     before = file.stat().st_mtime_ns
     assert losses(again) == pytest.approx(asked, abs=1e-6)
     again.dataloader.flush()
@@ -67,14 +67,14 @@ def test_a_reference_from_the_disk_is_that_of_the_adapter_switched_off(tmp_path)
 def test_where_whole_parts_learn_the_base_is_asked_beforehand(tmp_path):
     write_data(tmp_path / "data", 5, 2, pairs=True)
     settings = {"method": "mpo", "train": "lora,mlp1", "cache_reference": True, "iters": 3}
-    here = session(tmp_path, learning_rate=1e-2, **settings)
+    here = small_session(tmp_path, learning_rate=1e-2, **settings)
     first, *_ = losses(here)
-    again = session(tmp_path, **settings)
+    again = small_session(tmp_path, **settings)
     step = next(make_updates(again.state, again.remaining_batches()))
     assert first == pytest.approx(step.loss, abs=1e-4)
     assert step.metrics["margin"] == pytest.approx(0, abs=1e-5)
     write_data(tmp_path / "others", 7, pairs=True)
-    elsewhere = session(tmp_path, data=str(tmp_path / "others"), **settings)
+    elsewhere = small_session(tmp_path, data=str(tmp_path / "others"), **settings)
     works = elsewhere.dataloader.iter_train(0)
     strange = next(w.batch for w in works if any(p.endswith(":6") for p in w.batch.locations))
     with pytest.raises(TrainingError, match="no reference was computed before the weights moved"):
@@ -84,7 +84,7 @@ def test_where_whole_parts_learn_the_base_is_asked_beforehand(tmp_path):
 def test_every_process_asks_the_base_about_all_rows(tmp_path):
     write_data(tmp_path / "data", 5, 2, pairs=True)
     settings = {"method": "mpo", "train": "lora,mlp1", "cache_reference": True, "iters": 3}
-    ground = prepare_run(recipe(tmp_path, **settings), silent, silent)
+    ground = prepare_run(small_config(tmp_path, **settings), ignore_progress, ignore_progress)
     works = open_train_session(ground, ProcessGroup(rank=1, size=2)).dataloader
     for corpus in (ground.train_dataset, ground.valid_dataset):
         for batch in corpus.iter_once():
@@ -97,28 +97,32 @@ def test_pictures_that_a_meta_file_draws_anew_cannot_be_asked_beforehand(tmp_pat
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"pairs": source}))
     settings = {"method": "mpo", "data": str(meta), "cache_reference": True}
-    assert prepare_run(recipe(tmp_path, **settings), silent, silent).images_vary
+    assert prepare_run(
+        small_config(tmp_path, **settings), ignore_progress, ignore_progress
+    ).images_vary
     with pytest.raises(UserError, match="augment draws pictures anew"):
-        prepare_run(recipe(tmp_path, train="lora,mlp1", **settings), silent, silent)
+        prepare_run(
+            small_config(tmp_path, train="lora,mlp1", **settings), ignore_progress, ignore_progress
+        )
 
 
 @pytest.mark.parametrize(("shift", "moves"), [("running", True), ("zero", False)])
 def test_what_the_quality_term_compares_with_can_rest_at_zero(tmp_path, shift, moves):
     write_data(tmp_path / "data", 4, pairs=True)
-    here = session(tmp_path, method="mpo", iters=2, learning_rate=1e-1, reward_shift=shift)
+    here = small_session(tmp_path, method="mpo", iters=2, learning_rate=1e-1, reward_shift=shift)
     *_, last = make_updates(here.state, here.remaining_batches())
     assert (last.metrics["shift"] != 0) == moves
 
 
 def test_pictures_are_looked_at_once_and_kept(tmp_path):
     write_data(tmp_path / "data", 4)
-    first = session(tmp_path, iters=4, epochs=2, cache_features=True)
+    first = small_session(tmp_path, iters=4, epochs=2, cache_features=True)
     seen = losses(first, 4)
     assert first.dataloader.feature_cache.num_computed == 3  # four rows, one without a picture
-    second = session(tmp_path, iters=4, epochs=2, cache_features=True)
+    second = small_session(tmp_path, iters=4, epochs=2, cache_features=True)
     assert losses(second, 4) == seen
     assert second.dataloader.feature_cache.num_computed == 0
-    drawn = session(tmp_path, iters=4, cache_features=True, augment=True)
+    drawn = small_session(tmp_path, iters=4, cache_features=True, augment=True)
     losses(drawn, 4)
     assert drawn.dataloader.feature_cache.num_computed > 3
 
@@ -134,32 +138,34 @@ def test_pictures_are_looked_at_once_and_kept(tmp_path):
 )
 def test_the_length_of_a_run_is_known_before_it_begins(tmp_path, settings, updates):
     write_data(tmp_path / "data", 7)
-    here = session(tmp_path, **settings)
+    here = small_session(tmp_path, **settings)
     plan = describe_plan(here)
     assert (here.state.total_updates, plan["updates"], plan["rows"]) == (updates, updates, 7)
 
 
 def test_packed_samples_make_as_few_rows_as_they_fill(tmp_path):
     write_data(tmp_path / "data", 7)
-    here = session(tmp_path, packing=True, max_seq_length=200, batch_size=1)
+    here = small_session(tmp_path, packing=True, max_seq_length=200, batch_size=1)
     tokens = describe_plan(here)["tokens"]
     assert here.state.total_updates == -(-tokens // 200) < 7
 
 
 def test_every_process_makes_as_many_updates(tmp_path):
     write_data(tmp_path / "data", 7)
-    ground = prepare_run(recipe(tmp_path, batch_size=1), silent, silent)
+    ground = prepare_run(small_config(tmp_path, batch_size=1), ignore_progress, ignore_progress)
     assert planned_updates(ground, ProcessGroup(rank=1, size=2)) == 3
     with pytest.raises(UserError, match=r"fewer batches than there are processes \(8\)"):
         planned_updates(ground, ProcessGroup(rank=7, size=8))
-    ground = prepare_run(recipe(tmp_path, batch_size=1, iters=5), silent, silent)
+    ground = prepare_run(
+        small_config(tmp_path, batch_size=1, iters=5), ignore_progress, ignore_progress
+    )
     with pytest.raises(UserError, match=r"fewer batches than there are processes \(8\)"):
         planned_updates(ground, ProcessGroup(rank=7, size=8))
 
 
 def test_a_run_that_is_longer_than_its_recipe_has_nothing_left(tmp_path):
     write_data(tmp_path / "data", 4)
-    here = session(tmp_path, epochs=1)
+    here = small_session(tmp_path, epochs=1)
     here.state.micro_steps = 1000
     assert [*here.remaining_batches()] == []
 
@@ -172,7 +178,9 @@ def test_a_meta_file_that_uses_its_rows_otherwise_is_other_data(tmp_path):
         meta.write_text(
             json.dumps({"a": {"annotation": "data/train.jsonl", "root": "data", **use}})
         )
-        return prepare_run(recipe(tmp_path, data=str(meta)), silent, silent).identity
+        return prepare_run(
+            small_config(tmp_path, data=str(meta)), ignore_progress, ignore_progress
+        ).identity
 
     uses = ({}, {"repeat_time": 2}, {"data_augment": True}, {"max_dynamic_patch": 1})
     assert len({identity(**use)["use of the data"] for use in uses}) == len(uses)
@@ -180,22 +188,24 @@ def test_a_meta_file_that_uses_its_rows_otherwise_is_other_data(tmp_path):
 
 
 def test_a_folder_without_rows_to_train_on_is_told(tmp_path):
-    write_rows(tmp_path / "data" / "valid.jsonl", [talk()])
+    write_jsonl(tmp_path / "data" / "valid.jsonl", [chat_record()])
     with pytest.raises(UserError, match=r"no train.jsonl in"):
-        session(tmp_path)
+        small_session(tmp_path)
 
 
 @pytest.mark.parametrize("wish", [{"patience": 2}, {"eval_accuracy": True}])
 def test_what_needs_validation_rows_says_so(tmp_path, wish):
     write_data(tmp_path / "data", 3)
     with pytest.raises(UserError, match="need validation rows, and .* has none; add valid.jsonl"):
-        prepare_run(recipe(tmp_path, **wish), silent, silent)
+        prepare_run(small_config(tmp_path, **wish), ignore_progress, ignore_progress)
 
 
 def test_validation_rows_may_lie_elsewhere(tmp_path):
     write_data(tmp_path / "data", 3, 2)
     write_data(tmp_path / "other", 5)
-    here = session(tmp_path, valid_data=str(tmp_path / "other" / "train.jsonl"), val_batches=2)
+    here = small_session(
+        tmp_path, valid_data=str(tmp_path / "other" / "train.jsonl"), val_batches=2
+    )
     assert [len(work.batch.locations) for work in here.validation_batches()] == [2, 2]
     assert all(
         "other" in place for work in here.validation_batches() for place in work.batch.locations
@@ -204,7 +214,7 @@ def test_validation_rows_may_lie_elsewhere(tmp_path):
 
 def test_whole_parts_become_a_model_of_their_own(tmp_path):
     write_data(tmp_path / "data", 4, 1)
-    here = session(tmp_path, train="mlp1", iters=2, learning_rate=0.01)
+    here = small_session(tmp_path, train="mlp1", iters=2, learning_rate=0.01)
     assert len([*run_session(here, lambda: False)]) == 2
     assert not (here.folder / "adapter_model.safetensors").exists()
     for name in ("model", "best"):
@@ -229,7 +239,7 @@ def test_every_kind_of_checkpoint_learns_and_takes_its_adapter_back(tmp_path, ch
     write_data(tmp_path / "data", 4, 2)
     folder = str(tiny(checkpoint).folder)
     settings = {"model": folder, "iters": 6, "learning_rate": 0.02, "lora_keys": "language,vision"}
-    here = session(tmp_path, **settings)
+    here = small_session(tmp_path, **settings)
     before, _ = evaluate_loss(here.state, here.validation_batches())
     moments = [*run_session(here, lambda: False)]
     assert moments[-1].validation["val_loss"] < before - 0.1

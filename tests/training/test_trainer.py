@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from fixtures.runs import session, write_data
+from fixtures.train_sessions import small_session, write_data
 
 from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.training.config import TrainConfig
@@ -27,7 +27,7 @@ from internvl3_mlx.training.trainer import MAX_FAILED_UPDATES, MicroBatch, make_
 
 def trained(folder, updates, **settings):
     """Run some updates; return the weights by name and the steps."""
-    here = session(folder, lora_dropout=0, **settings)
+    here = small_session(folder, lora_dropout=0, **settings)
     steps = [*islice(make_updates(here.state, here.remaining_batches()), updates)]
     return {name: np.array(w) for name, w in here.state.weights.items()}, steps
 
@@ -59,7 +59,7 @@ def test_a_token_weighs_the_same_whatever_batch_it_is_in(tmp_path):
     """The mean of micro-means would not be the mean over tokens: answers have 1 to 4 words."""
     settings = same_rows(tmp_path)
     _, [step] = trained(tmp_path, 1, batch_size=1, grad_accumulation_steps=8, **settings)
-    here = session(tmp_path, batch_size=1, lora_dropout=0, **settings)
+    here = small_session(tmp_path, batch_size=1, lora_dropout=0, **settings)
     losses, lengths = [], []
     for work in islice(here.remaining_batches(), 8):
         micro, _ = here.state.objective(
@@ -83,7 +83,7 @@ def test_gradients_computed_twice_are_the_same_gradients(tmp_path):
 @pytest.mark.parametrize("method", ["sft", "mpo"])
 def test_training_lowers_the_loss_that_is_measured(tmp_path, method):
     write_data(tmp_path / "data", 6, 3, pairs=method == "mpo")
-    here = session(tmp_path, method=method, iters=12, batch_size=3, learning_rate=3e-3)
+    here = small_session(tmp_path, method=method, iters=12, batch_size=3, learning_rate=3e-3)
     before, _ = evaluate_loss(here.state, here.validation_batches())
     steps = [*make_updates(here.state, here.remaining_batches())]
     after, figures = evaluate_loss(here.state, here.validation_batches())
@@ -95,7 +95,7 @@ def test_training_lowers_the_loss_that_is_measured(tmp_path, method):
 def test_the_first_loss_of_a_fresh_adapter_is_the_constant_and_the_nll(tmp_path):
     """0.8 log 2 + 0.2 * 2 log 2 = 0.8318 + NLL: nothing has moved away from the reference yet."""
     write_data(tmp_path / "data", 4, pairs=True)
-    here = session(tmp_path, method="mpo", iters=1, lora_dropout=0)
+    here = small_session(tmp_path, method="mpo", iters=1, lora_dropout=0)
     step = next(make_updates(here.state, here.remaining_batches()))
     assert step.metrics["dpo"] == pytest.approx(math.log(2), abs=1e-6)
     assert step.metrics["bco"] == pytest.approx(2 * math.log(2), abs=1e-6)
@@ -106,7 +106,7 @@ def test_the_first_loss_of_a_fresh_adapter_is_the_constant_and_the_nll(tmp_path)
 def test_validation_changes_nothing(tmp_path):
     write_data(tmp_path / "data", 6, 5, pairs=True)
     settings = {"method": "mpo", "iters": 4, "grad_checkpoint": True}
-    here, there = session(tmp_path, **settings), session(tmp_path, **settings)
+    here, there = small_session(tmp_path, **settings), small_session(tmp_path, **settings)
     plain, checked = (
         make_updates(here.state, here.remaining_batches()),
         make_updates(there.state, there.remaining_batches()),
@@ -137,7 +137,7 @@ class Spoiled:
 
 def test_an_update_that_is_no_number_is_skipped_and_told(tmp_path):
     write_data(tmp_path / "data", 8)
-    here = session(tmp_path, iters=4)
+    here = small_session(tmp_path, iters=4)
     here.state.objective = Spoiled({2})
     held = []
     for step in make_updates(here.state, here.remaining_batches()):
@@ -152,7 +152,7 @@ def test_an_update_that_is_no_number_is_skipped_and_told(tmp_path):
 
 def test_a_run_whose_numbers_are_lost_stops_with_what_was_good(tmp_path):
     write_data(tmp_path / "data", 8)
-    here = session(tmp_path, iters=20)
+    here = small_session(tmp_path, iters=20)
     here.state.objective = Spoiled(set(range(3, 99)))
     steps = []
     message = (
@@ -165,7 +165,7 @@ def test_a_run_whose_numbers_are_lost_stops_with_what_was_good(tmp_path):
 
 def test_a_run_ends_where_its_epochs_end(tmp_path):
     write_data(tmp_path / "data", 7)
-    here = session(tmp_path, epochs=1.5, grad_accumulation_steps=4)
+    here = small_session(tmp_path, epochs=1.5, grad_accumulation_steps=4)
     steps = [*make_updates(here.state, here.remaining_batches())]
     assert here.state.total_updates == len(steps) == 2  # 4 batches, then 2 of the second epoch
     assert here.state.micro_steps == 6
@@ -272,7 +272,7 @@ def test_gradients_are_shortened_as_pytorch_shortens_them(longest):
 
 def test_weights_are_kept_in_float32_below_a_model_of_16_bits(tmp_path):
     write_data(tmp_path / "data", 4)
-    here = session(tmp_path, dtype="bfloat16", train="mlp1", iters=3, learning_rate=1e-6)
+    here = small_session(tmp_path, dtype="bfloat16", train="mlp1", iters=3, learning_rate=1e-6)
     start = {name: np.array(w) for name, w in here.state.weights.items()}
     assert {w.dtype for _, w in named_arrays(here.state.model.trainable_parameters())} == {
         mx.bfloat16
@@ -286,7 +286,7 @@ def test_weights_are_kept_in_float32_below_a_model_of_16_bits(tmp_path):
 def test_a_work_may_be_a_batch_alone(tmp_path):
     """A trained tower looks at its pictures itself."""
     write_data(tmp_path / "data", 2)
-    here = session(tmp_path, train="vision_model", iters=1)
+    here = small_session(tmp_path, train="vision_model", iters=1)
     work = next(here.remaining_batches())
     assert (work.vision_features, work.reference_log_probs) == (None, None)
     assert isinstance(work, MicroBatch)

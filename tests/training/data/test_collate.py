@@ -2,7 +2,13 @@
 
 import numpy as np
 import pytest
-from fixtures.rows import pair, read, talk, write_picture, write_rows
+from fixtures.records import (
+    chat_record,
+    open_batches,
+    pair_record,
+    write_image,
+    write_jsonl,
+)
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.config import DataSettings
@@ -11,26 +17,33 @@ from internvl3_mlx.training.data.collate import collate, collate_pairs
 
 @pytest.fixture
 def rows(tmp_path):
-    write_picture(tmp_path / "a.png", 300, 100)
-    write_picture(tmp_path / "b.png", 90, 90)
-    twice = [*talk("<image>\nFirst?", "cat dog frog")["messages"], *talk("<image>?")["messages"]]
-    return write_rows(
+    write_image(tmp_path / "a.png", 300, 100)
+    write_image(tmp_path / "b.png", 90, 90)
+    twice = [
+        *chat_record("<image>\nFirst?", "cat dog frog")["messages"],
+        *chat_record("<image>?")["messages"],
+    ]
+    return write_jsonl(
         tmp_path / "train.jsonl",
         [
-            talk("What is this?", "A cat.", image="a.png"),
-            talk("Hm?", "Yes, and no, and both."),
+            chat_record("What is this?", "A cat.", image="a.png"),
+            chat_record("Hm?", "Yes, and no, and both."),
             {"messages": twice, "images": ["b.png", "a.png"]},
-            *[talk(f"Question {n}?", f"Answer {n * 'so '}") for n in range(7)],
+            *[chat_record(f"Question {n}?", f"Answer {n * 'so '}") for n in range(7)],
         ],
     )
 
 
 @pytest.fixture
 def pairs(tmp_path):
-    write_picture(tmp_path / "a.png", 300, 100)
-    return write_rows(
+    write_image(tmp_path / "a.png", 300, 100)
+    return write_jsonl(
         tmp_path / "pairs.jsonl",
-        [pair(image="a.png"), pair("Hm?", "Yes", "No, never"), pair("So?", "A", "B")],
+        [
+            pair_record(image="a.png"),
+            pair_record("Hm?", "Yes", "No, never"),
+            pair_record("So?", "A", "B"),
+        ],
     )
 
 
@@ -47,7 +60,7 @@ def same(first, second):
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
 def test_a_batch_is_its_samples_end_to_end(rows, reduction):
-    corpus = read(rows)
+    corpus = open_batches(rows)
     samples = [corpus.preprocessor.build_sample(corpus.dataset[n]) for n in (2, 0, 1)]
     batch = collate(samples, reduction)
     at, targets = 0, []
@@ -93,7 +106,7 @@ def fake(learned):
 
 
 def test_both_answers_of_a_pair_branch_from_one_prompt(pairs):
-    corpus = read(pairs, method="mpo")
+    corpus = open_batches(pairs, method="mpo")
     made = [corpus.preprocessor.build_pair(corpus.dataset[n]) for n in (1, 0)]
     batch = collate_pairs(made)
     at = 0
@@ -125,17 +138,17 @@ def test_both_answers_of_a_pair_branch_from_one_prompt(pairs):
     ],
 )
 def test_to_start_at_a_micro_batch_is_to_have_read_those_before(rows, settings):
-    corpus = read(rows, **settings)
+    corpus = open_batches(rows, **settings)
     whole = [*corpus.iter_epoch(1)]
     assert len(whole) == corpus.count_batches(1) > 2
     for start in range(len(whole) + 1):
-        rest = [*read(rows, **settings).iter_epoch(1, start=start)]
+        rest = [*open_batches(rows, **settings).iter_epoch(1, start=start)]
         assert len(rest) == len(whole) - start
         assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
 
 def test_ranks_read_different_samples(rows):
-    corpus = read(rows, batch_size=2)
+    corpus = open_batches(rows, batch_size=2)
     shares = [[b.locations for b in corpus.iter_epoch(0, rank=r, ranks=2)] for r in (0, 1)]
     assert [len(share) for share in shares] == [corpus.count_batches(0, 2)] * 2 == [2, 2]
     read_places = [place for share in shares for places in share for place in places]
@@ -143,7 +156,7 @@ def test_ranks_read_different_samples(rows):
 
 
 def test_validation_reads_every_row_once_in_order(rows):
-    corpus = read(rows, batch_size=4)
+    corpus = open_batches(rows, batch_size=4)
     places = [place for batch in corpus.iter_once() for place in batch.locations]
     assert places == [entry.location for entry in corpus.dataset]
     halves = [[p for b in corpus.iter_once(rank=r, ranks=2) for p in b.locations] for r in (0, 1)]
@@ -151,7 +164,7 @@ def test_validation_reads_every_row_once_in_order(rows):
 
 
 def test_a_packed_batch_keeps_to_its_budget(rows):
-    corpus = read(rows, packing=True, max_seq_length=500, max_packed_tiles=5)
+    corpus = open_batches(rows, packing=True, max_seq_length=500, max_packed_tiles=5)
     batches = [*corpus.iter_epoch(0)]
     assert all(len(batch.input_ids) <= 500 for batch in batches)
     assert max(len(batch.spans) for batch in batches) > 1

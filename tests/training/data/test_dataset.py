@@ -4,7 +4,7 @@ import json
 import tracemalloc
 
 import pytest
-from fixtures.rows import pair, talk, write_rows
+from fixtures.records import chat_record, pair_record, write_jsonl
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.training.config import DataSettings
@@ -24,35 +24,43 @@ def refused(path, **options):
 
 
 def test_a_folder_has_splits_and_may_lack_some(tmp_path):
-    write_rows(tmp_path / "train.jsonl", [talk(answer="a"), talk(answer="b")])
-    write_rows(tmp_path / "valid.jsonl", [talk(answer="c")])
+    write_jsonl(tmp_path / "train.jsonl", [chat_record(answer="a"), chat_record(answer="b")])
+    write_jsonl(tmp_path / "valid.jsonl", [chat_record(answer="c")])
     assert answers(open_dataset(tmp_path)) == ["a", "b"]
     assert answers(open_dataset(tmp_path, "valid")) == ["c"]
     assert open_dataset(tmp_path, "test") is None
 
 
 def test_one_file_is_the_train_split(tmp_path):
-    file = write_rows(tmp_path / "any.jsonl", [talk(answer="a")])
+    file = write_jsonl(tmp_path / "any.jsonl", [chat_record(answer="a")])
     assert answers(open_dataset(file)) == ["a"]
     assert open_dataset(file, "valid") is None
 
 
 def test_places_name_the_file_and_the_line_blank_lines_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "data" / "train.jsonl", ["", talk(answer="a"), "   ", talk(answer="b")])
+    write_jsonl(
+        tmp_path / "data" / "train.jsonl",
+        ["", chat_record(answer="a"), "   ", chat_record(answer="b")],
+    )
     data = open_dataset("data")
     assert [entry.location for entry in data] == ["data/train.jsonl:2", "data/train.jsonl:4"]
     assert [entry.index for entry in data] == [0, 1]
 
 
 def test_a_mark_of_utf8_and_a_missing_last_newline_do_no_harm(tmp_path):
-    rows = "\ufeff" + json.dumps(talk(answer="a")) + "\r\n" + json.dumps(talk(answer="ü"))
+    rows = (
+        "\ufeff"
+        + json.dumps(chat_record(answer="a"))
+        + "\r\n"
+        + json.dumps(chat_record(answer="ü"))
+    )
     (tmp_path / "train.jsonl").write_bytes(rows.encode())
     assert answers(open_dataset(tmp_path)) == ["a", "ü"]
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    lines, row = 60_000, json.dumps(talk("x" * 400)) + "\n"
+    lines, row = 60_000, json.dumps(chat_record("x" * 400)) + "\n"
     file = tmp_path / "train.jsonl"
     with file.open("w") as out:
         for _ in range(lines):
@@ -74,8 +82,8 @@ def write_meta(folder, **entries):
 
 
 def letters(folder, name, count):
-    rows = [talk(answer=f"{name}{n}") for n in range(count)]
-    return write_rows(folder / "rows" / f"{name}.jsonl", rows)
+    rows = [chat_record(answer=f"{name}{n}") for n in range(count)]
+    return write_jsonl(folder / "rows" / f"{name}.jsonl", rows)
 
 
 def test_a_meta_json_joins_files_and_repeats_them(tmp_path):
@@ -96,8 +104,8 @@ def test_a_meta_json_joins_files_and_repeats_them(tmp_path):
 
 
 def test_half_of_a_preference_file_is_drawn_not_cut_off(tmp_path):
-    rows = [pair(chosen=str(n)) for n in range(40)]
-    write_rows(tmp_path / "p.jsonl", rows)
+    rows = [pair_record(chosen=str(n)) for n in range(40)]
+    write_jsonl(tmp_path / "p.jsonl", rows)
     meta = write_meta(tmp_path, p={"annotation": "p.jsonl", "repeat_time": 0.5})
     chosen = [int(entry.value["chosen"]) for entry in open_dataset(meta, config=MPO)]
     assert len(chosen) == 20 == len({*chosen})

@@ -5,7 +5,14 @@ import io
 import numpy as np
 import pytest
 from fixtures.inputs import write_video
-from fixtures.rows import opened, pair, preparer, talk, write_picture, write_rows
+from fixtures.records import (
+    chat_record,
+    make_processor,
+    open_records,
+    pair_record,
+    write_image,
+    write_jsonl,
+)
 from PIL import Image
 
 from internvl3_mlx.errors import DataError
@@ -17,14 +24,14 @@ PER_TILE = 16
 
 
 def made(tmp_path, row, epoch=0, **settings):
-    data, maker = opened(write_rows(tmp_path / "train.jsonl", [row]), **settings)
+    data, maker = open_records(write_jsonl(tmp_path / "train.jsonl", [row]), **settings)
     return maker.build_sample(data[0], epoch)
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    write_picture(tmp_path / "wide.png", 300, 100, seed=1)
-    write_picture(tmp_path / "tall.png", 110, 230, seed=2)
+    write_image(tmp_path / "wide.png", 300, 100, seed=1)
+    write_image(tmp_path / "tall.png", 110, 230, seed=2)
     write_video(tmp_path / "v.mp4", 20)
     return tmp_path
 
@@ -39,18 +46,18 @@ def test_pictures_and_frames_come_in_the_order_of_their_tokens(pictures):
     row = {"messages": turns, "images": ["tall.png", "wide.png"], "video": "v.mp4"}
     sample = made(pictures, row, num_frames=3)
     tiles = [len(seen.tiles) for seen in sample.seen]
-    runs = image_spans(sample.ids, preparer().tokenizer.image_id)
+    runs = image_spans(sample.ids, make_processor().tokenizer.image_id)
     assert tiles == [3, 1, 1, 1, 4]
     assert [(stop - start) // PER_TILE for start, stop in runs] == tiles
-    chat = preparer().look(pictures / "tall.png", GenerationConfig())
+    chat = make_processor().look(pictures / "tall.png", GenerationConfig())
     assert np.array_equal(sample.seen[0].tiles, chat.tiles)
 
 
 def test_pictures_before_the_question_are_laid_as_a_chat_lays_them(pictures):
     paths = [pictures / "wide.png", pictures / "tall.png"]
     settings = GenerationConfig(video=(str(pictures / "v.mp4"),), num_frames=2)
-    chat = preparer()("Which?", paths, settings)
-    row = talk("Which?", images=["wide.png", "tall.png"], video="v.mp4")
+    chat = make_processor()("Which?", paths, settings)
+    row = chat_record("Which?", images=["wide.png", "tall.png"], video="v.mp4")
     sample = made(pictures, row, num_frames=2)
     assert sample.ids[: len(chat.token_ids)].tolist() == chat.token_ids
     shown = zip(sample.seen, chat.seen, strict=True)
@@ -59,31 +66,31 @@ def test_pictures_before_the_question_are_laid_as_a_chat_lays_them(pictures):
 
 
 def test_a_clip_takes_frames_from_its_part_of_the_video(pictures):
-    whole = made(pictures, talk("?", video="v.mp4"), num_frames=2)
-    part = made(pictures, talk("?", video="v.mp4", clip=[0, 0.5]), num_frames=2)
+    whole = made(pictures, chat_record("?", video="v.mp4"), num_frames=2)
+    part = made(pictures, chat_record("?", video="v.mp4", clip=[0, 0.5]), num_frames=2)
     assert whole.seen[1].tiles.mean() > part.seen[1].tiles.mean() + 20  # the film grows brighter
 
 
 def test_the_lower_limit_of_tiles_counts(pictures):
-    assert made(pictures, talk("?", image="wide.png"), max_tiles=2).seen[0].info.tiles == 3
-    assert made(pictures, talk("?", image="wide.png"), max_tiles=1).seen[0].info.tiles == 1
+    assert made(pictures, chat_record("?", image="wide.png"), max_tiles=2).seen[0].info.tiles == 3
+    assert made(pictures, chat_record("?", image="wide.png"), max_tiles=1).seen[0].info.tiles == 1
 
 
 @pytest.mark.parametrize("delta", ["1", "1/4", 0.00390625])
 def test_a_fixed_step_places_every_picture(pictures, delta):
-    chat = preparer()("?", [pictures / "wide.png"], GenerationConfig(v2pe_delta=delta))
-    sample = made(pictures, talk("?", image="wide.png"), v2pe_delta=delta)
+    chat = make_processor()("?", [pictures / "wide.png"], GenerationConfig(v2pe_delta=delta))
+    sample = made(pictures, chat_record("?", image="wide.png"), v2pe_delta=delta)
     assert sample.positions[: len(chat.positions)].tolist() == chat.positions.tolist()
     assert sample.positions.dtype == np.float32
 
 
 def steps_of(sample):
-    runs = image_spans(sample.ids, preparer().tokenizer.image_id)
+    runs = image_spans(sample.ids, make_processor().tokenizer.image_id)
     return [float(sample.positions[start + 1] - sample.positions[start]) for start, _ in runs]
 
 
 def test_a_random_step_is_one_of_nine_drawn_for_each_picture(pictures):
-    row = talk("?", images=["wide.png", "tall.png"])
+    row = chat_record("?", images=["wide.png", "tall.png"])
     drawn = [steps_of(made(pictures, row, n, v2pe_delta="random")) for n in range(60)]
     assert {step for steps in drawn for step in steps} == {*DELTAS}
     assert any(first != second for first, second in drawn)
@@ -99,7 +106,7 @@ def through_jpeg(tile, quality):
 
 
 def test_augmentation_is_jpeg_of_a_drawn_quality_tile_by_tile(pictures):
-    row = talk("?", image="wide.png")
+    row = chat_record("?", image="wide.png")
     plain = made(pictures, row).seen[0].tiles
     tiles = made(pictures, row, augment=True).seen[0].tiles
     for before, after in zip(plain, tiles, strict=True):
@@ -110,14 +117,14 @@ def test_augmentation_is_jpeg_of_a_drawn_quality_tile_by_tile(pictures):
 
 
 def test_frames_of_videos_are_never_augmented(pictures):
-    row = talk("?", video="v.mp4")
+    row = chat_record("?", video="v.mp4")
     plain, wanted = (made(pictures, row, augment=flag) for flag in (False, True))
     shown = zip(plain.seen, wanted.seen, strict=True)
     assert all(np.array_equal(a.tiles, b.tiles) for a, b in shown)
 
 
 def test_a_long_answer_is_cut_and_what_is_left_is_learned(pictures):
-    row = talk("?", "cat dog " * 100, image="wide.png")
+    row = chat_record("?", "cat dog " * 100, image="wide.png")
     whole = made(pictures, row)
     limit = int(np.flatnonzero(whole.loss_mask)[9])
     short = made(pictures, row, max_seq_length=limit)
@@ -127,14 +134,14 @@ def test_a_long_answer_is_cut_and_what_is_left_is_learned(pictures):
 
 
 def test_image_tokens_are_never_cut(pictures):
-    turns = [*talk("?")["messages"], *talk("<image>")["messages"]]
+    turns = [*chat_record("?")["messages"], *chat_record("<image>")["messages"]]
     row = {"messages": turns, "image": "wide.png"}
     length = len(made(pictures, row).ids)
     told = f"train.jsonl:1: {length} tokens, and a picture lies beyond 60"
     with pytest.raises(DataError, match=told):
         made(pictures, row, max_seq_length=60)
     # the picture's end mark is the last that must fit
-    last = image_spans(made(pictures, row).ids, preparer().tokenizer.image_id)[0][1]
+    last = image_spans(made(pictures, row).ids, make_processor().tokenizer.image_id)[0][1]
     with pytest.raises(DataError, match="a picture lies beyond"):
         made(pictures, row, max_seq_length=last)
     assert len(made(pictures, row, max_seq_length=last + 1).ids) == last + 1
@@ -142,20 +149,20 @@ def test_image_tokens_are_never_cut(pictures):
 
 def test_a_sample_with_no_answer_left_is_refused(pictures):
     with pytest.raises(DataError, match="no answer begins within 50; raise --max-seq-length"):
-        made(pictures, talk("where " * 80), max_seq_length=50)
+        made(pictures, chat_record("where " * 80), max_seq_length=50)
 
 
 def test_a_pair_is_cut_answer_by_answer(pictures):
-    row = pair("?", "cat " * 50, "dog", image="wide.png")
-    file = write_rows(pictures / "p.jsonl", [row])
-    data, maker = opened(file, method="mpo")
+    row = pair_record("?", "cat " * 50, "dog", image="wide.png")
+    file = write_jsonl(pictures / "p.jsonl", [row])
+    data, maker = open_records(file, method="mpo")
     whole = maker.build_pair(data[0])
     limit = len(whole.prompt.input_ids) + 10
-    data, maker = opened(file, method="mpo", max_seq_length=limit)
+    data, maker = open_records(file, method="mpo", max_seq_length=limit)
     short = maker.build_pair(data[0])
     assert short.chosen.tolist() == whole.chosen[:10].tolist()
     assert short.rejected.tolist() == whole.rejected.tolist()
-    data, maker = opened(file, method="mpo", max_seq_length=len(whole.prompt.input_ids))
+    data, maker = open_records(file, method="mpo", max_seq_length=len(whole.prompt.input_ids))
     with pytest.raises(DataError, match="a prompt of .* tokens, and no answer begins within"):
         maker.build_pair(data[0])
 
@@ -171,7 +178,9 @@ def test_a_header_gives_the_size_that_the_picture_has(tmp_path, orientation):
 
 
 def test_a_picture_that_breaks_while_training_names_its_row(pictures):
-    data, maker = opened(write_rows(pictures / "train.jsonl", [talk("?", image="wide.png")]))
+    data, maker = open_records(
+        write_jsonl(pictures / "train.jsonl", [chat_record("?", image="wide.png")])
+    )
     assert maker.measure(data[0]).tiles == 4
     whole = (pictures / "wide.png").read_bytes()
     (pictures / "wide.png").write_bytes(whole[: len(whole) // 2])

@@ -1,7 +1,7 @@
 """Every form of a row says the same thing; every fault is told in words that mend it."""
 
 import pytest
-from fixtures.rows import pair, talk
+from fixtures.records import chat_record, pair_record
 
 from internvl3_mlx.training.data.schema import (
     ParsedMessage,
@@ -18,7 +18,7 @@ ONE_PICTURE = ParsedRecord(
 
 
 def asked(*content):
-    return talk(list(content))
+    return chat_record(list(content))
 
 
 def text(words):
@@ -32,8 +32,8 @@ def text(words):
         {"image": ["a.png"], "conversations": [USER, GPT]},
         {"images": "a.png", "conversations": [USER, GPT]},
         {"images": ["a.png"], "image": None, "conversations": [USER, GPT]},
-        talk("<image>\nWhat is it?", image="a.png"),
-        {"id": 7, "width": 3, "images": ["a.png"], **talk("<image>\nWhat is it?")},
+        chat_record("<image>\nWhat is it?", image="a.png"),
+        {"id": 7, "width": 3, "images": ["a.png"], **chat_record("<image>\nWhat is it?")},
     ],
 )
 def test_image_and_images_string_and_list_mean_the_same(row):
@@ -67,7 +67,9 @@ def test_pictures_without_marks_are_shown_by_the_first_question():
 
 
 def test_videos_count_apart_from_pictures():
-    row = parse_record(talk("<video>\n<image>\nSame?", video="v.mp4", image="a.png", clip=[1, 2.5]))
+    row = parse_record(
+        chat_record("<video>\n<image>\nSame?", video="v.mp4", image="a.png", clip=[1, 2.5])
+    )
     assert (row.messages[0].num_images, row.messages[0].num_videos) == (1, 1)
     assert (row.videos, row.clip) == (("v.mp4",), (1.0, 2.5))
 
@@ -99,7 +101,7 @@ def test_bare_parts_take_their_names_from_the_list():
 
 
 def test_a_preference_row_is_a_question_with_two_answers():
-    row = parse_record(pair("<image>\nWhat?", "Cat", "Dog", image="a.png"))
+    row = parse_record(pair_record("<image>\nWhat?", "Cat", "Dog", image="a.png"))
     assert row == ParsedRecord(
         (ParsedMessage("user", "<image>\nWhat?", 1),), ("a.png",), answers=("Cat", "Dog")
     )
@@ -112,19 +114,22 @@ def turns(*roles):
 FAULTS = {
     "a list; wanted an object in braces": [],
     "'foo', 'bar'; wanted 'messages', 'conversations', or 'question' with": {"foo": 1, "bar": 2},
-    "both 'messages' and 'chosen' with 'rejected'; a row has one form": {**talk(), **pair()},
-    "both 'messages' and 'conversations'": {**talk(), "conversations": [USER, GPT]},
+    "both 'messages' and 'chosen' with 'rejected'; a row has one form": {
+        **chat_record(),
+        **pair_record(),
+    },
+    "both 'messages' and 'conversations'": {**chat_record(), "conversations": [USER, GPT]},
     "'messages' is null; wanted a list of turns": {"messages": None},
     "'messages' is empty; wanted a list of turns": {"messages": []},
     "turn 1 is a text; wanted an object with role": {"messages": ["hello"]},
     "turn 1 has role 'tool'; wanted system, user, human, assistant, gpt": turns("tool"),
     "turn 2 is the user's; wanted the assistant's": turns("user", "user", "assistant"),
     "turn 2 is the assistant's; wanted the user's": turns("system", "assistant"),
-    "turn 3 has role None": {"messages": [*talk()["messages"], {"content": "x"}]},
+    "turn 3 has role None": {"messages": [*chat_record()["messages"], {"content": "x"}]},
     "no answer at the end": turns("user"),
-    "turn 2 is an empty answer; write it or remove the row": talk(answer=" \n"),
-    "turn 1 is an empty question": talk(""),
-    "the content of turn 1 is null; wanted text or parts": talk(None),
+    "turn 2 is an empty answer; write it or remove the row": chat_record(answer=" \n"),
+    "turn 1 is an empty question": chat_record(""),
+    "the content of turn 1 is null; wanted text or parts": chat_record(None),
     "a part of turn 1 is of type 'audio'; wanted text,": asked({"type": "audio"}),
     "a text part of turn 1 has no text": asked({"type": "text"}),
     "a part of turn 1 names a picture by a list": asked({"type": "image", "path": [1]}),
@@ -136,24 +141,26 @@ FAULTS = {
     "some images are named in the content parts, some are not": {
         **asked({"type": "image", "path": "a"}, {"type": "image"}, text("x")),
     },
-    "turn 2, the assistant's, shows a picture": talk(
+    "turn 2, the assistant's, shows a picture": chat_record(
         answer=[{"type": "image", "path": "a"}, text("x")]
     ),
-    "2 <image> marks but 1 image; write one mark for each, or none": talk(
+    "2 <image> marks but 1 image; write one mark for each, or none": chat_record(
         "<image><image>", image="a"
     ),
-    "1 <image> mark but no images": talk("<image>"),
-    "1 <image> mark but 3 images": talk("<image> a", images=["a", "b", "c"]),
-    "1 <video> mark but no videos": talk("<video>"),
-    "both 'image' and 'images'; put all of them into one list": talk(image="a", images=["b"]),
-    "'image' holds 3; wanted paths of files": talk(image=3),
-    "'images' holds an object; wanted paths of files": talk(images=["a", {}]),
-    "'clip' is [1]; wanted [start, end] in seconds": talk(video="v", clip=[1]),
-    "'clip' goes from 2 to 1; wanted a start before its end": talk(video="v", clip=[2, 1]),
+    "1 <image> mark but no images": chat_record("<image>"),
+    "1 <image> mark but 3 images": chat_record("<image> a", images=["a", "b", "c"]),
+    "1 <video> mark but no videos": chat_record("<video>"),
+    "both 'image' and 'images'; put all of them into one list": chat_record(
+        image="a", images=["b"]
+    ),
+    "'image' holds 3; wanted paths of files": chat_record(image=3),
+    "'images' holds an object; wanted paths of files": chat_record(images=["a", {}]),
+    "'clip' is [1]; wanted [start, end] in seconds": chat_record(video="v", clip=[1]),
+    "'clip' goes from 2 to 1; wanted a start before its end": chat_record(video="v", clip=[2, 1]),
     "'chosen' is missing; wanted a text": {"question": "x", "rejected": "y"},
-    "'question' is an empty text; wanted a text": pair(""),
-    "'rejected' is a list; wanted a text": pair(rejected=["x"]),
-    "'chosen' and 'rejected' are the same; there is nothing to prefer": pair("q", "a", "a"),
+    "'question' is an empty text; wanted a text": pair_record(""),
+    "'rejected' is a list; wanted a text": pair_record(rejected=["x"]),
+    "'chosen' and 'rejected' are the same; there is nothing to prefer": pair_record("q", "a", "a"),
 }
 
 

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures.rows import opened, pair, read, talk, write_picture, write_rows
+from fixtures.records import (
+    chat_record,
+    open_batches,
+    open_records,
+    pair_record,
+    write_image,
+    write_jsonl,
+)
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.training.data.preview import preview_sample
@@ -14,28 +21,28 @@ from internvl3_mlx.training.data.validate import MAX_FINDINGS, validate_dataset,
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_picture(tmp_path / "data" / "a.png", 300, 100)
-    write_picture(tmp_path / "data" / "b.png", 90, 90)
+    write_image(tmp_path / "data" / "a.png", 300, 100)
+    write_image(tmp_path / "data" / "b.png", 90, 90)
     return tmp_path / "data"
 
 
 def found(rows, **settings):
-    write_rows(Path("data/train.jsonl"), rows)
-    return validation_report(*opened("data", **settings))
+    write_jsonl(Path("data/train.jsonl"), rows)
+    return validation_report(*open_records("data", **settings))
 
 
 def test_all_faults_are_told_with_file_and_line(folder):
     (folder / "broken.png").write_bytes(b"no picture at all")
     rows = [
-        talk(image="a.png"),
-        talk("<image><image>", image="a.png"),
+        chat_record(image="a.png"),
+        chat_record("<image><image>", image="a.png"),
         "{'single': 'quotes'}",
         "",
-        talk(images=["a.png", "c.png", "broken.png"]),
-        talk(image="https://example.com/cat.png"),
-        pair(image="a.png"),
-        talk(answer=""),
-        talk(video="a.png"),
+        chat_record(images=["a.png", "c.png", "broken.png"]),
+        chat_record(image="https://example.com/cat.png"),
+        pair_record(image="a.png"),
+        chat_record(answer=""),
+        chat_record(video="a.png"),
     ]
     survey = found(rows)
     told = [str(fault) for fault in survey.errors]
@@ -59,7 +66,7 @@ def test_all_faults_are_told_with_file_and_line(folder):
 
 
 def test_conversations_are_refused_where_pairs_are_wanted(folder):
-    survey = found([talk(), pair(image="a.png")], method="mpo")
+    survey = found([chat_record(), pair_record(image="a.png")], method="mpo")
     assert [str(fault) for fault in survey.errors] == [
         "data/train.jsonl:1: a conversation, but --method mpo compares answers; wanted 'question', "
         "'chosen' and 'rejected', or --method sft"
@@ -67,7 +74,7 @@ def test_conversations_are_refused_where_pairs_are_wanted(folder):
 
 
 def test_the_list_of_faults_is_bounded_and_the_rest_is_counted(folder):
-    survey = found([talk(answer="")] * (MAX_FINDINGS + 1234))
+    survey = found([chat_record(answer="")] * (MAX_FINDINGS + 1234))
     assert (len(survey.errors), survey.more_errors) == (MAX_FINDINGS, 1234)
     with pytest.raises(DataError, match="and 1,234 more"):
         survey.raise_errors()
@@ -75,18 +82,18 @@ def test_the_list_of_faults_is_bounded_and_the_rest_is_counted(folder):
 
 def test_not_utf8_is_told(folder):
     (folder / "train.jsonl").write_bytes('{"messages": "ä"}'.encode("latin-1"))
-    survey = validation_report(*opened("data"))
+    survey = validation_report(*open_records("data"))
     assert str(survey.errors[0]) == "data/train.jsonl:1: not UTF-8; save the file as UTF-8"
 
 
 def test_what_is_measured_from_headers_is_what_is_read(folder):
     rows = [
-        talk(image="a.png"),
-        talk("<image> or <image>?", "cat " * 300, images=["b.png", "a.png"]),
-        talk("Just text"),
+        chat_record(image="a.png"),
+        chat_record("<image> or <image>?", "cat " * 300, images=["b.png", "a.png"]),
+        chat_record("Just text"),
     ]
     survey = found(rows, max_seq_length=200, system="")
-    data, maker = opened("data", max_seq_length=200, system="")
+    data, maker = open_records("data", max_seq_length=200, system="")
     samples = [maker.build_sample(entry) for entry in data]
     assert survey.sizes.tokens.tolist() == [len(sample.input_ids) for sample in samples]
     tiles = [sum(len(seen.tiles) for seen in sample.images) for sample in samples]
@@ -94,7 +101,12 @@ def test_what_is_measured_from_headers_is_what_is_read(folder):
 
 
 def test_long_rows_are_cut_or_left_out_and_both_are_told(folder):
-    rows = [talk("Hm?", "cat " * 300), talk(image="a.png"), talk("where " * 100), talk()]
+    rows = [
+        chat_record("Hm?", "cat " * 300),
+        chat_record(image="a.png"),
+        chat_record("where " * 100),
+        chat_record(),
+    ]
     survey = found(rows, max_seq_length=60, system="")
     cut, picture, asked = (str(note) for note in survey.warnings)
     assert cut.startswith("data/train.jsonl:1: cut to 60 tokens, ")
@@ -109,16 +121,19 @@ def test_long_rows_are_cut_or_left_out_and_both_are_told(folder):
 
 def test_rows_of_which_none_fits_are_refused(folder):
     with pytest.raises(DataError, match="none of 1 rows fits; raise --max-seq-length"):
-        found([talk(image="a.png")], max_seq_length=20).raise_errors()
+        found([chat_record(image="a.png")], max_seq_length=20).raise_errors()
 
 
 def test_a_repeated_file_is_looked_at_once(folder, tmp_path):
-    write_rows(folder / "r.jsonl", [talk("a"), talk("b " * 30), talk(answer="")])
-    write_rows(folder / "s.jsonl", [talk("c")])
+    write_jsonl(
+        folder / "r.jsonl",
+        [chat_record("a"), chat_record("b " * 30), chat_record(answer="")],
+    )
+    write_jsonl(folder / "s.jsonl", [chat_record("c")])
     (folder / "meta.json").write_text(
         '{"r": {"annotation": "r.jsonl", "repeat_time": 3}, "s": {"annotation": "s.jsonl"}}'
     )
-    data, maker = opened(folder / "meta.json")
+    data, maker = open_records(folder / "meta.json")
     result = validation_report(data, maker)
     assert len(result.errors) == 1
     assert result.sizes.indices.tolist() == [0, 1, 3, 4, 6, 7, 9]
@@ -127,16 +142,16 @@ def test_a_repeated_file_is_looked_at_once(folder, tmp_path):
 
 
 def test_progress_counts_rows_up_to_the_last(folder):
-    write_rows(folder / "train.jsonl", [talk()] * 5)
-    looks = [*validate_dataset(*opened("data"))]
+    write_jsonl(folder / "train.jsonl", [chat_record()] * 5)
+    looks = [*validate_dataset(*open_records("data"))]
     assert [(look.done, look.total) for look in looks] == [(n, 5) for n in (1, 2, 3, 4, 5, 5)]
     assert [look.report is None for look in looks] == [True] * 5 + [False]
 
 
 def test_an_example_shows_what_is_learned(folder):
-    row = talk("<image>\nWhat is this?", "A cat.", image="a.png")
-    write_rows(folder / "train.jsonl", [row])
-    shown = preview_sample(read("data"))
+    row = chat_record("<image>\nWhat is this?", "A cat.", image="a.png")
+    write_jsonl(folder / "train.jsonl", [row])
+    shown = preview_sample(open_batches("data"))
     assert shown.location == "data/train.jsonl:1"
     before, picture, after, answer = shown.spans
     assert before.text.endswith("<|im_start|>user\n<img>")
@@ -144,7 +159,7 @@ def test_an_example_shows_what_is_learned(folder):
     assert after.text == "</img>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
     assert (answer.text, answer.in_loss) == ("A cat.<|im_end|>", True)
     assert [s.in_loss for s in shown.spans] == [False, False, False, True]
-    sample = read("data").preprocessor.build_sample(read("data").dataset[0])
+    sample = open_batches("data").preprocessor.build_sample(open_batches("data").dataset[0])
     assert (shown.tokens, shown.loss_tokens) == (
         len(sample.input_ids),
         int(np.sum(sample.loss_mask)),
@@ -152,7 +167,7 @@ def test_an_example_shows_what_is_learned(folder):
 
 
 def test_an_example_of_a_pair_shows_both_answers(folder):
-    write_rows(folder / "train.jsonl", [pair("What?", "A cat.", "A dog.")])
-    *_, chosen, rejected = preview_sample(read("data", method="mpo")).spans
+    write_jsonl(folder / "train.jsonl", [pair_record("What?", "A cat.", "A dog.")])
+    *_, chosen, rejected = preview_sample(open_batches("data", method="mpo")).spans
     assert (chosen.kind, chosen.text) == ("chosen", "A cat.<|im_end|>")
     assert (rejected.kind, rejected.text) == ("rejected", "A dog.<|im_end|>")
