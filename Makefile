@@ -12,6 +12,7 @@ lint:
 
 types:
 	mypy
+	basedpyright
 
 test:
 	python -m pytest
