@@ -15,7 +15,7 @@ ROOMS_AT_THE_ROOT = ("convert", "metal_kernels")
 # A room imports only from its own group's members' left: same group, no imports between two rooms.
 ORDER = (
     ("errors", "demo"),
-    ("files", "device"),
+    ("files", "device", "option_fields"),
     ("config",),
     ("images", "prompt", "metal_kernels"),
     ("models",),

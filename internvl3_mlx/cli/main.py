@@ -12,7 +12,7 @@ from internvl3_mlx.cli import console
 from internvl3_mlx.cli.options import DEBUG_KEY
 from internvl3_mlx.errors import InternVL3Error
 
-# each is a function of its own name in cli/<name>.py
+# each is the function NAME_command in cli/NAME.py
 COMMANDS = (
     "bench", "chat", "completion", "convert", "doctor", "fuse", "generate", "info", "train",
 )  # fmt: skip
@@ -28,7 +28,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(import_module(f"internvl3_mlx.cli.{cmd_name}"), cmd_name)
+        module = import_module(f"internvl3_mlx.cli.{cmd_name}")
+        command = getattr(module, f"{cmd_name}_command")
         return command if isinstance(command, click.Command) else None
 
     def resolve_command(

@@ -9,9 +9,9 @@ import click
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.options import Decorator, Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.option_fields import field_info, field_type
 from internvl3_mlx.training.config import PRESETS, TrainConfig
-from internvl3_mlx.training.config_fields import field_info
-from internvl3_mlx.training.config_file import CONFIG_FILE, build_config, field_type
+from internvl3_mlx.training.config_file import CONFIG_FILE, build_config
 
 TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, tuple: click.STRING}
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAMES"}
@@ -28,7 +28,7 @@ def field_flag(entry: "Field[Any]") -> Decorator:
     """Make a flag of one field. Not given it has no value: YAML and presets show through."""
     if entry.name == "model":
         return options.LOAD_FLAGS["model"]
-    known, (kind, _) = field_info(entry), field_type(entry.name)
+    known, (kind, _) = field_info(entry), field_type(TrainConfig, entry.name)
     name = "--" + entry.name.replace("_", "-")
     extra: dict[str, Any] = {"help": known.help, "default": None}
     if kind is bool:

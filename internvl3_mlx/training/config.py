@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.option_fields import check_bounds, config_field
 from internvl3_mlx.training.config_fields import (
     COMPUTE_DTYPES,
     LOGGERS,
@@ -22,8 +23,6 @@ from internvl3_mlx.training.config_fields import (
     REWARD_SHIFTS,
     SCHEDULES,
     TRAINABLE_PARTS,
-    check_bounds,
-    config_field,
 )
 
 

@@ -14,9 +14,9 @@ from fixtures.train_sessions import SMALL, write_data
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.train import format_field_value, train_command
+from internvl3_mlx.option_fields import field_info
 from internvl3_mlx.training.checkpoint import list_checkpoints
 from internvl3_mlx.training.config import PRESETS, TrainConfig
-from internvl3_mlx.training.config_fields import field_info
 from internvl3_mlx.training.config_file import build_config
 
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}

@@ -5,9 +5,10 @@ from dataclasses import fields
 import pytest
 
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.option_fields import field_info, field_type
 from internvl3_mlx.training import config_fields
 from internvl3_mlx.training.config import PRESETS, DataSettings, TrainConfig
-from internvl3_mlx.training.config_file import build_config, field_type, write_config_file
+from internvl3_mlx.training.config_file import build_config, write_config_file
 from internvl3_mlx.training.loggers import LOGGERS
 from internvl3_mlx.training.lora_setup import LoRAConfig
 from internvl3_mlx.training.losses import PreferenceConfig
@@ -63,23 +64,23 @@ def test_a_step_of_positions_may_be_written_as_a_number(tmp_path, step):
         ("lerning_rate: 1", r"mine.yaml: no setting 'lerning_rate'; did you mean learning_rate\?"),
         ("batch-size: 1", r"no setting 'batch-size'; did you mean batch_size\?"),
         ("zzz: 1", "no setting 'zzz'; see internvl3 train --help"),
-        ("batch_size: two", "batch_size is 'two'; wanted is a whole number"),
-        ("batch_size: 2.5", "batch_size is 2.5; wanted is a whole number"),
-        ("batch_size: true", "batch_size is True; wanted is a whole number"),
-        ("batch_size: .inf", "batch_size is inf; wanted is a whole number"),
-        ("batch_size:", "batch_size has no value; wanted is a whole number"),
+        ("batch_size: two", "batch_size is 'two'; expected a whole number"),
+        ("batch_size: 2.5", "batch_size is 2.5; expected a whole number"),
+        ("batch_size: true", "batch_size is True; expected a whole number"),
+        ("batch_size: .inf", "batch_size is inf; expected a whole number"),
+        ("batch_size:", "batch_size has no value; expected a whole number"),
         ("batch_size: 0", "batch_size is 0; it must be at least 1"),
-        ("packing: maybe", "packing is 'maybe'; wanted is true or false"),
-        ("learning_rate: [1]", r"learning_rate is \[1\]; wanted is a number"),
+        ("packing: maybe", "packing is 'maybe'; expected true or false"),
+        ("learning_rate: [1]", r"learning_rate is \[1\]; expected a number"),
         ("learning_rate: .nan", "learning_rate is nan; it must be at least 0"),
-        ("epochs: .inf", "epochs is inf; wanted is a number"),
+        ("epochs: .inf", "epochs is inf; expected a number"),
         ("label_smoothing: 0.7", "label_smoothing is 0.7; it must be at most 0.5"),
-        ("model: [a]", r"model is \['a'\]; wanted is text"),
-        ("train: 3", "train is 3; wanted is a list of names"),
+        ("model: [a]", r"model is \['a'\]; expected text"),
+        ("train: 3", "train is 3; expected a list of names"),
         ("method: dpo", "method is dpo; known are sft, mpo, pretrain"),
-        ("optimizer: adamx", "optimizer is adamx; known are adamw, "),
+        ("optimizer: adamx", "optimizer is adamx; choose from adamw, "),
         ("train: []", "train names nothing"),
-        ("report_to: wand", "report_to is wand; known are wandb, tensorboard, swanlab"),
+        ("report_to: wand", "report_to is wand; choose from wandb, tensorboard, swanlab"),
         ("epochs: 0", "epochs is 0; give epochs above 0, or iters"),
         ("{train: mlp1, dora: true}", "dora and rslora shape adapters; add lora to train"),
         ("{dora: true, rslora: true}", "dora and rslora both set the scale"),
@@ -98,7 +99,7 @@ def test_a_step_of_positions_may_be_written_as_a_number(tmp_path, step):
             "{method: mpo, train: mlp1, cache_reference: true, augment: true}",
             "augment draws pictures anew, and the reference is asked beforehand; train lora alone",
         ),
-        ("reward_shift: mean", "reward_shift is mean; known are running, zero"),
+        ("reward_shift: mean", "reward_shift is mean; choose from running, zero"),
         ("- 1", "holds no recipe; wanted are keys"),
         ("a: [", "mine.yaml is not YAML"),
     ],
@@ -170,5 +171,5 @@ def test_every_setting_of_the_data_can_be_asked_for():
 
 def test_every_field_has_a_type_that_can_be_read_and_a_help():
     for name, entry in FIELDS.items():
-        assert field_type(name)[0] in (int, float, bool, str, tuple)
-        assert entry.metadata[config_fields.METADATA_KEY].help.endswith(".")
+        assert field_type(TrainConfig, name)[0] in (int, float, bool, str, tuple)
+        assert field_info(entry).help.endswith(".")
