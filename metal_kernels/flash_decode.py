@@ -13,11 +13,6 @@ import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 from internvl3_mlx.metal_kernels.dispatch import SIMD_WIDTH, KernelSource, LaunchConfig
-from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS as WHOLE
-from internvl3_mlx.metal_kernels.kv_layout import HEAD_DIMS, KVRowLayout, quantize_rows
-from internvl3_mlx.metal_kernels.kv_layout import DenseKV as Dense
-from internvl3_mlx.metal_kernels.kv_layout import KVStore as Store
-from internvl3_mlx.metal_kernels.kv_layout import QuantizedKVRows as PackedRows
 
 MAX_QUERY_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
 MAX_DRAFT_TOKENS = 8  # new tokens; from there on unpacking and MLX's own attention cost less
@@ -29,14 +24,14 @@ BLOCK_TOKENS, WIDE_KEY_BYTES = (
 )  # tokens between two rescalings; half of it where keys are this wide
 TOKENS_PER_SPLIT, TARGET_THREADGROUPS, MAX_SPLITS = 512, 160, 64  # 160: two for each of 80 cores
 SELF_TEST_TOKENS = 37  # before a draft: a trial's splits both have some, the last block is ragged
-LOWEST = -3.0e38  # stands for minus infinity where a row saw nothing, as in shaders/store.metal
+LOWEST = -3.0e38  # stands for minus infinity where a row saw nothing, as in shaders/kv_store.metal
 
 INPUTS = ("q", "keys", "values", "lengths", "scale")
 PARTS = ("out", "top", "sum")
-TILES_KERNEL = KernelSource("flash_tiles", INPUTS, PARTS, "flash_tiles", ("store", "tile"))
-ROWS_KERNEL = KernelSource("flash_rows", INPUTS, PARTS, "flash_rows", ("store",))
+TILES_KERNEL = KernelSource("flash_tiles", INPUTS, PARTS, "flash_tiles", ("kv_store", "tile"))
+ROWS_KERNEL = KernelSource("flash_rows", INPUTS, PARTS, "flash_rows", ("kv_store",))
 JOIN_KERNEL = KernelSource(
-    "flash_join", ("parts", "tops", "sums"), ("out", "lse"), "flash_join", ("store",)
+    "flash_join", ("parts", "tops", "sums"), ("out", "lse"), "flash_join", ("kv_store",)
 )
 
 
@@ -45,7 +40,7 @@ AttentionOutput = tuple[mx.array, mx.array]  # out (B, H, L, D), lse (B, H, L) f
 
 
 def flash_decode(
-    q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
+    q: mx.array, store: KVStore, lengths: Lengths, *, scale: float | None = None, causal: bool = False
 ) -> AttentionOutput:
     """Attend, by the kernel where it may be used. q: (B, H, L, D) -> out (B, H, L, D), lse (B, H,
     L).
@@ -63,7 +58,7 @@ def flash_decode(
 
 
 def attend_fastest(
-    q: mx.array, store: Store, length: int, *, scale: float | None = None, causal: bool = False
+    q: mx.array, store: KVStore, length: int, *, scale: float | None = None, causal: bool = False
 ) -> mx.array:
     """Attend to the first ``length`` tokens, by the kernel only where it pays: q (B, H, L, D) ->
     (B, H, L, D)."""
@@ -90,7 +85,7 @@ def prefers_row_layout(layout: KVRowLayout, rows: int, tokens: int) -> bool:
 
 
 def flash_decode_reference(
-    q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
+    q: mx.array, store: KVStore, lengths: Lengths, *, scale: float | None = None, causal: bool = False
 ) -> AttentionOutput:
     """Compute the same in plain operations, float32 inside."""
     batch, heads, length, dim = q.shape
@@ -112,7 +107,7 @@ def flash_decode_reference(
 
 
 def attend_mlx(
-    q: mx.array, store: Store, length: int, *, scale: float | None = None, causal: bool = False
+    q: mx.array, store: KVStore, length: int, *, scale: float | None = None, causal: bool = False
 ) -> mx.array:
     """Let MLX's own attention do it; packed rows are unpacked first."""
     keys, values = (part.astype(q.dtype) for part in store.first_tokens(length).dequantize())
@@ -122,7 +117,7 @@ def attend_mlx(
 
 
 def flash_decode_kernel(
-    q: mx.array, store: Store, lengths: Lengths, *, scale: float | None = None, causal: bool = False
+    q: mx.array, store: KVStore, lengths: Lengths, *, scale: float | None = None, causal: bool = False
 ) -> AttentionOutput:
     """Run the kernels: every byte of the store once, then the splits' results joined."""
     kv_heads, capacity = store.arrays[0].shape[1:3]
@@ -164,7 +159,7 @@ def plan_launches(variant: "FlashVariant", batch: int, kv_heads: int, capacity: 
     }  # fmt: skip
     program = TILES_KERNEL if rows >= MIN_TILE_ROWS else ROWS_KERNEL
     if program is TILES_KERNEL:
-        wide = variant.bits == WHOLE and dim * dtype.size >= WIDE_KEY_BYTES
+        wide = variant.bits == DENSE_BITS and dim * dtype.size >= WIDE_KEY_BYTES
         values["BLOCK"] = BLOCK_TOKENS // 2 if wide else BLOCK_TOKENS
     group = (SIMD_WIDTH * simdgroups, 1, 1)
     parts = (heads * rows, splits)
@@ -207,7 +202,7 @@ class FlashVariant:
     fallback = "MLX's own attention"
 
     @staticmethod
-    def from_inputs(q: mx.array, store: Store, causal: bool = False) -> "FlashVariant":
+    def from_inputs(q: mx.array, store: KVStore, causal: bool = False) -> "FlashVariant":
         _, heads, length, dim = q.shape
         sharing = heads // store.arrays[0].shape[1]
         causal = causal and length > 1
@@ -218,7 +213,7 @@ class FlashVariant:
     @cached_property
     def name(self) -> str:
         kind = str(self.dtype).removeprefix("mlx.core.")
-        groups = "" if self.bits == WHOLE else f" in groups of {self.group_size}"
+        groups = "" if self.bits == DENSE_BITS else f" in groups of {self.group_size}"
         drafted = f" x {self.draft}{' causal' if self.causal else ''}" if self.draft > 1 else ""
         return (
             f"flash_decode {self.bits} bits{groups}, head_dim {self.head_dim}, "
@@ -250,10 +245,10 @@ class FlashVariant:
                 strict=True,
             )
         )
-        store: Store = Dense(keys, values)
-        if self.bits != WHOLE:
+        store: KVStore = DenseKV(keys, values)
+        if self.bits != DENSE_BITS:
             layout = KVRowLayout(self.head_dim, self.bits, self.group_size, self.dtype)
-            store = PackedRows(quantize_rows(keys, values, layout), layout)
+            store = QuantizedKVRows(quantize_rows(keys, values, layout), layout)
         length = SELF_TEST_TOKENS + self.draft
         found = flash_decode_kernel(q, store, length, causal=self.causal)
         wanted = flash_decode_reference(q, store, length, causal=self.causal)

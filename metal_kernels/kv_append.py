@@ -14,7 +14,7 @@ from internvl3_mlx.metal_kernels.dispatch import SIMD_WIDTH, KernelSource, Launc
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout, dequantize_rows, quantize_rows
 
 APPEND_KERNEL = KernelSource(
-    "new_row", ("keys", "values", "bias", "positions", "freqs"), ("rows",), "new_row", ("store",)
+    "kv_append", ("keys", "values", "bias", "positions", "freqs"), ("rows",), "kv_append", ("kv_store",)
 )
 
 
@@ -124,7 +124,7 @@ class KVAppendVariant:
         kind = str(self.dtype).removeprefix("mlx.core.")
         layout, biased = self.layout, ", bias" if self.biased else ""
         return (
-            f"new_row {layout.bits} bits in groups of {layout.group_size}, "
+            f"kv_append {layout.bits} bits in groups of {layout.group_size}, "
             f"head_dim {layout.head_dim}{biased}, {kind}"
         )
 

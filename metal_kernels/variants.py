@@ -4,7 +4,7 @@ from itertools import product
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, WHOLE, FlashVariant
+from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, DENSE_BITS, FlashVariant
 from internvl3_mlx.metal_kernels.kv_append import KVAppendVariant
 from internvl3_mlx.metal_kernels.kv_layout import BITS, GROUP_SIZES, KVRowLayout
 from internvl3_mlx.metal_kernels.self_test import KernelVariant
@@ -25,7 +25,7 @@ def all_variants() -> list[KernelVariant]:
 def single_token_variants() -> list[KernelVariant]:
     return [
         FlashVariant(dtype, bits, dim, default_group_size(dim, bits), rows)
-        for (dim, rows), bits, dtype in product(HEAD_SHAPES, (WHOLE, *BITS), VARIANT_DTYPES)
+        for (dim, rows), bits, dtype in product(HEAD_SHAPES, (DENSE_BITS, *BITS), VARIANT_DTYPES)
     ]
 
 
@@ -35,7 +35,7 @@ def draft_variants() -> list[KernelVariant]:
         FlashVariant(
             VARIANT_DTYPES[0], bits, dim, default_group_size(dim, bits), rows, draft, causal
         )
-        for (dim, rows, draft), bits, causal in product(drafts, (WHOLE, *BITS), (True, False))
+        for (dim, rows, draft), bits, causal in product(drafts, (DENSE_BITS, *BITS), (True, False))
     ]
 
 
@@ -49,4 +49,4 @@ def append_variants() -> list[KernelVariant]:
 
 def default_group_size(dim: int, bits: int) -> int:
     """Groups of 64, as the cache packs, or one group where a row is shorter."""
-    return dim if bits == WHOLE else min(dim, GROUP_SIZES[-1])
+    return dim if bits == DENSE_BITS else min(dim, GROUP_SIZES[-1])

@@ -15,7 +15,7 @@ from internvl3_mlx.models.cache import (
     RowQuantizedKVCache,
     SharedPrefixKVCache,
 )
-from internvl3_mlx.models.spans import PackedSequences, attend_spans
+from internvl3_mlx.models.packed_sequences import PackedSequences, attend_spans
 
 AnyCache = LayerCache | BatchKVCache | SharedPrefixKVCache | PackedSequences
 

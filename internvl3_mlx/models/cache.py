@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.flash_decode import Dense, PackedRows
+from internvl3_mlx.metal_kernels.flash_decode import DenseKV, QuantizedKVRows
 from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.metal_kernels.kv_layout import dequantize_rows as unpack_rows
@@ -53,11 +53,11 @@ class KVCache:
         self.offset = min(self.offset, length)
 
     @property
-    def buffers(self) -> Dense:
+    def buffers(self) -> DenseKV:
         """The whole backing arrays, as the kernels take them."""
         assert self.keys is not None
         assert self.values is not None
-        return Dense(self.keys, self.values)
+        return DenseKV(self.keys, self.values)
 
     @property
     def state(self) -> list[mx.array]:
@@ -197,10 +197,10 @@ class RowQuantizedKVCache:
         self.rows[..., start : self.offset, :] = rows
 
     @property
-    def buffers(self) -> PackedRows:
+    def buffers(self) -> QuantizedKVRows:
         """The whole backing array, as the kernels take it."""
         assert self.rows is not None
-        return PackedRows(self.rows, self.layout)
+        return QuantizedKVRows(self.rows, self.layout)
 
     def dequantize(self) -> tuple[mx.array, mx.array]:
         """Return keys and values (B, KV, N, D) of the tokens that are remembered."""

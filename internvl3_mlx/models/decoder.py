@@ -18,7 +18,7 @@ from internvl3_mlx.models.attention import AnyCache, attend, attend_kept, takes_
 from internvl3_mlx.models.fused_linear import fuse_linears
 from internvl3_mlx.models.layers import BlockRunner, run_block, swiglu
 from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, ntk_frequencies
-from internvl3_mlx.models.spans import PackedSequences
+from internvl3_mlx.models.packed_sequences import PackedSequences
 
 RowSelection = (
     slice | mx.array

@@ -15,7 +15,7 @@ from internvl3_mlx.metal_kernels import dispatch, self_test
 from internvl3_mlx.metal_kernels.flash_decode import (
     MAX_DRAFT_TOKENS,
     FlashVariant,
-    Store,
+    KVStore,
     flash_decode,
 )
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
@@ -127,7 +127,7 @@ def kernel_step(trial: AttentionTrial, filled: KVCache) -> Callable[[mx.array], 
     return lambda q: flash_decode(q, store, context, causal=trial.length > 1)[0]
 
 
-def build_store(trial: AttentionTrial, filled: KVCache) -> Store:
+def build_store(trial: AttentionTrial, filled: KVCache) -> KVStore:
     if trial.bits == DENSE_BITS:
         return filled.buffers
     layout = KVRowLayout(trial.dim, trial.bits, GROUP_SIZE, filled.buffers.keys.dtype)

@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.metal_kernels.flash_decode import (
-    Dense,
-    PackedRows,
-    Store,
+    DenseKV,
+    QuantizedKVRows,
+    KVStore,
     flash_decode_reference,
     merge_attention,
 )
@@ -49,7 +49,7 @@ def run_operation_checks() -> Iterator[OperationCheck]:
 
 def check_dense_attention() -> float:
     keys, values = random_heads(1, KV_HEADS, TOKENS), random_heads(2, KV_HEADS, TOKENS)
-    return attention_error(Dense(keys, values), keys, values)
+    return attention_error(DenseKV(keys, values), keys, values)
 
 
 def check_quantized_attention(bits: int) -> float:
@@ -57,10 +57,10 @@ def check_quantized_attention(bits: int) -> float:
     rows = quantize_rows(
         random_heads(1, KV_HEADS, TOKENS), random_heads(2, KV_HEADS, TOKENS), layout
     )
-    return attention_error(PackedRows(rows, layout), *dequantize_rows(rows, layout))
+    return attention_error(QuantizedKVRows(rows, layout), *dequantize_rows(rows, layout))
 
 
-def attention_error(store: Store, keys: mx.array, values: mx.array) -> float:
+def attention_error(store: KVStore, keys: mx.array, values: mx.array) -> float:
     """Compare a draft's attention, causal among its own tokens."""
     q = random_heads(3, HEADS, NEW)
     found, _ = flash_decode_reference(q, store, TOKENS, causal=True)
@@ -75,8 +75,8 @@ def check_merged_attention() -> float:
         random_heads(2, KV_HEADS, TOKENS),
     )
     cut = TOKENS // 3
-    first = flash_decode_reference(q, Dense(keys[..., :cut, :], values[..., :cut, :]), cut)
-    rest = Dense(keys[..., cut:, :], values[..., cut:, :])
+    first = flash_decode_reference(q, DenseKV(keys[..., :cut, :], values[..., :cut, :]), cut)
+    rest = DenseKV(keys[..., cut:, :], values[..., cut:, :])
     found, _ = merge_attention(*first, *flash_decode_reference(q, rest, TOKENS - cut))
     return relative_error(found, attention_float64(q, keys, values))
 

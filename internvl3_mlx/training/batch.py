@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from internvl3_mlx.generation.processor import ProcessedImage
-from internvl3_mlx.models.spans import Span
+from internvl3_mlx.models.packed_sequences import Span
 
 
 @dataclass(frozen=True, eq=False)

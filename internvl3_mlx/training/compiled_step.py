@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from internvl3_mlx.models.spans import Span
+from internvl3_mlx.models.packed_sequences import Span
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.forward import batch_tiles
 from internvl3_mlx.training.objectives import ObjectiveState

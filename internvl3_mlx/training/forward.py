@@ -14,7 +14,7 @@ import numpy as np
 from internvl3_mlx.errors import PromptError
 from internvl3_mlx.models.internvl import TILES_PER_CHUNK, InternVL
 from internvl3_mlx.models.layers import BlockRunner, run_block
-from internvl3_mlx.models.spans import PackedSequences
+from internvl3_mlx.models.packed_sequences import PackedSequences
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.grad_checkpoint import checkpointed_runner, is_trainable
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.models.spans import Span
+from internvl3_mlx.models.packed_sequences import Span
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.forward import ForwardOptions, target_states
 from internvl3_mlx.training.losses import MPOTerms, PreferenceConfig, preference_terms

@@ -8,7 +8,7 @@ from fixtures.attention_cases import Ragged
 
 import internvl3_mlx
 from internvl3_mlx.metal_kernels.cost_model import AttentionCost, cost_table
-from internvl3_mlx.metal_kernels.flash_decode import WHOLE, Dense, PackedRows, flash_decode_kernel
+from internvl3_mlx.metal_kernels.flash_decode import DENSE_BITS, DenseKV, QuantizedKVRows, flash_decode_kernel
 
 METAL = Path(internvl3_mlx.__file__).parents[1] / "docs" / "metal.md"
 
@@ -35,12 +35,12 @@ def test_the_emulator_counts_the_same_bytes(emulated, shape):
     assert parts == look.parts_nbytes
 
 
-def fitted(store: Dense | PackedRows, tokens: int) -> Dense | PackedRows:
+def fitted(store: DenseKV | QuantizedKVRows, tokens: int) -> DenseKV | QuantizedKVRows:
     """Copy the first tokens, so that they are the whole store."""
     first = store.first_tokens(tokens)
-    if isinstance(first, Dense):
-        return Dense(mx.contiguous(first.keys), mx.contiguous(first.values))
-    return PackedRows(mx.contiguous(first.rows), first.layout)
+    if isinstance(first, DenseKV):
+        return DenseKV(mx.contiguous(first.keys), mx.contiguous(first.values))
+    return QuantizedKVRows(mx.contiguous(first.rows), first.layout)
 
 
 def test_matrix_tiles_are_counted_with_their_padding():
@@ -56,7 +56,7 @@ def test_eight_answers_to_one_picture_read_it_once():
     assert eight.store_nbytes == one.store_nbytes
     assert eight.flops == 8 * one.flops
     assert AttentionCost(28, 4, 128, 3328).store_nbytes == 2 * 4 * 3328 * 128 * 2
-    assert AttentionCost(28, 4, 128, 3328).bits == WHOLE
+    assert AttentionCost(28, 4, 128, 3328).bits == DENSE_BITS
 
 
 def test_the_document_holds_the_table():

@@ -59,7 +59,7 @@ def test_an_answer_is_the_same_to_the_token(vlm, by_kernels, bits, delta):
     assert len(found.token_ids) == LENGTH
     each = LAYERS * (LENGTH - 1)
     assert launched["flash_rows"] > each  # the prompt's last row, and the trial
-    assert launched.get("new_row", 0) == (0 if bits is None else each + 1)
+    assert launched.get("kv_append", 0) == (0 if bits is None else each + 1)
 
 
 @pytest.mark.parametrize(("bits", "delta"), [(None, "1/16"), (8, 1), (4, "1/16")])
@@ -91,7 +91,7 @@ def test_the_demo_model_names_its_dog(by_kernels):
     demo, dog = load("demo"), DEMO_FOLDER / "samples" / "dog.jpg"
     found, launched = by_kernels(lambda: demo.ask("What is this?", [dog], kv_bits=8))
     assert found.text == "dog"
-    assert {"flash_rows", "new_row"} <= launched.keys()
+    assert {"flash_rows", "kv_append"} <= launched.keys()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

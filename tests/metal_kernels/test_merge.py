@@ -5,7 +5,7 @@ import numpy as np
 from fixtures.attention_cases import ROUNDING, Ragged, relative_error
 
 from internvl3_mlx.metal_kernels.flash_decode import (
-    Dense,
+    DenseKV,
     attend_mlx,
     batch_to_queries,
     flash_decode_reference,
@@ -19,27 +19,27 @@ def test_a_shared_prefix_and_own_suffixes_join_to_the_whole():
     lengths = (12, 15, 13, 15, 14)
     shape = Ragged(lengths, 3, 64)
     q, store = shape.made()
-    whole = Dense(*(mx.nan_to_num(part) for part in store.arrays))
+    whole = DenseKV(*(mx.nan_to_num(part) for part in store.arrays))
     shared = [mx.broadcast_to(part[:1, :, :11], (5, 2, 11, 64)) for part in whole.arrays]
     joined = [
         mx.concatenate([one, part[:, :, 11:]], axis=2)
         for one, part in zip(shared, whole.arrays, strict=True)
     ]
-    prefix = Dense(*(part[:1, :, :11] for part in whole.arrays))
-    suffix = Dense(*(part[:, :, 11:] for part in whole.arrays))
+    prefix = DenseKV(*(part[:1, :, :11] for part in whole.arrays))
+    suffix = DenseKV(*(part[:, :, 11:] for part in whole.arrays))
     first = [
         queries_to_batch(part) for part in flash_decode_reference(batch_to_queries(q), prefix, 11)
     ]
     second = flash_decode_reference(q, suffix, mx.array(lengths) - 11)
     out, lse = merge_attention(*first, *second)
-    wanted, sums = shape.exact(q, Dense(*joined))
+    wanted, sums = shape.exact(q, DenseKV(*joined))
     assert relative_error(out, wanted) <= ROUNDING[mx.float32]
     np.testing.assert_allclose(np.array(lse), sums, rtol=1e-5)
 
 
 def test_a_stretch_that_is_empty_changes_nothing():
     q, store = Ragged((0, 7), 3, 64).made()
-    store = Dense(*(mx.nan_to_num(part) for part in store.arrays))
+    store = DenseKV(*(mx.nan_to_num(part) for part in store.arrays))
     empty, full = flash_decode_reference(q, store, 0), flash_decode_reference(q, store, 7)
     for pair in ((empty, full), (full, empty)):
         out, lse = merge_attention(*pair[0], *pair[1])
@@ -52,7 +52,7 @@ def test_a_stretch_that_is_empty_changes_nothing():
 def test_a_draft_sees_itself_only_backwards():
     """The plain operations and MLX's own attention agree on who sees whom."""
     q, store = Ragged((9, 9), 3, 64, draft=4).made()
-    store = Dense(*(mx.nan_to_num(part) for part in store.arrays))
+    store = DenseKV(*(mx.nan_to_num(part) for part in store.arrays))
     out, _ = flash_decode_reference(q, store, 9, causal=True)
     assert mx.allclose(out, attend_mlx(q, store, 9, causal=True), atol=1e-5)
     assert not mx.allclose(out, attend_mlx(q, store, 9), atol=1e-2)

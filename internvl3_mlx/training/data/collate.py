@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 
 from internvl3_mlx.generation.processor import ProcessedImage
-from internvl3_mlx.models.spans import Span
+from internvl3_mlx.models.packed_sequences import Span
 from internvl3_mlx.prompt.v2pe import next_position
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.config import TOKEN_WEIGHTS, DataSettings

@@ -6,7 +6,7 @@ import pytest
 from fixtures.inputs import relative_error, token_row
 from fixtures.loaded_models import bare_model, numbers
 
-from internvl3_mlx.models.spans import PackedSequences, Span, attend_spans
+from internvl3_mlx.models.packed_sequences import PackedSequences, Span, attend_spans
 
 TOLERANCE = 2e-5
 ALONE = (Span(0, 1), Span(1, 8), Span(8, 9), Span(9, 20))
