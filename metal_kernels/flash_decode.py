@@ -13,6 +13,15 @@ import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 from internvl3_mlx.metal_kernels.dispatch import SIMD_WIDTH, KernelSource, LaunchConfig
+from internvl3_mlx.metal_kernels.kv_layout import (
+    DENSE_BITS,
+    HEAD_DIMS,
+    DenseKV,
+    KVRowLayout,
+    KVStore,
+    QuantizedKVRows,
+    quantize_rows,
+)
 
 MAX_QUERY_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
 MAX_DRAFT_TOKENS = 8  # new tokens; from there on unpacking and MLX's own attention cost less
@@ -40,7 +49,12 @@ AttentionOutput = tuple[mx.array, mx.array]  # out (B, H, L, D), lse (B, H, L) f
 
 
 def flash_decode(
-    q: mx.array, store: KVStore, lengths: Lengths, *, scale: float | None = None, causal: bool = False
+    q: mx.array,
+    store: KVStore,
+    lengths: Lengths,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
 ) -> AttentionOutput:
     """Attend, by the kernel where it may be used. q: (B, H, L, D) -> out (B, H, L, D), lse (B, H,
     L).
@@ -85,7 +99,12 @@ def prefers_row_layout(layout: KVRowLayout, rows: int, tokens: int) -> bool:
 
 
 def flash_decode_reference(
-    q: mx.array, store: KVStore, lengths: Lengths, *, scale: float | None = None, causal: bool = False
+    q: mx.array,
+    store: KVStore,
+    lengths: Lengths,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
 ) -> AttentionOutput:
     """Compute the same in plain operations, float32 inside."""
     batch, heads, length, dim = q.shape
@@ -117,7 +136,12 @@ def attend_mlx(
 
 
 def flash_decode_kernel(
-    q: mx.array, store: KVStore, lengths: Lengths, *, scale: float | None = None, causal: bool = False
+    q: mx.array,
+    store: KVStore,
+    lengths: Lengths,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
 ) -> AttentionOutput:
     """Run the kernels: every byte of the store once, then the splits' results joined."""
     kv_heads, capacity = store.arrays[0].shape[1:3]

@@ -14,7 +14,11 @@ from internvl3_mlx.metal_kernels.dispatch import SIMD_WIDTH, KernelSource, Launc
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout, dequantize_rows, quantize_rows
 
 APPEND_KERNEL = KernelSource(
-    "kv_append", ("keys", "values", "bias", "positions", "freqs"), ("rows",), "kv_append", ("kv_store",)
+    "kv_append",
+    ("keys", "values", "bias", "positions", "freqs"),
+    ("rows",),
+    "kv_append",
+    ("kv_store",),
 )
 
 

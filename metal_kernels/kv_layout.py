@@ -140,6 +140,10 @@ class DenseKV:
     def group_size(self) -> int:
         return self.keys.shape[-1]
 
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
     def dequantize(self) -> tuple[mx.array, mx.array]:
         return self.keys, self.values
 

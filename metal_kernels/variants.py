@@ -4,9 +4,9 @@ from itertools import product
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, DENSE_BITS, FlashVariant
+from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, FlashVariant
 from internvl3_mlx.metal_kernels.kv_append import KVAppendVariant
-from internvl3_mlx.metal_kernels.kv_layout import BITS, GROUP_SIZES, KVRowLayout
+from internvl3_mlx.metal_kernels.kv_layout import BITS, DENSE_BITS, GROUP_SIZES, KVRowLayout
 from internvl3_mlx.metal_kernels.self_test import KernelVariant
 
 # (head_dim, query heads per key-value head): demo; 1B; 2B; 8B; 9B; 14B and 38B; 78B

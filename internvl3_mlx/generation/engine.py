@@ -13,15 +13,15 @@ from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, Generatio
 from internvl3_mlx.generation.sampler import Sampler
 from internvl3_mlx.metal_kernels.flash_decode import prefers_row_layout
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
-from internvl3_mlx.models.cache import (
-    KVCache,
+from internvl3_mlx.models.attention import LAST_ROW
+from internvl3_mlx.models.cache import KVCache, LayerCache
+from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.quantized_cache import (
     KVQuantization,
-    LayerCache,
     QuantizedKVCache,
     RowQuantizedKVCache,
+    quantize_layer,
 )
-from internvl3_mlx.models.decoder import LAST_ROW
-from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.rope import Positions, Rotary
 
 # tokens of a prompt; a CPU computes the scores under the causal mask too, fewer in shorter chunks
@@ -111,7 +111,7 @@ class Engine:
         self.num_cached -= count
         self.next_position -= count
         for layer in self.cache:
-            layer.trim(self.num_cached)
+            layer.trim(layer.offset - self.num_cached)
 
     def uses_dynamic_ntk(self, ahead: int) -> bool:
         """Tell whether dynamic NTK turns the next tokens, each by another length."""
@@ -130,15 +130,6 @@ class Engine:
         if not isinstance(self.cache[-1], RowQuantizedKVCache):
             layout = preferred_row_layout(self.model, packing, self.cache[-1].offset)
             self.cache[:] = [quantize_layer(layer, packing, layout) for layer in self.cache]
-
-
-def quantize_layer(
-    layer: LayerCache, packing: KVQuantization, layout: KVRowLayout | None
-) -> LayerCache:
-    """Return a layer quantized, and a row a token where there is a ``layout``."""
-    if isinstance(layer, KVCache):
-        layer = layer.quantized(packing.bits, packing.group_size)
-    return layer.as_rows(layout) if layout and isinstance(layer, QuantizedKVCache) else layer
 
 
 def slice_positions(positions: np.ndarray | None, start: int, stop: int) -> Positions:

@@ -29,7 +29,7 @@ from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.sampler import Sampler, make_sampler, needs_history
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import is_structured
-from internvl3_mlx.models.cache import SharedPrefixKVCache
+from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
 
 if TYPE_CHECKING:
     from internvl3_mlx.generation.vlm import VLM

@@ -10,8 +10,13 @@ import numpy as np
 from internvl3_mlx.generation.engine import kv_quantization_for, make_kv_cache
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage
-from internvl3_mlx.models.cache import KVCache, KVQuantization, LayerCache
+from internvl3_mlx.models.cache import KVCache, LayerCache
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.quantized_cache import (
+    KVQuantization,
+    QuantizedKVCache,
+    RowQuantizedKVCache,
+)
 from internvl3_mlx.prompt.v2pe import image_spans
 
 HASH_WORDS = 2  # a picture's digest as two 64-bit words
@@ -154,7 +159,8 @@ class PromptCache:
     def is_compatible(self, packing: KVQuantization | None) -> bool:
         """Tell whether the cache can go on with this packing. A dense one is packed on the way;
         what was packed cannot be undone."""
-        packed = [layer for layer in self.layers if not isinstance(layer, KVCache)]
+        quantized = (QuantizedKVCache, RowQuantizedKVCache)
+        packed = [layer for layer in self.layers if isinstance(layer, quantized)]
         if packing is None:
             return not packed
         wanted = (packing.bits, packing.group_size)
@@ -164,7 +170,7 @@ class PromptCache:
         """Note that the cache holds the first ``length`` tokens of ``reading`` and no more."""
         self.key = reading.prefix(length)
         for layer in self.layers:
-            layer.trim(len(self.key))
+            layer.trim(layer.offset - len(self.key))
 
     def get_image_features(
         self, model: InternVL, inputs: ModelInputs, kept: int
@@ -188,7 +194,7 @@ class PromptCache:
     @property
     def nbytes(self) -> int:
         """Count what keys and values take, the room set aside included."""
-        return sum(part.nbytes for layer in self.layers for part in layer.state)
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def is_quantized(self) -> bool:

@@ -18,8 +18,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.generation.prompt_cache import HASH_WORDS, CacheKey, PromptCache
-from internvl3_mlx.models.cache import KVCache, LayerCache, QuantizedKVCache
+from internvl3_mlx.models.cache import KVCache, LayerCache
 from internvl3_mlx.models.lora import lora_layers
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache, RowQuantizedKVCache
 
 METADATA_KEY = "internvl3_mlx"  # our entry of the metadata
 VALUES_PER_TENSOR = 16  # numbers of each tensor that tell models apart
@@ -94,11 +95,13 @@ def layer_arrays(layer: LayerCache) -> tuple[dict[str, mx.array], dict[str, int]
 
     Packed rows are written as MLX packs, the same numbers: a file serves wherever it is read.
     """
-    if isinstance(layer, KVCache):
-        keys, values = layer.kept
+    if isinstance(layer, RowQuantizedKVCache):
+        layer = layer.to_quantized()
+    if not isinstance(layer, QuantizedKVCache):
+        keys, values = layer.state
         return {"0": keys, "1": values}, {"2": layer.offset}
-    kept = iter(layer.kept)
-    names = [(side, list(islice(kept, QUANTIZED_PARTS))) for side in "01"]
+    state = iter(layer.state)
+    names = [(side, list(islice(state, QUANTIZED_PARTS))) for side in "01"]
     parts = {f"{side}.{n}": part for side, found in names for n, part in enumerate(found)}
     return parts, {"2": layer.offset, "3": layer.group_size, "4": layer.bits}
 
@@ -106,13 +109,13 @@ def layer_arrays(layer: LayerCache) -> tuple[dict[str, mx.array], dict[str, int]
 def layer_from_arrays(kind: str, at: int, arrays: dict[str, Any]) -> LayerCache:
     if kind == KVCache.__name__:
         dense = KVCache()
-        dense.restore([arrays[f"{at}.0"], arrays[f"{at}.1"]])
+        dense.state = [arrays[f"{at}.0"], arrays[f"{at}.1"]]
         return dense
     if kind != QuantizedKVCache.__name__:
         raise ValueError(f"a cache of kind {kind}")
     group_size, bits = (int(arrays[f"{at}.{n}"].item()) for n in "34")
     packed = QuantizedKVCache(bits, group_size)
-    packed.restore([arrays[f"{at}.{side}.{n}"] for side in "01" for n in range(QUANTIZED_PARTS)])
+    packed.state = [arrays[f"{at}.{side}.{n}"] for side in "01" for n in range(QUANTIZED_PARTS)]
     return packed
 
 

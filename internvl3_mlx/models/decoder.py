@@ -1,10 +1,9 @@
-"""The language models: Qwen2.5 (1B 2B 8B 14B 38B 78B) and InternLM3 (9B), one decoder with or
+"""The language models, Qwen2.5 (1B 2B 8B 14B 38B 78B) and InternLM3 (9B): one decoder, with or
 without qkv bias.
 
-Ours rather than mlx-lm's because V2PE needs explicit positions, which a cache's offset cannot say.
-Attribute names are
-the Qwen checkpoint's; ``fuse`` then joins q, k, v and gate, up into one matrix each, wherever
-their packing agrees.
+Not mlx-lm's, because V2PE needs explicit positions, which the offset of a cache cannot express.
+Attribute names are the Qwen checkpoint's. ``fuse`` concatenates q, k, v and gate, up into one
+matrix each, wherever they are quantized alike.
 """
 
 from collections.abc import Sequence
@@ -14,16 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.config import TextConfig
-from internvl3_mlx.models.attention import AnyCache, attend, attend_kept, takes_unturned
+from internvl3_mlx.models.attention import ALL_ROWS, RowSelection
+from internvl3_mlx.models.cache import NO_CACHE, AttentionContext
 from internvl3_mlx.models.fused_linear import fuse_linears
 from internvl3_mlx.models.layers import BlockRunner, run_block, swiglu
 from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, ntk_frequencies
-from internvl3_mlx.models.packed_sequences import PackedSequences
-
-RowSelection = (
-    slice | mx.array
-)  # of a sequence: a stretch, or (R,) indices where it is cut into spans
-ALL_ROWS, LAST_ROW = slice(None), slice(-1, None)
 
 
 class Attention(nn.Module):
@@ -32,43 +26,33 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         width, dim = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = dim
         self.q_proj = nn.Linear(width, self.heads * dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: RowSelection = ALL_ROWS
+        self,
+        x: mx.array,
+        rotary: Rotary,
+        context: AttentionContext = NO_CACHE,
+        rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
-        """x: (B, L, D) -> (B, R, D): all L rows are remembered, ``rows`` of them answered."""
-        joint, values = self.project_qkv(x)
-        if takes_unturned(cache, x.shape[1]):
-            queries, keys = mx.split(joint, [self.heads], axis=2)
-            cache.append_pre_rope(keys, values, rotary.rope_params(x.shape[1]))
-            out = attend_kept(rotary(queries)[:, :, rows], cache)
+        """x: (B, L, D) -> (B, R, D): ``context`` takes in all L tokens, ``rows`` of them attend."""
+        qk, v = self.project_qkv(x)
+        if context.accepts_pre_rope(x.shape[1]):
+            q, k = mx.split(qk, [self.heads], axis=2)
+            rope = rotary.rope_params(x.shape[1])
+            out = context.attend_pre_rope(rotary(q), k, v, rope, rows)
         else:
-            out = self.attend(rotary(joint), values.transpose(0, 2, 1, 3), cache, rows)
+            q, k = mx.split(rotary(qk), [self.heads], axis=1)
+            out = context.attend(q, k, v.transpose(0, 2, 1, 3), rows)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
-    def attend(
-        self, turned: mx.array, values: mx.array, cache: AnyCache | None, rows: RowSelection
-    ) -> mx.array:
-        """turned: q and k (B, H + KV, L, Dh), values (B, KV, L, Dh) -> (B, H, R, Dh)."""
-        queries, keys = mx.split(turned, [self.heads], axis=1)
-        if isinstance(
-            cache, PackedSequences
-        ):  # the rows lie in several spans: attend first, choose after
-            return attend(queries, keys, values, cache)[:, :, rows]
-        return attend(queries[:, :, rows], keys, values, cache)
-
     def project_qkv(self, x: mx.array) -> list[mx.array]:
-        """x: (B, L, D) -> q and k, to be turned together, (B, L, H + KV, Dh), and v (B, L, KV,
-        Dh)."""
+        """x: (B, L, D) -> q and k, to be rotated together, (B, L, H + KV, D'), v (B, L, KV, D')."""
         if "qkv_proj" in self:
             joint = self.qkv_proj(x)
         else:
@@ -109,14 +93,19 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config), MLP(config)
 
     def __call__(
-        self, x: mx.array, rotary: Rotary, cache: AnyCache | None, rows: RowSelection = ALL_ROWS
+        self,
+        x: mx.array,
+        rotary: Rotary,
+        context: AttentionContext = NO_CACHE,
+        rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
-        x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, cache, rows)
+        """x: (B, L, D) -> (B, R, D), the states of ``rows``."""
+        x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, context, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embeddings in, final states out; the head is apart, to run only where it is wanted."""
+    """From embeddings to final states; the head is separate, to run only where it is needed."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -128,23 +117,25 @@ class Decoder(nn.Module):
         self,
         x: mx.array,
         rotary: Rotary,
-        cache: Sequence[AnyCache] | None = None,
+        cache: Sequence[AttentionContext] | None = None,
         rows: RowSelection = ALL_ROWS,
         run: BlockRunner = run_block,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D), the states of ``rows`` alone.
 
-        Every layer but the last needs all rows; the last needs the others only in the cache.
-        ``run`` calls each block; training runs some of them twice.
+        ``cache``: one for each layer; without it the tokens see each other alone. Every layer but
+        the last computes all rows, since the next one needs their keys. ``run`` calls each block;
+        gradient checkpointing runs some of them twice.
         """
         last = len(self.layers) - 1
-        for i, (block, kept) in enumerate(zip(self.layers, cache or repeat(None), strict=False)):
-            x = run(block, x, rotary, kept, rows if i == last else ALL_ROWS)
+        contexts = cache or repeat(NO_CACHE)
+        for i, (block, context) in enumerate(zip(self.layers, contexts, strict=False)):
+            x = run(block, x, rotary, context, rows if i == last else ALL_ROWS)
         return self.norm(x)
 
 
 class LanguageModel(nn.Module):
-    """The decoder and its head. The head is the embedding where a checkpoint ties them."""
+    """The decoder and its head, which is the embedding where a checkpoint ties them."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -158,11 +149,11 @@ class LanguageModel(nn.Module):
         return self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
 
     def rotary(self, positions: Positions, length: int, *, ntk: bool = True) -> Rotary:
-        """Prepare the rotation of one forward pass, shared by all its layers.
+        """Return the rotary embedding of one forward pass, shared by all its layers.
 
-        ``length`` is the sequence so far with these tokens; beyond the trained window ordinary
-        positions are stretched
-        by the checkpoint's dynamic NTK unless ``ntk`` is off. V2PE's positions never are.
+        ``length``: tokens of the sequence, these included. Beyond the trained window, plain
+        positions 0, 1, 2 ... are scaled by the checkpoint's dynamic NTK unless ``ntk`` is off;
+        V2PE's positions never are.
         """
         config = self.config
         base, dim, trained = config.rope_theta, config.head_dim, config.max_position_embeddings
@@ -174,7 +165,7 @@ class LanguageModel(nn.Module):
         return Rotary(dim, ntk_frequencies(positions, dim, base, stretched), positions)
 
     def fuse(self) -> None:
-        """Join the projections that read the same input."""
+        """Concatenate the projections that read the same input."""
         for block in self.model.layers:
             block.self_attn.fuse()
             block.mlp.fuse()

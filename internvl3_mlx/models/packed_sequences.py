@@ -1,13 +1,16 @@
-"""Several sequences in one row, none of which sees another.
+"""Sequence packing: several sequences in one row of tokens, none of which attends to another.
 
-A batch is one row of tokens cut into spans. A span attends to itself alone, or behind the prefix it
-branches from: two answers share a prompt that is read once. Every span is one causal attention call
-over views, so that no mask array exists.
+A sequence is a span of the row. It attends to itself alone, or behind the prefix that it continues:
+two answers can share a prompt that is computed once. Each span is one causal attention over views,
+so that no mask array exists.
 """
 
 from dataclasses import dataclass
 
 import mlx.core as mx
+
+from internvl3_mlx.models.attention import ALL_ROWS, RowSelection, causal_attention
+from internvl3_mlx.models.cache import AttentionContext
 
 
 @dataclass(frozen=True)
@@ -20,32 +23,26 @@ class Span:
 
 
 @dataclass(frozen=True)
-class PackedSequences:
-    """What stands in the place of a cache when a row of spans is read at once."""
+class PackedSequences(AttentionContext):
+    """The spans of a row that is read at once; takes the place of a cache."""
 
     spans: tuple[Span, ...]
 
-
-def attend_spans(q: mx.array, k: mx.array, v: mx.array, spans: PackedSequences) -> mx.array:
-    """Attend within each span. q: (B, H, L, D), k v: (B, KV, L, D) -> (B, H, L, D)."""
-    scale = q.shape[-1] ** -0.5
-    return mx.concatenate(
-        [
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, span.start : span.stop],
-                visible_keys(k, span),
-                visible_keys(v, span),
-                scale=scale,
-                mask="causal",  # aligned to the lower right: a branch sees its whole prefix
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
+    ) -> mx.array:
+        """Attend within each span. ``rows`` may lie in any spans, so they are selected last."""
+        outputs = [
+            causal_attention(  # aligned to the lower right: a branch sees its whole prefix
+                q[:, :, span.start : span.stop], visible_keys(k, span), visible_keys(v, span)
             )
-            for span in spans.spans
-        ],
-        axis=2,
-    )
+            for span in self.spans
+        ]
+        return mx.concatenate(outputs, axis=2)[:, :, rows]
 
 
 def visible_keys(x: mx.array, span: Span) -> mx.array:
-    """Give what a span looks at: its prefix, if it has one, and itself."""
+    """Return the keys (or values) that a span attends to: its prefix, if it has one, and itself."""
     own = x[:, :, span.start : span.stop]
     if span.prefix is None:
         return own

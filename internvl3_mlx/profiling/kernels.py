@@ -12,16 +12,12 @@ import mlx.core as mx
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.generation.context_budget import SCALE_AND_BIAS_BITS
 from internvl3_mlx.metal_kernels import dispatch, self_test
-from internvl3_mlx.metal_kernels.flash_decode import (
-    MAX_DRAFT_TOKENS,
-    FlashVariant,
-    KVStore,
-    flash_decode,
-)
-from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
+from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, FlashVariant, flash_decode
+from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout, KVStore
 from internvl3_mlx.metal_kernels.registry import KernelThreshold
 from internvl3_mlx.models.attention import quantized_attention
 from internvl3_mlx.models.cache import KVCache
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache, quantize_to_rows
 from internvl3_mlx.profiling.flops import DENSE_BITS
 from internvl3_mlx.profiling.results import Measurement
 from internvl3_mlx.profiling.timing import RUNS, measure_seconds, random_cache
@@ -110,14 +106,14 @@ def mlx_step(trial: AttentionTrial, filled: KVCache) -> Callable[[mx.array], mx.
     """Return MLX's own way: its fused attention, or two products with packed matrices."""
     scale, mask = trial.dim**-0.5, "causal" if trial.length > 1 else None
     if trial.bits == DENSE_BITS:
-        keys, values = filled.kept
+        keys, values = filled.state
         return lambda q: mx.fast.scaled_dot_product_attention(
             q, keys, values, scale=scale, mask=mask
         )
-    packed = filled.quantized(trial.bits, GROUP_SIZE)
-    mx.eval(packed.state)
-    kept_keys, kept_values = packed.quantized_keys, packed.quantized_values
-    return lambda q: quantized_attention(q * scale, kept_keys, kept_values, packed)
+    cache = QuantizedKVCache.from_dense(filled, trial.bits, GROUP_SIZE)
+    mx.eval(cache.state)
+    quantized = cache.quantized_keys, cache.quantized_values
+    return lambda q: quantized_attention(q, *quantized, bits=trial.bits, group_size=GROUP_SIZE)
 
 
 def kernel_step(trial: AttentionTrial, filled: KVCache) -> Callable[[mx.array], mx.array]:
@@ -131,7 +127,7 @@ def build_store(trial: AttentionTrial, filled: KVCache) -> KVStore:
     if trial.bits == DENSE_BITS:
         return filled.buffers
     layout = KVRowLayout(trial.dim, trial.bits, GROUP_SIZE, filled.buffers.keys.dtype)
-    return filled.quantized(trial.bits, GROUP_SIZE).as_rows(layout).buffers
+    return quantize_to_rows(filled, layout).buffers
 
 
 def kernel_thresholds(

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from internvl3_mlx.metal_kernels.flash_decode import (
-    DenseKV,
-    QuantizedKVRows,
-    KVStore,
-    flash_decode_reference,
-    merge_attention,
-)
+from internvl3_mlx.metal_kernels.flash_decode import flash_decode_reference, merge_attention
 from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append_reference
-from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout, dequantize_rows, quantize_rows
+from internvl3_mlx.metal_kernels.kv_layout import (
+    DenseKV,
+    KVRowLayout,
+    KVStore,
+    QuantizedKVRows,
+    dequantize_rows,
+    quantize_rows,
+)
 from internvl3_mlx.models.rope import Rotary
 
 TOLERANCE = 1e-4  # of the largest number, in float32

@@ -51,8 +51,6 @@ def random_cache(kv_heads: int, context: int, dim: int, dtype: mx.Dtype) -> KVCa
     on what it finds."""
     shape = (1, kv_heads, context, dim)
     cache = KVCache()
-    cache.update_and_fetch(
-        *(mx.random.normal(shape, key=mx.random.key(n)).astype(dtype) for n in (0, 1))
-    )
+    cache.append(*(mx.random.normal(shape, key=mx.random.key(n)).astype(dtype) for n in (0, 1)))
     mx.eval(cache.state)
     return cache

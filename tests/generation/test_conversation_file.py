@@ -66,7 +66,7 @@ def test_mlx_lm_reads_the_cache(talk, tmp_path):
     cache, metadata = load_prompt_cache(str(tmp_path / "talk.safetensors"), return_metadata=True)
     ours = talk.memory.cache[1]
     assert cache[1].offset == ours.offset == len(talk.memory.reading)
-    assert mx.array_equal(cache[1].keys, ours.kept[0])
+    assert mx.array_equal(cache[1].keys, ours.state[0])
     assert json.loads(metadata["internvl3_mlx"])["stretched"] is False
 
 
@@ -78,7 +78,7 @@ def test_mlx_lm_reads_a_packed_cache(vlm, tmp_path):
     talk.save(tmp_path / "talk", cache=True)
     (layer, *_) = load_prompt_cache(str(tmp_path / "talk.safetensors"))
     assert (layer.bits, layer.group_size) == (8, 32)
-    assert mx.array_equal(layer.values[0], talk.memory.cache[0].kept[3])
+    assert mx.array_equal(layer.values[0], talk.memory.cache[0].state[3])
 
 
 @pytest.mark.parametrize(("kept", "asked"), [(8, None), (8, 4), (None, 8)])

@@ -8,7 +8,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import PromptError, UserError, load
-from internvl3_mlx.models.cache import QuantizedKVCache
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 QUESTION = "Which is larger?"
 PICTURES = [picture(130, 70), picture(60, 60, 1)]

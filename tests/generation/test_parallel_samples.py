@@ -8,7 +8,8 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.generation import parallel_samples
-from internvl3_mlx.models.cache import RowQuantizedKVCache, SharedPrefixKVCache
+from internvl3_mlx.models.quantized_cache import RowQuantizedKVCache
+from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
 
 CAT, DOG = picture(130, 70), picture(60, 60, 1)
 ASKED = ("Which is larger?", [CAT, DOG])
@@ -72,7 +73,7 @@ def test_what_was_read_stands_in_memory_once(vlm, shared, cache, count):
         assert {part.shape[0] for part in layer.prefix.state} == {1}
         assert {part.shape[0] for part in layer.suffix.state} == {count}
         assert layer.suffix.offset == 4
-        assert layer.suffix.state[0].shape[2] < prompt + 256
+        assert layer.suffix.buffers.arrays[0].shape[2] < prompt + 256
     assert isinstance(shared[0].prefix, RowQuantizedKVCache) == bool(cache)
 
 

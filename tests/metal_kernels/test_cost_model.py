@@ -8,7 +8,8 @@ from fixtures.attention_cases import Ragged
 
 import internvl3_mlx
 from internvl3_mlx.metal_kernels.cost_model import AttentionCost, cost_table
-from internvl3_mlx.metal_kernels.flash_decode import DENSE_BITS, DenseKV, QuantizedKVRows, flash_decode_kernel
+from internvl3_mlx.metal_kernels.flash_decode import flash_decode_kernel
+from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, DenseKV, QuantizedKVRows
 
 METAL = Path(internvl3_mlx.__file__).parents[1] / "docs" / "metal.md"
 

@@ -8,7 +8,7 @@ from fixtures.tiny import TEXT, Recipe
 from internvl3_mlx import load
 from internvl3_mlx.metal_kernels import dispatch
 from internvl3_mlx.metal_kernels.registry import KernelThreshold, write_thresholds
-from internvl3_mlx.models.cache import QuantizedKVCache, RowQuantizedKVCache
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache, RowQuantizedKVCache
 
 CAT, DOG = picture(130, 70), picture(60, 60, 1)
 ASKED = ("the the the image the the image", [CAT])

@@ -5,13 +5,13 @@ import numpy as np
 from fixtures.attention_cases import ROUNDING, Ragged, relative_error
 
 from internvl3_mlx.metal_kernels.flash_decode import (
-    DenseKV,
     attend_mlx,
     batch_to_queries,
     flash_decode_reference,
     merge_attention,
     queries_to_batch,
 )
+from internvl3_mlx.metal_kernels.kv_layout import DenseKV
 
 
 def test_a_shared_prefix_and_own_suffixes_join_to_the_whole():

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from fixtures.inputs import relative_error
 
-from internvl3_mlx.models.attention import attend
-from internvl3_mlx.models.cache import GROWTH_STEP, KVCache, QuantizedKVCache
+from internvl3_mlx.models.cache import GROWTH_STEP, KVCache
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 64
 
@@ -53,7 +53,7 @@ def test_attention_sees_the_cache_and_the_rows_before(past, length):
     if past:
         cache.update_and_fetch(*old)
     q = rows(length, HEADS, seed=4)
-    ours = attend(q, *new, cache)
+    ours = cache.attend(q, *new)
     keys, values = (mx.concatenate([a, b], axis=2) for a, b in zip(old, new, strict=True))
     assert relative_error(np.array(ours), reference(q, keys, values)) < 1e-5
 
@@ -65,7 +65,7 @@ def test_packed_attention_equals_attention_over_the_unpacked_cache(bits, length)
     old, new = (rows(40), rows(40, seed=1)), (rows(length, seed=2), rows(length, seed=3))
     cache.update_and_fetch(*old)
     q = rows(length, HEADS, seed=4)
-    ours = attend(q, *new, cache)
+    ours = cache.attend(q, *new)
     packed = [
         mx.dequantize(
             *mx.quantize(mx.concatenate(pair, axis=2), group_size=32, bits=bits),
@@ -80,7 +80,7 @@ def test_packed_attention_equals_attention_over_the_unpacked_cache(bits, length)
 def test_packing_a_filled_cache_keeps_its_tokens_and_its_place():
     cache = KVCache(10)
     cache.update_and_fetch(rows(7), rows(7, seed=1))
-    packed = cache.quantized(8, 64)
+    packed = QuantizedKVCache.from_dense(cache, 8, 64)
     assert packed.offset == 7
     weights = tuple(part[..., :7, :] for part in packed.keys)
     assert relative_error(np.array(packed.dequantize(weights)), np.array(rows(7))) < 0.01

@@ -6,8 +6,9 @@ import pytest
 from fixtures.inputs import relative_error, token_row
 from fixtures.loaded_models import bare_model, numbers
 
-from internvl3_mlx.models.cache import KVCache, QuantizedKVCache
-from internvl3_mlx.models.decoder import LAST_ROW
+from internvl3_mlx.models.attention import LAST_ROW
+from internvl3_mlx.models.cache import KVCache
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 TOLERANCE = 2e-5
 STYLES = ["300m", "6b", "9b"]
@@ -95,7 +96,7 @@ class RoundTripCache(KVCache):
         self.form = {"bits": bits, "group_size": 32}
 
     def update_and_fetch(self, keys, values):
-        return super().append(*(self.rounded(x) for x in (keys, values)))
+        return super().update_and_fetch(*(self.rounded(x) for x in (keys, values)))
 
     def rounded(self, x):
         return mx.dequantize(*mx.quantize(x, **self.form), **self.form)
@@ -121,7 +122,7 @@ def test_a_dense_cache_packs_itself_midway():
     rounded = [RoundTripCache(8) for _ in dense]
     for source, target in zip(dense, rounded, strict=True):
         target.update_and_fetch(*(x[..., :6, :] for x in source.state))
-    packed = [layer.quantized(8, 32) for layer in dense]
+    packed = [QuantizedKVCache.from_dense(layer, 8, 32) for layer in dense]
     assert [layer.offset for layer in packed] == [6, 6, 6]
     ours, theirs = (numbers(model(rest, None, 6, cache)) for cache in (packed, rounded))
     assert relative_error(ours, theirs) < TOLERANCE

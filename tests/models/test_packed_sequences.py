@@ -6,7 +6,7 @@ import pytest
 from fixtures.inputs import relative_error, token_row
 from fixtures.loaded_models import bare_model, numbers
 
-from internvl3_mlx.models.packed_sequences import PackedSequences, Span, attend_spans
+from internvl3_mlx.models.packed_sequences import PackedSequences, Span
 
 TOLERANCE = 2e-5
 ALONE = (Span(0, 1), Span(1, 8), Span(8, 9), Span(9, 20))
@@ -45,7 +45,7 @@ def test_spans_attend_as_the_mask_says(spans):
     length, draw = spans[-1].stop, np.random.default_rng(1)
     q = draw.normal(size=(2, 6, length, 24)).astype(np.float32)
     k, v = (draw.normal(size=(2, 3, length, 24)).astype(np.float32) for _ in "kv")
-    ours = numbers(attend_spans(mx.array(q), mx.array(k), mx.array(v), PackedSequences(spans)))
+    ours = numbers(PackedSequences(spans).attend(mx.array(q), mx.array(k), mx.array(v)))
     theirs = softmax_attention(q, k, v, seen_by(spans, length))
     assert relative_error(ours, theirs) < TOLERANCE
 

@@ -5,15 +5,14 @@ import numpy as np
 import pytest
 from fixtures.inputs import relative_error
 
+from internvl3_mlx.metal_kernels import flash_decode
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
-from internvl3_mlx.models import attention
-from internvl3_mlx.models.attention import attend, attend_kept, takes_unturned
-from internvl3_mlx.models.cache import (
-    GROWTH_STEP,
-    KVCache,
+from internvl3_mlx.models import cache as dense_cache
+from internvl3_mlx.models.cache import GROWTH_STEP, NO_CACHE, KVCache
+from internvl3_mlx.models.packed_sequences import PackedSequences, Span
+from internvl3_mlx.models.quantized_cache import (
     QuantizedKVCache,
     RowQuantizedKVCache,
-    SharedPrefixKVCache,
 )
 from internvl3_mlx.models.rope import Rotary, ntk_frequencies
 
@@ -45,8 +44,8 @@ def same(ours, theirs):
 def test_rows_hold_what_mlx_packs(layout, lengths):
     ours, theirs = both(layout, *lengths)
     assert ours.offset == theirs.offset == sum(lengths)
-    assert same(ours.kept, theirs.kept)
-    assert same(theirs.as_rows(layout).kept, theirs.kept)
+    assert same(ours.to_quantized().state, theirs.state)
+    assert same(RowQuantizedKVCache.from_quantized(theirs, layout).state, ours.state)
     assert (ours.bits, ours.group_size) == (theirs.bits, theirs.group_size)
 
 
@@ -55,16 +54,16 @@ def test_rows_hold_what_mlx_packs(layout, lengths):
 def test_both_forms_attend_alike(layout, length):
     ours, theirs = both(layout, 40)
     q, k, v = rows(length, HEADS, seed=4), rows(length, seed=2), rows(length, seed=3)
-    wanted = attend(q, k, v, theirs)
-    assert relative_error(np.array(attend(q, k, v, ours)), np.array(wanted)) < 1e-5
+    wanted = theirs.attend(q, k, v)
+    assert relative_error(np.array(ours.attend(q, k, v)), np.array(wanted)) < 1e-5
 
 
 @each_layout
 def test_forgotten_rows_leave_no_trace(layout):
     ours, theirs = both(layout, 7)
     ours.append(rows(5, seed=8), rows(5, seed=9))
-    ours.trim(7)
-    assert same(ours.kept, theirs.kept)
+    assert ours.trim(5) == 5
+    assert same(ours.state, RowQuantizedKVCache.from_quantized(theirs, layout).state)
 
 
 POSITIONS = [37, mx.array([37.0, 37.0625, 37.125]), mx.array([[3.0, 4, 5], [900.25, 900.5, 901]])]
@@ -91,64 +90,19 @@ def test_keys_that_the_cache_turns_are_those_turned_before(layout, positions, st
 @pytest.mark.parametrize("make", [KVCache, lambda: RowQuantizedKVCache(LAYOUTS[0])])
 def test_kernels_are_asked_for_a_few_rows_and_never_for_a_prompt(monkeypatch, make):
     asked = []
-    monkeypatch.setattr(attention, "kernels_wanted", lambda: True)
-    monkeypatch.setattr(attention.kernel, "chosen", lambda *_: asked.append(1))
+    monkeypatch.setattr(dense_cache, "kernels_enabled", lambda: True)
+    monkeypatch.setattr(flash_decode, "should_use_kernel", lambda *_: asked.append(1))
     for length in (1, 8, 9, 20):
-        attend(rows(length, HEADS), rows(length), rows(length), make())
+        make().attend(rows(length, HEADS), rows(length), rows(length))
     assert asked == [1, 1]
 
 
-def test_only_few_rows_of_a_packed_cache_are_taken_unturned():
+def test_only_a_row_cache_takes_a_few_keys_before_their_rotation():
     ours, theirs = both(LAYOUTS[0], 4)
-    assert takes_unturned(ours, 1)
-    assert takes_unturned(ours, 8)
-    assert not takes_unturned(ours, 9)
-    assert not takes_unturned(theirs, 1)
-    assert not takes_unturned(KVCache(), 1)
-    assert not takes_unturned(None, 1)
-    assert takes_unturned(SharedPrefixKVCache(ours, LAYOUTS[0]), 1)
-
-
-@pytest.mark.parametrize("layout", [None, *LAYOUTS])
-@pytest.mark.parametrize("count", [1, 5])
-def test_answers_that_share_a_prompt_attend_as_if_each_had_its_own(layout, count):
-    prompt, whole = KVCache(), KVCache()
-    prompt.update_and_fetch(rows(37, batch=1), rows(37, seed=1, batch=1))
-    if layout is None:
-        whole.update_and_fetch(*(mx.repeat(part, count, axis=0) for part in prompt.kept))
-    else:
-        prompt, whole = (
-            prompt.quantized(layout.bits, GROUP).as_rows(layout),
-            RowQuantizedKVCache(layout),
-        )
-        whole.store(mx.repeat(prompt.buffers.first_tokens(37).rows, count, axis=0))
-    shared = SharedPrefixKVCache(prompt, layout)
-    for seed in range(3):
-        new = [rows(1, seed=seed + n, batch=count) for n in (10, 20)]
-        q = rows(1, HEADS, seed=seed, batch=count)
-        wanted = attend(q, *new, whole)
-        assert relative_error(np.array(attend(q, *new, shared)), np.array(wanted)) < 1e-4
-    assert shared.offset == whole.offset == 40
-    if count > 1:
-        some = mx.array([3, 1])
-        shared.select(some)
-        whole.select(some)
-        new = [rows(1, seed=n, batch=2) for n in (30, 40)]
-        q = rows(1, HEADS, seed=5, batch=2)
-        wanted = attend(q, *new, whole)
-        assert relative_error(np.array(attend(q, *new, shared)), np.array(wanted)) < 1e-4
-
-
-@each_layout
-def test_a_shared_cache_is_packed_on_the_way(layout):
-    prompt = KVCache()
-    prompt.update_and_fetch(rows(9, batch=1), rows(9, seed=1, batch=1))
-    shared = SharedPrefixKVCache(prompt, layout)
-    shared.append(rows(1, seed=2), rows(1, seed=3))
-    q = rows(1, HEADS, seed=4)
-    dense = attend_kept(q, shared)
-    shared.quantize()
-    assert isinstance(shared.prefix, RowQuantizedKVCache)
-    assert isinstance(shared.suffix, RowQuantizedKVCache)
-    assert shared.offset == 10
-    assert relative_error(np.array(attend_kept(q, shared)), np.array(dense)) < 4 / 2**layout.bits
+    assert ours.accepts_pre_rope(1)
+    assert ours.accepts_pre_rope(8)
+    assert not ours.accepts_pre_rope(9)
+    others = (theirs, KVCache(), NO_CACHE, PackedSequences((Span(0, 1),)))
+    assert not any(other.accepts_pre_rope(1) for other in others)
+    with pytest.raises(NotImplementedError, match="KVCache takes rotated keys only"):
+        KVCache().attend_pre_rope(*[rows(1)] * 3, Rotary(DIM, 1e6, 0).rope_params(1))
