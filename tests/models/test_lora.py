@@ -124,7 +124,7 @@ def test_results_and_slopes_are_pefts(form, bias):
 def test_merging_is_pefts_merging(form):
     theirs = peft_layer(form)
     ours = same_layer(theirs)
-    merged = numbers(ours.weights.applied(ours.base.weight))
+    merged = numbers(ours.weights.merged_into(ours.base.weight))
     theirs.merge()
     assert relative_error(merged, theirs.base_layer.weight.detach().numpy()) < TOLERANCE
 
@@ -226,7 +226,7 @@ def test_rows_of_zeros_and_rows_that_cancel_never_become_nan():
     assert not numbers(merged[:3]).any()
 
 
-def test_a_settled_adapter_answers_the_same_and_measures_no_more(monkeypatch):
+def test_a_finalized_adapter_answers_the_same_and_measures_no_more(monkeypatch):
     layer = same_layer(peft_layer({"use_dora": True}))
     x = mx.array(some_x())
     before = numbers(layer(x))
@@ -237,7 +237,7 @@ def test_a_settled_adapter_answers_the_same_and_measures_no_more(monkeypatch):
     assert not calls
     monkeypatch.undo()
     other = same_layer(peft_layer({"use_dora": True})).weights
-    layer.take(LoRAWeights(other.down * 2, other.up, other.scale, other.magnitude))
+    layer.load(LoRAWeights(other.lora_a * 2, other.lora_b, other.scale, other.magnitude))
     assert (
         relative_error(numbers(layer.frozen_row_norms()), numbers(layer.adapted_row_norms())) == 0
     )

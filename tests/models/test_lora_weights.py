@@ -33,7 +33,7 @@ def test_adapters_of_one_matrix_stand_in_blocks(dora, scales):
     whole = concatenate_lora([(first, 0, 4), (None, 0, 5), (last, 0, 6)])
     assert whole.shape == (15, WIDTH)
     assert whole.lora_a.shape[0] == 3 + 2
-    expected = mx.concatenate([first.applied(rows[0]), rows[1], last.applied(rows[2])])
+    expected = mx.concatenate([first.merged_into(rows[0]), rows[1], last.merged_into(rows[2])])
     assert (
         relative_error(numbers(whole.merged_into(mx.concatenate(rows))), numbers(expected)) < 1e-6
     )
@@ -41,24 +41,24 @@ def test_adapters_of_one_matrix_stand_in_blocks(dora, scales):
 
 def test_one_and_the_same_a_is_kept_once_and_to_the_bit():
     whole = drawn(6, dora=True)
-    equal = LoRAWeights(mx.array(np.array(whole.down)), whole.up, whole.scale, whole.magnitude)
+    equal = LoRAWeights(mx.array(np.array(whole.lora_a)), whole.lora_b, whole.scale, whole.magnitude)
     again = concatenate_lora([(whole, 0, 2), (equal, 2, 3), (whole, 3, 6)])
     assert again.scale == whole.scale
-    for ours, theirs in ((again.lora_a, whole.down), (again.lora_b, whole.up)):
+    for ours, theirs in ((again.lora_a, whole.lora_a), (again.lora_b, whole.lora_b)):
         assert bool(mx.array_equal(ours, theirs))
     assert bool(mx.array_equal(again.magnitude, whole.magnitude))
 
 
 def test_rows_taken_alone_are_changed_as_among_the_others():
     factors, rows = drawn(8, dora=True), weight(8)
-    some = factors.rows(2, 5).applied(rows[2:5])
-    assert relative_error(numbers(some), numbers(factors.applied(rows)[2:5])) < 1e-6
+    some = factors.slice_rows(2, 5).merged_into(rows[2:5])
+    assert relative_error(numbers(some), numbers(factors.merged_into(rows)[2:5])) < 1e-6
 
 
 def test_a_row_without_a_length_of_its_own_keeps_the_weights():
     factors, rows = drawn(4, dora=True), weight(4)
     open_rows = mx.where(mx.arange(4) == 2, mx.nan, factors.magnitude)
-    out = LoRAWeights(factors.down, factors.up, factors.scale, open_rows).merged_into(rows)
+    out = LoRAWeights(factors.lora_a, factors.lora_b, factors.scale, open_rows).merged_into(rows)
     assert row_norms(out)[2].item() == pytest.approx(row_norms(rows)[2].item(), rel=1e-6)
     assert row_norms(out)[1].item() == pytest.approx(factors.magnitude[1].item(), rel=1e-6)
 
