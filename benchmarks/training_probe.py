@@ -207,12 +207,12 @@ def peer_row(ids: np.ndarray, learned: np.ndarray, seen: Any) -> dict[str, mx.ar
 
 def samples(case: str, folder: Path) -> list[Any]:
     """Make the samples or pairs of a case, as our trainer reads them."""
-    from internvl3_mlx.training.config import DataSettings
+    from internvl3_mlx.training.config import TrainConfig
     from internvl3_mlx.training.data.dataset import open_dataset
     from internvl3_mlx.training.data.preprocess import Preprocessor
     from internvl3_mlx.training.setup import load_processor
 
-    maker = Preprocessor(load_processor(folder), DataSettings(method=case.split()[0]))
+    maker = Preprocessor(load_processor(folder), TrainConfig(method=case.split()[0]))
     data = open_dataset(row_files(folder, case), config=maker.config)
     assert data is not None
     make = maker.build_pair if maker.config.reads_pairs else maker.build_sample
@@ -223,8 +223,8 @@ def tokens(case: str, folder: Path) -> float:
     """Count the tokens of a row, the prompt of a pair once for each answer."""
     rows = samples(case, folder)
     if not case.startswith("mpo"):
-        return mean(len(row.ids) for row in rows)
-    return mean(2 * len(p.prompt.ids) + len(p.chosen) + len(p.rejected) for p in rows)
+        return mean(len(row.input_ids) for row in rows)
+    return mean(2 * len(p.prompt.input_ids) + len(p.chosen) + len(p.rejected) for p in rows)
 
 
 RUNS = {OURS: ours, "mlx-vlm": peer}

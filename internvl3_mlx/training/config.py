@@ -1,13 +1,14 @@
-"""A whole training run as one value that checks itself.
+"""The configuration of a training run.
 
-The fields below are the one table of settings: the command line makes its flags of them, a YAML
-file names them with underscores, and each default is written here and nowhere else.
+The fields of ``TrainConfig`` are the only table of settings: the command line derives its flags
+from them, a YAML file names them with underscores, and each default is written here and nowhere
+else.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.option_fields import check_bounds, config_field
@@ -25,140 +26,145 @@ from internvl3_mlx.training.config_fields import (
     TRAINABLE_PARTS,
 )
 
+PREFERENCE_METHOD = "mpo"  # the method that reads preference pairs; the others read conversations
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides what a run computes, and where it goes. The defaults are ``sft``'s;
-    ``PRESETS`` says what other methods change."""
+    """Everything that decides what a training run computes and where it writes.
+
+    A setting that is not given takes the preset of its ``method`` (``PRESETS``), and without one
+    the default below, which is that of ``sft``. Raises ``UserError`` for values that are out of
+    range or contradict each other.
+    """
 
     model: str | None = config_field(
         None,
         "Model",
-        "A folder, a hub repository, a size such as 2b, or demo.",
+        "Folder, Hub repository, size such as 2b, or demo.",
         metavar="PATH|REPO|SIZE",
     )
     q_bits: int | None = config_field(
         None,
         "Model",
-        "Pack the frozen language model: 4 or 8 bits (QLoRA).",
+        "Quantize the frozen language model to 4 or 8 bits (QLoRA).",
         choices=("4", "8"),
         default_text="as stored",
     )
     dtype: str | None = config_field(
         None,
         "Model",
-        "What is computed in.",
+        "Data type to compute in.",
         choices=COMPUTE_DTYPES,
         default_text="the model's own, float32 on a CPU",
     )
     adapter_path: str = config_field(
-        "adapters", "Model", "Where adapter, checkpoints and figures go.", metavar="FOLDER"
+        "adapters", "Model", "Folder for the adapter, checkpoints and metrics.", metavar="FOLDER"
     )
     resume_adapter_file: str | None = config_field(
-        None, "Model", "Begin with this adapter's weights.", metavar="FOLDER"
+        None, "Model", "Start from the weights of this adapter.", metavar="FOLDER"
     )
     data: str | None = config_field(
         None,
         "Data",
-        "A folder with train.jsonl and valid.jsonl, one JSONL file, or a meta JSON.",
+        "Folder with train.jsonl and valid.jsonl, a JSONL file, or a meta JSON.",
         metavar="PATH",
     )
     valid_data: str | None = config_field(
-        None,
-        "Data",
-        "Rows to validate on.",
-        metavar="PATH",
-        default_text="valid.jsonl of the folder",
+        None, "Data", "Validation data.", metavar="PATH", default_text="valid.jsonl of the folder"
     )
     max_seq_length: int = config_field(
-        16384, "Data", "Longest sample in tokens; with --packing, of a row.", low=8
+        16384, "Data", "Maximum length in tokens of a sample, or of a packed sequence.", low=8
     )
     packing: bool = config_field(
-        False, "Data", "Lay samples end to end in rows of --max-seq-length."
+        False, "Data", "Pack samples into sequences of --max-seq-length tokens."
     )
     max_tiles: int | None = config_field(
-        None, "Data", "Most tiles a picture is cut into.", low=1, default_text="the model's own"
+        None, "Data", "Maximum number of tiles per image.", low=1, default_text="the model's own"
     )
-    max_packed_tiles: int = config_field(48, "Data", "Most tiles of a packed row.", low=1)
-    num_frames: int = config_field(8, "Data", "Frames taken from each video.", low=1)
+    max_packed_tiles: int = config_field(
+        48, "Data", "Maximum number of tiles per packed sequence.", low=1
+    )
+    num_frames: int = config_field(8, "Data", "Number of frames sampled from each video.", low=1)
     augment: bool | None = config_field(
         None,
         "Data",
-        "Re-encode tiles as JPEG of random quality, 75 to 100.",
-        default_text="as a meta JSON says",
+        "Augment tiles by re-encoding them as JPEG of quality 75 to 100.",
+        default_text="as set in a meta JSON",
     )
-    grouping: bool = config_field(True, "Data", "Bring samples of like length together.")
+    grouping: bool = config_field(True, "Data", "Batch samples of similar length together.")
     system: str | None = config_field(
         None,
         "Data",
-        "System text of rows that have none.",
+        "System prompt for records without one.",
         metavar="TEXT",
         default_text="the model's own",
     )
     v2pe_delta: str = config_field(
-        "1", "Data", "Position step of an image token: 1, 1/2 ... 1/256 or random.", metavar="STEP"
+        "1",
+        "Data",
+        "V2PE position increment per image token: 1, 1/2 ... 1/256, random.",
+        metavar="STEP",
     )
     loss_reduction: str = config_field(
         "token",
         "Data",
-        "What a token of an answer of l tokens weighs: 1, 1/l or 1/sqrt(l).",
+        "Loss weight of a token in an answer of n tokens: 1, 1/n or 1/sqrt(n).",
         choices=REDUCTIONS,
     )
     text_ratio: float | None = config_field(
         None,
         "Data",
-        "Share of text-only samples, drawn anew as they run out.",
+        "Fraction of text-only samples; the smaller kind is repeated as needed.",
         low=0,
         high=1,
-        default_text="as the data has it",
+        default_text="as in the data",
     )
     cache_features: bool = config_field(
-        True, "Data", "Keep what a frozen tower saw on disk; it is computed once."
+        True, "Data", "Cache the features of a frozen vision encoder on disk."
     )
-    method: str = config_field("sft", "Training", "What is learned, and how.", choices=METHODS)
+    method: str = config_field("sft", "Training", "Training method.", choices=METHODS)
     iters: int | None = config_field(
-        None, "Training", "Updates of the weights.", low=1, default_text="what --epochs make"
+        None, "Training", "Number of optimizer updates.", low=1, default_text="from --epochs"
     )
-    epochs: float = config_field(1.0, "Training", "Times that all samples are seen.", low=0)
+    epochs: float = config_field(1.0, "Training", "Number of passes over the training data.", low=0)
     batch_size: int = config_field(
-        4, "Training", "Samples, pairs or packed rows read at once.", low=1
+        4, "Training", "Micro-batch size (samples, pairs or packed sequences).", low=1
     )
     grad_accumulation_steps: int = config_field(
-        4, "Training", "Batches to an update; 4 of 2 equal 1 of 8.", low=1
+        4, "Training", "Micro-batches per update; 4 of size 2 equal 1 of size 8.", low=1
     )
-    learning_rate: float = config_field(4e-5, "Training", "Highest step size.", low=0)
+    learning_rate: float = config_field(4e-5, "Training", "Peak learning rate.", low=0)
     lr_schedule: str = config_field(
-        "cosine", "Training", "How the step size falls after the warm-up.", choices=SCHEDULES
+        "cosine", "Training", "Learning rate decay after the warmup.", choices=SCHEDULES
     )
     lr_end: float = config_field(
-        0.0, "Training", "Where it falls to, as a share of the highest.", low=0, high=1
+        0.0, "Training", "Final learning rate, as a fraction of the peak.", low=0, high=1
     )
     warmup_ratio: float = config_field(
-        0.03, "Training", "Share of the updates in which it rises.", low=0, high=1
+        0.03, "Training", "Fraction of the updates used for warmup.", low=0, high=1
     )
     warmup_steps: int | None = config_field(
-        None, "Training", "Updates in which it rises.", low=0, default_text="by --warmup-ratio"
+        None, "Training", "Number of warmup updates.", low=0, default_text="from --warmup-ratio"
     )
-    optimizer: str = config_field(
-        "adamw", "Training", "One of MLX's optimizers.", choices=OPTIMIZERS
-    )
+    optimizer: str = config_field("adamw", "Training", "MLX optimizer.", choices=OPTIMIZERS)
     weight_decay: float = config_field(
-        0.05, "Training", "Shrinking of matrices; biases and norms are left alone.", low=0
+        0.05, "Training", "Weight decay of matrices; biases and norms have none.", low=0
     )
     max_grad_norm: float = config_field(
-        1.0, "Training", "Longest gradient over all weights; 0 for any.", low=0
+        1.0, "Training", "Clip the global gradient norm to this value; 0 disables clipping.", low=0
     )
-    seed: int = config_field(0, "Training", "The same seed gives the same run.", low=0)
+    seed: int = config_field(0, "Training", "Random seed; the same seed reproduces a run.", low=0)
     train: tuple[str, ...] = config_field(
         (LORA,),
         "Weights",
-        f"What is trained: {', '.join(TRAINABLE_PARTS)} or patterns, with commas.",
+        f"Parts to train: {', '.join(TRAINABLE_PARTS)} or patterns, comma-separated.",
         metavar="PARTS",
     )
     lora_keys: tuple[str, ...] = config_field(
         ("language",),
         "Weights",
-        "Layers that are adapted: language, vision, projector, all, names or patterns.",
+        "Layers to adapt: language, vision, projector, all, layer names or patterns.",
         metavar="KEYS",
     )
     num_layers: int | None = config_field(
@@ -168,102 +174,144 @@ class TrainConfig:
         low=1,
         default_text="all",
     )
-    lora_rank: int = config_field(16, "Weights", "Rank of the adapters.", low=1)
+    lora_rank: int = config_field(16, "Weights", "LoRA rank.", low=1)
     lora_alpha: float = config_field(
-        32.0, "Weights", "Scale of the adapters; it is divided by the rank.", low=0
+        32.0, "Weights", "LoRA alpha; the scale is alpha / rank.", low=0
     )
     lora_dropout: float = config_field(
-        0.05, "Weights", "Share of an adapter's inputs left out.", low=0, high=1
+        0.05, "Weights", "Dropout on the input of an adapter.", low=0, high=1
     )
-    dora: bool = config_field(False, "Weights", "Train magnitude and direction apart (DoRA).")
-    rslora: bool = config_field(False, "Weights", "Divide by the root of the rank (rsLoRA).")
+    dora: bool = config_field(
+        False, "Weights", "Use DoRA: train magnitude and direction separately."
+    )
+    rslora: bool = config_field(False, "Weights", "Use rsLoRA: the scale is alpha / sqrt(rank).")
     drop_path: float | None = config_field(
         None,
         "Weights",
-        "Share of a trained tower's branches left out.",
+        "Stochastic depth rate of a trained vision encoder.",
         low=0,
         high=1,
         default_text="the checkpoint's",
     )
-    dpo_weight: float = config_field(0.8, "Preference", "Weight of the preference term.", low=0)
-    bco_weight: float = config_field(0.2, "Preference", "Weight of the quality term.", low=0)
-    sft_weight: float = config_field(1.0, "Preference", "Weight of the chosen answer's NLL.", low=0)
-    beta: float = config_field(0.1, "Preference", "How far from the reference it may move.", low=0)
+    dpo_weight: float = config_field(
+        0.8, "Preference", "Weight of the preference (DPO) term.", low=0
+    )
+    bco_weight: float = config_field(0.2, "Preference", "Weight of the quality (BCO) term.", low=0)
+    sft_weight: float = config_field(
+        1.0, "Preference", "Weight of the generation (SFT) term.", low=0
+    )
+    beta: float = config_field(
+        0.1,
+        "Preference",
+        "Strength of the KL constraint to the reference; lower allows more drift.",
+        low=0,
+    )
     label_smoothing: float = config_field(
-        0.0, "Preference", "Share of pairs thought to be swapped.", low=0, high=0.5
+        0.0,
+        "Preference",
+        "Label smoothing: assumed fraction of flipped preference pairs.",
+        low=0,
+        high=0.5,
     )
     reward_shift: str = config_field(
         "running",
         "Preference",
-        "What the quality term compares with: the mean reward so far, or zero.",
+        "Reward shift of the BCO term: the running mean reward, or zero.",
         choices=REWARD_SHIFTS,
     )
     cache_reference: bool = config_field(
-        False, "Preference", "Compute the reference once and keep it on disk."
+        False, "Preference", "Cache the reference log-probabilities on disk."
     )
     grad_checkpoint: bool = config_field(
-        False, "Memory", "Compute activations twice rather than keep them."
+        False, "Memory", "Recompute activations in the backward pass to save memory."
     )
     memory_limit: float | None = config_field(
         None,
         "Memory",
-        "Stop and save above this many GB.",
+        "Save and stop if memory use exceeds this many GB.",
         low=0,
-        default_text="what the GPU may take",
+        default_text="the GPU's limit",
     )
     compile: bool = config_field(
-        False, "Memory", "Compile the step; samples are rounded up to few lengths."
+        False, "Memory", "Compile the training step; pads samples to a few lengths."
     )
-    steps_per_report: int = config_field(10, "Run", "Updates between two lines of figures.", low=1)
-    steps_per_eval: int = config_field(100, "Run", "Updates between two validations.", low=1)
+    steps_per_report: int = config_field(10, "Run", "Updates between progress reports.", low=1)
+    steps_per_eval: int = config_field(100, "Run", "Updates between validations.", low=1)
     val_batches: int | None = config_field(
-        None, "Run", "Batches of a validation.", low=1, default_text="all"
+        None, "Run", "Number of validation batches.", low=1, default_text="all"
     )
     eval_accuracy: bool = config_field(
-        False, "Run", "Answer the validation rows and count those that are right."
+        False, "Run", "Measure the exact-match rate of the answers to the validation data."
     )
     patience: int | None = config_field(
         None,
         "Run",
-        "Stop after this many validations without a better loss.",
+        "Stop after this many validations without a lower loss.",
         low=1,
         default_text="never",
     )
-    save_every: int = config_field(100, "Run", "Updates between two checkpoints.", low=1)
-    keep_last: int = config_field(2, "Run", "Checkpoints that are kept.", low=1)
+    save_every: int = config_field(100, "Run", "Updates between checkpoints.", low=1)
+    keep_last: int = config_field(2, "Run", "Number of checkpoints to keep.", low=1)
     report_to: tuple[str, ...] = config_field(
-        (), "Run", f"Loggers beside the CSV: {', '.join(LOGGERS)}, with commas.", metavar="NAMES"
-    )  # fmt: skip
+        (),
+        "Run",
+        f"Loggers besides the CSV: {', '.join(LOGGERS)}, comma-separated.",
+        metavar="NAMES",
+    )
+
+    if not TYPE_CHECKING:  # editors and type checkers read the signature of __init__
+
+        def __new__(cls, **given):
+            """Remember which settings are given, so that presets fill in only the others."""
+            self = super().__new__(cls)
+            object.__setattr__(self, "_given", frozenset(given))
+            return self
 
     def __post_init__(self) -> None:
+        given: frozenset[str] = self.__dict__.pop("_given")
+        for name, value in PRESETS.get(self.method, {}).items():
+            if name not in given:
+                object.__setattr__(self, name, value)
         for entry in fields(self):
             check_bounds(entry, getattr(self, entry.name))
         check_conflicts(self)
 
     @property
     def uses_adapters(self) -> bool:
-        """Whether there are adapters, rather than whole parts alone."""
+        """Whether LoRA adapters are trained, alone or besides whole parts."""
         return LORA in self.train
 
     @property
     def adapters_only(self) -> bool:
-        """Whether the base stays as it is below its adapters."""
+        """Whether nothing but LoRA adapters is trained."""
         return self.train == (LORA,)
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the model before training."""
-        return self.method == "mpo" and bool(self.dpo_weight or self.bco_weight)
+        return self.reads_pairs and bool(self.dpo_weight or self.bco_weight)
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether the training data are preference pairs."""
+        return self.method == PREFERENCE_METHOD
+
+    @property
+    def position_delta(self) -> float | str:
+        """The V2PE position increment of image tokens as a number, or "random"."""
+        from internvl3_mlx.prompt.v2pe import parse_delta
+
+        return RANDOM if self.v2pe_delta == RANDOM else parse_delta(self.v2pe_delta)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all settings as YAML and JSON can hold them."""
+        """Return all settings as values that YAML and JSON can hold."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
 
 
-# What a method changes of the defaults above, which are those of sft.
+# method -> settings whose default differs from that of sft
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "sft": {},
     "mpo": {
@@ -284,113 +332,58 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
 })  # fmt: skip
 
 
-def check_conflicts(config: "TrainConfig") -> None:
-    """Refuse settings that contradict each other."""
+def check_conflicts(config: TrainConfig) -> None:
+    """Raise ``UserError`` for settings that contradict each other."""
     if not config.train:
-        raise UserError(f"train names nothing; wanted are {', '.join(TRAINABLE_PARTS)} or patterns")
-    if unknown := [name for name in config.report_to if name not in LOGGERS]:
-        raise UserError(f"report_to is {unknown[0]}; known are {', '.join(LOGGERS)}")
-    if config.iters is None and config.epochs == 0:
-        raise UserError("epochs is 0; give epochs above 0, or iters")
-    if not config.uses_adapters and (config.dora or config.rslora):
-        raise UserError("dora and rslora shape adapters; add lora to train")
-    if config.dora and config.rslora:
-        raise UserError("dora and rslora both set the scale of adapters; choose one")
-    if config.compile and (config.packing or config.grad_checkpoint or config.method == "mpo"):
         raise UserError(
-            "compile is for samples of few lengths; leave out packing, grad_checkpoint and mpo"
+            f"train is empty; expected one or more of {', '.join(TRAINABLE_PARTS)}, or patterns"
+        )
+    if unknown := [name for name in config.report_to if name not in LOGGERS]:
+        raise UserError(
+            f"unknown logger {unknown[0]!r} in report_to; choose from {', '.join(LOGGERS)}"
+        )
+    if config.position_delta == "auto":
+        raise UserError("v2pe_delta auto is for generation only; set a number, or random")
+    if config.iters is None and config.epochs == 0:
+        raise UserError("epochs is 0; set epochs above 0, or iters")
+    if not config.uses_adapters and (config.dora or config.rslora):
+        raise UserError("dora and rslora apply to LoRA adapters only; add lora to train")
+    if config.dora and config.rslora:
+        raise UserError("dora and rslora are mutually exclusive; choose one")
+    if config.compile and (config.packing or config.grad_checkpoint or config.reads_pairs):
+        raise UserError(
+            "compile cannot be combined with packing, grad_checkpoint or method mpo; drop one"
         )
     if config.compile and "lm_head" in config.lora_keys:
-        raise UserError("compile cannot take an adapted lm_head; leave one of them out")
-    if config.method == "mpo":
+        raise UserError("compile cannot be combined with an adapted lm_head; drop one")
+    if config.reads_pairs:
         check_preference(config)
 
 
-def check_preference(config: "TrainConfig") -> None:
+def check_preference(config: TrainConfig) -> None:
+    """Raise ``UserError`` for settings that preference optimization cannot use."""
     if config.packing:
-        raise UserError("packing is for samples; mpo lays each pair behind its prompt already")
+        raise UserError("packing cannot be combined with method mpo; drop packing")
     if not (config.dpo_weight or config.bco_weight or config.sft_weight):
-        raise UserError("dpo_weight, bco_weight and sft_weight are all 0; nothing would be learned")
+        raise UserError("dpo_weight, bco_weight and sft_weight are all 0; set at least one above 0")
     if config.needs_reference and not (config.adapters_only or config.cache_reference):
         raise UserError(
-            f"train is {','.join(config.train)}: once more than lora moves, the base is gone that "
-            "mpo compares with; add cache_reference, which asks it beforehand"
+            f"train is {','.join(config.train)}: training more than adapters changes the reference "
+            "model that mpo compares with; add cache_reference to compute it before training"
         )
     if config.needs_reference and not config.adapters_only and config.v2pe_delta == RANDOM:
-        raise UserError("v2pe_delta random cannot be asked beforehand; train lora alone, or fix it")
+        raise UserError(
+            "v2pe_delta random changes the prompts, and the reference is computed before training; "
+            "train lora only, or set a number"
+        )
     if config.augment:
         check_fixed_images(config)
 
 
-def check_fixed_images(config: "TrainConfig") -> None:
-    """Refuse pictures that are drawn anew where the reference knows only those it was asked of."""
+def check_fixed_images(config: TrainConfig) -> None:
+    """Raise ``UserError`` if augmented images would not match a reference computed in advance."""
     if config.needs_reference and not config.adapters_only:
         raise UserError(
-            "augment draws pictures anew, and the reference is asked beforehand; "
-            "train lora alone, or leave augment out"
+            "augment changes the images, and the reference is computed before training; train lora "
+            "only, or drop augment"
         )
-
-
-AUTO: Literal["auto"] = "auto"
-PREFERENCE_METHOD = "mpo"  # the method that reads pairs of answers; all others read conversations
-TEXT_SHARE = 0.25  # of the samples in native pre-training: text to image-text is 1 to 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What decides which batches a run reads. ``None`` means: as the model or the data has it.
-
-    batch_size: samples, pairs or packed rows in a micro-batch. packing: lay samples into rows of at
-    most ``max_seq_length`` tokens and ``max_packed_tiles`` tiles.
-    v2pe_delta: one step for all pictures, or "random": one of the nine for each picture.
-    augment: re-encode tiles as JPEG; None leaves it to a meta JSON's ``data_augment``.
-    loss_reduction: what a token of an answer of l tokens weighs: 1, 1/l or 1/sqrt(l).
-    text_ratio: share of text-only samples; the kind that runs out is begun anew.
-    grouping: samples of like length come together.
-    """
-
-    method: str = "sft"
-    batch_size: int = 1
-    packing: bool = False
-    max_seq_length: int = 16384
-    max_packed_tiles: int = 48
-    max_tiles: int | None = None
-    num_frames: int = 8
-    v2pe_delta: str | float = 1
-    augment: bool | None = None
-    loss_reduction: Literal["token", "sample", "square"] = "token"
-    text_ratio: float | None = None
-    grouping: bool = False
-    system: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_seq_length", "max_packed_tiles", "num_frames"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.loss_reduction not in TOKEN_WEIGHTS:
-            raise UserError(
-                f"loss_reduction {self.loss_reduction!r}: wanted one of {', '.join(TOKEN_WEIGHTS)}"
-            )
-        if self.position_delta == AUTO:
-            raise UserError("v2pe_delta auto is for prompts; give a step, or random")
-
-    @property
-    def position_delta(self) -> float | str:
-        """The step of image tokens as a number, or "random"."""
-        from internvl3_mlx.prompt.v2pe import parse_delta
-
-        return RANDOM if self.v2pe_delta == RANDOM else parse_delta(self.v2pe_delta)
-
-    @property
-    def reads_pairs(self) -> bool:
-        """Whether rows hold two answers to compare."""
-        return self.method == PREFERENCE_METHOD
-
-
-# loss_reduction -> what each of an answer's l supervised tokens weighs
-TOKEN_WEIGHTS = {
-    "token": lambda l: 1.0,  # noqa: E741
-    "sample": lambda l: 1.0 / l,  # noqa: E741
-    "square": lambda l: l**-0.5,  # noqa: E741
-}

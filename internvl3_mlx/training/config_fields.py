@@ -1,4 +1,4 @@
-"""The names that settings of a training run choose from."""
+"""The values that settings of a training run choose from."""
 
 from typing import Literal
 
@@ -14,4 +14,4 @@ LORA = "lora"
 TRAINABLE_PARTS = (LORA, "language_model", "mlp1", "vision_model", "lm_head")
 MODEL_PARTS = TRAINABLE_PARTS[1:4]
 REWARD_SHIFTS = ("running", "zero")
-RANDOM: Literal["random"] = "random"  # of V2PE: another step for every picture
+RANDOM: Literal["random"] = "random"  # of v2pe_delta: drawn for each image

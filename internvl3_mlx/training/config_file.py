@@ -1,4 +1,4 @@
-"""Recipes read: YAML, with flags over it and a method's preset below it. Unknown keys are refused.
+"""Read a ``TrainConfig`` from YAML and flags, and write one as YAML. Unknown keys are refused.
 
 method: sft
 model: 2b
@@ -7,56 +7,48 @@ learning_rate: 1e-4
 train: [lora, mlp1]
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.files import atomic_write, did_you_mean, read_yaml
 from internvl3_mlx.option_fields import parse_value
-from internvl3_mlx.training.config import PRESETS, TrainConfig
-from internvl3_mlx.training.config_fields import METHODS
+from internvl3_mlx.training.config import TrainConfig
 
-CONFIG_FILE = "recipe.yaml"  # the name under which a run keeps its own
+CONFIG_FILE = "train_config.yaml"  # where a run keeps its own configuration
+ALL_SETTINGS = "run internvl3 train --help for all settings"
 
 
 def build_config(flags: Mapping[str, Any], path: Path | None = None) -> TrainConfig:
-    """Merge what was asked for: flags over the file over the method's preset over the defaults."""
-    asked = {**(read_config_file(path) if path else {}), **parse_values(flags, "the command line")}
-    method = asked.get("method", "sft")
-    if method not in METHODS:
-        raise UserError(f"method is {method}; known are {', '.join(METHODS)}")
-    return TrainConfig(**{**PRESETS[method], **asked})
+    """Merge flags over the YAML file; what neither sets takes the method's preset or default.
+
+    Raises ``UserError`` that names the file, the key and the value.
+    """
+    from_file = read_config_file(path) if path else {}
+    return TrainConfig(**from_file | parse_values(flags, "the command line"))
 
 
 def write_config_file(config: TrainConfig, path: Path) -> None:
-    """Write all settings of a run as YAML that ``build_recipe`` reads back as the same run."""
+    """Write all settings as YAML from which ``build_config`` makes an equal ``TrainConfig``."""
     import yaml
 
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    with atomic_write(path) as temporary:
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a YAML recipe. Raises UserError that names the file and the key."""
-    from internvl3_mlx.convert.recipes import read_yaml  # brings MLX, which --help can spare
-
+    """Read a YAML file as values of the types of the fields; raises ``UserError``."""
     return parse_values(read_yaml(path, "keys such as model, data and method"), str(path))
 
 
 def parse_values(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """Give every value its field's type; refuse keys that no field has."""
-    known = {entry.name for entry in fields(TrainConfig)}
+    """Convert each value to the type of its field; raise ``UserError`` for unknown keys."""
+    known = [entry.name for entry in fields(TrainConfig)]
     for key in content:
         if key not in known:
-            raise UserError(f"{where}: no setting {key!r}; {suggest_setting(str(key), known)}")
+            hint = did_you_mean(str(key).replace("-", "_"), known, otherwise=ALL_SETTINGS)
+            raise UserError(f"{where}: unknown setting {key!r}; {hint}")
     return {key: parse_value(TrainConfig, key, value, where) for key, value in content.items()}
-
-
-def suggest_setting(key: str, known: Iterable[str]) -> str:
-    """Name the setting that was probably meant."""
-    near = difflib.get_close_matches(key.replace("-", "_"), [*known], n=1)
-    return f"did you mean {near[0]}?" if near else "see internvl3 train --help for all of them"

@@ -1,5 +1,4 @@
-"""Batches with all that a micro-step wants beside them: what a frozen tower sees, what the
-reference thinks."""
+"""Data loader: adds cached vision features and reference log-probabilities to each batch."""
 
 import queue
 import threading
@@ -10,144 +9,150 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from internvl3_mlx.loading.resolve import model_cache
+from internvl3_mlx.files import cache_folder
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.batch import Batch
+from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.data.collate import BatchedDataset
 from internvl3_mlx.training.distributed import ProcessGroup
 from internvl3_mlx.training.feature_cache import CacheLimits, FeatureCache, FeatureStage
 from internvl3_mlx.training.grad_checkpoint import is_trainable
 from internvl3_mlx.training.reference import ReferenceLogProbs, reference_log_probs
-from internvl3_mlx.training.setup import ProgressCallback, RunSetup
+from internvl3_mlx.training.setup import ProgressCallback
 from internvl3_mlx.training.trainer import MicroBatch
 
-FEATURES_FOLDER, REFERENCES_FOLDER = "features", "references"  # folders of the cache
+FEATURES_FOLDER, REFERENCES_FOLDER = "features", "references"  # in the cache folder
 
-# from a batch and what is seen of it to (N,) log-probabilities
+# (batch, vision features) -> (N,) log-probabilities of the targets under the reference
 ReferenceFunction = Callable[[Batch, mx.array | None], mx.array]
 
 
 @dataclass(eq=False)
 class DataLoader:
-    """Makes works of a run's rows."""
+    """Yields the micro-batches of one rank.
 
-    setup: RunSetup
+    feature_cache: None if the vision encoder is trained. compute_reference: None without one.
+    reference_cache: what ``compute_reference`` caches on disk, if it does.
+    """
+
+    train_dataset: BatchedDataset
+    valid_dataset: BatchedDataset | None
     ranks: ProcessGroup
     feature_cache: FeatureCache | None = None
     compute_reference: ReferenceFunction | None = None
-    reference_cache: ReferenceLogProbs | None = None  # what is kept of them on disk, if it is
+    reference_cache: ReferenceLogProbs | None = None
 
     def iter_train(self, done: int) -> Iterator[MicroBatch]:
-        """Yield this rank's works without end, epoch by epoch, from the one after ``done`` on."""
-        corpus, ranks = self.setup.train_dataset, self.ranks
+        """Yield this rank's training micro-batches without end, after the first ``done`` ones."""
         for epoch in count():
-            here = corpus.count_batches(epoch, ranks.size)
-            if done < here:
-                batches = corpus.iter_epoch(epoch, start=done, rank=ranks.rank, ranks=ranks.size)
+            in_epoch = self.train_dataset.count_batches(epoch, self.ranks.size)
+            if done < in_epoch:
+                batches = self.train_dataset.iter_epoch(
+                    epoch, start=done, rank=self.ranks.rank, ranks=self.ranks.size
+                )
                 yield from map(self.build_micro_batch, prefetch(batches))
-            done = max(done - here, 0)
+            done = max(done - in_epoch, 0)
 
     def iter_valid(self, max_batches: int | None) -> Iterator[MicroBatch]:
-        """Yield this rank's validation rows once, or the first batches of them."""
-        corpus = self.setup.valid_dataset
-        assert corpus is not None
-        batches = corpus.iter_once(rank=self.ranks.rank, ranks=self.ranks.size)
+        """Yield this rank's validation micro-batches once, or the first ``max_batches``."""
+        assert self.valid_dataset is not None
+        batches = self.valid_dataset.iter_once(rank=self.ranks.rank, ranks=self.ranks.size)
         return map(self.build_micro_batch, prefetch(islice(batches, max_batches)))
 
     def build_micro_batch(self, batch: Batch) -> MicroBatch:
-        vision = self.feature_cache.get(batch.images) if self.feature_cache else None
-        return MicroBatch(
-            batch, vision, self.compute_reference(batch, vision) if self.compute_reference else None
-        )
+        features = self.feature_cache.get(batch.images) if self.feature_cache else None
+        reference = self.compute_reference(batch, features) if self.compute_reference else None
+        return MicroBatch(batch, features, reference)
 
     def flush(self) -> None:
-        """Write down what is new of what is kept."""
+        """Write cached references that are not on disk yet."""
         if self.reference_cache:
             self.reference_cache.flush()
 
     def precompute_reference(self, advance: ProgressCallback) -> None:
-        """Compute the references of all rows while the model is still its base.
+        """Compute the reference of all records while the model is still its base.
 
-        Every rank asks about all of them: it may come to read any, and the ranks' disks may differ.
+        Every rank computes all of it: a rank may come to read any record, and the disks of the
+        ranks may differ.
         """
         assert self.reference_cache is not None
-        ground = self.setup
-        for corpus in filter(None, (ground.train_dataset, ground.valid_dataset)):
-            done, total = 0, len(corpus.sizes.indices)
-            for batch in corpus.iter_once():
+        for dataset in filter(None, (self.train_dataset, self.valid_dataset)):
+            done, total = 0, len(dataset.sizes)
+            for batch in dataset.iter_once():
                 self.build_micro_batch(batch)
                 done += len(batch.locations)
-                advance("asking the reference", done, total)
+                advance("computing the reference", done, total)
         self.reference_cache.freeze()
 
 
-def open_reference_cache(model: InternVL, setup: RunSetup) -> ReferenceLogProbs | None:
-    """Open the cache of references, if the recipe wants one; the model must still be its base."""
-    recipe = setup.config
-    if not (recipe.needs_reference and recipe.cache_reference):
+def open_reference_cache(model: InternVL, config: TrainConfig) -> ReferenceLogProbs | None:
+    """Open the reference cache if the config asks for it; the model must still be its base."""
+    if not (config.needs_reference and config.cache_reference):
         return None
-    return ReferenceLogProbs(model, model_cache() / REFERENCES_FOLDER)
+    return ReferenceLogProbs(model, cache_folder(REFERENCES_FOLDER))
 
 
-def open_feature_cache(model: InternVL, setup: RunSetup) -> FeatureCache | None:
-    """Keep what the frozen parts of the model make of pictures, on disk if the recipe says so.
+def open_feature_cache(
+    model: InternVL, config: TrainConfig, *, images_vary: bool
+) -> FeatureCache | None:
+    """Open the cache of what the frozen encoder computes; None if the encoder is trained.
 
-    None where the tower itself is trained. Pictures that are drawn anew each time are not kept:
-    none comes back.
+    images_vary: whether images are augmented, so that none of them comes back.
     """
     if is_trainable(model.vision_model):
         return None
-    what: FeatureStage = "states" if any(map(is_trainable, model.mlp1)) else "features"
-    if setup.images_vary:
-        return FeatureCache(model, what, CacheLimits(memory_bytes=0))
-    folder = model_cache() / FEATURES_FOLDER if setup.config.cache_features else None
-    return FeatureCache(model, what, CacheLimits(folder))
+    stage: FeatureStage = "states" if any(map(is_trainable, model.mlp1)) else "features"
+    if images_vary:
+        return FeatureCache(model, stage, CacheLimits(memory_bytes=0))
+    folder = cache_folder(FEATURES_FOLDER) if config.cache_features else None
+    return FeatureCache(model, stage, CacheLimits(folder))
 
 
 def online_reference(model: InternVL) -> ReferenceFunction:
-    """Ask the base anew for every batch: the model with its adapters switched off."""
-    return lambda batch, vision: reference_log_probs(model, batch, vision)
+    """Compute the reference of every batch anew, with the adapters disabled."""
+    return lambda batch, vision_features: reference_log_probs(model, batch, vision_features)
 
 
 T = TypeVar("T")
-PREFETCH_DEPTH = 2  # batches that wait: pictures of more would only take memory
-POLL_SECONDS = 0.1  # how soon a reader hears that nobody wants more
+PREFETCH_DEPTH = 2  # batches that wait; the images of more would only take memory
+POLL_SECONDS = 0.1  # how soon the thread notices that its reader is gone
 
 
 def prefetch(items: Iterator[T], depth: int = PREFETCH_DEPTH) -> Iterator[T]:
-    """Yield what ``items`` yield, in their order, made by a thread of its own some items ahead.
+    """Yield the items in order, made by a background thread up to ``depth`` items ahead.
 
-    What is raised there is raised here, when its turn comes.
+    An exception of ``items`` is raised here, after the items before it.
     """
-    waiting: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
-    over = threading.Event()
+    ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
+    closed = threading.Event()
 
-    def hand_over(kind: str, value: T | BaseException | None) -> bool:
-        while not over.is_set():
+    def put(kind: str, value: T | BaseException | None) -> bool:
+        while not closed.is_set():
             try:
-                waiting.put((kind, value), timeout=POLL_SECONDS)
+                ready.put((kind, value), timeout=POLL_SECONDS)
                 return True
             except queue.Full:
                 continue
         return False
 
-    def read() -> None:
+    def produce() -> None:
         try:
             for item in items:
-                if not hand_over("item", item):
+                if not put("item", item):
                     return
-            hand_over("end", None)
-        except BaseException as error:  # noqa: BLE001  it is raised where it can be told
-            hand_over("fault", error)
+            put("end", None)
+        except BaseException as error:  # noqa: BLE001  raised again in the reader's thread
+            put("error", error)
 
-    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=produce, daemon=True).start()
     try:
         while True:
-            kind, value = waiting.get()
-            if kind == "fault":
+            kind, value = ready.get()
+            if kind == "error":
                 assert isinstance(value, BaseException)
                 raise value
             if kind == "end":
                 return
             yield value  # type: ignore[misc]
     finally:
-        over.set()
+        closed.set()

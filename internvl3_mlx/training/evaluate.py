@@ -1,7 +1,7 @@
-"""How good the model is on rows that it does not learn: their loss, and answers word for word.
+"""Evaluate on validation data: the mean loss, and the exact-match rate of the answers.
 
-Greedy decoding gives an answer exactly if, behind every beginning of it, the likeliest token is the
-one that follows: all its tokens are judged in one pass, and nothing has to be decoded.
+Greedy decoding reproduces an answer exactly if, after each of its prefixes, the most likely token
+is the next one. One forward pass over the answer decides that; nothing has to be decoded.
 """
 
 from collections.abc import Iterator
@@ -15,51 +15,56 @@ from internvl3_mlx.training.params import as_float
 from internvl3_mlx.training.token_log_probs import CHUNK
 from internvl3_mlx.training.trainer import MicroBatch, TrainState, add_metrics
 
-CHOSEN_STRIDE = 2  # of preferences every second answer is the chosen one, the first of them
+CHOSEN_STRIDE = 2  # answers of preference pairs alternate: chosen, rejected
 
 
 def evaluate_loss(
-    learner: TrainState, works: Iterator[MicroBatch]
+    state: TrainState, batches: Iterator[MicroBatch]
 ) -> tuple[float, dict[str, float]]:
-    """Compute the loss and figures over some works, in the state of now; nothing changes."""
-    learner.model.eval()
+    """Return the mean loss and the metrics of the model as it is, over all ranks."""
+    state.model.eval()
     numerator = denominator = mx.array(0.0)
-    figures: dict[str, list[float]] = {}
-    for work in works:
-        micro, _ = learner.objective(
-            learner.model,
-            work.batch,
-            work.vision_features,
-            work.reference_log_probs,
-            learner.objective_state,
+    metrics: dict[str, list[float]] = {}
+    for batch in batches:
+        output, _ = state.objective(
+            state.model,
+            batch.batch,
+            batch.vision_features,
+            batch.reference_log_probs,
+            state.objective_state,
         )
-        numerator, denominator = numerator + micro.numerator, denominator + micro.denominator
-        mx.eval(numerator, denominator, micro.metrics)
-        add_metrics(figures, micro.metrics)
-    numerator, denominator = learner.ranks.all_sum((numerator, denominator))
-    return as_float(numerator / denominator), learner.ranks.mean_metrics(figures)
+        numerator = numerator + output.numerator
+        denominator = denominator + output.denominator
+        mx.eval(numerator, denominator, output.metrics)
+        add_metrics(metrics, output.metrics)
+    numerator, denominator = state.ranks.all_sum((numerator, denominator))
+    return as_float(numerator / denominator), state.ranks.mean_metrics(metrics)
 
 
-def exact_match_rate(learner: TrainState, works: Iterator[MicroBatch]) -> float:
-    """Give the share of answers that greedy decoding reproduces to the token, over all ranks."""
-    learner.model.eval()
-    right = asked = 0
-    for work in works:
-        found = reproduced_exactly(learner.model, work)
-        mine = found[::CHOSEN_STRIDE] if learner.config.method == "mpo" else found
-        right, asked = right + int(mine.sum()), asked + len(mine)
-    return learner.ranks.sum_count(right) / learner.ranks.sum_count(asked)
+def exact_match_rate(state: TrainState, batches: Iterator[MicroBatch]) -> float:
+    """Return the fraction of answers that greedy decoding reproduces exactly, over all ranks.
+
+    For preference pairs only the chosen answers count.
+    """
+    state.model.eval()
+    matched = total = 0
+    for batch in batches:
+        matches = reproduced_exactly(state.model, batch)
+        if state.config.reads_pairs:
+            matches = matches[::CHOSEN_STRIDE]
+        matched, total = matched + int(matches.sum()), total + len(matches)
+    return state.ranks.sum_count(matched) / state.ranks.sum_count(total)
 
 
-def reproduced_exactly(model: InternVL, work: MicroBatch) -> np.ndarray:
-    """Tell of each answer of a batch whether it is reproduced: -> (answers,) bool."""
-    batch = work.batch
-    states = target_states(model, batch, work.vision_features)
-    hits = []
+def reproduced_exactly(model: InternVL, micro_batch: MicroBatch) -> np.ndarray:
+    """Return whether greedy decoding reproduces each answer of a batch: -> (num_answers,) bool."""
+    batch = micro_batch.batch
+    states = target_states(model, batch, micro_batch.vision_features)
+    matches = []
     for start in range(0, len(batch.targets), CHUNK):
-        likeliest = model.language_model.head(states[start : start + CHUNK]).argmax(axis=-1)
-        hits.append(np.array(likeliest) == batch.targets[start : start + CHUNK])
-    missed = np.bincount(
-        batch.answer_ids, weights=~np.concatenate(hits), minlength=batch.num_answers
+        predicted = model.language_model.head(states[start : start + CHUNK]).argmax(axis=-1)
+        matches.append(np.array(predicted) == batch.targets[start : start + CHUNK])
+    errors = np.bincount(
+        batch.answer_ids, weights=~np.concatenate(matches), minlength=batch.num_answers
     )
-    return np.asarray(missed == 0)
+    return np.asarray(errors == 0)

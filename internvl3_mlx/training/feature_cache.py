@@ -1,35 +1,35 @@
-"""What a frozen tower saw, kept in memory and on disk, so that it looks at each picture once.
+"""Cache of vision features from the frozen encoder, in memory and on disk.
 
-One file a picture, named by the content of its tiles, in a folder named by the weights that looked:
-another tower, or another projector, never finds them.
+One file per image, named by a hash of its tiles, in a folder named by a hash of the weights that
+encoded it, so that another encoder or projector never finds it.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
+from internvl3_mlx.errors import WriteError
+from internvl3_mlx.files import atomic_write, content_digest
 from internvl3_mlx.generation.processor import ProcessedImage
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.models.internvl import TILES_PER_CHUNK, InternVL, eval_unless_traced
 
-MEMORY_BYTES = 2**30  # of features held beside the model
-DISK_BYTES = 20 * 2**30  # some 3,500 pictures of 13 tiles for the 8B
+MEMORY_BYTES = 2**30  # of features held in memory beside the model
+DISK_BYTES = 20 * 2**30  # about 900 images of 13 tiles for the 8B model
 
-FeatureStage = Literal[
-    "features", "states"
-]  # after the projector; or of the tower, where that is trained
+# What is cached: "features" after the projector, or the encoder's "states" if the projector is
+# trained.
+FeatureStage = Literal["features", "states"]
 
 
 @dataclass(frozen=True)
 class CacheLimits:
-    """Where features are kept, and how much of them. ``folder``: None for memory alone."""
+    """Where features are cached, and how much of them. folder: None caches in memory only."""
 
     folder: Path | None = None
     memory_bytes: int = MEMORY_BYTES
@@ -37,47 +37,47 @@ class CacheLimits:
 
 
 def ignore_progress(*_: object) -> None:
-    """Tell nobody."""
+    """Ignore progress and messages."""
 
 
 class FeatureCache:
-    """Looks at pictures through a frozen tower, once each.
+    """Encodes each image once.
 
-    What is kept first stays: an epoch comes back to every picture, so that throwing out the oldest
-    would throw out what is wanted next. With augmentation no picture comes back: keep nothing.
+    The first features that fit stay: every epoch reads every image, so evicting the oldest would
+    evict what is needed next. Augmented images never repeat; set both limits to 0 for them.
     """
 
     def __init__(
         self,
         model: InternVL,
-        what: FeatureStage = "features",
-        keeping: CacheLimits | None = None,
+        stage: FeatureStage = "features",
+        limits: CacheLimits | None = None,
         notify: Callable[[str], None] = ignore_progress,
     ) -> None:
-        self.model, self.stage = model, what
-        self.limits = keeping or CacheLimits()
+        self.model, self.stage = model, stage
+        self.limits = limits or CacheLimits()
         self.in_memory: dict[bytes, mx.array] = {}
         self.memory_bytes = self.num_computed = 0
-        folder = self.limits.folder
-        self.disk = folder and DiskCache(
-            folder, encoder_fingerprint(model, what), self.limits.disk_bytes, notify
-        )
+        self.disk: DiskCache | None = None
+        if self.limits.folder:
+            name = encoder_fingerprint(model, stage)
+            self.disk = DiskCache(self.limits.folder, name, self.limits.disk_bytes, notify)
 
     def get(self, images: Sequence[ProcessedImage]) -> mx.array | None:
-        """Return what the tower makes of pictures, in order; None without any.
+        """Return the features of images, concatenated in order; None without images.
 
-        "features": (T, V, D) of all their tiles; "states": (T, 1 + G*G, C).
+        Stage "features": (T, V, D) of all their tiles; "states": (T, 1 + G*G, C).
         """
         if not images:
             return None
         found: dict[bytes, mx.array] = {}
-        for picture in images:
-            if picture.content_hash not in found:
-                found[picture.content_hash] = self.get_one(picture)
-        return mx.concatenate([found[picture.content_hash] for picture in images])
+        for image in images:
+            if image.content_hash not in found:
+                found[image.content_hash] = self.get_one(image)
+        return mx.concatenate([found[image.content_hash] for image in images])
 
     def get_one(self, image: ProcessedImage) -> mx.array:
-        """Take one picture's features from memory, from disk, or from the tower."""
+        """Return the features of one image from memory, from disk, or from the encoder."""
         key = image.content_hash
         if key in self.in_memory:
             return self.in_memory[key]
@@ -94,40 +94,36 @@ class FeatureCache:
 
 
 def compute_features(model: InternVL, tiles: mx.array, stage: FeatureStage) -> mx.array:
-    """Run the tower on tiles (T, S, S, 3), a few at a time, and the projector for "features"."""
+    """Encode tiles (T, S, S, 3) a few at a time, and project them for stage "features"."""
     if stage == "features":
         return model.get_image_features(tiles)
-    chunks = range(0, tiles.shape[0], TILES_PER_CHUNK)
     layer = model.config.select_layer
-    states = [
-        eval_unless_traced(model.vision_model(tiles[i : i + TILES_PER_CHUNK], layer))
-        for i in chunks
-    ]
+    chunks = (tiles[i : i + TILES_PER_CHUNK] for i in range(0, tiles.shape[0], TILES_PER_CHUNK))
+    states = [eval_unless_traced(model.vision_model(chunk, layer)) for chunk in chunks]
     return mx.concatenate(states, axis=0)
 
 
 def encoder_fingerprint(model: InternVL, stage: FeatureStage) -> str:
-    """Name what looks: its weights, its shape, and how far a picture goes through it."""
-    parts = [
-        model_fingerprint(model.vision_model),
-        repr(model.config.vision),
-        model.config.select_layer,
-    ]
+    """Identify what encodes images: its weights, its configuration, and the stage."""
+    config = model.config
+    parts = [model_fingerprint(model.vision_model), repr(config.vision), str(config.select_layer)]
     if stage == "features":
-        config = model.config
-        parts += [model_fingerprint(model.mlp1), config.shuffle_factor, config.ps_version]
-    named = "".join(map(str, [stage, *parts]))
-    return blake2b(named.encode(), digest_size=16).hexdigest()
+        projector = model_fingerprint(model.mlp1)
+        parts += [projector, str(config.shuffle_factor), str(config.ps_version)]
+    return content_digest(stage, *parts)
 
 
-DIGEST_KEY = "sum"  # metadata: a digest of the array's bytes
+DIGEST_KEY = "digest"  # metadata: a digest of the array's bytes
 ARRAY_KEY = "array"
 SUFFIX = ".safetensors"
 
 
 class DiskCache:
-    """A folder of arrays that belong to ``name``. Of other names' the oldest make room for ours;
-    when only ours are left, and the limit is reached, nothing more is kept."""
+    """Arrays in ``folder / name``, with a size limit over all names in ``folder``.
+
+    The oldest arrays of other names are deleted to make room. If only arrays of this name are left
+    and the limit is reached, no more are stored. Damaged files are deleted when they are read.
+    """
 
     def __init__(
         self,
@@ -146,15 +142,15 @@ class DiskCache:
         return self.own_folder / f"{key.hex()}{SUFFIX}"
 
     def get(self, key: bytes, length: int) -> mx.array | None:
-        """Read an array of so many rows; None if there is none, or it is damaged."""
+        """Read an array whose first axis has ``length``; None if it is missing or damaged."""
         path = self.path(key)
         if not path.is_file():
             return None
         try:
             loaded: Any = mx.load(str(path), return_metadata=True)
-            array, about = loaded[0][ARRAY_KEY], loaded[1]
+            array, metadata = loaded[0][ARRAY_KEY], loaded[1]
             mx.eval(array)
-            if array.shape[0] == length and about.get(DIGEST_KEY) == array_digest(array):
+            if array.shape[0] == length and metadata.get(DIGEST_KEY) == array_digest(array):
                 return array
         except (OSError, RuntimeError, ValueError, KeyError):
             pass
@@ -162,24 +158,21 @@ class DiskCache:
         return None
 
     def put(self, key: bytes, array: mx.array) -> None:
-        """Keep an array, if there is room: written aside, then renamed."""
+        """Store an array if there is room. After a write error nothing more is stored."""
         if not self.writable or not self.make_room(array.nbytes):
             return
         path = self.path(key)
-        aside = path.with_name(f"{key.hex()}.{os.getpid()}.part{SUFFIX}")
         try:
-            mx.save_safetensors(str(aside), {ARRAY_KEY: array}, {DIGEST_KEY: array_digest(array)})
-            os.replace(aside, path)
+            with atomic_write(path) as temporary:
+                digest = {DIGEST_KEY: array_digest(array)}
+                mx.save_safetensors(str(temporary), {ARRAY_KEY: array}, digest)
             self.nbytes += path.stat().st_size
-        except (OSError, RuntimeError) as error:
+        except (WriteError, OSError, RuntimeError) as error:
             self.writable = False
-            self.notify(f"features are not kept on disk any more: {error}")
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+            self.notify(f"features are no longer cached on disk: {error}")
 
     def make_room(self, nbytes: int) -> bool:
-        """Throw out what others kept, the oldest first, until there is room; tell whether."""
+        """Delete arrays of other names, oldest first, until ``nbytes`` fit; return if they do."""
         if self.nbytes + nbytes <= self.limit_bytes:
             return True
         for _, size, path in sorted(self.entries()):
@@ -191,21 +184,21 @@ class DiskCache:
                 return True
         self.writable = False
         self.notify(
-            f"{self.folder} holds {self.limit_bytes / 1e9:.1f} GB of features, its limit; "
-            "the pictures that come from here on are looked at in every epoch"
+            f"{self.folder} has reached its limit of {self.limit_bytes / 1e9:.1f} GB; further "
+            "images are encoded again in every epoch"
         )
         return False
 
     def entries(self) -> list[tuple[float, int, Path]]:
-        """List what is kept: when it was written, its size, its path."""
+        """List the arrays of all names: time of writing, size in bytes, path."""
         found = []
         for path in self.folder.glob(f"*/*{SUFFIX}"):
-            with contextlib.suppress(OSError):  # another process may have thrown it out
-                about = path.stat()
-                found.append((about.st_mtime, about.st_size, path))
+            with contextlib.suppress(OSError):  # another process may have deleted it
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
         return found
 
 
 def array_digest(array: mx.array) -> str:
-    """Sum up an array's bytes, whatever its type."""
-    return blake2b(np.array(array.view(mx.uint8)).tobytes(), digest_size=16).hexdigest()
+    """Return a digest of an array's bytes, whatever its dtype."""
+    return content_digest(np.array(array.view(mx.uint8)).tobytes())

@@ -86,10 +86,16 @@ def open_train_session(
         dtype=recipe.dtype,
         for_training=True,
     ).model
-    references = open_reference_cache(model, ground)
+    references = open_reference_cache(model, recipe)
     adapted = add_configured_lora(model, recipe)
     set_trainable(model, recipe.train)
-    works = DataLoader(ground, ranks, open_feature_cache(model, ground), reference_cache=references)
+    works = DataLoader(
+        ground.train_dataset,
+        ground.valid_dataset,
+        ranks,
+        open_feature_cache(model, recipe, images_vary=ground.images_vary),
+        reference_cache=references,
+    )
     if recipe.needs_reference:
         works.compute_reference = references.get if references else online_reference(model)
     if references and not recipe.adapters_only:

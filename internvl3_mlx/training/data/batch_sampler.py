@@ -1,4 +1,4 @@
-"""In which order samples are read: the same for the same seed, and known without reading any."""
+"""The order in which samples are read: a function of the seed, the epoch and the sample sizes."""
 
 from bisect import insort
 from collections.abc import Iterable, Iterator
@@ -7,43 +7,45 @@ from itertools import islice
 
 import numpy as np
 
-from internvl3_mlx.training.config import DataSettings
+from internvl3_mlx.training.config import TrainConfig
 
-SHUFFLE, BLEND = 1, 2  # what a drawn number is for, so that no two uses share one
+SHUFFLE, BLEND = 1, 2  # random streams, so that no two uses share their numbers
 POOL_BATCHES = 64  # batches whose samples are sorted by length among themselves
 
 
 @dataclass(frozen=True, eq=False)
 class SampleSizes:
-    """What each usable row takes. numbers: (R,) rows of the data; tokens, tiles: (R,)."""
+    """Sizes of the S usable samples. indices: (S,) records of the dataset; tokens, tiles: (S,)."""
 
     indices: np.ndarray
     tokens: np.ndarray
     tiles: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.indices)
+
 
 def rank_batches(
-    sizes: SampleSizes, config: DataSettings, epoch: int, rank: int = 0, ranks: int = 1
+    sizes: SampleSizes, config: TrainConfig, epoch: int, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[int, ...]]:
-    """Yield the micro-batches of an epoch that belong to one rank, as positions in ``sizes``.
+    """Yield one rank's micro-batches of an epoch, as positions in ``sizes``.
 
-    Ranks take turns, so none reads what another reads; a last round too short for all is left out.
+    Micro-batches are dealt to the ranks in turn. A last round with fewer than one for each rank is
+    dropped, so that all ranks make the same number of steps.
     """
-    wanted = epoch_batches(sizes, config, epoch)
-    while len(turn := tuple(islice(wanted, ranks))) == ranks:
+    batches = epoch_batches(sizes, config, epoch)
+    while len(turn := tuple(islice(batches, ranks))) == ranks:
         yield turn[rank]
 
 
-def epoch_batches(
-    sizes: SampleSizes, config: DataSettings, epoch: int
-) -> Iterator[tuple[int, ...]]:
+def epoch_batches(sizes: SampleSizes, config: TrainConfig, epoch: int) -> Iterator[tuple[int, ...]]:
     """Yield the micro-batches of an epoch for all ranks together."""
     order = shuffle_epoch(sizes, config, epoch)
     if config.packing:
-        budget = PackingLimits(config.max_seq_length, config.max_packed_tiles)
-        rows = pack_sequences(order.tolist(), sizes.tokens, sizes.tiles, budget)
-        while joined := tuple(islice(rows, config.batch_size)):
-            yield tuple(number for row in joined for number in row)
+        limits = PackingLimits(config.max_seq_length, config.max_packed_tiles)
+        sequences = pack_sequences(order.tolist(), sizes.tokens, sizes.tiles, limits)
+        while group := tuple(islice(sequences, config.batch_size)):
+            yield tuple(sample for sequence in group for sample in sequence)
         return
     if config.grouping:
         order = group_by_length(order, sizes, config, epoch)
@@ -51,61 +53,61 @@ def epoch_batches(
         yield tuple(order[start : start + config.batch_size].tolist())
 
 
-def shuffle_epoch(sizes: SampleSizes, config: DataSettings, epoch: int) -> np.ndarray:
-    """Order the rows of an epoch: all of them once, or text and pictures blended by their ratio."""
+def shuffle_epoch(sizes: SampleSizes, config: TrainConfig, epoch: int) -> np.ndarray:
+    """Order the samples of an epoch: each one once, or text-only and visual ones by their ratio."""
     text = np.flatnonzero(sizes.tiles == 0)
-    shown = np.flatnonzero(sizes.tiles > 0)
-    if config.text_ratio is None or not len(text) or not len(shown):
-        return seeded_generator(config, SHUFFLE, epoch).permutation(len(sizes.indices))
-    count = len(sizes.indices)
-    texts = round(count * config.text_ratio)
-    is_text = seeded_generator(config, BLEND, epoch).permutation(count) < texts
+    visual = np.flatnonzero(sizes.tiles > 0)
+    count = len(sizes)
+    if config.text_ratio is None or not len(text) or not len(visual):
+        return seeded_generator(config, SHUFFLE, epoch).permutation(count)
+    num_text = round(count * config.text_ratio)
+    num_visual = count - num_text
+    is_text = seeded_generator(config, BLEND, epoch).permutation(count) < num_text
     order = np.empty(count, np.int64)
-    order[is_text] = text[take_shuffled(len(text), epoch * texts, texts, config, 0)]
-    order[~is_text] = shown[
-        take_shuffled(len(shown), epoch * (count - texts), count - texts, config, 1)
-    ]
+    order[is_text] = text[take_shuffled(len(text), epoch * num_text, num_text, config, 0)]
+    order[~is_text] = visual[take_shuffled(len(visual), epoch * num_visual, num_visual, config, 1)]
     return order
 
 
-def take_shuffled(size: int, start: int, count: int, config: DataSettings, kind: int) -> np.ndarray:
-    """Take ``count`` of an endless run through ``rows``, shuffled anew whenever all were read."""
+def take_shuffled(size: int, start: int, count: int, config: TrainConfig, kind: int) -> np.ndarray:
+    """Take ``count`` items from ``start`` on of an endless sequence of permutations of ``size``."""
     if not count:
         return np.empty(0, np.int64)
     first, last = start // size, (start + count - 1) // size
-    runs = [
+    permutations = [
         seeded_generator(config, SHUFFLE, number, kind).permutation(size)
         for number in range(first, last + 1)
     ]
-    return np.concatenate(runs)[start - first * size :][:count]
+    return np.concatenate(permutations)[start - first * size :][:count]
 
 
 def group_by_length(
-    order: np.ndarray, sizes: SampleSizes, config: DataSettings, epoch: int
+    order: np.ndarray, sizes: SampleSizes, config: TrainConfig, epoch: int
 ) -> np.ndarray:
-    """Bring samples of like length together: a pool is sorted, and its batches shuffled again."""
-    pool, batch = POOL_BATCHES * config.batch_size, config.batch_size
+    """Put samples of similar length into one batch: sort each pool, then shuffle its batches."""
+    batch_size = config.batch_size
+    pool_size = POOL_BATCHES * batch_size
     grouped = []
-    for start in range(0, len(order), pool):
-        part = order[start : start + pool]
-        part = part[np.argsort(-sizes.tokens[part], kind="stable")]
-        whole = len(part) // batch * batch
-        batches = part[:whole].reshape(-1, batch)
-        again = seeded_generator(config, SHUFFLE, epoch, start).permutation(len(batches))
-        grouped += [batches[again].reshape(-1), part[whole:]]
+    for start in range(0, len(order), pool_size):
+        pool = order[start : start + pool_size]
+        pool = pool[np.argsort(-sizes.tokens[pool], kind="stable")]
+        full = len(pool) // batch_size * batch_size
+        batches = pool[:full].reshape(-1, batch_size)
+        shuffled = seeded_generator(config, SHUFFLE, epoch, start).permutation(len(batches))
+        grouped += [batches[shuffled].reshape(-1), pool[full:]]
     return np.concatenate(grouped)
 
 
-def seeded_generator(config: DataSettings, *what: int) -> np.random.Generator:
-    return np.random.default_rng((config.seed, *what))
+def seeded_generator(config: TrainConfig, *stream: int) -> np.random.Generator:
+    return np.random.default_rng((config.seed, *stream))
 
 
-MAX_OPEN_SEQUENCES = 20  # rows kept open; above that the one with most tiles goes out
+MAX_OPEN_SEQUENCES = 20  # the published packer's limit; above it the one with most tiles is emitted
 
 
 @dataclass(frozen=True)
 class PackingLimits:
-    """What a packed row holds."""
+    """What a packed sequence may hold."""
 
     tokens: int
     tiles: int
@@ -113,7 +115,7 @@ class PackingLimits:
 
 @dataclass
 class OpenSequence:
-    """A row that still has room."""
+    """A packed sequence that may still take samples."""
 
     members: list[int] = field(default_factory=list)
     tokens: int = 0
@@ -123,32 +125,37 @@ class OpenSequence:
 def pack_sequences(
     order: Iterable[int], tokens: np.ndarray, tiles: np.ndarray, limits: PackingLimits
 ) -> Iterator[tuple[int, ...]]:
-    """Lay samples into rows, each into the first open row that has room for it.
+    """Pack samples, first fit: each into the first open sequence that can take it.
 
-    Open rows are kept with most tiles first. A row goes out when its tokens or its tiles are
-    used up exactly, or when too many are open; what is left goes out at the end. A sample beyond
-    the budget of tiles has a row of its own.
+    Open sequences are searched in order of most tiles. One is emitted when its tokens or tiles
+    reach the limit, or when too many are open; the rest are emitted at the end. A sample with more
+    tiles than the limit gets a sequence of its own. Source: the packed dataset of the InternVL
+    training code.
     """
-    rows: list[OpenSequence] = []
-    for number in order:
-        row = take_open_sequence(rows, int(tokens[number]), int(tiles[number]), limits)
-        row.members.append(number)
-        row.tokens += int(tokens[number])
-        row.tiles += int(tiles[number])
-        if row.tokens >= limits.tokens:
-            yield tuple(row.members)
+    open_sequences: list[OpenSequence] = []
+    for sample in order:
+        sequence = take_open_sequence(
+            open_sequences, int(tokens[sample]), int(tiles[sample]), limits
+        )
+        sequence.members.append(sample)
+        sequence.tokens += int(tokens[sample])
+        sequence.tiles += int(tiles[sample])
+        if sequence.tokens >= limits.tokens:
+            yield tuple(sequence.members)
             continue
-        insort(rows, row, key=lambda row: -row.tiles)
-        while rows and (rows[0].tiles >= limits.tiles or len(rows) > MAX_OPEN_SEQUENCES):
-            yield tuple(rows.pop(0).members)
-    yield from (tuple(row.members) for row in rows)
+        insort(open_sequences, sequence, key=lambda sequence: -sequence.tiles)
+        while open_sequences and (
+            open_sequences[0].tiles >= limits.tiles or len(open_sequences) > MAX_OPEN_SEQUENCES
+        ):
+            yield tuple(open_sequences.pop(0).members)
+    yield from (tuple(sequence.members) for sequence in open_sequences)
 
 
 def take_open_sequence(
     sequences: list[OpenSequence], tokens: int, tiles: int, limits: PackingLimits
 ) -> OpenSequence:
-    """Take the first row with room out of the list, or open one."""
-    for at, row in enumerate(sequences):
-        if row.tokens + tokens <= limits.tokens and row.tiles + tiles <= limits.tiles:
-            return sequences.pop(at)
+    """Remove and return the first sequence that can take the sample, or return a new one."""
+    for index, sequence in enumerate(sequences):
+        if sequence.tokens + tokens <= limits.tokens and sequence.tiles + tiles <= limits.tiles:
+            return sequences.pop(index)
     return OpenSequence()

@@ -1,4 +1,4 @@
-"""Samples and pairs laid end to end: what a step of training reads."""
+"""Concatenate samples or preference pairs into the batch of one micro-step, without padding."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,134 +10,147 @@ from internvl3_mlx.generation.processor import ProcessedImage
 from internvl3_mlx.models.packed_sequences import Span
 from internvl3_mlx.prompt.v2pe import next_position
 from internvl3_mlx.training.batch import Batch
-from internvl3_mlx.training.config import TOKEN_WEIGHTS, DataSettings
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.batch_sampler import SampleSizes, rank_batches
 from internvl3_mlx.training.data.dataset import Dataset
 from internvl3_mlx.training.data.preprocess import PreferencePair, Preprocessor, TrainingSample
 from internvl3_mlx.training.data.validate import DataReport
 
+# loss_reduction -> what each token of an answer of n loss tokens weighs
+TOKEN_WEIGHTS = {
+    "token": lambda n: 1.0,
+    "sample": lambda n: 1.0 / n,
+    "square": lambda n: n**-0.5,
+}
+
 
 @dataclass(frozen=True, eq=False)
 class BatchedDataset:
-    """Checked rows, ready to be read in batches."""
+    """The usable records of a split, read in batches."""
 
     dataset: Dataset
     preprocessor: Preprocessor
     sizes: SampleSizes
 
     @property
-    def config(self) -> DataSettings:
+    def config(self) -> TrainConfig:
         return self.preprocessor.config
 
     def iter_epoch(
         self, epoch: int, *, start: int = 0, rank: int = 0, ranks: int = 1
     ) -> Iterator[Batch]:
-        """Yield a rank's micro-batches of an epoch, from number ``start`` on.
+        """Yield a rank's micro-batches of an epoch, shuffled, from micro-batch ``start`` on.
 
-        To start at n gives what n earlier micro-batches would have left to come.
+        Starting at n yields exactly what would follow the first n micro-batches.
         """
-        wanted = rank_batches(self.sizes, self.config, epoch, rank, ranks)
-        for members in islice(wanted, start, None):
+        batches = rank_batches(self.sizes, self.config, epoch, rank, ranks)
+        for members in islice(batches, start, None):
             yield self.build_batch(members, epoch)
 
     def count_batches(self, epoch: int = 0, ranks: int = 1) -> int:
-        """Count a rank's micro-batches of an epoch."""
+        """Count the micro-batches of an epoch for each rank."""
         return sum(1 for _ in rank_batches(self.sizes, self.config, epoch, 0, ranks))
 
     def iter_once(self, *, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """Yield all rows once in the order of their files, as for validation."""
-        whole = np.array_split(np.arange(len(self.sizes.indices)), ranks)[rank]
-        for start in range(0, len(whole), self.config.batch_size):
-            yield self.build_batch(whole[start : start + self.config.batch_size].tolist(), 0)
+        """Yield a rank's share of all records once, in file order, as for validation."""
+        share = np.array_split(np.arange(len(self.sizes)), ranks)[rank]
+        for start in range(0, len(share), self.config.batch_size):
+            yield self.build_batch(share[start : start + self.config.batch_size].tolist(), 0)
 
     def build_batch(self, members: Sequence[int], epoch: int) -> Batch:
-        entries = [self.dataset[int(self.sizes.indices[member])] for member in members]
+        records = [self.dataset[int(self.sizes.indices[member])] for member in members]
         if self.config.reads_pairs:
-            return collate_pairs([self.preprocessor.build_pair(entry, epoch) for entry in entries])
-        samples = [self.preprocessor.build_sample(entry, epoch) for entry in entries]
+            return collate_pairs([self.preprocessor.build_pair(r, epoch) for r in records])
+        samples = [self.preprocessor.build_sample(r, epoch) for r in records]
         return collate(samples, self.config.loss_reduction)
-
-
-def collate(samples: Sequence[TrainingSample], reduction: str = "token") -> Batch:
-    """Lay samples end to end, each a span of its own."""
-    row = BatchBuilder()
-    for sample in samples:
-        start = row.append(sample.input_ids, sample.positions)
-        targets = np.flatnonzero(sample.loss_mask)
-        targets = targets[targets > 0]  # nothing stands before the first token to predict it
-        learned = int(sample.loss_mask.sum())
-        weight = TOKEN_WEIGHTS[reduction](learned) if learned else 0.0
-        row.add_targets(start + targets - 1, sample.input_ids[targets], weight)
-    return row.build(samples)
-
-
-def collate_pairs(pairs: Sequence[PreferencePair]) -> Batch:
-    """Lay pairs end to end: the prompt, then both answers behind it, neither seeing the other."""
-    row = BatchBuilder()
-    for pair in pairs:
-        prompt = pair.prompt
-        start = row.append(prompt.input_ids, prompt.positions)
-        stop, first = row.length, next_position(prompt.positions)
-        for answer, weight in ((pair.chosen, 1.0), (pair.rejected, 0.0)):
-            positions = first + np.arange(len(answer), dtype=np.float32)
-            at = row.append(answer, positions, prefix=(start, stop))
-            before = np.arange(at - 1, at - 1 + len(answer))
-            before[0] = stop - 1  # the prompt's last state predicts how each answer begins
-            row.add_targets(before, answer, weight)
-    return row.build([pair.prompt for pair in pairs])
-
-
-class BatchBuilder:
-    """A row that grows."""
-
-    def __init__(self) -> None:
-        self.length = self.num_answers = 0
-        self.parts: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("ids", "positions", "rows", "targets", "owner", "weights")
-        }
-        self.spans: list[Span] = []
-
-    def append(
-        self, input_ids: np.ndarray, positions: np.ndarray, prefix: tuple[int, int] | None = None
-    ) -> int:
-        """Append a span; return where it starts."""
-        start, self.length = self.length, self.length + len(input_ids)
-        self.spans.append(Span(start, self.length, prefix))
-        self.parts["ids"].append(input_ids)
-        self.parts["positions"].append(positions)
-        return start
-
-    def add_targets(self, target_positions: np.ndarray, targets: np.ndarray, weight: float) -> None:
-        """Note the targets of one answer."""
-        self.parts["rows"].append(target_positions)
-        self.parts["targets"].append(targets)
-        self.parts["owner"].append(np.full(len(targets), self.num_answers))
-        self.parts["weights"].append(np.full(len(targets), weight))
-        self.num_answers += 1
-
-    def build(self, samples: Sequence[TrainingSample]) -> Batch:
-        whole = {
-            name: np.concatenate(parts).astype(ARRAY_DTYPES.get(name, np.int32))
-            for name, parts in self.parts.items()
-        }
-        seen: tuple[ProcessedImage, ...] = tuple(
-            seen for sample in samples for seen in sample.images
-        )
-        return Batch(
-            **whole,
-            spans=tuple(self.spans),
-            num_answers=self.num_answers,
-            images=seen,
-            locations=tuple(sample.location for sample in samples),
-        )
-
-
-ARRAY_DTYPES = {"positions": np.float32, "weights": np.float32}
 
 
 def batch_dataset(
     dataset: Dataset, preprocessor: Preprocessor, report: DataReport
 ) -> BatchedDataset:
-    """Join rows with what checking them found; raises ``DataError`` if it found faults."""
+    """Combine a dataset with the sizes that validation found; raises ``DataError`` on bad data."""
     report.raise_errors()
     return BatchedDataset(dataset, preprocessor, report.sizes)
+
+
+def collate(samples: Sequence[TrainingSample], reduction: str = "token") -> Batch:
+    """Concatenate samples, each a span of its own that attends to nothing else."""
+    builder = BatchBuilder()
+    for sample in samples:
+        start = builder.append(sample.input_ids, sample.positions)
+        targets = np.flatnonzero(sample.loss_mask)
+        targets = targets[targets > 0]  # no token precedes the first one to predict it
+        loss_tokens = int(sample.loss_mask.sum())
+        weight = TOKEN_WEIGHTS[reduction](loss_tokens) if loss_tokens else 0.0
+        builder.add_targets(start + targets - 1, sample.input_ids[targets], weight)
+    return builder.build(samples)
+
+
+def collate_pairs(pairs: Sequence[PreferencePair]) -> Batch:
+    """Concatenate pairs: a prompt, then both answers, each of which attends to the prompt only."""
+    builder = BatchBuilder()
+    for pair in pairs:
+        prompt = pair.prompt
+        start = builder.append(prompt.input_ids, prompt.positions)
+        stop, first = builder.length, next_position(prompt.positions)
+        for answer, weight in ((pair.chosen, 1.0), (pair.rejected, 0.0)):
+            positions = first + np.arange(len(answer), dtype=np.float32)
+            offset = builder.append(answer, positions, prefix=(start, stop))
+            predictors = np.arange(offset - 1, offset - 1 + len(answer))
+            predictors[0] = stop - 1  # the last state of the prompt predicts both first tokens
+            builder.add_targets(predictors, answer, weight)
+    return builder.build([pair.prompt for pair in pairs])
+
+
+ARRAY_DTYPES = {
+    "input_ids": np.int32,
+    "positions": np.float32,
+    "target_positions": np.int32,
+    "targets": np.int32,
+    "answer_ids": np.int32,
+    "loss_weights": np.float32,
+}
+
+
+class BatchBuilder:
+    """Accumulates the spans and targets of a ``Batch``."""
+
+    def __init__(self) -> None:
+        self.length = self.num_answers = 0
+        self.parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAY_DTYPES}
+        self.spans: list[Span] = []
+
+    def append(
+        self, input_ids: np.ndarray, positions: np.ndarray, prefix: tuple[int, int] | None = None
+    ) -> int:
+        """Append a span of tokens; return where it starts."""
+        start, self.length = self.length, self.length + len(input_ids)
+        self.spans.append(Span(start, self.length, prefix))
+        self.parts["input_ids"].append(input_ids)
+        self.parts["positions"].append(positions)
+        return start
+
+    def add_targets(self, target_positions: np.ndarray, targets: np.ndarray, weight: float) -> None:
+        """Add the targets of one answer: (A,) predicting tokens and (A,) target ids."""
+        self.parts["target_positions"].append(target_positions)
+        self.parts["targets"].append(targets)
+        self.parts["answer_ids"].append(np.full(len(targets), self.num_answers))
+        self.parts["loss_weights"].append(np.full(len(targets), weight))
+        self.num_answers += 1
+
+    def build(self, samples: Sequence[TrainingSample]) -> Batch:
+        """Return the batch; ``samples`` give the images and locations."""
+        arrays = {
+            name: np.concatenate(parts).astype(ARRAY_DTYPES[name])
+            for name, parts in self.parts.items()
+        }
+        images: tuple[ProcessedImage, ...] = tuple(
+            image for sample in samples for image in sample.images
+        )
+        return Batch(
+            **arrays,
+            spans=tuple(self.spans),
+            num_answers=self.num_answers,
+            images=images,
+            locations=tuple(sample.location for sample in samples),
+        )

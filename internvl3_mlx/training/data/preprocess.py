@@ -1,7 +1,7 @@
-"""Rows to what is trained on: ids, which of them are learned, positions, and the pictures' tiles.
+"""Turn a record into a training sample: token ids, loss mask, V2PE positions and image tiles.
 
-Learned are the assistant's words and the <|im_end|> behind them, in every turn; nothing else. The
-ids are those that generation reads for the same talk.
+Loss is computed on the assistant's tokens and the <|im_end|> after them, in every turn, and on
+nothing else. The ids are those that generation reads for the same conversation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,8 @@ from internvl3_mlx.prompt.messages import (
 from internvl3_mlx.prompt.template import MESSAGE_START
 from internvl3_mlx.prompt.tokenizer import IM_END
 from internvl3_mlx.prompt.v2pe import DELTAS, image_spans, visual_positions
-from internvl3_mlx.training.config import RANDOM, DataSettings
+from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.config_fields import RANDOM
 from internvl3_mlx.training.data.dataset import Record
 from internvl3_mlx.training.data.media import MediaLoader, MediaShape
 from internvl3_mlx.training.data.schema import ParsedRecord, RecordError, parse_record
@@ -31,9 +32,11 @@ from internvl3_mlx.training.data.schema import ParsedRecord, RecordError, parse_
 
 @dataclass(frozen=True, eq=False)
 class TrainingSample:
-    """One conversation. ids: (L,) int32. supervised: (L,) bool, True on what is learned.
+    """One conversation of L tokens.
 
-    positions: (L,) float32. seen: the pictures in the order of their tokens. place: file and line.
+    input_ids: (L,) int32. loss_mask: (L,) bool, True on the tokens whose loss counts.
+    positions: (L,) float32. images: images and video frames, in the order of their tokens.
+    location: file and line of the record.
     """
 
     input_ids: np.ndarray
@@ -45,8 +48,11 @@ class TrainingSample:
 
 @dataclass(frozen=True, eq=False)
 class PreferencePair:
-    """A question and two answers. ``prompt`` ends with the opened assistant turn; each answer with
-    <|im_end|>: (A,) int32."""
+    """A prompt and two answers to it.
+
+    prompt: ends with the opening of the assistant's turn. chosen, rejected: (A,) int32, each ends
+    with <|im_end|>.
+    """
 
     prompt: TrainingSample
     chosen: np.ndarray
@@ -59,7 +65,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class RecordSize:
-    """What a row takes: tokens, tiles, tokens that are learned; ``cut``: those over the limit."""
+    """Tokens, tiles and loss tokens of a record; ``truncated_tokens`` do not fit the limit."""
 
     tokens: int
     tiles: int
@@ -68,206 +74,137 @@ class RecordSize:
 
 
 class SampleTooLongError(Exception):
-    """A sample that cannot be cut to the limit, and why."""
-
-
-@dataclass(frozen=True)
-class RecordEncoder:
-    """Writes rows as one model reads them. ``system``: in the place of the model's own text."""
-
-    processor: Processor
-    system: str | None = None
-
-    def encode_conversation(
-        self, record: ParsedRecord, media: MediaShape
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Write a whole talk: ids (L,) int32, ending with <|im_end|>; learned (L,) bool."""
-        turns = self.build_messages(record, media)
-        segments = self.render(turns[:-1], record)
-        answer = GeneratedAnswer(turns[-1].token_ids)
-        return self.encode_segments([*segments, answer, TextSegment(IM_END)])
-
-    def encode_preference(
-        self, record: ParsedRecord, media: MediaShape
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Write a question, up to the opened turn, and the answers, each with its <|im_end|>."""
-        ids, _ = self.encode_segments(self.render(self.build_messages(record, media), record))
-        end = self.processor.tokenizer.im_end_id
-        answers = [[*self.encode_answer(text), end] for text in record.answers or ()]
-        return ids, [np.array(answer, np.int32) for answer in answers]
-
-    def render(self, messages: Sequence[Message], record: ParsedRecord) -> list[Segment]:
-        system = self.system if record.system is None else record.system
-        return self.processor.template.render(messages, system)
-
-    def build_messages(self, record: ParsedRecord, media: MediaShape) -> list[Message]:
-        """Give the turns as the prompt rooms take them, answers in the ids they are learned in."""
-        tiles, frames = iter(media.image_tiles), iter(media.video_frames)
-        turns = []
-        for said in record.messages:
-            if said.role == "assistant":
-                turns.append(
-                    Message("assistant", said.text, (), tuple(self.encode_answer(said.text)))
-                )
-                continue
-            shown = [MessageMedia((next(tiles),)) for _ in range(said.num_images)]
-            shown += [MessageMedia((1,) * next(frames), "video") for _ in range(said.num_videos)]
-            turns.append(Message("user", said.text, tuple(shown)))
-        return turns
-
-    def encode_answer(self, text: str) -> list[int]:
-        """Cut an answer as it reads behind the opened turn.
-
-        Where its first letters would melt into the turn's opening, as a newline does, it is cut
-        alone: generation never finds them melted.
-        """
-        encode = self.processor.tokenizer.encode
-        opened = encode([ASSISTANT_START], 0, bos=False)
-        together = encode([ASSISTANT_START, TextSegment(text, untrusted=True)], 0, bos=False)
-        if together[: len(opened)] == opened and len(together) > len(opened):
-            return together[len(opened) :]
-        return encode([TextSegment(text, untrusted=True)], 0, bos=False)
-
-    def encode_segments(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """Turn segments into ids, and mark each answer with the <|im_end|> that follows it."""
-        tokenizer, per_tile = self.processor.tokenizer, self.processor.config.num_image_token
-        ids: list[int] = []
-        learned: list[bool] = []
-        for part, answer in split_at_answers(segments):
-            new = tokenizer.encode(part, per_tile, bos=not ids)
-            ends = bool(learned) and learned[-1]
-            if ends and new[:1] != [tokenizer.im_end_id]:
-                raise PromptError(
-                    f"the chat template does not end an answer with {IM_END}; "
-                    'put "template": "internvl2_5" into config.json'
-                )
-            ids += new
-            learned += [answer] * len(new)
-            if ends:
-                learned[len(ids) - len(new)] = True
-        return np.array(ids, np.int32), np.array(learned, bool)
+    """A sample that cannot be truncated to the limit, and why."""
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Makes samples for one model."""
+    """Builds the training samples of one model."""
 
     processor: Processor
-    config: DataSettings
+    config: TrainConfig
 
     @cached_property
     def media_loader(self) -> MediaLoader:
         return MediaLoader(self.processor, self.config)
 
     @cached_property
-    def encoder(self) -> RecordEncoder:
+    def encoder(self) -> "RecordEncoder":
         return RecordEncoder(self.processor, self.config.system)
 
     def build_sample(self, record: Record, epoch: int = 0) -> TrainingSample:
-        """Make the sample of a row, as it is drawn in this epoch; raises ``DataError``."""
+        """Build the sample of a record with the random draws of ``epoch``; raises ``DataError``."""
         with error_location(record.location):
-            row, draw = self.parse(record), self.random_generator(record, epoch)
-            looked = self.media_loader.load(row, record.file, draw)
-            ids, learned = self.encoder.encode_conversation(row, looked.shape)
-            length = self.truncated_length(ids, learned)
-            ids, learned = ids[:length], learned[:length]
-            seen = tuple(looked.in_token_order(row))
+            parsed, generator = self.parse(record), self.random_generator(record, epoch)
+            media = self.media_loader.load(parsed, record.file, generator)
+            input_ids, loss_mask = self.encoder.encode_conversation(parsed, media.shape)
+            length = self.truncated_length(input_ids, loss_mask)
+            input_ids, loss_mask = input_ids[:length], loss_mask[:length]
             return TrainingSample(
-                ids, learned, self.build_positions(ids, draw), seen, record.location
+                input_ids,
+                loss_mask,
+                self.build_positions(input_ids, generator),
+                tuple(media.in_token_order(parsed)),
+                record.location,
             )
 
     def build_pair(self, record: Record, epoch: int = 0) -> PreferencePair:
-        """Make the pair of a preference row; raises ``DataError``."""
+        """Build the preference pair of a record; raises ``DataError``."""
         with error_location(record.location):
-            row, draw = self.parse(record), self.random_generator(record, epoch)
-            looked = self.media_loader.load(row, record.file, draw)
-            ids, answers = self.encoder.encode_preference(row, looked.shape)
-            chosen, rejected = (a[: self.answer_limit(ids)] for a in answers)
-            seen = tuple(looked.in_token_order(row))
-            nothing = np.zeros(len(ids), bool)
+            parsed, generator = self.parse(record), self.random_generator(record, epoch)
+            media = self.media_loader.load(parsed, record.file, generator)
+            input_ids, answers = self.encoder.encode_preference(parsed, media.shape)
+            chosen, rejected = (answer[: self.answer_limit(input_ids)] for answer in answers)
             prompt = TrainingSample(
-                ids, nothing, self.build_positions(ids, draw), seen, record.location
+                input_ids,
+                np.zeros(len(input_ids), bool),
+                self.build_positions(input_ids, generator),
+                tuple(media.in_token_order(parsed)),
+                record.location,
             )
             return PreferencePair(prompt, chosen, rejected)
 
     def measure(self, record: Record) -> RecordSize:
-        """Count what a row takes without reading its pixels.
+        """Measure a record without decoding its images.
 
-        Raises ``RowFault`` or ``DataError`` for what is wrong, ``TooLong`` for what cannot be cut.
+        Raises ``RecordError`` or ``DataError`` for a bad record, ``SampleTooLongError`` for one
+        that cannot be truncated.
         """
-        row = self.parse(record)
-        shape = self.media_loader.measure(row, record.file)
-        if row.answers is None:
-            ids, learned = self.encoder.encode_conversation(row, shape)
-            kept = self.truncated_length(ids, learned)
-            return RecordSize(kept, shape.num_tiles, int(learned[:kept].sum()), len(ids) - kept)
-        ids, answers = self.encoder.encode_preference(row, shape)
-        room = self.answer_limit(ids)
-        lengths = [min(len(answer), room) for answer in answers]
-        lost = sum(len(answer) for answer in answers) - sum(lengths)
-        return RecordSize(len(ids) + sum(lengths), shape.num_tiles, sum(lengths), lost)
+        parsed = self.parse(record)
+        media = self.media_loader.measure(parsed, record.file)
+        if parsed.answers is None:
+            input_ids, loss_mask = self.encoder.encode_conversation(parsed, media)
+            length = self.truncated_length(input_ids, loss_mask)
+            loss_tokens = int(loss_mask[:length].sum())
+            return RecordSize(length, media.num_tiles, loss_tokens, len(input_ids) - length)
+        input_ids, answers = self.encoder.encode_preference(parsed, media)
+        limit = self.answer_limit(input_ids)
+        answer_tokens = sum(min(len(answer), limit) for answer in answers)
+        truncated = sum(len(answer) for answer in answers) - answer_tokens
+        return RecordSize(len(input_ids) + answer_tokens, media.num_tiles, answer_tokens, truncated)
 
     def parse(self, record: Record) -> ParsedRecord:
-        """Read a row and see that it is of the kind that the method learns from."""
-        row = parse_record(record.value)
-        if self.config.reads_pairs and row.answers is None:
+        """Parse a record and check that its format fits the training method."""
+        parsed = parse_record(record.value)
+        if self.config.reads_pairs and parsed.answers is None:
             raise RecordError(
-                "a conversation, but --method mpo compares answers; wanted 'question', 'chosen' "
-                "and 'rejected', or --method sft"
+                "a conversation, but --method mpo needs preference pairs; expected 'question', "
+                "'chosen' and 'rejected', or use --method sft"
             )
-        if not self.config.reads_pairs and row.answers is not None:
+        if not self.config.reads_pairs and parsed.answers is not None:
             raise RecordError(
-                f"two answers to compare, but --method {self.config.method} learns from "
-                "conversations; wanted 'messages' or 'conversations', or --method mpo"
+                f"a preference pair, but --method {self.config.method} needs conversations; "
+                "expected 'messages' or 'conversations', or use --method mpo"
             )
-        return row
+        return parsed
 
     def random_generator(self, record: Record, epoch: int) -> np.random.Generator:
-        """Give a row its own chance, whatever was read before it."""
+        """Return a generator that depends on the record and epoch, not on what was read before."""
         return np.random.default_rng((self.config.seed, epoch, record.index))
 
     def truncated_length(self, input_ids: np.ndarray, loss_mask: np.ndarray) -> int:
-        """Say how many ids are kept: as many as the limit, but no picture is ever cut."""
+        """Return how many ids to keep: up to the limit, but never part of an image."""
         limit = self.config.max_seq_length
         if len(input_ids) <= limit:
             return len(input_ids)
         if self.truncates_image(input_ids, limit):
             raise SampleTooLongError(
-                f"{len(input_ids):,} tokens, and a picture lies beyond {limit:,}"
+                f"{len(input_ids):,} tokens, and an image extends past the limit of {limit:,}"
             )
         if not loss_mask[:limit].any():
             raise SampleTooLongError(
-                f"{len(input_ids):,} tokens, and no answer begins within {limit:,}"
+                f"{len(input_ids):,} tokens, and no answer begins within the limit of {limit:,}"
             )
         return limit
 
     def answer_limit(self, prompt_ids: np.ndarray) -> int:
-        """Say how many tokens an answer behind this prompt may have."""
-        room = self.config.max_seq_length - len(prompt_ids)
-        if room < 1:
+        """Return how many tokens an answer to this prompt may have."""
+        limit = self.config.max_seq_length
+        if len(prompt_ids) >= limit:
             raise SampleTooLongError(
-                f"a prompt of {len(prompt_ids):,} tokens, and no answer begins within "
-                f"{self.config.max_seq_length:,}"
+                f"a prompt of {len(prompt_ids):,} tokens, and no answer begins within the limit of "
+                f"{limit:,}"
             )
-        return room
+        return limit - len(prompt_ids)
 
     def truncates_image(self, input_ids: np.ndarray, limit: int) -> bool:
         tokenizer = self.processor.tokenizer
-        return bool(np.isin(input_ids[limit:], (tokenizer.image_id, tokenizer.image_end_id)).any())
+        image_tokens = (tokenizer.image_id, tokenizer.image_end_id)
+        return bool(np.isin(input_ids[limit:], image_tokens).any())
 
     def build_positions(self, input_ids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Place every token; a random step is drawn anew for each picture or frame."""
+        """Compute V2PE positions: (L,) ids -> (L,) float32. A random delta is drawn per image."""
         image_id, delta = self.processor.tokenizer.image_id, self.config.position_delta
         if delta != RANDOM:
             return visual_positions(input_ids, image_id, float(delta))
-        runs = len(image_spans(input_ids, image_id))
-        steps = generator.choice(DELTAS, size=runs).tolist()
-        return visual_positions(input_ids, image_id, steps if runs else 1.0)
+        num_images = len(image_spans(input_ids, image_id))
+        deltas = generator.choice(DELTAS, size=num_images).tolist()
+        return visual_positions(input_ids, image_id, deltas if num_images else 1.0)
 
 
 @contextmanager
 def error_location(location: str) -> Iterator[None]:
-    """Say where in the data something went wrong."""
+    """Raise what goes wrong inside as a ``DataError`` that begins with the file and line."""
     try:
         yield
     except DataError:
@@ -283,14 +220,95 @@ def error_location(location: str) -> Iterator[None]:
 ASSISTANT_START = TextSegment(MESSAGE_START.format(role="assistant"))
 
 
+@dataclass(frozen=True)
+class RecordEncoder:
+    """Encodes records as one model reads them. system: replaces the model's own system prompt."""
+
+    processor: Processor
+    system: str | None = None
+
+    def encode_conversation(
+        self, record: ParsedRecord, media: MediaShape
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode a conversation up to its last <|im_end|>: ids (L,) int32, loss mask (L,) bool."""
+        messages = self.build_messages(record, media)
+        segments = self.render(messages[:-1], record)
+        answer = GeneratedAnswer(messages[-1].token_ids)
+        return self.encode_segments([*segments, answer, TextSegment(IM_END)])
+
+    def encode_preference(
+        self, record: ParsedRecord, media: MediaShape
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Encode the prompt, up to the opening of the assistant's turn, and both answers.
+
+        Returns ids (L,) int32, and for each answer (A,) int32 with its <|im_end|>.
+        """
+        messages = self.build_messages(record, media)
+        prompt_ids, _ = self.encode_segments(self.render(messages, record))
+        end = self.processor.tokenizer.im_end_id
+        answers = [[*self.encode_answer(text), end] for text in record.answers or ()]
+        return prompt_ids, [np.array(answer, np.int32) for answer in answers]
+
+    def render(self, messages: Sequence[Message], record: ParsedRecord) -> list[Segment]:
+        system = self.system if record.system is None else record.system
+        return self.processor.template.render(messages, system)
+
+    def build_messages(self, record: ParsedRecord, media: MediaShape) -> list[Message]:
+        """Build the template's messages; answers carry the ids that are trained on."""
+        tiles, frames = iter(media.image_tiles), iter(media.video_frames)
+        messages = []
+        for message in record.messages:
+            if message.role == "assistant":
+                token_ids = tuple(self.encode_answer(message.text))
+                messages.append(Message("assistant", message.text, (), token_ids))
+                continue
+            shown = [MessageMedia((next(tiles),)) for _ in range(message.num_images)]
+            shown += [MessageMedia((1,) * next(frames), "video") for _ in range(message.num_videos)]
+            messages.append(Message("user", message.text, tuple(shown)))
+        return messages
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Encode an answer as the model would continue the opened turn.
+
+        If the answer's first characters would merge with the opening into one token, as a newline
+        does, the answer is encoded alone: generation never sees the merged token.
+        """
+        encode = self.processor.tokenizer.encode
+        answer = TextSegment(text, untrusted=True)
+        opening = encode([ASSISTANT_START], 0, bos=False)
+        together = encode([ASSISTANT_START, answer], 0, bos=False)
+        if together[: len(opening)] == opening and len(together) > len(opening):
+            return together[len(opening) :]
+        return encode([answer], 0, bos=False)
+
+    def encode_segments(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode segments: ids (L,) int32, and (L,) bool on each answer and its <|im_end|>."""
+        tokenizer, per_tile = self.processor.tokenizer, self.processor.config.num_image_token
+        input_ids: list[int] = []
+        loss_mask: list[bool] = []
+        for part, is_answer in split_at_answers(segments):
+            new_ids = tokenizer.encode(part, per_tile, bos=not input_ids)
+            follows_answer = bool(loss_mask) and loss_mask[-1]
+            if follows_answer and new_ids[:1] != [tokenizer.im_end_id]:
+                raise PromptError(
+                    f"the chat template does not end an answer with {IM_END}; "
+                    'put "template": "internvl2_5" into config.json'
+                )
+            input_ids += new_ids
+            loss_mask += [is_answer] * len(new_ids)
+            if follows_answer:
+                loss_mask[len(input_ids) - len(new_ids)] = True
+        return np.array(input_ids, np.int32), np.array(loss_mask, bool)
+
+
 def split_at_answers(segments: Sequence[Segment]) -> Iterator[tuple[list[Segment], bool]]:
-    """Split segments at the answers, and say which part is one."""
-    waiting: list[Segment] = []
+    """Split segments before and after each answer; yield each part and whether it is an answer."""
+    pending: list[Segment] = []
     for segment in segments:
         if isinstance(segment, GeneratedAnswer):
-            yield waiting, False
+            yield pending, False
             yield [segment], True
-            waiting = []
+            pending = []
         else:
-            waiting.append(segment)
-    yield waiting, False
+            pending.append(segment)
+    yield pending, False

@@ -1,4 +1,4 @@
-"""One sample written out for a person to read, with what is learned told from what is not."""
+"""Decode one sample for a person to read, and mark which of its tokens are trained on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,13 +10,15 @@ from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.training.data.collate import BatchedDataset
 from internvl3_mlx.training.data.preprocess import PreferencePair
 
-SpanKind = Literal["text", "picture", "chosen", "rejected"]
+SpanKind = Literal["text", "image", "chosen", "rejected"]
 
 
 @dataclass(frozen=True)
 class PreviewSpan:
-    """Tokens of one kind that follow each other. ``text``: what they say, special tokens spelled
-    out; the tokens of a picture are only counted."""
+    """Consecutive tokens of one kind.
+
+    text: the decoded tokens, special tokens included; for an image only their number.
+    """
 
     text: str
     in_loss: bool
@@ -26,65 +28,63 @@ class PreviewSpan:
 
 @dataclass(frozen=True)
 class SamplePreview:
-    """A sample as it is trained on. ``place``: its file and line."""
+    """A sample as it is trained on. location: file and line of its record."""
 
     location: str
     spans: tuple[PreviewSpan, ...]
 
     @property
     def tokens(self) -> int:
-        return sum(stretch.tokens for stretch in self.spans)
+        return sum(span.tokens for span in self.spans)
 
     @property
     def loss_tokens(self) -> int:
-        return sum(stretch.tokens for stretch in self.spans if stretch.in_loss)
+        return sum(span.tokens for span in self.spans if span.in_loss)
 
 
 def preview_sample(dataset: BatchedDataset, number: int = 0) -> SamplePreview:
-    """Write out the sample of the ``number``-th usable row."""
-    maker, entry = dataset.preprocessor, dataset.dataset[int(dataset.sizes.indices[number])]
-    tokenizer = maker.processor.tokenizer
-    if not maker.config.reads_pairs:
-        sample = maker.build_sample(entry)
-        return SamplePreview(
-            entry.location, tuple(split_spans(tokenizer, sample.input_ids, sample.loss_mask))
-        )
-    pair = maker.build_pair(entry)
-    return SamplePreview(entry.location, tuple(preview_pair(tokenizer, pair)))
+    """Decode the sample of the ``number``-th usable record."""
+    preprocessor = dataset.preprocessor
+    record = dataset.dataset[int(dataset.sizes.indices[number])]
+    tokenizer = preprocessor.processor.tokenizer
+    if dataset.config.reads_pairs:
+        spans = preview_pair(tokenizer, preprocessor.build_pair(record))
+    else:
+        sample = preprocessor.build_sample(record)
+        spans = split_spans(tokenizer, sample.input_ids, sample.loss_mask)
+    return SamplePreview(record.location, tuple(spans))
 
 
 def preview_pair(tokenizer: Tokenizer, pair: PreferencePair) -> Iterator[PreviewSpan]:
     yield from split_spans(tokenizer, pair.prompt.input_ids, pair.prompt.loss_mask)
-    yield PreviewSpan(
-        decode_with_specials(tokenizer, pair.chosen), True, "chosen", len(pair.chosen)
+    chosen, rejected = (
+        decode_with_specials(tokenizer, answer) for answer in (pair.chosen, pair.rejected)
     )
-    yield PreviewSpan(
-        decode_with_specials(tokenizer, pair.rejected), True, "rejected", len(pair.rejected)
-    )
+    yield PreviewSpan(chosen, True, "chosen", len(pair.chosen))
+    yield PreviewSpan(rejected, True, "rejected", len(pair.rejected))
 
 
 def split_spans(
     tokenizer: Tokenizer, input_ids: np.ndarray, loss_mask: np.ndarray
 ) -> Iterator[PreviewSpan]:
-    """Split ids where learning begins or ends, and around pictures."""
-    picture = input_ids == tokenizer.image_id
-    kinds = 2 * picture + loss_mask
-    starts = np.flatnonzero(np.diff(kinds, prepend=-1))
+    """Split (L,) ids where the (L,) loss mask changes, and around images."""
+    is_image = input_ids == tokenizer.image_id
+    starts = np.flatnonzero(np.diff(2 * is_image + loss_mask, prepend=-1))
     for start, stop in zip(starts, [*starts[1:], len(input_ids)], strict=True):
         count = int(stop - start)
-        if picture[start]:
-            yield PreviewSpan(f"{count:,} tokens", False, "picture", count)
+        if is_image[start]:
+            yield PreviewSpan(f"{count:,} tokens", False, "image", count)
         else:
             text = decode_with_specials(tokenizer, input_ids[start:stop])
             yield PreviewSpan(text, bool(loss_mask[start]), "text", count)
 
 
-def decode_with_specials(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """Turn ids into text, special tokens written out."""
+def decode_with_specials(tokenizer: Tokenizer, input_ids: np.ndarray) -> str:
+    """Decode (L,) ids, special tokens included."""
     names = {token.id: text for text, token in tokenizer.added.items()}
-    special = np.isin(ids, list(names))
-    starts = np.flatnonzero(np.diff(special, prepend=not special[0]))
-    parts = np.split(ids, starts[1:])
+    is_special = np.isin(input_ids, list(names))
+    starts = np.flatnonzero(np.diff(is_special, prepend=not is_special[0]))
+    parts = np.split(input_ids, starts[1:])
     return "".join(
         "".join(names[int(n)] for n in part) if int(part[0]) in names else tokenizer.decode(part)
         for part in parts

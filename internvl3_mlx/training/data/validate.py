@@ -1,4 +1,4 @@
-"""All rows looked at before the model loads: what is wrong is told by file and line, at once."""
+"""Validate every record before the model loads, and report all errors at once by file and line."""
 
 from array import array
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from internvl3_mlx.training.data.dataset import Dataset, Record
 from internvl3_mlx.training.data.preprocess import Preprocessor, SampleTooLongError
 from internvl3_mlx.training.data.schema import RecordError
 
-MAX_FINDINGS = 100  # faults, and notes, that are kept; beyond that they are counted
+MAX_FINDINGS = 100  # errors, and warnings, that are kept; more are only counted
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about one row. ``place``: file and line."""
+    """An error or warning about one record. location: file and line."""
 
     location: str
     message: str
@@ -28,10 +28,11 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class DataReport:
-    """What was found in the rows.
+    """What validation found in ``num_records`` records.
 
-    faults: what must be mended. notes: rows that were cut or left out for their length.
-    more_faults, more_notes: how many further ones there are. sizes: of the rows that can be used.
+    errors: must be fixed. warnings: records that were truncated or skipped because of their length.
+    more_errors, more_warnings: how many are not listed. skipped, truncated: numbers of records.
+    sizes: of the usable records.
     """
 
     num_records: int
@@ -44,27 +45,51 @@ class DataReport:
     sizes: SampleSizes
 
     def raise_errors(self) -> None:
-        """Raise ``DataError`` with all that must be mended."""
+        """Raise ``DataError`` with all errors, or because no record is usable."""
         if self.errors:
             more = [f"and {self.more_errors:,} more"] if self.more_errors else []
             raise DataError("\n".join([*map(str, self.errors), *more]))
-        if not len(self.sizes.indices):
+        if not len(self.sizes):
             raise DataError(
-                f"none of {self.num_records:,} rows fits; raise --max-seq-length or lower --max-tiles"
+                f"all {self.num_records:,} records are too long; raise --max-seq-length or lower "
+                "--max-tiles"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class ValidationProgress:
-    """How far a survey is; the last one carries it."""
+    """How far validation is. The last one has the report."""
 
     done: int
     total: int
     report: DataReport | None = None
 
 
+def validate_dataset(dataset: Dataset, preprocessor: Preprocessor) -> Iterator[ValidationProgress]:
+    """Validate every record and the headers of its media; yield progress after each.
+
+    A file that a meta JSON repeats is read once. The last progress has the report.
+    """
+    validator, total, first = DataValidator(preprocessor), len(dataset), 0
+    for file in dataset.files:
+        known = len(validator.indices)
+        for index in range(first, first + len(file.selected)):
+            validator.check(dataset[index])
+            yield ValidationProgress(index + 1, total)
+        validator.repeat_file(known, len(file.selected), file.repeats)
+        first += len(file)
+    yield ValidationProgress(total, total, validator.build_report(total))
+
+
+def validation_report(dataset: Dataset, preprocessor: Preprocessor) -> DataReport:
+    """Validate every record and return the report."""
+    *_, last = validate_dataset(dataset, preprocessor)
+    assert last.report is not None
+    return last.report
+
+
 class FindingLog:
-    """Keeps the first of many, and counts the rest."""
+    """Keeps the first findings and counts the rest."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
@@ -78,22 +103,22 @@ class FindingLog:
 
 
 class DataValidator:
-    """Goes through rows and remembers what they take: sixteen bytes a row."""
+    """Checks records and remembers their sizes, 16 bytes a record."""
 
-    def __init__(self, maker: Preprocessor) -> None:
-        self.preprocessor = maker
+    def __init__(self, preprocessor: Preprocessor) -> None:
+        self.preprocessor = preprocessor
         self.errors, self.warnings = FindingLog(), FindingLog()
         self.indices, self.tokens, self.tiles = array("q"), array("i"), array("i")
         self.skipped = self.truncated = 0
 
     def check(self, record: Record) -> None:
-        """Check one row."""
+        """Check one record; log what is wrong and remember the size of a usable one."""
         limit = self.preprocessor.config.max_seq_length
         try:
-            measure = self.preprocessor.measure(record)
+            size = self.preprocessor.measure(record)
         except SampleTooLongError as error:
             self.skipped += 1
-            self.warnings.add(record.location, f"left out: {error}")
+            self.warnings.add(record.location, f"skipped: {error}")
             return
         except RecordError as error:
             self.errors.add(record.location, str(error))
@@ -101,21 +126,21 @@ class DataValidator:
         except DataError as error:
             self.errors.add(record.location, str(error).removeprefix(f"{record.location}: "))
             return
-        if measure.truncated_tokens:
+        if size.truncated_tokens:
             self.truncated += 1
             self.warnings.add(
                 record.location,
-                f"cut to {limit:,} tokens, {measure.truncated_tokens:,} of its answers are lost",
+                f"truncated to {limit:,} tokens, losing {size.truncated_tokens:,} of its answers",
             )
         self.indices.append(record.index)
-        self.tokens.append(measure.tokens)
-        self.tiles.append(measure.tiles)
+        self.tokens.append(size.tokens)
+        self.tiles.append(size.tiles)
 
     def repeat_file(self, first: int, num_records: int, repeats: int) -> None:
-        """Count what was found since ``known`` once more for each further pass through a file."""
-        numbers, tokens, tiles = self.indices[first:], self.tokens[first:], self.tiles[first:]
+        """Count the sizes from position ``first`` on again for each further pass over a file."""
+        indices, tokens, tiles = self.indices[first:], self.tokens[first:], self.tiles[first:]
         for again in range(1, repeats):
-            self.indices.extend(number + again * num_records for number in numbers)
+            self.indices.extend(index + again * num_records for index in indices)
             self.tokens.extend(tokens)
             self.tiles.extend(tiles)
 
@@ -131,23 +156,3 @@ class DataValidator:
             self.truncated,
             SampleSizes(*(np.array(column) for column in columns)),
         )
-
-
-def validate_dataset(dataset: Dataset, preprocessor: Preprocessor) -> Iterator[ValidationProgress]:
-    """Look at every row, its pictures' headers included; yield after each, the last with all."""
-    surveyor, total, first = DataValidator(preprocessor), len(dataset), 0
-    for source in dataset.files:
-        known = len(surveyor.indices)
-        for number in range(first, first + len(source.selected)):
-            surveyor.check(dataset[number])
-            yield ValidationProgress(number + 1, total)
-        surveyor.repeat_file(known, len(source.selected), source.repeats)
-        first += len(source)
-    yield ValidationProgress(total, total, surveyor.build_report(total))
-
-
-def validation_report(dataset: Dataset, preprocessor: Preprocessor) -> DataReport:
-    """Look at every row and return what was found."""
-    *_, last = validate_dataset(dataset, preprocessor)
-    assert last.report is not None
-    return last.report

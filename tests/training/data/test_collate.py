@@ -1,4 +1,4 @@
-"""Samples laid end to end: who sees whom, what is predicted from where, and what it weighs."""
+"""Batches: which tokens attend to which, what predicts each target, and what each weighs."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ from fixtures.records import (
     write_jsonl,
 )
 
-from internvl3_mlx.errors import UserError
-from internvl3_mlx.training.config import DataSettings
-from internvl3_mlx.training.data.collate import collate, collate_pairs
+from internvl3_mlx.training.config_fields import REDUCTIONS
+from internvl3_mlx.training.data.collate import TOKEN_WEIGHTS, collate, collate_pairs
+from internvl3_mlx.training.data.preprocess import TrainingSample
 
 
 @pytest.fixture
@@ -48,30 +48,30 @@ def pairs(tmp_path):
 
 
 def same(first, second):
-    """Tell whether two batches read the same."""
-    arrays = ("ids", "positions", "rows", "targets", "owner", "weights")
-    tiles = zip(first.seen, second.seen, strict=True)
+    """Return whether two batches are equal."""
+    arrays = ("input_ids", "positions", "target_positions", "targets", "answer_ids", "loss_weights")
+    tiles = zip(first.images, second.images, strict=True)
     return (
         all(np.array_equal(getattr(first, name), getattr(second, name)) for name in arrays)
-        and (first.spans, first.places) == (second.spans, second.places)
+        and (first.spans, first.locations) == (second.spans, second.locations)
         and all(np.array_equal(a.tiles, b.tiles) for a, b in tiles)
     )
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
-def test_a_batch_is_its_samples_end_to_end(rows, reduction):
-    corpus = open_batches(rows)
-    samples = [corpus.preprocessor.build_sample(corpus.dataset[n]) for n in (2, 0, 1)]
+def test_a_batch_is_its_samples_concatenated(rows, reduction):
+    dataset = open_batches(rows)
+    samples = [dataset.preprocessor.build_sample(dataset.dataset[n]) for n in (2, 0, 1)]
     batch = collate(samples, reduction)
     at, targets = 0, []
-    for owner, (sample, span) in enumerate(zip(samples, batch.spans, strict=True)):
+    for answer_id, (sample, span) in enumerate(zip(samples, batch.spans, strict=True)):
         length = len(sample.input_ids)
         assert (span.start, span.stop, span.prefix) == (at, at + length, None)
         assert np.array_equal(batch.input_ids[at : at + length], sample.input_ids)
         assert np.array_equal(batch.positions[at : at + length], sample.positions)
         count = int(sample.loss_mask.sum())
         weight = {"token": 1, "sample": 1 / count, "square": count**-0.5}[reduction]
-        targets += [(at + n - 1, sample.input_ids[n], owner, weight) for n in range(length)
+        targets += [(at + n - 1, sample.input_ids[n], answer_id, weight) for n in range(length)
                     if sample.loss_mask[n]]  # fmt: skip
         at += length
     got = zip(
@@ -83,31 +83,29 @@ def test_a_batch_is_its_samples_end_to_end(rows, reduction):
     assert (batch.num_answers, len(batch.input_ids)) == (3, at)
     assert [len(seen.tiles) for seen in batch.images] == [1, 4, 4]
     assert batch.locations == tuple(sample.location for sample in samples)
-    kinds = {"positions": np.float32, "weights": np.float32}
-    for name in ("ids", "rows", "targets", "owner", *kinds):
-        assert getattr(batch, name).dtype == kinds.get(name, np.int32)
+    dtypes = {"positions": np.float32, "loss_weights": np.float32}
+    for name in ("input_ids", "target_positions", "targets", "answer_ids", *dtypes):
+        assert getattr(batch, name).dtype == dtypes.get(name, np.int32)
 
 
-def test_square_weights_average_as_the_published_example():
+def test_loss_weights_average_as_in_the_published_example():
     """Losses {2, 1} and eight times 0.5: token 0.7, sample 1.0, square 0.8333."""
     losses = np.array([2, 1, *[0.5] * 8])
     for reduction, wanted in (("token", 0.7), ("sample", 1.0), ("square", 5 / 6)):
-        batch = collate([fake(2), fake(8)], reduction)
+        batch = collate([fake_sample(2), fake_sample(8)], reduction)
         assert (losses * batch.loss_weights).sum() / batch.loss_weights.sum() == pytest.approx(
             wanted
         )
 
 
-def fake(learned):
-    from internvl3_mlx.training.data.preprocess import TrainingSample
-
-    ids = np.arange(3 + learned, dtype=np.int32)
+def fake_sample(loss_tokens):
+    ids = np.arange(3 + loss_tokens, dtype=np.int32)
     return TrainingSample(ids, ids >= 3, ids.astype(np.float32), (), "here")
 
 
 def test_both_answers_of_a_pair_branch_from_one_prompt(pairs):
-    corpus = open_batches(pairs, method="mpo")
-    made = [corpus.preprocessor.build_pair(corpus.dataset[n]) for n in (1, 0)]
+    dataset = open_batches(pairs, method="mpo")
+    made = [dataset.preprocessor.build_pair(dataset.dataset[n]) for n in (1, 0)]
     batch = collate_pairs(made)
     at = 0
     for number, one in enumerate(made):
@@ -137,10 +135,10 @@ def test_both_answers_of_a_pair_branch_from_one_prompt(pairs):
         {"packing": True, "max_seq_length": 500, "max_packed_tiles": 6},
     ],
 )
-def test_to_start_at_a_micro_batch_is_to_have_read_those_before(rows, settings):
-    corpus = open_batches(rows, **settings)
-    whole = [*corpus.iter_epoch(1)]
-    assert len(whole) == corpus.count_batches(1) > 2
+def test_starting_at_a_micro_batch_yields_what_follows_the_ones_before_it(rows, settings):
+    dataset = open_batches(rows, **settings)
+    whole = [*dataset.iter_epoch(1)]
+    assert len(whole) == dataset.count_batches(1) > 2
     for start in range(len(whole) + 1):
         rest = [*open_batches(rows, **settings).iter_epoch(1, start=start)]
         assert len(rest) == len(whole) - start
@@ -148,39 +146,28 @@ def test_to_start_at_a_micro_batch_is_to_have_read_those_before(rows, settings):
 
 
 def test_ranks_read_different_samples(rows):
-    corpus = open_batches(rows, batch_size=2)
-    shares = [[b.locations for b in corpus.iter_epoch(0, rank=r, ranks=2)] for r in (0, 1)]
-    assert [len(share) for share in shares] == [corpus.count_batches(0, 2)] * 2 == [2, 2]
+    dataset = open_batches(rows, batch_size=2)
+    shares = [[b.locations for b in dataset.iter_epoch(0, rank=r, ranks=2)] for r in (0, 1)]
+    assert [len(share) for share in shares] == [dataset.count_batches(0, 2)] * 2 == [2, 2]
     read_places = [place for share in shares for places in share for place in places]
     assert len(read_places) == len({*read_places}) == 8
 
 
-def test_validation_reads_every_row_once_in_order(rows):
-    corpus = open_batches(rows, batch_size=4)
-    places = [place for batch in corpus.iter_once() for place in batch.locations]
-    assert places == [entry.location for entry in corpus.dataset]
-    halves = [[p for b in corpus.iter_once(rank=r, ranks=2) for p in b.locations] for r in (0, 1)]
+def test_validation_reads_every_record_once_in_file_order(rows):
+    dataset = open_batches(rows, batch_size=4)
+    places = [place for batch in dataset.iter_once() for place in batch.locations]
+    assert places == [entry.location for entry in dataset.dataset]
+    halves = [[p for b in dataset.iter_once(rank=r, ranks=2) for p in b.locations] for r in (0, 1)]
     assert halves[0] + halves[1] == places
 
 
-def test_a_packed_batch_keeps_to_its_budget(rows):
-    corpus = open_batches(rows, packing=True, max_seq_length=500, max_packed_tiles=5)
-    batches = [*corpus.iter_epoch(0)]
+def test_a_packed_batch_stays_within_its_limits(rows):
+    dataset = open_batches(rows, packing=True, max_seq_length=500, max_packed_tiles=5)
+    batches = [*dataset.iter_epoch(0)]
     assert all(len(batch.input_ids) <= 500 for batch in batches)
     assert max(len(batch.spans) for batch in batches) > 1
     assert sum(len(batch.locations) for batch in batches) == 10
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"loss_reduction": "mean"}, "loss_reduction 'mean': wanted one of token, sample, square"),
-        ({"v2pe_delta": "auto"}, "v2pe_delta auto is for prompts; give a step, or random"),
-        ({"v2pe_delta": "1/3"}, "V2PE step 1/3: the model knows 1, 1/2"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings, told):
-    with pytest.raises(UserError) as caught:
-        DataSettings(**settings)
-    assert told in str(caught.value)
+def test_there_is_a_loss_weight_for_every_reduction():
+    assert {*TOKEN_WEIGHTS} == {*REDUCTIONS}

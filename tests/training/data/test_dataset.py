@@ -1,4 +1,4 @@
-"""Where rows come from: folders, files and meta JSON, of any size, read when they are wanted."""
+"""Datasets: folders, files and meta JSON of any size, read on demand."""
 
 import json
 import tracemalloc
@@ -7,23 +7,23 @@ import pytest
 from fixtures.records import chat_record, pair_record, write_jsonl
 
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.training.config import DataSettings
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.dataset import open_dataset
 
-MPO = DataSettings(method="mpo")
+MPO = TrainConfig(method="mpo")
 
 
 def answers(data):
     return [entry.value["messages"][1]["content"] for entry in data]
 
 
-def refused(path, **options):
+def error_message(path, **options):
     with pytest.raises(DataError) as caught:
         open_dataset(path, **options)
     return str(caught.value)
 
 
-def test_a_folder_has_splits_and_may_lack_some(tmp_path):
+def test_a_folder_has_splits_and_may_lack_some_of_them(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [chat_record(answer="a"), chat_record(answer="b")])
     write_jsonl(tmp_path / "valid.jsonl", [chat_record(answer="c")])
     assert answers(open_dataset(tmp_path)) == ["a", "b"]
@@ -37,7 +37,7 @@ def test_one_file_is_the_train_split(tmp_path):
     assert open_dataset(file, "valid") is None
 
 
-def test_places_name_the_file_and_the_line_blank_lines_counted(tmp_path, monkeypatch):
+def test_locations_are_file_and_line_and_blank_lines_count(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl(
         tmp_path / "data" / "train.jsonl",
@@ -48,7 +48,7 @@ def test_places_name_the_file_and_the_line_blank_lines_counted(tmp_path, monkeyp
     assert [entry.index for entry in data] == [0, 1]
 
 
-def test_a_mark_of_utf8_and_a_missing_last_newline_do_no_harm(tmp_path):
+def test_a_byte_order_mark_and_a_missing_last_newline_are_accepted(tmp_path):
     rows = (
         "\ufeff"
         + json.dumps(chat_record(answer="a"))
@@ -59,7 +59,7 @@ def test_a_mark_of_utf8_and_a_missing_last_newline_do_no_harm(tmp_path):
     assert answers(open_dataset(tmp_path)) == ["a", "ü"]
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path):
+def test_memory_does_not_grow_with_the_size_of_the_records(tmp_path):
     lines, row = 60_000, json.dumps(chat_record("x" * 400)) + "\n"
     file = tmp_path / "train.jsonl"
     with file.open("w") as out:
@@ -73,7 +73,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert file.stat().st_size > 25e6
-    assert peak < 50 * lines  # the index takes 16 bytes a line, a few times that while it grows
+    assert peak < 50 * lines  # the index takes 16 bytes a line, and more while it grows
 
 
 def write_meta(folder, **entries):
@@ -103,7 +103,7 @@ def test_a_meta_json_joins_files_and_repeats_them(tmp_path):
     assert data[4].index == 4
 
 
-def test_half_of_a_preference_file_is_drawn_not_cut_off(tmp_path):
+def test_a_fraction_of_a_preference_file_is_a_random_subset(tmp_path):
     rows = [pair_record(chosen=str(n)) for n in range(40)]
     write_jsonl(tmp_path / "p.jsonl", rows)
     meta = write_meta(tmp_path, p={"annotation": "p.jsonl", "repeat_time": 0.5})
@@ -115,40 +115,44 @@ def test_half_of_a_preference_file_is_drawn_not_cut_off(tmp_path):
     assert [int(entry.value["chosen"]) for entry in again] == chosen
 
 
-META_FAULTS = {
-    "'x': unknown key 'repeat_times'; did you mean 'repeat_time'?": {"repeat_times": 1},
+META_ERRORS = {
+    "'x': unknown key 'repeat_times'; did you mean repeat_time?": {"repeat_times": 1},
     "'x': no file at": {"annotation": "none.jsonl"},
-    "'x': no 'annotation'; wanted the path of its JSONL file": {"annotation": None},
-    "'repeat_time' 1.5; wanted a share below 1 or a whole number": {"repeat_time": 1.5},
-    "'repeat_time' 0;": {"repeat_time": 0},
-    "'repeat_time' 0.1 leaves none of 3 rows": {"repeat_time": 0.1},
-    "'max_dynamic_patch' 'many'; wanted a whole number of tiles": {"max_dynamic_patch": "many"},
-    "'data_augment' 'yes'; wanted true or false": {"data_augment": "yes"},
-    "'root' 5; wanted the folder of its pictures": {"root": 5},
+    "'x': no 'annotation'; expected the path of a JSONL file": {"annotation": None},
+    "'repeat_time' is 1.5; expected a fraction below 1 or an integer": {"repeat_time": 1.5},
+    "'repeat_time' is 0;": {"repeat_time": 0},
+    "'repeat_time' 0.1 selects none of 3 records; raise it": {"repeat_time": 0.1},
+    "'max_dynamic_patch' is 'many'; expected a positive integer": {"max_dynamic_patch": "many"},
+    "'data_augment' is 'yes'; expected true or false": {"data_augment": "yes"},
+    "'root' is 5; expected an image folder": {"root": 5},
 }
 
 
-@pytest.mark.parametrize("told", META_FAULTS)
-def test_a_fault_in_a_meta_json_is_told(tmp_path, told):
+@pytest.mark.parametrize("expected", META_ERRORS)
+def test_an_error_in_a_meta_json_is_reported(tmp_path, expected):
     letters(tmp_path, "a", 3)
-    meta = write_meta(tmp_path, x={"annotation": "rows/a.jsonl", **META_FAULTS[told]})
-    assert told in refused(meta)
+    meta = write_meta(tmp_path, x={"annotation": "rows/a.jsonl", **META_ERRORS[expected]})
+    assert expected in error_message(meta)
 
 
-def test_keys_of_other_trainers_are_passed_over(tmp_path):
+def test_keys_of_other_trainers_are_ignored(tmp_path):
     letters(tmp_path, "a", 3)
     meta = write_meta(tmp_path, x={"annotation": "rows/a.jsonl", "conv_style": "internvl2_5"})
     assert len(open_dataset(meta)) == 3
 
 
-def test_what_is_no_data_is_told_with_what_to_do(tmp_path):
-    assert "no data at nowhere: wanted a folder with train.jsonl" in refused("nowhere")
+def test_unusable_data_is_reported_with_what_to_do(tmp_path):
+    assert "no data at nowhere: expected a folder with train.jsonl" in error_message("nowhere")
     (tmp_path / "rows.jsonl").write_text("")
-    assert f"no train.jsonl in {tmp_path}; there are rows.jsonl, name one" in refused(tmp_path)
-    assert "no rows in" in refused(tmp_path / "rows.jsonl")
+    assert f"no train.jsonl in {tmp_path}; it has rows.jsonl, pass one of them" in error_message(
+        tmp_path
+    )
+    assert "no records in" in error_message(tmp_path / "rows.jsonl")
     (tmp_path / "list.json").write_text("[{}]")
-    assert "is a list of rows; wanted one row a line in a .jsonl" in refused(tmp_path / "list.json")
+    assert "is a list of records; expected a .jsonl file with one record per line" in error_message(
+        tmp_path / "list.json"
+    )
     (tmp_path / "bad.json").write_text("{")
-    assert "wanted a meta JSON" in refused(tmp_path / "bad.json")
+    assert "expected a meta JSON" in error_message(tmp_path / "bad.json")
     (tmp_path / "empty.json").write_text("{}")
-    assert "names no files" in refused(tmp_path / "empty.json")
+    assert "names no files" in error_message(tmp_path / "empty.json")

@@ -1,4 +1,4 @@
-"""Batches read ahead: the same ones in the same order, and nobody left waiting."""
+"""Prefetching: the same items in the same order, and no thread left behind."""
 
 import threading
 import time
@@ -11,13 +11,13 @@ from internvl3_mlx.training.dataloader import prefetch
 PATIENCE_S = 20
 
 
-def test_everything_comes_in_its_order():
+def test_items_keep_their_order():
     assert [*prefetch(iter(range(50)))] == [*range(50)]
     assert [*prefetch(iter(()))] == []
     assert [*prefetch(iter([None, 0, None]))] == [None, 0, None]
 
 
-def test_the_next_items_are_made_before_they_are_asked_for():
+def test_the_next_items_are_made_in_advance():
     made, ready = [], threading.Event()
 
     def items():
@@ -34,7 +34,7 @@ def test_the_next_items_are_made_before_they_are_asked_for():
     assert [*read] == [*range(1, 9)]
 
 
-def test_a_fault_is_told_after_what_came_before_it():
+def test_an_error_is_raised_after_the_items_before_it():
     def items():
         yield 1
         raise DataError("rows.jsonl:2: not JSON")
@@ -45,9 +45,9 @@ def test_a_fault_is_told_after_what_came_before_it():
         next(read)
 
 
-def test_a_reader_ends_when_nobody_wants_more():
+def test_the_thread_ends_when_the_reader_is_closed():
     before = threading.active_count()
-    read = prefetch(iter(int, 1))  # zeros without end
+    read = prefetch(iter(int, 1))  # endless zeros
     next(read)
     read.close()
     deadline = time.monotonic() + PATIENCE_S
