@@ -61,7 +61,7 @@ def write_escape_sequence(sequence: str) -> None:
 # how a training sample is written out: colour on a terminal, marks around it elsewhere
 SEGMENT_STYLES: Mapping[str, tuple[dict[str, Any], str, str]] = {
     "read": ({"dim": True}, "", ""),
-    "picture": ({"fg": "cyan"}, "", ""),
+    "image": ({"fg": "cyan"}, "", ""),
     "learned": ({"fg": "green", "bold": True}, "»", "«"),
     "rejected": ({"fg": "red"}, "›", "‹"),
 }

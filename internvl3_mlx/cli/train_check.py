@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from internvl3_mlx.training.setup import DataSplit, RunSetup
 
 INVALID_DATA = 2
-IMAGE_STYLE = "picture"
+IMAGE_STYLE = "image"
 Json = dict[str, Any]
 
 
@@ -103,7 +103,7 @@ def show_sample(ground: "RunSetup") -> None:
 
 
 def segment_text(stretch: "PreviewSpan") -> str:
-    return f"[picture: {stretch.text}]" if stretch.kind == IMAGE_STYLE else stretch.text
+    return f"[image: {stretch.text}]" if stretch.kind == IMAGE_STYLE else stretch.text
 
 
 def segment_style(stretch: "PreviewSpan") -> str:

@@ -1,13 +1,15 @@
-"""Recipes: one table behind flags, YAML and defaults, and every wrong value told."""
+"""The configuration: one table for flags, YAML and defaults, and an error for every bad value."""
 
-from dataclasses import fields
+import pickle
+from copy import copy
+from dataclasses import fields, replace
 
 import pytest
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.option_fields import field_info, field_type
 from internvl3_mlx.training import config_fields
-from internvl3_mlx.training.config import PRESETS, DataSettings, TrainConfig
+from internvl3_mlx.training.config import PRESETS, TrainConfig
 from internvl3_mlx.training.config_file import build_config, write_config_file
 from internvl3_mlx.training.loggers import LOGGERS
 from internvl3_mlx.training.lora_setup import LoRAConfig
@@ -18,52 +20,55 @@ from internvl3_mlx.training.optimizers import OPTIMIZERS, SCHEDULES
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 
 
-def written(tmp_path, text):
+def write_yaml(tmp_path, text):
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def test_flags_go_over_the_file_over_the_preset_over_the_defaults(tmp_path):
-    path = written(tmp_path, "method: mpo\nlearning_rate: 3e-6\nbeta: 0.2\nseed: 7\n")
-    recipe = build_config({"beta": 0.5}, path)
-    assert recipe.beta == 0.5
-    assert recipe.learning_rate == 3e-6
-    assert recipe.grad_accumulation_steps == PRESETS["mpo"]["grad_accumulation_steps"]
-    assert recipe.lora_rank == FIELDS["lora_rank"].default
-    assert recipe.seed == 7
+def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
+    path = write_yaml(tmp_path, "method: mpo\nlearning_rate: 3e-6\nbeta: 0.2\nseed: 7\n")
+    config = build_config({"beta": 0.5}, path)
+    assert config.beta == 0.5
+    assert config.learning_rate == 3e-6
+    assert config.grad_accumulation_steps == PRESETS["mpo"]["grad_accumulation_steps"]
+    assert config.lora_rank == FIELDS["lora_rank"].default
+    assert config.seed == 7
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-5", 1e-5), ("1E-05", 1e-5), ("0.5", 0.5), ("2", 2.0), (".5e-3", 5e-4)]
 )
 def test_numbers_are_read_as_people_write_them(tmp_path, text, value):
-    recipe = build_config({}, written(tmp_path, f"learning_rate: {text}\n"))
-    assert recipe.learning_rate == value
-    assert isinstance(recipe.learning_rate, float)
+    config = build_config({}, write_yaml(tmp_path, f"learning_rate: {text}\n"))
+    assert config.learning_rate == value
+    assert isinstance(config.learning_rate, float)
 
 
 @pytest.mark.parametrize("text", ["train: [lora, mlp1]", "train: lora, mlp1", "train: 'lora,mlp1'"])
 def test_lists_are_read_with_commas_too(tmp_path, text):
-    assert build_config({}, written(tmp_path, text)).train == ("lora", "mlp1")
+    assert build_config({}, write_yaml(tmp_path, text)).train == ("lora", "mlp1")
 
 
 @pytest.mark.parametrize("text", ["packing: yes", "packing: true", "packing: 'on'"])
-def test_yes_and_no_are_read_in_all_spellings(tmp_path, text):
-    assert build_config({}, written(tmp_path, text)).packing is True
+def test_booleans_are_read_in_all_spellings(tmp_path, text):
+    assert build_config({}, write_yaml(tmp_path, text)).packing is True
 
 
 @pytest.mark.parametrize("step", ["0.25", "1", "1/4", "random"])
-def test_a_step_of_positions_may_be_written_as_a_number(tmp_path, step):
-    assert build_config({}, written(tmp_path, f"v2pe_delta: {step}")).v2pe_delta == step
+def test_the_v2pe_delta_may_be_written_as_a_number(tmp_path, step):
+    assert build_config({}, write_yaml(tmp_path, f"v2pe_delta: {step}")).v2pe_delta == step
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lerning_rate: 1", r"mine.yaml: no setting 'lerning_rate'; did you mean learning_rate\?"),
-        ("batch-size: 1", r"no setting 'batch-size'; did you mean batch_size\?"),
-        ("zzz: 1", "no setting 'zzz'; see internvl3 train --help"),
+        (
+            "lerning_rate: 1",
+            r"mine.yaml: unknown setting 'lerning_rate'; did you mean learning_rate\?",
+        ),
+        ("batch-size: 1", r"unknown setting 'batch-size'; did you mean batch_size\?"),
+        ("zzz: 1", "unknown setting 'zzz'; run internvl3 train --help"),
         ("batch_size: two", "batch_size is 'two'; expected a whole number"),
         ("batch_size: 2.5", "batch_size is 2.5; expected a whole number"),
         ("batch_size: true", "batch_size is True; expected a whole number"),
@@ -77,59 +82,96 @@ def test_a_step_of_positions_may_be_written_as_a_number(tmp_path, step):
         ("label_smoothing: 0.7", "label_smoothing is 0.7; it must be at most 0.5"),
         ("model: [a]", r"model is \['a'\]; expected text"),
         ("train: 3", "train is 3; expected a list of names"),
-        ("method: dpo", "method is dpo; known are sft, mpo, pretrain"),
+        ("method: dpo", "method is dpo; choose from sft, mpo, pretrain"),
         ("optimizer: adamx", "optimizer is adamx; choose from adamw, "),
-        ("train: []", "train names nothing"),
-        ("report_to: wand", "report_to is wand; choose from wandb, tensorboard, swanlab"),
-        ("epochs: 0", "epochs is 0; give epochs above 0, or iters"),
-        ("{train: mlp1, dora: true}", "dora and rslora shape adapters; add lora to train"),
-        ("{dora: true, rslora: true}", "dora and rslora both set the scale"),
-        ("{method: mpo, packing: true}", "packing is for samples"),
-        ("{compile: true, lora_keys: lm_head}", "compile cannot take an adapted lm_head"),
+        ("train: []", "train is empty; expected one or more of lora, language_model"),
+        (
+            "report_to: wand",
+            "unknown logger 'wand' in report_to; choose from wandb, tensorboard, swanlab",
+        ),
+        ("epochs: 0", "epochs is 0; set epochs above 0, or iters"),
+        (
+            "{train: mlp1, dora: true}",
+            "dora and rslora apply to LoRA adapters only; add lora to train",
+        ),
+        ("{dora: true, rslora: true}", "dora and rslora are mutually exclusive; choose one"),
+        (
+            "{method: mpo, packing: true}",
+            "packing cannot be combined with method mpo; drop packing",
+        ),
+        (
+            "{compile: true, lora_keys: lm_head}",
+            "compile cannot be combined with an adapted lm_head; drop one",
+        ),
         (
             "{method: mpo, dpo_weight: 0, bco_weight: 0, sft_weight: 0}",
-            "all 0; nothing would be learned",
+            "are all 0; set at least one above 0",
         ),
-        ("{method: mpo, train: lora mlp1}", "the base is gone that mpo compares with; add cache_r"),
+        (
+            "{method: mpo, train: lora mlp1}",
+            "changes the reference model that mpo compares with; add cache_reference",
+        ),
         (
             "{method: mpo, train: mlp1, cache_reference: true, v2pe_delta: random}",
-            "v2pe_delta random cannot be asked beforehand",
+            "v2pe_delta random changes the prompts, and the reference is computed before training",
         ),
         (
             "{method: mpo, train: mlp1, cache_reference: true, augment: true}",
-            "augment draws pictures anew, and the reference is asked beforehand; train lora alone",
+            "augment changes the images, and the reference is computed before training",
         ),
         ("reward_shift: mean", "reward_shift is mean; choose from running, zero"),
-        ("- 1", "holds no recipe; wanted are keys"),
-        ("a: [", "mine.yaml is not YAML"),
+        ("v2pe_delta: auto", "v2pe_delta auto is for generation only; set a number, or random"),
+        ("v2pe_delta: 1/3", "1/3"),
+        ("loss_reduction: mean", "loss_reduction is mean; choose from token, sample, square"),
+        ("{compile: true, packing: true}", "compile cannot be combined with packing, grad_ch"),
+        ("- 1", "is not a YAML mapping; expected keys such as model"),
+        ("a: [", "mine.yaml is not valid YAML"),
     ],
 )
-def test_a_wrong_recipe_is_told_in_one_line(tmp_path, text, message):
+def test_an_error_in_a_configuration_is_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
-        build_config({}, written(tmp_path, text))
+        build_config({}, write_yaml(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_that_is_not_there_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*none.yaml: No such file"):
         build_config({}, tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("method", PRESETS)
-def test_a_recipe_that_is_written_reads_back_as_itself(tmp_path, method):
-    recipe = build_config({"method": method, "learning_rate": 1e-7, "train": "lora, lm_head"} | (
+def test_a_written_configuration_reads_back_as_itself(tmp_path, method):
+    config = build_config({"method": method, "learning_rate": 1e-7, "train": "lora, lm_head"} | (
         {"cache_reference": True} if method == "mpo" else {}
     ))  # fmt: skip
-    write_config_file(recipe, tmp_path / "recipe.yaml")
-    assert build_config({}, tmp_path / "recipe.yaml") == recipe
+    write_config_file(config, tmp_path / "train_config.yaml")
+    assert build_config({}, tmp_path / "train_config.yaml") == config
 
 
-def test_a_recipe_cannot_be_changed_once_it_is_made():
+@pytest.mark.parametrize("method", PRESETS)
+def test_python_and_the_command_train_with_the_same_settings(method):
+    assert TrainConfig(method=method) == build_config({"method": method})
+
+
+def test_a_setting_given_in_python_overrides_the_preset_even_if_it_equals_the_default():
+    default = FIELDS["batch_size"].default
+    assert default != PRESETS["mpo"]["batch_size"]
+    assert TrainConfig(method="mpo", batch_size=default).batch_size == default
+    assert TrainConfig(method="mpo").batch_size == PRESETS["mpo"]["batch_size"]
+
+
+def test_a_copy_keeps_its_settings():
+    config = TrainConfig(method="pretrain", batch_size=7)
+    assert replace(config, seed=3).batch_size == 7
+    assert pickle.loads(pickle.dumps(config)) == copy(config) == config
+
+
+def test_a_configuration_is_immutable():
     with pytest.raises(AttributeError):
         TrainConfig().seed = 3
 
 
-def test_presets_change_settings_that_exist_to_values_they_can_have():
+def test_presets_change_existing_settings_to_valid_values():
     assert {*PRESETS} == {*config_fields.METHODS} == {*OBJECTIVES}
     for method, preset in PRESETS.items():
         assert {*preset} <= {*FIELDS}
@@ -142,7 +184,7 @@ def test_presets_change_settings_that_exist_to_values_they_can_have():
         )
 
 
-def test_names_to_choose_from_are_those_that_can_be_built():
+def test_choices_are_what_can_be_built():
     assert {*config_fields.OPTIMIZERS} == {*OPTIMIZERS}
     assert {*config_fields.SCHEDULES} == {*SCHEDULES}
     assert {*config_fields.LOGGERS} == {*LOGGERS}
@@ -155,18 +197,12 @@ def test_names_to_choose_from_are_those_that_can_be_built():
                           "lora_keys": "keys", "num_layers": "layers"}),
         (MPO(), {n: n for n in ("dpo_weight", "bco_weight", "sft_weight")}),
         (PreferenceConfig(), {"beta": "beta", "label_smoothing": "label_smoothing"}),
-        (DataSettings(), {n: n for n in ("max_seq_length", "max_packed_tiles", "num_frames",
-                                         "loss_reduction", "packing", "augment", "seed")}),
     ],
     ids=lambda x: type(x).__name__,
 )  # fmt: skip
-def test_a_default_is_the_same_wherever_it_is_seen(settings, names):
+def test_a_default_is_the_same_wherever_it_is_written(settings, names):
     for flag, name in names.items():
         assert FIELDS[flag].default == getattr(settings, name), flag
-
-
-def test_every_setting_of_the_data_can_be_asked_for():
-    assert {entry.name for entry in fields(DataSettings)} <= {*FIELDS}
 
 
 def test_every_field_has_a_type_that_can_be_read_and_a_help():
