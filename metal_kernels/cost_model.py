@@ -1,6 +1,6 @@
-"""What one layer's attention moves and computes for a new token: by our kernel and by MLX's ways.
+"""Bytes and operations of one layer's attention for a new token: our kernel's and MLX's.
 
-Counted from shapes; the emulator's counts agree (tests/metal_kernels/test_costs.py). A
+Counted from shapes; the emulator's counts agree (tests/metal_kernels/test_cost_model.py). A
 multiplication and an addition count as two operations.
 """
 
@@ -14,7 +14,7 @@ HALF_BYTES, FLOAT32_BYTES = 2, 4  # bytes of a 16-bit number, and of float32
 
 @dataclass(frozen=True)
 class AttentionCost:
-    """One new token, or ``draft`` of them, that look at ``tokens`` others: numbers are 16-bit."""
+    """One new token, or ``draft`` of them, attending to ``tokens`` others; queries are 16-bit."""
 
     heads: int
     kv_heads: int
@@ -31,7 +31,7 @@ class AttentionCost:
 
     @property
     def store_nbytes(self) -> int:
-        """Bytes of keys and values: what our kernel reads, each once."""
+        """Bytes of keys and values, which our kernel reads once."""
         if self.bits == DENSE_BITS:
             row = 2 * self.head_dim * HALF_BYTES
         else:
@@ -40,7 +40,7 @@ class AttentionCost:
 
     @property
     def parts_nbytes(self) -> int:
-        """Bytes of the splits' results, float32, written once and read once."""
+        """Bytes of the partial results of all splits, float32, written once and read once."""
         splits = split_count(self.tokens, self.kv_heads)
         return 2 * splits * self.heads * self.draft * (self.head_dim + 2) * FLOAT32_BYTES
 
@@ -50,10 +50,10 @@ class AttentionCost:
 
     @property
     def products_nbytes(self) -> int:
-        """Bytes that MLX's two products with packed matrices ask for, with the softmax between.
+        """Bytes that MLX's two quantized products request, and the softmax between them.
 
-        Each row of queries asks for keys and values anew, mostly from cache; scores are written,
-        read, written as weights and read.
+        Each query row requests keys and values again, mostly from the GPU's cache; scores are
+        written, read, written as weights and read.
         """
         scores = 4 * self.heads * self.draft * self.tokens * HALF_BYTES
         return self.store_nbytes * self.rows + scores
@@ -65,17 +65,14 @@ class AttentionCost:
 
     @property
     def kernel_flops(self) -> int:
-        """Operations of our kernel: tiles are padded to eight rows, numbers are scaled for each."""
-        numbers = 2 * self.kv_heads * self.tokens * self.head_dim
-        scaling = 2 * numbers  # one multiplication and one addition
+        """Operations of our kernel: tiles are padded to eight rows, and each tile dequantizes."""
+        values = 2 * self.kv_heads * self.tokens * self.head_dim
+        scaling = 2 * values  # one multiplication and one addition
         if self.rows < MIN_TILE_ROWS:
             return self.flops + scaling
         tiles = -(-self.rows // TILE_ROWS)
-        return 2 * numbers * tiles * TILE_ROWS + scaling * tiles
+        return 2 * values * tiles * TILE_ROWS + scaling * tiles
 
-
-# launches a layer for a new token: rotation, two quantisations, six slice updates; or ours
-LAUNCHES_BUILT_IN, LAUNCHES_OURS = 1 + 2 + 6, 1 + 1
 
 PUBLISHED_SHAPES = (
     ("1B", 14, 2, 64),
@@ -88,20 +85,20 @@ PUBLISHED_SHAPES = (
 
 
 def cost_table(tokens: int) -> str:
-    """Write the table of docs/metal.md: megabytes and operations a layer and token."""
+    """Return the table of docs/metal.md: megabytes and operations for each layer and token."""
     lines = [
-        "| size | cache | MLX, fused | MLX, packed products | our kernel | operations | a byte |",
+        "| size | cache | MLX, fused | MLX, quantized products | our kernel | operations | per byte |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for size, heads, kv_heads, dim in PUBLISHED_SHAPES:
         for bits in (DENSE_BITS, 8, 4):
-            look = AttentionCost(heads, kv_heads, dim, tokens, bits)
-            whole = bits == DENSE_BITS
+            cost = AttentionCost(heads, kv_heads, dim, tokens, bits)
+            dense = bits == DENSE_BITS
             lines.append(
-                f"| {size} | {bits} bits | {format_megabytes(look.store_nbytes) if whole else '-'} "
-                f"| {'-' if whole else format_megabytes(look.products_nbytes)} "
-                f"| {format_megabytes(look.kernel_nbytes)} | {look.kernel_flops / 1e6:.0f} M "
-                f"| {look.kernel_flops / look.kernel_nbytes:.0f} |"
+                f"| {size} | {bits} bits | {format_megabytes(cost.store_nbytes) if dense else '-'} "
+                f"| {'-' if dense else format_megabytes(cost.products_nbytes)} "
+                f"| {format_megabytes(cost.kernel_nbytes)} | {cost.kernel_flops / 1e6:.0f} M "
+                f"| {cost.kernel_flops / cost.kernel_nbytes:.0f} |"
             )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Whether Metal is there, what the user wants of it, and how a kernel's text becomes a launch."""
+"""Find out whether Metal is available, read the user's setting, and launch kernels."""
 
 import os
 import warnings
@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from internvl3_mlx.device import on_gpu
 from internvl3_mlx.errors import UserError
 
 MODE_VARIABLE = "INTERNVL3_KERNELS"
@@ -19,7 +20,7 @@ SIMD_WIDTH = 32  # lanes of a simdgroup, on every Apple GPU
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A kernel's text: ``headers`` and ``body`` are files of shaders/, without their ending."""
+    """Where a kernel's text is: ``headers`` and ``body`` name files of shaders/ without suffix."""
 
     name: str
     inputs: tuple[str, ...]
@@ -30,7 +31,7 @@ class KernelSource:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """What one call wants. ``grid``: threads, not groups; ``template``: (name, value) pairs."""
+    """The shape of one launch. ``grid``: threads, not groups; ``template``: (name, value) pairs."""
 
     template: tuple[tuple[str, Any], ...]
     grid: tuple[int, int, int]
@@ -40,7 +41,7 @@ class LaunchConfig:
 
     @cached_property
     def kwargs(self) -> dict[str, Any]:
-        """Name the arguments as MLX does."""
+        """The keyword arguments of MLX's kernel call."""
         return {
             "template": list(self.template),
             "grid": self.grid,
@@ -51,16 +52,16 @@ class LaunchConfig:
 
 
 def metal_available() -> bool:
-    """Say whether kernels can run: the one place that asks. Tests put an emulator in its stead."""
-    return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+    """Return whether kernels can run. Tests replace this function to run the emulator."""
+    return mx.metal.is_available() and on_gpu()
 
 
 def kernel_mode() -> str:
-    """Read INTERNVL3_KERNELS: off, on (where a measured table says that it pays) or force."""
+    """Read INTERNVL3_KERNELS: off, on (where measured to be faster) or force. Raises UserError."""
     given = os.environ.get(MODE_VARIABLE, ON).strip().lower() or ON
     if given not in MODES:
         raise UserError(
-            f"{MODE_VARIABLE}={given}: it may be {OFF}, {ON} or {FORCE}; leave it out for {ON}"
+            f"{MODE_VARIABLE}={given} is not a mode; choose from {', '.join(MODES)}, or unset it"
         )
     return given
 
@@ -68,30 +69,30 @@ def kernel_mode() -> str:
 def launch_kernel(
     source: KernelSource, inputs: Sequence[mx.array], config: LaunchConfig
 ) -> list[mx.array]:
-    """Start a kernel. Its text is compiled when the result is evaluated, so errors come there."""
+    """Add a kernel to the graph. It is compiled when its result is evaluated: errors come then."""
     return build_kernel(source)(inputs=list(inputs), **config.kwargs)
 
 
 @cache
-def build_kernel(program: KernelSource) -> Any:
-    """Build the kernel once; MLX compiles and keeps a variant for each template and input types."""
+def build_kernel(source: KernelSource) -> Any:
+    """Build a kernel once; MLX compiles one variant for each template and input dtypes."""
     return mx.fast.metal_kernel(
-        name=program.name,
-        input_names=list(program.inputs),
-        output_names=list(program.outputs),
-        source=read_shader(program.body),
-        header="".join(map(read_shader, program.headers)),
+        name=source.name,
+        input_names=list(source.inputs),
+        output_names=list(source.outputs),
+        source=read_shader(source.body),
+        header="".join(map(read_shader, source.headers)),
     )
 
 
 @cache
 def read_shader(name: str) -> str:
-    """Read a file of shaders/."""
+    """Return the text of a file of shaders/."""
     return (files(__package__) / "shaders" / f"{name}.metal").read_text("ascii")
 
 
 def device_name() -> str:
-    """Name the GPU, as Metal does: Apple M3 Max."""
+    """Return Metal's name of the GPU, such as Apple M3 Max."""
     if not metal_available():
         return "no Metal device"
     describe = getattr(mx, "device_info", None) or mx.metal.device_info
@@ -99,6 +100,7 @@ def device_name() -> str:
 
 
 def warn_user(line: str) -> None:
+    """Show a line as a Python warning."""
     warnings.warn(line, RuntimeWarning, stacklevel=2)
 
 
@@ -106,6 +108,6 @@ notify: Callable[[str], None] = warn_user
 
 
 def set_fallback_handler(callback: Callable[[str], None] = warn_user) -> None:
-    """Choose where the one line goes that tells of a kernel that is not used."""
+    """Set the function that reports, in one line, a kernel that is not used."""
     global notify
     notify = callback

@@ -1,9 +1,9 @@
-"""Attention of a few query rows over a long store of keys and values: output and log-sum-exp.
+"""Flash decoding: attention of a few query rows over many keys, with its log-sum-exp.
 
-One family serves decoding (the rows of a key-value head are its query heads), speculative checks
-(times the draft's tokens, causal among themselves) and candidates that share a prefix (times the
-candidates). Every byte of the store is read once for all rows of its head. The log-sum-exp lets
-``merge`` join stretches of keys that were attended apart.
+The query rows of a key-value head are its query heads; times the tokens of a draft, causal among
+themselves, when speculative decoding verifies them; times the sequences that share a prefix. Every
+byte of the store is read once for all rows of its head. The log-sum-exp lets ``merge_attention``
+combine segments of keys that were attended to separately.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,14 @@ from internvl3_mlx.metal_kernels.kv_layout import (
 )
 
 MAX_QUERY_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
-MAX_DRAFT_TOKENS = 8  # new tokens; from there on unpacking and MLX's own attention cost less
+MAX_DRAFT_TOKENS = 8  # new tokens; with more, dequantizing and MLX's attention cost less
 TILE_ROWS, MIN_TILE_ROWS = 8, 4  # below four rows a matrix tile would be mostly padding
-SIMDGROUPS = 4  # of a threadgroup whose rows fit one tile; each takes its own tokens
-BLOCK_TOKENS, WIDE_KEY_BYTES = (
-    32,
-    512,
-)  # tokens between two rescalings; half of it where keys are this wide
+SIMDGROUPS = 4  # of a threadgroup whose rows fit one tile; each reads its own tokens
+BLOCK_TOKENS = 32  # between two rescalings of the output
+WIDE_KEY_BYTES = 512  # of one key; from here on, blocks are half as long
 TOKENS_PER_SPLIT, TARGET_THREADGROUPS, MAX_SPLITS = 512, 160, 64  # 160: two for each of 80 cores
-SELF_TEST_TOKENS = 37  # before a draft: a trial's splits both have some, the last block is ragged
-LOWEST = -3.0e38  # stands for minus infinity where a row saw nothing, as in shaders/kv_store.metal
+SELF_TEST_TOKENS = 37  # before the draft: both splits get some, and the last block is not full
+LOWEST = -3.0e38  # in place of minus infinity for rows without keys, as in shaders/kv_store.metal
 
 INPUTS = ("q", "keys", "values", "lengths", "scale")
 PARTS = ("out", "top", "sum")
@@ -44,7 +42,7 @@ JOIN_KERNEL = KernelSource(
 )
 
 
-Lengths = int | mx.array  # tokens to look at: one number, 0-d, or (B,) int32
+Lengths = int | mx.array  # tokens to attend to: a number, 0-d, or (B,) int32
 AttentionOutput = tuple[mx.array, mx.array]  # out (B, H, L, D), lse (B, H, L) float32
 
 
@@ -56,11 +54,11 @@ def flash_decode(
     scale: float | None = None,
     causal: bool = False,
 ) -> AttentionOutput:
-    """Attend, by the kernel where it may be used. q: (B, H, L, D) -> out (B, H, L, D), lse (B, H,
-    L).
+    """Attend with the kernel where it is usable, otherwise with the reference.
 
-    ``lengths`` counts the L new tokens in when they are ``causal``: row i sees L-1-i fewer. A row
-    that sees nothing gets 0 and LOWEST. ``scale``: 1 / sqrt(D) if not given.
+    q: (B, H, L, D) -> out (B, H, L, D), lse (B, H, L). ``lengths`` includes the L new tokens when
+    they are ``causal``: row i then sees L-1-i tokens fewer. A row without keys gets 0 and LOWEST.
+    ``scale``: 1 / sqrt(D) by default.
     """
     variant = FlashVariant.from_inputs(q, store, causal)
     run = (
@@ -74,24 +72,28 @@ def flash_decode(
 def attend_fastest(
     q: mx.array, store: KVStore, length: int, *, scale: float | None = None, causal: bool = False
 ) -> mx.array:
-    """Attend to the first ``length`` tokens, by the kernel only where it pays: q (B, H, L, D) ->
-    (B, H, L, D)."""
+    """Attend to the first ``length`` tokens, with the kernel only where it is faster.
+
+    q: (B, H, L, D) -> (B, H, L, D). Without ``causal`` all rows see all tokens.
+    """
     if should_use_kernel(FlashVariant.from_inputs(q, store, causal), length):
         return flash_decode_kernel(q, store, length, scale=scale, causal=causal)[0]
     return attend_mlx(q, store, length, scale=scale, causal=causal)
 
 
 def should_use_kernel(variant: "FlashVariant", tokens: int) -> bool:
-    """Say whether the kernel is to be taken: asked for, or measured to be faster, and sound."""
+    """Return whether to use the kernel: forced or measured to be faster, and its test passed."""
     forced = dispatch.kernel_mode() == dispatch.FORCE
-    wanted = variant.is_supported and (forced or registry.is_faster(variant.registry_key, tokens))
-    return wanted and self_test.is_usable(variant)
+    preferred = variant.is_supported and (
+        forced or registry.is_faster(variant.registry_key, tokens)
+    )
+    return preferred and self_test.is_usable(variant)
 
 
 def prefers_row_layout(layout: KVRowLayout, rows: int, tokens: int) -> bool:
-    """Say whether a packed cache had better be kept in rows, for our kernel, or as MLX packs.
+    """Return whether a quantized cache is read faster in rows, by our kernel, at this length.
 
-    ``rows``: query heads per key-value head. The numbers are the same either way.
+    ``rows``: query heads per key-value head. Both layouts hold the same numbers.
     """
     return should_use_kernel(
         flash_variant(layout.dtype, layout.bits, layout.head_dim, layout.group_size, rows), tokens
@@ -106,7 +108,7 @@ def flash_decode_reference(
     scale: float | None = None,
     causal: bool = False,
 ) -> AttentionOutput:
-    """Compute the same in plain operations, float32 inside."""
+    """Compute the same with MLX's operations, in float32. Arguments as ``flash_decode``."""
     batch, heads, length, dim = q.shape
     keys, values = (part.astype(mx.float32) for part in store.dequantize())
     kv_heads, capacity = keys.shape[1:3]
@@ -116,7 +118,9 @@ def flash_decode_reference(
     grouped = q.astype(mx.float32).reshape(batch, kv_heads, -1, length, dim)
     scores = grouped @ keys[:, :, None].swapaxes(-1, -2) * (dim**-0.5 if scale is None else scale)
     scores = mx.where(seen, scores, LOWEST)
-    values = mx.where(seen.any(axis=(2, 3))[..., None], values, 0)  # beyond, there may be NaN
+    values = mx.where(
+        seen.any(axis=(2, 3))[..., None], values, 0
+    )  # beyond the length there may be NaN
     top = scores.max(axis=-1, keepdims=True)
     weights = mx.where(seen, mx.exp(scores - top), 0)
     total = weights.sum(axis=-1, keepdims=True)
@@ -128,7 +132,7 @@ def flash_decode_reference(
 def attend_mlx(
     q: mx.array, store: KVStore, length: int, *, scale: float | None = None, causal: bool = False
 ) -> mx.array:
-    """Let MLX's own attention do it; packed rows are unpacked first."""
+    """Attend with MLX's own attention; quantized rows are dequantized first."""
     keys, values = (part.astype(q.dtype) for part in store.first_tokens(length).dequantize())
     mask = "causal" if causal and q.shape[2] > 1 else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -143,7 +147,7 @@ def flash_decode_kernel(
     scale: float | None = None,
     causal: bool = False,
 ) -> AttentionOutput:
-    """Run the kernels: every byte of the store once, then the splits' results joined."""
+    """Run the kernels: one over all splits, one that joins them. As ``flash_decode``."""
     kv_heads, capacity = store.arrays[0].shape[1:3]
     plan = plan_launches(FlashVariant.from_inputs(q, store, causal), q.shape[0], kv_heads, capacity)
     given = lengths if isinstance(lengths, mx.array) else scalar_array(lengths, mx.int32)
@@ -157,13 +161,13 @@ def flash_decode_kernel(
 
 @lru_cache(maxsize=64)
 def scalar_array(value: float, dtype: mx.Dtype) -> mx.array:
-    """Give a 0-d array, the same one to every layer."""
+    """Return a 0-d array, the same one for every layer."""
     return mx.array(value, dtype)
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Both launches of one shape."""
+    """Both launches for one shape."""
 
     program: KernelSource
     split: LaunchConfig
@@ -172,7 +176,7 @@ class LaunchPlan:
 
 @lru_cache(maxsize=256)
 def plan_launches(variant: "FlashVariant", batch: int, kv_heads: int, capacity: int) -> LaunchPlan:
-    """Cut a shape into threadgroups: a split of a head's tokens each."""
+    """Divide the work into threadgroups: each takes one split of one head's tokens."""
     dim, rows, dtype = variant.head_dim, variant.rows * variant.draft, variant.dtype
     tiles = -(-rows // TILE_ROWS)
     simdgroups = tiles if tiles > 1 else SIMDGROUPS
@@ -203,16 +207,16 @@ def plan_launches(variant: "FlashVariant", batch: int, kv_heads: int, capacity: 
 
 
 def split_count(capacity: int, heads: int) -> int:
-    """Choose how many threadgroups share a head's tokens: fill the GPU, none too short."""
-    wanted = -(-TARGET_THREADGROUPS // heads)
-    return max(1, min(-(-capacity // TOKENS_PER_SPLIT), wanted, MAX_SPLITS))
+    """Return how many threadgroups share a head's tokens: enough to fill the GPU, none short."""
+    target = -(-TARGET_THREADGROUPS // heads)
+    return max(1, min(-(-capacity // TOKENS_PER_SPLIT), target, MAX_SPLITS))
 
 
 @dataclass(frozen=True)
 class FlashVariant:
-    """One compiled form.
+    """One compiled form of the kernel.
 
-    ``rows``: query heads per key-value head; ``draft``: query rows of each.
+    ``rows``: query heads per key-value head; ``draft``: new tokens, one query row of each head.
     """
 
     dtype: mx.Dtype
@@ -227,6 +231,7 @@ class FlashVariant:
 
     @staticmethod
     def from_inputs(q: mx.array, store: KVStore, causal: bool = False) -> "FlashVariant":
+        """Return the variant for these shapes."""
         _, heads, length, dim = q.shape
         sharing = heads // store.arrays[0].shape[1]
         causal = causal and length > 1
@@ -246,18 +251,17 @@ class FlashVariant:
 
     @cached_property
     def is_supported(self) -> bool:
-        """Say whether the kernel knows this shape and type at all."""
+        """Whether the kernel takes this shape and dtype at all."""
         known = self.head_dim in HEAD_DIMS and self.dtype in self_test.TOLERANCES
         return known and self.rows * self.draft <= MAX_QUERY_ROWS
 
     @cached_property
     def registry_key(self) -> str:
-        """Name what the table knows: it is measured with one query row of each head."""
+        """The key of the measured threshold, which is for one new token."""
         return registry.KernelThreshold("flash_decode", self.bits, self.head_dim, self.rows).key
 
     def self_test_pairs(self) -> list[tuple[mx.array, mx.array]]:
-        """Run two sequences with two key-value heads as answers do: one length for all, and room
-        enough that two splits are joined."""
+        """Run two sequences with two key-value heads and two splits, by kernel and reference."""
         key = mx.random.key(0)
         batch, kv_heads, capacity = 2, 2, TOKENS_PER_SPLIT + 1
         q, keys, values = (
@@ -274,19 +278,23 @@ class FlashVariant:
             layout = KVRowLayout(self.head_dim, self.bits, self.group_size, self.dtype)
             store = QuantizedKVRows(quantize_rows(keys, values, layout), layout)
         length = SELF_TEST_TOKENS + self.draft
-        found = flash_decode_kernel(q, store, length, causal=self.causal)
-        wanted = flash_decode_reference(q, store, length, causal=self.causal)
-        return [*zip(found, wanted, strict=True)]
+        actual = flash_decode_kernel(q, store, length, causal=self.causal)
+        expected = flash_decode_reference(q, store, length, causal=self.causal)
+        return [*zip(actual, expected, strict=True)]
 
 
-flash_variant = lru_cache(maxsize=256)(FlashVariant)  # one object a form, which knows its name
+flash_variant = lru_cache(maxsize=256)(
+    FlashVariant
+)  # one object for each form, which caches its name
 
 
 def merge_attention(
     out_a: mx.array, lse_a: mx.array, out_b: mx.array, lse_b: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Weigh two results by their log-sum-exp. out: (B, H, L, D), lse: (B, H, L) float32, twice
-    -> the same of both stretches together."""
+    """Combine attention over two segments of keys by their log-sum-exp.
+
+    out: (B, H, L, D), lse: (B, H, L) float32, twice -> the same over both segments together.
+    """
     top = mx.maximum(lse_a, lse_b)
     weight_a, weight_b = mx.exp(lse_a - top), mx.exp(lse_b - top)
     total = weight_a + weight_b
@@ -296,10 +304,10 @@ def merge_attention(
 
 
 def batch_to_queries(q: mx.array) -> mx.array:
-    """Let candidates read one prefix together: (N, H, 1, D) -> (1, H, N, D)."""
+    """Make a batch the rows of one sequence, to share a prefix: (N, H, 1, D) -> (1, H, N, D)."""
     return q.swapaxes(0, 2)
 
 
 def queries_to_batch(x: mx.array) -> mx.array:
-    """Give each candidate its own again: (1, H, N, D) -> (N, H, 1, D), (1, H, N) -> (N, H, 1)."""
+    """Undo ``batch_to_queries``: (1, H, N, D) -> (N, H, 1, D), (1, H, N) -> (N, H, 1)."""
     return x.swapaxes(0, 2)

@@ -1,7 +1,7 @@
-"""The new token's key and value, turned and packed into its row of the store in one launch.
+"""Rotate a new token's key and quantize it with its value into one row, in one launch.
 
-By MLX's own operations this is a rotation, two quantisations and six slice updates a layer; here
-it is one kernel and one slice update.
+With MLX's operations this is a rotation, two quantizations and six slice updates in each layer;
+here it is one kernel and one slice update.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ APPEND_KERNEL = KernelSource(
 
 @dataclass(frozen=True)
 class RopeParams:
-    """How keys are turned: by position / freq, pairs (i, i + D/2), as mx.fast.rope does.
+    """Rotation by position / freq of the pairs (i, i + D/2), as in mx.fast.rope.
 
     positions: (B, L) or (L,) float32, whole or fractional (V2PE); freqs: (D/2,) float32.
     """
@@ -39,7 +39,7 @@ class RopeParams:
 
 @cache
 def rope_frequencies(head_dim: int, base: float) -> mx.array:
-    """Raise the base to 2i/D: (D/2,) float32."""
+    """Return base ** (2i / D): (D/2,) float32."""
     return base ** (mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
 
 
@@ -50,10 +50,11 @@ def kv_append(
     rope: RopeParams,
     bias: mx.array | None = None,
 ) -> mx.array:
-    """Turn keys, pack both. keys, values: (B, L, KV, D), as projected -> rows (B, KV, L, W).
+    """Rotate keys, quantize both. keys, values: (B, L, KV, D), as projected -> (B, KV, L, W).
 
-    ``bias`` (KV*D,) is added to the keys first, where the projection left it out. The kernel's
-    trial decides alone: rows are only kept where the kernel that reads them was chosen.
+    ``bias`` (KV*D,) is added to the keys first, if the projection did not. The kernel is used
+    wherever its self-test passed, since a cache has rows only where the kernel that reads them was
+    chosen.
     """
     variant = kv_append_variant(layout, bias is not None)
     run = kv_append_kernel if self_test.is_usable(variant) else kv_append_reference
@@ -67,7 +68,7 @@ def kv_append_reference(
     rope: RopeParams,
     bias: mx.array | None = None,
 ) -> mx.array:
-    """Compute the same in plain operations."""
+    """Compute the same with MLX's operations. Arguments as ``kv_append``."""
     batch, length, heads, dim = keys.shape
     keys = keys if bias is None else keys + bias.reshape(heads, dim)
     angle = mx.broadcast_to(rope.positions, (batch, length))[..., None, None] / rope.freqs
@@ -84,14 +85,14 @@ def kv_append_kernel(
     rope: RopeParams,
     bias: mx.array | None = None,
 ) -> mx.array:
-    """Run the kernel: one simdgroup for each token and key-value head."""
+    """Run the kernel: one simdgroup for each token and key-value head. As ``kv_append``."""
     batch, length, heads, _ = keys.shape
     positions = mx.broadcast_to(rope.positions, (batch, length))
     keys, values = keys.astype(layout.dtype), values.astype(layout.dtype)
     added = rope.freqs if bias is None else bias.astype(layout.dtype)  # not read unless biased
     inputs = [keys, values, added, positions, rope.freqs]
-    how = plan_append(kv_append_variant(layout, bias is not None), batch, length, heads)
-    return dispatch.launch_kernel(APPEND_KERNEL, inputs, how)[0]
+    config = plan_append(kv_append_variant(layout, bias is not None), batch, length, heads)
+    return dispatch.launch_kernel(APPEND_KERNEL, inputs, config)[0]
 
 
 @lru_cache(maxsize=256)
@@ -112,12 +113,12 @@ def plan_append(variant: "KVAppendVariant", batch: int, length: int, heads: int)
 
 @dataclass(frozen=True)
 class KVAppendVariant:
-    """One compiled form."""
+    """One compiled form of the kernel."""
 
     layout: KVRowLayout
     biased: bool = False
 
-    fallback = "MLX's rotary embedding and quantisation"
+    fallback = "MLX's rotary embedding and quantization"
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -133,7 +134,7 @@ class KVAppendVariant:
         )
 
     def self_test_pairs(self) -> list[tuple[mx.array, mx.array]]:
-        """Run two tokens of two sequences at fractional positions; compare what the rows hold."""
+        """Run two tokens of two sequences at fractional positions, and dequantize the rows."""
         heads, dim = 2, self.layout.head_dim
         one, two, three = mx.random.split(mx.random.key(0), 3)
         keys, values = (
@@ -141,13 +142,13 @@ class KVAppendVariant:
         )
         bias = mx.random.normal((heads * dim,), self.dtype, key=three) if self.biased else None
         turn = RopeParams.from_base(mx.array([[3.25, 4.0], [1000.0, 1001.0]]), dim, 1e6)
-        found, wanted = (
+        actual, expected = (
             dequantize_rows(run(keys, values, self.layout, turn, bias), self.layout)
             for run in (kv_append_kernel, kv_append_reference)
         )
-        return [*zip(found, wanted, strict=True)]
+        return [*zip(actual, expected, strict=True)]
 
 
 kv_append_variant = lru_cache(maxsize=64)(
     KVAppendVariant
-)  # one object a form, which knows its name
+)  # one object for each form, which caches its name

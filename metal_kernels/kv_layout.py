@@ -1,10 +1,10 @@
-"""The packed cache's layout: one row of uint32 words per token and key-value head.
+"""The row layout of a quantized cache: uint32 words, one row per token and key-value head.
 
-A row holds the packed keys, the packed values, then a scale and a bias per group, keys' before
-values'. The numbers are mx.quantize's, bit for bit and in the model's own type, so that the
-accuracy is the known one: a 16-bit scale and its bias share a word (scale in the low half, MLX's
-machines being little-endian), a float32 pair takes two. One row is read front to back once per
-token, and one slice update appends it.
+A row holds the quantized keys, the quantized values, then a scale and a bias per group, those of
+the keys first. The numbers are mx.quantize's, bit for bit and in the model's dtype, so the accuracy
+is that of mx.quantize. A 16-bit scale and its bias share a word, the scale in the low half; a
+float32 pair takes two words. A row is read once from front to back, and one slice update appends
+it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ QuantizedArrays = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, 
 
 @dataclass(frozen=True)
 class KVRowLayout:
-    """How a row is cut. ``dtype``: the model's type, which scales and biases keep."""
+    """The parts of a row. ``dtype``: the model's, which scales and biases keep. Raises UserError."""
 
     head_dim: int
     bits: int = 8
@@ -39,16 +39,16 @@ class KVRowLayout:
         ):
             if value not in known:
                 listed = ", ".join(map(str, known))
-                raise UserError(f"packed rows: {name} {value} is not one of {listed}")
+                raise UserError(f"quantized rows: unknown {name} {value}; choose from {listed}")
         if self.group_size > self.head_dim:
             raise UserError(
-                f"packed rows: groups of {self.group_size} do not fit head_dim {self.head_dim}; "
-                f"take group_size {GROUP_SIZES[0]}"
+                f"quantized rows: groups of {self.group_size} do not fit head_dim {self.head_dim}; "
+                f"use group_size {GROUP_SIZES[0]}"
             )
 
     @property
     def value_words(self) -> int:
-        """Words of the packed keys, and as many of the values."""
+        """Words of the quantized keys, and as many of the values."""
         return self.head_dim * self.bits // WORD_BITS
 
     @property
@@ -57,7 +57,7 @@ class KVRowLayout:
 
     @property
     def words_per_pair(self) -> int:
-        """Words of one group's scale and bias."""
+        """Words of the scale and bias of one group."""
         return 2 if self.dtype == FLOAT32 else 1
 
     @property
@@ -70,13 +70,13 @@ class KVRowLayout:
 
     @property
     def split_points(self) -> list[int]:
-        """Where values, the keys' scales and the values' scales begin."""
+        """Where the values, the pairs of the keys and those of the values begin."""
         half, pairs = self.value_words, self.groups * self.words_per_pair
         return [half, 2 * half, 2 * half + pairs]
 
 
 def quantize_rows(keys: mx.array, values: mx.array, layout: KVRowLayout) -> mx.array:
-    """Quantise and join. keys, values: (B, KV, L, D) -> rows (B, KV, L, W) uint32."""
+    """Quantize into rows. keys, values: (B, KV, L, D) -> (B, KV, L, W) uint32."""
     one, other = (
         mx.quantize(part.astype(layout.dtype), group_size=layout.group_size, bits=layout.bits)
         for part in (keys, values)
@@ -87,7 +87,7 @@ def quantize_rows(keys: mx.array, values: mx.array, layout: KVRowLayout) -> mx.a
 def join_rows(
     keys: Sequence[mx.array], values: Sequence[mx.array], layout: KVRowLayout
 ) -> mx.array:
-    """Lay what mx.quantize gave for keys and for values into rows (B, KV, L, W)."""
+    """Join mx.quantize's arrays of keys and of values into rows (B, KV, L, W)."""
     pairs = [
         mx.stack([scales.astype(layout.dtype), biases.astype(layout.dtype)], axis=-1)
         for _, scales, biases in (keys, values)
@@ -98,7 +98,7 @@ def join_rows(
 
 
 def split_rows(rows: mx.array, layout: KVRowLayout) -> tuple[QuantizedArrays, QuantizedArrays]:
-    """Split rows (B, KV, L, W) into what mx.quantize gave for keys and for values."""
+    """Split rows (B, KV, L, W) into mx.quantize's arrays of keys and of values."""
     keys, values, key_pairs, value_pairs = mx.split(rows, layout.split_points, axis=-1)
     return (keys, *split_pairs(key_pairs, layout)), (
         values,
@@ -107,7 +107,7 @@ def split_rows(rows: mx.array, layout: KVRowLayout) -> tuple[QuantizedArrays, Qu
 
 
 def dequantize_rows(rows: mx.array, layout: KVRowLayout) -> tuple[mx.array, mx.array]:
-    """Give back keys and values: rows (B, KV, L, W) -> (B, KV, L, D) twice, in layout.dtype."""
+    """Return keys and values: rows (B, KV, L, W) -> (B, KV, L, D) twice, in layout.dtype."""
     keys, values = (
         mx.dequantize(*packed, group_size=layout.group_size, bits=layout.bits)
         for packed in split_rows(rows, layout)
@@ -120,12 +120,12 @@ def split_pairs(pairs: mx.array, layout: KVRowLayout) -> tuple[mx.array, mx.arra
     return numbers[..., ::2], numbers[..., 1::2]
 
 
-DENSE_BITS = 16  # "bits" of numbers that are not packed, whatever their type
+DENSE_BITS = 16  # "bits" of a cache that is not quantized, whatever its dtype
 
 
 @dataclass(frozen=True)
 class DenseKV:
-    """Keys and values as they are: (B, KV, C, D) each, the whole backing arrays."""
+    """Dense keys and values: (B, KV, C, D) each, the whole buffers."""
 
     keys: mx.array
     values: mx.array
@@ -157,7 +157,7 @@ class DenseKV:
 
 @dataclass(frozen=True)
 class QuantizedKVRows:
-    """Packed rows: (B, KV, C, W) uint32, the whole backing array."""
+    """Quantized rows: (B, KV, C, W) uint32, the whole buffer."""
 
     rows: mx.array
     layout: KVRowLayout

@@ -1,58 +1,48 @@
-"""What is remembered between starts: which kernels work on this machine, and where they pay."""
+"""What is saved between starts: which kernels work on this machine, and where they are faster."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels import dispatch, registry
+from internvl3_mlx.errors import WriteError
+from internvl3_mlx.files import atomic_write, cache_folder, content_digest
+from internvl3_mlx.metal_kernels import dispatch
 
-SELF_TESTS_FILE, THRESHOLDS_FILE = "probes.json", "table.json"
-
-
-def registry_folder() -> Path:
-    """Return kernels/ in $INTERNVL3_CACHE, or in the user's cache folder."""
-    if named := os.environ.get("INTERNVL3_CACHE"):
-        return Path(named).expanduser() / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "internvl3-mlx" / "kernels"
+FOLDER = "kernels"  # of the cache folder
+SELF_TESTS_FILE, THRESHOLDS_FILE = "self_tests.json", "thresholds.json"
 
 
 def read_record(name: str) -> dict[str, Any]:
-    """Read what a file says of this machine, MLX and kernels; nothing if it speaks of others."""
+    """Return the content of a file; {} if it was written for another GPU, MLX or kernels."""
     try:
-        content = json.loads((registry_folder() / name).read_text("utf-8"))
+        record = json.loads((cache_folder(FOLDER) / name).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    fits = isinstance(content, dict) and content.get("of") == environment_key()
-    found = content.get("holds") if fits else None
-    return found if isinstance(found, dict) else {}
+    matches = isinstance(record, dict) and record.get("environment") == environment_key()
+    content = record.get("content") if matches else None
+    return content if isinstance(content, dict) else {}
 
 
 def write_record(name: str, content: dict[str, Any]) -> bool:
-    """Write aside, then rename. False, and nothing lost but time, where the folder takes none."""
-    path = registry_folder() / name
-    unfinished = path.with_name(f"{name}.{os.getpid()}")
+    """Replace a file; return False where it cannot be written, which costs nothing but time."""
+    record = {"environment": environment_key(), "content": content}
+    path = cache_folder(FOLDER) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(
-            json.dumps({"of": environment_key(), "holds": content}, indent=1), "utf-8"
-        )
-        unfinished.replace(path)
-    except OSError:
+        with atomic_write(path) as part:
+            part.write_text(json.dumps(record, indent=1), "utf-8")
+    except (OSError, WriteError):
         return False
     return True
 
 
 def environment_key() -> dict[str, str]:
-    """Name all that a result depends on: the GPU, MLX, and the kernels' own text."""
+    """Return all that a result depends on: the GPU, MLX, and the text of the kernels."""
     return {
         "device": dispatch.device_name(),
         "mlx": str(getattr(mx, "__version__", "unknown")),
@@ -62,16 +52,17 @@ def environment_key() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def shader_digest() -> str:
+    """Return a digest of all shader files."""
     shaders = sorted((files(__package__) / "shaders").iterdir(), key=lambda file: file.name)
     texts = [file.read_bytes() for file in shaders if file.name.endswith(".metal")]
-    return blake2b(b"".join(texts), digest_size=8).hexdigest()
+    return content_digest(*texts, size=8)
 
 
 @dataclass(frozen=True)
 class KernelThreshold:
-    """One measured case: the kernel pays from ``tokens`` on; None: nowhere.
+    """From how many tokens on a kernel is faster than MLX's operations; None: nowhere.
 
-    ``bits``: 16 for numbers that are not packed; ``rows``: query heads per key-value head.
+    ``bits``: 16 for a dense cache; ``rows``: query heads per key-value head.
     """
 
     kernel: str
@@ -82,27 +73,30 @@ class KernelThreshold:
 
     @property
     def key(self) -> str:
+        """The name of this case in the file."""
         return f"{self.kernel}, {self.bits} bits, head_dim {self.head_dim}, {self.rows} rows"
 
 
 def is_faster(key: str, tokens: int) -> bool:
-    """Say whether the kernel was measured to be faster at this many tokens."""
+    """Return whether the kernel was measured to be faster at this many tokens."""
     start = read_thresholds().get(key)
     return start is not None and tokens >= start
 
 
 @lru_cache(maxsize=1)
 def read_thresholds() -> dict[str, int]:
-    """Read the table once: case -> first token count that pays. Empty where none was written, or
-    nothing pays: then a token costs no look at our kernels."""
-    found = registry.read_record(registry.THRESHOLDS_FILE)
-    return {case: start for case, start in found.items() if isinstance(start, int)}
+    """Read the file once: key -> smallest number of tokens at which the kernel is faster.
+
+    Empty where nothing was measured or nothing is faster: then no token costs a look-up.
+    """
+    content = read_record(THRESHOLDS_FILE)
+    return {key: start for key, start in content.items() if isinstance(start, int)}
 
 
 def write_thresholds(thresholds: Iterable[KernelThreshold]) -> bool:
-    """Replace this machine's table; False where the cache folder cannot be written."""
-    written = registry.write_record(
-        registry.THRESHOLDS_FILE, {entry.key: entry.min_tokens for entry in thresholds}
+    """Replace the thresholds of this machine; return False where they cannot be written."""
+    written = write_record(
+        THRESHOLDS_FILE, {threshold.key: threshold.min_tokens for threshold in thresholds}
     )
     read_thresholds.cache_clear()
     return written

@@ -1,4 +1,4 @@
-"""Every kernel variant that the published sizes and the demo model use, for a whole self-check."""
+"""Every kernel variant that the published sizes and the demo model use, for ``doctor``."""
 
 from itertools import product
 
@@ -12,13 +12,13 @@ from internvl3_mlx.metal_kernels.self_test import KernelVariant
 # (head_dim, query heads per key-value head): demo; 1B; 2B; 8B; 9B; 14B and 38B; 78B
 HEAD_SHAPES = ((32, 3), (64, 7), (128, 6), (128, 7), (128, 16), (128, 5), (128, 8))
 VARIANT_DTYPES = (mx.bfloat16, mx.float16)
-DRAFT_TOKENS = 4  # tokens of a speculative check, or candidates that share a prefix
+DRAFT_TOKENS = 4  # tokens to verify, or sequences that share a prefix
 
 LARGEST_SHAPE = (128, 16, MAX_DRAFT_TOKENS)  # the 9B's longest draft: most threads and registers
 
 
 def all_variants() -> list[KernelVariant]:
-    """List them: shapes at 16, 8 and 4 bits in both types, drafts, shared prefixes, new rows."""
+    """List all: one token at 16, 8 and 4 bits in both dtypes, drafts, shared prefixes, appends."""
     return [*single_token_variants(), *draft_variants(), *append_variants()]
 
 
@@ -48,5 +48,5 @@ def append_variants() -> list[KernelVariant]:
 
 
 def default_group_size(dim: int, bits: int) -> int:
-    """Groups of 64, as the cache packs, or one group where a row is shorter."""
+    """Return 64, as the cache uses, or the head dimension where that is smaller."""
     return dim if bits == DENSE_BITS else min(dim, GROUP_SIZES[-1])

@@ -76,7 +76,7 @@ def test_kernels_that_work_and_kernels_that_do_not(a_mac):
     sound, broken, *_ = report["checks"]
     assert sound == {"check": "sound", "result": "ok", "detail": "relative error 0"}
     assert broken["result"] == "falls back"
-    assert broken["detail"] == "does not run here (cannot open …: no)"
+    assert broken["detail"] == "failed on this machine (cannot open …: no)"
     assert report["verdict"].startswith("results are right, but a kernel does not work here")
     assert (result.exit_code, result.stderr) == (0, "")
 
@@ -136,7 +136,7 @@ def test_a_kernel_that_does_not_work_is_told_in_one_line(monkeypatch, tmp_path, 
     assert "(no such function): using MLX's own attention" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     self_test.results.clear()
-    (tmp_path / "kernels" / "probes.json").unlink()
+    (tmp_path / "kernels" / "self_tests.json").unlink()
     assert ask(monkeypatch, tmp_path, "force", "-q").stderr == ""
 
 

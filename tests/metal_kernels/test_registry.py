@@ -46,7 +46,7 @@ def test_a_measurement_becomes_the_table(monkeypatch, a_mac):
 
     def measured(trial, context, runs):
         ours, theirs = times[trial.bits, context]
-        return kernels.Figure("kernels", trial.name, context, ours, 1, 1, theirs)
+        return kernels.Measurement("kernels", trial.name, context, ours, 1, 1, theirs)
 
     monkeypatch.setattr(kernels, "attention_trials", lambda *, quick: trials)
     monkeypatch.setattr(kernels, "measure_attention", measured)
@@ -58,4 +58,4 @@ def test_a_measurement_becomes_the_table(monkeypatch, a_mac):
     eight, four = (registry.KernelThreshold("flash_decode", bits, 64, 3).key for bits in (8, 4))
     assert [registry.is_faster(eight, tokens) for tokens in (8, 9, 90)] == [False, True, True]
     assert not registry.is_faster(four, 5)
-    assert (a_mac / "table.json").exists()
+    assert (a_mac / registry.THRESHOLDS_FILE).exists()
