@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.convert.tokenizer_export import build_fast_tokenizer
-from internvl3_mlx.images.tiling import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.prompt.tokenizer_files import read_optional_json
 

@@ -24,9 +24,9 @@ from internvl3_mlx.checkpoints.remap import (
     resolve_rows,
 )
 from internvl3_mlx.checkpoints.writer import TensorSpec
-from internvl3_mlx.config import ModelConfig, Quantization, read_config
+from internvl3_mlx.config import WORD_BITS, ModelConfig, Quantization, read_config
 from internvl3_mlx.convert.recipes import QuantizationRecipe
-from internvl3_mlx.convert.row_reader import DTYPES, NAMES, WORD_BITS, RowReader
+from internvl3_mlx.convert.row_reader import DTYPES, NAMES, RowReader
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
 

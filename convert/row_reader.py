@@ -21,7 +21,6 @@ from internvl3_mlx.errors import CheckpointError
 from internvl3_mlx.models.lora import float32_unless_integer
 
 SLAB_BYTES = 4_000_000  # of source; MLX needs up to forty times that to pack it on a CPU
-WORD_BITS = 32
 
 # safetensors' name -> how NumPy holds it and what MLX calls it (bfloat16 travels as its bits)
 DTYPES: dict[str, tuple[type, mx.Dtype]] = {

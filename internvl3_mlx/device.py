@@ -16,7 +16,7 @@ def on_cpu() -> bool:
 
 
 def gpu_memory_limit() -> int:
-    """Return how many bytes the GPU may hold: Metal's recommendation, or all memory without Metal."""
+    """Return the bytes a GPU may hold: Metal's recommendation, or all memory without Metal."""
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -87,7 +87,7 @@ PUBLISHED_SHAPES = (
 def cost_table(tokens: int) -> str:
     """Return the table of docs/metal.md: megabytes and operations for each layer and token."""
     lines = [
-        "| size | cache | MLX, fused | MLX, quantized products | our kernel | operations | per byte |",
+        "| size | cache | MLX, fused | MLX, quantized | our kernel | operations | per byte |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for size, heads, kv_heads, dim in PUBLISHED_SHAPES:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from internvl3_mlx.config import WORD_BITS
 from internvl3_mlx.errors import UserError
 
-WORD_BITS = 32
 HEAD_DIMS, GROUP_SIZES, BITS = (32, 64, 128), (32, 64), (4, 8)
 HALF_DTYPES, FLOAT32 = (mx.float16, mx.bfloat16), mx.float32
 
@@ -23,7 +23,10 @@ QuantizedArrays = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, 
 
 @dataclass(frozen=True)
 class KVRowLayout:
-    """The parts of a row. ``dtype``: the model's, which scales and biases keep. Raises UserError."""
+    """The parts of a row. ``dtype``: the model's, which scales and biases keep.
+
+    Raises UserError for a combination that the kernels do not take.
+    """
 
     head_dim: int
     bits: int = 8

@@ -31,6 +31,7 @@ from internvl3_mlx.convert.calibration.metrics import (
     reference_log_probs,
 )
 from internvl3_mlx.convert.recipes import QuantizationRecipe
+from internvl3_mlx.device import on_cpu
 from internvl3_mlx.errors import CheckpointError
 
 ProgressCallback = Callable[[str, int, int], None]  # what is being done, how far, of how much
@@ -158,7 +159,7 @@ def compare_outputs(
 
 def fits_in_memory(folder: Path) -> bool:
     """Tell whether the model may be loaded for a proof; on a CPU it is widened to 32 bits."""
-    wide = 2 if mx.default_device() == mx.Device(mx.cpu) else 1
+    wide = 2 if on_cpu() else 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return open_checkpoint(folder).nbytes * wide < MEMORY_SHARE * memory
 

@@ -20,6 +20,7 @@ from internvl3_mlx.convert.calibration.data import CalibrationSample
 from internvl3_mlx.convert.calibration.gptq import QuantizedWeight
 from internvl3_mlx.convert.calibration.metrics import kl_divergence, log_softmax
 from internvl3_mlx.convert.row_reader import dequantize_parts
+from internvl3_mlx.device import on_cpu
 from internvl3_mlx.models.internvl import InternVL
 
 LEARNING_RATE = 1e-4
@@ -72,7 +73,7 @@ class Learned(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply packed where that is quick, dense where it is not; the same numbers."""
-        if mx.default_device() == mx.Device(mx.cpu):
+        if on_cpu():
             return x @ self.dense().T
         scales, biases = self.scales.astype(x.dtype), self.biases.astype(x.dtype)
         form, parts = self._form, (self._words, scales, biases)

@@ -10,9 +10,8 @@ import mlx.core as mx
 
 from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.checkpoints.remap import plan_remap
-from internvl3_mlx.config import read_config
+from internvl3_mlx.config import WORD_BITS, read_config
 from internvl3_mlx.convert.calibration.data import CalibrationSample
-from internvl3_mlx.convert.row_reader import WORD_BITS
 from internvl3_mlx.models.internvl import InternVL
 
 PARTS = {"vision_model": "vision tower", "mlp1": "projector", "language_model": "language model"}

@@ -34,7 +34,7 @@ from examples.demo_model.published import published_weights
 from examples.demo_model.rows import RowBuilder
 from examples.demo_model.stages import STAGES
 from examples.demo_model.tokenizer import open_tokenizer
-from internvl3_mlx.images.tiling import IMAGENET_MEAN, IMAGENET_STD
+from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
 
 WARMUP = 100
 CLIP = 2.0  # largest gradient norm of what AdamW trains

@@ -13,6 +13,7 @@ from internvl3_mlx.checkpoints.keymap import ResolvedRule
 from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.checkpoints.remap import check_tensors, plan_remap, remap
 from internvl3_mlx.config import ModelConfig, Quantization, read_config
+from internvl3_mlx.device import on_cpu
 from internvl3_mlx.errors import ConfigError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, load_template
@@ -69,8 +70,7 @@ def load_weights(model: InternVL, weights: dict[str, mx.array]) -> None:
 
 def computable(x: mx.array) -> mx.array:
     """Widen 16-bit numbers on a CPU, where their arithmetic is emulated."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return x.astype(mx.float32) if on_cpu and mx.issubdtype(x.dtype, mx.floating) else x
+    return x.astype(mx.float32) if on_cpu() and mx.issubdtype(x.dtype, mx.floating) else x
 
 
 QuantizationChoice = Quantization | None  # None: stays dense

@@ -1,6 +1,9 @@
 """What a checkpoint says of itself, in one form for all layouts."""
 
 from internvl3_mlx.config.model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    WORD_BITS,
     Layout,
     ModelConfig,
     Quantization,
@@ -11,6 +14,9 @@ from internvl3_mlx.config.model import (
 from internvl3_mlx.config.read import parse_config, read_config
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "WORD_BITS",
     "Layout",
     "ModelConfig",
     "Quantization",

@@ -13,6 +13,12 @@ from internvl3_mlx.errors import ConfigError
 
 Layout = Literal["original", "native", "mlx"]
 
+# mean and standard deviation of R, G, B in 0..1, with which InternViT's pixels are normalized
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+WORD_BITS = 32  # of the words that hold quantized weights and quantized keys and values
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.errors import UserError
 
 # 512 tiles are 131,072 image tokens, four times the context the models were trained on.
@@ -85,10 +86,6 @@ def tile_count(grid: Grid, thumbnail: bool) -> int:
     tiles = grid[0] * grid[1]
     return tiles + 1 if thumbnail and tiles != 1 else tiles
 
-
-# Mean and deviation per channel (R, G, B), for pixels in 0..1: what InternViT was trained with.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # One job of the horizontal pass: small enough to stay in cache, large enough to be worth a thread.
 BAND_ROWS, BAND_PIXELS = 128, 2**20

@@ -14,6 +14,7 @@ from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.checkpoints.remap import plan_remap, remap
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.convert.recipes import QuantizationRecipe
+from internvl3_mlx.device import on_cpu
 from internvl3_mlx.errors import ConfigError, UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import lora_layers
@@ -91,8 +92,7 @@ def check_not_quantized(config: ModelConfig, why: str) -> None:
 
 def compute_dtype(requested: str | None, stored: str, *, for_training: bool = False) -> mx.Dtype:
     """Choose what is computed in. Slopes leave float16's range, so it is no default of training."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    wide = on_cpu or (for_training and stored == "float16")
+    wide = on_cpu() or (for_training and stored == "float16")
     name = requested or ("float32" if wide else stored)
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} was asked for; known are {', '.join(DTYPES)}")

@@ -8,13 +8,12 @@ from typing import Any
 from internvl3_mlx.checkpoints.keymap import ResolvedRule
 from internvl3_mlx.checkpoints.reader import Checkpoint, open_checkpoint
 from internvl3_mlx.checkpoints.remap import plan_remap
-from internvl3_mlx.config import ModelConfig, QuantizationPlan, read_config
+from internvl3_mlx.config import WORD_BITS, ModelConfig, QuantizationPlan, read_config
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.hub import cached_snapshot
 from internvl3_mlx.loading.resolve import resolve_model
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
-WORD_BITS = 32  # packed weights are stored as 32-bit words
 PART_NAMES = {
     "vision_model": "vision tower",
     "mlp1": "projector",

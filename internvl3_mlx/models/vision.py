@@ -8,13 +8,11 @@ norm and qkv bias.
 import mlx.core as mx
 import mlx.nn as nn
 
-from internvl3_mlx.config import VisionConfig
+from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 from internvl3_mlx.models.layers import BlockRunner, gelu, run_block
 
 RGB_CHANNELS = 3
 MAX_BYTE = 255.0
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PatchEmbedding(nn.Module):

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from internvl3_mlx.config import WORD_BITS
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear
@@ -40,7 +41,6 @@ SHOWN = 3
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SAVED_WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-WORD_BITS = 32
 
 
 def select_layers(

@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.images import tiling
 from internvl3_mlx.images.tiling import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     TilePolicy,
     choose_grid,
     normalize,

@@ -74,7 +74,9 @@ def test_a_broken_kernel_is_told_once_and_the_answer_comes_all_the_same(
     assert all(mx.array_equal(out, flash_decode_reference(q, store, 5)[0]) for out in found)
     assert len(lines) == 1
     assert lines[0].startswith(f"Metal kernel {SMALL.name} {told}")
-    assert lines[0].endswith("falling back to MLX's own attention. Run `internvl3 doctor` for details")
+    assert lines[0].endswith(
+        "falling back to MLX's own attention. Run `internvl3 doctor` for details"
+    )
     assert "\n" not in lines[0]
 
 
@@ -154,7 +156,9 @@ def test_another_machine_mlx_or_text_is_tried_anew(emulated, lines, a_mac, what)
         assert self_test.is_usable(SMALL)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"environment": 1}', '{"content": {"x": {"y": 1}}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"environment": 1}', '{"content": {"x": {"y": 1}}}']
+)
 def test_a_damaged_memory_is_no_memory(emulated, lines, a_mac, content):
     a_mac.mkdir()
     (a_mac / registry.SELF_TESTS_FILE).write_text(content, "utf-8")
@@ -234,7 +238,9 @@ def test_the_switch_turns_kernels_off_or_takes_them_unmeasured(emulated, lines, 
         assert not self_test.is_usable(SMALL)
         assert len(metal.dispatches) == tried
     monkeypatch.setenv(dispatch.MODE_VARIABLE, "fast")
-    with pytest.raises(UserError, match="INTERNVL3_KERNELS=fast is not a mode; choose from off, on, force"):
+    with pytest.raises(
+        UserError, match="INTERNVL3_KERNELS=fast is not a mode; choose from off, on, force"
+    ):
         dispatch.kernel_mode()
 
 

@@ -41,7 +41,9 @@ def test_adapters_of_one_matrix_stand_in_blocks(dora, scales):
 
 def test_one_and_the_same_a_is_kept_once_and_to_the_bit():
     whole = drawn(6, dora=True)
-    equal = LoRAWeights(mx.array(np.array(whole.lora_a)), whole.lora_b, whole.scale, whole.magnitude)
+    equal = LoRAWeights(
+        mx.array(np.array(whole.lora_a)), whole.lora_b, whole.scale, whole.magnitude
+    )
     again = concatenate_lora([(whole, 0, 2), (equal, 2, 3), (whole, 3, 6)])
     assert again.scale == whole.scale
     for ours, theirs in ((again.lora_a, whole.lora_a), (again.lora_b, whole.lora_b)):

@@ -8,8 +8,8 @@ from fixtures.inputs import random_pixels, relative_error
 from fixtures.loaded_models import bare_model, numbers
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.config import VisionConfig
-from internvl3_mlx.models.vision import IMAGENET_MEAN, IMAGENET_STD, VisionModel, to_patches
+from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
+from internvl3_mlx.models.vision import VisionModel, to_patches
 
 TOLERANCE = 2e-5  # float32, largest difference over largest magnitude
 

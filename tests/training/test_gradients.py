@@ -13,7 +13,7 @@ from fixtures.loaded_models import bare_model, numbers
 from fixtures.training_samples import answer_alone, make_pair, make_sample
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.models.vision import IMAGENET_MEAN, IMAGENET_STD
+from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.training.data.collate import collate, collate_pairs
 from internvl3_mlx.training.forward import ForwardOptions
 from internvl3_mlx.training.losses import PreferenceConfig
