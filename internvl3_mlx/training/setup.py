@@ -6,7 +6,7 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
-from internvl3_mlx.config import ModelConfig, read_config
+from internvl3_mlx.config import read_config
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.processor import Processor
 from internvl3_mlx.loading.fetch_model import DENSE_BITS, LocalModel, Notify, fetch_model
@@ -14,7 +14,7 @@ from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.training.config import TrainConfig, check_fixed_images
 from internvl3_mlx.training.data.collate import BatchedDataset, batch_dataset
-from internvl3_mlx.training.data.dataset import Dataset, open_dataset
+from internvl3_mlx.training.data.dataset import DataFile, Dataset, open_dataset
 from internvl3_mlx.training.data.preprocess import Preprocessor
 from internvl3_mlx.training.data.validate import DataReport, validate_dataset
 
@@ -30,6 +30,10 @@ class DataSplit:
     dataset: Dataset
     report: DataReport
 
+    @property
+    def files(self) -> tuple[DataFile, ...]:
+        return self.dataset.files
+
 
 @dataclass(frozen=True, eq=False)
 class RunSetup:
@@ -40,10 +44,6 @@ class RunSetup:
     preprocessor: Preprocessor
     train: DataSplit
     valid: DataSplit | None
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self.preprocessor.processor.config
 
     @property
     def model_folder(self) -> Path:
@@ -59,7 +59,7 @@ class RunSetup:
         """Whether images are augmented, so that they differ each time they are read."""
         if self.config.augment is not None:
             return self.config.augment
-        return any(file.augment for file in self.train.dataset.files)
+        return any(file.augment for file in self.train.files)
 
     @cached_property
     def train_dataset(self) -> BatchedDataset:
@@ -76,7 +76,7 @@ class RunSetup:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Digests of the model and data, independent of their paths."""
-        files = self.train.dataset.files
+        files = self.train.files
         uses = [(len(f.selected), f.repeats, f.augment, f.max_tiles) for f in files]
         weights = sorted(self.model_folder.glob("*.safetensors*"))
         return {

@@ -109,9 +109,8 @@ class MediaLoader:
         from internvl3_mlx.images.video import read_frames
 
         frames = read_frames(resolve_media_path(name, file), self.config.num_frames, bound=clip)
-        policy = TilePolicy(
-            tile_size=self.processor.config.force_image_size, max_tiles=1, dynamic=False
-        )
+        model_config = self.processor.config
+        policy = TilePolicy(tile_size=model_config.force_image_size, max_tiles=1, dynamic=False)
         return tuple(self.processor.tile_image(frame.loaded_image, policy) for frame in frames)
 
 

@@ -20,8 +20,8 @@ from internvl3_mlx.prompt.messages import (
     Segment,
     TextSegment,
 )
-from internvl3_mlx.prompt.template import MESSAGE_START
-from internvl3_mlx.prompt.tokenizer import IM_END
+from internvl3_mlx.prompt.template import MESSAGE_START, Template
+from internvl3_mlx.prompt.tokenizer import IM_END, Tokenizer
 from internvl3_mlx.prompt.v2pe import DELTAS, image_spans, visual_positions
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_fields import RANDOM
@@ -90,7 +90,13 @@ class Preprocessor:
 
     @cached_property
     def encoder(self) -> "RecordEncoder":
-        return RecordEncoder(self.processor, self.config.system)
+        processor = self.processor
+        per_tile = processor.config.num_image_token
+        return RecordEncoder(self.tokenizer, processor.template, per_tile, self.config.system)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.processor.tokenizer
 
     def build_sample(self, record: Record, epoch: int = 0) -> TrainingSample:
         """Build the sample of a record with the random draws of ``epoch``; raises ``DataError``."""
@@ -188,13 +194,12 @@ class Preprocessor:
         return limit - len(prompt_ids)
 
     def truncates_image(self, input_ids: np.ndarray, limit: int) -> bool:
-        tokenizer = self.processor.tokenizer
-        image_tokens = (tokenizer.image_id, tokenizer.image_end_id)
+        image_tokens = (self.tokenizer.image_id, self.tokenizer.image_end_id)
         return bool(np.isin(input_ids[limit:], image_tokens).any())
 
     def build_positions(self, input_ids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Compute V2PE positions: (L,) ids -> (L,) float32. A random delta is drawn per image."""
-        image_id, delta = self.processor.tokenizer.image_id, self.config.position_delta
+        image_id, delta = self.tokenizer.image_id, self.config.position_delta
         if delta != RANDOM:
             return visual_positions(input_ids, image_id, float(delta))
         num_images = len(image_spans(input_ids, image_id))
@@ -222,9 +227,14 @@ ASSISTANT_START = TextSegment(MESSAGE_START.format(role="assistant"))
 
 @dataclass(frozen=True)
 class RecordEncoder:
-    """Encodes records as one model reads them. system: replaces the model's own system prompt."""
+    """Encodes records as one model reads them.
 
-    processor: Processor
+    tokens_per_tile: image tokens of a tile. system: replaces the model's own system prompt.
+    """
+
+    tokenizer: Tokenizer
+    template: Template
+    tokens_per_tile: int
     system: str | None = None
 
     def encode_conversation(
@@ -245,13 +255,13 @@ class RecordEncoder:
         """
         messages = self.build_messages(record, media)
         prompt_ids, _ = self.encode_segments(self.render(messages, record))
-        end = self.processor.tokenizer.im_end_id
+        end = self.tokenizer.im_end_id
         answers = [[*self.encode_answer(text), end] for text in record.answers or ()]
         return prompt_ids, [np.array(answer, np.int32) for answer in answers]
 
     def render(self, messages: Sequence[Message], record: ParsedRecord) -> list[Segment]:
         system = self.system if record.system is None else record.system
-        return self.processor.template.render(messages, system)
+        return self.template.render(messages, system)
 
     def build_messages(self, record: ParsedRecord, media: MediaShape) -> list[Message]:
         """Build the template's messages; answers carry the ids that are trained on."""
@@ -273,7 +283,7 @@ class RecordEncoder:
         If the answer's first characters would merge with the opening into one token, as a newline
         does, the answer is encoded alone: generation never sees the merged token.
         """
-        encode = self.processor.tokenizer.encode
+        encode = self.tokenizer.encode
         answer = TextSegment(text, untrusted=True)
         opening = encode([ASSISTANT_START], 0, bos=False)
         together = encode([ASSISTANT_START, answer], 0, bos=False)
@@ -283,13 +293,12 @@ class RecordEncoder:
 
     def encode_segments(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """Encode segments: ids (L,) int32, and (L,) bool on each answer and its <|im_end|>."""
-        tokenizer, per_tile = self.processor.tokenizer, self.processor.config.num_image_token
         input_ids: list[int] = []
         loss_mask: list[bool] = []
         for part, is_answer in split_at_answers(segments):
-            new_ids = tokenizer.encode(part, per_tile, bos=not input_ids)
+            new_ids = self.tokenizer.encode(part, self.tokens_per_tile, bos=not input_ids)
             follows_answer = bool(loss_mask) and loss_mask[-1]
-            if follows_answer and new_ids[:1] != [tokenizer.im_end_id]:
+            if follows_answer and new_ids[:1] != [self.tokenizer.im_end_id]:
                 raise PromptError(
                     f"the chat template does not end an answer with {IM_END}; "
                     'put "template": "internvl2_5" into config.json'

@@ -46,7 +46,7 @@ def preview_sample(dataset: BatchedDataset, number: int = 0) -> SamplePreview:
     """Decode the sample of the ``number``-th usable record."""
     preprocessor = dataset.preprocessor
     record = dataset.dataset[int(dataset.sizes.indices[number])]
-    tokenizer = preprocessor.processor.tokenizer
+    tokenizer = preprocessor.tokenizer
     if dataset.config.reads_pairs:
         spans = preview_pair(tokenizer, preprocessor.build_pair(record))
     else:

@@ -106,14 +106,14 @@ class DataValidator:
     """Checks records and remembers their sizes, 16 bytes a record."""
 
     def __init__(self, preprocessor: Preprocessor) -> None:
-        self.preprocessor = preprocessor
+        self.preprocessor, self.config = preprocessor, preprocessor.config
         self.errors, self.warnings = FindingLog(), FindingLog()
         self.indices, self.tokens, self.tiles = array("q"), array("i"), array("i")
         self.skipped = self.truncated = 0
 
     def check(self, record: Record) -> None:
         """Check one record; log what is wrong and remember the size of a usable one."""
-        limit = self.preprocessor.config.max_seq_length
+        limit = self.config.max_seq_length
         try:
             size = self.preprocessor.measure(record)
         except SampleTooLongError as error:
