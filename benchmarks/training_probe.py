@@ -6,16 +6,18 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from benchmarks.sides import OURS
+
+T = TypeVar("T")
 
 RANK, ALPHA = 8, 16.0
 STILL = 1e-12  # learning rate: the work of a step without its effect, so that losses compare
@@ -76,14 +78,19 @@ def ours(case: str, folder: Path) -> Iterator[UpdateTiming]:
         "adapter_path": tempfile.mkdtemp(),
         "cache_reference": case == "mpo kept",
     }
-    session = open_train_session(
-        prepare_run(build_config(given, None), print_nothing, print_nothing)
-    )
+    setup = finish(prepare_run(build_config(given, None)))
+    session = finish(open_train_session(setup))
     return timed(step.loss for step in make_updates(session.state, session.remaining_batches()))
 
 
-def print_nothing(*_: object) -> None:
-    """Tell nobody."""
+def finish(generator: Generator[object, None, T]) -> T:
+    """Run a generator to its end and return its result."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def timed(losses: Iterator[float]) -> Iterator[UpdateTiming]:

@@ -1,32 +1,40 @@
-"""One training run as the command line asks for it: checked, set up, shown while it goes."""
+"""``internvl3 train`` after its flags are read: run ``train`` and show its events."""
 
-import os
+import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.cli import console, progress
-from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from internvl3_mlx.training.distributed import ProcessGroup
-    from internvl3_mlx.training.session import TrainSession
-    from internvl3_mlx.training.setup import RunSetup
-import shlex
-from typing import TYPE_CHECKING
+    from internvl3_mlx.training.events import (
+        CheckpointSaved,
+        DataChecked,
+        TaskProgress,
+        TrainEnd,
+        TrainEvent,
+        TrainPlan,
+        UpdateDone,
+        ValidationDone,
+    )
 
-if TYPE_CHECKING:
-    from internvl3_mlx.training.run import TrainEvent
-    from internvl3_mlx.training.session import TrainSession
+INTERRUPTED = 130
+EXIT_CODES: "Mapping[str | None, int]" = {
+    "interrupted": INTERRUPTED,
+    "memory": 1,
+}  # by why a run stopped early
+SHOWN_METRICS = ("dpo", "bco", "sft", "margin")  # metrics.csv has all of them
+FEW_UPDATES = 30  # fewer hardly change a model
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The command line, as one value."""
+    """The command line as one value."""
 
     config: TrainConfig
     check: bool
@@ -37,261 +45,289 @@ class TrainRequest:
     as_json: bool
     quiet: bool
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.adapter_path).expanduser()
-
 
 def run_train(request: TrainRequest) -> int:
-    """Check, or train; return the exit code. Of several processes one speaks and writes."""
+    """Check the data, or train; return the exit code. Of several processes one shows the run."""
     from internvl3_mlx.training.distributed import init_distributed
-    from internvl3_mlx.training.loggers import check_loggers
-    from internvl3_mlx.training.setup import prepare_run
 
-    ranks = init_distributed()
-    if not ranks.is_main:
+    if not init_distributed().is_main:
         request = replace(request, quiet=True, as_json=False)
-    elif not request.check:
-        check_output_folder(request)
-        check_loggers(request.config)
+    return check_only(request) if request.check else train_with_display(request)
+
+
+def check_only(request: TrainRequest) -> int:
+    """Check the data and show what was found."""
+    from internvl3_mlx.cli.train_check import show_data_check
+    from internvl3_mlx.training.events import DataChecked, TaskProgress
+    from internvl3_mlx.training.run import check_data
+
     with progress.progress_bar(quiet=request.quiet) as advance:
-        ground = prepare_run(request.config, make_note_callback(request), advance)
-    if request.check:
-        from internvl3_mlx.cli.train_check import show_data_check
-
-        return show_data_check(ground, as_json=request.as_json)
-    report_findings(request, ground)
-    return load_and_train(request, ground, ranks)
-
-
-def check_output_folder(request: TrainRequest) -> None:
-    """Refuse to write over an earlier run, unless that is wanted."""
-    from internvl3_mlx.training.checkpoint import list_checkpoints
-
-    if request.resume and request.overwrite:
-        raise UserError("--resume goes on with a run and --overwrite replaces it; choose one")
-    check_writable(request.folder)
-    if request.resume or not request.folder.exists() or not any(request.folder.iterdir()):
-        return
-    if not request.overwrite:
-        advice = "go on with --resume, " if list_checkpoints(request.folder) else ""
-        raise UserError(
-            f"{request.folder} is not empty; {advice}name another --adapter-path, or pass "
-            "--overwrite"
-        )
+        for event in check_data(request.config, notify=note_callback(request)):
+            if isinstance(event, TaskProgress):
+                advance(event.task, event.done, event.total)
+            elif isinstance(event, DataChecked):
+                setup = event.setup
+    return show_data_check(setup, as_json=request.as_json)
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made, before a model is loaded for it."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise UserError(f"{there} is a file; name another --adapter-path")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"no right to write in {there}; name another --adapter-path")
+def train_with_display(request: TrainRequest) -> int:
+    """Train and show every event; a dry run ends with the plan."""
+    from internvl3_mlx.training.events import TrainEnd, TrainPlan
+    from internvl3_mlx.training.run import train
+
+    interrupts, display = Interrupts(), TrainDisplay(request)
+    events = train(
+        request.config,
+        resume=request.resume,
+        overwrite=request.overwrite,
+        accept_changes=request.accept_changes,
+        stop_requested=interrupts.received,
+        notify=note_callback(request),
+    )
+    with closing(events), ExitStack() as signals, ExitStack() as bar:
+        display.advance = bar.enter_context(progress.progress_bar(quiet=request.quiet))
+        for event in events:
+            if isinstance(event, TrainPlan | TrainEnd):
+                bar.close()  # the tables are printed below what was shown before
+            display.show(event)
+            if isinstance(event, TrainPlan):
+                if request.dry_run:
+                    return 0
+                signals.enter_context(interrupts.catch())
+                display.advance = bar.enter_context(progress.progress_bar(quiet=request.quiet))
+    return display.exit_code
 
 
-def make_note_callback(request: TrainRequest) -> Any:
+def note_callback(request: TrainRequest) -> Callable[[str], None]:
+    """Return the function that shows notes, or ignores them with --quiet."""
     return (lambda _: None) if request.quiet else console.note
 
 
-def report_findings(request: TrainRequest, ground: "RunSetup") -> None:
-    """Refuse rows with faults, and say which were cut or left out."""
-    survey = ground.train.report
-    survey.raise_errors()
-    if ground.valid:
-        ground.valid.report.raise_errors()
-    if survey.skipped or survey.truncated:
-        make_note_callback(request)(
-            f"{survey.skipped:,} rows are left out and {survey.truncated:,} cut at "
-            f"{ground.config.max_seq_length:,} tokens; --check names them"
-        )
+class Interrupts:
+    """Turns the first Ctrl-C into a request to stop; the second one stops at once."""
 
+    def __init__(self) -> None:
+        self.count = 0
 
-def load_and_train(request: TrainRequest, ground: "RunSetup", ranks: "ProcessGroup") -> int:
-    """Load the model and train it."""
-    from internvl3_mlx.training.session import open_train_session, resume_session
+    def received(self) -> bool:
+        """Tell whether a stop has been requested."""
+        return self.count > 0
 
-    with progress.progress_bar(quiet=request.quiet) as advance:
-        session = open_train_session(ground, ranks, advance)
-        if request.resume:
-            resume_session(session, accept_changes=request.accept_changes)
-    show = TrainDisplay(session, request.as_json, request.quiet)
-    show.show_plan()
-    if request.dry_run:
-        return 0
-    if request.overwrite and ranks.is_main:
-        remove_previous_run(request.folder)
-    return train_with_display(session, show)
+    @contextmanager
+    def catch(self) -> Iterator[None]:
+        """Catch SIGINT and SIGTERM inside the context."""
+        before = {
+            number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-
-def remove_previous_run(folder: Path) -> None:
-    """Remove an earlier run: what a run writes, and nothing else that lies there."""
-    from internvl3_mlx.training.export import remove_run
-
-    remove_run(folder)
-
-
-def train_with_display(session: "TrainSession", show: "TrainDisplay") -> int:
-    from internvl3_mlx.training.run import run_session
-
-    with catch_interrupts() as asked, progress.progress_bar(quiet=show.quiet) as advance:
-        for moment in run_session(session, asked):
-            show.show_event(moment, advance)
-    return show.finish()
-
-
-@contextmanager
-def catch_interrupts() -> "Iterator[Any]":
-    """Let Ctrl-C ask for an end after the update that is being made; a second one is at once."""
-    asked: list[int] = []
-
-    def hear(number: int, _: object) -> None:
-        if asked:
+    def handle(self, number: int, _: object) -> None:
+        if self.count:
             raise KeyboardInterrupt
-        asked.append(number)
-        console.note("stopping after this update, then saving; Ctrl-C again stops at once")
-
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self.count += 1
+        console.note("stopping after this update, then saving; press Ctrl-C again to stop at once")
 
 
-INTERRUPTED = 130
-SHOWN_FIGURES = ("dpo", "bco", "sft", "margin")  # all of them are in the table
-SHOWN_CHECKS = ("val_loss", "val_accuracy", "val_exact")
-FEW_UPDATES = 30  # fewer hardly move a model
+def no_progress(_text: str, _done: int, _total: int) -> None:
+    """Show no progress."""
 
 
 @dataclass(eq=False)
 class TrainDisplay:
-    """What a person, or a script with --json, sees of a run."""
+    """Shows the events of a run: to a person, or to a script with --json."""
 
-    session: "TrainSession"
-    as_json: bool
-    quiet: bool
-    last: "TrainEvent | None" = None
+    request: TrainRequest
+    advance: progress.ProgressCallback = no_progress
+    updates: int = 0
+    exit_code: int = 0
 
-    def show_plan(self) -> None:
-        """Say what is about to be done, in figures."""
-        from internvl3_mlx.training.session import describe_plan
+    def show(self, event: "TrainEvent") -> None:
+        """Show one event, in the form that was asked for."""
+        name = type(event).__name__
+        if name == "TrainEnd":
+            self.exit_code = EXIT_CODES.get(getattr(event, "stop_cause", None), 0)
+        if self.request.as_json and name in EVENTS_AS_JSON:
+            kind, content = EVENTS_AS_JSON[name]
+            console.print_json({"event": kind, **content(event)})
+        elif not self.request.as_json and not self.request.quiet and name in self.handlers:
+            self.handlers[name](event)
 
-        plan = describe_plan(self.session)
-        if self.as_json:
-            console.print_json({"event": "plan", **plan})
-        elif not self.quiet:
-            console.print_table(plan)
-            self.note_short_run()
-
-    def note_short_run(self) -> None:
-        """Note what a person would wonder about later."""
-        updates, done = self.session.state.total_updates, self.session.state.update
-        if done >= updates:
-            console.note(
-                f"all {updates} updates are made; more of them: --iters N --accept-changes"
-            )
-        elif updates < FEW_UPDATES:
-            made = "1 update" if updates == 1 else f"{updates} updates"
-            console.note(f"only {made}; --epochs or --iters make more")
-
-    def show_event(self, moment: "TrainEvent", advance: progress.ProgressCallback) -> None:
-        """Move the bar, and write a line where it is time for one."""
-        step, recipe, updates = moment.step, self.session.config, self.session.state.total_updates
-        self.last = moment
-        if self.as_json:
-            console.print_json({"event": "update", **event_json(moment)})
-        elif not self.quiet:
-            advance(
-                " · ".join([f"loss {step.loss:.4f}", *format_speed(moment)]), step.update, updates
-            )
-            due = step.update % recipe.steps_per_report == 0 or moment.validation or step.skipped
-            if due or step.update == updates:
-                console.hint(f"{step.update:>{len(str(updates))}} · {describe_event(moment)}")
-
-    def finish(self) -> int:
-        """Say how it ended and what to do now; return the exit code."""
-        moment = self.last
-        stopped = moment.stop_reason if moment else ""
-        self.show_summary(stopped)
-        if stopped == "interrupted":
-            return INTERRUPTED
-        return 1 if stopped.startswith("memory") else 0
-
-    def show_summary(self, stopped: str) -> None:
-        """Sum the run up, and say what to do with it."""
-        report = self.summary(stopped)
-        if self.as_json:
-            console.print_json({"event": "end", **report})
-        elif not self.quiet:
-            if stopped:
-                console.note(f"stopped: {stopped}")
-            console.print_table(
-                {name: format_loss(value) for name, value in report.items() if value is not None}
-            )
-            for advice in self.next_steps(stopped):
-                console.hint(advice)
-
-    def summary(self, stopped: str) -> dict[str, Any]:
-        from internvl3_mlx.training.export import BEST, result_folder
-
-        session, best = self.session, self.session.progress.best_update
+    @property
+    def handlers(self) -> "dict[str, Callable[[Any], None]]":
         return {
-            "updates": session.state.update,
-            "loss": self.last.step.loss if self.last else None,
-            "result": str(result_folder(session)),
-            "best": str(session.folder / BEST) if best else None,
-            "best_update": best or None,
-            "best_loss": session.progress.best_loss,
-            "seconds": round(session.progress.seconds),
-            "stopped": stopped or None,
+            "TaskProgress": self.show_progress,
+            "DataChecked": self.show_data,
+            "TrainPlan": self.show_plan,
+            "UpdateDone": self.show_update,
+            "ValidationDone": self.show_validation,
+            "TrainEnd": self.show_end,
         }
 
-    def next_steps(self, stopped: str) -> "Iterator[str]":
-        """Say what can be typed next."""
-        from internvl3_mlx.loading.resolve import DEFAULT_MODEL
-        from internvl3_mlx.training.export import MODEL
+    def show_progress(self, event: "TaskProgress") -> None:
+        self.advance(event.task, event.done, event.total)
 
-        recipe, folder = self.session.config, shlex.quote(str(self.session.folder))
-        if stopped:
-            yield f"go on with: internvl3 train --resume --adapter-path {folder}"
-        if recipe.uses_adapters:
-            name = shlex.quote(recipe.model or DEFAULT_MODEL)
-            yield f"try it with: internvl3 chat --model {name} --adapter-path {folder}"
-        else:
-            yield f"try it with: internvl3 chat --model {folder}/{MODEL}"
+    def show_data(self, event: "DataChecked") -> None:
+        """Say which records are not used in full."""
+        if event.train.skipped or event.train.truncated:
+            console.note(
+                f"{event.train.skipped:,} records are skipped and {event.train.truncated:,} "
+                f"truncated to {self.request.config.max_seq_length:,} tokens; --check lists them"
+            )
+
+    def show_plan(self, plan: "TrainPlan") -> None:
+        """Print what is about to be trained, and note what may surprise."""
+        self.updates = plan.updates
+        console.print_table(plan_table(plan))
+        if plan.completed_updates >= plan.updates:
+            console.note(
+                f"all {plan.updates} updates are done already; to make more, pass "
+                "--iters N --accept-changes"
+            )
+        elif plan.updates < FEW_UPDATES:
+            count = "1 update" if plan.updates == 1 else f"{plan.updates} updates"
+            console.note(f"the run makes only {count}; raise --epochs or --iters for more")
+
+    def show_update(self, done: "UpdateDone") -> None:
+        """Advance the bar, and print a line every --steps-per-report updates."""
+        text = " · ".join([f"loss {done.loss:.4f}", *format_speed(done)])
+        self.advance(text, done.update, self.updates)
+        due = done.update % self.request.config.steps_per_report == 0 or done.skipped
+        if due or done.update == self.updates:
+            self.show_line(done.update, describe_update(done))
+
+    def show_validation(self, done: "ValidationDone") -> None:
+        self.show_line(done.update, describe_validation(done))
+
+    def show_line(self, update: int, text: str) -> None:
+        console.hint(f"{update:>{len(str(self.updates))}} · {text}")
+
+    def show_end(self, end: "TrainEnd") -> None:
+        """Sum the run up, and say what to do with its result."""
+        if end.stop_reason:
+            console.note(f"stopped: {end.stop_reason}")
+        table = end_values(end).items()
+        console.print_table({name: format_loss(x) for name, x in table if x is not None})
+        for line in next_steps(self.request.config, end):
+            console.hint(line)
+
+
+def plan_table(plan: "TrainPlan") -> dict[str, Any]:
+    """Select what a person wants to know of a plan."""
+    share = plan.trainable_parameters / plan.total_parameters
+    values = {
+        "method": plan.method,
+        "model": plan.model,
+        "trained": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters "
+        f"({share:.2%})",
+        "adapted_layers": plan.adapted_layers or None,
+        "records": plan.records,
+        "tokens": plan.tokens,
+        "tiles": plan.tiles,
+        "validation_records": plan.valid_records or None,
+        "updates": plan.updates,
+        "warmup_updates": plan.warmup_updates,
+        "samples_per_update": plan.samples_per_update,
+        "processes": plan.processes if plan.processes > 1 else None,
+        "resuming_after_update": plan.completed_updates or None,
+    }
+    return without_none(values)
+
+
+def without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the values that are None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def describe_update(done: "UpdateDone") -> str:
+    """Describe an update in one line: ``loss 1.2340 · 1,234 tok/s · 3.2 GB``."""
+    if done.skipped:
+        return f"skipped: loss {done.loss}, gradient norm {done.grad_norm}"
+    shown = {name: done.metrics[name] for name in SHOWN_METRICS if name in done.metrics}
+    parts = [f"{name} {value:.4f}" for name, value in ({"loss": done.loss} | shown).items()]
+    return " · ".join([*parts, *format_speed(done)])
+
+
+def describe_validation(done: "ValidationDone") -> str:
+    """Describe a validation in one line: ``val loss 1.2340 · exact match 0.5000``."""
+    parts = [f"val loss {done.loss:.4f}"]
+    if "accuracy" in done.metrics:
+        parts.append(f"val accuracy {done.metrics['accuracy']:.4f}")
+    if done.exact_match is not None:
+        parts.append(f"val exact match {done.exact_match:.4f}")
+    return " · ".join([*parts, *(["best so far"] if done.is_best else [])])
+
+
+def format_speed(done: "UpdateDone") -> list[str]:
+    """Format tokens per second and peak memory."""
+    return [f"{done.tokens / done.seconds:,.0f} tok/s", console.format_size(done.peak_memory)]
 
 
 def format_loss(value: Any) -> Any:
-    """Give a loss of 0.0032 its digits: the screen would round it to 0."""
+    """Keep four digits of a loss; the table would round 0.0032 to 0."""
     return f"{value:.4f}" if isinstance(value, float) else value
 
 
-def describe_event(moment: "TrainEvent") -> str:
-    """Put an update in one line: ``loss 1.234 · val 1.3 · 1,234 tok/s · 3.2 GB``."""
-    step = moment.step
-    if step.skipped:
-        return f"skipped: loss {step.loss}, gradient {step.grad_norm}"
-    told: dict[str, float] = {"loss": step.loss}
-    told |= {name: step.metrics[name] for name in SHOWN_FIGURES if name in step.metrics}
-    checked = moment.validation or {}
-    told |= {name.replace("_", " "): checked[name] for name in SHOWN_CHECKS if name in checked}
-    parts = [f"{name} {value:.4f}" for name, value in told.items()]
-    return " · ".join([*parts, *format_speed(moment)])
+def next_steps(config: TrainConfig, end: "TrainEnd") -> Iterator[str]:
+    """Suggest the commands to run next."""
+    from internvl3_mlx.loading.resolve import DEFAULT_MODEL
+
+    folder = shlex.quote(str(Path(config.adapter_path).expanduser()))
+    if end.stop_reason:
+        yield f"resume with: internvl3 train --resume --adapter-path {folder}"
+    if config.uses_adapters:
+        name = shlex.quote(config.model or DEFAULT_MODEL)
+        yield f"try it with: internvl3 chat --model {name} --adapter-path {folder}"
+    else:
+        yield f"try it with: internvl3 chat --model {shlex.quote(str(end.result))}"
 
 
-def format_speed(moment: "TrainEvent") -> list[str]:
-    step = moment.step
-    return [f"{step.tokens / step.seconds:,.0f} tok/s", console.format_size(step.peak_memory)]
+def plan_values(plan: "TrainPlan") -> dict[str, Any]:
+    """Take the JSON of a plan."""
+    return without_none(asdict(plan))
 
 
-def event_json(moment: "TrainEvent") -> dict[str, Any]:
+def update_values(done: "UpdateDone") -> dict[str, Any]:
+    """Take the JSON of an update: the columns of metrics.csv."""
     from internvl3_mlx.training.loggers import metrics_row
 
-    row = {
-        name: value
-        for name, value in metrics_row(moment.step, moment.validation).items()
-        if value is not None
+    return without_none(metrics_row(done, None))
+
+
+def validation_values(done: "ValidationDone") -> dict[str, Any]:
+    """Take the JSON of a validation: the val_ columns of metrics.csv."""
+    values = {"loss": done.loss, "exact": done.exact_match, **done.metrics}
+    named = {f"val_{name}": value for name, value in values.items()}
+    return without_none({"update": done.update, **named})
+
+
+def saved_values(saved: "CheckpointSaved") -> dict[str, Any]:
+    """Take the JSON of a saved checkpoint."""
+    return {"update": saved.update, "saved": str(saved.folder)}
+
+
+def end_values(end: "TrainEnd") -> dict[str, Any]:
+    """Take the JSON of the end of a run."""
+    return {
+        "updates": end.updates,
+        "loss": end.loss,
+        "result": str(end.result),
+        "best": str(end.best) if end.best else None,
+        "best_update": end.best_update,
+        "best_loss": end.best_loss,
+        "seconds": round(end.seconds),
+        "stopped": end.stop_reason or None,
     }
-    return row | ({"saved": str(moment.saved)} if moment.saved else {})
+
+
+# event class -> its name in the JSON, and the values that follow
+EVENTS_AS_JSON: "Mapping[str, tuple[str, Callable[[Any], dict[str, Any]]]]" = {
+    "TrainPlan": ("plan", plan_values),
+    "UpdateDone": ("update", update_values),
+    "ValidationDone": ("validation", validation_values),
+    "CheckpointSaved": ("checkpoint", saved_values),
+    "TrainEnd": ("end", end_values),
+}

@@ -1,4 +1,4 @@
-"""What one micro-step reads: some samples laid end to end in one row, nothing padded."""
+"""A micro-batch: samples concatenated into one packed sequence, without padding."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,15 @@ from internvl3_mlx.models.packed_sequences import Span
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One row of L tokens in spans, of which N targets are supervised.
+    """One sequence of L tokens, cut into spans, with N target tokens that carry loss.
 
-    ids: (L,) int32. positions: (L,) float32, each sample from 0 on (V2PE steps in pictures).
-    spans cover the row in order. rows: (N,) int32, the token whose state predicts each target.
-    targets: (N,) int32. owner: (N,) int32, the answer each target belongs to, 0 to answers - 1: for
-    SFT one a sample; for preferences 2i is pair i's chosen answer and 2i + 1 its rejected one.
-    weights: (N,) float32, what each target counts in the SFT loss (token, sample or square).
-    seen: the pictures in the order of their tokens. places: where each sample stands in the data.
+    input_ids: (L,) int32. positions: (L,) float32, restarting at 0 with each sample (V2PE steps
+    inside images). spans: cover the sequence in order. target_positions: (N,) int32, the token
+    whose state predicts each target. targets: (N,) int32. answer_ids: (N,) int32, the answer each
+    target belongs to, from 0 to num_answers - 1: one per sample for SFT; for preferences 2i is the
+    chosen and 2i + 1 the rejected answer of pair i. loss_weights: (N,) float32, the weight of each
+    target in the SFT loss (token, sample or square averaging). images: in the order of their
+    tokens. locations: where in the data each sample comes from, as "file:line".
     """
 
     input_ids: np.ndarray

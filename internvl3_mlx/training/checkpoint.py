@@ -1,8 +1,9 @@
-"""Checkpoints of a run: everything that the next update depends on, to the bit.
+"""Checkpoints of a run: everything the next update depends on, exact to the bit.
 
-``checkpoints/step-000120/`` holds ``state.safetensors`` (trained weights in float32, optimizer,
-reward shift) and ``state.json`` (counters, the recipe, what data it was). Where the data stands and
-what is drawn next follow from the seed and the counters. A folder takes its name when it is whole.
+``checkpoints/step-000120/`` holds ``state.safetensors`` (float32 weights, optimizer state, reward
+shift) and ``state.json`` (counters, the configuration, fingerprints of model and data). The order
+of the data and all random draws follow from the seed and the counters. A folder gets its name only
+when it is complete.
 """
 
 import json
@@ -16,8 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.checkpoints.writer import remove_leftovers, writing_folder
 from internvl3_mlx.errors import CheckpointError, UserError
+from internvl3_mlx.files import atomic_folder, recover_folder
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.objectives import ObjectiveState
 from internvl3_mlx.training.params import Arrays
@@ -25,7 +26,7 @@ from internvl3_mlx.training.trainer import TrainState, sync_weights
 
 FOLDER, ARRAYS, METADATA = "checkpoints", "state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
-FORMAT_VERSION = 1  # of state.json: raised when an older one can no longer be read
+FORMAT_VERSION = 2  # of state.json: raised when older ones can no longer be read
 # settings that change nothing of what is computed from one update to the next
 CHANGEABLE = frozenset({
     "model", "data", "valid_data", "adapter_path", "resume_adapter_file", "cache_features",
@@ -37,134 +38,140 @@ CHANGEABLE = frozenset({
 
 @dataclass(frozen=True)
 class RunProgress:
-    """What a run knows beside its weights. ``identity`` names model and data by their content."""
+    """What a run knows besides its weights. identity: fingerprints of the model and the data."""
 
     identity: Mapping[str, str]
     best_loss: float | None = None
     best_update: int = 0
-    validations_since_best: int = 0  # validations since the best one
+    validations_since_best: int = 0
     seconds: float = 0.0
 
 
 def save_checkpoint(
-    learner: TrainState,
+    state: TrainState,
     run: Path,
     progress: RunProgress,
-    extra: Callable[[Path], None] | None = None,
+    write_extra: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a checkpoint of now under ``run``; ``extra`` puts more files into its folder."""
-    target = run / FOLDER / f"step-{learner.update:06d}"
-    facts = {
-        "form": FORMAT_VERSION,
-        "update": learner.update,
-        "micro": learner.micro_steps,
-        "lost": learner.failed_updates,
-        "world": learner.ranks.size,
-        "updates": learner.total_updates,
-        "recipe": learner.config.to_dict(),
+    """Save a checkpoint under ``run`` and return its folder; ``write_extra`` adds files to it."""
+    target = run / FOLDER / f"step-{state.update:06d}"
+    metadata = {
+        "format": FORMAT_VERSION,
+        "update": state.update,
+        "micro_steps": state.micro_steps,
+        "failed_updates": state.failed_updates,
+        "processes": state.ranks.size,
+        "total_updates": state.total_updates,
+        "config": state.config.to_dict(),
         **{name: getattr(progress, name) for name in RunProgress.__dataclass_fields__},
     }
-    with writing_folder(target, overwrite=True) as aside:
-        mx.save_safetensors(str(aside / ARRAYS), state_arrays(learner))
-        (aside / METADATA).write_text(json.dumps(facts, indent=2, default=dict) + "\n", "utf-8")
-        if extra is not None:
-            extra(aside)
+    with atomic_folder(target, overwrite=True) as aside:
+        mx.save_safetensors(str(aside / ARRAYS), state_arrays(state))
+        (aside / METADATA).write_text(json.dumps(metadata, indent=2, default=dict) + "\n", "utf-8")
+        if write_extra is not None:
+            write_extra(aside)
     return target
 
 
-def state_arrays(learner: TrainState) -> Arrays:
-    """Name all arrays of a learner: ``weights/NAME``, ``optimizer/NAME/m``, ``method/shift``."""
-    found = {f"weights/{name}": w for name, w in learner.weights.items()}
-    for name, slots in learner.optimizer.state.items():
+def state_arrays(state: TrainState) -> Arrays:
+    """Name all arrays of a state: ``weights/NAME``, ``optimizer/NAME/m``, ``objective/shift``."""
+    found = {f"weights/{name}": w for name, w in state.weights.items()}
+    for name, slots in state.optimizer.state.items():
         if isinstance(slots, dict):
             found |= {f"optimizer/{name}/{slot}": x for slot, x in slots.items()}
         else:
             found[f"optimizer/{name}"] = slots
-    found |= {
-        "method/shift": learner.objective_state.shift,
-        "method/count": learner.objective_state.count,
-    }
-    return dict(sorted(found.items()))  # one order on all ranks, wherever the arrays come from
+    objective = state.objective_state
+    found |= {"objective/shift": objective.shift, "objective/count": objective.count}
+    return dict(sorted(found.items()))  # the same order on all ranks
 
 
-def load_checkpoint(learner: TrainState, folder: Path) -> RunProgress:
-    """Put a learner where the checkpoint in ``folder`` was. Raises when its weights are others."""
-    facts = read_metadata(folder)
-    weights, optimizer, method = group_arrays(read_state_arrays(folder))
-    check_same_weights(learner, weights, folder)
-    set_state(learner, weights, optimizer, method)
-    learner.update, learner.micro_steps, learner.failed_updates = (
-        facts["update"],
-        facts["micro"],
-        facts["lost"],
-    )
-    return RunProgress(**{name: facts[name] for name in RunProgress.__dataclass_fields__})
+def load_checkpoint(state: TrainState, folder: Path) -> RunProgress:
+    """Restore the state saved in ``folder`` and return the run's progress.
+
+    Raises CheckpointError when the folder is not a checkpoint, or one of other weights.
+    """
+    metadata = read_metadata(folder)
+    weights, optimizer, objective = group_arrays(read_state_arrays(folder))
+    check_same_weights(state, weights, folder)
+    set_state(state, weights, optimizer, objective)
+    state.update, state.micro_steps = metadata["update"], metadata["micro_steps"]
+    state.failed_updates = metadata["failed_updates"]
+    return RunProgress(**{name: metadata[name] for name in RunProgress.__dataclass_fields__})
 
 
 def set_state(
-    learner: TrainState, weights: Arrays, optimizer: dict[str, Any], method: Arrays
+    state: TrainState, weights: Arrays, optimizer: dict[str, Any], objective: Arrays
 ) -> None:
-    """Put arrays into a learner, and its weights into the model."""
-    learner.weights, learner.optimizer.state = weights, optimizer
-    learner.optimizer.init(weights)  # finds all there is; adds nothing
-    learner.objective_state = ObjectiveState(**method)
-    sync_weights(learner)
-    mx.eval(learner.weights, learner.optimizer.state, learner.model.trainable_parameters())
+    """Replace the arrays of a state, and copy its weights into the model."""
+    state.weights, state.optimizer.state = weights, optimizer
+    state.optimizer.init(weights)  # finds every slot present and adds none
+    state.objective_state = ObjectiveState(**objective)
+    sync_weights(state)
+    mx.eval(state.weights, state.optimizer.state, state.model.trainable_parameters())
 
 
-def broadcast_state(learner: TrainState, progress: RunProgress) -> RunProgress:
-    """Put every rank where the first one is; return the first one's progress."""
-    ranks = learner.ranks
+def broadcast_state(state: TrainState, progress: RunProgress) -> RunProgress:
+    """Give all ranks the state of rank 0, and return its progress."""
+    ranks = state.ranks
     if ranks.size == 1:
         return progress
-    set_state(learner, *group_arrays(ranks.broadcast(state_arrays(learner))))
+    set_state(state, *group_arrays(ranks.broadcast(state_arrays(state))))
     best = math.nan if progress.best_loss is None else progress.best_loss
-    own = [
-        learner.update,
-        learner.micro_steps,
-        learner.failed_updates,
-        progress.validations_since_best,
-        progress.best_update,
-    ]
-    counts, [best] = (x.tolist() for x in ranks.broadcast([mx.array(own), mx.array([best])]))
-    learner.update, learner.micro_steps, learner.failed_updates, stale, best_update = counts
-    best_loss = None if math.isnan(best) else best
+    counts = mx.array(
+        [
+            state.update,
+            state.micro_steps,
+            state.failed_updates,
+            progress.validations_since_best,
+            progress.best_update,
+        ]
+    )
+    counts, best_loss = ranks.broadcast([counts, mx.array([best])])
+    state.update, state.micro_steps, state.failed_updates, since_best, best_update = counts.tolist()
+    [best] = best_loss.tolist()
     return replace(
-        progress, best_loss=best_loss, best_update=best_update, validations_since_best=stale
+        progress,
+        best_loss=None if math.isnan(best) else best,
+        best_update=best_update,
+        validations_since_best=since_best,
     )
 
 
 def group_arrays(arrays: Arrays) -> tuple[Arrays, dict[str, Any], Arrays]:
-    """Undo ``arrays_of``: weights, the optimizer's state, the method's state."""
-    weights, optimizer, method = Arrays(), dict[str, Any](), Arrays()
+    """Undo ``state_arrays``: weights, optimizer state, objective state."""
+    weights, optimizer, objective = Arrays(), dict[str, Any](), Arrays()
     for path, array in arrays.items():
         group, name, *slot = path.split("/")
         if group == "weights":
             weights[name] = array
-        elif group == "method":
-            method[name] = array
+        elif group == "objective":
+            objective[name] = array
         elif slot:
             optimizer.setdefault(name, {})[slot[0]] = array
         else:
             optimizer[name] = array
-    return weights, optimizer, method
+    return weights, optimizer, objective
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's ``state.json``; raises CheckpointError where there is none to read."""
     try:
-        facts = json.loads((folder / METADATA).read_text("utf-8"))
+        metadata = json.loads((folder / METADATA).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint of a run: {error}") from error
-    if facts.get("form") != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} is not a training checkpoint: {error}") from error
+    version = metadata.get("format") if isinstance(metadata, dict) else None
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} was written by another version, in form {facts.get('form')}; "
-            f"this one reads form {FORMAT_VERSION}"
+            f"{folder} has checkpoint format {version}, but this version of internvl3-mlx reads "
+            f"format {FORMAT_VERSION}; resume with the version that wrote it, or start a new run"
         )
-    found: dict[str, Any] = facts
+    found: dict[str, Any] = metadata
     return found
 
 
 def read_state_arrays(folder: Path) -> Arrays:
+    """Read a checkpoint's ``state.safetensors``."""
     try:
         found: Any = mx.load(str(folder / ARRAYS))
     except (OSError, RuntimeError) as error:
@@ -173,48 +180,50 @@ def read_state_arrays(folder: Path) -> Arrays:
     return arrays
 
 
-def check_same_weights(learner: TrainState, saved: Arrays, folder: Path) -> None:
-    own = {name: w.shape for name, w in learner.weights.items()}
-    theirs = {name: w.shape for name, w in saved.items()}
-    odd = sorted(own.items() ^ theirs.items())
-    if odd:
+def check_same_weights(state: TrainState, saved: Arrays, folder: Path) -> None:
+    """Raise CheckpointError unless a checkpoint's weights are those that are trained."""
+    expected = {name: w.shape for name, w in state.weights.items()}
+    found = {name: w.shape for name, w in saved.items()}
+    different = sorted(expected.items() ^ found.items())
+    if different:
+        name, shape = different[0]
         raise CheckpointError(
-            f"{folder} trained other weights, such as {odd[0][0]} {odd[0][1]}; resume with the "
-            "recipe it was begun with"
+            f"{folder} holds other trained weights, such as {name} {shape}; resume with the "
+            "settings the run was started with"
         )
 
 
 def find_differences(
-    facts: Mapping[str, Any], recipe: TrainConfig, identity: Mapping[str, str], world: int
+    metadata: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, str], processes: int
 ) -> list[str]:
-    """Say what would be other than in the run that a checkpoint is of."""
-    now, then = recipe.to_dict(), facts["recipe"]
-    told = [
-        f"{name} was {then.get(name)} and is {value}"
+    """List what would differ from the run that a checkpoint belongs to."""
+    now, then = config.to_dict(), metadata["config"]
+    differences = [
+        f"{name} was {then.get(name)} and is now {value}"
         for name, value in now.items()
         if name not in CHANGEABLE and then.get(name) != value
     ]
-    told += [
-        f"the {name} is another"
+    differences += [
+        f"the {name} has changed"
         for name, value in identity.items()
-        if facts["identity"].get(name) != value
+        if metadata["identity"].get(name) != value
     ]
-    if facts["world"] != world:
-        told.append(f"{facts['world']} processes trained and now {world}")
-    return told
+    if metadata["processes"] != processes:
+        differences.append(f"it ran on {metadata['processes']} processes and is now {processes}")
+    return differences
 
 
-def check_same_run(told: list[str], folder: Path) -> None:
-    """Refuse to go on with another run than the one that was begun."""
-    if told:
+def check_same_run(differences: list[str], folder: Path) -> None:
+    """Raise UserError when resuming would continue with other settings, model or data."""
+    if differences:
         raise UserError(
-            f"{folder} is of another run: {'; '.join(told)}. Go on with the old settings, or pass "
-            "--accept-changes"
+            f"{folder} belongs to a different run: {'; '.join(differences)}. Resume with the "
+            "original settings, or pass --accept-changes"
         )
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """List the whole checkpoints of a run, the latest last."""
+    """List the complete checkpoints of a run, the latest last."""
     found = [
         (int(match[1]), path)
         for path in (run / FOLDER).glob("step-*")
@@ -228,4 +237,4 @@ def prune_checkpoints(run: Path, keep: int) -> None:
     for path in list_checkpoints(run)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(run):
-        remove_leftovers(path)
+        recover_folder(path)

@@ -1,7 +1,7 @@
-"""A micro-step that MLX compiles, once for each shape; samples are rounded up to few shapes.
+"""A micro-step compiled by MLX, once per shape; samples are padded to a small number of shapes.
 
-Every sample gets padding behind it up to a round length, and the targets some that weigh nothing:
-attention is causal, so that no token of a sample ever sees what is behind it.
+Every sample is padded at its end to a multiple of ``TOKEN_MULTIPLE``, and the targets by some of
+weight 0: attention is causal, so no token of a sample ever sees its padding.
 """
 
 from collections.abc import Callable
@@ -20,70 +20,77 @@ from internvl3_mlx.training.objectives import ObjectiveState
 from internvl3_mlx.training.params import named_arrays
 from internvl3_mlx.training.trainer import MicroBatch, StepOutput, TrainState, loss_and_grads
 
-TOKEN_MULTIPLE, TARGET_MULTIPLE = 64, 32  # lengths and counts are multiples of these
-BATCH_ARRAYS = ("ids", "positions", "rows", "targets", "owner", "weights")  # arrays of a batch
+TOKEN_MULTIPLE, TARGET_MULTIPLE = 64, 32
+BATCH_ARRAYS = (
+    "input_ids", "positions", "target_positions", "targets", "answer_ids", "loss_weights",
+)  # fmt: skip
 
 
 @dataclass(eq=False)
 class CompiledStep:
-    """Computes what ``value_and_grad`` does. ``steps`` are the compiled ones, by shape."""
+    """Computes what ``loss_and_grads`` computes. by_shape: the compiled functions."""
 
     state: TrainState
     by_shape: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
-    def __call__(self, work: MicroBatch) -> StepOutput:
-        learner = self.state
-        batch = pad_batch(work.batch)
-        vision = batch_tiles(batch) if work.vision_features is None else work.vision_features
+    def __call__(self, micro_batch: MicroBatch) -> StepOutput:
+        batch = pad_batch(micro_batch.batch)
+        vision = micro_batch.vision_features
+        vision = batch_tiles(batch) if vision is None else vision
         shape = (batch.spans, len(batch.targets), None if vision is None else vision.shape)
         if shape not in self.by_shape:
             self.by_shape[shape] = self.compile_step(batch)
-        weights = dict(named_arrays(learner.model.trainable_parameters()))
+        model, before = self.state.model, self.state.objective_state
+        weights = dict(named_arrays(model.trainable_parameters()))
         arrays = {name: mx.array(getattr(batch, name)) for name in BATCH_ARRAYS}
-        state = (learner.objective_state.shift, learner.objective_state.count)
-        found: StepOutput = self.by_shape[shape](weights, arrays, vision, state)
-        learner.model.update(tree_unflatten([*weights.items()]))  # tracing left its own there
-        return found
+        output: StepOutput = self.by_shape[shape](
+            weights, arrays, vision, (before.shift, before.count)
+        )
+        model.update(tree_unflatten([*weights.items()]))  # tracing replaced them by its own
+        return output
 
     def compile_step(self, batch: Batch) -> Callable[..., Any]:
-        """Compile the step for batches of this shape; their numbers come in as arguments."""
-        learner, random = self.state, [mx.random.state]
-        bare = replace(batch, images=())
+        """Compile the step for batches of this shape; their arrays are arguments."""
+        state, random_state = self.state, [mx.random.state]
+        without_images = replace(batch, images=())
 
-        def step(weights: Any, arrays: Any, vision: Any, state: Any) -> Any:
-            learner.model.update(tree_unflatten([*weights.items()]))
-            work = MicroBatch(replace(bare, **arrays), vision)
-            return loss_and_grads(learner, ObjectiveState(*state))(work)
+        def step(weights: Any, arrays: Any, vision: Any, objective_state: Any) -> Any:
+            state.model.update(tree_unflatten([*weights.items()]))
+            micro_batch = MicroBatch(replace(without_images, **arrays), vision)
+            return loss_and_grads(state, ObjectiveState(*objective_state))(micro_batch)
 
-        made: Callable[..., Any] = mx.compile(step, inputs=random, outputs=random)
-        return made
+        compiled: Callable[..., Any] = mx.compile(step, inputs=random_state, outputs=random_state)
+        return compiled
 
 
 def pad_batch(batch: Batch) -> Batch:
-    """Lengthen every sample and the targets to round numbers; what they mean stays."""
+    """Pad every sample and the targets to round lengths, without changing the loss."""
     starts = [0]
     for span in batch.spans:
         starts.append(starts[-1] + round_up(span.stop - span.start, TOKEN_MULTIPLE))
     spans = tuple(Span(start, stop) for start, stop in pairwise(starts))
     ids, positions = np.zeros(starts[-1], np.int32), np.zeros(starts[-1], np.float32)
-    shift = np.zeros(len(batch.input_ids), np.int32)
-    for own, new in zip(batch.spans, spans, strict=True):
-        length = own.stop - own.start
-        ids[new.start : new.start + length] = batch.input_ids[own.start : own.stop]
-        positions[new.start : new.start + length] = batch.positions[own.start : own.stop]
-        shift[own.start : own.stop] = new.start - own.start
-    spare = round_up(len(batch.targets), TARGET_MULTIPLE) - len(batch.targets)
+    offsets = np.zeros(len(batch.input_ids), np.int32)
+    for old, new in zip(batch.spans, spans, strict=True):
+        length = old.stop - old.start
+        ids[new.start : new.start + length] = batch.input_ids[old.start : old.stop]
+        positions[new.start : new.start + length] = batch.positions[old.start : old.stop]
+        offsets[old.start : old.stop] = new.start - old.start
+    extra = round_up(len(batch.targets), TARGET_MULTIPLE) - len(batch.targets)
     return replace(
         batch,
         input_ids=ids,
         positions=positions,
         spans=spans,
-        target_positions=np.pad(batch.target_positions + shift[batch.target_positions], (0, spare)),
-        targets=np.pad(batch.targets, (0, spare)),
-        answer_ids=np.pad(batch.answer_ids, (0, spare)),
-        loss_weights=np.pad(batch.loss_weights, (0, spare)),
+        target_positions=np.pad(
+            batch.target_positions + offsets[batch.target_positions], (0, extra)
+        ),
+        targets=np.pad(batch.targets, (0, extra)),
+        answer_ids=np.pad(batch.answer_ids, (0, extra)),
+        loss_weights=np.pad(batch.loss_weights, (0, extra)),
     )
 
 
-def round_up(count: int, to: int) -> int:
-    return -(-count // to) * to
+def round_up(count: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return -(-count // multiple) * multiple

@@ -18,7 +18,7 @@ from internvl3_mlx.training.distributed import ProcessGroup
 from internvl3_mlx.training.feature_cache import CacheLimits, FeatureCache, FeatureStage
 from internvl3_mlx.training.grad_checkpoint import is_trainable
 from internvl3_mlx.training.reference import ReferenceLogProbs, reference_log_probs
-from internvl3_mlx.training.setup import ProgressCallback
+from internvl3_mlx.training.setup import TaskProgress
 from internvl3_mlx.training.trainer import MicroBatch
 
 FEATURES_FOLDER, REFERENCES_FOLDER = "features", "references"  # in the cache folder
@@ -69,7 +69,7 @@ class DataLoader:
         if self.reference_cache:
             self.reference_cache.flush()
 
-    def precompute_reference(self, advance: ProgressCallback) -> None:
+    def precompute_reference(self) -> Iterator[TaskProgress]:
         """Compute the reference of all records while the model is still its base.
 
         Every rank computes all of it: a rank may come to read any record, and the disks of the
@@ -81,7 +81,7 @@ class DataLoader:
             for batch in dataset.iter_once():
                 self.build_micro_batch(batch)
                 done += len(batch.locations)
-                advance("computing the reference", done, total)
+                yield TaskProgress("computing reference log-probabilities", done, total)
         self.reference_cache.freeze()
 
 

@@ -1,7 +1,8 @@
-"""From a batch to the states that predict its targets; everything is inside the graph.
+"""From a batch to the hidden states that predict its targets, all inside the gradient graph.
 
-ids (L,) -> embeddings, pictures in their places -> decoder over spans -> (N, D), the states of
-``batch.rows`` alone. The head is not here: ``losses`` runs it a few states at a time.
+input_ids (L,) -> embeddings, with image features in place -> decoder over packed sequences ->
+(N, D), the states at ``batch.target_positions`` only. The head is not applied here:
+``token_log_probs`` runs it on a few states at a time.
 """
 
 import contextlib
@@ -23,9 +24,10 @@ TILE_NDIM = 4  # (T, S, S, 3)
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """How the model is run. ``recompute``: keep only each block's input, in decoder and tower.
+    """How to run the model.
 
-    ``drop_path_rate``: of a tower that is trained; None takes the checkpoint's.
+    grad_checkpoint: store only each block's input, in the decoder and the vision tower.
+    drop_path_rate: stochastic depth of a trained vision tower; None uses the checkpoint's rate.
     """
 
     grad_checkpoint: bool = False
@@ -33,86 +35,92 @@ class ForwardOptions:
 
 
 def target_states(
-    model: InternVL, batch: Batch, vision: mx.array | None, how: ForwardOptions | None = None
+    model: InternVL,
+    batch: Batch,
+    vision_features: mx.array | None,
+    options: ForwardOptions | None = None,
 ) -> mx.array:
-    """Compute the normed states that predict the batch's targets: -> (N, D).
+    """Compute the normalized hidden states that predict the batch's targets: -> (N, D).
 
-    vision: what is known of the pictures, all of them in order: features (T, V, D), the tower's
-    states (T, 1 + G*G, C), tiles (T, S, S, 3), or None for the batch's own tiles. Positions are
-    taken as they are, also beyond the trained window: the published training never stretched them.
+    vision_features: all images in order, at any stage: features (T, V, D), vision tower states
+    (T, 1 + G*G, C) or tiles (T, S, S, 3); None reads the batch's own tiles. Positions are used as
+    they are, even beyond the training window: the published training never rescaled them.
     """
-    how = how or ForwardOptions()
-    run = checkpointed_runner() if how.grad_checkpoint and is_trainable(model) else run_block
+    options = options or ForwardOptions()
+    checkpoints = options.grad_checkpoint and is_trainable(model)
+    run = checkpointed_runner() if checkpoints else run_block
     ids = mx.array(batch.input_ids)[None]
-    seen = batch_tiles(batch) if vision is None else vision
-    features = None if seen is None else visual_features(model, seen, how, run)
+    vision = batch_tiles(batch) if vision_features is None else vision_features
+    features = None if vision is None else visual_features(model, vision, options, run)
     check_feature_count(batch, model.image_id, 0 if features is None else features.shape[0])
     language = model.language_model
     rotary = language.rotary(mx.array(batch.positions), ids.shape[1], ntk=False)
-    kept = [PackedSequences(batch.spans)] * len(language.model.layers)
-    rows = mx.array(batch.target_positions)
-    return language.model(model.embed(ids, features), rotary, kept, rows, run)[0]
+    sequences = [PackedSequences(batch.spans)] * len(language.model.layers)
+    positions = mx.array(batch.target_positions)
+    return language.model(model.embed(ids, features), rotary, sequences, positions, run)[0]
 
 
 def batch_tiles(batch: Batch) -> mx.array | None:
-    """Give the tiles of all pictures, raw colours (T, S, S, 3); None without pictures."""
-    tiles = [seen.tiles for seen in batch.images]
+    """Return the tiles of all images, unnormalized (T, S, S, 3); None without images."""
+    tiles = [image.tiles for image in batch.images]
     return mx.array(np.concatenate(tiles)) if tiles else None
 
 
 def visual_features(
-    model: InternVL, seen: mx.array, how: ForwardOptions, run: BlockRunner
+    model: InternVL, vision: mx.array, options: ForwardOptions, run: BlockRunner
 ) -> mx.array:
-    """Bring pictures from the stage they are at to the decoder's width: -> (V, D)."""
-    if seen.ndim == TILE_NDIM:
-        seen = vision_states(model, seen, how, run)
-    if seen.shape[-2] == 1 + model.config.vision.grid**2:
-        seen = model.project(seen)
-    return seen.reshape(-1, seen.shape[-1])
+    """Bring images from whatever stage they are at to the decoder's width: -> (V, D)."""
+    if vision.ndim == TILE_NDIM:
+        vision = vision_states(model, vision, options, run)
+    if vision.shape[-2] == 1 + model.config.vision.grid**2:
+        vision = model.project(vision)
+    return vision.reshape(-1, vision.shape[-1])
 
 
 def vision_states(
-    model: InternVL, tiles: mx.array, how: ForwardOptions, run: BlockRunner
+    model: InternVL, tiles: mx.array, options: ForwardOptions, run: BlockRunner
 ) -> mx.array:
-    """Run the tower on a few tiles at a time: (T, S, S, 3) -> (T, 1 + G*G, C).
+    """Run the vision tower on a few tiles at a time: (T, S, S, 3) -> (T, 1 + G*G, C).
 
-    Of a frozen tower each chunk is computed before the next begins: no gradient asks for it.
-    Stochastic depth is for a tower that is trained.
+    With a frozen tower, each chunk is evaluated before the next begins, since no gradient needs its
+    graph. Stochastic depth applies to a trained tower only.
     """
     trained, layer = is_trainable(model.vision_model), model.config.select_layer
-    options: tuple[Any, ...] = (current_drop_path_rate(model, how), run) if trained else ()
+    extra: tuple[Any, ...] = (current_drop_path_rate(model, options), run) if trained else ()
     chunks = (tiles[i : i + TILES_PER_CHUNK] for i in range(0, tiles.shape[0], TILES_PER_CHUNK))
-    states = (model.vision_model(chunk, layer, *options) for chunk in chunks)
+    states = (model.vision_model(chunk, layer, *extra) for chunk in chunks)
     return mx.concatenate([x if trained else evaluate_and_detach(x) for x in states])
 
 
 def evaluate_and_detach(x: mx.array) -> mx.array:
-    """Compute now, and forget how: while gradients are taken MLX keeps all that led to an array.
+    """Evaluate x and drop its graph, which MLX would keep alive while gradients are traced.
 
-    Inside a compiled step nothing can be computed; x stays as it is.
+    Inside a compiled step nothing can be evaluated; x is returned unchanged.
     """
     with contextlib.suppress(ValueError):
         return mx.array(np.array(x.view(mx.uint8))).view(x.dtype)
     return x
 
 
-def current_drop_path_rate(model: InternVL, how: ForwardOptions) -> float:
-    """Say how likely the last block's branches are left out: never in evaluation."""
+def current_drop_path_rate(model: InternVL, options: ForwardOptions) -> float:
+    """Return the stochastic-depth rate of the last block: 0 in evaluation mode."""
     if not model.training:
         return 0.0
-    given = how.drop_path_rate
-    return model.config.vision.drop_path_rate if given is None else given
+    rate = options.drop_path_rate
+    return model.config.vision.drop_path_rate if rate is None else rate
 
 
 def check_feature_count(batch: Batch, image_id: int, features: int) -> None:
-    """Raise when a batch's image tokens and its pictures' visual tokens differ in number; inside a
-    compiled step none can be counted."""
+    """Raise PromptError unless there is one feature per image token.
+
+    Inside a compiled step the ids are traced and cannot be counted.
+    """
     try:
         tokens = int((np.asarray(batch.input_ids) == image_id).sum())
     except ValueError:  # ids are being traced
         return
     if tokens != features:
         raise PromptError(
-            f"{', '.join(batch.locations)}: {tokens} image tokens but {features} visual tokens from "
-            "its pictures; they must agree. Empty the feature cache if the pictures have changed"
+            f"{', '.join(batch.locations)}: {tokens} image tokens but {features} image features; "
+            "the two must match. If the images have changed, delete the feature cache"
         )

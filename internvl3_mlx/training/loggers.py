@@ -1,9 +1,8 @@
-"""What a run leaves behind to look at: a CSV and a plot always, other loggers where asked for."""
+"""Where a run's metrics go: always a CSV and a plot, and other loggers on request."""
 
 import csv
 import io
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -11,20 +10,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internvl3_mlx.errors import MissingExtraError, TrainingError
+from internvl3_mlx.files import atomic_write
 from internvl3_mlx.training.config import TrainConfig
-from internvl3_mlx.training.plot import draw_plot
-from internvl3_mlx.training.trainer import UpdateDone
+from internvl3_mlx.training.events import UpdateDone, ValidationDone
+from internvl3_mlx.training.plot import MetricsRow, draw_plot
 
 METRICS_FILE, PLOT_FILE = "metrics.csv", "loss.svg"
 PROJECT = "internvl3-mlx"
 GB = 1e9
-PLOT_EVERY = 20  # rows: whoever looks while a run goes on sees most of it
+PLOT_EVERY = 20  # rows, so that a plot opened during a run shows most of it
 UPDATE = "update"
-MetricsRow = Mapping[str, float | int | None]
 
 
 class Logger(Protocol):
-    """Somewhere that figures go."""
+    """A destination for metrics."""
 
     def log(self, row: MetricsRow) -> None: ...
 
@@ -32,46 +31,47 @@ class Logger(Protocol):
 
 
 def metrics_row(
-    step: UpdateDone, checked: Mapping[str, float] | None
+    done: UpdateDone, validation: ValidationDone | None
 ) -> dict[str, float | int | None]:
-    """Put an update's figures, and those of a validation after it, in one row."""
-    checked = checked or {}
+    """Combine the metrics of an update and of the validation after it in one row."""
+    val_metrics = validation.metrics if validation else {}
     return {
-        UPDATE: step.update,
-        "loss": step.loss,
-        "val_loss": checked.get("val_loss"),
-        "val_exact": checked.get("val_exact"),
-        **step.metrics,
-        **{f"val_{name}": checked.get(f"val_{name}") for name in step.metrics},
-        "learning_rate": step.learning_rate,
-        "grad_norm": step.grad_norm,
-        "tokens": step.tokens,
-        "trained_tokens": step.trained_tokens,
-        "tokens_per_second": step.tokens / step.seconds,
-        "memory_gb": step.peak_memory / GB,
-        "seconds": step.seconds,
-        "skipped": int(step.skipped),
+        UPDATE: done.update,
+        "loss": done.loss,
+        "val_loss": validation.loss if validation else None,
+        "val_exact": validation.exact_match if validation else None,
+        **done.metrics,
+        **{f"val_{name}": val_metrics.get(name) for name in done.metrics},
+        "learning_rate": done.learning_rate,
+        "grad_norm": done.grad_norm,
+        "tokens": done.tokens,
+        "trained_tokens": done.trained_tokens,
+        "tokens_per_second": done.tokens / done.seconds,
+        "memory_gb": done.peak_memory / GB,
+        "seconds": done.seconds,
+        "skipped": int(done.skipped),
     }
 
 
 @contextmanager
 def open_loggers(
-    recipe: TrainConfig, run: Path, after: int = 0, *, writes: bool = True
+    config: TrainConfig, run: Path, after: int = 0, *, is_main: bool = True
 ) -> "Iterator[LoggerList]":
-    """Open all that a recipe reports to; of a run that was resumed rows are kept to ``after``.
+    """Open all configured loggers, and close them at the end.
 
-    ``writes``: only one rank of several does; the others report to nobody.
+    after: the update a resumed run continues from; later rows of the CSV are dropped. Only the main
+    process logs; the list of the others is empty.
     """
-    if not writes:
+    if not is_main:
         yield LoggerList([])
         return
-    report = LoggerList(
-        [CSVLogger(run, after), *(make_logger(name, recipe, run) for name in recipe.report_to)]
+    loggers = LoggerList(
+        [CSVLogger(run, after), *(make_logger(name, config, run) for name in config.report_to)]
     )
     try:
-        yield report
+        yield loggers
     finally:
-        for logger in report.loggers:
+        for logger in loggers.loggers:
             logger.close()
 
 
@@ -79,7 +79,7 @@ def open_loggers(
 class LoggerList:
     """Passes each row to every logger."""
 
-    loggers: list[Logger]
+    loggers: Sequence[Logger]
 
     def log(self, row: MetricsRow) -> None:
         for logger in self.loggers:
@@ -88,57 +88,51 @@ class LoggerList:
 
 @dataclass(eq=False)
 class CSVLogger:
-    """The CSV, one row an update, and the plot that is drawn of it."""
+    """Writes ``metrics.csv``, one row per update, and the plot of it."""
 
     run: Path
     after: int = 0
     rows: list[MetricsRow] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = [
-            row for row in read_metrics(self.run / METRICS_FILE) if (row[UPDATE] or 0) <= self.after
-        ]
+        rows = read_metrics(self.run / METRICS_FILE)
+        self.rows = [row for row in rows if (row[UPDATE] or 0) <= self.after]
         self.rewrite()
 
     def log(self, row: MetricsRow) -> None:
-        known = [*self.rows[0]] if self.rows else [*row]
+        columns = [*self.rows[0]] if self.rows else [*row]
         self.rows.append(row)
-        if [*row] != known or len(self.rows) == 1:
+        if [*row] != columns or len(self.rows) == 1:
             self.rewrite()
         else:
             with (self.run / METRICS_FILE).open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, known).writerow(row)
+                csv.DictWriter(file, columns).writerow(row)
         if len(self.rows) % PLOT_EVERY == 0:
             self.write_plot()
 
     def rewrite(self) -> None:
-        """Write the table anew, whole before it takes its name."""
+        """Write the whole table, atomically."""
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns)
         if columns:
             writer.writeheader()
         writer.writerows(self.rows)
-        replace(self.run / METRICS_FILE, text.getvalue())
+        with atomic_write(self.run / METRICS_FILE) as path:
+            path.write_text(text.getvalue(), encoding="utf-8", newline="")
 
     def write_plot(self) -> None:
-        replace(self.run / PLOT_FILE, draw_plot(self.rows))
+        with atomic_write(self.run / PLOT_FILE) as path:
+            path.write_text(draw_plot(self.rows), encoding="utf-8")
 
     def close(self) -> None:
-        """Draw what there is, if there is anything."""
+        """Draw the final plot, if there are any rows."""
         if self.rows:
             self.write_plot()
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file beside ``path`` and let it take the name."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8", newline="")
-    os.replace(aside, path)
-
-
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Read a table back; none is an empty one."""
+    """Read ``metrics.csv``; a missing file has no rows."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -148,40 +142,45 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
                 for row in csv.DictReader(file)
             ]
         except (ValueError, TypeError) as error:
-            raise TrainingError(f"{path} is no table of figures; move it away") from error
+            raise TrainingError(
+                f"{path} is not a metrics table written by a run; move it to another folder"
+            ) from error
 
 
-def make_logger(name: str, recipe: TrainConfig, run: Path) -> Logger:
-    """Open a logger whose library is installed; say how to install it where it is not."""
-    library, make = LOGGERS[name]
+def make_logger(name: str, config: TrainConfig, run: Path) -> Logger:
+    """Create a logger; raises MissingExtraError when its library is not installed."""
+    _, make = LOGGERS[name]
+    return make(import_library(name), config, run)
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """Raise MissingExtraError for a logger that is not installed, before anything is loaded."""
+    for name in config.report_to:
+        import_library(name)
+
+
+def import_library(name: str) -> Any:
+    """Import the library of a logger."""
+    library, _ = LOGGERS[name]
     try:
-        module = import_module(library)
+        return import_module(library)
     except ImportError as error:
         raise MissingExtraError(f"--report-to {name}", library, name) from error
-    return make(module, recipe, run)
-
-
-def check_loggers(recipe: TrainConfig) -> None:
-    """Refuse a logger that is not installed, before anything is loaded."""
-    for name in recipe.report_to:
-        try:
-            import_module(LOGGERS[name][0])
-        except ImportError as error:
-            raise MissingExtraError(f"--report-to {name}", LOGGERS[name][0], name) from error
 
 
 def logged_values(row: MetricsRow) -> dict[str, float | int]:
+    """Return the metrics of a row that have a value."""
     return {name: value for name, value in row.items() if value is not None and name != UPDATE}
 
 
 class WandbLogger:
-    """Weights & Biases or SwanLab, whose calls are alike."""
+    """Logs to Weights & Biases, or to SwanLab, which has the same interface."""
 
-    def __init__(self, module: Any, recipe: TrainConfig, run: Path):
+    def __init__(self, module: Any, config: TrainConfig, run: Path):
         self.module = module
         folders = {"wandb": {"dir": str(run)}, "swanlab": {"logdir": str(run / "swanlab")}}
         module.init(
-            project=PROJECT, name=run.name, config=recipe.to_dict(), **folders[module.__name__]
+            project=PROJECT, name=run.name, config=config.to_dict(), **folders[module.__name__]
         )
 
     def log(self, row: MetricsRow) -> None:
@@ -192,13 +191,12 @@ class WandbLogger:
 
 
 class TensorBoardLogger:
-    """TensorBoard, written by tensorboardX, which needs no torch."""
+    """Logs to TensorBoard through tensorboardX, which does not need PyTorch."""
 
-    def __init__(self, module: Any, recipe: TrainConfig, run: Path):
+    def __init__(self, module: Any, config: TrainConfig, run: Path):
         self.writer = module.SummaryWriter(str(run / "tensorboard"))
-        self.writer.add_text(
-            "recipe", "\n".join(f"    {k}: {v}" for k, v in recipe.to_dict().items())
-        )
+        lines = (f"    {name}: {value}" for name, value in config.to_dict().items())
+        self.writer.add_text("config", "\n".join(lines))
 
     def log(self, row: MetricsRow) -> None:
         for name, value in logged_values(row).items():
@@ -208,7 +206,7 @@ class TensorBoardLogger:
         self.writer.close()
 
 
-# name -> the library to import, and what is made of it
+# name -> the library to import, and the logger that uses it
 LOGGERS: Mapping[str, tuple[str, Any]] = {
     "wandb": ("wandb", WandbLogger),
     "tensorboard": ("tensorboardX", TensorBoardLogger),

@@ -1,4 +1,4 @@
-"""Which layers are adapted, and adapters saved and loaded in PEFT's form."""
+"""Add LoRA adapters to a model; save them to and load them from PEFT's format."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ import mlx.nn as nn
 from internvl3_mlx.adapters.attach import attach_adapter
 from internvl3_mlx.adapters.peft import Adapter, load_adapter, unchanged_siblings
 from internvl3_mlx.adapters.peft_writer import PeftOptions, layout_keymap, save_adapter
-from internvl3_mlx.checkpoints.writer import writing_folder
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.files import atomic_folder
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import (
     LoRALinear,
@@ -34,10 +34,11 @@ from internvl3_mlx.training.trainable import (
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """How layers are adapted. ``keys`` say which: presets, or patterns over the layers' names.
+    """The shape of the adapters, and the layers that get them.
 
-    alpha over rank (over its root with ``rslora``) scales what is added. ``layers``: only the last
-    so many of the decoder, ``vision_layers`` of the tower.
+    keys: presets, or patterns over layer names. The update is scaled by alpha / rank (alpha /
+    sqrt(rank) with ``rslora``). layers, vision_layers: only the last so many of the decoder and of
+    the vision tower.
     """
 
     rank: int = 16
@@ -51,36 +52,37 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UserError(f"a LoRA rank of {self.rank} was asked for; it is 1 or more")
+            raise UserError(f"the LoRA rank is {self.rank}; it must be at least 1")
         if self.alpha <= 0:
-            raise UserError(f"a LoRA alpha of {self.alpha:g} was asked for; it is above 0")
+            raise UserError(f"the LoRA alpha is {self.alpha:g}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise UserError(
-                f"a LoRA dropout of {self.dropout:g} was asked for; wanted is 0 or more, below 1"
+                f"the LoRA dropout is {self.dropout:g}; it must be at least 0 and below 1"
             )
         for last in (self.layers, self.vision_layers):
             if last is not None and last < 1:
-                raise UserError(f"the last {last} layers were asked for; it is 1 or more")
+                raise UserError(f"the number of adapted layers is {last}; it must be at least 1")
         if not self.keys:
-            raise UserError("no LoRA keys; name layers, such as language, vision or q_proj")
+            raise UserError("no LoRA keys given; name layers, such as language, vision or q_proj")
 
     @property
     def scale(self) -> float:
+        """The factor of the low-rank update."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def add_lora(model: InternVL, settings: LoRAConfig) -> tuple[str, ...]:
-    """Put fresh adapters beside the layers that ``settings`` choose; return their names.
+def add_lora(model: InternVL, config: LoRAConfig) -> tuple[str, ...]:
+    """Add newly initialized adapters to the selected layers, and return the layers' names.
 
-    They alone are trained from then on, unless ``set_trainable`` says otherwise. The draws come
-    from MLX's random state: seed it first. Raises UserError, with near names, for a key that
-    matches no layer.
+    Only the adapters are trained from then on, until ``set_trainable`` is called. Initial weights
+    come from MLX's random state: seed it first. Raises UserError, with similar names, for a key
+    that matches no layer.
     """
-    names = select_layers(model, settings.keys, settings.layers, settings.vision_layers)
+    names = select_layers(model, config.keys, config.layers, config.vision_layers)
     modules = dict(model.named_modules())
     for name in names:
         adapted = LoRALinear.from_base(
-            modules[name], settings.rank, settings.scale, settings.dropout, dora=settings.dora
+            modules[name], config.rank, config.scale, config.dropout, dora=config.dora
         )
         replace_module(model, name, adapted)
     set_trainable(model, (LORA,))
@@ -89,7 +91,7 @@ def add_lora(model: InternVL, settings: LoRAConfig) -> tuple[str, ...]:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Make the model its base, as it answers: no adapter, no dropout, no drop path."""
+    """Run the base model inside the context: without adapters, dropout or stochastic depth."""
     layers = [(layer, layer.enabled) for _, layer in lora_layers(model)]
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -98,69 +100,69 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = False
         yield
     finally:
-        for layer, active in layers:
-            layer.enabled = active
+        for layer, enabled in layers:
+            layer.enabled = enabled
         restore_modes(modes)
 
 
 def save_model_adapter(
     model: InternVL,
     folder: Path,
-    settings: LoRAConfig,
-    naming: str = "original",
+    config: LoRAConfig,
+    layout: str = "original",
     *,
-    base: str | None = None,
+    base_model: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a model's adapters, and what was trained beside them, as a folder that PEFT reads.
+    """Save a model's adapters, and the modules trained with them, as a folder that PEFT reads.
 
-    naming: "original" for the published remote code, "native" for transformers' own classes, "mlx"
-    for a run's checkpoints. The folder appears when it is whole.
+    layout: the layer names, "original" for the published remote code, "hf" for transformers' own
+    classes, "mlx" for ours. The folder appears only when it is complete.
     """
-    with writing_folder(folder, overwrite=overwrite) as aside:
-        write_adapter_into(model, aside, settings, naming, base=base)
+    with atomic_folder(folder, overwrite=overwrite) as aside:
+        write_adapter_into(model, aside, config, layout, base_model=base_model)
 
 
 def write_adapter_into(
     model: InternVL,
     folder: Path,
-    settings: LoRAConfig,
-    naming: str = "original",
+    config: LoRAConfig,
+    layout: str = "original",
     *,
-    base: str | None = None,
+    base_model: str | None = None,
 ) -> None:
-    """Write the two files of an adapter into a folder that exists, such as a checkpoint's."""
-    form = PeftOptions(settings.alpha, settings.rslora, settings.dropout, base)
-    save_adapter(collect_adapter(model, naming), folder, model.config, form, naming)
+    """Write the two files of an adapter into an existing folder, such as a checkpoint's."""
+    options = PeftOptions(config.alpha, config.rslora, config.dropout, base_model)
+    save_adapter(collect_adapter(model, layout), folder, model.config, options, layout)
 
 
-def collect_adapter(model: InternVL, naming: str) -> Adapter:
-    """Gather what was trained: factors, and whole modules beside them."""
-    changes = {f"{path}.weight": layer.weights for path, layer in lora_layers(model)}
-    if not changes:
-        raise UserError("the model has no adapters to save; save the model instead")
-    keymap = layout_keymap(naming, model.config)
-    lengthened = {name: f for name, f in changes.items() if f.magnitude is not None}
-    idle = {name: zero_lora_weights(model, name) for name in unchanged_siblings(lengthened, keymap)}
-    return Adapter({**changes, **idle}, modules_to_save(model))
+def collect_adapter(model: InternVL, layout: str) -> Adapter:
+    """Collect what was trained: LoRA weights, and whole modules next to them."""
+    deltas = {f"{path}.weight": layer.weights for path, layer in lora_layers(model)}
+    if not deltas:
+        raise UserError("the model has no adapters to save; export the whole model instead")
+    keymap = layout_keymap(layout, model.config)
+    dora = {name: weights for name, weights in deltas.items() if weights.magnitude is not None}
+    unchanged = {name: zero_lora_weights(model, name) for name in unchanged_siblings(dora, keymap)}
+    return Adapter({**deltas, **unchanged}, modules_to_save(model))
 
 
 def zero_lora_weights(model: InternVL, name: str) -> LoRAWeights:
-    """State the rows' own lengths of a layer that DoRA leaves alone, to be joined with others."""
+    """Return rank-0 weights with a layer's own row norms, to be concatenated with DoRA weights."""
     linear = dict(model.named_modules())[name.removesuffix(".weight")]
     rows, columns = linear_shape(linear)
-    own = row_norms(dequantized_weight(linear))
-    return LoRAWeights(mx.zeros((0, columns)), mx.zeros((rows, 0)), 1.0, own)
+    norms = row_norms(dequantized_weight(linear))
+    return LoRAWeights(mx.zeros((0, columns)), mx.zeros((rows, 0)), 1.0, norms)
 
 
 def load_adapter_into_model(model: InternVL, folder: Path) -> tuple[str, ...]:
-    """Give a model, adapted already or not, the adapters of a folder; return their names.
+    """Load the adapters of a folder into a model, and return the names of the adapted layers.
 
-    Where it was not, they alone are trained from then on. Raises when the folder's layers or ranks
-    are not those that the model is adapted with.
+    A model without adapters gets them, and only they are trained from then on. Raises UserError
+    when the model's adapters have other layers or ranks than the folder's.
     """
-    was_adapted = any(lora_layers(model))
+    had_adapters = any(lora_layers(model))
     names = attach_adapter(model, load_adapter(folder, model.config))
-    if not was_adapted:
+    if not had_adapters:
         set_trainable(model, (LORA,))
     return names

@@ -1,4 +1,4 @@
-"""The terms of mixed preference optimisation, from log-probabilities.
+"""The loss terms of mixed preference optimization (MPO), computed from log-probabilities.
 
 Sources: InternVL3 (arXiv 2504.10479) section 2; MPO (arXiv 2411.10442) section 3; DPO (2305.18290);
 BCO (2404.04656).
@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 @dataclass(frozen=True)
 class MPOTerms:
-    """MPO's terms of one micro-batch of B pairs: three means, the rewards, the running shift.
+    """MPO's terms for one micro-batch of B pairs: three mean losses, rewards, the reward shift.
 
     dpo, bco, sft, shift, count: scalars; chosen_reward, rejected_reward: (B,).
     """
@@ -29,10 +29,11 @@ class MPOTerms:
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """How two answers are told apart.
+    """Hyperparameters of the preference terms.
 
-    running: the shift is the mean of all micro-batches' mean rewards, this one's included; without
-    it the shift stays as it is given. across: averages a number over ranks.
+    running_shift: update the reward shift to the mean over all micro-batches so far, including the
+    current one; otherwise the given shift is used unchanged. all_mean: averages a scalar over all
+    processes.
     """
 
     beta: float = 0.1
@@ -54,16 +55,14 @@ def mpo_terms(
     shift: mx.array | float = 0.0,
     count: mx.array | float = 0,
 ) -> MPOTerms:
-    """Compute the terms of mixed preference optimisation from per-token log-probabilities (B, L).
+    """Compute the terms of mixed preference optimization from token log-probabilities (B, L).
 
-    Masks are 1 on the answers' tokens; what stands elsewhere is never looked at. ``shift`` and
-    ``count`` come from the micro-batch before, the returned ones go to the next. The shift is
-    updated before it is used and has no gradient. NumPy arrays will do as well.
+    Masks are 1 on answer tokens; values elsewhere are ignored. Pass the returned ``shift`` and
+    ``count`` to the next micro-batch. The shift is updated before it is used and carries no
+    gradient. NumPy arrays are accepted as well.
     """
-    chosen, rejected = (
-        apply_mask(policy_chosen, chosen_mask),
-        apply_mask(policy_rejected, rejected_mask),
-    )
+    chosen = apply_mask(policy_chosen, chosen_mask)
+    rejected = apply_mask(policy_rejected, rejected_mask)
     return preference_terms(
         (chosen - apply_mask(reference_chosen, chosen_mask)).sum(axis=-1),
         (rejected - apply_mask(reference_rejected, rejected_mask)).sum(axis=-1),
@@ -75,39 +74,42 @@ def mpo_terms(
 
 
 def apply_mask(values: mx.array, mask: mx.array) -> mx.array:
-    """Put 0 where the mask is 0; padding may hold anything, even no number."""
+    """Set values to 0 where the mask is 0; padding may hold anything, even NaN."""
     return mx.where(as_array(mask) != 0, as_array(values), 0)
 
 
-def as_array(given: mx.array | float) -> mx.array:
-    """Take what MLX can compute with as it is, and make it of anything else."""
-    return given if isinstance(given, mx.array) else mx.array(given)
+def as_array(value: mx.array | float) -> mx.array:
+    """Convert to mx.array if needed."""
+    return value if isinstance(value, mx.array) else mx.array(value)
 
 
 def preference_terms(
     chosen: mx.array,
     rejected: mx.array,
     sft: mx.array,
-    how: PreferenceConfig,
+    config: PreferenceConfig,
     shift: mx.array,
     count: mx.array,
 ) -> MPOTerms:
-    """Compute MPO's terms from summed log-ratios, policy over reference: chosen, rejected (B,)."""
-    good, bad = how.beta * chosen, how.beta * rejected
-    if how.running_shift:
-        shift, count = update_shift(mx.concatenate([good, bad]).mean(), how, shift, count)
-    smooth = how.label_smoothing
-    dpo = -(1 - smooth) * nn.log_sigmoid(good - bad) - smooth * nn.log_sigmoid(bad - good)
-    bco = -nn.log_sigmoid(good - shift) - nn.log_sigmoid(shift - bad)
-    return MPOTerms(dpo.mean(), bco.mean(), sft, good, bad, shift, count)
+    """Compute MPO's terms from summed log-ratios of policy to reference: chosen, rejected (B,)."""
+    chosen_reward, rejected_reward = config.beta * chosen, config.beta * rejected
+    if config.running_shift:
+        mean_reward = mx.concatenate([chosen_reward, rejected_reward]).mean()
+        shift, count = update_shift(mean_reward, config, shift, count)
+    margin, smoothing = chosen_reward - rejected_reward, config.label_smoothing
+    dpo = -(1 - smoothing) * nn.log_sigmoid(margin) - smoothing * nn.log_sigmoid(
+        rejected_reward - chosen_reward
+    )
+    bco = -nn.log_sigmoid(chosen_reward - shift) - nn.log_sigmoid(shift - rejected_reward)
+    return MPOTerms(dpo.mean(), bco.mean(), sft, chosen_reward, rejected_reward, shift, count)
 
 
 def update_shift(
-    reward: mx.array, how: PreferenceConfig, shift: mx.array, count: mx.array
+    reward: mx.array, config: PreferenceConfig, shift: mx.array, count: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Take one more micro-batch's mean reward into the running mean."""
+    """Add a micro-batch's mean reward to the running mean; return the mean and its count."""
     reward = mx.stop_gradient(reward)
-    if how.all_mean is not None:
-        reward = how.all_mean(reward)
+    if config.all_mean is not None:
+        reward = config.all_mean(reward)
     count = count + 1
     return shift + (reward - shift) / count, count

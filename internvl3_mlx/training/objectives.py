@@ -1,7 +1,8 @@
-"""What is learned from a micro-batch: SFT and pre-training, or mixed preference optimisation.
+"""Training objectives: supervised fine-tuning (SFT), pre-training, and MPO.
 
-A method gives a numerator, whose gradient is taken, and a denominator: the trainer sums both over
-micro-batches and ranks and divides once, so that a token weighs the same however a batch is cut.
+An objective returns a numerator, which is differentiated, and a denominator. The trainer sums both
+over micro-batches and ranks and divides once, so that every token has the same weight however a
+batch is split.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from internvl3_mlx.training.token_log_probs import CHUNK, token_log_probs
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What one micro-batch gives: scalars, and ``figures`` to be averaged for the log."""
+    """The loss of one micro-batch as a fraction of scalars, and ``metrics`` to average and log."""
 
     numerator: mx.array
     denominator: mx.array
@@ -31,9 +32,9 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class ObjectiveState:
-    """What a method remembers between micro-batches; it belongs in every checkpoint. Scalars.
+    """State an objective carries between micro-batches, saved in every checkpoint. Scalars.
 
-    shift: the running mean of MPO's rewards. count: of how many micro-batches.
+    shift: the running mean of MPO's rewards. count: the number of micro-batches in it.
     """
 
     shift: mx.array = field(default_factory=lambda: mx.array(0.0))
@@ -41,7 +42,7 @@ class ObjectiveState:
 
 
 class Objective(Protocol):
-    """Something that can be learned from a batch."""
+    """Computes the loss of a batch."""
 
     @property
     def name(self) -> str: ...
@@ -53,15 +54,15 @@ class Objective(Protocol):
         self,
         model: InternVL,
         batch: Batch,
-        vision: mx.array | None,
-        reference: mx.array | None,
+        vision_features: mx.array | None,
+        reference_log_probs: mx.array | None,
         state: ObjectiveState,
     ) -> tuple[LossOutput, ObjectiveState]: ...
 
 
 @dataclass(frozen=True)
 class SFT:
-    """Cross-entropy weighted by ``batch.weights``: sum(CE * w) over sum(w)."""
+    """Weighted cross-entropy: sum(CE * loss_weights) / sum(loss_weights)."""
 
     name: str = "sft"
     forward: ForwardOptions = ForwardOptions()
@@ -72,21 +73,21 @@ class SFT:
         self,
         model: InternVL,
         batch: Batch,
-        vision: mx.array | None,
-        reference: mx.array | None,
+        vision_features: mx.array | None,
+        reference_log_probs: mx.array | None,
         state: ObjectiveState,
     ) -> tuple[LossOutput, ObjectiveState]:
-        found = target_log_probs(model, batch, vision, self.forward, self.chunk)
+        scores = target_log_probs(model, batch, vision_features, self.forward, self.chunk)
         weights = mx.array(batch.loss_weights)
-        return LossOutput(-(found * weights).sum(), weights.sum(), {}), state
+        return LossOutput(-(scores * weights).sum(), weights.sum(), {}), state
 
 
 @dataclass(frozen=True)
 class MPO:
-    """MPO: weighted DPO, BCO and SFT terms; a weight of 0 leaves a term out.
+    """Mixed preference optimization: weighted DPO, BCO and SFT terms; weight 0 skips a term.
 
-    The defaults are the published ones. Both answers of a pair stand behind one prompt, which is
-    read once.
+    The defaults are the published ones. The two answers of a pair share one prompt, which is read
+    once.
     """
 
     name: str = "mpo"
@@ -105,42 +106,45 @@ class MPO:
         self,
         model: InternVL,
         batch: Batch,
-        vision: mx.array | None,
-        reference: mx.array | None,
+        vision_features: mx.array | None,
+        reference_log_probs: mx.array | None,
         state: ObjectiveState,
     ) -> tuple[LossOutput, ObjectiveState]:
         if not self.needs_reference:
-            loss = chosen_loss(
-                chosen := chosen_only(batch), self.policy_log_probs(model, chosen, vision)
-            )
+            chosen = chosen_only(batch)
+            loss = chosen_loss(chosen, self.policy_log_probs(model, chosen, vision_features))
             return LossOutput(self.sft_weight * loss, mx.array(1.0), {"sft": loss}), state
-        if reference is None:
-            raise UserError("dpo and bco compare with a reference, and none was given")
-        policy = self.policy_log_probs(model, batch, vision)
-        sums = sum_by_answer(batch, policy - mx.stop_gradient(reference))
+        if reference_log_probs is None:
+            raise UserError(
+                "DPO and BCO compare with a reference model, but no reference log-probabilities "
+                "were given; pass them, or set dpo_weight and bco_weight to 0"
+            )
+        policy = self.policy_log_probs(model, batch, vision_features)
+        sums = sum_by_answer(batch, policy - mx.stop_gradient(reference_log_probs))
         sft = chosen_loss(batch, policy)
-        how = replace(
-            self.preference, running_shift=self.preference.running_shift and model.training
-        )
-        terms = preference_terms(sums[0::2], sums[1::2], sft, how, state.shift, state.count)
-        micro = LossOutput(self.weighted_sum(terms), mx.array(1.0), mpo_metrics(terms))
-        return micro, ObjectiveState(terms.shift, terms.count)
+        running = self.preference.running_shift and model.training
+        config = replace(self.preference, running_shift=running)
+        terms = preference_terms(sums[0::2], sums[1::2], sft, config, state.shift, state.count)
+        output = LossOutput(self.weighted_sum(terms), mx.array(1.0), mpo_metrics(terms))
+        return output, ObjectiveState(terms.shift, terms.count)
 
-    def policy_log_probs(self, model: InternVL, batch: Batch, vision: mx.array | None) -> mx.array:
-        return target_log_probs(model, batch, vision, self.forward, self.chunk)
+    def policy_log_probs(
+        self, model: InternVL, batch: Batch, vision_features: mx.array | None
+    ) -> mx.array:
+        return target_log_probs(model, batch, vision_features, self.forward, self.chunk)
 
     def weighted_sum(self, terms: MPOTerms) -> mx.array:
-        """Add the terms up; one that weighs nothing is never computed."""
-        weighed = (
+        """Add up the weighted terms; a term of weight 0 is never computed."""
+        weighted = (
             (self.dpo_weight, terms.dpo),
             (self.bco_weight, terms.bco),
             (self.sft_weight, terms.sft),
         )
-        return sum((weight * term for weight, term in weighed if weight), start=mx.array(0.0))
+        return sum((weight * term for weight, term in weighted if weight), start=mx.array(0.0))
 
 
 def mpo_metrics(terms: MPOTerms) -> dict[str, mx.array]:
-    """Report each term and what the answers' rewards do, apart."""
+    """Collect each term, the rewards, their margin and the preference accuracy. Scalars."""
     margin = terms.chosen_reward - terms.rejected_reward
     return {
         "dpo": terms.dpo,
@@ -155,60 +159,62 @@ def mpo_metrics(terms: MPOTerms) -> dict[str, mx.array]:
 
 
 def chosen_only(batch: Batch) -> Batch:
-    """Leave the rejected answers out: every second one behind a prompt."""
-    kept = np.ones(len(batch.input_ids), bool)
+    """Drop the rejected answer of each pair: the second of the two spans that share a prompt."""
+    keep = np.ones(len(batch.input_ids), bool)
     rejected = [span for span in batch.spans if span.prefix is not None][1::2]
     for span in rejected:
-        kept[span.start : span.stop] = False
-    place, mine = np.cumsum(kept) - 1, np.asarray(batch.answer_ids) % 2 == 0
+        keep[span.start : span.stop] = False
+    new_index, is_chosen = np.cumsum(keep) - 1, np.asarray(batch.answer_ids) % 2 == 0
     return replace(
         batch,
-        input_ids=np.asarray(batch.input_ids)[kept],
-        positions=np.asarray(batch.positions)[kept],
-        spans=tuple(remap_span(span, place) for span in batch.spans if span not in rejected),
-        target_positions=place[np.asarray(batch.target_positions)[mine]],
-        targets=np.asarray(batch.targets)[mine],
-        answer_ids=np.asarray(batch.answer_ids)[mine],
-        loss_weights=np.asarray(batch.loss_weights)[mine],
+        input_ids=np.asarray(batch.input_ids)[keep],
+        positions=np.asarray(batch.positions)[keep],
+        spans=tuple(remap_span(span, new_index) for span in batch.spans if span not in rejected),
+        target_positions=new_index[np.asarray(batch.target_positions)[is_chosen]],
+        targets=np.asarray(batch.targets)[is_chosen],
+        answer_ids=np.asarray(batch.answer_ids)[is_chosen],
+        loss_weights=np.asarray(batch.loss_weights)[is_chosen],
     )
 
 
-def remap_span(span: Span, place: np.ndarray) -> Span:
-    """Say where a span lies when the row has lost some tokens before it."""
+def remap_span(span: Span, new_index: np.ndarray) -> Span:
+    """Move a span to where its tokens are after others were dropped. new_index: (L,)."""
 
-    def at(start: int, stop: int) -> tuple[int, int]:
-        return int(place[start]), int(place[stop - 1]) + 1
+    def remap(start: int, stop: int) -> tuple[int, int]:
+        return int(new_index[start]), int(new_index[stop - 1]) + 1
 
-    return Span(*at(span.start, span.stop), span.prefix and at(*span.prefix))
+    return Span(*remap(span.start, span.stop), span.prefix and remap(*span.prefix))
 
 
 def target_log_probs(
     model: InternVL,
     batch: Batch,
-    vision: mx.array | None,
-    how: ForwardOptions | None = None,
+    vision_features: mx.array | None,
+    forward: ForwardOptions | None = None,
     chunk: int = CHUNK,
 ) -> mx.array:
-    """Score every target of a batch: -> (N,) float32."""
-    states = target_states(model, batch, vision, how)
-    targets, learning = mx.array(batch.targets), model.training
-    return token_log_probs(model.language_model, states, targets, chunk=chunk, needs_grad=learning)
+    """Compute the log-probability of every target of a batch: -> (N,) float32."""
+    states = target_states(model, batch, vision_features, forward)
+    targets = mx.array(batch.targets)
+    return token_log_probs(
+        model.language_model, states, targets, chunk=chunk, needs_grad=model.training
+    )
 
 
 def sum_by_answer(batch: Batch, values: mx.array) -> mx.array:
-    """Sum what belongs to each answer, in one fixed order: (N,) -> (answers,)."""
-    mine = mx.array(batch.answer_ids) == mx.arange(batch.num_answers)[:, None]
-    return mx.where(mine, values, 0).sum(axis=-1)
+    """Sum the values of each answer, in a fixed order: (N,) -> (num_answers,)."""
+    mask = mx.array(batch.answer_ids) == mx.arange(batch.num_answers)[:, None]
+    return mx.where(mask, values, 0).sum(axis=-1)
 
 
-def chosen_loss(batch: Batch, policy: mx.array) -> mx.array:
-    """Average the cross-entropy over all tokens of the chosen answers, the even ones."""
+def chosen_loss(batch: Batch, log_probs: mx.array) -> mx.array:
+    """Average the cross-entropy over all tokens of the chosen (even) answers: (N,) -> scalar."""
     chosen = mx.array(batch.answer_ids) % 2 == 0
-    return -mx.where(chosen, policy, 0).sum() / chosen.sum()
+    return -mx.where(chosen, log_probs, 0).sum() / chosen.sum()
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sft": SFT,
-    "pretrain": lambda **settings: SFT(name="pretrain", **settings),
+    "pretrain": lambda **options: SFT(name="pretrain", **options),
     "mpo": MPO,
 }

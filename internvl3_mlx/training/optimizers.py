@@ -1,7 +1,7 @@
-"""MLX's optimizers by name, how far they step, and the clipping of gradients.
+"""MLX's optimizers by name, learning rate schedules, gradient clipping and weight decay.
 
-The optimizer moves float32 weights whatever the model computes in: a step of 1e-5 is lost when it
-is added to a 16-bit number.
+The optimizer updates float32 master weights whatever the compute dtype: an update of 1e-5 would be
+lost when added to a 16-bit number.
 """
 
 import math
@@ -16,11 +16,11 @@ from mlx.utils import tree_map, tree_reduce
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.params import Arrays, Tree
 
-EPSILON = 1e-6  # a gradient of 0 has no direction to divide by
+EPSILON = 1e-6  # avoids dividing by zero when the gradient is 0
 
-# none decays weights by itself: ``shrunk`` does, in the same way for all of them
+# none of them decays weights itself: ``decay_weights`` does so in the same way for all
 OPTIMIZERS: Mapping[str, Callable[[float], optim.Optimizer]] = MappingProxyType({
-    "adamw": partial(optim.Adam, bias_correction=True),  # as PyTorch's; MLX leaves it out
+    "adamw": partial(optim.Adam, bias_correction=True),  # as in PyTorch; off by default in MLX
     "adam": partial(optim.Adam, bias_correction=True),
     "adamax": optim.Adamax,
     "adafactor": partial(optim.Adafactor, relative_step=False, scale_parameter=False),
@@ -33,72 +33,78 @@ OPTIMIZERS: Mapping[str, Callable[[float], optim.Optimizer]] = MappingProxyType(
 })  # fmt: skip
 
 
-def build_optimizer(recipe: TrainConfig) -> optim.Optimizer:
-    """Build the optimizer of a recipe; ``step_size`` is set before every update."""
-    return OPTIMIZERS[recipe.optimizer](recipe.learning_rate)
+def build_optimizer(config: TrainConfig) -> optim.Optimizer:
+    """Build the configured optimizer; its learning rate is set before every update."""
+    return OPTIMIZERS[config.optimizer](config.learning_rate)
 
 
-def learning_rate_at(recipe: TrainConfig, update: int, updates: int) -> float:
-    """Give the step size of one update of so many, counted from 1.
+def learning_rate_at(config: TrainConfig, update: int, total_updates: int) -> float:
+    """Return the learning rate of an update, counted from 1.
 
-    It rises in a straight line to the highest, and falls by the schedule towards its end, which
-    the update after the last would have: no update is wasted on a step of 0.
+    It warms up linearly to the peak and then follows the schedule. The final value would belong to
+    the update after the last one, so no update is spent at a learning rate of 0.
     """
-    rising = warmup_updates(recipe, updates)
-    if update <= rising:
-        return recipe.learning_rate * update / rising
-    done = min((update - 1 - rising) / max(updates - rising, 1), 1.0)
-    fall = SCHEDULES[recipe.lr_schedule](done)
-    return recipe.learning_rate * (recipe.lr_end + (1 - recipe.lr_end) * fall)
+    warmup = warmup_updates(config, total_updates)
+    if update <= warmup:
+        return config.learning_rate * update / warmup
+    progress = min((update - 1 - warmup) / max(total_updates - warmup, 1), 1.0)
+    factor = SCHEDULES[config.lr_schedule](progress)
+    return config.learning_rate * (config.lr_end + (1 - config.lr_end) * factor)
 
 
-def warmup_updates(recipe: TrainConfig, updates: int) -> int:
-    if recipe.warmup_steps is not None:
-        return recipe.warmup_steps
-    return math.ceil(recipe.warmup_ratio * updates)
+def warmup_updates(config: TrainConfig, total_updates: int) -> int:
+    """Return the number of warmup updates: given directly, or as a share of all updates."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return math.ceil(config.warmup_ratio * total_updates)
 
 
-def linear(done: float) -> float:
-    return 1 - done
+def linear(progress: float) -> float:
+    """Decay linearly from 1 to 0."""
+    return 1 - progress
 
 
-def cosine(done: float) -> float:
-    return (1 + math.cos(math.pi * done)) / 2
+def cosine(progress: float) -> float:
+    """Decay from 1 to 0 along half a cosine."""
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def constant(_: float) -> float:
+    """Stay at 1."""
     return 1.0
 
 
-# how much of the highest step size is left, by the share of the way that is done
+# fraction of the peak learning rate by the fraction of the updates after warmup that are done
 SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType({
     "cosine": cosine, "linear": linear, "constant": constant,
 })  # fmt: skip
 
 
 def global_norm(gradients: Tree) -> mx.array:
-    """Give the length of all gradients as one vector, summed in float32."""
+    """Compute the L2 norm over all gradients together, in float32: -> scalar."""
     total: mx.array = tree_reduce(
-        lambda so_far, g: so_far + g.astype(mx.float32).square().sum(), gradients, mx.array(0.0)
+        lambda sum_so_far, g: sum_so_far + g.astype(mx.float32).square().sum(),
+        gradients,
+        mx.array(0.0),
     )
     return mx.sqrt(total)
 
 
-def clip_gradients(gradients: Tree, norm: mx.array, longest: float) -> Tree:
-    """Shorten gradients of length ``norm`` to ``longest``; 0 leaves them as they are."""
-    if not longest:
+def clip_gradients(gradients: Tree, norm: mx.array, max_norm: float) -> Tree:
+    """Scale gradients of norm ``norm`` down to ``max_norm``; 0 disables clipping."""
+    if not max_norm:
         return gradients
-    scale = mx.minimum(longest / (norm + EPSILON), 1.0)
+    scale = mx.minimum(max_norm / (norm + EPSILON), 1.0)
     return tree_map(lambda g: g * scale, gradients)
 
 
-def decay_weights(weights: Tree, by: float) -> Tree:
-    """Draw matrices towards 0 by a share of themselves; biases, norms and scales are left alone."""
-    if not by:
+def decay_weights(weights: Tree, rate: float) -> Tree:
+    """Apply decoupled weight decay to matrices; biases, norms and scales are left unchanged."""
+    if not rate:
         return weights
-    return tree_map(lambda w: w * (1 - by) if w.ndim > 1 else w, weights)
+    return tree_map(lambda w: w * (1 - rate) if w.ndim > 1 else w, weights)
 
 
 def master_weights(weights: Arrays) -> Arrays:
-    """Take arrays in float32; those that are so already are not copied."""
+    """Return float32 versions of the weights; arrays that are float32 already are not copied."""
     return {name: w.astype(mx.float32) for name, w in weights.items()}

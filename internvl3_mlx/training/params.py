@@ -1,4 +1,4 @@
-"""Trees of arrays, as MLX nests the parameters of a module."""
+"""Nested parameter trees, as MLX modules hold them, and flat dictionaries of arrays."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 Tree = Any
-Arrays = dict[str, mx.array]  # by their dotted names
+Arrays = dict[str, mx.array]  # by dotted name
 
 
 def named_arrays(tree: Tree) -> list[tuple[str, mx.array]]:
-    """List a tree's arrays with their dotted names."""
+    """List the arrays of a tree with their dotted names."""
     found: Any = tree_flatten(tree)
     arrays: list[tuple[str, mx.array]] = found
     return arrays
 
 
 def as_float(x: mx.array) -> float:
-    """Take the one number of an array."""
+    """Return the value of a scalar array; evaluates it."""
     value: Any = x.item()
     return float(value)

@@ -1,20 +1,22 @@
-"""Curves of a run as an SVG, written by hand: a panel for each kind of figure that there is."""
+"""Training curves as a hand-written SVG: one panel for each kind of metric that has values."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from xml.sax.saxutils import escape
 
 MetricsRow = Mapping[str, float | int | None]
+Points = list[tuple[float, float]]
+
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 64, 24, 34, 30  # pixels
-FIRST_HEIGHT, HEIGHT = 240, 160  # of the panel that matters most, and of the others
+FIRST_HEIGHT, HEIGHT = 240, 160  # of the most important panel, and of the others
 GAP = 18
 TICKS = 4
-SMOOTHING = 0.9  # of the train curve, which is drawn faint as it is and bold as a running mean
-BLANK = "\N{NO-BREAK SPACE}"  # not every program counts gaps given as numbers
-MIN_SMOOTHED = 30  # points: fewer are not smoothed
-TICK_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # between two marks of an axis, times a power of ten
+SMOOTHING = 0.9  # of the training curve, drawn faint as it is and bold as a running mean
+BLANK = "\N{NO-BREAK SPACE}"  # not every SVG viewer supports gaps given as numbers
+MIN_SMOOTHED = 30  # curves with fewer points are not smoothed
+TICK_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # between two ticks, times a power of ten
 STYLE = """
 .bg { fill: #ffffff } .grid { stroke: #e4e4ea } text { fill: #5b5b66 }
 @media (prefers-color-scheme: dark) {
@@ -25,7 +27,7 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Curve:
-    """One column of the table and how it is drawn; few points get dots."""
+    """One column of the metrics and how to draw it; a curve with few points gets dots."""
 
     column: str
     label: str
@@ -33,7 +35,7 @@ class Curve:
     smooth: bool = False
 
 
-# a panel stands where one of its curves has figures
+# a panel is drawn when one of its curves has values
 PANELS: Mapping[str, tuple[Curve, ...]] = {
     "loss": (
         Curve("loss", "training", "#3b7dd8", smooth=True),
@@ -49,21 +51,18 @@ PANELS: Mapping[str, tuple[Curve, ...]] = {
         Curve("rejected_reward", "rejected", "#d8673b", smooth=True),
         Curve("shift", "shift", "#8a8a96"),
     ),
-    "share that is right": (
+    "accuracy": (
         Curve("accuracy", "chosen preferred", "#3b7dd8", smooth=True),
-        Curve("val_accuracy", "the same in validation", "#d8673b"),
-        Curve("val_exact", "answers word for word", "#2f9e6b"),
+        Curve("val_accuracy", "chosen preferred, validation", "#d8673b"),
+        Curve("val_exact", "exact match", "#2f9e6b"),
     ),
     "learning rate": (Curve("learning_rate", "learning rate", "#8a8a96"),),
 }
-FIXED_RANGES: Mapping[str, tuple[float, float]] = {
-    "share that is right": (0.0, 1.0)
-}  # always all of it
-Points = list[tuple[float, float]]
+FIXED_RANGES: Mapping[str, tuple[float, float]] = {"accuracy": (0.0, 1.0)}
 
 
 def draw_plot(rows: Sequence[MetricsRow]) -> str:
-    """Draw all panels that the rows have figures for, one below the other."""
+    """Draw all panels the rows have values for, one below the other, and return the SVG."""
     panels = [
         (title, found)
         for title, curves in PANELS.items()
@@ -86,58 +85,59 @@ def draw_plot(rows: Sequence[MetricsRow]) -> str:
 
 
 def column_points(rows: Sequence[MetricsRow], column: str) -> Points:
-    """Take the finite figures of one column, by update."""
+    """Return the finite values of a column as (update, value)."""
     found = [(row["update"], row.get(column)) for row in rows]
     return [(float(x), float(y)) for x, y in found if x and y is not None and math.isfinite(y)]
 
 
 def draw_panel(
-    title: str, curves: list[tuple[Curve, Points]], reach: tuple[int, int], last: float
+    title: str, curves: list[tuple[Curve, Points]], extent: tuple[int, int], last: float
 ) -> str:
-    """Draw one panel that reaches from one height to another: axes, curves, legend."""
-    y = reach[0]
+    """Draw one panel with axes, curves and legend. extent: its top and bottom in pixels."""
+    y = extent[0]
     values = [*FIXED_RANGES.get(title, ()), *(value for _, found in curves for _, value in found)]
     marks = axis_ticks(min(values), max(values))
     low, high = marks[0], marks[-1]
-    right, bottom = WIDTH - RIGHT, reach[1] - BOTTOM
+    right, bottom = WIDTH - RIGHT, extent[1] - BOTTOM
 
-    def place(point: tuple[float, float]) -> str:
+    def to_pixels(point: tuple[float, float]) -> str:
         x = LEFT + (point[0] - 1) / max(last - 1, 1) * (right - LEFT)
         return f"{x:.1f},{bottom - (point[1] - low) / (high - low) * (bottom - y - TOP):.1f}"
 
     parts = [f'<text x="{LEFT}" y="{y + 16:.0f}" font-weight="600">{escape(title)}</text>']
     for mark in marks:
-        at = place((1, mark)).split(",")[1]
+        at = to_pixels((1, mark)).split(",")[1]
         parts.append(f'<path class="grid" d="M{LEFT},{at}H{right}"/>')
         parts.append(
             f'<text x="{LEFT - 8}" y="{float(at) + 4:.1f}" text-anchor="end">{mark:g}</text>'
         )
     for mark in update_ticks(last):
-        at = place((mark, low)).split(",")[0]
+        at = to_pixels((mark, low)).split(",")[0]
         parts.append(f'<text x="{at}" y="{bottom + 18:.1f}" text-anchor="middle">{mark:,}</text>')
     for curve, found in curves:
-        parts.append(draw_curve(curve, found, place))
-    named = [curve for curve, _ in curves if curve.label != title]
-    return "\n".join([*parts, draw_legend(named, y + 16)])
+        parts.append(draw_curve(curve, found, to_pixels))
+    labeled = [curve for curve, _ in curves if curve.label != title]
+    return "\n".join([*parts, draw_legend(labeled, y + 16)])
 
 
-def draw_curve(curve: Curve, found: Points, place) -> str:  # type: ignore[no-untyped-def]
-    """Draw one curve, faint and smoothed over it where it is long."""
+def draw_curve(curve: Curve, found: Points, to_pixels: Callable[[tuple[float, float]], str]) -> str:
+    """Draw one curve; a long one faint, with its running mean over it."""
     line = '<path fill="none" stroke="{}" stroke-width="{}" stroke-opacity="{}" d="M{}"/>'
     if curve.smooth and len(found) >= MIN_SMOOTHED:
-        faint = line.format(curve.color, 1, 0.3, " ".join(map(place, found)))
-        return faint + line.format(curve.color, 2, 1, " ".join(map(place, running_mean(found))))
-    drawn = line.format(curve.color, 2, 1, " ".join(map(place, found)))
+        faint = line.format(curve.color, 1, 0.3, " ".join(map(to_pixels, found)))
+        bold = line.format(curve.color, 2, 1, " ".join(map(to_pixels, running_mean(found))))
+        return faint + bold
+    drawn = line.format(curve.color, 2, 1, " ".join(map(to_pixels, found)))
     if len(found) < MIN_SMOOTHED:
-        centres = (place(point).split(",") for point in found)
+        centers = (to_pixels(point).split(",") for point in found)
         drawn += "".join(
-            f'<circle cx="{x}" cy="{y}" r="3" fill="{curve.color}"/>' for x, y in centres
+            f'<circle cx="{x}" cy="{y}" r="3" fill="{curve.color}"/>' for x, y in centers
         )
     return drawn
 
 
 def running_mean(found: Points) -> Points:
-    """Average with what came before, less the further back; the first points are not drawn to 0."""
+    """Compute the exponential moving average, without a bias of the first points towards 0."""
     mean, weight, result = 0.0, 0.0, []
     for x, value in found:
         mean, weight = SMOOTHING * mean + value, SMOOTHING * weight + 1
@@ -146,7 +146,7 @@ def running_mean(found: Points) -> Points:
 
 
 def draw_legend(curves: Sequence[Curve], y: float) -> str:
-    """Name the curves at the right, each behind a dot of its colour."""
+    """Draw the labels at the right, each after a dot in its color."""
     names = (BLANK * 3).join(
         f'<tspan fill="{curve.color}">\N{BLACK CIRCLE}</tspan>{BLANK}{escape(curve.label)}'
         for curve in curves
@@ -155,7 +155,7 @@ def draw_legend(curves: Sequence[Curve], y: float) -> str:
 
 
 def axis_ticks(low: float, high: float, about: int = TICKS) -> list[float]:
-    """Choose round marks that enclose all values."""
+    """Choose round ticks that enclose all values."""
     if high - low < 1e-12:
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
     rough = (high - low) / about
@@ -166,7 +166,7 @@ def axis_ticks(low: float, high: float, about: int = TICKS) -> list[float]:
 
 
 def update_ticks(last: float) -> list[int]:
-    """Choose round updates along the way, the first and the last among them."""
+    """Choose round update numbers, always including the first and the last."""
     inner = [
         int(mark)
         for mark in axis_ticks(0, last, 2 * TICKS)

@@ -1,73 +1,179 @@
-"""A run from its first update to its last: trained, validated, reported, saved, stopped."""
+"""A training run from its configuration to its last update: ``train`` is the public function."""
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
 from internvl3_mlx.device import gpu_memory_limit
-from internvl3_mlx.errors import InternVL3Error
-from internvl3_mlx.training.checkpoint import prune_checkpoints, save_checkpoint
+from internvl3_mlx.errors import InternVL3Error, UserError
+from internvl3_mlx.generation.vlm import ignore_message
+from internvl3_mlx.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import CONFIG_FILE, write_config_file
+from internvl3_mlx.training.distributed import init_distributed
 from internvl3_mlx.training.evaluate import evaluate_loss, exact_match_rate
-from internvl3_mlx.training.export import save_best, save_results, write_adapter_files
-from internvl3_mlx.training.loggers import GB, LoggerList, metrics_row, open_loggers
-from internvl3_mlx.training.session import TrainSession
-from internvl3_mlx.training.trainer import UpdateDone, make_updates
+from internvl3_mlx.training.events import (
+    CheckpointSaved,
+    DataChecked,
+    StopCause,
+    TaskProgress,
+    TrainEnd,
+    TrainEvent,
+    UpdateDone,
+    ValidationDone,
+)
+from internvl3_mlx.training.export import (
+    BEST,
+    remove_run,
+    result_folder,
+    save_best,
+    save_results,
+    write_adapter_files,
+)
+from internvl3_mlx.training.loggers import (
+    GB,
+    LoggerList,
+    check_loggers,
+    metrics_row,
+    open_loggers,
+)
+from internvl3_mlx.training.session import (
+    TrainSession,
+    describe_plan,
+    open_train_session,
+    resume_session,
+)
+from internvl3_mlx.training.setup import RunSetup, prepare_run
+from internvl3_mlx.training.trainer import make_updates
 
-ValidationMetrics = dict[str, float]
-CACHE_SHARE = 8  # of what the GPU may take, for buffers that wait to be used again
+CACHE_FRACTION = 8  # of the GPU's memory limit, for freed buffers that may be reused
+Stop = tuple[StopCause, str]  # why a run stops early, in one word and in a sentence
 
 
-@dataclass(frozen=True)
-class TrainEvent:
-    """What just happened. ``step``: an update. ``checked``: a validation after it. ``saved``: a
-    checkpoint. ``stopped``: why the run ends before its last update."""
-
-    step: UpdateDone
-    validation: ValidationMetrics | None = None
-    saved: Path | None = None
-    stop_reason: str = ""
+def never() -> bool:
+    """Never ask to stop."""
+    return False
 
 
-def run_session(session: TrainSession, stop_requested: Callable[[], bool]) -> Iterator[TrainEvent]:
-    """Run what is left of a run, and yield what happens.
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    accept_changes: bool = False,
+    stop_requested: Callable[[], bool] = never,
+    notify: Callable[[str], None] = ignore_message,
+) -> Iterator[TrainEvent]:
+    """Train as configured, and yield what happens as events; ``internvl3 train`` does the same.
 
-    Whoever asks it to stop is heard after the update that is being made; then it is saved. All
-    files are whole at any time. Raises TrainingError when the numbers are lost; then, and after any
-    other fault, what was good is saved as well.
+    The first events are the progress of the data check, ``DataChecked`` and ``TrainPlan``. Nothing
+    is written before the next event is asked for, so leaving the loop there is a dry run. Leaving
+    it later keeps the last checkpoint but saves no new one.
+
+    resume: continue the run in ``config.adapter_path`` from its last checkpoint, to the bit.
+    overwrite: remove what an earlier run wrote to that folder.
+    accept_changes: resume even when settings, model or data have changed.
+    stop_requested: called after every update; once it returns True, the run saves and ends.
+    notify: called with one line when something takes long, such as a download.
+
+    Raises UserError for contradictory arguments or a folder in use, DataError for faulty data, and
+    TrainingError when the loss stays NaN or infinite; the last good state is saved first.
     """
-    learner, writes = session.state, session.state.ranks.is_main
-    if writes:
+    ranks = init_distributed()
+    if ranks.is_main:
+        check_run_folder(config, resume=resume, overwrite=overwrite)
+        check_loggers(config)
+    setup = yield from check_data(config, notify=notify)
+    for split in filter(None, (setup.train, setup.valid)):
+        split.report.raise_errors()
+    session = yield from open_train_session(setup, ranks)
+    if resume:
+        resume_session(session, accept_changes=accept_changes)
+    yield describe_plan(session)
+    if overwrite and ranks.is_main:
+        remove_run(session.folder)
+    yield from run_session(session, stop_requested)
+
+
+def check_data(
+    config: TrainConfig, *, notify: Callable[[str], None] = ignore_message
+) -> Generator[TaskProgress | DataChecked, None, RunSetup]:
+    """Check all data of a run without loading the model; the last event holds the reports."""
+    setup = yield from prepare_run(config, notify)
+    yield DataChecked(setup.train.report, setup.valid.report if setup.valid else None, setup)
+    return setup
+
+
+def check_run_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Raise UserError rather than overwrite an earlier run that was not meant."""
+    folder = Path(config.adapter_path).expanduser()
+    if resume and overwrite:
+        raise UserError(
+            "--resume and --overwrite are mutually exclusive: one continues the run in the folder, "
+            "the other replaces it"
+        )
+    check_writable(folder)
+    if resume or overwrite or not folder.exists() or not any(folder.iterdir()):
+        return
+    advice = "continue its run with --resume, " if list_checkpoints(folder) else ""
+    raise UserError(
+        f"{folder} is not empty; {advice}choose another --adapter-path, or pass --overwrite"
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError for a folder that cannot be created, before a model is loaded."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file; choose another --adapter-path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} is not writable; choose another --adapter-path")
+
+
+def run_session(
+    session: TrainSession, stop_requested: Callable[[], bool] = never
+) -> Iterator[TrainEvent]:
+    """Make the remaining updates of a session, and yield what happens.
+
+    A requested stop takes effect after the current update, which is then saved. All files are
+    complete at any time. After a fault, the last good state is saved before the error is raised.
+    """
+    state = session.state
+    if state.ranks.is_main:
         session.folder.mkdir(parents=True, exist_ok=True)
         write_config_file(session.config, session.folder / CONFIG_FILE)
-    reports = open_loggers(session.config, session.folder, learner.update, writes=writes)
-    with limited_memory(), reports as report:
+    opened = open_loggers(session.config, session.folder, state.update, is_main=state.ranks.is_main)
+    loss, stop = None, None
+    with limited_memory(), opened as loggers:
         try:
-            for step in make_updates(learner, session.remaining_batches()):
-                moment = finish_update(session, step, report, stop_requested)
-                yield moment
-                if moment.stop_reason:
-                    return
-        except (InternVL3Error, OSError, RuntimeError):  # MLX and the ring raise RuntimeError
-            with suppress(InternVL3Error, OSError, RuntimeError):  # the first fault is to be told
+            for done in make_updates(state, session.remaining_batches()):
+                yield done
+                loss = done.loss
+                stop = yield from finish_update(session, done, loggers, stop_requested)
+                if stop:
+                    break
+        except (InternVL3Error, OSError, RuntimeError):  # MLX and its ring raise RuntimeError
+            with suppress(InternVL3Error, OSError, RuntimeError):  # the first error matters
                 save_run(session, final=True)
             raise
+    yield describe_end(session, loss, stop)
 
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Count memory from here on, keep little of what is freed, and keep a GPU's weights in place.
+    """Reset the peak memory, limit MLX's cache of freed buffers, and wire a GPU's weights.
 
-    Batches differ in length, so that buffers that are freed seldom fit again and would pile up.
+    Batches differ in length, so freed buffers rarely fit again and would accumulate.
     """
     mx.reset_peak_memory()
     on_metal = mx.metal.is_available()
-    cache = mx.set_cache_limit(gpu_memory_limit() // CACHE_SHARE)
+    cache = mx.set_cache_limit(gpu_memory_limit() // CACHE_FRACTION)
     wired = mx.set_wired_limit(gpu_memory_limit()) if on_metal else 0
     try:
         yield
@@ -78,65 +184,71 @@ def limited_memory() -> Iterator[None]:
 
 
 def finish_update(
-    session: TrainSession, step: UpdateDone, report: LoggerList, asked_to_stop: Callable[[], bool]
-) -> TrainEvent:
-    """Validate, report, and save where it is time to."""
-    recipe, last = session.config, step.update == session.state.total_updates
-    session.progress = replace(session.progress, seconds=session.progress.seconds + step.seconds)
-    checked = None
-    if session.setup.valid and (last or step.update % recipe.steps_per_eval == 0):
-        checked = run_validation(session)
-    report.log(metrics_row(step, checked))
-    stopped = "" if last else find_stop_reason(session, step, asked_to_stop)
-    due = last or stopped or step.update % recipe.save_every == 0
-    return TrainEvent(
-        step, checked, save_run(session, final=last or bool(stopped)) if due else None, stopped
-    )
+    session: TrainSession,
+    done: UpdateDone,
+    loggers: LoggerList,
+    stop_requested: Callable[[], bool],
+) -> Generator[ValidationDone | CheckpointSaved, None, Stop | None]:
+    """Validate, log and save where due; return why the run should stop now, if it should."""
+    config, last = session.config, done.update == session.state.total_updates
+    session.progress = replace(session.progress, seconds=session.progress.seconds + done.seconds)
+    validation = None
+    if session.setup.valid and (last or done.update % config.steps_per_eval == 0):
+        validation = run_validation(session)
+    loggers.log(metrics_row(done, validation))
+    if validation:
+        yield validation
+    stop = None if last else find_stop(session, done, stop_requested)
+    if last or stop or done.update % config.save_every == 0:
+        folder = save_run(session, final=last or stop is not None)
+        if folder is not None:
+            yield CheckpointSaved(done.update, folder)
+    return stop
 
 
-def run_validation(session: TrainSession) -> ValidationMetrics:
-    """Validate, and keep the best adapter so far beside the run."""
-    learner, progress = session.state, session.progress
-    loss, figures = evaluate_loss(learner, session.validation_batches())
-    checked = {"val_loss": loss, **{f"val_{name}": value for name, value in figures.items()}}
+def run_validation(session: TrainSession) -> ValidationDone:
+    """Evaluate on the validation data, and save the result as the best if it is."""
+    state, progress = session.state, session.progress
+    loss, metrics = evaluate_loss(state, session.validation_batches())
+    exact_match = None
     if session.config.eval_accuracy:
-        checked["val_exact"] = exact_match_rate(learner, session.validation_batches())
+        exact_match = exact_match_rate(state, session.validation_batches())
     best = math.inf if progress.best_loss is None else progress.best_loss
-    if loss < best:  # never so for what is no number
+    is_best = loss < best  # never true for NaN
+    if is_best:
         session.progress = replace(
-            progress, best_loss=loss, best_update=learner.update, validations_since_best=0
+            progress, best_loss=loss, best_update=state.update, validations_since_best=0
         )
-        if learner.ranks.is_main:
+        if state.ranks.is_main:
             save_best(session)
     else:
-        session.progress = replace(
-            progress, validations_since_best=progress.validations_since_best + 1
-        )
-    return checked
+        since_best = progress.validations_since_best + 1
+        session.progress = replace(progress, validations_since_best=since_best)
+    return ValidationDone(state.update, loss, metrics, exact_match, is_best)
 
 
-def find_stop_reason(
-    session: TrainSession, step: UpdateDone, asked_to_stop: Callable[[], bool]
-) -> str:
-    """Say why the run should end now, in words; all ranks come to the same."""
-    recipe, progress, ranks = session.config, session.progress, session.state.ranks
-    if ranks.any_rank(asked_to_stop()):
-        return "interrupted"
-    if recipe.patience is not None and progress.validations_since_best >= recipe.patience:
-        return f"no better validation loss since update {progress.best_update}"
-    limit = recipe.memory_limit * GB if recipe.memory_limit else gpu_memory_limit()
-    held = mx.get_active_memory()
-    if ranks.any_rank(step.peak_memory > limit):
-        return (
-            f"memory: an update took {step.peak_memory / GB:.1f} GB of {limit / GB:.1f} GB "
-            f"({held / GB:.1f} GB between updates); try --grad-checkpoint, a smaller "
-            "--batch-size or --max-tiles"
+def find_stop(
+    session: TrainSession, done: UpdateDone, stop_requested: Callable[[], bool]
+) -> Stop | None:
+    """Return why the run should stop now, the same on all ranks; None to continue."""
+    config, progress, ranks = session.config, session.progress, session.state.ranks
+    if ranks.any_rank(stop_requested()):
+        return "interrupted", "interrupted"
+    if config.patience is not None and progress.validations_since_best >= config.patience:
+        return "patience", f"no better validation loss since update {progress.best_update}"
+    limit = config.memory_limit * GB if config.memory_limit else gpu_memory_limit()
+    active = mx.get_active_memory()
+    if ranks.any_rank(done.peak_memory > limit):
+        return "memory", (
+            f"an update used {done.peak_memory / GB:.1f} GB of memory, above the limit of "
+            f"{limit / GB:.1f} GB ({active / GB:.1f} GB remain in use between updates); try "
+            "--grad-checkpoint, a smaller --batch-size or a smaller --max-tiles"
         )
-    return ""
+    return None
 
 
 def save_run(session: TrainSession, *, final: bool) -> Path | None:
-    """Write a checkpoint and, beside it, what the run has to show; only one rank does."""
+    """Save a checkpoint and the result so far; None on ranks that do not write files."""
     session.dataloader.flush()
     if not session.state.ranks.is_main:
         return None
@@ -145,3 +257,20 @@ def save_run(session: TrainSession, *, final: bool) -> Path | None:
     save_results(session, final=final)
     prune_checkpoints(session.folder, session.config.keep_last)
     return saved
+
+
+def describe_end(session: TrainSession, loss: float | None, stop: Stop | None) -> TrainEnd:
+    """Sum up how a run ended and where its result is."""
+    progress = session.progress
+    cause, reason = stop or (None, "")
+    return TrainEnd(
+        updates=session.state.update,
+        loss=loss,
+        result=result_folder(session),
+        best=session.folder / BEST if progress.best_update else None,
+        best_update=progress.best_update or None,
+        best_loss=progress.best_loss,
+        seconds=progress.seconds,
+        stop_cause=cause,
+        stop_reason=reason,
+    )

@@ -1,6 +1,6 @@
 """Resolve the model and validate the data of a run before loading any weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -9,6 +9,7 @@ from pathlib import Path
 from internvl3_mlx.config import read_config
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.processor import Processor
+from internvl3_mlx.generation.vlm import ignore_message
 from internvl3_mlx.loading.fetch_model import DENSE_BITS, LocalModel, Notify, fetch_model
 from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
@@ -18,9 +19,17 @@ from internvl3_mlx.training.data.dataset import DataFile, Dataset, open_dataset
 from internvl3_mlx.training.data.preprocess import Preprocessor
 from internvl3_mlx.training.data.validate import DataReport, validate_dataset
 
-ProgressCallback = Callable[[str, int, int], None]  # task, done, total
 DIGEST_BYTES = 16
 CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TaskProgress:
+    """How far a long task before training is: ``done`` of ``total`` records."""
+
+    task: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +95,12 @@ class RunSetup:
         }
 
 
-def prepare_run(config: TrainConfig, notify: Notify, advance: ProgressCallback) -> RunSetup:
+def prepare_run(
+    config: TrainConfig, notify: Notify = ignore_message
+) -> Generator[TaskProgress, None, RunSetup]:
     """Resolve the model and validate all data. Errors in the data are in the reports.
 
-    Raises ``UserError`` for a configuration that the data cannot serve.
+    Yields progress and returns the setup. Raises ``UserError`` for a configuration that the data cannot serve.
     """
     if config.data is None:
         raise UserError("no training data; set data to a folder or a JSONL file")
@@ -100,14 +111,11 @@ def prepare_run(config: TrainConfig, notify: Notify, advance: ProgressCallback) 
     check_validation_data(config, valid)
     local_model = fetch_model(config.model, config.q_bits or DENSE_BITS, notify=notify)
     preprocessor = Preprocessor(load_processor(local_model.folder), config)
-    report = validate_with_progress(train, preprocessor, "validating data", advance)
+    train_split = yield from validate_split(train, preprocessor, "checking training data")
     valid_split = None
     if valid is not None:
-        valid_report = validate_with_progress(
-            valid, preprocessor, "validating validation data", advance
-        )
-        valid_split = DataSplit(valid, valid_report)
-    setup = RunSetup(config, local_model, preprocessor, DataSplit(train, report), valid_split)
+        valid_split = yield from validate_split(valid, preprocessor, "checking validation data")
+    setup = RunSetup(config, local_model, preprocessor, train_split, valid_split)
     if setup.images_vary:
         check_fixed_images(config)
     return setup
@@ -136,15 +144,16 @@ def load_processor(folder: Path) -> Processor:
     return Processor(config, Tokenizer.from_folder(folder), load_template(config, folder))
 
 
-def validate_with_progress(
-    dataset: Dataset, preprocessor: Preprocessor, task: str, advance: ProgressCallback
-) -> DataReport:
+def validate_split(
+    dataset: Dataset, preprocessor: Preprocessor, task: str
+) -> Generator[TaskProgress, None, DataSplit]:
+    """Validate all records of a split, yielding progress."""
     report: DataReport | None = None
     for progress in validate_dataset(dataset, preprocessor):
-        advance(task, progress.done, progress.total)
+        yield TaskProgress(task, progress.done, progress.total)
         report = progress.report
     assert report is not None
-    return report
+    return DataSplit(dataset, report)
 
 
 def files_digest(paths: list[Path], *, full: bool) -> str:

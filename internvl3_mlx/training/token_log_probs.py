@@ -1,7 +1,7 @@
-"""Log-probabilities of the targets without a table of all states by all words.
+"""Log-probabilities of target tokens without materializing the full (N, vocabulary) logits matrix.
 
-The logits of a few states at a time are the largest thing that ever exists: one chunk follows the
-other, forward and backward.
+Logits are computed one chunk of states at a time, forward and backward, so that one chunk's logits
+are the largest array that ever exists.
 """
 
 from contextlib import nullcontext
@@ -16,8 +16,8 @@ from internvl3_mlx.models.decoder import LanguageModel
 from internvl3_mlx.training.grad_checkpoint import draw_seed, is_trainable, seeded, swapped_weights
 
 DETERMINISTIC_HEADS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
-# states whose logits are made at once: of 128 and 151674 words they take 78 MB. A CPU makes room
-# for the next chunks while one is computed, and gains little from large products
+# states per chunk: the logits of 128 states over 151674 tokens take 78 MB. A CPU allocates the
+# next chunks while one is computed, and gains little from larger products
 CHUNK = 128 if on_gpu() else 32
 
 
@@ -29,10 +29,10 @@ def token_log_probs(
     chunk: int = CHUNK,
     needs_grad: bool = False,
 ) -> mx.array:
-    """Score each target under the state that predicts it: (N, D), (N,) -> (N,) float32.
+    """Compute each target's log-probability from its state: (N, D), (N,) -> (N,) float32.
 
-    ``learning``: a gradient will be asked for, so that a frozen head had better prepare it. It is
-    there either way.
+    needs_grad: a hint that the gradient will be taken, which lets a frozen head compute its logits
+    only once. The gradient is correct either way.
     """
     head = model.lm_head if "lm_head" in model else model.model.embed_tokens
     if needs_grad and not is_trainable(head):
@@ -43,68 +43,75 @@ def token_log_probs(
 def log_probs_with_grads(
     model: LanguageModel, states: mx.array, targets: mx.array, chunk: int
 ) -> mx.array:
-    """Score, and find at once how each score changes with its own state.
+    """Compute log-probabilities and, in the same pass, their gradients with respect to the states.
 
-    A score depends on one state alone, so the slope needs no gradient from outside, and a frozen
-    head's logits are made only once.
+    Each log-probability depends on one state only, so its gradient needs nothing from the backward
+    pass, and the logits of a frozen head are computed only once.
     """
     fixed = mx.stop_gradient(states)
     values: list[mx.array] = []
-    slopes: list[mx.array] = []
+    grads: list[mx.array] = []
     for start in range(0, states.shape[0], chunk):
-        part = after(fixed[start : start + chunk], [*values[-1:], *slopes[-1:]])
-        wanted = targets[start : start + chunk]
+        part = after(fixed[start : start + chunk], [*values[-1:], *grads[-1:]])
+        part_targets = targets[start : start + chunk]
         ones = [mx.ones(part.shape[0])]
-        found, change = mx.vjp(lambda x, t=wanted: score_targets(model, x, t), [part], ones)
-        values += found
-        slopes += change
-    value = mx.stop_gradient(mx.concatenate(values))
-    slope = mx.stop_gradient(mx.concatenate(slopes))
-    # (states - fixed) is zero and its gradient is one: the sum has the value and the slope
-    return value + ((states - fixed) * slope).astype(mx.float32).sum(axis=-1)
+        value, grad = mx.vjp(lambda x, t=part_targets: score_targets(model, x, t), [part], ones)
+        values += value
+        grads += grad
+    all_values = mx.stop_gradient(mx.concatenate(values))
+    all_grads = mx.stop_gradient(mx.concatenate(grads))
+    # (states - fixed) is zero and its gradient is one: the sum has the right value and gradient
+    return all_values + ((states - fixed) * all_grads).astype(mx.float32).sum(axis=-1)
 
 
 def recomputed_log_probs(
     model: LanguageModel, head: nn.Module, states: mx.array, targets: mx.array, chunk: int
 ) -> mx.array:
-    """Score, and make the logits again in the backward pass; the head itself may be trained."""
+    """Compute log-probabilities, recomputing logits in the backward pass; the head may be trained.
+
+    A head that draws random numbers (dropout of an adapter) draws the same in both passes.
+    """
     starts = range(0, states.shape[0], chunk)
     trained: dict[str, mx.array] = dict(tree_flatten(head.trainable_parameters()))
     seed = None if isinstance(head, DETERMINISTIC_HEADS) else draw_seed()
 
-    def part(start: int, x: mx.array, own: list[mx.array]) -> mx.array:
-        weights = tree_unflatten(list(zip(trained, own, strict=True)))
-        stream = nullcontext() if seed is None else seeded(seed + start)
-        with swapped_weights(head, weights), stream:
+    def score_chunk(start: int, x: mx.array, weights: list[mx.array]) -> mx.array:
+        named = tree_unflatten(list(zip(trained, weights, strict=True)))
+        random_state = nullcontext() if seed is None else seeded(seed + start)
+        with swapped_weights(head, named), random_state:
             return score_targets(model, x, targets[start : start + chunk])
 
     @mx.custom_function
-    def scored(states: mx.array, own: list[mx.array]) -> mx.array:
+    def scored(states: mx.array, weights: list[mx.array]) -> mx.array:
         values: list[mx.array] = []
         for start in starts:
-            values.append(part(start, after(states[start : start + chunk], values[-1:]), own))
+            x = after(states[start : start + chunk], values[-1:])
+            values.append(score_chunk(start, x, weights))
         return mx.concatenate(values)
 
     @scored.vjp
-    def slopes(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, list[mx.array]]:
-        states, own = primals
-        rows: list[mx.array] = []
-        sums = [mx.zeros_like(x) for x in own]
+    def grads(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, list[mx.array]]:
+        states, weights = primals
+        state_grads: list[mx.array] = []
+        weight_grads = [mx.zeros_like(x) for x in weights]
         for start in starts:
-            x = after(states[start : start + chunk], [*rows[-1:], *(sums if rows else [])])
-            weigh = [cotangent[start : start + chunk]]
-            found = mx.vjp(lambda x, *own, n=start: part(n, x, list(own)), [x, *own], weigh)[1]
-            rows.append(found[0])
-            sums = [a + b for a, b in zip(sums, found[1:], strict=True)]
-        return mx.concatenate(rows), sums
+            done = [*state_grads[-1:], *(weight_grads if state_grads else [])]
+            x = after(states[start : start + chunk], done)
+            upstream = [cotangent[start : start + chunk]]
+            found = mx.vjp(
+                lambda x, *own, n=start: score_chunk(n, x, list(own)), [x, *weights], upstream
+            )[1]
+            state_grads.append(found[0])
+            weight_grads = [a + b for a, b in zip(weight_grads, found[1:], strict=True)]
+        return mx.concatenate(state_grads), weight_grads
 
     out: Any = scored(states, list(trained.values()))
     return out
 
 
-def after(x: mx.array, done: list[mx.array]) -> mx.array:
-    """Give x, to be worked on only when ``done`` is done."""
-    out: mx.array = mx.depends(x, done) if done else x
+def after(x: mx.array, dependencies: list[mx.array]) -> mx.array:
+    """Return x, to be used only after ``dependencies`` have been computed."""
+    out: mx.array = mx.depends(x, dependencies) if dependencies else x
     return out
 
 

@@ -1,6 +1,5 @@
-"""Names of a model's parts: which layers a key means, and what is trained."""
+"""Which layers get adapters and which parameters are trained, by names, presets and patterns."""
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import WORD_BITS
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear
 
@@ -25,7 +25,7 @@ VISION = (
     *(VISION_LAYERS + f"mlp.fc{i}" for i in (1, 2)),
 )
 PROJECTOR = ("mlp1.1", "mlp1.3")
-# what --lora-keys may name at once; InternVL's own recipe adapts "language" and "vision"
+# what --lora-keys accepts besides names; InternVL's own training adapts "language" and "vision"
 PRESETS = {
     "language": LANGUAGE,
     "vision": VISION,
@@ -37,70 +37,72 @@ LM_HEAD = "lm_head"
 LORA = "lora"
 LORA_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 PARTS = ("language_model", "mlp1", "vision_model", LM_HEAD)
-SHOWN = 3
 LINEAR = (nn.Linear, nn.QuantizedLinear)
-SAVED_WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # what PEFT saves whole, as we do
+SAVED_WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # PEFT's modules_to_save
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+SUGGESTIONS = 3  # similar names in an error
 
 
 def select_layers(
     model: InternVL, keys: Sequence[str], layers: int | None, vision_layers: int | None
 ) -> tuple[str, ...]:
-    """List the linear layers that any key means, in the model's order.
+    """List the linear layers that any of the keys selects, in the model's order.
 
-    A key is a preset, or some whole parts of a name ("q_proj", "mlp1", "layers.3"), which may hold
-    an asterisk.
+    A key is a preset, or one or more whole components of a layer name ("q_proj", "mlp1",
+    "layers.3"), which may contain an asterisk. layers, vision_layers: only the last so many of the
+    decoder and of the vision tower. Raises UserError for a key that selects nothing.
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, LoRALinear) for module in modules.values()):
-        raise UserError("the model has adapters already; load it anew to adapt it otherwise")
+        raise UserError("the model already has adapters; reload it to add adapters to other layers")
     linear = [path for path, module in modules.items() if isinstance(module, LINEAR)][::-1]
-    within = [path for path in linear if in_last_layers(model, path, layers, vision_layers)]
-    chosen: set[str] = set()
+    candidates = [path for path in linear if in_last_layers(model, path, layers, vision_layers)]
+    selected: set[str] = set()
     for key in keys:
-        found = [path for path in within if key_selects(key, path)]
+        found = [path for path in candidates if key_selects(key, path)]
         if not found:
             raise UserError(unmatched_key_message(key, linear))
-        chosen.update(found)
-    return tuple(sorted(chosen, key=linear.index))
+        selected.update(found)
+    return tuple(sorted(selected, key=linear.index))
 
 
 def key_selects(key: str, path: str) -> bool:
-    """Tell whether a key means a layer; the head is adapted only by its own name."""
+    """Tell whether a key selects a layer; the head is selected only by its own name."""
     return matches_key(key, path) and (not path.endswith(LM_HEAD) or key.endswith(LM_HEAD))
 
 
 def in_last_layers(
     model: InternVL, path: str, layers: int | None, vision_layers: int | None
 ) -> bool:
-    """Tell whether a layer is among the last so many of its tower; what is in none is."""
+    """Tell whether a layer is among the last so many of its tower; others always are."""
     match = LAYER.match(path)
     if match is None:
         return True
     is_text = match[1].startswith("language")
-    asked = layers if is_text else vision_layers
+    limit = layers if is_text else vision_layers
     config = model.config.text if is_text else model.config.vision
-    return asked is None or int(match[2]) >= config.num_hidden_layers - asked
+    return limit is None or int(match[2]) >= config.num_hidden_layers - limit
 
 
 def matches_key(key: str, path: str) -> bool:
+    """Tell whether a preset, or whole components of a name with wildcards, match a path."""
     patterns = PRESETS.get(key, (key,))
     forms = (form for p in patterns for form in (p, f"*.{p}", f"{p}.*", f"*.{p}.*"))
     return any(fnmatchcase(path, form) for form in forms)
 
 
 def unmatched_key_message(key: str, paths: Iterable[str]) -> str:
-    """Say that a key means no layer, and which names are near."""
+    """Say that a key selects no layer, with similar names or the presets."""
     names = {path.rsplit(".", 1)[-1] for path in paths} | {*PRESETS}
-    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], sorted(names), n=SHOWN)
-    advice = f"near are {', '.join(near)}" if near else f"presets are {', '.join(PRESETS)}"
-    return f"LoRA key {key!r} matches no linear layer of this model; {advice}"
+    presets = f"presets are {', '.join(PRESETS)}"
+    hint = did_you_mean(key.rsplit(".", 1)[-1], sorted(names), otherwise=presets, limit=SUGGESTIONS)
+    return f"LoRA key {key!r} matches no linear layer of this model; {hint}"
 
 
 def set_trainable(model: InternVL, parts: Sequence[str]) -> None:
     """Train ``parts`` and nothing else: "lora", a part of the model, or patterns over its names.
 
-    Raises UserError for a part that does not exist, is packed, or could not be saved with adapters.
+    Raises UserError for a part that does not exist, is quantized, or cannot be saved with adapters.
     """
     model.freeze()
     for part in parts:
@@ -111,7 +113,7 @@ def set_trainable(model: InternVL, parts: Sequence[str]) -> None:
 
 
 def unfreeze_part(model: InternVL, part: str) -> None:
-    """Let the parameters that ``part`` means be trained."""
+    """Make the parameters of a part trainable."""
     modules = dict(model.named_modules())
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     names = [name for name in parameters if belongs_to_part(part, name)]
@@ -122,13 +124,13 @@ def unfreeze_part(model: InternVL, part: str) -> None:
         if isinstance(modules[path], QUANTIZED):
             raise UserError(
                 f"{part} cannot be trained in full: {path} is quantized; "
-                "train adapters over it, or name the 16-bit checkpoint"
+                "train adapters instead, or use the 16-bit checkpoint"
             )
         modules[path].unfreeze(recurse=False, keys=[key])
 
 
 def belongs_to_part(part: str, name: str) -> bool:
-    """Tell whether a parameter belongs to a part. What an adapter stands beside stays frozen."""
+    """Tell whether a parameter belongs to a part. The weight under an adapter stays frozen."""
     is_lora = name.rsplit(".", 1)[-1] in LORA_NAMES
     if part == LORA or is_lora:
         return part == LORA and is_lora
@@ -136,23 +138,24 @@ def belongs_to_part(part: str, name: str) -> bool:
 
 
 def unmatched_part_message(model: InternVL, part: str) -> str:
+    """Say that a part has no parameters, with similar names or the known parts."""
     if part == LORA:
-        return "the model has no adapters to train; adapt it first"
+        return "the model has no adapters to train; add them first with add_lora"
     if part == LM_HEAD:
         return (
-            "this model has no lm_head of its own; its head is the embedding, "
-            "train language_model.model.embed_tokens"
+            "this model has no separate lm_head: its head is the embedding; "
+            "train language_model.model.embed_tokens instead"
         )
     names = {step for path, _ in model.named_modules() for step in path.split(".")} | {*PARTS}
-    near = difflib.get_close_matches(part.rsplit(".", 1)[-1], sorted(names), n=SHOWN)
-    advice = f"near are {', '.join(near)}" if near else f"parts are {', '.join((LORA, *PARTS))}"
-    return f"{part!r} names nothing that can be trained; {advice}"
+    known = f"parts are {', '.join((LORA, *PARTS))}"
+    hint = did_you_mean(part.rsplit(".", 1)[-1], sorted(names), otherwise=known, limit=SUGGESTIONS)
+    return f"{part!r} matches no trainable parameters; {hint}"
 
 
 def modules_to_save(model: InternVL) -> dict[str, mx.array]:
-    """Give all tensors of the modules that are trained whole beside adapters: so PEFT saves them.
+    """Return all tensors of the modules trained in full next to adapters, as PEFT saves them.
 
-    Raises UserError for a parameter that belongs to no module of PEFT's.
+    Raises UserError for a trained parameter outside a module that PEFT can save.
     """
     modules = dict(model.named_modules())
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
@@ -164,39 +167,39 @@ def modules_to_save(model: InternVL) -> dict[str, mx.array]:
             continue
         if not isinstance(module, SAVED_WHOLE):
             raise UserError(
-                f"{name} is trained beside adapters, and PEFT has no place for it; "
-                "train layers and norms, or whole parts without adapters"
+                f"{name} cannot be trained together with adapters, because PEFT has no way to "
+                "save it; train layers and norms, or whole parts without adapters"
             )
         found |= {f"{path}.{key}": x for key, x in module.items() if isinstance(x, mx.array)}
     return found
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Put what is trained, and what holds it, into training mode, all else into evaluation mode.
+    """Put trainable modules and their parents into training mode, all others into evaluation mode.
 
-    So a frozen tower drops no path. Call it again after an evaluation.
+    A frozen vision tower thus has no stochastic depth. Call it again after an evaluation.
     """
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    holding = {path for name in trained for path in parent_paths(name)}
-    restore_modes((module, path in holding) for path, module in model.named_modules())
+    training = {path for name in trained for path in parent_paths(name)}
+    restore_modes((module, path in training) for path, module in model.named_modules())
 
 
 def parent_paths(name: str) -> Iterator[str]:
-    """Yield the paths of all that holds a parameter: "a.b.weight" -> "", "a", "a.b"."""
+    """Yield the paths of all modules that contain a parameter: "a.b.weight" -> "", "a", "a.b"."""
     steps = name.split(".")
     return (".".join(steps[:count]) for count in range(len(steps)))
 
 
 def restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Put modules into training mode or out of it, what holds others first."""
+    """Put modules into training or evaluation mode; parents must come before their children."""
     for module, training in modes:
-        if module.training is not training:  # or its parent has seen to it
+        if module.training is not training:  # a parent may have changed it already
             module.train(training)
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How many numbers a model has, and how many of them are trained."""
+    """The number of parameters of a model, and of those that are trained."""
 
     trainable: int
     total: int
@@ -207,7 +210,7 @@ class ParameterCounts:
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Count numbers, a packed weight's as many as it stands for; scales are not counted."""
+    """Count parameters; a quantized weight counts as the weight it encodes, without its scales."""
     total = 0
     for _, module in model.named_modules():
         for key, value in module.items():
@@ -218,6 +221,7 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 
 
 def parameter_count(module: nn.Module, key: str, value: mx.array) -> int:
+    """Count the parameters of one array of a module."""
     if not isinstance(module, QUANTIZED) or key == "bias":
         return value.size
     return value.size * WORD_BITS // module.bits if key == "weight" else 0

@@ -1,5 +1,7 @@
-"""The loop: some micro-steps make an update of the weights. It yields figures; when to report, to
-validate, to save and to stop is the caller's."""
+"""The training loop: micro-steps accumulate gradients, and an update applies them.
+
+The loop yields metrics; when to log, validate, save and stop is decided by the caller (``run``).
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,20 +33,19 @@ from internvl3_mlx.training.optimizers import (
 from internvl3_mlx.training.params import Arrays, Tree, as_float, named_arrays
 from internvl3_mlx.training.trainable import set_train_mode
 
-SUMMED_METRICS = ("tokens",)  # figures that a step has as sums already
-MAX_FAILED_UPDATES = 5  # updates in a row whose numbers are none: the run is lost, not unlucky
+SUMMED_METRICS = ("tokens",)  # metrics an update already has as sums
+MAX_FAILED_UPDATES = 5  # in a row with a NaN or infinite loss: the run has diverged
 
-
-StepOutput = tuple[
-    tuple[Any, ...], Tree
-]  # numerator, denominator, figures, shift, count; gradients
+# (numerator, denominator, metrics, shift, count), gradients
+StepOutput = tuple[tuple[Any, ...], Tree]
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one micro-step reads: a batch, what the tower saw, what the reference thinks of it.
+    """A batch with what was computed for it in advance.
 
-    vision: features or states of all pictures, None when the tower is trained. reference: (N,).
+    vision_features: features or vision tower states of all images; None when the tower is trained.
+    reference_log_probs: (N,), for preferences.
     """
 
     batch: Batch
@@ -54,7 +55,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class UpdateDone:
-    """The figures of one update. Seconds are of this update alone, memory is the peak so far."""
+    """An optimizer update was made, or skipped because its loss or gradient was NaN or infinite.
+
+    metrics: what the objective reports besides the loss. tokens: read; trained_tokens: targets.
+    seconds: of this update alone. peak_memory: in bytes, of the run so far.
+    """
 
     update: int
     loss: float
@@ -70,10 +75,11 @@ class UpdateDone:
 
 @dataclass(eq=False)
 class TrainState:
-    """A model while it learns: all that changes from update to update, and is saved.
+    """A model in training: everything that changes from update to update and is checkpointed.
 
-    ``weights`` are the trained ones in float32; the model holds them in what it computes in.
-    ``micro`` counts the batches read so far, of this rank; ``compute``: a compiled step.
+    weights: the float32 master copy of the trained weights; the model holds them in its compute
+    dtype. micro_steps: batches this rank has read. failed_updates: in a row. compiled_step:
+    replaces the plain computation of a micro-step.
     """
 
     model: InternVL
@@ -95,54 +101,54 @@ class TrainState:
         self.optimizer.init(self.weights)
 
 
-def make_updates(learner: TrainState, works: Iterator[MicroBatch]) -> Iterator[UpdateDone]:
-    """Yield one ``Step`` for each update until all are done or the works run out.
+def make_updates(state: TrainState, micro_batches: Iterator[MicroBatch]) -> Iterator[UpdateDone]:
+    """Make updates until all are done or the micro-batches run out, and yield each.
 
-    Gradients are those of the sum of the micro-steps' numerators over the sum of their
-    denominators, over all ranks: 4 batches of 2 make the update that 1 of 8 makes. An update whose
-    loss or gradient is no number is skipped and told. Raises TrainingError after five in a row.
+    Gradients are those of the summed numerators over the summed denominators of all micro-steps and
+    ranks: four batches of 2 give the same update as one batch of 8. An update with a NaN or
+    infinite loss or gradient is skipped and reported; five in a row raise TrainingError.
     """
-    while learner.update < learner.total_updates:
-        group = islice(works, learner.config.grad_accumulation_steps)
-        step = make_update(learner, group)
-        if step is None:
+    while state.update < state.total_updates:
+        group = islice(micro_batches, state.config.grad_accumulation_steps)
+        done = make_update(state, group)
+        if done is None:
             return
-        yield step
-        if learner.failed_updates >= MAX_FAILED_UPDATES:
+        yield done
+        if state.failed_updates >= MAX_FAILED_UPDATES:
             raise TrainingError(
-                f"the loss was no number {learner.failed_updates} times in a row, up to update "
-                f"{learner.update}; lower --learning-rate, or compute in another --dtype"
+                f"the loss or gradient was NaN or infinite in {state.failed_updates} updates in a "
+                f"row, up to update {state.update}; lower --learning-rate or choose another --dtype"
             )
 
 
-def make_update(learner: TrainState, works: Iterator[MicroBatch]) -> UpdateDone | None:
-    """Read some works and move the weights once; None when there are no works left."""
-    started, before = time.perf_counter(), learner.objective_state
+def make_update(state: TrainState, micro_batches: Iterator[MicroBatch]) -> UpdateDone | None:
+    """Accumulate gradients over some micro-batches and update the weights; None without any."""
+    started, objective_state = time.perf_counter(), state.objective_state
     total = Accumulator()
-    set_train_mode(learner.model)
-    with undo_on_error(learner):
-        for work in works:
-            micro_step(learner, work, total)
+    set_train_mode(state.model)
+    with undo_on_error(state):
+        for micro_batch in micro_batches:
+            micro_step(state, micro_batch, total)
     if not total.micro_steps:
         return None
-    loss, gradients = average_over_ranks(learner.ranks, total)
+    loss, gradients = average_over_ranks(state.ranks, total)
     norm = global_norm(gradients)
-    learner.update += 1
-    rate = learning_rate_at(learner.config, learner.update, learner.total_updates)
+    state.update += 1
+    rate = learning_rate_at(state.config, state.update, state.total_updates)
     skipped = not np.isfinite([as_float(loss), as_float(norm)]).all()
     if skipped:
-        learner.failed_updates, learner.objective_state = learner.failed_updates + 1, before
+        state.failed_updates, state.objective_state = state.failed_updates + 1, objective_state
     else:
-        learner.failed_updates = 0
-        apply_update(learner, clip_gradients(gradients, norm, learner.config.max_grad_norm), rate)
+        state.failed_updates = 0
+        apply_update(state, clip_gradients(gradients, norm, state.config.max_grad_norm), rate)
     return UpdateDone(
-        update=learner.update,
+        update=state.update,
         loss=as_float(loss),
-        metrics=learner.ranks.mean_metrics(total.metrics),
+        metrics=state.ranks.mean_metrics(total.metrics),
         learning_rate=rate,
         grad_norm=as_float(norm),
-        tokens=learner.ranks.sum_count(total.tokens),
-        trained_tokens=learner.ranks.sum_count(total.targets),
+        tokens=state.ranks.sum_count(total.tokens),
+        trained_tokens=state.ranks.sum_count(total.targets),
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory(),
         skipped=skipped,
@@ -150,19 +156,19 @@ def make_update(learner: TrainState, works: Iterator[MicroBatch]) -> UpdateDone 
 
 
 @contextmanager
-def undo_on_error(learner: TrainState) -> Iterator[None]:
-    """Forget micro-steps that an error breaks off: what is saved then is the last update."""
-    before = learner.micro_steps, learner.objective_state
+def undo_on_error(state: TrainState) -> Iterator[None]:
+    """Discard the micro-steps of an interrupted update, so that a save holds the last whole one."""
+    before = state.micro_steps, state.objective_state
     try:
         yield
     except BaseException:
-        learner.micro_steps, learner.objective_state = before
+        state.micro_steps, state.objective_state = before
         raise
 
 
 @dataclass(eq=False)
 class Accumulator:
-    """What micro-steps add up to."""
+    """Sums over the micro-steps of one update."""
 
     numerator: mx.array = field(default_factory=lambda: mx.array(0.0))
     denominator: mx.array = field(default_factory=lambda: mx.array(0.0))
@@ -174,73 +180,83 @@ class Accumulator:
 
 
 def average_over_ranks(ranks: ProcessGroup, total: Accumulator) -> tuple[mx.array, Arrays]:
-    """Divide what all ranks found by all that it counts: the loss and its gradients."""
+    """Divide the sums over all ranks by their denominator: the loss and its gradients."""
     numerator, denominator, gradients = ranks.all_sum(
         (total.numerator, total.denominator, total.gradients)
     )
     return numerator / denominator, tree_map(lambda g: g / denominator, gradients)
 
 
-def micro_step(learner: TrainState, work: MicroBatch, total: Accumulator) -> None:
+def micro_step(state: TrainState, micro_batch: MicroBatch, total: Accumulator) -> None:
     """Add one batch's numerator, denominator and gradients to the sums, and evaluate them."""
-    mx.random.seed(micro_step_seed(learner))
-    compute = learner.compiled_step or loss_and_grads(learner, learner.objective_state)
-    (numerator, denominator, figures, shift, count), found = compute(work)
+    mx.random.seed(micro_step_seed(state))
+    compute = state.compiled_step or loss_and_grads(state, state.objective_state)
+    (numerator, denominator, metrics, shift, count), found = compute(micro_batch)
     gradients = master_weights(dict(named_arrays(found)))
     if total.gradients:
         gradients = tree_map(mx.add, total.gradients, gradients)
     total.gradients = gradients
     total.numerator = total.numerator + numerator
     total.denominator = total.denominator + denominator
-    learner.objective_state = ObjectiveState(shift, count)
-    mx.eval(total.numerator, total.denominator, gradients, figures, shift, count)
-    add_metrics(total.metrics, figures)
-    total.tokens += len(work.batch.input_ids)
-    total.targets += len(work.batch.targets)
+    state.objective_state = ObjectiveState(shift, count)
+    mx.eval(total.numerator, total.denominator, gradients, metrics, shift, count)
+    add_metrics(total.metrics, metrics)
+    total.tokens += len(micro_batch.batch.input_ids)
+    total.targets += len(micro_batch.batch.targets)
     total.micro_steps += 1
-    learner.micro_steps += 1
+    state.micro_steps += 1
 
 
-def micro_step_seed(learner: TrainState) -> int:
-    """Give each micro-step of each rank a random stream of its own: a run that is resumed draws
-    what it would have drawn."""
-    place = (learner.config.seed, learner.ranks.rank, learner.micro_steps)
-    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+def micro_step_seed(state: TrainState) -> int:
+    """Derive the seed of a micro-step from the run's seed, the rank and the micro-step's number.
+
+    A resumed run draws what it would have drawn, without any saved generator state.
+    """
+    key = (state.config.seed, state.ranks.rank, state.micro_steps)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
-def add_metrics(figures: dict[str, list[float]], found: Mapping[str, mx.array]) -> None:
+def add_metrics(metrics: dict[str, list[float]], found: Mapping[str, mx.array]) -> None:
+    """Append the metrics of a micro-step to the lists they are averaged from."""
     for name, value in found.items():
         if name not in SUMMED_METRICS:
-            figures.setdefault(name, []).append(as_float(value))
+            metrics.setdefault(name, []).append(as_float(value))
 
 
 def loss_and_grads(
-    learner: TrainState, state: ObjectiveState
+    state: TrainState, objective_state: ObjectiveState
 ) -> Callable[[MicroBatch], StepOutput]:
-    """Give the function from a work to what a method finds, the numerator first, and gradients."""
+    """Return the function that computes an objective's output and gradients for a micro-batch.
 
-    def objective(work: MicroBatch) -> tuple[mx.array | dict[str, mx.array], ...]:
-        micro, after = learner.objective(
-            learner.model, work.batch, work.vision_features, work.reference_log_probs, state
+    Gradients are those of the numerator, which comes first in the output.
+    """
+
+    def outputs(micro_batch: MicroBatch) -> tuple[mx.array | dict[str, mx.array], ...]:
+        loss, after = state.objective(
+            state.model,
+            micro_batch.batch,
+            micro_batch.vision_features,
+            micro_batch.reference_log_probs,
+            objective_state,
         )
-        return micro.numerator, micro.denominator, micro.metrics, after.shift, after.count
+        return loss.numerator, loss.denominator, loss.metrics, after.shift, after.count
 
-    compute: Callable[[MicroBatch], StepOutput] = nn.value_and_grad(learner.model, objective)
+    compute: Callable[[MicroBatch], StepOutput] = nn.value_and_grad(state.model, outputs)
     return compute
 
 
-def apply_update(learner: TrainState, gradients: Arrays, rate: float) -> None:
-    """Move the weights by one update, and give the model a copy in what it computes in."""
-    weights = decay_weights(learner.weights, rate * learner.config.weight_decay)
-    learner.optimizer.learning_rate = rate
-    learner.weights = learner.optimizer.apply_gradients(gradients, weights)
-    sync_weights(learner)
-    mx.eval(learner.weights, learner.optimizer.state, learner.model.trainable_parameters())
+def apply_update(state: TrainState, gradients: Arrays, rate: float) -> None:
+    """Apply one optimizer update to the master weights and copy them into the model."""
+    weights = decay_weights(state.weights, rate * state.config.weight_decay)
+    state.optimizer.learning_rate = rate
+    state.weights = state.optimizer.apply_gradients(gradients, weights)
+    sync_weights(state)
+    mx.eval(state.weights, state.optimizer.state, state.model.trainable_parameters())
 
 
-def sync_weights(learner: TrainState) -> None:
-    """Let the model compute with the weights as they are now."""
-    held = named_arrays(learner.model.trainable_parameters())
-    learner.model.update(
-        tree_unflatten([(name, learner.weights[name].astype(x.dtype)) for name, x in held])
+def sync_weights(state: TrainState) -> None:
+    """Copy the master weights into the model, in its compute dtype."""
+    current = named_arrays(state.model.trainable_parameters())
+    state.model.update(
+        tree_unflatten([(name, state.weights[name].astype(x.dtype)) for name, x in current])
     )

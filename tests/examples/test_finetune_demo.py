@@ -15,9 +15,8 @@ from examples.demo_model.vocabulary import CATEGORIES
 from examples.finetune_demo import kinds, measure, pairs
 from internvl3_mlx import load
 from internvl3_mlx.training.config_file import build_config
-from internvl3_mlx.training.run import run_session
-from internvl3_mlx.training.session import open_train_session
-from internvl3_mlx.training.setup import prepare_run
+from internvl3_mlx.training.events import UpdateDone
+from internvl3_mlx.training.run import train
 
 HERE = Path(kinds.__file__).parent
 
@@ -77,8 +76,8 @@ def test_an_example_runs_from_its_data_to_its_figure(name, tmp_path, monkeypatch
     where = {"data": str(data), "adapter_path": str(tmp_path / "adapter")}
     tiny = {"iters": 1, "epochs": 1, "batch_size": 2, "save_every": 1, "steps_per_eval": 1}
     recipe = build_config({**tiny, **where}, HERE / f"{name}.yaml")
-    *_, last = run_session(open_train_session(prepare_run(recipe, silent, silent)), lambda: False)
-    assert last.step.grad_norm > 0
+    [update] = [event for event in train(recipe) if isinstance(event, UpdateDone)]
+    assert update.grad_norm > 0
     questions = data / {"kinds": "test.jsonl", "preference": "fresh.jsonl"}[name]
     arguments = [str(questions), "--adapter", where["adapter_path"], "--wrong", "1"]
     monkeypatch.setattr("sys.argv", ["measure", *arguments])
@@ -86,7 +85,3 @@ def test_an_example_runs_from_its_data_to_its_figure(name, tmp_path, monkeypatch
     told = capsys.readouterr().out.splitlines()[-1]
     right = int(told.split()[0])
     assert told == f"{right} of 6 right: {right / 6:.1%}"
-
-
-def silent(*_):
-    """Tell nobody."""

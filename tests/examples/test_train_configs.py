@@ -4,13 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from fixtures.train_sessions import ignore_progress, write_data
+from fixtures.train_sessions import select, write_data
 
 import internvl3_mlx
 from internvl3_mlx.training.config_file import build_config
-from internvl3_mlx.training.run import run_session
-from internvl3_mlx.training.session import open_train_session
-from internvl3_mlx.training.setup import prepare_run
+from internvl3_mlx.training.events import CheckpointSaved, UpdateDone
+from internvl3_mlx.training.run import train
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 CONFIGS = sorted(
@@ -32,11 +31,11 @@ def test_an_example_configuration_makes_an_update(path, tmp_path, monkeypatch):
     write_data(tmp_path / "data", 4, 1, pairs=own.method == "mpo")
     where = {"data": str(tmp_path / "data"), "adapter_path": str(tmp_path / "run")}
     config = build_config({**TINY, **where}, path)
-    session = open_train_session(prepare_run(config, ignore_progress, ignore_progress))
-    [event] = run_session(session, lambda: False)
-    assert event.step.grad_norm > 0
-    assert not event.step.skipped
-    assert event.saved
+    events = [*train(config)]
+    [update] = select(events, UpdateDone)
+    assert update.grad_norm > 0
+    assert not update.skipped
+    assert len(select(events, CheckpointSaved)) == 1
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -29,10 +29,10 @@ def works(folder, **settings):
 
 def test_rounded_samples_give_the_loss_and_the_gradients_of_the_samples(tmp_path):
     here, [work, _] = works(tmp_path, loss_reduction="square")
-    compute = loss_and_grads(here.state, here.state.state)
-    round_work = type(work)(pad_batch(work.batch), work.vision)
+    compute = loss_and_grads(here.state, here.state.objective_state)
+    round_work = type(work)(pad_batch(work.batch), work.vision_features)
     one, other = compute(work), compute(round_work)
-    assert len(round_work.batch.ids) > len(work.batch.ids)
+    assert len(round_work.batch.input_ids) > len(work.batch.input_ids)
     assert other[0][0].item() == pytest.approx(one[0][0].item(), rel=1e-6)
     assert other[0][1].item() == pytest.approx(one[0][1].item(), rel=1e-6)
     theirs = dict(named_arrays(other[1]))
@@ -47,10 +47,10 @@ def test_lengths_and_counts_are_round(tmp_path):
         assert {(span.stop - span.start) % TOKEN_MULTIPLE for span in batch.spans} == {0}
         assert batch.spans[-1].stop == len(batch.input_ids) == len(batch.positions)
         assert len(batch.targets) % TARGET_MULTIPLE == 0
-        assert batch.loss_weights.sum() == work.batch.weights.sum()
+        assert batch.loss_weights.sum() == work.batch.loss_weights.sum()
         learned = batch.loss_weights > 0
         assert np.array_equal(batch.targets[learned], work.batch.targets)
-        before = work.batch.ids[work.batch.rows]
+        before = work.batch.input_ids[work.batch.target_positions]
         assert np.array_equal(batch.input_ids[batch.target_positions[learned]], before)
 
 
@@ -58,7 +58,7 @@ def test_lengths_and_counts_are_round(tmp_path):
 def test_a_step_is_traced_whole_and_leaves_the_model_its_weights(tmp_path, parts):
     here, [work, _] = works(tmp_path, train=parts, compile=True, drop_path=0.2)
     before = dict(named_arrays(here.state.model.trainable_parameters()))
-    compiled = here.state.compute
+    compiled = here.state.compiled_step
     assert isinstance(compiled, CompiledStep)
     (numerator, denominator, *_), gradients = compiled(work)
     assert (numerator.shape, denominator.shape) == ((), ())

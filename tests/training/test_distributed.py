@@ -26,7 +26,7 @@ import mlx.core as mx
 from internvl3_mlx.training.distributed import connect
 from internvl3_mlx.training.setup import look_around
 from internvl3_mlx.training.config_file import build_recipe
-from internvl3_mlx.training.session import open_session
+from internvl3_mlx.training.session import small_session
 from internvl3_mlx.training.trainer import train
 from internvl3_mlx.training.evaluate import validate
 from internvl3_mlx.training.session import resume
@@ -35,11 +35,11 @@ ranks = connect()
 folder = Path(sys.argv[1])
 own = {"adapter_path": str(folder / f"run{ranks.rank}")}  # as on two machines
 ground = look_around(build_recipe(own, folder / "recipe.yaml"), lambda _: None, lambda *_: None)
-session = open_session(ground, ranks)
+session = small_session(ground, ranks)
 places, works = [], session.left()
 def noted():
     for work in works:
-        places.extend(work.batch.places)
+        places.extend(work.batch.locations)
         yield work
 steps = [*islice(train(session.learner, noted()), 2)]
 loss, _ = validate(session.learner, session.valid())
@@ -47,14 +47,14 @@ mine = folder / f"rank{ranks.rank}.safetensors"
 mx.save_safetensors(str(mine), session.learner.weights)
 if ranks.writes:
     save_state(session.learner, session.folder, session.progress)
-again = open_session(ground, ranks)
+again = small_session(ground, ranks)
 resume(again, accept_changes=False)
 held, now = session.learner.weights, again.learner.weights
 same = all(mx.array_equal(w, now[name]).item() for name, w in held.items())
 told = {
     "size": ranks.size, "writes": ranks.writes, "places": places, "val_loss": loss,
     "losses": [step.loss for step in steps], "tokens": [step.tokens for step in steps],
-    "figures": steps[-1].figures, "shift": session.learner.state.shift.item(),
+    "figures": steps[-1].figures, "shift": session.state.objective_state.shift.item(),
     "resumed": same and again.learner.optimizer.step.item() == again.learner.update == 2,
     "agree": [ranks.agree(ranks.rank == 1), ranks.agree(False)],
 }

@@ -34,12 +34,12 @@ def test_states_are_the_models_own(case):
     model, batch, tiles = case
     found = numbers(target_states(model, batch, None))
     span = batch.spans[0]
-    ids = mx.array(batch.ids[: span.stop])[None]
+    ids = mx.array(batch.input_ids[: span.stop])[None]
     language = model.language_model
     rotary = language.rotary(mx.array(batch.positions[: span.stop]), span.stop)
     alone = numbers(language.model(model.embed(ids, model.see(tiles[:3])), rotary))[0]
-    mine = batch.rows < span.stop
-    assert relative_error(found[mine], alone[batch.rows[mine]]) < TOLERANCE
+    mine = batch.target_positions < span.stop
+    assert relative_error(found[mine], alone[batch.target_positions[mine]]) < TOLERANCE
 
 
 @pytest.mark.parametrize("trained", [(), ("mlp1",), ("vision_model",)])

@@ -111,7 +111,7 @@ def test_sft_has_transformers_gradients(sft, part, recompute):
 def test_features_seen_beforehand_give_the_same_gradients(sft):
     style, batch, _, theirs = sft
     model, _ = bare_model(style)
-    tiles = mx.array(np.concatenate([seen.tiles for seen in batch.seen]))
+    tiles = mx.array(np.concatenate([seen.tiles for seen in batch.images]))
     stages = {"mlp1": model.vision_model(tiles), "language_model": model.get_image_features(tiles)}
     mx.eval(stages)
     for part, vision in stages.items():
@@ -165,10 +165,10 @@ def test_what_is_frozen_leaves_no_gradient_and_moves_nothing(sft):
     model, _ = bare_model(style)
     set_trainable(model, ("mlp1",))
     model.train()
-    before = numbers(model.vision_model(mx.array(batch.seen[0].tiles)))
+    before = numbers(model.vision_model(mx.array(batch.images[0].tiles)))
     _, ours = our_slopes(
         model, lambda: OBJECTIVES["sft"]()(model, batch, None, None, ObjectiveState())[0].numerator
     )
     assert {name.split(".")[0] for name in ours} == {"mlp1"}
-    after = numbers(model.vision_model(mx.array(batch.seen[0].tiles)))
+    after = numbers(model.vision_model(mx.array(batch.images[0].tiles)))
     assert relative_error(after, before) == 0

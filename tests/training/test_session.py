@@ -8,15 +8,15 @@ import pytest
 from fixtures.loaded_models import tiny
 from fixtures.records import chat_record, write_jsonl
 from fixtures.tiny import Bits, Recipe
-from fixtures.train_sessions import ignore_progress, small_config, small_session, write_data
+from fixtures.train_sessions import finish, select, small_session, small_setup, write_data
 
 from internvl3_mlx import load
 from internvl3_mlx.errors import TrainingError, UserError
 from internvl3_mlx.training.distributed import ProcessGroup
 from internvl3_mlx.training.evaluate import evaluate_loss
+from internvl3_mlx.training.events import UpdateDone, ValidationDone
 from internvl3_mlx.training.run import run_session
 from internvl3_mlx.training.session import describe_plan, open_train_session, planned_updates
-from internvl3_mlx.training.setup import prepare_run
 from internvl3_mlx.training.trainer import make_updates
 
 
@@ -28,7 +28,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_a_run_begins_with_the_adapter_that_is_named(tmp_path):
     write_data(tmp_path / "data", 5)
     first = small_session(tmp_path, iters=2, dora=True)
-    assert len([*run_session(first, lambda: False)]) == 2
+    assert len(select(run_session(first), UpdateDone)) == 2
     again = small_session(tmp_path, iters=2, dora=True, resume_adapter_file=str(first.folder))
     for name, weight in again.state.weights.items():
         assert np.array_equal(np.array(weight), np.array(first.state.weights[name])), name
@@ -84,8 +84,8 @@ def test_where_whole_parts_learn_the_base_is_asked_beforehand(tmp_path):
 def test_every_process_asks_the_base_about_all_rows(tmp_path):
     write_data(tmp_path / "data", 5, 2, pairs=True)
     settings = {"method": "mpo", "train": "lora,mlp1", "cache_reference": True, "iters": 3}
-    ground = prepare_run(small_config(tmp_path, **settings), ignore_progress, ignore_progress)
-    works = open_train_session(ground, ProcessGroup(rank=1, size=2)).dataloader
+    ground = small_setup(tmp_path, **settings)
+    works = finish(open_train_session(ground, ProcessGroup(rank=1, size=2))).dataloader
     for corpus in (ground.train_dataset, ground.valid_dataset):
         for batch in corpus.iter_once():
             assert works.build_micro_batch(batch).reference_log_probs.shape == batch.targets.shape
@@ -97,13 +97,9 @@ def test_pictures_that_a_meta_file_draws_anew_cannot_be_asked_beforehand(tmp_pat
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"pairs": source}))
     settings = {"method": "mpo", "data": str(meta), "cache_reference": True}
-    assert prepare_run(
-        small_config(tmp_path, **settings), ignore_progress, ignore_progress
-    ).images_vary
+    assert small_setup(tmp_path, **settings).images_vary
     with pytest.raises(UserError, match="augment draws pictures anew"):
-        prepare_run(
-            small_config(tmp_path, train="lora,mlp1", **settings), ignore_progress, ignore_progress
-        )
+        small_setup(tmp_path, train="lora,mlp1", **settings)
 
 
 @pytest.mark.parametrize(("shift", "moves"), [("running", True), ("zero", False)])
@@ -140,25 +136,23 @@ def test_the_length_of_a_run_is_known_before_it_begins(tmp_path, settings, updat
     write_data(tmp_path / "data", 7)
     here = small_session(tmp_path, **settings)
     plan = describe_plan(here)
-    assert (here.state.total_updates, plan["updates"], plan["rows"]) == (updates, updates, 7)
+    assert (here.state.total_updates, plan.updates, plan.records) == (updates, updates, 7)
 
 
 def test_packed_samples_make_as_few_rows_as_they_fill(tmp_path):
     write_data(tmp_path / "data", 7)
     here = small_session(tmp_path, packing=True, max_seq_length=200, batch_size=1)
-    tokens = describe_plan(here)["tokens"]
+    tokens = describe_plan(here).tokens
     assert here.state.total_updates == -(-tokens // 200) < 7
 
 
 def test_every_process_makes_as_many_updates(tmp_path):
     write_data(tmp_path / "data", 7)
-    ground = prepare_run(small_config(tmp_path, batch_size=1), ignore_progress, ignore_progress)
+    ground = small_setup(tmp_path, batch_size=1)
     assert planned_updates(ground, ProcessGroup(rank=1, size=2)) == 3
     with pytest.raises(UserError, match=r"fewer batches than there are processes \(8\)"):
         planned_updates(ground, ProcessGroup(rank=7, size=8))
-    ground = prepare_run(
-        small_config(tmp_path, batch_size=1, iters=5), ignore_progress, ignore_progress
-    )
+    ground = small_setup(tmp_path, batch_size=1, iters=5)
     with pytest.raises(UserError, match=r"fewer batches than there are processes \(8\)"):
         planned_updates(ground, ProcessGroup(rank=7, size=8))
 
@@ -178,9 +172,7 @@ def test_a_meta_file_that_uses_its_rows_otherwise_is_other_data(tmp_path):
         meta.write_text(
             json.dumps({"a": {"annotation": "data/train.jsonl", "root": "data", **use}})
         )
-        return prepare_run(
-            small_config(tmp_path, data=str(meta)), ignore_progress, ignore_progress
-        ).identity
+        return small_setup(tmp_path, data=str(meta)).identity
 
     uses = ({}, {"repeat_time": 2}, {"data_augment": True}, {"max_dynamic_patch": 1})
     assert len({identity(**use)["use of the data"] for use in uses}) == len(uses)
@@ -197,7 +189,7 @@ def test_a_folder_without_rows_to_train_on_is_told(tmp_path):
 def test_what_needs_validation_rows_says_so(tmp_path, wish):
     write_data(tmp_path / "data", 3)
     with pytest.raises(UserError, match="need validation rows, and .* has none; add valid.jsonl"):
-        prepare_run(small_config(tmp_path, **wish), ignore_progress, ignore_progress)
+        small_setup(tmp_path, **wish)
 
 
 def test_validation_rows_may_lie_elsewhere(tmp_path):
@@ -215,7 +207,7 @@ def test_validation_rows_may_lie_elsewhere(tmp_path):
 def test_whole_parts_become_a_model_of_their_own(tmp_path):
     write_data(tmp_path / "data", 4, 1)
     here = small_session(tmp_path, train="mlp1", iters=2, learning_rate=0.01)
-    assert len([*run_session(here, lambda: False)]) == 2
+    assert len(select(run_session(here), UpdateDone)) == 2
     assert not (here.folder / "adapter_model.safetensors").exists()
     for name in ("model", "best"):
         model = load(str(here.folder / name), dtype="float32").model
@@ -241,8 +233,8 @@ def test_every_kind_of_checkpoint_learns_and_takes_its_adapter_back(tmp_path, ch
     settings = {"model": folder, "iters": 6, "learning_rate": 0.02, "lora_keys": "language,vision"}
     here = small_session(tmp_path, **settings)
     before, _ = evaluate_loss(here.state, here.validation_batches())
-    moments = [*run_session(here, lambda: False)]
-    assert moments[-1].validation["val_loss"] < before - 0.1
+    validation = select(run_session(here), ValidationDone)[-1]
+    assert validation.loss < before - 0.1
     picture, question = tmp_path / "data" / "0.png", "<image>\nWho is it?"
     answers = [
         load(folder, adapter=adapter, dtype="float32")

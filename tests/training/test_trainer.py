@@ -49,7 +49,7 @@ def test_four_batches_of_two_make_the_update_of_one_of_eight(tmp_path, reduction
     whole, others = trained(tmp_path, 2, batch_size=8, grad_accumulation_steps=1, **settings)
     for one, other in zip(steps, others, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-6)
-        assert one.norm == pytest.approx(other.norm, rel=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
         assert (one.tokens, one.targets) == (other.tokens, other.targets)
     assert difference(parts, whole) < 1e-7
     assert max(np.abs(w).max() for name, w in parts.items() if "lora_B" in name) > 1e-4

@@ -1,0 +1,118 @@
+"""The events of a training run, in the order in which ``train`` yields them.
+
+``TaskProgress`` while data is checked and reference log-probabilities are computed, ``DataChecked``
+and ``TrainPlan`` once each, then for every update an ``UpdateDone``, followed by ``ValidationDone``
+and ``CheckpointSaved`` where they are due, and ``TrainEnd`` last.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from internvl3_mlx.training.data.validate import DataReport
+from internvl3_mlx.training.setup import RunSetup, TaskProgress
+from internvl3_mlx.training.trainer import UpdateDone
+
+__all__ = [
+    "CheckpointSaved",
+    "DataChecked",
+    "StopCause",
+    "TaskProgress",
+    "TrainEnd",
+    "TrainEvent",
+    "TrainPlan",
+    "UpdateDone",
+    "ValidationDone",
+]
+
+StopCause = Literal["interrupted", "patience", "memory"]
+
+
+@dataclass(frozen=True, eq=False)
+class DataChecked:
+    """All data has been checked. After this event ``train`` raises DataError if there are errors.
+
+    train, valid: what was found in each split. setup: the model's folder and the opened data.
+    """
+
+    train: DataReport
+    valid: DataReport | None
+    setup: RunSetup = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What is about to be trained. Nothing has been written yet: stop here for a dry run.
+
+    tokens, tiles: of the training split, once through. samples_per_update: over all processes; None
+    with packing, where it varies. completed_updates: of a resumed run.
+    """
+
+    method: str
+    model: str
+    trainable_parameters: int
+    total_parameters: int
+    adapted_layers: int
+    records: int
+    tokens: int
+    tiles: int
+    valid_records: int
+    updates: int
+    warmup_updates: int
+    samples_per_update: int | None
+    processes: int
+    completed_updates: int
+
+
+@dataclass(frozen=True)
+class ValidationDone:
+    """The model was evaluated on the validation data after an update.
+
+    metrics: what the objective reports besides the loss. exact_match: the share of answers that
+    greedy decoding reproduces, with ``eval_accuracy``. is_best: the lowest loss of the run so far.
+    """
+
+    update: int
+    loss: float
+    metrics: dict[str, float]
+    exact_match: float | None
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint was saved, and with it the adapter as it is now."""
+
+    update: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class TrainEnd:
+    """The run has ended, or has stopped early and can be resumed.
+
+    loss: of the last update. result: the adapter or the model. best: the one of the lowest
+    validation loss. seconds: of all updates, before a resume as well. stop_cause, stop_reason: why
+    it stopped early, in one word and in a sentence.
+    """
+
+    updates: int
+    loss: float | None
+    result: Path
+    best: Path | None
+    best_update: int | None
+    best_loss: float | None
+    seconds: float
+    stop_cause: StopCause | None = None
+    stop_reason: str = ""
+
+
+TrainEvent = (
+    TaskProgress
+    | DataChecked
+    | TrainPlan
+    | UpdateDone
+    | ValidationDone
+    | CheckpointSaved
+    | TrainEnd
+)
