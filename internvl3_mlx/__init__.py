@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from internvl3_mlx.generation.processor import ModelInputs
     from internvl3_mlx.generation.vlm import VLM, load
     from internvl3_mlx.prompt.messages import Message, MessageMedia
+    from internvl3_mlx.training.config import TrainConfig
+    from internvl3_mlx.training.run import train
 
     __version__: str
 
@@ -45,9 +47,11 @@ __all__ = [
     "PromptError",
     "GenerationConfig",
     "Message",
+    "TrainConfig",
     "UserError",
     "__version__",
     "load",
+    "train",
 ]
 
 HOMES = {
@@ -60,6 +64,8 @@ HOMES = {
     "GenerationConfig": "generation.generation_config",
     "Message": "prompt.messages",
     "load": "generation.vlm",
+    "TrainConfig": "training.config",
+    "train": "training.run",
 }
 
 # convert/ and metal_kernels/ are folders beside this one, and links in it lead there. An sdist has

@@ -91,25 +91,27 @@ def test_a_run_from_the_first_word_to_the_last(folder):
     facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in result.stdout.splitlines())
     assert facts["method"] == "sft"
     assert re.fullmatch(r"[\d,]+ of [\d,]+ parameters \(\d+\.\d\d%\)", facts["trained"])
-    assert (facts["rows"], facts["rows validated"], facts["updates"]) == ("6", "2", "3")
+    assert (facts["records"], facts["validation records"], facts["updates"]) == ("6", "2", "3")
     assert (facts["result"], facts["best"]) == ("adapters", "adapters/best")
     lines = result.stderr.splitlines()
-    assert lines[0] == "note: only 3 updates; --epochs or --iters make more"
+    assert lines[0] == "note: the run makes only 3 updates; raise --epochs or --iters for more"
     assert re.fullmatch(r"1 · loss \d+\.\d{4} · [\d,]+ tok/s · [\d.]+ MB", lines[1])
-    assert re.match(r"2 · loss \d+\.\d{4} · val loss \d+\.\d{4} · ", lines[2])
+    assert re.match(r"2 · loss \d+\.\d{4} · ", lines[2])
+    assert re.fullmatch(r"2 · val loss \d+\.\d{4} · best so far", lines[3])
     assert lines[-1] == "try it with: internvl3 chat --model demo --adapter-path adapters"
     assert (folder / "adapters" / "loss.svg").read_text().startswith("<svg")
 
 
-def test_a_line_tells_the_terms_of_preferences_apart_and_leaves_the_rest_to_the_table(folder):
+def test_a_line_of_mpo_shows_its_terms(folder):
     write_data(folder / "pairs", 4, 2, pairs=True)
     result = invoke("--data", "pairs", "--method", "mpo", *SHORT, "--iters", 1)
     assert result.exit_code == 0, result.stderr
     number = r"-?\d+\.\d{4}"
     terms = " · ".join(f"{name} {number}" for name in ("dpo", "bco", "sft", "margin"))
-    checks = rf"val loss {number} · val accuracy {number}"
-    line = rf"1 · loss {number} · {terms} · {checks} · [\d,]+ tok/s · [\d.]+ MB"
+    line = rf"1 · loss {number} · {terms} · [\d,]+ tok/s · [\d.]+ MB"
+    validation = rf"1 · val loss {number} · val accuracy {number} · best so far"
     assert re.fullmatch(line, result.stderr.splitlines()[1])
+    assert re.fullmatch(validation, result.stderr.splitlines()[2])
 
 
 def test_the_adapter_of_a_run_changes_answers(folder):
@@ -132,14 +134,18 @@ def test_a_recipe_from_a_file_with_flags_over_it(folder):
     assert (kept.iters, kept.seed, kept.lora_rank) == (2, 1, 3)
 
 
-def test_json_is_one_line_for_each_thing_that_happens(folder):
+def test_json_is_one_line_per_event(folder):
     result = begin("--json", "--save-every", 2, "--steps-per-eval", 3)
     events = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [event["event"] for event in events] == ["plan", "update", "update", "update", "end"]
-    assert events[0]["rows"] == 6
-    assert [event.get("saved", "")[-6:] for event in events[1:4]] == ["", "000002", "000003"]
-    assert events[3]["val_loss"] == events[4]["best_loss"]
-    assert events[4]["stopped"] is None
+    assert [event["event"] for event in events] == [
+        "plan", "update", "update", "checkpoint", "update", "validation", "checkpoint", "end",
+    ]  # fmt: skip
+    plan, *_, validation, checkpoint, end = events
+    assert plan["records"] == 6
+    assert checkpoint["saved"].endswith("step-000003")
+    assert validation["update"] == checkpoint["update"] == 3
+    assert validation["val_loss"] == end["best_loss"]
+    assert end["stopped"] is None
     assert result.stderr == ""
 
 
@@ -159,11 +165,11 @@ def test_a_run_goes_on_by_its_folder_alone(folder):
     assert begin().exit_code == 0
     result = invoke("--resume")
     assert result.exit_code == 0, result.stderr
-    assert "goes on after update  3" in result.stdout
-    assert "all 3 updates are made; more of them: --iters N --accept-changes" in result.stderr
+    assert re.search(r"resuming after update +3", result.stdout)
+    assert "all 3 updates are done already; to make more, pass --iters N" in result.stderr
     further = invoke("--resume", "--iters", 4)
     assert further.exit_code == 2
-    assert "iters was 3 and is 4" in further.stderr
+    assert "iters was 3 and is now 4" in further.stderr
     assert invoke("--resume", "--iters", 4, "--accept-changes").exit_code == 0
     assert list_checkpoints(folder / "adapters")[-1].name == "step-000004"
 
@@ -174,8 +180,8 @@ def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
     again = begin()
     assert again.exit_code == 2
     assert again.stderr == (
-        "error: adapters is not empty; go on with --resume, name another --adapter-path, or pass "
-        "--overwrite\n"
+        "error: adapters is not empty; continue its run with --resume, choose another "
+        "--adapter-path, or pass --overwrite\n"
     )
     assert begin("--overwrite", "--iters", 2).exit_code == 0
     assert [path.name for path in list_checkpoints(folder / "adapters")] == ["step-000002"]
@@ -190,10 +196,16 @@ def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
         (["--data", "data", "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
         (["--data", "data", "--batch-size", "x"], "'x' is not a valid integer"),
         (["--data", "data", "--lora-keys", "q_prj", "--model", "demo"], "matches no linear layer"),
-        (["--data", "data", "--resume", "--overwrite"], "--resume goes on with a run and"),
-        (["--data", "data", "--resume", "--model", "demo"], "no checkpoint in adapters to go on"),
+        (
+            ["--data", "data", "--resume", "--overwrite"],
+            "--resume and --overwrite are mutually exclusive",
+        ),
+        (
+            ["--data", "data", "--resume", "--model", "demo"],
+            "no checkpoint in adapters to resume from",
+        ),
         (["--resume"], "no run in adapters; name its folder: --adapter-path"),
-        (["--data", "data", "--adapter-path", "data/train.jsonl"], "train.jsonl is a file; name"),
+        (["--data", "data", "--adapter-path", "data/train.jsonl"], "train.jsonl is a file; choose"),
         (["--data", "data", "--v2pe-delta", "auto"], "v2pe_delta auto is for prompts"),
         (["-c", "none.yaml"], "cannot read none.yaml"),
         (["--data", "data", "--method", "mpo", "--model", "demo"], "--method mpo compares answers"),
@@ -267,9 +279,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, terminal):
     program.type("\x03")
     screen = program.wait_for("chat --model demo --adapter-path adapters")
     assert program.ended() == 130
-    assert "stopping after this update, then saving; Ctrl-C again stops at once" in screen
+    assert "stopping after this update, then saving; press Ctrl-C again to stop at once" in screen
     assert "note: stopped: interrupted" in screen
-    assert "go on with: internvl3 train --resume --adapter-path adapters" in screen
+    assert "resume with: internvl3 train --resume --adapter-path adapters" in screen
     assert len(list_checkpoints(folder / "adapters")) == 1
     assert (folder / "adapters" / "adapter_model.safetensors").exists()
 

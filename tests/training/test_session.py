@@ -1,4 +1,4 @@
-"""A run set up: what it begins with, how long it is, where its references come from."""
+"""A run that is set up: initial weights, length, reference log-probabilities, data."""
 
 import json
 from itertools import islice
@@ -25,7 +25,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
 
 
-def test_a_run_begins_with_the_adapter_that_is_named(tmp_path):
+def test_a_run_starts_from_the_given_adapter(tmp_path):
     write_data(tmp_path / "data", 5)
     first = small_session(tmp_path, iters=2, dora=True)
     assert len(select(run_session(first), UpdateDone)) == 2
@@ -35,7 +35,7 @@ def test_a_run_begins_with_the_adapter_that_is_named(tmp_path):
     assert again.state.update == 0
 
 
-def test_the_same_seed_begins_with_the_same_adapter(tmp_path):
+def test_the_same_seed_starts_with_the_same_adapter(tmp_path):
     write_data(tmp_path / "data", 3)
     one, same, other = (small_session(tmp_path, iters=1, seed=seed) for seed in (4, 4, 5))
     name = next(name for name in one.state.weights if name.endswith("lora_A"))
@@ -45,26 +45,27 @@ def test_the_same_seed_begins_with_the_same_adapter(tmp_path):
 
 
 def losses(here, count=3):
-    return [step.loss for step in islice(make_updates(here.state, here.left()), count)]
+    """Make some updates and return their losses."""
+    return [step.loss for step in islice(make_updates(here.state, here.remaining_batches()), count)]
 
 
-def test_a_reference_from_the_disk_is_that_of_the_adapter_switched_off(tmp_path):
+def test_cached_reference_equals_the_model_with_adapters_disabled(tmp_path):
     write_data(tmp_path / "data", 6, pairs=True)
     settings = {"method": "mpo", "iters": 3, "learning_rate": 1e-2}
-    asked = losses(small_session(tmp_path, **settings))
-    kept = small_session(tmp_path, cache_reference=True, **settings)
-    assert losses(kept) == pytest.approx(asked, abs=1e-6)
-    kept.dataloader.flush()
+    online = losses(small_session(tmp_path, **settings))
+    cached = small_session(tmp_path, cache_reference=True, **settings)
+    assert losses(cached) == pytest.approx(online, abs=1e-6)
+    cached.dataloader.flush()
     [file] = (tmp_path / "cache" / "references").rglob("*.safetensors")
     again = small_session(tmp_path, cache_reference=True, **settings)
     before = file.stat().st_mtime_ns
-    assert losses(again) == pytest.approx(asked, abs=1e-6)
+    assert losses(again) == pytest.approx(online, abs=1e-6)
     again.dataloader.flush()
     assert [*file.parent.iterdir()] == [file]
     assert file.stat().st_mtime_ns == before
 
 
-def test_where_whole_parts_learn_the_base_is_asked_beforehand(tmp_path):
+def test_reference_is_computed_before_whole_parts_are_trained(tmp_path):
     write_data(tmp_path / "data", 5, 2, pairs=True)
     settings = {"method": "mpo", "train": "lora,mlp1", "cache_reference": True, "iters": 3}
     here = small_session(tmp_path, learning_rate=1e-2, **settings)
@@ -81,17 +82,17 @@ def test_where_whole_parts_learn_the_base_is_asked_beforehand(tmp_path):
         here.dataloader.build_micro_batch(strange)
 
 
-def test_every_process_asks_the_base_about_all_rows(tmp_path):
+def test_every_process_computes_the_reference_of_all_records(tmp_path):
     write_data(tmp_path / "data", 5, 2, pairs=True)
     settings = {"method": "mpo", "train": "lora,mlp1", "cache_reference": True, "iters": 3}
     ground = small_setup(tmp_path, **settings)
-    works = finish(open_train_session(ground, ProcessGroup(rank=1, size=2))).dataloader
+    loader = finish(open_train_session(ground, ProcessGroup(rank=1, size=2))).dataloader
     for corpus in (ground.train_dataset, ground.valid_dataset):
         for batch in corpus.iter_once():
-            assert works.build_micro_batch(batch).reference_log_probs.shape == batch.targets.shape
+            assert loader.build_micro_batch(batch).reference_log_probs.shape == batch.targets.shape
 
 
-def test_pictures_that_a_meta_file_draws_anew_cannot_be_asked_beforehand(tmp_path):
+def test_augmented_images_cannot_have_a_precomputed_reference(tmp_path):
     write_data(tmp_path / "data", 3, pairs=True)
     source = {"root": "data", "annotation": "data/train.jsonl", "data_augment": True}
     meta = tmp_path / "meta.json"
@@ -103,14 +104,14 @@ def test_pictures_that_a_meta_file_draws_anew_cannot_be_asked_beforehand(tmp_pat
 
 
 @pytest.mark.parametrize(("shift", "moves"), [("running", True), ("zero", False)])
-def test_what_the_quality_term_compares_with_can_rest_at_zero(tmp_path, shift, moves):
+def test_the_reward_shift_runs_or_stays_at_zero(tmp_path, shift, moves):
     write_data(tmp_path / "data", 4, pairs=True)
     here = small_session(tmp_path, method="mpo", iters=2, learning_rate=1e-1, reward_shift=shift)
     *_, last = make_updates(here.state, here.remaining_batches())
     assert (last.metrics["shift"] != 0) == moves
 
 
-def test_pictures_are_looked_at_once_and_kept(tmp_path):
+def test_image_features_are_computed_once_and_cached(tmp_path):
     write_data(tmp_path / "data", 4)
     first = small_session(tmp_path, iters=4, epochs=2, cache_features=True)
     seen = losses(first, 4)
@@ -132,21 +133,21 @@ def test_pictures_are_looked_at_once_and_kept(tmp_path):
         ({"iters": 11}, 11),
     ],
 )
-def test_the_length_of_a_run_is_known_before_it_begins(tmp_path, settings, updates):
+def test_the_number_of_updates_is_known_in_advance(tmp_path, settings, updates):
     write_data(tmp_path / "data", 7)
     here = small_session(tmp_path, **settings)
     plan = describe_plan(here)
     assert (here.state.total_updates, plan.updates, plan.records) == (updates, updates, 7)
 
 
-def test_packed_samples_make_as_few_rows_as_they_fill(tmp_path):
+def test_packing_needs_as_few_sequences_as_the_tokens_fill(tmp_path):
     write_data(tmp_path / "data", 7)
     here = small_session(tmp_path, packing=True, max_seq_length=200, batch_size=1)
     tokens = describe_plan(here).tokens
     assert here.state.total_updates == -(-tokens // 200) < 7
 
 
-def test_every_process_makes_as_many_updates(tmp_path):
+def test_every_process_makes_the_same_number_of_updates(tmp_path):
     write_data(tmp_path / "data", 7)
     ground = small_setup(tmp_path, batch_size=1)
     assert planned_updates(ground, ProcessGroup(rank=1, size=2)) == 3
@@ -157,14 +158,14 @@ def test_every_process_makes_as_many_updates(tmp_path):
         planned_updates(ground, ProcessGroup(rank=7, size=8))
 
 
-def test_a_run_that_is_longer_than_its_recipe_has_nothing_left(tmp_path):
+def test_a_run_past_its_end_has_no_batches_left(tmp_path):
     write_data(tmp_path / "data", 4)
     here = small_session(tmp_path, epochs=1)
     here.state.micro_steps = 1000
     assert [*here.remaining_batches()] == []
 
 
-def test_a_meta_file_that_uses_its_rows_otherwise_is_other_data(tmp_path):
+def test_a_meta_file_with_other_sampling_is_other_data(tmp_path):
     write_data(tmp_path / "data", 4)
     meta = tmp_path / "meta.json"
 
@@ -179,20 +180,20 @@ def test_a_meta_file_that_uses_its_rows_otherwise_is_other_data(tmp_path):
     assert identity() == identity()
 
 
-def test_a_folder_without_rows_to_train_on_is_told(tmp_path):
+def test_a_folder_without_training_data_is_reported(tmp_path):
     write_jsonl(tmp_path / "data" / "valid.jsonl", [chat_record()])
     with pytest.raises(UserError, match=r"no train.jsonl in"):
         small_session(tmp_path)
 
 
-@pytest.mark.parametrize("wish", [{"patience": 2}, {"eval_accuracy": True}])
-def test_what_needs_validation_rows_says_so(tmp_path, wish):
+@pytest.mark.parametrize("setting", [{"patience": 2}, {"eval_accuracy": True}])
+def test_settings_that_need_validation_data_say_so(tmp_path, setting):
     write_data(tmp_path / "data", 3)
     with pytest.raises(UserError, match="need validation rows, and .* has none; add valid.jsonl"):
-        small_setup(tmp_path, **wish)
+        small_setup(tmp_path, **setting)
 
 
-def test_validation_rows_may_lie_elsewhere(tmp_path):
+def test_validation_data_may_be_elsewhere(tmp_path):
     write_data(tmp_path / "data", 3, 2)
     write_data(tmp_path / "other", 5)
     here = small_session(
@@ -204,7 +205,7 @@ def test_validation_rows_may_lie_elsewhere(tmp_path):
     )
 
 
-def test_whole_parts_become_a_model_of_their_own(tmp_path):
+def test_trained_parts_are_saved_as_a_whole_model(tmp_path):
     write_data(tmp_path / "data", 4, 1)
     here = small_session(tmp_path, train="mlp1", iters=2, learning_rate=0.01)
     assert len(select(run_session(here), UpdateDone)) == 2
@@ -227,7 +228,7 @@ def test_whole_parts_become_a_model_of_their_own(tmp_path):
     ],
     ids=lambda r: f"{r.style}-{r.layout}-{'packed' if r.bits else r.dtype}",
 )
-def test_every_kind_of_checkpoint_learns_and_takes_its_adapter_back(tmp_path, checkpoint):
+def test_every_kind_of_checkpoint_trains_and_reloads_its_adapter(tmp_path, checkpoint):
     write_data(tmp_path / "data", 4, 2)
     folder = str(tiny(checkpoint).folder)
     settings = {"model": folder, "iters": 6, "learning_rate": 0.02, "lora_keys": "language,vision"}
@@ -235,10 +236,10 @@ def test_every_kind_of_checkpoint_learns_and_takes_its_adapter_back(tmp_path, ch
     before, _ = evaluate_loss(here.state, here.validation_batches())
     validation = select(run_session(here), ValidationDone)[-1]
     assert validation.loss < before - 0.1
-    picture, question = tmp_path / "data" / "0.png", "<image>\nWho is it?"
+    image, question = tmp_path / "data" / "0.png", "<image>\nWho is it?"
     answers = [
         load(folder, adapter=adapter, dtype="float32")
-        .ask(question, [picture], max_tokens=8)
+        .ask(question, [image], max_tokens=8)
         .token_ids
         for adapter in (None, str(here.folder))
     ]
