@@ -124,9 +124,7 @@ def save_adapter_files(session: TrainSession) -> None:
 def write_adapter_files(session: TrainSession, folder: Path) -> None:
     """Write the run's adapter into an existing folder."""
     config = lora_config(session.config)
-    write_adapter_into(
-        session.state.model, folder, config, base_model=session.setup.model_name
-    )
+    write_adapter_into(session.state.model, folder, config, base_model=session.setup.model_name)
 
 
 def write_model(session: TrainSession, target: Path) -> None:

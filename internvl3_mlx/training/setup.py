@@ -100,7 +100,8 @@ def prepare_run(
 ) -> Generator[TaskProgress, None, RunSetup]:
     """Resolve the model and validate all data. Errors in the data are in the reports.
 
-    Yields progress and returns the setup. Raises ``UserError`` for a configuration that the data cannot serve.
+    Yields progress and returns the setup. Raises ``UserError`` for a configuration that the data
+    cannot serve.
     """
     if config.data is None:
         raise UserError("no training data; set data to a folder or a JSONL file")

@@ -130,7 +130,7 @@ def test_a_recipe_from_a_file_with_flags_over_it(folder):
     (folder / "mine.yaml").write_text("\n".join([*lines, "data: data", "iters: 5", "seed: 1"]))
     result = invoke("-c", "mine.yaml", "--iters", 2, "--json")
     assert result.exit_code == 0, result.stderr
-    kept = build_config({}, folder / "adapters" / "recipe.yaml")
+    kept = build_config({}, folder / "adapters" / "train_config.yaml")
     assert (kept.iters, kept.seed, kept.lora_rank) == (2, 1, 3)
 
 
@@ -206,9 +206,12 @@ def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
         ),
         (["--resume"], "no run in adapters; name its folder: --adapter-path"),
         (["--data", "data", "--adapter-path", "data/train.jsonl"], "train.jsonl is a file; choose"),
-        (["--data", "data", "--v2pe-delta", "auto"], "v2pe_delta auto is for prompts"),
+        (["--data", "data", "--v2pe-delta", "auto"], "v2pe_delta auto is for generation only"),
         (["-c", "none.yaml"], "cannot read none.yaml"),
-        (["--data", "data", "--method", "mpo", "--model", "demo"], "--method mpo compares answers"),
+        (
+            ["--data", "data", "--method", "mpo", "--model", "demo"],
+            "--method mpo needs preference pairs",
+        ),
     ],
 )
 def test_a_mistake_is_told_and_nothing_is_left_behind(folder, words, message):
@@ -225,7 +228,7 @@ def test_check_shows_a_sample_with_what_is_learned_of_it(folder):
     lines = result.stdout.splitlines()
     assert lines[:3] == ["train", "  rows           6", "  faulty         0"]
     assert re.search(r"data/train.jsonl:1: \d+ tokens, \d+ of them learned", result.stdout)
-    assert "[picture: 16 tokens]" in result.stdout
+    assert "[image: 16 tokens]" in result.stdout
     assert lines[-1] == "»cat<|im_end|>«"
     assert result.stderr == "»learned«\n"
     assert not (folder / "adapters").exists()

@@ -86,9 +86,9 @@ def test_a_killed_run_leaves_nothing_half_written_and_resumes_to_the_bit(tmp_pat
     settings = {"iters": 40, "save_every": 2, "keep_last": 3, "lora_dropout": 0.1}
     for name in ("one", "two"):
         write_data(tmp_path / name / "data", 5)
-    write_config_file(small_config(tmp_path / "two", **settings), tmp_path / "recipe.yaml")
+    write_config_file(small_config(tmp_path / "two", **settings), tmp_path / "train_config.yaml")
     process = subprocess.Popen(
-        [sys.executable, "-c", TRAIN, str(tmp_path / "recipe.yaml")],
+        [sys.executable, "-c", TRAIN, str(tmp_path / "train_config.yaml")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     for _ in range(5):
@@ -234,7 +234,7 @@ def test_a_run_yields_its_updates_validations_checkpoints_and_end(tmp_path):
     written = {path.name for path in session.folder.iterdir()}
     assert written == {
         "adapter_config.json", "adapter_model.safetensors", "best", "checkpoints", "loss.svg",
-        "metrics.csv", "recipe.yaml",
+        "metrics.csv", "train_config.yaml",
     }  # fmt: skip
 
 

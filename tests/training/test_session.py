@@ -78,7 +78,7 @@ def test_reference_is_computed_before_whole_parts_are_trained(tmp_path):
     elsewhere = small_session(tmp_path, data=str(tmp_path / "others"), **settings)
     works = elsewhere.dataloader.iter_train(0)
     strange = next(w.batch for w in works if any(p.endswith(":6") for p in w.batch.locations))
-    with pytest.raises(TrainingError, match="no reference was computed before the weights moved"):
+    with pytest.raises(TrainingError, match="no reference was computed before training"):
         here.dataloader.build_micro_batch(strange)
 
 
@@ -99,7 +99,7 @@ def test_augmented_images_cannot_have_a_precomputed_reference(tmp_path):
     meta.write_text(json.dumps({"pairs": source}))
     settings = {"method": "mpo", "data": str(meta), "cache_reference": True}
     assert small_setup(tmp_path, **settings).images_vary
-    with pytest.raises(UserError, match="augment draws pictures anew"):
+    with pytest.raises(UserError, match="augment changes the images"):
         small_setup(tmp_path, train="lora,mlp1", **settings)
 
 
@@ -189,7 +189,7 @@ def test_a_folder_without_training_data_is_reported(tmp_path):
 @pytest.mark.parametrize("setting", [{"patience": 2}, {"eval_accuracy": True}])
 def test_settings_that_need_validation_data_say_so(tmp_path, setting):
     write_data(tmp_path / "data", 3)
-    with pytest.raises(UserError, match="need validation rows, and .* has none; add valid.jsonl"):
+    with pytest.raises(UserError, match="need validation data, and .* has none; add valid.jsonl"):
         small_setup(tmp_path, **setting)
 
 
