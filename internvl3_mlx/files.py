@@ -29,28 +29,36 @@ CHUNK_BYTES = 2**20
 NEAREST_CUTOFF = 0.6  # difflib's own default
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)  # file systems that cannot flush a folder
 
+PARTIAL_FILE = re.compile(r"\..+\.(\d+)-\d+\.part(\.[^.]*)?")  # group 1: the process id
+
 _serial = count()
 _unfinished: set[Path] = set()  # what this process is writing now
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a path to write to; its file replaces ``path`` when the block ends without an error.
 
     The yielded name keeps the suffix of ``path``, and the file the permissions of the one it
     replaces. The folder must exist. Raises WriteError when the file cannot be written.
+
+    durable: False for caches of many files that are checked when they are read: it neither waits
+    for the disk nor searches the folder for leftovers (``remove_partial_files`` does that once).
     """
     path = Path(os.path.realpath(path))
     part = _temporary(path, "part", path.suffix)
     try:
         _refuse_other_kinds(path)
-        _remove_leftovers(path)
+        if durable:
+            _remove_leftovers(path)
         yield part
         with suppress(FileNotFoundError):
             os.chmod(part, stat.S_IMODE(path.stat().st_mode))
-        _flush(part)
+        if durable:
+            _flush(part)
         os.replace(part, path)
-        _flush(path.parent)
+        if durable:
+            _flush(path.parent)
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
@@ -96,6 +104,13 @@ def recover_folder(target: Path) -> None:
         else:
             os.rename(replaced, target)
     _remove_leftovers(target)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed processes left of any ``atomic_write`` in ``folder``."""
+    for path in _find_leftovers(folder, PARTIAL_FILE):
+        with suppress(OSError):
+            path.unlink()
 
 
 def check_unused(target: Path, *, overwrite: bool = False) -> None:
@@ -199,11 +214,15 @@ def _leftovers(target: Path, kind: str) -> list[Path]:
     In a container each run may get the same id: a name with our own id that we are not writing is
     an earlier process's.
     """
-    if not target.parent.is_dir():
-        return []
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-\d+\.{kind}(\.[^.]*)?")
+    return _find_leftovers(target.parent, pattern)
+
+
+def _find_leftovers(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
     found = []
-    for path in sorted(target.parent.iterdir()):
+    for path in sorted(folder.iterdir()):
         match = pattern.fullmatch(path.name)
         if match and path not in _unfinished:
             pid = int(match[1])

@@ -18,6 +18,7 @@ from internvl3_mlx.files import (
     did_you_mean,
     read_yaml,
     recover_folder,
+    remove_partial_files,
 )
 
 # Kills itself at the n-th call that touches the disk: before it, or right after it.
@@ -254,6 +255,26 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
     with atomic_folder(tmp_path / "out") as part:
         (part / "x").write_text("x")
     assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, other.name}
+
+
+def test_partial_files_of_dead_processes_are_removed_from_a_folder(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = {f".a.safetensors.{gone.pid}-0.part.safetensors", f".b.{os.getppid()}-3.part", "c.part"}
+    for name in names:
+        (tmp_path / name).write_text("part")
+    with atomic_write(tmp_path / "d") as part:
+        part.write_text("mine")
+        remove_partial_files(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names - {min(names)} | {"d"}
+
+
+def test_a_cache_file_is_written_aside_without_waiting_for_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waited for the disk"))
+    with atomic_write(tmp_path / "a", durable=False) as part:
+        part.write_text("new")
+        assert not (tmp_path / "a").exists()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_two_writers_of_one_process_do_not_disturb_each_other(tmp_path):

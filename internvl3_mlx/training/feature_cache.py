@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.errors import WriteError
-from internvl3_mlx.files import atomic_write, content_digest
+from internvl3_mlx.files import atomic_write, content_digest, remove_partial_files
 from internvl3_mlx.generation.processor import ProcessedImage
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.models.internvl import TILES_PER_CHUNK, InternVL, eval_unless_traced
@@ -136,6 +136,7 @@ class DiskCache:
         self.limit_bytes, self.notify = limit_bytes, notify
         self.writable = True
         self.own_folder.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(self.own_folder)
         self.nbytes = sum(size for _, size, _ in self.entries())
 
     def path(self, key: bytes) -> Path:
@@ -163,7 +164,7 @@ class DiskCache:
             return
         path = self.path(key)
         try:
-            with atomic_write(path) as temporary:
+            with atomic_write(path, durable=False) as temporary:
                 digest = {DIGEST_KEY: array_digest(array)}
                 mx.save_safetensors(str(temporary), {ARRAY_KEY: array}, digest)
             self.nbytes += path.stat().st_size
