@@ -74,13 +74,14 @@ class AttentionCost:
         return 2 * values * tiles * TILE_ROWS + scaling * tiles
 
 
+# size, query heads, key-value heads, head dimension; the 38B has the 14B's
 PUBLISHED_SHAPES = (
-    ("1B", 14, 2, 64),
-    ("2B", 12, 2, 128),
-    ("8B", 28, 4, 128),
-    ("9B", 32, 2, 128),
-    ("14B", 40, 8, 128),
-    ("78B", 64, 8, 128),
+    ("1b", 14, 2, 64),
+    ("2b", 12, 2, 128),
+    ("8b", 28, 4, 128),
+    ("9b", 32, 2, 128),
+    ("14b", 40, 8, 128),
+    ("78b", 64, 8, 128),
 )
 
 
@@ -95,7 +96,8 @@ def cost_table(tokens: int) -> str:
             cost = AttentionCost(heads, kv_heads, dim, tokens, bits)
             dense = bits == DENSE_BITS
             lines.append(
-                f"| {size} | {bits} bits | {format_megabytes(cost.store_nbytes) if dense else '-'} "
+                f"| {size.upper()} | {bits} bits "
+                f"| {format_megabytes(cost.store_nbytes) if dense else '-'} "
                 f"| {'-' if dense else format_megabytes(cost.products_nbytes)} "
                 f"| {format_megabytes(cost.kernel_nbytes)} | {cost.kernel_flops / 1e6:.0f} M "
                 f"| {cost.kernel_flops / cost.kernel_nbytes:.0f} |"

@@ -1,1 +1,1 @@
-"""The towers: InternViT, the projector and the decoder, joined in ``internvl``."""
+"""InternViT, the projector and the decoder, combined in ``internvl``; caches and adapters."""

@@ -1,21 +1,20 @@
-"""Join linear layers that read the same input: one product at decoding where there were three."""
+"""Fuse linear layers that read the same input, so that decoding runs one product, not three."""
 
 from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from internvl3_mlx.models.lora import LoRALinear
-from internvl3_mlx.models.lora import concatenate_lora as join
+from internvl3_mlx.models.lora import LoRALinear, concatenate_lora
 
 QUANTIZATION_FIELDS = ("group_size", "bits", "mode")
 
 
 def fuse_linears(module: nn.Module, names: Sequence[str], fused: str) -> None:
-    """Replace the layers ``names`` of ``module`` by ``joined``, their rows stacked in order.
+    """Replace the layers ``names`` of ``module`` by one named ``fused``, their rows in order.
 
-    Layers that differ in kind or packing (mixed recipes give some more bits) stay apart; the
-    result is the same. Their adapters, if any, are joined as well.
+    Layers that differ in class or quantization (mixed-bit recipes) stay separate; the output is the
+    same. Their adapters, if any, are concatenated as well.
     """
     layers = [module[name] for name in names]
     bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
@@ -32,17 +31,16 @@ def fuse_linears(module: nn.Module, names: Sequence[str], fused: str) -> None:
 def fuse_adapters(
     base: nn.Module, layers: Sequence[nn.Module], heights: Sequence[int]
 ) -> nn.Module:
-    """Put the adapters that some layers had beside the layer that they became."""
+    """Wrap the fused layer ``base`` with the adapters of the layers it was made from."""
     own = [layer.weights if isinstance(layer, LoRALinear) else None for layer in layers]
     if not any(own):
         return base
-    return LoRALinear(
-        base, join([(factors, 0, rows) for factors, rows in zip(own, heights, strict=True)])
-    )
+    parts = [(weights, 0, rows) for weights, rows in zip(own, heights, strict=True)]
+    return LoRALinear(base, concatenate_lora(parts))
 
 
 def fusion_key(layer: nn.Module) -> tuple[object, ...] | None:
-    """Describe what must agree to join two layers; None for layers that are more than a matrix."""
+    """Return what must agree to fuse two layers; None for layers that are more than a matrix."""
     if type(layer) not in (nn.Linear, nn.QuantizedLinear):
         return None
     return (

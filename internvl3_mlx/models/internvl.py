@@ -1,7 +1,7 @@
-"""InternVL3: tiles and ids in, logits out. The only module that knows both towers.
+"""InternVL3: from tiles and token ids to logits.
 
 tiles (T, S, S, 3) -> vision_model -> drop class token -> shuffle -> mlp1 -> features (T, V, D)
-ids (B, L) -> embed_tokens -> features in image tokens' places -> language_model -> logits
+ids (B, L) -> embed_tokens -> features in place of image tokens -> language_model -> logits
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from internvl3_mlx.models.projector import build_projector, pixel_shuffle
 from internvl3_mlx.models.rope import Positions
 from internvl3_mlx.models.vision import VisionModel
 
-# a tile brings 1025 rows to each matrix product: more of them at once mostly cost memory, on a CPU
-# speed as well (docs/performance.md)
+# a tile has 1025 rows for each matrix product: more tiles at once mostly cost memory, and on a CPU
+# speed (docs/performance.md)
 TILES_PER_CHUNK = 2 if on_gpu() else 1
 
 
 class InternVL(nn.Module):
-    """The whole model. ``image_id`` is the id of ``<IMG_CONTEXT>``, read from the tokenizer."""
+    """The complete model. ``image_id``: the id of ``<IMG_CONTEXT>`` in the tokenizer."""
 
     def __init__(self, config: ModelConfig, image_id: int):
         super().__init__()
@@ -34,10 +34,10 @@ class InternVL(nn.Module):
         self.language_model = LanguageModel(config.text)
 
     def get_image_features(self, pixels: mx.array) -> mx.array:
-        """Turn tiles into visual tokens.
+        """Compute the visual tokens of tiles.
 
-        pixels: (T, S, S, 3), normalised floats or raw bytes -> (T, V, D). A few tiles at a time,
-        each chunk evaluated before the next begins, so that memory does not grow with the tiles.
+        pixels: (T, S, S, 3), normalized floats or raw bytes -> (T, V, D). Each chunk of tiles is
+        evaluated before the next, so that memory does not grow with their number.
         """
         chunks = range(0, pixels.shape[0], TILES_PER_CHUNK)
         return mx.concatenate(
@@ -49,11 +49,11 @@ class InternVL(nn.Module):
         )
 
     def encode_tiles(self, pixels: mx.array) -> mx.array:
-        """Run tower and projector on a few tiles: (T, S, S, 3) -> (T, V, D)."""
+        """Run vision model and projector on a few tiles: (T, S, S, 3) -> (T, V, D)."""
         return self.project(self.vision_model(pixels, self.config.select_layer))
 
     def project(self, states: mx.array) -> mx.array:
-        """states: (T, 1 + G*G, C) of the tower -> (T, V, D)."""
+        """Project vision states: (T, 1 + G*G, C) -> (T, V, D)."""
         config = self.config
         grid = config.vision.grid
         patches = states[:, 1:].reshape(states.shape[0], grid, grid, -1)
@@ -64,14 +64,14 @@ class InternVL(nn.Module):
         return x
 
     def embed(self, ids: mx.array, features: mx.array | None = None) -> mx.array:
-        """Embed tokens, features in the image tokens' places, row by row: (B, L), (T, V, D) -> (B,
-        L, D).
+        """Embed tokens, with features in place of image tokens: (B, L), (T, V, D) -> (B, L, D).
 
-        A gather and a select, all inside the graph: differentiable, compilable and right for any
-        batch.
+        Features are taken in order, sequence by sequence. A gather and a select, so the result is
+        differentiable and can be compiled.
         """
         decoder = self.language_model.model
-        text = decoder.embed_tokens(ids).astype(decoder.norm.weight.dtype)  # mxfp4 unpacks as bf16
+        # mxfp4 dequantizes to bfloat16 whatever the dtype of the model
+        text = decoder.embed_tokens(ids).astype(decoder.norm.weight.dtype)
         if features is None:
             return text
         is_image = (ids == self.image_id).reshape(-1)
@@ -89,12 +89,11 @@ class InternVL(nn.Module):
         *,
         ntk: bool = True,
     ) -> mx.array:
-        """Compute the logits of every token: (B, L) ids, tiles of all rows in order, positions ->
-        (B, L, vocab).
+        """Compute the logits of every token: ids (B, L) -> (B, L, vocab).
 
-        positions: (L,) or (B, L) float32, multiples of 1/256; or the first of whole steps, the
-        fused path.
-        Raises ValueError when the image tokens and the tiles' visual tokens differ in number.
+        pixels: the tiles of all sequences in order. positions: (L,) or (B, L) float32, multiples of
+        1/256; or the first of consecutive integers, which is faster. Raises ValueError when the
+        numbers of image tokens and of visual tokens differ.
         """
         features = None if pixels is None else self.get_image_features(pixels)
         check_image_token_count(
@@ -107,20 +106,20 @@ class InternVL(nn.Module):
         )
 
     def optimize_for_inference(self) -> None:
-        """Rearrange the weights for inference; the checkpoint's own names are gone from here on."""
+        """Fold and fuse weights in place; they no longer have the checkpoint's names."""
         self.vision_model.fold()
         self.language_model.fuse()
 
 
 def eval_unless_traced(array: mx.array) -> mx.array:
-    """Evaluate now, except inside a compiled function, where nothing can be."""
+    """Evaluate now, unless a compiled function is being traced."""
     with contextlib.suppress(ValueError):
         mx.eval(array)
     return array
 
 
 def check_image_token_count(ids: mx.array, image_id: int, features: int) -> None:
-    """Raise when ids and features disagree; inside a compiled function none can be counted."""
+    """Raise ValueError when ids and features disagree; while tracing, nothing is checked."""
     try:
         tokens = int((ids == image_id).sum())
     except ValueError:  # ids are being traced

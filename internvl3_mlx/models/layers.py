@@ -1,4 +1,7 @@
-"""Activations as the checkpoints know them, in float32 inside as PyTorch's kernels are."""
+"""Activations as the checkpoints use them, and how blocks are called.
+
+Activations compute in float32 inside, as PyTorch's kernels do.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,17 +18,16 @@ ElementwiseFunction = Callable[..., mx.array]
 
 
 def compile_on_gpu(function: ElementwiseFunction) -> ElementwiseFunction:
-    """Compile an elementwise function into one GPU kernel.
+    """Compile an elementwise function into one GPU kernel; on a CPU return it unchanged.
 
-    On a CPU MLX would call a C++ compiler at run time, which a user's machine may lack: there it
-    stays plain.
+    There MLX would call a C++ compiler at run time, which a user's machine may lack.
     """
     return mx.compile(function, shapeless=True) if on_gpu() else function
 
 
 @compile_on_gpu
 def gelu(x: mx.array) -> mx.array:
-    """Apply GELU in its erf form; the tanh form is off by 1e-3 after a whole tower."""
+    """Apply the exact GELU; the tanh approximation is off by 1e-3 after all layers of InternViT."""
     wide = x.astype(mx.float32)
     return (wide * 0.5 * (1 + mx.erf(wide * INVERSE_SQRT_2))).astype(x.dtype)
 
@@ -37,10 +39,10 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return (wide * mx.sigmoid(wide)).astype(gate.dtype) * up
 
 
-BlockRunner = Callable[..., mx.array]  # (block, x, *rest) -> what the block makes of x
+BlockRunner = Callable[..., mx.array]  # (block, x, *arguments) -> the output of the block
 
 
-def run_block(block: nn.Module, x: mx.array, *rest: Any) -> mx.array:
-    """Call a block as it is."""
-    out: mx.array = block(x, *rest)
+def run_block(block: nn.Module, x: mx.array, *arguments: Any) -> mx.array:
+    """Call a block: the default BlockRunner."""
+    out: mx.array = block(x, *arguments)
     return out

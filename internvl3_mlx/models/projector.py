@@ -1,4 +1,4 @@
-"""From patches to the decoder's width: pixel shuffle, then ``mlp1``."""
+"""From vision states to the decoder's width: pixel shuffle, then ``mlp1``."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -6,11 +6,11 @@ import mlx.nn as nn
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.models.layers import gelu
 
-LAYER_NORM_EPS = 1e-5  # torch's default; the checkpoint names none
+LAYER_NORM_EPS = 1e-5  # PyTorch's default; the config has no field for it
 
 
 def build_projector(config: ModelConfig) -> list[nn.Module]:
-    """Build ``mlp1``: list positions are the checkpoint's names mlp1.0, mlp1.1 and mlp1.3."""
+    """Build ``mlp1``; the indices are the checkpoint's names mlp1.0, mlp1.1 and mlp1.3."""
     wide = config.vision.hidden_size * config.shuffle_factor**2
     width = config.text.hidden_size
     return [
@@ -22,6 +22,8 @@ def build_projector(config: ModelConfig) -> list[nn.Module]:
 
 
 class GELU(nn.Module):
+    """The exact GELU as a layer."""
+
     def __call__(self, x: mx.array) -> mx.array:
         return gelu(x)
 
@@ -29,9 +31,9 @@ class GELU(nn.Module):
 def pixel_shuffle(x: mx.array, factor: int = 2, *, version: str = "v2") -> mx.array:
     """Trade resolution for channels: (T, H, W, C) -> (T, H/f, W/f, C*f*f).
 
-    Channels run (row, column, channel) within each f x f cell: the order that mlp1's LayerNorm was
-    trained on.
-    Version v1, which older models used, hands the cells out transposed.
+    Channels are ordered (row, column, channel) within each f x f cell, as mlp1's LayerNorm was
+    trained. Version v1, of older models, returns the cells transposed. Raises ValueError when H or
+    W is not a multiple of f.
     """
     tiles, height, width, channels = x.shape
     if height % factor or width % factor:

@@ -1,8 +1,7 @@
-"""InternViT, 300M and 6B: (T, S, S, 3) tiles to (T, 1 + G*G, C) states. Attribute names are the
-checkpoint's.
+"""InternViT, 300M and 6B: from tiles (T, S, S, 3) to states (T, 1 + G*G, C).
 
-Both sizes are one architecture; the fields of ``VisionConfig`` choose LayerNorm or RMSNorm, q/k
-norm and qkv bias.
+Both sizes are one architecture; the fields of ``VisionConfig`` select LayerNorm or RMSNorm, q/k
+norm and qkv bias. Attribute names are the checkpoint's.
 """
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ MAX_BYTE = 255.0
 
 
 class PatchEmbedding(nn.Module):
-    """Cut tiles into patches and project each: a convolution whose stride is its kernel."""
+    """Split tiles into patches and project each: a convolution with stride equal to its kernel."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -25,12 +24,10 @@ class PatchEmbedding(nn.Module):
         self.bias = mx.zeros(config.hidden_size)
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        """pixels: (T, S, S, 3) -> (T, G*G, C). Bytes are taken as raw colours, floats as
-        normalised ones.
+        """pixels: (T, S, S, 3) -> (T, G*G, C). Floats are normalized pixels, bytes raw ones.
 
-        Raw bytes meet weights into which /255, mean and standard deviation are folded, in float32:
-        a byte has no
-        rounding to lose, and the picture stays a quarter of the size until here.
+        Raw bytes are multiplied by weights that include the normalization, in float32: bytes are
+        exact, and until here an image takes a quarter of the memory.
         """
         out, patch = self.weight.shape[0], self.weight.shape[1]
         weight, bias = self.weight, self.bias
@@ -41,23 +38,24 @@ class PatchEmbedding(nn.Module):
 
     @property
     def raw_pixel_weights(self) -> tuple[mx.array, mx.array]:
-        """Weights for raw colours; ``fold`` keeps them, under a name that is no parameter."""
-        kept: tuple[mx.array, mx.array] | None = self.get("_raw")
-        return kept or fold_normalization(self.weight, self.bias)
+        """Weight and bias for raw bytes; computed once by ``fold``."""
+        folded: tuple[mx.array, mx.array] | None = self.get("_raw")
+        return folded or fold_normalization(self.weight, self.bias)
 
     def fold(self) -> None:
+        """Store the weights for raw bytes; the underscore keeps them out of the parameters."""
         self._raw = fold_normalization(self.weight, self.bias)
 
 
 def fold_normalization(weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
-    """Fold ``(x / 255 - mean) / std`` into a projection: (C, P, P, 3), (C,) -> float32 likes."""
+    """Fold ``(x / 255 - mean) / std`` into a projection: (C, P, P, 3), (C,) -> same, float32."""
     mean, std = mx.array(IMAGENET_MEAN), mx.array(IMAGENET_STD)
     wide = weight.astype(mx.float32) / std
     return wide / MAX_BYTE, bias.astype(mx.float32) - (wide * mean).sum(axis=(1, 2, 3))
 
 
 def to_patches(pixels: mx.array, patch: int) -> mx.array:
-    """Lay patches out as rows, row-major: (T, S, S, 3) -> (T, G*G, P*P*3)."""
+    """Return the patches, row-major: (T, S, S, 3) -> (T, G*G, P*P*3)."""
     tiles, side = pixels.shape[0], pixels.shape[1]
     grid = side // patch
     cells = pixels.reshape(tiles, grid, patch, grid, patch, RGB_CHANNELS).transpose(
@@ -67,7 +65,7 @@ def to_patches(pixels: mx.array, patch: int) -> mx.array:
 
 
 class Embeddings(nn.Module):
-    """Patches behind a class token, plus positions: one grid size, so none is ever interpolated."""
+    """A class token and the patches, plus position embeddings for the one grid size."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -83,7 +81,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full attention inside one tile. The 6B tower norms q and k before the heads part."""
+    """Full attention inside one tile. InternViT-6B norms q and k over all heads together."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -130,15 +128,16 @@ class Block(nn.Module):
         self.ls1, self.ls2 = mx.ones(width), mx.ones(width)
 
     def __call__(self, x: mx.array, drop: float = 0.0) -> mx.array:
-        """x: (T, N, C) -> (T, N, C). ``drop``: how likely a tile goes past each branch."""
+        """x: (T, N, C) -> (T, N, C). ``drop``: stochastic-depth rate."""
         x = x + drop_path(self.layer_scale("ls1", self.attn(self.norm1(x))), drop)
         return x + drop_path(self.layer_scale("ls2", self.mlp(self.norm2(x))), drop)
 
     def layer_scale(self, name: str, branch: mx.array) -> mx.array:
+        """Apply LayerScale ``name``, unless it has been folded."""
         return branch * self[name] if name in self else branch
 
     def fold(self) -> None:
-        """Multiply LayerScale into the dense projections before it: two kernels a layer less."""
+        """Multiply LayerScale into the dense projection before it: two kernels fewer per layer."""
         for name, linear in (("ls1", self.attn.proj), ("ls2", self.mlp.fc2)):
             if type(linear) is nn.Linear and name in self:
                 scale, dtype = self.pop(name).astype(mx.float32), linear.weight.dtype
@@ -147,7 +146,7 @@ class Block(nn.Module):
 
 
 def drop_path(branch: mx.array, rate: float) -> mx.array:
-    """Leave the branch out for some tiles, whole, and raise the others to the same mean.
+    """Drop the whole branch for some tiles and scale up the others, so that the mean stays.
 
     branch: (T, N, C) -> (T, N, C). Stochastic depth (arXiv 1603.09382).
     """
@@ -164,7 +163,7 @@ class Encoder(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """The tower. There is no norm after the last layer."""
+    """The vision encoder. There is no norm after the last layer."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -181,8 +180,8 @@ class VisionModel(nn.Module):
         """pixels: (T, S, S, 3) -> (T, 1 + G*G, C), the class token first.
 
         ``select_layer`` counts the embeddings as state 0 and may be negative; layers above it are
-        not computed. ``drop_path_rate``: for training, the last block's, rising evenly from 0;
-        ``run`` calls each block.
+        not computed. ``drop_path_rate``: that of the last block in training; it rises linearly
+        from 0. ``run`` calls each block.
         """
         x = self.embeddings(pixels)
         layers = self.encoder.layers
@@ -192,7 +191,7 @@ class VisionModel(nn.Module):
         return x
 
     def fold(self) -> None:
-        """Fold normalisation into the patch projection, LayerScale into its neighbours."""
+        """Fold pixel normalization and LayerScale into the projections beside them."""
         self.embeddings.patch_embedding.fold()
         for block in self.encoder.layers:
             block.fold()

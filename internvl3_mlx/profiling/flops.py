@@ -1,7 +1,7 @@
-"""What a stage needs at the least, counted from the model's shapes: bytes moved, operations done.
+"""The least bytes and operations that a stage needs, counted from the shapes of the model.
 
-A multiplication and an addition count as two operations. Weights are read once a stage and the
-cache once a token; what passes between operations is left out, since a good kernel keeps it near.
+A multiplication and an addition count as two operations. Weights are read once per stage and the
+cache once per token; intermediate results are not counted, since fused kernels do not store them.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from mlx.utils import tree_flatten
 from internvl3_mlx.config import TextConfig, VisionConfig
 from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
 from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS
 from internvl3_mlx.models.internvl import InternVL
 
 PATCH_CHANNELS = 3
-DENSE_BITS = 16
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Bytes of weights and of keys and values, and operations."""
+    """Bytes of the weights, bytes of keys and values, and operations."""
 
     weights_nbytes: float
     cache_nbytes: float
@@ -34,7 +34,7 @@ class StageCost:
 
 
 def vision_cost(model: InternVL, tiles: int) -> StageCost:
-    """Count tower and projector on some tiles."""
+    """Return the cost of vision model and projector for some tiles."""
     config = model.config
     tower = tiles * tower_flops(config.vision)
     merged = config.vision.hidden_size * config.shuffle_factor**2
@@ -44,16 +44,16 @@ def vision_cost(model: InternVL, tiles: int) -> StageCost:
 
 
 def tower_flops(vision: VisionConfig) -> int:
-    """Count one tile through the patch embedding and every layer."""
+    """Return the operations for one tile in patch embedding and layers."""
     width, patches = vision.hidden_size, vision.grid**2
-    rows = patches + 1  # the class token goes along
+    rows = patches + 1  # and the class token
     embedding = 2 * patches * PATCH_CHANNELS * vision.patch_size**2 * width
     products = 2 * rows * (4 * width * width + 2 * width * vision.intermediate_size)
     return embedding + vision.num_hidden_layers * (products + 4 * rows * rows * width)
 
 
 def prefill_cost(model: InternVL, context: int, count: int) -> StageCost:
-    """Count ``count`` tokens of a prompt after ``context``; the last layer answers one row."""
+    """Return the cost of ``count`` prompt tokens after ``context``; the last layer computes one."""
     text = model.config.text
     layers = text.num_hidden_layers
     rest = (layers - 1) * count + 1  # rows that go through attention and MLP
@@ -66,7 +66,7 @@ def prefill_cost(model: InternVL, context: int, count: int) -> StageCost:
 
 
 def decode_cost(model: InternVL, context: int, bits: int) -> StageCost:
-    """Count one token after ``context`` others, keys and values in ``bits``."""
+    """Return the cost of one token after ``context`` others, with a cache of ``bits``."""
     text = model.config.text
     products = kv_projection_flops(text) + query_and_mlp_flops(text)
     flops = text.num_hidden_layers * (products + context * attention_flops(text))
@@ -75,18 +75,18 @@ def decode_cost(model: InternVL, context: int, bits: int) -> StageCost:
 
 
 def kv_projection_flops(text: TextConfig) -> int:
-    """Count a token's keys and values in one layer."""
+    """Return the operations for one token's keys and values in one layer."""
     return 2 * text.hidden_size * 2 * text.num_key_value_heads * text.head_dim
 
 
 def query_and_mlp_flops(text: TextConfig) -> int:
-    """Count a token's query, output and MLP in one layer."""
+    """Return the operations for one token's query, output projection and MLP in one layer."""
     heads = 2 * text.num_attention_heads * text.head_dim
     return 2 * text.hidden_size * (heads + 3 * text.intermediate_size)
 
 
 def attention_flops(text: TextConfig) -> int:
-    """Count a query against one remembered token, all heads of a layer: scores and sums."""
+    """Return the operations for attending to one token in one layer: scores and weighted sums."""
     return 4 * text.num_attention_heads * text.head_dim
 
 
@@ -95,20 +95,23 @@ def head_flops(text: TextConfig) -> int:
 
 
 def token_kv_nbytes(model: InternVL, bits: int) -> int:
-    """Bytes of keys and values of one token, all layers."""
+    """Return the bytes of one token's keys and values in all layers."""
     return kv_nbytes_per_token(
         model, GenerationConfig(kv_bits=None if bits == DENSE_BITS else bits)
     )
 
 
 def decoder_nbytes(model: InternVL) -> int:
-    """Bytes of the language model that a token reads: of a separate embedding, next to none."""
+    """Return the bytes of the language model that a token reads; of a separate embedding, none."""
     language = model.language_model
-    whole = parameter_nbytes(language)
-    return whole - parameter_nbytes(language.model.embed_tokens) if "lm_head" in language else whole
+    total = parameter_nbytes(language)
+    if "lm_head" not in language:
+        return total
+    return total - parameter_nbytes(language.model.embed_tokens)
 
 
 def parameter_nbytes(*modules: nn.Module | list[nn.Module]) -> int:
+    """Return the bytes of all parameters."""
     tensors: Any = tree_flatten([part.parameters() for part in flatten_modules(modules)])
     return sum(tensor.nbytes for _, tensor in tensors)
 

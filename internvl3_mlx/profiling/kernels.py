@@ -1,7 +1,7 @@
-"""Our kernels beside MLX's own operations for the same attention, over growing contexts.
+"""Compare our kernels with MLX's operations for the same attention, over growing contexts.
 
-One layer reads its cache, in the shapes of the published sizes: for one token, and for a whole
-draft that is checked. From what is found follows from how many tokens on a kernel pays here.
+One layer reads its cache, in the shapes of the published sizes: for one token, and for a draft that
+is verified. The results say from how many tokens on a kernel is faster on this machine.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,28 +12,28 @@ import mlx.core as mx
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.generation.context_budget import SCALE_AND_BIAS_BITS
 from internvl3_mlx.metal_kernels import dispatch, self_test
+from internvl3_mlx.metal_kernels.cost_model import PUBLISHED_SHAPES
 from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, FlashVariant, flash_decode
-from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout, KVStore
+from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, KVRowLayout, KVStore
 from internvl3_mlx.metal_kernels.registry import KernelThreshold
 from internvl3_mlx.models.attention import quantized_attention
 from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache, quantize_to_rows
-from internvl3_mlx.profiling.flops import DENSE_BITS
 from internvl3_mlx.profiling.results import Measurement
 from internvl3_mlx.profiling.timing import RUNS, measure_seconds, random_cache
 
 KERNEL = "flash_decode"
 GROUP_SIZE = 64
 BITS = (DENSE_BITS, 8, 4)
-MIN_SPEEDUP = 1.05  # times faster, or it is left to MLX: less may be chance
-METAL_MISSING = "our kernels need Metal, which is not here"
-KERNELS_DISABLED = f"our kernels are turned off by {dispatch.MODE_VARIABLE}"
-KERNEL_FAILED = "some of our kernels do not work here; internvl3 doctor tells more"
+MIN_SPEEDUP = 1.05  # times faster, or MLX is used: less may be noise
+METAL_MISSING = "our kernels need Metal, which is not available"
+KERNELS_DISABLED = f"our kernels are off by {dispatch.MODE_VARIABLE}"
+KERNEL_FAILED = "this kernel failed its self-test; run `internvl3 doctor` for details"
 
 
 @dataclass(frozen=True)
 class AttentionTrial:
-    """The attention of one published size over a cache of some bits, ``length`` tokens at once."""
+    """Attention of one published size to a cache of some ``bits``, for ``length`` new tokens."""
 
     size: str
     heads: int
@@ -48,7 +48,7 @@ class AttentionTrial:
         return f"{self.size}{draft}, {self.bits}-bit cache"
 
     def nbytes(self, context: int, dense: int) -> float:
-        """Bytes of keys and values; ``dense`` is what a number takes that is not packed."""
+        """Return the bytes of keys and values; ``dense``: bytes of one unquantized element."""
         each = (
             dense if self.bits == DENSE_BITS else (self.bits + SCALE_AND_BIAS_BITS / GROUP_SIZE) / 8
         )
@@ -58,29 +58,21 @@ class AttentionTrial:
         return 4 * self.length * self.heads * self.dim * context
 
 
-SHAPES = (
-    ("1b", 14, 2, 64),
-    ("2b", 12, 2, 128),
-    ("8b", 28, 4, 128),
-    ("9b", 32, 2, 128),
-    ("14b", 40, 8, 128),
-    ("78b", 64, 8, 128),
-)
-QUICK_SHAPES = (SHAPES[0], SHAPES[2])
+QUICK_SHAPES = (PUBLISHED_SHAPES[0], PUBLISHED_SHAPES[2])
 
 
 def attention_trials(*, quick: bool = False) -> list[AttentionTrial]:
-    """List what is measured: every shape with every cache, or two shapes."""
+    """List the trials: every published shape with every cache; ``quick``: two shapes."""
     return [
         AttentionTrial(*shape, bits, length)
         for length in (1, MAX_DRAFT_TOKENS)
-        for shape in (QUICK_SHAPES if quick else SHAPES)
+        for shape in (QUICK_SHAPES if quick else PUBLISHED_SHAPES)
         for bits in BITS
     ]
 
 
 def measure_attention(trial: AttentionTrial, context: int, runs: int = RUNS) -> Measurement:
-    """Time the attention both ways; MLX's way alone where our kernel would not run."""
+    """Time attention by our kernel and by MLX; MLX alone where our kernel would not run."""
     dtype = mx.float16 if on_gpu() else mx.float32
     filled = random_cache(trial.kv_heads, context, trial.dim, dtype)
     shape = (1, trial.heads, trial.length, trial.dim)
@@ -93,7 +85,7 @@ def measure_attention(trial: AttentionTrial, context: int, runs: int = RUNS) -> 
 
 
 def unavailable_reason(trial: AttentionTrial, q: mx.array, filled: KVCache) -> str:
-    """Say why our kernel would not run, nothing if it would: never time what stands in for it."""
+    """Return why our kernel would not run, "" if it would, so that no fallback is timed as it."""
     if not dispatch.metal_available():
         return METAL_MISSING
     if dispatch.kernel_mode() == dispatch.OFF:
@@ -103,7 +95,7 @@ def unavailable_reason(trial: AttentionTrial, q: mx.array, filled: KVCache) -> s
 
 
 def mlx_step(trial: AttentionTrial, filled: KVCache) -> Callable[[mx.array], mx.array]:
-    """Return MLX's own way: its fused attention, or two products with packed matrices."""
+    """Return attention by MLX: fused, or with two quantized products."""
     scale, mask = trial.dim**-0.5, "causal" if trial.length > 1 else None
     if trial.bits == DENSE_BITS:
         keys, values = filled.state
@@ -117,13 +109,14 @@ def mlx_step(trial: AttentionTrial, filled: KVCache) -> Callable[[mx.array], mx.
 
 
 def kernel_step(trial: AttentionTrial, filled: KVCache) -> Callable[[mx.array], mx.array]:
-    """Return our kernel over the same cache."""
+    """Return attention by our kernel to the same cache."""
     store, context = build_store(trial, filled), filled.offset
     mx.eval(store.arrays)
     return lambda q: flash_decode(q, store, context, causal=trial.length > 1)[0]
 
 
 def build_store(trial: AttentionTrial, filled: KVCache) -> KVStore:
+    """Return the buffers that our kernel reads, quantized as the trial says."""
     if trial.bits == DENSE_BITS:
         return filled.buffers
     layout = KVRowLayout(trial.dim, trial.bits, GROUP_SIZE, filled.buffers.keys.dtype)
@@ -133,7 +126,7 @@ def build_store(trial: AttentionTrial, filled: KVCache) -> KVStore:
 def kernel_thresholds(
     found: Mapping[AttentionTrial, Sequence[Measurement]],
 ) -> list[KernelThreshold]:
-    """Say from how many tokens on each kernel pays; the table asks for one token at a time."""
+    """Return from how many tokens on each kernel is faster for one new token."""
     return [
         KernelThreshold(
             KERNEL, trial.bits, trial.dim, trial.heads // trial.kv_heads, faster_from(figures)
@@ -144,8 +137,7 @@ def kernel_thresholds(
 
 
 def faster_from(figures: Sequence[Measurement]) -> int | None:
-    """Return the shortest context from which on our kernel is faster at every one that was
-    measured; None if there is none."""
+    """Return the shortest context from which on our kernel was always faster; None without one."""
     start = None
     for figure in sorted(figures, key=lambda figure: figure.context, reverse=True):
         if not (figure.seconds and figure.peer and figure.peer > MIN_SPEEDUP * figure.seconds):

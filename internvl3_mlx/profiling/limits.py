@@ -1,7 +1,7 @@
-"""What the machine itself can do: bytes a second, operations a second, and the price of a launch.
+"""The limits of this machine: bytes per second, operations per second, and the cost of a launch.
 
-Measured here and now on this machine, with nothing but MLX's plainest operations, so that figures
-stand beside a limit that was really reached rather than one from a data sheet.
+Measured with MLX's simplest operations, so that results are compared with a limit that was reached
+on this machine, not with a data sheet.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ SI_PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """``bandwidth`` in bytes a second, ``rate`` in operations a second (``dtype``), ``launch_s``
-    for an operation that does next to nothing."""
+    """``bandwidth``: bytes per second; ``rate``: operations per second in ``dtype``; ``launch_s``:
+    seconds of an operation that does next to nothing."""
 
     bandwidth: float
     rate: float
@@ -27,15 +27,15 @@ class MachineLimits:
     dtype: str
 
     def min_seconds(self, nbytes: float, flops: float) -> float:
-        """Return the least time that so many bytes and operations take here."""
+        """Return the shortest time in which this machine can do so much."""
         return max(nbytes / self.bandwidth, flops / self.rate)
 
     def describe(self) -> dict[str, str]:
-        """Put the limits in words."""
+        """Return the limits as text, by name."""
         return {
             "memory": format_si(self.bandwidth, "B/s"),
             f"{self.dtype} products": format_si(self.rate, "FLOP/s"),
-            "an operation on nothing": f"{self.launch_s * 1e6:,.1f} µs",
+            "empty operation": f"{self.launch_s * 1e6:,.1f} µs",
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class MachineLimits:
 
 
 def format_si(value: float, unit: str) -> str:
-    """Write a large number with a prefix: 380.2 GB/s, 26.1 TFLOP/s."""
+    """Format a large number with an SI prefix: 380.2 GB/s, 26.1 TFLOP/s."""
     prefix, size = max(
         ((p, size) for p, size in SI_PREFIXES.items() if size <= value), key=lambda pair: pair[1],
         default=("", 1.0),
@@ -52,7 +52,7 @@ def format_si(value: float, unit: str) -> str:
 
 
 def measure_limits(*, quick: bool = False) -> MachineLimits:
-    """Measure the three limits; ``quick`` takes smaller arrays."""
+    """Measure the three limits; ``quick`` uses smaller arrays."""
     dtype = mx.float16 if on_gpu() else mx.float32
     nbytes, side = problem_sizes(quick)
     return MachineLimits(
@@ -64,28 +64,27 @@ def measure_limits(*, quick: bool = False) -> MachineLimits:
 
 
 def problem_sizes(quick: bool) -> tuple[int, int]:
-    """Choose the bytes to move, far beyond any cache, and the side of the matrices to multiply."""
+    """Return the bytes to move, far more than any cache, and the side of the matrices."""
     if on_gpu():
         return (256 * MB, 2048) if quick else (1024 * MB, 4096)
     return (64 * MB, 512) if quick else (256 * MB, 1024)
 
 
 def copy_bandwidth(nbytes: int) -> float:
-    """Return bytes a second of a copy, each byte read once and written once."""
+    """Return bytes per second of a copy, each byte read once and written once."""
     x = mx.zeros(nbytes // 4)
     return 2 * nbytes / measure_seconds(lambda x: x + 1, x)
 
 
 def matvec_bandwidth(nbytes: int, dtype: mx.Dtype) -> float:
-    """Return bytes a second of a matrix times a vector: what writing a token does all day."""
+    """Return bytes per second of a matrix times a vector, as in decoding."""
     side = int((nbytes / dtype.size) ** 0.5)
     w = mx.full((side, side), 1 / side, dtype=dtype)
     return dtype.size * side**2 / measure_seconds(lambda x: w @ x, mx.ones((side, 1), dtype=dtype))
 
 
 def matmul_rate(side: int, dtype: mx.Dtype) -> float:
-    """Return operations a second of a square matrix product, a multiplication and an addition
-    counted as two."""
+    """Return operations per second of a square matrix product; a multiply-add counts as two."""
     key = mx.random.key(0)
     w = (mx.random.normal((side, side), key=key) / side**0.5).astype(dtype)
     return 2 * side**3 / measure_seconds(lambda x: x @ w, w)

@@ -1,4 +1,4 @@
-"""One measured line: how long, how much was moved and computed, and what the machine would need."""
+"""One measurement: the time, the bytes and operations, and what the machine needs at least."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,10 +9,10 @@ from internvl3_mlx.profiling.limits import MachineLimits
 
 @dataclass(frozen=True)
 class Measurement:
-    """``seconds`` is None where nothing could be measured; ``why`` says the reason.
+    """``seconds`` is None where nothing could be measured; ``why`` gives the reason.
 
-    ``nbytes`` and ``flops`` are counted from the shapes: what the work needs at the least, however
-    it is done. ``peer``: the seconds of MLX's own way to the same result, where there is one.
+    ``nbytes`` and ``flops`` are counted from the shapes: the least that the work needs, however it
+    is done. ``peer``: the seconds of MLX's own operations for the same result, if there are any.
     """
 
     group: str
@@ -26,11 +26,11 @@ class Measurement:
 
     @property
     def intensity(self) -> float:
-        """Operations for each byte."""
+        """Operations per byte."""
         return self.flops / self.nbytes
 
     def share_of_limit(self, limits: MachineLimits) -> float | None:
-        """Return what part of the machine's limit was reached, 1 for all of it."""
+        """Return the share of the machine's limit that was reached, up to 1."""
         if self.seconds is None:
             return None
         return limits.min_seconds(self.nbytes, self.flops) / self.seconds
@@ -47,7 +47,7 @@ class Measurement:
 
 
 class MeasurementTask(NamedTuple):
-    """One figure still to be measured."""
+    """A measurement to be taken."""
 
     name: str
     measure: Callable[[], Measurement]

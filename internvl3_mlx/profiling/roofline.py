@@ -1,7 +1,7 @@
-"""The roofline as an SVG picture: what was reached under the two limits of the machine.
+"""Draw a roofline chart as SVG: the measured speed under the two limits of the machine.
 
-Across: operations for each byte. Up: operations a second. Under the slope, memory is what one
-waits for; under the flat part, arithmetic. Both axes are logarithmic.
+The horizontal axis is operations per byte, the vertical one operations per second, both
+logarithmic. Under the slope, memory bandwidth is the limit; under the flat part, arithmetic.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ LEGEND, LINE_HEIGHT, DOT, SHADE = WIDTH - RIGHT + 18, 19, 4, 0.25
 
 
 def draw_roofline(measurements: Sequence[Measurement], limits: MachineLimits, machine: str) -> str:
-    """Draw every figure that was measured under the limits of ``machine``."""
+    """Return the SVG text with every measurement under the limits of ``machine``."""
     measured = [figure for figure in measurements if figure.seconds or figure.peer]
     frame = ChartAxes.fit(measured, limits)
     parts = [
@@ -43,14 +43,14 @@ SVG_HEADER = (
 
 @dataclass(frozen=True)
 class ChartAxes:
-    """Where the axes begin and end, as powers of ten."""
+    """The ranges of both axes, as powers of ten."""
 
     across: tuple[int, int]
     up: tuple[int, int]
 
     @classmethod
     def fit(cls, figures: Sequence[Measurement], limits: MachineLimits) -> "ChartAxes":
-        """Hold all figures, the ridge where both limits meet, and some of the slope before it."""
+        """Include all measurements, the ridge where both limits meet, and some of the slope."""
         ridge = limits.rate / limits.bandwidth
         xs = [figure.intensity for figure in figures] + [ridge]
         took = [(f.flops, s) for f in figures for s in (f.seconds, f.peer) if s]
@@ -66,7 +66,7 @@ class ChartAxes:
         return HEIGHT - BOTTOM - (log10(value) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def grid(self) -> Iterator[str]:
-        """Draw a line and a number at every power of ten, and name the axes."""
+        """Draw a line and a label at every power of ten, and the titles of the axes."""
         bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
         for power in range(self.across[0], self.across[1] + 1):
             x = self.x(10.0**power)
@@ -76,12 +76,12 @@ class ChartAxes:
             y = self.y(10.0**power)
             yield svg_line(LEFT, y, right, y, FAINT)
             yield svg_text(LEFT - 8, y + 4, format_si(10.0**power, "").replace(".0", ""), "end")
-        yield svg_text((LEFT + right) / 2, HEIGHT - 16, "operations for each byte", "middle")
-        turned = f'transform="rotate(-90 18 {HEIGHT / 2:.0f})"'
-        yield svg_text(18, HEIGHT / 2, "operations a second", "middle", turned)
+        yield svg_text((LEFT + right) / 2, HEIGHT - 16, "operations per byte", "middle")
+        rotated = f'transform="rotate(-90 18 {HEIGHT / 2:.0f})"'
+        yield svg_text(18, HEIGHT / 2, "operations per second", "middle", rotated)
 
     def roof(self, limits: MachineLimits) -> str:
-        """Draw the slope that bandwidth sets, up to the ridge, and the flat part after it."""
+        """Draw the slope of the bandwidth up to the ridge, and the flat part after it."""
         start = max(10.0 ** self.across[0], 10.0 ** self.up[0] / limits.bandwidth)
         ridge = limits.rate / limits.bandwidth
         corners = [
@@ -94,16 +94,16 @@ class ChartAxes:
 
 
 def draw_series(figures: Sequence[Measurement], frame: ChartAxes) -> Iterator[str]:
-    """Draw the figures of a name as dots on a line, and tell in the margin which is which.
+    """Draw the points of each series in one color, and the legend in the margin.
 
-    A ring is what MLX's own operations reach in the same place as one of our kernels.
+    A ring is what MLX's own operations reach in place of one of our kernels.
     """
     row = TOP + 8
-    for colour, (group, found) in zip(COLORS, group_by(figures, group_name).items(), strict=False):
+    for color, (group, found) in zip(COLORS, group_by(figures, group_name).items(), strict=False):
         yield svg_text(LEGEND, row, group, extra='font-weight="600"')
         row += LINE_HEIGHT
         for shade, (name, members) in enumerate(group_by(found, series_name).items()):
-            yield f'<g fill="{colour}" stroke="{colour}" opacity="{1 - SHADE * shade:.2f}">'
+            yield f'<g fill="{color}" stroke="{color}" opacity="{1 - SHADE * shade:.2f}">'
             yield from draw_points(members, frame)
             yield svg_dot(LEGEND + 6, row - 4, name) + "</g>"
             yield svg_text(LEGEND + 18, row, name)
@@ -139,12 +139,12 @@ def group_name(figure: Measurement) -> str:
 
 
 def series_name(figure: Measurement) -> str:
-    """Take sizes together: what is common to them stands last in the name."""
+    """Return the part of the name after the model size: the sizes are one series."""
     return figure.name.rpartition(", ")[2]
 
 
 def draw_captions(limits: MachineLimits, machine: str) -> Iterator[str]:
-    """Write what machine this is and how high the roof stands."""
+    """Draw the name of the machine and its limits."""
     yield svg_text(LEFT, 28, machine, extra='font-size="16" font-weight="600"')
     measured = limits.describe()
     memory, products = list(measured.items())[:2]
@@ -153,19 +153,19 @@ def draw_captions(limits: MachineLimits, machine: str) -> Iterator[str]:
 
 
 def point_title(figure: Measurement, seconds: float) -> str:
-    """Say one dot in words, shown when a pointer rests on it."""
+    """Return the tooltip of a point."""
     place = f" at {figure.context:,} tokens" if figure.context else ""
     return f"{figure.group}, {figure.name}{place}: {seconds * 1e3:.3g} ms"
 
 
 def decade_range(values: Sequence[float]) -> tuple[int, int]:
-    """Return the powers of ten around some values, at least one apart."""
+    """Return the powers of ten around the values, at least one apart."""
     low, high = floor(log10(min(values))), ceil(log10(max(values)))
     return low, max(high, low + 1)
 
 
-def svg_line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
+def svg_line(x1: float, y1: float, x2: float, y2: float, color: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}"/>'
 
 
 def svg_dot(x: float, y: float, title: str) -> str:

@@ -1,7 +1,7 @@
-"""Is everything computed right on this machine? Small inputs, float64 beside.
+"""Check the operations on this machine against float64, with small inputs.
 
-Our kernels try themselves (``metal_kernels.probe``); here stand the plain operations, which are
-what runs wherever a kernel does not.
+Our kernels have their own tests (``metal_kernels.self_test``); these are for the references, which
+run wherever a kernel does not.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,15 +22,15 @@ from internvl3_mlx.metal_kernels.kv_layout import (
 )
 from internvl3_mlx.models.rope import Rotary
 
-TOLERANCE = 1e-4  # of the largest number, in float32
+TOLERANCE = 1e-4  # of the largest value, in float32
 BATCH, HEADS, KV_HEADS, DIM, TOKENS, NEW = 2, 6, 2, 64, 37, 3
 BASE = 1e6
-POSITIONS = (4.0, 4.0625, 3000.5)  # whole, and as V2PE places image tokens
+POSITIONS = (4.0, 4.0625, 3000.5)  # integers, and as V2PE places image tokens
 
 
 @dataclass(frozen=True)
 class OperationCheck:
-    """One thing that was tried; ``detail`` says how well it went."""
+    """The outcome of one check; ``detail``: the error."""
 
     name: str
     passed: bool
@@ -38,11 +38,11 @@ class OperationCheck:
 
 
 def run_operation_checks() -> Iterator[OperationCheck]:
-    """Try the plain operations, one after another; a failure is a result."""
+    """Run all checks in order; a failure is a result."""
     for name, error in CHECKS.items():
         try:
             found = error()
-        except Exception as fault:  # noqa: BLE001  whatever goes wrong is what is asked for
+        except Exception as fault:  # noqa: BLE001  every failure is reported
             yield OperationCheck(name, False, f"{type(fault).__name__}: {fault}")
         else:
             yield OperationCheck(name, found <= TOLERANCE, f"relative error {found:.0e}")
@@ -62,14 +62,14 @@ def check_quantized_attention(bits: int) -> float:
 
 
 def attention_error(store: KVStore, keys: mx.array, values: mx.array) -> float:
-    """Compare a draft's attention, causal among its own tokens."""
+    """Return the error of a draft's attention, causal among its own tokens."""
     q = random_heads(3, HEADS, NEW)
     found, _ = flash_decode_reference(q, store, TOKENS, causal=True)
     return relative_error(found, attention_float64(q, keys, values))
 
 
 def check_merged_attention() -> float:
-    """Compare attention to two stretches, joined, with attention to all."""
+    """Return the error of attention to two segments, merged."""
     q, keys, values = (
         random_heads(3, HEADS, 1),
         random_heads(1, KV_HEADS, TOKENS),
@@ -83,14 +83,14 @@ def check_merged_attention() -> float:
 
 
 def check_rope() -> float:
-    """Compare the rotary at whole and fractional positions."""
+    """Return the error of the rotary embedding at integer and fractional positions."""
     x = random_heads(4, HEADS, len(POSITIONS)).transpose(0, 2, 1, 3)
     found = Rotary(DIM, BASE, mx.array(POSITIONS))(x)
     return relative_error(found, rope_float64(x))
 
 
 def check_kv_append() -> float:
-    """Compare keys that were turned and packed in one go, values packed beside them."""
+    """Return the error of keys rotated and quantized at once, with their values."""
     keys, values = (random_heads(n, KV_HEADS, len(POSITIONS)).transpose(0, 2, 1, 3) for n in (5, 6))
     layout = KVRowLayout(DIM, 8, 32, mx.float32)
     rows = kv_append_reference(
@@ -106,14 +106,14 @@ CHECKS: dict[str, Callable[[], float]] = {
     "attention, 16-bit cache": check_dense_attention,
     "attention, 8-bit cache": lambda: check_quantized_attention(8),
     "attention, 4-bit cache": lambda: check_quantized_attention(4),
-    "attention in two parts": check_merged_attention,
+    "attention in two segments": check_merged_attention,
     "rotary at V2PE positions": check_rope,
-    "new keys turned and packed": check_kv_append,
+    "new keys rotated and quantized": check_kv_append,
 }
 
 
 def attention_float64(q: mx.array, keys: mx.array, values: mx.array) -> np.ndarray:
-    """Attend causally, the last rows seeing all before them."""
+    """Attend causally in NumPy; the queries are the last tokens."""
     wide, k, v = (
         to_float64(q),
         *(np.repeat(to_float64(x), HEADS // KV_HEADS, 1) for x in (keys, values)),
@@ -126,7 +126,7 @@ def attention_float64(q: mx.array, keys: mx.array, values: mx.array) -> np.ndarr
 
 
 def rope_float64(x: mx.array) -> np.ndarray:
-    """Turn (B, L, H, D) at PLACES -> (B, H, L, D)."""
+    """Rotate (B, L, H, D) at POSITIONS in NumPy -> (B, H, L, D)."""
     angle = np.outer(POSITIONS, BASE ** (-np.arange(0, DIM, 2) / DIM))
     a, b = np.split(to_float64(x).swapaxes(1, 2), 2, axis=-1)
     cos, sin = np.cos(angle), np.sin(angle)

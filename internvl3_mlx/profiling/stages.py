@@ -1,4 +1,4 @@
-"""A model's own stages: looking at tiles, reading a prompt, writing a token, at many contexts."""
+"""The stages of a model: encode tiles, prefill, decode; over growing contexts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.generation.engine import PREFILL_STEP_SIZE, Engine, kv_quantization_for
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.sampler import greedy
+from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.profiling.flops import (
-    DENSE_BITS,
     StageCost,
     decode_cost,
     prefill_cost,
@@ -22,16 +22,16 @@ from internvl3_mlx.profiling.flops import (
 from internvl3_mlx.profiling.results import Measurement, MeasurementTask
 from internvl3_mlx.profiling.timing import RUNS, measure_seconds, random_cache
 
-TILE_COUNTS = (1, 13)  # the smallest picture, and twelve tiles with their thumbnail
-MAX_MEMORY_SHARE = 0.5  # what a filled cache may take beside the weights
+TILE_COUNTS = (1, 13)  # the smallest image, and twelve tiles with their thumbnail
+MAX_MEMORY_SHARE = 0.5  # that a filled cache may take
 CACHE_TOO_LARGE = "the cache would take more than half of the memory"
 
 
 @dataclass(frozen=True)
 class StageBenchmark:
-    """What of a model is measured: at which contexts, with which caches, on how many tiles.
+    """What to measure of a model: contexts, bits of the cache, numbers of tiles.
 
-    Caches are filled with noise, so that no prompt of 128k tokens need be read.
+    Caches are filled with random numbers, so that no prompt of 128k tokens has to be computed.
     """
 
     model: InternVL
@@ -42,8 +42,8 @@ class StageBenchmark:
     runs: int = RUNS
 
     def tasks(self) -> list[MeasurementTask]:
-        """List the stages in the order in which a question meets them."""
-        tower = [
+        """List the stages in the order in which a request runs them."""
+        vision = [
             MeasurementTask(f"tower, {tiles} tiles", partial(self.measure_vision, tiles))
             for tiles in self.tiles
         ]
@@ -61,60 +61,58 @@ class StageBenchmark:
             for bits in self.bits
             for context in self.contexts
         ]
-        return tower + prefill + decode
+        return vision + prefill + decode
 
     def measure_vision(self, tiles: int) -> Measurement:
-        """Time tiles to visual tokens."""
+        """Time the vision model: from tiles to visual tokens."""
         size = self.model.config.force_image_size
         pixels = mx.zeros((tiles, size, size, 3))
 
-        def look(shown: mx.array) -> mx.array:
-            return pixels + 0 * self.model.get_image_features(shown).astype(mx.float32).mean()
+        def encode(tiles: mx.array) -> mx.array:
+            return pixels + 0 * self.model.get_image_features(tiles).astype(mx.float32).mean()
 
         name = f"{tiles} tile{'s' * (tiles > 1)}"
-        took = measure_seconds(look, pixels, runs=self.runs)
+        took = measure_seconds(encode, pixels, runs=self.runs)
         return build_measurement("tower", name, 0, took, vision_cost(self.model, tiles))
 
     def measure_prefill(self, context: int) -> Measurement:
-        """Time a chunk of a prompt of which ``context`` tokens were read before."""
+        """Time one chunk of a prompt after ``context`` tokens."""
         name, work = f"{self.chunk} tokens", prefill_cost(self.model, context, self.chunk)
         if work.cache_nbytes > MAX_MEMORY_SHARE * gpu_memory_limit():
             return build_measurement("prefill", name, context, None, work, CACHE_TOO_LARGE)
         engine = self.filled_engine(context, DENSE_BITS)
 
-        def read(ids: mx.array) -> mx.array:
+        def prefill(ids: mx.array) -> mx.array:
             logits = engine.prefill(ids, None, None, self.chunk)
             engine.rewind(self.chunk)
             return ids + 0 * mx.argmax(logits).astype(mx.int32)
 
         ids = mx.zeros((1, context + self.chunk), dtype=mx.int32)
         return build_measurement(
-            "prefill", name, context, measure_seconds(read, ids, runs=self.runs), work
+            "prefill", name, context, measure_seconds(prefill, ids, runs=self.runs), work
         )
 
     def measure_decode(self, context: int, bits: int) -> Measurement:
-        """Time one token after ``context`` others, the choice of it included."""
+        """Time one token after ``context`` others, sampling included."""
         name, work = f"{bits}-bit cache", decode_cost(self.model, context, bits)
-        dense = decode_cost(
-            self.model, context, DENSE_BITS
-        )  # what it is filled with and packed from
+        dense = decode_cost(self.model, context, DENSE_BITS)  # the cache before quantization
         if dense.cache_nbytes > MAX_MEMORY_SHARE * gpu_memory_limit():
             return build_measurement("decode", name, context, None, work, CACHE_TOO_LARGE)
         engine = self.filled_engine(context, bits)
 
-        def write(token: mx.array) -> mx.array:
+        def decode(token: mx.array) -> mx.array:
             chosen = greedy(token, engine.step(token))
-            mx.async_eval(chosen)  # as the engine does: the next is described while this runs
+            mx.async_eval(chosen)  # as the engine does: the next graph is built while this runs
             engine.rewind(1)
             return chosen
 
         token = mx.zeros(1, dtype=mx.int32)
         return build_measurement(
-            "decode", name, context, measure_seconds(write, token, runs=self.runs), work
+            "decode", name, context, measure_seconds(decode, token, runs=self.runs), work
         )
 
     def filled_engine(self, context: int, bits: int) -> Engine:
-        """Make an engine that seems to have read ``context`` tokens."""
+        """Return an engine whose cache holds ``context`` random tokens."""
         text = self.model.config.text
         settings = GenerationConfig(kv_bits=None if bits == DENSE_BITS else bits)
         packing = kv_quantization_for(settings, text.head_dim)

@@ -1,4 +1,4 @@
-"""The whole measurement in its order: the machine's limits, our kernels, a model's stages."""
+"""The benchmark in its order: the limits of the machine, our kernels, the stages of a model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +19,15 @@ from internvl3_mlx.profiling.timing import RUNS
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 QUICK_CONTEXTS = (1024, 4096, 16384)
-CPU_CONTEXTS, QUICK_CPU_CONTEXTS = (1024, 4096), (512,)  # a processor needs seconds for more
+CPU_CONTEXTS, QUICK_CPU_CONTEXTS = (1024, 4096), (512,)  # more would take a CPU many seconds
 QUICK_RUNS = 3
 
 
 @dataclass
 class BenchmarkSuite:
-    """What is to be measured, and what has been so far. ``contexts``: none for what suits.
+    """A benchmark run and its results so far. ``contexts``: empty for those that suit the device.
 
-    ``kept``: whether where kernels pay could be written down, None as long as it was not tried.
+    ``thresholds_saved``: whether it could be saved where kernels are faster; None before that.
     """
 
     model: InternVL
@@ -50,12 +50,14 @@ class BenchmarkSuite:
         return 1 + len(self.kernel_tasks) + len(self.stage_tasks)
 
     def run(self) -> Iterator[str]:
-        """Measure one thing after another, naming each before it is begun. What was measured
-        stays, however this ends."""
-        yield "the machine's own limits"
+        """Take all measurements, yielding the name of each before it starts.
+
+        Results stay in ``measurements`` however this ends.
+        """
+        yield "the limits of the machine"
         self.limits = limits.measure_limits(quick=self.quick)
         yield from self.run_tasks(self.kernel_tasks)
-        if self.is_full_run and self.thresholds:  # at once: the stages already decode by it
+        if self.is_full_run and self.thresholds:  # now, since the stages decode by it
             self.thresholds_saved = write_thresholds(self.thresholds)
         yield from self.run_tasks(self.stage_tasks)
 
@@ -92,9 +94,9 @@ class BenchmarkSuite:
 
     @property
     def thresholds(self) -> list[KernelThreshold]:
-        """Say where our kernels pay, from the trials whose contexts were all measured.
+        """Where our kernels are faster, from the trials that were measured at every context.
 
-        Nothing where none could run: that says nothing of them.
+        Empty where no kernel could run.
         """
         if not dispatch.metal_available() or dispatch.kernel_mode() == dispatch.OFF:
             return []

@@ -1,4 +1,4 @@
-"""Time a piece of work on the device: repeated, each run waiting for the one before."""
+"""Time work on the device: repeated, each run waiting for the one before."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from internvl3_mlx.models.cache import KVCache
 
 RUNS = 5
 MIN_RUN_SECONDS = (
-    0.05  # of a run: short work is repeated until the clock's own grain no longer counts
+    0.05  # of a run: short work is repeated until the clock's resolution does not matter
 )
 MAX_REPEATS = 200
 
@@ -21,9 +21,9 @@ State = TypeVar("State", mx.array, Sequence[mx.array])
 def measure_seconds(step: Callable[[State], State], state: State, *, runs: int = RUNS) -> float:
     """Return the seconds of one ``step``, the median of several runs.
 
-    A step's result is the next one's input, as one layer's is the next one's: nothing overlaps,
-    and the device is kept busy without asking it after every step. The first steps, which compile
-    kernels, are not counted.
+    The output of a step is the input of the next, as between layers: nothing overlaps, and the
+    device stays busy without a synchronization after every step. The first step, which compiles
+    kernels, is not counted.
     """
     mx.eval(step(state))
     repeats = repeat_count(time_repeats(step, state, 1))
@@ -31,7 +31,7 @@ def measure_seconds(step: Callable[[State], State], state: State, *, runs: int =
 
 
 def repeat_count(once: float) -> int:
-    """Say how often work of ``once`` seconds must be repeated to be timed."""
+    """Return how often to repeat work that takes ``once`` seconds."""
     return max(1, min(MAX_REPEATS, round(MIN_RUN_SECONDS / max(once, 1e-9))))
 
 
@@ -47,8 +47,10 @@ def time_repeats(step: Callable[[State], State], state: State, repeats: int) -> 
 
 
 def random_cache(kv_heads: int, context: int, dim: int, dtype: mx.Dtype) -> KVCache:
-    """Return a layer's cache of ``context`` random tokens: how long attention takes does not depend
-    on what it finds."""
+    """Return the cache of one layer with ``context`` random tokens.
+
+    How long attention takes does not depend on the values.
+    """
     shape = (1, kv_heads, context, dim)
     cache = KVCache()
     cache.append(*(mx.random.normal(shape, key=mx.random.key(n)).astype(dtype) for n in (0, 1)))

@@ -65,6 +65,9 @@ def test_a_row_without_a_length_of_its_own_keeps_the_weights():
     assert row_norms(out)[1].item() == pytest.approx(factors.magnitude[1].item(), rel=1e-6)
 
 
-def test_lora_and_dora_cannot_be_joined():
-    with pytest.raises(KeyMapError, match="DoRA and LoRA stand side by side in one joined weight"):
+def test_lora_and_dora_cannot_be_concatenated():
+    with pytest.raises(
+        KeyMapError,
+        match="cannot share one fused weight; merge one",
+    ):
         concatenate_lora([(drawn(4, dora=True), 0, 4), (drawn(4, seed=1), 0, 4)])

@@ -27,8 +27,8 @@ def wrong(function):
     ("name", "noticed"),
     [
         ("flash_decode_reference", {"attention, 16-bit cache", "attention, 8-bit cache",
-         "attention, 4-bit cache", "attention in two parts"}),
-        ("merge", {"attention in two parts"}),
+         "attention, 4-bit cache", "attention in two segments"}),
+        ("merge_attention", {"attention in two segments"}),
     ],
 )  # fmt: skip
 def test_a_wrong_operation_is_noticed(monkeypatch, name, noticed):
@@ -39,16 +39,16 @@ def test_a_wrong_operation_is_noticed(monkeypatch, name, noticed):
 def test_rotary_at_rounded_positions_is_noticed(monkeypatch):
     rotary = self_check.Rotary
     monkeypatch.setattr(self_check, "Rotary", lambda d, b, at: rotary(d, b, mx.round(at)))
-    turn = self_check.Turn.from_base
-    monkeypatch.setattr(self_check.Turn, "from_base", lambda at, d, b: turn(mx.round(at), d, b))
+    from_base = self_check.RopeParams.from_base
+    monkeypatch.setattr(self_check.RopeParams, "from_base", lambda at, d, b: from_base(mx.round(at), d, b))
     failed = {check.name for check in run_operation_checks() if not check.passed}
-    assert failed == {"rotary at V2PE positions", "new keys turned and packed"}
+    assert failed == {"rotary at V2PE positions", "new keys rotated and quantized"}
 
 
 def test_what_does_not_even_run_is_a_result(monkeypatch):
-    monkeypatch.setitem(CHECKS, "attention in two parts", lambda: 1 / 0)
+    monkeypatch.setitem(CHECKS, "attention in two segments", lambda: 1 / 0)
     (failed,) = [check for check in run_operation_checks() if not check.passed]
     assert (failed.name, failed.detail) == (
-        "attention in two parts",
+        "attention in two segments",
         "ZeroDivisionError: division by zero",
     )

@@ -64,7 +64,7 @@ def test_what_was_measured_stays_when_it_is_broken_off(model):
     steps = run.run()
     names = [next(steps) for _ in range(4)]
     steps.close()
-    assert names[0] == "the machine's own limits"
+    assert names[0] == "the limits of the machine"
     assert names[1] == "kernels, 1b, 16-bit cache, 3 tokens"
     assert [figure.context for figure in run.measurements] == [3, 33]
     assert run.limits is not None
