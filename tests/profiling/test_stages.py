@@ -51,7 +51,7 @@ def test_a_context_stays_as_long_as_it_is(model):
 
 
 def test_a_cache_without_room_is_left_out_and_says_so(model, monkeypatch):
-    monkeypatch.setattr(stages, "gpu_bytes", lambda: 1000)
+    monkeypatch.setattr(stages, "gpu_memory_limit", lambda: 1000)
     measured = StageBenchmark(model, [64], chunk=7, runs=1)
     for figure in (measured.measure_prefill(64), measured.measure_decode(64, 8)):
         assert figure.seconds is None
