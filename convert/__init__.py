@@ -1,5 +1,5 @@
-"""Checkpoints in, checkpoints out: names, layouts, quantization, model cards."""
+"""Conversion of checkpoints: layouts, quantization, calibration, model cards."""
 
 # A checkout has the repository root on its path; a bare import would make a second copy.
 if __name__ != "internvl3_mlx.convert":
-    raise ImportError(f"import this room as internvl3_mlx.convert, not as {__name__}")
+    raise ImportError(f"import this package as internvl3_mlx.convert, not as {__name__}")

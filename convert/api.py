@@ -1,20 +1,22 @@
-"""One conversion from first to last: plan, calibrate, convert, measure, card. What the command line
-and others call."""
+"""One conversion from start to finish: calibrate, convert, compare, write the model card.
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+``internvl3_mlx.convert_model`` and through it ``internvl3 convert`` and ``internvl3 fuse`` run
+this.
+"""
+
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from internvl3_mlx import demo
 from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.checkpoints.writer import check_free
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.calibrate import (
     Calibration,
     CalibrationConfig,
-    ProgressCallback,
     calibrate,
     compare_checkpoints,
 )
@@ -33,137 +35,226 @@ from internvl3_mlx.convert.pipeline import (
 )
 from internvl3_mlx.convert.plan import plan_conversion
 from internvl3_mlx.convert.recipes import QuantizationRecipe
+from internvl3_mlx.files import check_unused
 from internvl3_mlx.prompt.tokenizer_files import read_optional_json
 
 LIBRARIES = ("internvl3-mlx", "mlx", "huggingface-hub")
 DEMO_SAMPLES = Path(demo.__file__).parent / "samples"
-REPORTED_UNITS = 8  # units named in a report
+REPORTED_UNITS = 8  # groups of modules named in a report, the most sensitive ones
+DIGITS = 6  # of a KL divergence in a report
+
+Stage = Literal["download", "calibrate", "write", "measure"]
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """Source, target and the command that asked for it; and the adapter that is fused, if any."""
+class ConversionProgress:
+    """How far a conversion is: ``done`` of ``total`` bytes in the stages ``download`` and
+    ``write``, steps in the others. ``total`` is 0 where it is not known in advance."""
+
+    stage: Stage
+    message: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionResult:
+    """What ``convert_model`` wrote, or with ``dry_run`` would have written.
+
+    ``quantized`` maps module paths to their quantization; ``skipped_modules`` maps those that could
+    not be quantized to their widths, which no group size divides. ``output_check`` compares source
+    and target on one generated question; ``quality`` compares them on ``measure_images``.
+    """
 
     source: Path
     target: Path
-    command: str
+    layout: str
+    num_bytes: int
+    num_tensors: int
+    quantized: Mapping[str, Quantization]
+    skipped_modules: Mapping[str, int]
+    dry_run: bool = False
+    num_files: int = 0
+    bits_per_part: Mapping[str, float] = field(default_factory=dict)
     adapter: Path | None = None
+    calibration: Calibration | None = None
+    output_check: QualityMetrics | None = None
+    quality: QualityMetrics | None = None
+    seconds: float = 0.0
 
-    def check_target(self, *, overwrite: bool) -> None:
-        """Refuse a target that may not be written, before any work is done for it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON; what was not done is left out."""
+        report = {
+            "adapter": self.adapter and str(self.adapter),
+            "source": str(self.source),
+            "target": str(self.target),
+            "layout": self.layout,
+            "nbytes": self.num_bytes,
+            "files": self.num_files or None,
+            "tensors": self.num_tensors,
+            "bits_per_parameter": {k: round(v, 2) for k, v in self.bits_per_part.items()} or None,
+            "quantization": count_quantizations(self.quantized),
+            "skipped_modules": dict(self.skipped_modules),
+            "calibration": self.calibration and calibration_report(self.calibration),
+            "verification_kl": self.output_check and round(self.output_check.kl, DIGITS),
+            "measured": self.quality
+            and {name: round(value, DIGITS) for name, value in self.quality.to_dict().items()},
+            "seconds": None if self.dry_run else round(self.seconds, 2),
+        }
+        return {name: value for name, value in report.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A conversion that is ready to run. ``calibration`` replaces ``recipe``; ``command`` is what
+    the model card gives as its origin."""
+
+    source: Path
+    target: Path
+    options: ConvertOptions
+    recipe: QuantizationRecipe | None = None
+    calibration: CalibrationConfig | None = None
+    measure: bool = False
+    measure_images: Path | None = None
+    command: str = ""
+
+    def check_target(self) -> None:
+        """Refuse a target that must not be written, before any work is done for it."""
         check_overlap(self.source, self.target)
-        check_free(self.target, overwrite=overwrite)
+        check_unused(self.target, overwrite=self.options.overwrite)
 
-    def dry_run(
-        self, recipe: QuantizationRecipe | None, layout: str, dtype: str | None, *, dequantize: bool
-    ) -> dict[str, Any]:
-        """Say what would be written, from headers alone."""
+    def plan(self) -> ConversionResult:
+        """Return what would be written, from the headers alone."""
         plan = plan_conversion(
-            self.source, recipe, layout=layout, dtype=dtype, dequantize=dequantize
+            self.source,
+            self.recipe,
+            layout=self.options.layout,
+            dtype=self.options.dtype,
+            dequantize=self.options.dequantize,
+            adapter=self.options.adapter,
         )
         entries = plan.entries()
-        return {
-            "source": str(self.source),
-            "target": str(self.target),
-            "layout": layout,
-            "nbytes": sum(entry.nbytes for entry in entries),
-            "tensors": len(entries),
-            "packing": count_quantizations(plan.quantized),
-            "left_dense": plan.skipped_modules,
-        }
-
-    def calibrate(
-        self, images: Path, config: CalibrationConfig, on_progress: ProgressCallback
-    ) -> Calibration:
-        return calibrate(self.source, images, config, on_progress)
-
-    def convert(
-        self,
-        recipe: QuantizationRecipe | None,
-        options: ConvertOptions,
-        on_progress: ProgressCallback,
-    ) -> ConvertedCheckpoint:
-        steps = convert_checkpoint(self.source, self.target, recipe, options)
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as end:
-                outcome: ConvertedCheckpoint = end.value
-                return outcome
-            on_progress("writing", step.bytes_done, step.bytes_total)
-
-    def compare(self, images: Path | None) -> QualityMetrics:
-        return compare_checkpoints(self.source, self.target, images or DEMO_SAMPLES)
-
-    def write_card(self, outcome: ConvertedCheckpoint, figures: QualityMetrics | None) -> str:
-        content = read_optional_json(self.source / "config.json")
-        facts = CardData(
-            name=self.target.name,
-            base=find_base_model(self.source, content),
-            layout=outcome.layout,
-            nbytes=outcome.nbytes,
-            command=self.command,
-            versions={name: package_version(name) for name in LIBRARIES},
-            bits_per_part=bits_per_part(self.target),
-            quantized=outcome.quantized,
-            skipped_modules=outcome.skipped_modules,
-            num_tensors=len(open_checkpoint(self.target).tensors),
-            quality=figures,
-            output_check=outcome.output_check,
-            adapter=None if self.adapter is None else self.adapter.resolve().name,
+        return ConversionResult(
+            source=self.source,
+            target=self.target,
+            layout=plan.layout,
+            num_bytes=sum(entry.nbytes for entry in entries),
+            num_tensors=len(entries),
+            quantized=plan.quantized,
+            skipped_modules=plan.skipped_modules,
+            dry_run=True,
+            adapter=self.options.adapter,
         )
-        return write_model_card(self.target, facts, read_license(self.source))
 
-    def report(
-        self,
-        outcome: ConvertedCheckpoint,
-        figures: QualityMetrics | None,
-        calibration: Calibration | None,
-    ) -> dict[str, Any]:
-        """Tell what was done, as plain values."""
-        found: dict[str, Any] = {
-            "source": str(self.source),
-            "target": str(self.target),
-            "layout": outcome.layout,
-            "nbytes": outcome.nbytes,
-            "files": outcome.num_files,
-            "bits_per_parameter": {
-                name: round(bits, 2) for name, bits in bits_per_part(self.target).items()
-            },
-            "packing": count_quantizations(outcome.quantized),
-            "left_dense": dict(outcome.skipped_modules),
-        }
-        if calibration is not None:
-            found["calibration"] = calibration_report(calibration)
-        if outcome.output_check is not None:
-            found["proof_kl"] = round(outcome.output_check.kl, 6)
-        if figures is not None:
-            found["measured"] = {k: round(v, 6) for k, v in figures.to_dict().items()}
-        return found
+    def run(self) -> Generator[ConversionProgress, None, ConversionResult]:
+        """Convert, yielding progress; return the result once the target is complete."""
+        started = time.perf_counter()
+        self.check_target()
+        calibration, recipe, options = None, self.recipe, self.options
+        if self.calibration is not None:
+            calibration = yield from calibration_progress(self.source, self.calibration)
+            recipe = calibration.recipe
+            options = replace(options, calibrated_weights=calibration.weights)
+        converted = yield from writing_progress(self.source, self.target, recipe, options)
+        quality = None
+        if self.measure:
+            yield ConversionProgress("measure", "comparing source and target")
+            images = self.measure_images or DEMO_SAMPLES
+            quality = compare_checkpoints(self.source, self.target, images)
+        result = ConversionResult(
+            source=self.source,
+            target=self.target,
+            layout=converted.layout,
+            num_bytes=converted.nbytes,
+            num_tensors=len(open_checkpoint(self.target).tensors),
+            num_files=converted.num_files,
+            quantized=converted.quantized,
+            skipped_modules=converted.skipped_modules,
+            bits_per_part=bits_per_part(self.target),
+            adapter=options.adapter,
+            calibration=calibration,
+            output_check=converted.output_check,
+            quality=quality,
+            seconds=time.perf_counter() - started,
+        )
+        write_card(result, self.command)
+        return result
 
 
-def count_quantizations(packed: Mapping[str, Quantization]) -> list[dict[str, Any]]:
-    """Count modules by how they are packed."""
-    forms = sorted(set(packed.values()), key=lambda form: (form.bits, form.group_size, form.mode))
-    return [{**asdict(f), "modules": sum(form == f for form in packed.values())} for f in forms]
+def calibration_progress(
+    source: Path, config: CalibrationConfig
+) -> Generator[ConversionProgress, None, Calibration]:
+    """Calibrate, yielding a step for each group of modules measured and each layer rounded."""
+    steps = calibrate(source, config)
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            calibration: Calibration = end.value
+            return calibration
+        yield ConversionProgress("calibrate", step.message, step.done)
+
+
+def writing_progress(
+    source: Path, target: Path, recipe: QuantizationRecipe | None, options: ConvertOptions
+) -> Generator[ConversionProgress, None, ConvertedCheckpoint]:
+    """Convert, yielding the bytes written after every tensor."""
+    steps = convert_checkpoint(source, target, recipe, options)
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            converted: ConvertedCheckpoint = end.value
+            return converted
+        yield ConversionProgress("write", f"writing {step.name}", step.bytes_done, step.bytes_total)
+
+
+def write_card(result: ConversionResult, command: str) -> str:
+    """Write the target's model card and return its text."""
+    adapter = result.adapter
+    card = CardData(
+        name=result.target.name,
+        base=find_base_model(result.source, read_optional_json(result.source / "config.json")),
+        layout=result.layout,
+        nbytes=result.num_bytes,
+        command=command,
+        versions={name: package_version(name) for name in LIBRARIES},
+        bits_per_part=result.bits_per_part,
+        quantized=result.quantized,
+        skipped_modules=result.skipped_modules,
+        num_tensors=result.num_tensors,
+        quality=result.quality,
+        output_check=result.output_check,
+        adapter=None if adapter is None else adapter.resolve().name,
+    )
+    return write_model_card(result.target, card, read_license(result.source))
+
+
+def count_quantizations(quantized: Mapping[str, Quantization]) -> list[dict[str, Any]]:
+    """Count modules by their quantization."""
+    distinct = sorted(set(quantized.values()), key=lambda q: (q.bits, q.group_size, q.mode))
+    return [
+        {**asdict(q), "modules": sum(other == q for other in quantized.values())} for q in distinct
+    ]
 
 
 def calibration_report(calibration: Calibration) -> dict[str, Any]:
-    chosen = sorted(calibration.allocation.chosen.values(), key=lambda entry: -entry.kl)
-    worst = [
+    """Summarize a calibration as plain values."""
+    chosen = sorted(calibration.allocation.chosen.values(), key=lambda unit: -unit.kl)
+    most_sensitive = [
         {
-            "module": e.modules[0],
-            "bits": e.quantization.bits,
-            "group_size": e.quantization.group_size,
-            "kl": e.kl,
+            "module": unit.modules[0],
+            "bits": unit.quantization.bits,
+            "group_size": unit.quantization.group_size,
+            "kl": unit.kl,
         }
-        for e in chosen[:REPORTED_UNITS]
+        for unit in chosen[:REPORTED_UNITS]
     ]
     return {
         "samples": calibration.num_samples,
         "bits_per_weight": round(calibration.allocation.bits_per_weight, 3),
-        "expected_kl": round(calibration.allocation.expected_kl, 6),
-        "costliest": worst,
+        "expected_kl": round(calibration.allocation.expected_kl, DIGITS),
+        "most_sensitive": most_sensitive,
     }
 
 
@@ -174,6 +265,6 @@ def package_version(name: str) -> str:
         return "unknown"
 
 
-def default_target_name(source: Path, kind: str) -> str:
-    """Name a target as the hub's habit is: InternVL3-2B-4bit."""
-    return f"{find_base_model(source, {}).rsplit('/', maxsplit=1)[-1]}-{kind}"
+def default_target_name(source: Path, suffix: str) -> str:
+    """Name a target the way the hub does: InternVL3-2B-4bit."""
+    return f"{find_base_model(source, {}).rsplit('/', maxsplit=1)[-1]}-{suffix}"

@@ -1,4 +1,4 @@
-"""The files beside the weights: tokenizers, templates, processors, licences."""
+"""Auxiliary files of a checkpoint: tokenizers, chat templates, processor configs, licenses."""
 
 import json
 import shutil
@@ -46,14 +46,16 @@ HF_CHAT_TEMPLATE = """\
 
 
 def write_aux_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> None:
-    """Let all but weights travel along, and make a ``tokenizer.json`` where there is none."""
+    """Copy everything but weights and configs, and make a ``tokenizer.json`` if there is none."""
     patterns = (*COPIED_PATTERNS, CODE_PATTERN) if plan.layout == "original" else COPIED_PATTERNS
     for pattern in patterns:
         for file in plan.source.glob(pattern):
             if should_copy(file):
                 shutil.copyfile(file, target / file.name)
-    if not (target / "tokenizer.json").exists() and (made := build_fast_tokenizer(plan.source)):
-        write_json(target / "tokenizer.json", made)
+    if not (target / "tokenizer.json").exists() and (
+        tokenizer_json := build_fast_tokenizer(plan.source)
+    ):
+        write_json(target / "tokenizer.json", tokenizer_json)
     if plan.layout == "hf" and plan.config.layout != "native":
         write_hf_files(plan, tokenizer, target)
 
@@ -65,7 +67,7 @@ def should_copy(file: Path) -> bool:
 
 
 def write_hf_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> None:
-    """Write what transformers' processor of the native layout reads."""
+    """Write the files that transformers' InternVLProcessor reads."""
     size = {"height": plan.config.force_image_size, "width": plan.config.force_image_size}
     pixels = {
         "size": size,
@@ -84,24 +86,25 @@ def write_hf_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> 
         "min_patches": plan.config.min_dynamic_patch,
         "max_patches": plan.config.max_dynamic_patch,
     }
-    picture = {"image_processor_type": "GotOcr2ImageProcessorFast", **pixels, **tiles}
-    write_json(target / "preprocessor_config.json", picture)
+    image = {"image_processor_type": "GotOcr2ImageProcessorFast", **pixels, **tiles}
+    write_json(target / "preprocessor_config.json", image)
     video = {"video_processor_type": "InternVLVideoProcessor", **pixels}
     write_json(target / "video_preprocessor_config.json", video)
-    whole = {
+    processor = {
         "processor_class": "InternVLProcessor",
         "image_seq_length": plan.config.num_image_token,
     }
-    write_json(target / "processor_config.json", whole)
+    write_json(target / "processor_config.json", processor)
     (target / "chat_template.jinja").write_text(HF_CHAT_TEMPLATE, encoding="utf-8")
     write_json(target / "generation_config.json", {"eos_token_id": tokenizer.im_end_id})
     add_video_token(target)
 
 
 def add_video_token(target: Path) -> None:
-    """Name the image tokens as the native processor asks for them, and add ``<video>``.
+    """Name the image tokens the way transformers' processor expects them, and add ``<video>``.
 
-    Its id lies behind the last embedding row, as in the published files: the processor replaces it.
+    Its id is beyond the last embedding row, as in the published files: the processor replaces it
+    before the model sees it.
     """
     settings = read_optional_json(target / "tokenizer_config.json")
     settings |= {"processor_class": "InternVLProcessor", "extra_special_tokens": HF_SPECIAL_TOKENS}
@@ -128,4 +131,5 @@ def add_video_token(target: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``config.json`` in the words of the layout that is written."""
+"""``config.json`` with the keys of the layout that is written."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ Json = dict[str, Any]
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm3": "InternLM2ForCausalLM"}
 HF_TEXT_TYPES = {"qwen2": "qwen2", "internlm3": "llama"}
-# Where the published code of the original layout lives; transformers fetches it from there.
+# Where the published code of the original layout is; transformers downloads it from there.
 REMOTE_CODE_REPOS = {"qwen2": "OpenGVLab/InternVL3-8B", "internlm3": "OpenGVLab/InternVL3-9B"}
 AUTO_MAP = {
     "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
@@ -40,17 +40,18 @@ DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def build_config(plan: ConversionPlan, tokenizer: Tokenizer, dtype: str | None) -> Json:
-    """Write the config of the plan's layout. An original's own keys are kept, whatever they say."""
+    """Build the config of the plan's layout. Unknown keys of the source are kept where the layout
+    stays."""
     own = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     writers = {"mlx": mlx_config, "original": original_config, "hf": hf_config}
     content = writers[plan.layout](own, plan, tokenizer)
     if any(key in content for key in LORA_KEYS):
-        content |= dict.fromkeys(LORA_KEYS, 0)  # whatever was wrapped is merged now
+        content |= dict.fromkeys(LORA_KEYS, 0)  # the adapters are merged now
     return replace_dtype(content, dtype) if dtype else content
 
 
 def mlx_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
-    """Write what this package and mlx-vlm read."""
+    """Build the config that this package and mlx-vlm read."""
     content = own if own["model_type"] == "internvl_chat" else original_from_hf(plan.config)
     dropped = {"auto_map", *MLX_KEYS}
     content = {key: value for key, value in content.items() if key not in dropped}
@@ -64,14 +65,14 @@ def mlx_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
 
 
 def quantization_config(packed: Mapping[str, Quantization]) -> Json:
-    """State the commonest packing as the default and each other module by its path."""
+    """Give the most common quantization as the default, and every other module by its path."""
     [(default, _)] = Counter(packed.values()).most_common(1)
     others = {path: asdict(form) for path, form in packed.items() if form != default}
     return {**asdict(default), **others}
 
 
 def original_config(own: Json, plan: ConversionPlan, _: Tokenizer) -> Json:
-    """Write what the published remote code reads; it is named, not copied."""
+    """Build the config that OpenGVLab's remote code reads; it refers to that code on the hub."""
     chat = own["model_type"] == "internvl_chat"
     content = dict(own) if chat else original_from_hf(plan.config)
     content = {key: value for key, value in content.items() if key not in MLX_KEYS}
@@ -81,12 +82,12 @@ def original_config(own: Json, plan: ConversionPlan, _: Tokenizer) -> Json:
     has_code = any(plan.source.glob("modeling_*.py"))
     if "auto_map" not in content or not has_code:
         repo = REMOTE_CODE_REPOS[plan.config.text.family]
-        content["auto_map"] = {kind: f"{repo}--{place}" for kind, place in AUTO_MAP.items()}
+        content["auto_map"] = {kind: f"{repo}--{name}" for kind, name in AUTO_MAP.items()}
     return content
 
 
 def original_from_hf(config: ModelConfig) -> Json:
-    """Say in the original's words what a native config said."""
+    """Translate a config of the hf layout to the keys of the original layout."""
     vision, text = asdict(config.vision), asdict(config.text)
     factor = text.pop("rope_dynamic_factor")
     family = text.pop("family")
@@ -113,7 +114,7 @@ def original_from_hf(config: ModelConfig) -> Json:
 
 
 def hf_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
-    """Write what transformers' own InternVL classes read, from version 4.52 on."""
+    """Build the config that transformers' InternVL classes read, from version 4.52 on."""
     if own["model_type"] == "internvl":
         return {key: value for key, value in own.items() if key not in MLX_KEYS}
     config = plan.config
@@ -134,6 +135,7 @@ def hf_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
 
 
 def hf_vision_config(config: ModelConfig) -> Json:
+    """Build transformers' InternVLVisionConfig."""
     vision = config.vision
     return {
         "model_type": "internvl_vision",
@@ -153,11 +155,12 @@ def hf_vision_config(config: ModelConfig) -> Json:
         "hidden_act": "gelu",
         "use_absolute_position_embeddings": True,
         "use_mask_token": False,
-        "use_mean_pooling": True,  # transformers' name for: no norm after the last layer
+        "use_mean_pooling": True,  # transformers' name for no norm after the last layer
     }
 
 
 def hf_text_config(config: ModelConfig, tokenizer: Tokenizer) -> Json:
+    """Build the Qwen2 or Llama config of the language model."""
     text = asdict(config.text)
     kind = HF_TEXT_TYPES[text.pop("family")]
     factor, bias = text.pop("rope_dynamic_factor"), text.pop("qkv_bias")
@@ -177,7 +180,7 @@ def hf_text_config(config: ModelConfig, tokenizer: Tokenizer) -> Json:
 
 
 def replace_dtype(content: Json, dtype: str) -> Json:
-    """Name the new type wherever the config named the old one."""
+    """Replace the dtype wherever the config names one."""
     named = {key: dtype if key in DTYPE_KEYS else value for key, value in content.items()}
     return {
         key: replace_dtype(value, dtype) if isinstance(value, dict) and key in PART_KEYS else value

@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: what it is, how to run it, what was checked."""
+"""The model card of a converted checkpoint: what it is, how to use it, what was checked."""
 
 import re
 from collections import Counter
@@ -20,13 +20,13 @@ TAGS = ("mlx", "internvl", "internvl3-mlx")
 
 @dataclass(frozen=True, kw_only=True)
 class CardData:
-    """Everything a card tells."""
+    """Everything that a model card says."""
 
     name: str
     base: str  # OWNER/NAME of the 16-bit model
     layout: str
     nbytes: int
-    command: str
+    command: str  # the shell command or the Python call
     versions: Mapping[str, str]
     bits_per_part: Mapping[str, float]
     quantized: Mapping[str, Quantization]
@@ -34,18 +34,18 @@ class CardData:
     num_tensors: int
     quality: QualityMetrics | None = None
     output_check: QualityMetrics | None = None
-    adapter: str | None = None  # what was fused into it
+    adapter: str | None = None  # name of the adapter that was merged
 
 
-def write_model_card(folder: Path, facts: CardData, licence: Mapping[str, Any]) -> str:
-    """Write README.md and return it."""
-    text = front_matter(facts, licence) + card_body(facts)
+def write_model_card(folder: Path, card: CardData, license_fields: Mapping[str, Any]) -> str:
+    """Write README.md and return its text."""
+    text = front_matter(card, license_fields) + card_body(card)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return text
 
 
 def read_license(folder: Path) -> dict[str, Any]:
-    """Take the licence lines of the source's own card."""
+    """Read the license fields of the source's own card."""
     import yaml
 
     match = FRONT_MATTER.match(read_optional_text(folder / "README.md") or "")
@@ -56,51 +56,54 @@ def read_license(folder: Path) -> dict[str, Any]:
     return {key: content[key] for key in LICENSE_KEYS if key in (content or {})}
 
 
-def front_matter(facts: CardData, licence: Mapping[str, Any]) -> str:
-    """Write the YAML head. The hub sorts by relation; no value of it fits a 16-bit copy."""
+def front_matter(card: CardData, license_fields: Mapping[str, Any]) -> str:
+    """Write the YAML front matter. The hub sorts by relation; none of its values fits a 16-bit
+    copy."""
     import yaml
 
-    content: dict[str, Any] = dict(licence)
-    content["library_name"] = "mlx" if facts.layout == "mlx" else "transformers"
+    content: dict[str, Any] = dict(license_fields)
+    content["library_name"] = "mlx" if card.layout == "mlx" else "transformers"
     content["pipeline_tag"] = "image-text-to-text"
-    content["base_model"] = facts.base
-    if facts.quantized:
+    content["base_model"] = card.base
+    if card.quantized:
         content["base_model_relation"] = "quantized"
-    content["tags"] = [*(TAGS if facts.layout == "mlx" else TAGS[1:]), *bits_tag(facts.quantized)]
+    content["tags"] = [*(TAGS if card.layout == "mlx" else TAGS[1:]), *bits_tag(card.quantized)]
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return f"---\n{text}---\n\n"
 
 
-def bits_tag(packed: Mapping[str, Quantization]) -> list[str]:
-    if not packed:
+def bits_tag(quantized: Mapping[str, Quantization]) -> list[str]:
+    """Return the tag of the most common bit width: 4-bit."""
+    if not quantized:
         return []
-    [(form, _)] = Counter(packed.values()).most_common(1)
-    return [f"{form.bits}-bit"]
+    [(quantization, _)] = Counter(quantized.values()).most_common(1)
+    return [f"{quantization.bits}-bit"]
 
 
-def card_body(facts: CardData) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in facts.versions.items())
+def card_body(card: CardData) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in card.versions.items())
+    language = "sh" if card.command.startswith("internvl3 ") else "python"
     parts = [
-        f"# {facts.name}",
-        f"{hub_link(facts.base)}{adapter_note(facts)}, converted with internvl3-mlx.",
-        *usage_section(facts),
-        "## What is inside",
+        f"# {card.name}",
+        f"{hub_link(card.base)}{adapter_note(card)}, converted with internvl3-mlx.",
+        *usage_section(card),
+        "## Size",
         markdown_table(
             ("part", "bits per parameter"),
-            [(p, f"{b:.2f}") for p, b in facts.bits_per_part.items()],
+            [(p, f"{b:.2f}") for p, b in card.bits_per_part.items()],
         ),
-        f"Weights take {format_size(facts.nbytes)} on disk and as much in memory.",
-        *quantization_section(facts),
+        f"The weights take {format_size(card.nbytes)} on disk and in memory.",
+        *quantization_section(card),
         "## What was checked",
-        "\n".join(f"- {line}" for line in list_checks(facts)),
+        "\n".join(f"- {line}" for line in list_checks(card)),
         "## How it was made",
-        f"```sh\n{facts.command}\n```\n\nVersions: {versions}.",
+        f"```{language}\n{card.command}\n```\n\nVersions: {versions}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def adapter_note(facts: CardData) -> str:
-    return f" with the adapter `{facts.adapter}` fused into it" if facts.adapter else ""
+def adapter_note(card: CardData) -> str:
+    return f" with the adapter `{card.adapter}` merged" if card.adapter else ""
 
 
 def hub_link(base: str) -> str:
@@ -111,45 +114,49 @@ def format_size(nbytes: int) -> str:
     return f"{nbytes / GB:,.1f} GB" if nbytes >= GB / 2 else f"{nbytes / MB:,.1f} MB"
 
 
-def usage_section(facts: CardData) -> list[str]:
-    if facts.layout != "mlx":
+def usage_section(card: CardData) -> list[str]:
+    if card.layout != "mlx":
         return []
     return [
         "## Use",
-        f"```sh\nuvx internvl3-mlx generate photo.jpg -p 'What is this?' --model {facts.name}\n```",
+        f"```sh\ninternvl3 generate photo.jpg -p 'What is this?' --model {card.name}\n```",
     ]
 
 
-def quantization_section(facts: CardData) -> list[str]:
-    """Count modules by how they are packed, and name those left dense."""
-    counts = Counter(facts.quantized.values()).most_common()
-    rows = [(str(f.bits), str(f.group_size), f.mode, str(n)) for f, n in counts]
+def quantization_section(card: CardData) -> list[str]:
+    """List the quantizations with their modules, and the modules that could not be quantized."""
+    counts = Counter(card.quantized.values()).most_common()
+    rows = [(str(q.bits), str(q.group_size), q.mode, str(n)) for q, n in counts]
     lines = [markdown_table(("bits", "group size", "mode", "modules"), rows)] if rows else []
-    if facts.skipped_modules:
-        names = ", ".join(f"`{path}` ({width})" for path, width in facts.skipped_modules.items())
-        lines.append(f"Left dense, for their widths part into no groups: {names}.")
-    return lines
-
-
-def list_checks(facts: CardData) -> list[str]:
-    lines = [
-        f"opened again after writing: {facts.num_tensors} tensors present, finite, of the right shape, "
-        "their bytes as computed"
-    ]
-    if facts.output_check is not None:
+    if card.skipped_modules:
+        names = ", ".join(f"`{path}` ({width})" for path, width in card.skipped_modules.items())
         lines.append(
-            f"one made-up question run through source and copy: KL {facts.output_check.kl:.5f} nats"
+            f"Not quantized, because their width is not a multiple of the group size: {names}."
         )
-    if facts.quality is not None:
-        lines.append(quality_line(facts.quality))
     return lines
 
 
-def quality_line(figures: QualityMetrics) -> str:
+def list_checks(card: CardData) -> list[str]:
+    lines = [
+        f"read back after writing: all {card.num_tensors} tensors are present and finite, with the "
+        "right shapes and the bytes that were computed"
+    ]
+    if card.output_check is not None:
+        lines.append(
+            f"one generated question, source against result: KL divergence "
+            f"{card.output_check.kl:.5f} nats"
+        )
+    if card.quality is not None:
+        lines.append(quality_line(card.quality))
+    return lines
+
+
+def quality_line(quality: QualityMetrics) -> str:
     return (
-        f"against the 16-bit model over {figures.tokens} tokens: KL {figures.kl:.5f} nats, "
-        f"top-1 agreement {figures.top1:.1%}, "
-        f"perplexity {figures.perplexity:.3f} (16-bit {figures.reference_perplexity:.3f})"
+        f"against the 16-bit model over {quality.tokens} tokens: "
+        f"KL divergence {quality.kl:.5f} nats, "
+        f"top-1 agreement {quality.top1:.1%}, "
+        f"perplexity {quality.perplexity:.3f} (16-bit {quality.reference_perplexity:.3f})"
     )
 
 
@@ -159,7 +166,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def find_base_model(source: Path, content: Mapping[str, Any]) -> str:
-    """Name the 16-bit repository: a hub snapshot's own, else one called like a published size."""
+    """Name the 16-bit repository: that of a hub snapshot, else the published size in its name."""
     for part in source.resolve().parts[::-1]:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")

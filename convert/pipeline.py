@@ -1,5 +1,5 @@
-"""Read, map, cast, pack, write, prove: a checkpoint of any layout becomes one of the layout asked
-for, a few rows at a time."""
+"""Convert a checkpoint from any layout to any other: read, remap, cast, quantize, write and verify,
+a few rows at a time."""
 
 import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -15,7 +15,6 @@ from internvl3_mlx.checkpoints.writer import (
     ShardWriter,
     TensorSpec,
     check_disk_space,
-    writing_folder,
 )
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.aux_files import write_aux_files
@@ -24,46 +23,52 @@ from internvl3_mlx.convert.calibration.metrics import QualityMetrics
 from internvl3_mlx.convert.config_writer import build_config
 from internvl3_mlx.convert.plan import (
     FLOATS,
-    QUANTIZED_PARTS,
     ConversionPlan,
     PlannedTensor,
     dtype_name,
     plan_conversion,
-    quantize_array,
 )
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import (
     DTYPES,
     NAMES,
+    QUANTIZED_PARTS,
     not_finite_error,
+    quantize_array,
     split_into_slabs,
     to_bytes,
 )
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.files import atomic_folder
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 METADATA = {"mlx": {"format": "mlx"}, "original": {"format": "pt"}, "hf": {"format": "pt"}}
-CACHE_BYTES = 64_000_000  # of freed arrays that MLX may keep while tensors stream
+CACHE_BYTES = 64_000_000  # of freed arrays that MLX may keep while tensors are streamed
+
+Slab = dict[str, tuple[mx.array, mx.array]]  # name -> what is written, whether it is finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What a conversion does beside packing. ``layout`` is the target's: mlx, original or hf."""
+    """What a conversion does besides quantizing.
+
+    ``layout`` is the target's: mlx, original or hf. ``check_output`` compares the outputs of source
+    and target before the target is kept. ``calibrated_weights`` are written as they are, by tensor
+    name. ``adapter`` is a PEFT adapter folder to merge.
+    """
 
     layout: str = "mlx"
     dtype: str | None = None
     dequantize: bool = False
     overwrite: bool = False
-    check_output: bool = False  # run source and target on one question before the target is kept
-    calibrated_weights: Mapping[str, mx.array] = field(
-        default_factory=dict
-    )  # tensors to write as they are
-    adapter: Path | None = None  # a folder in PEFT's form, to be fused
+    check_output: bool = False
+    calibrated_weights: Mapping[str, mx.array] = field(default_factory=dict)
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
 class TensorWritten:
-    """One tensor done: how many bytes of the target are written, of how many."""
+    """One tensor is complete: ``bytes_done`` of ``bytes_total`` of the target are written."""
 
     name: str
     bytes_done: int
@@ -72,7 +77,10 @@ class TensorWritten:
 
 @dataclass(frozen=True)
 class ConvertedCheckpoint:
-    """What a conversion made: bytes, packed modules, and those whose odd width kept them dense."""
+    """What was written: its size, the quantized modules, and those skipped with their widths.
+
+    ``output_check`` compares the outputs of source and target, if that was asked for and possible.
+    """
 
     target: Path
     layout: str
@@ -80,9 +88,7 @@ class ConvertedCheckpoint:
     num_files: int
     quantized: Mapping[str, Quantization]
     skipped_modules: Mapping[str, int]
-    output_check: QualityMetrics | None = (
-        None  # the answer of source and target compared, if it was
-    )
+    output_check: QualityMetrics | None = None
 
 
 def convert_checkpoint(
@@ -91,10 +97,10 @@ def convert_checkpoint(
     recipe: QuantizationRecipe | None,
     options: ConvertOptions | None = None,
 ) -> Generator[TensorWritten, None, ConvertedCheckpoint]:
-    """Convert ``source`` into the folder ``target``, yielding as each tensor is written.
+    """Convert ``source`` into the folder ``target``, yielding after each tensor.
 
-    Memory stays at a few slabs, whatever the model's size. The target appears when it is whole and
-    proven; stopped before, nothing is left behind.
+    Memory use stays at a few slabs, whatever the size of the model. The target appears once it is
+    complete and verified; a conversion stopped before leaves nothing behind.
     """
     options = options or ConvertOptions()
     check_overlap(source, target)
@@ -107,72 +113,69 @@ def convert_checkpoint(
         adapter=options.adapter,
     )
     tokenizer = Tokenizer.from_folder(source)
-    entries = [
-        entry
-        for tensor in plan.tensors
-        for entry in tensor_entries(tensor, options.calibrated_weights)
-    ]
+    calibrated = options.calibrated_weights
+    entries = [entry for tensor in plan.tensors for entry in tensor_entries(tensor, calibrated)]
     total = sum(entry.nbytes for entry in entries)
     check_disk_space(target, total)
-    with writing_folder(target, overwrite=options.overwrite) as aside:
-        writer = ShardWriter(aside, entries, METADATA[plan.layout])
+    with atomic_folder(target, overwrite=options.overwrite) as folder:
+        writer = ShardWriter(folder, entries, METADATA[plan.layout])
         try:
-            yield from write_tensors(plan, writer, options.calibrated_weights, total)
+            yield from write_tensors(plan, writer, calibrated, total)
             writer.finish()
         finally:
             writer.close()
             plan.reader.close()
         content = build_config(plan, tokenizer, options.dtype)
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (aside / "config.json").write_text(text, encoding="utf-8")
-        write_aux_files(plan, tokenizer, aside)
-        verify_checkpoint(aside, entries, writer.checksums)
-        same = (
-            not any(tensor.quantization for tensor in plan.tensors)
-            and not options.calibrated_weights
-        )
-        forward = None
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        write_aux_files(plan, tokenizer, folder)
+        verify_checkpoint(folder, entries, writer.checksums)
+        same = not calibrated and not any(tensor.quantization for tensor in plan.tensors)
+        output_check = None
         if options.check_output:
-            forward = compare_outputs(source, aside, same=same, adapter=options.adapter)
+            output_check = compare_outputs(source, folder, same=same, adapter=options.adapter)
     return ConvertedCheckpoint(
-        target,
-        plan.layout,
-        total,
-        len(writer.shards),
-        plan.quantized,
-        plan.skipped_modules,
-        forward,
+        target=target,
+        layout=plan.layout,
+        nbytes=total,
+        num_files=len(writer.shards),
+        quantized=plan.quantized,
+        skipped_modules=plan.skipped_modules,
+        output_check=output_check,
     )
 
 
 def check_overlap(source: Path, target: Path) -> None:
-    """Refuse a target that is the source, lies in it or holds it."""
+    """Raise UserError when the target is the source, or one is inside the other."""
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"{target} overlaps the source {source}; name another folder")
 
 
-def tensor_entries(tensor: PlannedTensor, learned: Mapping[str, mx.array]) -> list[TensorSpec]:
+def tensor_entries(tensor: PlannedTensor, calibrated: Mapping[str, mx.array]) -> list[TensorSpec]:
+    """Return what is written for a tensor: its calibrated weights where there are some."""
     return [
-        TensorSpec(entry.name, NAMES[dtype_name(learned[entry.name])], learned[entry.name].shape)
-        if entry.name in learned
+        TensorSpec(
+            entry.name, NAMES[dtype_name(calibrated[entry.name])], calibrated[entry.name].shape
+        )
+        if entry.name in calibrated
         else entry
         for entry in tensor.entries()
     ]
 
 
 def write_tensors(
-    plan: ConversionPlan, writer: ShardWriter, learned: Mapping[str, mx.array], total: int
+    plan: ConversionPlan, writer: ShardWriter, calibrated: Mapping[str, mx.array], total: int
 ) -> Iterator[TensorWritten]:
-    """Write every tensor, with MLX keeping little of what it frees."""
+    """Write every tensor, and limit meanwhile what MLX keeps of freed memory."""
     before = mx.set_cache_limit(CACHE_BYTES)
     done = 0
     try:
         for tensor in plan.tensors:
-            names = [entry.name for entry in tensor_entries(tensor, learned)]
-            if all(name in learned for name in names):
+            names = [entry.name for entry in tensor_entries(tensor, calibrated)]
+            if all(name in calibrated for name in names):
                 for name in names:
-                    write_array(writer, name, learned[name])
+                    write_array(writer, name, calibrated[name])
             else:
                 write_tensor(plan, tensor, writer)
             done = total - sum(writer.remaining.values())
@@ -182,31 +185,30 @@ def write_tensors(
 
 
 def write_tensor(plan: ConversionPlan, tensor: PlannedTensor, writer: ShardWriter) -> None:
-    """Write one tensor slab by slab; what needs no change goes as bytes from file to file."""
+    """Write one tensor slab by slab; a tensor that does not change is copied as bytes."""
     reader, files = plan.reader, plan.reader.checkpoint
-    plain = (
+    can_copy = (
         reader.can_copy(tensor.rows)
         and tensor.quantization is None
         and tensor.parameter != PATCH_WEIGHT
     )
-    plain = plain and all(files.tensors[part.name].dtype == tensor.dtype for part in tensor.rows)
-    pieces = split_into_slabs(tensor.rows, bytes_per_row(files, tensor.rows[0].name))
-    if plain:
-        for part in pieces:
+    can_copy = can_copy and all(
+        files.tensors[part.name].dtype == tensor.dtype for part in tensor.rows
+    )
+    slabs = split_into_slabs(tensor.rows, bytes_per_row(files, tensor.rows[0].name))
+    if can_copy:
+        for part in slabs:
             writer.write(tensor.name, reader.read_raw(part).data.cast("B"))
         return
-    for arrays in compute_ahead(make_slab(plan, tensor, part) for part in pieces):
+    for arrays in compute_ahead(make_slab(plan, tensor, part) for part in slabs):
         for name, (x, finite) in arrays.items():
             if not bool(finite):
                 raise not_finite_error(name)
             writer.write(name, to_bytes(x))
 
 
-Slab = dict[str, tuple[mx.array, mx.array]]  # what is written, and whether it is finite
-
-
 def make_slab(plan: ConversionPlan, tensor: PlannedTensor, part: RowRange) -> Slab:
-    """Make one slab of the target, computed only later."""
+    """Build one slab of the target lazily; ``compute_ahead`` evaluates it."""
     x = plan.reader.read_dense(part)
     if tensor.dtype in FLOATS.values():
         x = x.astype(DTYPES[tensor.dtype][1])
@@ -216,31 +218,33 @@ def make_slab(plan: ConversionPlan, tensor: PlannedTensor, part: RowRange) -> Sl
         return {tensor.name: (x, mx.isfinite(x).all())}
     module = tensor.name.removesuffix(".weight")
     return {
-        f"{module}.{kind}": (array, mx.isfinite(array).all())
-        for kind, array in zip(
+        f"{module}.{name}": (array, mx.isfinite(array).all())
+        for name, array in zip(
             QUANTIZED_PARTS, quantize_array(x, tensor.quantization), strict=False
         )
     }
 
 
-def compute_ahead(slabs_made: Iterable[Slab]) -> Iterator[Slab]:
-    """Let MLX compute the next slab while this one is checked and written."""
-    waiting: Slab | None = None
-    for arrays in slabs_made:
-        mx.async_eval([*arrays.values()])
-        if waiting is not None:
-            yield waiting
-        waiting = arrays
-    if waiting is not None:
-        yield waiting
+def compute_ahead(slabs: Iterable[Slab]) -> Iterator[Slab]:
+    """Yield slabs while MLX already computes the next one."""
+    ready: Slab | None = None
+    for slab in slabs:
+        mx.async_eval([*slab.values()])
+        if ready is not None:
+            yield ready
+        ready = slab
+    if ready is not None:
+        yield ready
 
 
 def bytes_per_row(checkpoint: Checkpoint, name: str) -> int:
+    """Return the bytes of one row of a stored tensor."""
     info = checkpoint.tensors[name]
     return info.nbytes // max(info.shape[0], 1)
 
 
 def write_array(writer: ShardWriter, name: str, x: mx.array) -> None:
+    """Write a whole tensor. Raises CheckpointError when it is not finite."""
     if not bool(mx.isfinite(x).all()):
         raise not_finite_error(name)
     writer.write(name, to_bytes(x))

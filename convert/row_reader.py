@@ -1,10 +1,10 @@
-"""Rows of a checkpoint's tensors as they shall be written: read, unpacked, merged, cast.
+"""Read rows of a checkpoint's tensors: dequantized, merged with adapters, or as they are.
 
-Tensors are taken a slab at a time, so that memory does not grow with the model.
+Tensors are read one slab of rows at a time, so that memory does not grow with the model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -20,9 +20,11 @@ from internvl3_mlx.config import Quantization
 from internvl3_mlx.errors import CheckpointError
 from internvl3_mlx.models.lora import float32_unless_integer
 
-SLAB_BYTES = 4_000_000  # of source; MLX needs up to forty times that to pack it on a CPU
+SLAB_BYTES = 4_000_000  # of source; MLX needs up to forty times that to quantize it on a CPU
 
-# safetensors' name -> how NumPy holds it and what MLX calls it (bfloat16 travels as its bits)
+QUANTIZED_PARTS = ("weight", "scales", "biases")  # the mx formats have no biases
+
+# safetensors dtype -> NumPy type, MLX dtype (NumPy has no bfloat16 and holds its bits)
 DTYPES: dict[str, tuple[type, mx.Dtype]] = {
     "F32": (np.float32, mx.float32),
     "F16": (np.float16, mx.float16),
@@ -34,7 +36,7 @@ DTYPES: dict[str, tuple[type, mx.Dtype]] = {
     "I64": (np.int64, mx.int64),
 }
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint8": "U8"}
-# the bits of a float that are all ones when it is no number
+# dtype -> the exponent bits, which are all ones when a value is NaN or infinite
 EXPONENT_MASKS = {
     "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00),
@@ -44,8 +46,11 @@ EXPONENT_MASKS = {
 
 @dataclass
 class RowReader:
-    """Reads rows by the source's names. ``unpacked`` are the weights to be dequantized, ``fused``
-    those that an adapter changes."""
+    """Reads rows of the source's tensors, by the source's names.
+
+    ``adapters`` are LoRA weights inside the checkpoint, by the weight they change; ``dequantized``
+    are the weights to dequantize; ``fused`` are the changes of a separate adapter.
+    """
 
     checkpoint: Checkpoint
     adapters: Mapping[str, EmbeddedLoRA] = field(default_factory=dict)
@@ -60,18 +65,23 @@ class RowReader:
             self.open_files.popitem()[1].close()
 
     def can_copy(self, rows: Iterable[RowRange]) -> bool:
-        """Tell whether these rows are written as they lie in the file."""
+        """Return whether these rows can be copied as bytes, without being computed."""
         names = {part.name for part in rows}
         if names & {*self.adapters, *self.dequantized, *self.fused}:
             return False
         return all(self.checkpoint.tensors[name].start is not None for name in names)
 
     def read_raw(self, part: RowRange) -> np.ndarray:
-        """Read rows as the file holds them, bfloat16 as its bits; good until the next reading."""
+        """Read rows as the file stores them, bfloat16 as its bits: (rows, ...).
+
+        The array is valid until the next read. Raises CheckpointError for an unknown dtype and for
+        values that are not finite.
+        """
         info = self.checkpoint.tensors[part.name]
         if info.dtype not in DTYPES or info.start is None:
             raise CheckpointError(
-                f"{part.name} is stored as {info.dtype}; known are {', '.join(DTYPES)}"
+                f"{part.name} has dtype {info.dtype}, which cannot be converted; "
+                f"supported are {', '.join(DTYPES)}"
             )
         width = prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
         data = self.read_into_buffer(info.file, info.start + part.start * width, part.count * width)
@@ -80,25 +90,28 @@ class RowReader:
         return x.reshape(part.count, *info.shape[1:])
 
     def read_into_buffer(self, file: Path, start: int, count: int) -> np.ndarray:
-        """Read bytes into the one buffer: fresh memory for every slab costs as much as reading."""
+        """Read bytes into a reused buffer: allocating one for each slab costs as much as
+        reading."""
         if file not in self.open_files:
             self.open_files[file] = file.open("rb", buffering=0)
         if len(self.buffer) < count:
             self.buffer = np.empty(count, dtype=np.uint8)
-        wanted = self.buffer[:count]
+        view = self.buffer[:count]
         done = 0
         while done < count:
             self.open_files[file].seek(start + done)
-            got = self.open_files[file].readinto(wanted[done:].data)
-            if not got:
-                raise CheckpointError(f"{file} is cut short; download it again")
-            done += got
-        return wanted
+            num_read = self.open_files[file].readinto(view[done:].data)
+            if not num_read:
+                raise CheckpointError(f"{file} is truncated; download it again")
+            done += num_read
+        return view
 
     def read_stored(self, part: RowRange) -> mx.array:
-        """Read rows as MLX holds them, nothing added."""
+        """Read rows as they are stored."""
         info = self.checkpoint.tensors[part.name]
-        if info.start is None:  # a PyTorch file: read whole, kept until another tensor is asked for
+        if (
+            info.start is None
+        ):  # a PyTorch file: read the tensor once, keep it until another is read
             if self.cached_tensor is None or self.cached_tensor[0] != part.name:
                 self.cached_tensor = None
                 self.cached_tensor = part.name, self.checkpoint.read_uncached(part.name)
@@ -110,53 +123,54 @@ class RowReader:
         return x.view(mx.bfloat16) if info.dtype == "BF16" else x
 
     def read_dense(self, part: RowRange) -> mx.array:
-        """Read rows, unpacked and with every adapter added."""
-        form = self.dequantized.get(part.name)
-        x = self.dequantize(part, form) if form else self.read_merged(part)
+        """Read rows dequantized and with all adapters merged."""
+        quantization = self.dequantized.get(part.name)
+        x = self.dequantize(part, quantization) if quantization else self.read_merged(part)
         return apply_row_deltas(x, part, self.fused.get(part.name, ()))
 
     def read_merged(self, part: RowRange) -> mx.array:
-        """Read dense rows with the adapter added that the checkpoint itself holds."""
+        """Read dense rows and merge the LoRA weights that the checkpoint itself holds."""
         x = self.read_stored(part)
         adapter = self.adapters.get(part.name)
         if adapter is None:
             return x
         down = self.read_stored(RowRange(adapter.down, 0, self.num_rows(adapter.down)))
         up = self.read_stored(RowRange(adapter.up, part.start, part.stop))
-        added = adapter.scale * (up.astype(mx.float32) @ down.astype(mx.float32))
-        return (x.astype(mx.float32) + added).astype(x.dtype)
+        delta = adapter.scale * (up.astype(mx.float32) @ down.astype(mx.float32))
+        return (x.astype(mx.float32) + delta).astype(x.dtype)
 
-    def dequantize(self, part: RowRange, form: Quantization) -> mx.array:
+    def dequantize(self, part: RowRange, quantization: Quantization) -> mx.array:
+        """Read and dequantize rows of a quantized weight: float32."""
         module = part.name.removesuffix(".weight")
-        names = [f"{module}.{kind}" for kind in ("weight", "scales", "biases")]
+        names = [f"{module}.{part_name}" for part_name in QUANTIZED_PARTS]
         parts = [
             self.read_stored(RowRange(name, part.start, part.stop))
             for name in names
             if name in self.checkpoint.tensors
         ]
-        return dequantize_parts(parts, form)
+        return dequantize_array(parts, quantization)
 
     def num_rows(self, name: str) -> int:
         return self.checkpoint.tensors[name].shape[0]
 
 
-def dequantize_parts(parts: Sequence[mx.array], form: Quantization) -> mx.array:
-    """Undo ``mx.quantize``, in float32: 16-bit scales would round what they multiply.
+def quantize_array(x: mx.array, quantization: Quantization) -> tuple[mx.array, ...]:
+    """Quantize ``x`` (out, in) to words, scales and, in affine mode, biases."""
+    return tuple(mx.quantize(x, **asdict(quantization)))
 
-    parts: words, scales and, in affine mode, biases.
+
+def dequantize_array(parts: Sequence[mx.array], quantization: Quantization) -> mx.array:
+    """Undo ``quantize_array`` in float32, since 16-bit scales would round the result.
+
+    parts: words, scales and, in affine mode, biases -> (out, in) float32.
     """
     words, scales, *rest = parts
-    scales, biases = (
-        float32_unless_integer(scales),
-        float32_unless_integer(rest[0]) if rest else None,
-    )
-    return mx.dequantize(
-        words, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode
-    )
+    biases = float32_unless_integer(rest[0]) if rest else None
+    return mx.dequantize(words, float32_unless_integer(scales), biases, **asdict(quantization))
 
 
 def split_into_slabs(rows: Iterable[RowRange], row_bytes: int) -> Iterable[RowRange]:
-    """Cut rows into pieces of about SLAB_BYTES."""
+    """Split ranges of rows into slabs of about SLAB_BYTES."""
     step = max(SLAB_BYTES // max(row_bytes, 1), 1)
     for part in rows:
         for start in range(part.start, part.stop, step):
@@ -164,6 +178,7 @@ def split_into_slabs(rows: Iterable[RowRange], row_bytes: int) -> Iterable[RowRa
 
 
 def check_finite(x: np.ndarray, dtype: str, name: str) -> None:
+    """Raise CheckpointError when ``x``, in the bits of ``dtype``, holds NaN or infinity."""
     if dtype in EXPONENT_MASKS:
         kind, mask = EXPONENT_MASKS[dtype]
         if bool(((x.view(kind) & mask) == mask).any()):
@@ -172,12 +187,13 @@ def check_finite(x: np.ndarray, dtype: str, name: str) -> None:
 
 def not_finite_error(name: str) -> CheckpointError:
     return CheckpointError(
-        f"{name} holds numbers that are not finite; the source is damaged, take another copy"
+        f"{name} contains NaN or infinite values; the source is damaged or the dtype too narrow: "
+        "download the source again, or choose another dtype"
     )
 
 
 def to_bytes(x: mx.array) -> memoryview:
-    """Give an array's bytes, in C order."""
+    """Return the bytes of an array in C order."""
     flat = mx.contiguous(x)
     if x.dtype == mx.bfloat16:
         flat = flat.view(mx.uint16)

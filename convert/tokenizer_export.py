@@ -1,5 +1,5 @@
-"""``tokenizer.json`` for repositories that have none: written from vocab.json and merges.txt, or
-from a sentencepiece model, so that the tokenizers library alone can start a chat."""
+"""``tokenizer.json`` for repositories that have none, from vocab.json and merges.txt or from a
+sentencepiece model, so that the tokenizers library is enough to run the model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Fa
 
 
 def build_fast_tokenizer(folder: Path) -> Json | None:
-    """Make the content of a tokenizer.json; None when the folder has no tokenizer at all."""
+    """Build the content of tokenizer.json; None when the folder has no tokenizer."""
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return byte_level_tokenizer(folder)
     if (folder / "tokenizer.model").is_file():
@@ -30,7 +30,7 @@ def build_fast_tokenizer(folder: Path) -> Json | None:
 
 
 def byte_level_tokenizer(folder: Path) -> Json:
-    """Write what Qwen2's tokenizer class makes of vocab.json and merges.txt."""
+    """Build what Qwen2's tokenizer class makes of vocab.json and merges.txt."""
     vocab = read_optional_json(folder / "vocab.json")
     lines = (read_optional_text(folder / "merges.txt") or "").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -51,8 +51,8 @@ def byte_level_tokenizer(folder: Path) -> Json:
 
 
 def sentencepiece_tokenizer(folder: Path) -> Json:
-    """Write the same pieces as merges: two pieces join when their union is a piece, the likelier
-    first, which is what sentencepiece's BPE does."""
+    """Express sentencepiece's BPE as merges: two pieces merge when their union is a piece, the most
+    likely union first."""
     pieces = open_sentencepiece(folder)
     model, added, bos, prefixed = pieces.model, pieces.added, pieces.bos, pieces.adds_leading_space
     vocab = {model.id_to_piece(n): n for n in range(pieces.size)}
@@ -78,7 +78,7 @@ def sentencepiece_tokenizer(folder: Path) -> Json:
 
 
 def find_merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[list[str]]:
-    """List the pairs whose union is a piece, likeliest union first."""
+    """List the pairs whose union is a piece, the most likely union first."""
     found: list[tuple[float, list[str]]] = []
     for piece in vocab:
         pairs = [
@@ -93,6 +93,7 @@ def find_merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[l
 
 
 def sentencepiece_decoder(prefixed: bool) -> Json:
+    """Turn pieces back into text; ``prefixed``: without the space that was put in front."""
     steps: list[Json] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
@@ -104,7 +105,7 @@ def sentencepiece_decoder(prefixed: bool) -> Json:
 
 
 def bos_post_processor(bos: str, added: Mapping[str, AddedToken]) -> Json:
-    """Put the BOS in front of every text."""
+    """Put the BOS token in front of every text."""
     text: Json = {"Sequence": {"id": "A", "type_id": 0}}
     first: Json = {"SpecialToken": {"id": bos, "type_id": 0}}
     pair = [first, text, {"Sequence": {"id": "B", "type_id": 1}}]
@@ -126,25 +127,26 @@ def tokenizer_json(
     decoder: Json,
     post_processor: Json | None = None,
 ) -> Json:
-    usual: Json = {
+    """Assemble tokenizer.json from its parts."""
+    defaults: Json = {
         **dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix")),
         "unk_token": None,
         "byte_fallback": False,
         "ignore_merges": False,
     }
-    edges = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    matching = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokens = sorted(added.items(), key=lambda item: item[1].id)
     return {
         "version": VERSION,
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": token.id, "content": content, **edges, "special": token.special}
+            {"id": token.id, "content": content, **matching, "special": token.special}
             for content, token in tokens
         ],
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": post_processor,
         "decoder": decoder,
-        "model": {**usual, **model},
+        "model": {**defaults, **model},
     }

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from internvl3_mlx.conversion import convert_model
+    from internvl3_mlx.convert.api import ConversionProgress, ConversionResult
     from internvl3_mlx.errors import (
         CheckpointError,
         ConfigError,
@@ -36,6 +38,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Conversation",
+    "ConversionProgress",
+    "ConversionResult",
     "DownloadError",
     "ImageError",
     "ModelInputs",
@@ -50,6 +54,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "__version__",
+    "convert_model",
     "load",
     "train",
 ]
@@ -58,11 +63,14 @@ HOMES = {
     "VLM": "generation.vlm",
     "Answer": "generation.answer",
     "Conversation": "generation.conversation",
+    "ConversionProgress": "convert.api",
+    "ConversionResult": "convert.api",
     "ModelInputs": "generation.processor",
     "MessageMedia": "prompt.messages",
     "AnswerChunk": "generation.answer",
     "GenerationConfig": "generation.generation_config",
     "Message": "prompt.messages",
+    "convert_model": "conversion",
     "load": "generation.vlm",
     "TrainConfig": "training.config",
     "train": "training.run",

@@ -23,7 +23,7 @@ ORDER = (
     ("adapters",),
     ("convert",),
     ("loading",),
-    ("generation",),
+    ("generation", "conversion"),
     ("training", "evaluation", "profiling"),
     ("server",),
     ("cli",),
@@ -238,13 +238,17 @@ def test_functions_and_files_keep_their_budget(path):
         for node in ast.walk(ast.parse(text))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
-    long = {
-        node.name: node.end_lineno - node.lineno + 1
-        for node in functions
-        if node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
-    }
-    assert long == {}
+    lengths = {node.name: code_lines(node) for node in functions}
+    assert {name: n for name, n in lengths.items() if n > LONGEST_FUNCTION} == {}
     assert len(text.splitlines()) <= LONGEST_FILE
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count a function's lines; the docstring of a public function may describe each argument."""
+    first = function.body[0]
+    has_docstring = ast.get_docstring(function) is not None
+    docstring = first.end_lineno - first.lineno + 1 if has_docstring else 0
+    return function.end_lineno - function.lineno + 1 - docstring
 
 
 def test_the_checks_see_every_room():

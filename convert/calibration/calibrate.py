@@ -1,7 +1,7 @@
-"""Calibration, measurement and proof by forward passes: everything that needs a model in memory."""
+"""Calibration, measurement and verification by forward passes: what needs a model in memory."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -14,7 +14,6 @@ from internvl3_mlx.adapters.peft import load_adapter
 from internvl3_mlx.checkpoints.build_model import LoadedModel, build_model
 from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.calibration.awq import changed_tensors, smooth
 from internvl3_mlx.convert.calibration.bit_allocation import (
     BitAllocation,
     Sensitivity,
@@ -23,32 +22,55 @@ from internvl3_mlx.convert.calibration.bit_allocation import (
     measure_sensitivities,
 )
 from internvl3_mlx.convert.calibration.data import CalibrationSample, load_samples, split_samples
-from internvl3_mlx.convert.calibration.dwq import learn, learned_tensors, quantize_modules
-from internvl3_mlx.convert.calibration.gptq import gptq_quantize
+from internvl3_mlx.convert.calibration.gptq import QuantizedWeight, gptq_quantize, is_affine
 from internvl3_mlx.convert.calibration.metrics import (
     QualityMetrics,
     compute_metrics,
     reference_log_probs,
 )
 from internvl3_mlx.convert.recipes import QuantizationRecipe
+from internvl3_mlx.convert.row_reader import QUANTIZED_PARTS, dequantize_array, quantize_array
 from internvl3_mlx.device import on_cpu
 from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.models.internvl import InternVL
 
-ProgressCallback = Callable[[str, int, int], None]  # what is being done, how far, of how much
-
-SENSITIVITY_SAMPLES = 24  # samples that decide the bits; all of them teach the scales
+TARGET_BPW = 4.5  # bits per weight, scales included: as much as plain 4-bit with groups of 64 takes
+SENSITIVITY_SAMPLES = 24  # enough to decide the bits
 GPTQ_SAMPLES = 128
-EPOCHS = 0  # learned scales did not help once weights were rounded with feedback
-MEMORY_SHARE = 0.4  # of the machine's memory that a model may take for a proof
+MEMORY_SHARE = 0.4  # of the machine's memory that a model may take for verification
 PROBE_TOKENS, PROBE_SEED = 24, 5
-MAX_COPY_KL = 1e-3  # nats; a dense copy in another 16-bit type stays below
-MAX_FUSED_KL = 1e-2  # an adapter rounded to 16 bits with its weights, beside one that is not
+MAX_COPY_KL = 1e-3  # nats; a dense copy in another 16-bit dtype stays below
+MAX_FUSED_KL = 1e-2  # a merged adapter, rounded to 16 bits with its weights, stays below
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """How to calibrate: on which ``images``, to how many bits per weight (``target_bpw``).
+
+    ``vision_bits`` is the fewest bits the vision tower may get from the same budget; None leaves it
+    unquantized. ``gptq`` rounds with error feedback. ``dtype`` is that of scales and biases, by
+    default the source's.
+    """
+
+    images: Path
+    target_bpw: float = TARGET_BPW
+    vision_bits: int | None = None
+    gptq: bool = True
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationStep:
+    """One unit measured or one layer rounded; ``done`` counts them."""
+
+    message: str
+    done: int
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A recipe made to measure, the tensors that were learned for it, and how it was found."""
+    """The recipe and quantized ``weights`` (by tensor name) that calibration chose, and why."""
 
     recipe: QuantizationRecipe
     weights: Mapping[str, mx.array]
@@ -57,119 +79,152 @@ class Calibration:
     num_samples: int
 
 
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """What a calibration is asked for. ``tower_bits``: None leaves the tower dense, otherwise it
-    shares the budget from so many bits on."""
-
-    target_bpw: float
-    vision_bits: int | None = None
-    epochs: int = EPOCHS
-    scale: bool = False  # activation-aware scaling before anything is packed
-    gptq: bool = True  # rounding that makes good its own errors
-    dtype: str | None = None
-
-
 def calibrate(
-    source: Path, pictures: Path, wish: CalibrationConfig, progress: ProgressCallback
-) -> Calibration:
-    """Measure every module on a folder of pictures, spend the bits, learn the scales."""
-    opened = build_model(source)
-    samples, _ = split_samples(load_samples(pictures, opened))
-    packs_tower = wish.vision_bits is not None
-    some = samples[:: max(len(samples) // SENSITIVITY_SAMPLES, 1)]
-    if wish.scale:
-        for number, name in enumerate(smooth(opened.model, some, tower=packs_tower), start=1):
-            progress(f"scaling {name}", number, 0)
-    measured = []
-    for entry in measure_sensitivities(opened.model, some, vision_bits=wish.vision_bits):
-        measured.append(entry)
-        progress(f"measuring {entry.modules[0]}", len(measured), 0)
+    source: Path, config: CalibrationConfig
+) -> Generator[CalibrationStep, None, Calibration]:
+    """Measure every module on a folder of images, allocate bits, and round with GPTQ.
+
+    Yields a step for each unit measured and each layer rounded. The 16-bit model is held in memory.
+    """
+    loaded = build_model(source)
+    samples, _ = split_samples(load_samples(config.images, loaded))
+    few = samples[:: max(len(samples) // SENSITIVITY_SAMPLES, 1)]
+    sensitivities: list[Sensitivity] = []
+    for entry in measure_sensitivities(loaded.model, few, vision_bits=config.vision_bits):
+        sensitivities.append(entry)
+        yield CalibrationStep(f"measuring {entry.modules[0]}", len(sensitivities))
     sizes = {
-        path: get_module(opened.model, path).weight.size for e in measured for path in e.modules
+        path: get_module(loaded.model, path).weight.size
+        for entry in sensitivities
+        for path in entry.modules
     }
-    allocation = allocate_bits(measured, sizes, wish.target_bpw)
-    recipe = allocation.to_recipe(f"{wish.target_bpw:g}bpw")
-    forms = {path: form for path in sizes if (form := recipe.choose(path)) is not None}
-    learned = quantize_calibrated(opened, samples, forms, wish, progress)
-    return Calibration(recipe, learned, allocation, tuple(measured), len(samples))
+    allocation = allocate_bits(sensitivities, sizes, config.target_bpw)
+    recipe = allocation.to_recipe(f"{config.target_bpw:g}bpw")
+    quantizations = {path: q for path in sizes if (q := recipe.choose(path)) is not None}
+    weights = yield from quantize_calibrated(loaded, samples, quantizations, config)
+    return Calibration(recipe, weights, allocation, tuple(sensitivities), len(samples))
 
 
 def quantize_calibrated(
-    opened: LoadedModel,
+    loaded: LoadedModel,
     samples: list[CalibrationSample],
-    forms: Mapping[str, Quantization],
-    wish: CalibrationConfig,
-    progress: ProgressCallback,
-) -> dict[str, mx.array]:
-    """Learn scales for these packings and collect all that is changed; the model is used up."""
-    model, dtype = opened.model, DTYPES.get(wish.dtype or opened.config.dtype, mx.bfloat16)
-    wanted = reference_log_probs(model, samples)
-    written = quantize_modules(model, forms, dtype)
-    packed = {}
-    if wish.gptq:
+    quantizations: Mapping[str, Quantization],
+    config: CalibrationConfig,
+) -> Generator[CalibrationStep, None, dict[str, mx.array]]:
+    """Quantize the modules named in ``quantizations``; return the tensors to write by name.
+
+    The model is modified on the way: the decoder is rounded on what the quantized projector and
+    vision tower give it.
+    """
+    model = loaded.model
+    dtype = DTYPES.get(config.dtype or loaded.config.dtype, mx.bfloat16)
+    decoder = {path: q for path, q in quantizations.items() if is_decoder_affine(path, q)}
+    fixed = {path: q for path, q in quantizations.items() if path not in decoder}
+    written = quantize_fixed(model, fixed, dtype)
+    rounded: dict[str, QuantizedWeight] = {}
+    if config.gptq:
         some = samples[:: max(len(samples) // GPTQ_SAMPLES, 1)]
-        for path, parts in gptq_quantize(model, some, forms, dtype):
-            packed[path] = parts
-            progress(f"rounding {path}", len(packed), 0)
-    for step in learn(model, samples, wanted, forms, epochs=wish.epochs, packed=packed):
-        progress(f"learning scales, KL {step.kl:.4f}", step.number, step.total)
-    if wish.scale:
-        written |= changed_tensors(model, dtype, tower=wish.vision_bits is not None)
-    return written | learned_tensors(model, forms, dtype)
+        for path, parts in gptq_quantize(model, some, decoder, dtype):
+            rounded[path] = parts
+            yield CalibrationStep(f"rounding {path}", len(rounded))
+    return written | quantize_decoder(model, decoder, rounded, dtype)
 
 
-def compare_checkpoints(source: Path, target: Path, pictures: Path) -> QualityMetrics:
-    """Compare a written checkpoint with its 16-bit source on pictures kept from calibration.
+def is_decoder_affine(path: str, quantization: Quantization) -> bool:
+    return path.startswith("language_model.") and is_affine(quantization)
+
+
+def quantize_fixed(
+    model: InternVL, quantizations: Mapping[str, Quantization], dtype: mx.Dtype
+) -> dict[str, mx.array]:
+    """Quantize modules that GPTQ does not round, give the model the rounded weights, and return the
+    tensors to write."""
+    written: dict[str, mx.array] = {}
+    for path, quantization in quantizations.items():
+        module = get_module(model, path)
+        parts = quantize_array(module.weight.astype(dtype), quantization)
+        written |= {f"{path}.{part}": x for part, x in zip(QUANTIZED_PARTS, parts, strict=False)}
+        module.weight = dequantize_array(parts, quantization).astype(module.weight.dtype)
+    return written
+
+
+def quantize_decoder(
+    model: InternVL,
+    quantizations: Mapping[str, Quantization],
+    rounded: Mapping[str, QuantizedWeight],
+    dtype: mx.Dtype,
+) -> dict[str, mx.array]:
+    """Return the tensors to write for the decoder: those that GPTQ ``rounded`` as they are, the
+    others quantized by MLX."""
+    written: dict[str, mx.array] = {}
+    for path, quantization in quantizations.items():
+        parts = rounded.get(path) or quantize_array(get_module(model, path).weight, quantization)
+        words, scales, biases = parts
+        for part, x in zip(
+            QUANTIZED_PARTS, (words, scales.astype(dtype), biases.astype(dtype)), strict=True
+        ):
+            written[f"{path}.{part}"] = x
+    return written
+
+
+def compare_checkpoints(source: Path, target: Path, images: Path) -> QualityMetrics:
+    """Compare a written checkpoint with its source on images held out from calibration.
 
     The models are in memory one after the other.
     """
-    opened = build_model(source)
-    _, kept = split_samples(load_samples(pictures, opened))
-    wanted = reference_log_probs(opened.model, kept)
-    del opened
-    return compute_metrics(build_model(target).model, kept, wanted)
+    loaded = build_model(source)
+    _, held_out = split_samples(load_samples(images, loaded))
+    reference = reference_log_probs(loaded.model, held_out)
+    del loaded
+    return compute_metrics(build_model(target).model, held_out, reference)
 
 
 def compare_outputs(
-    source: Path, written: Path, *, same: bool, adapter: Path | None = None
+    source: Path, target: Path, *, same: bool, adapter: Path | None = None
 ) -> QualityMetrics | None:
-    """Run source and target on one made-up question; None when memory does not allow it.
+    """Run source and target on one generated question; None when memory does not allow it.
 
-    ``adapter`` stands beside the source's layers. Raises CheckpointError when the target gives no
-    numbers, or, with ``same``, other ones.
+    ``adapter`` is attached to the source's layers. Raises CheckpointError when the target's outputs
+    are not finite or, with ``same``, differ from the source's.
     """
     if not fits_in_memory(source):
         return None
-    opened = build_model(source)
+    loaded = build_model(source)
     if adapter is not None:
-        attach_adapter(opened.model, load_adapter(adapter, opened.config))
-    sample = make_probe_sample(opened)
-    wanted = reference_log_probs(opened.model, [sample])
-    del opened
-    figures = compute_metrics(build_model(written).model, [sample], wanted)
-    if not isfinite(figures.kl):
-        raise CheckpointError(f"{source} gives no finite answers once converted; nothing was kept")
-    if same and figures.kl > (MAX_COPY_KL if adapter is None else MAX_FUSED_KL):
+        attach_adapter(loaded.model, load_adapter(adapter, loaded.config))
+    sample = make_probe_sample(loaded)
+    reference = reference_log_probs(loaded.model, [sample])
+    del loaded
+    metrics = compute_metrics(build_model(target).model, [sample], reference)
+    if not isfinite(metrics.kl):
         raise CheckpointError(
-            f"the converted model answers differently (KL {figures.kl:.4f}); nothing was kept"
+            f"the outputs of {source} are NaN or infinite once converted; nothing was written; "
+            "try another dtype"
         )
-    return figures
+    if same and metrics.kl > (MAX_COPY_KL if adapter is None else MAX_FUSED_KL):
+        raise CheckpointError(
+            f"the converted model answers differently from {source} (KL {metrics.kl:.4f}); "
+            "nothing was written; the source may be damaged"
+        )
+    return metrics
 
 
 def fits_in_memory(folder: Path) -> bool:
-    """Tell whether the model may be loaded for a proof; on a CPU it is widened to 32 bits."""
-    wide = 2 if on_cpu() else 1
+    """Return whether the model may be loaded for verification. On a CPU it is widened to 32
+    bits."""
+    widening = 2 if on_cpu() else 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return open_checkpoint(folder).nbytes * wide < MEMORY_SHARE * memory
+    return open_checkpoint(folder).nbytes * widening < MEMORY_SHARE * memory
 
 
-def make_probe_sample(opened: LoadedModel) -> CalibrationSample:
-    """Make one tile of noise with a few random tokens behind it."""
-    draw = np.random.default_rng(PROBE_SEED)
-    config, ids = opened.config, opened.tokenizer
+def make_probe_sample(loaded: LoadedModel) -> CalibrationSample:
+    """Make a sample of one tile of noise followed by a few random tokens."""
+    rng = np.random.default_rng(PROBE_SEED)
+    config, tokenizer = loaded.config, loaded.tokenizer
     side = config.force_image_size
-    tile = draw.integers(0, 256, size=(1, side, side, 3), dtype=np.uint8)
-    words = draw.integers(0, min(ids.image_id, config.text.vocab_size), size=PROBE_TOKENS).tolist()
-    row = [ids.image_start_id, *[ids.image_id] * config.num_image_token, ids.image_end_id, *words]
-    return CalibrationSample(row, tile, len(row) - PROBE_TOKENS - 1)
+    tile = rng.integers(0, 256, size=(1, side, side, 3), dtype=np.uint8)
+    vocabulary = min(tokenizer.image_id, config.text.vocab_size)
+    text = rng.integers(0, vocabulary, size=PROBE_TOKENS).tolist()
+    image = [tokenizer.image_id] * config.num_image_token
+    token_ids = [tokenizer.image_start_id, *image, tokenizer.image_end_id, *text]
+    return CalibrationSample(token_ids, tile, len(token_ids) - PROBE_TOKENS - 1)

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import options
-from internvl3_mlx.cli.convert_run import ConvertRequest, check_convert_request, run_convert
+from internvl3_mlx.cli.convert_run import ConvertRequest, run_convert
 from internvl3_mlx.cli.options import Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 
@@ -108,7 +108,7 @@ def checkpoint_flags(command: Function) -> Function:
     "--calibrate",
     "calibrate",
     metavar="FOLDER",
-    help="Spend bits by what they are worth on these pictures, and learn the scales.",
+    help="Allocate bits by measured sensitivity on the images in FOLDER.",
 )
 @flag(
     "Quality",
@@ -121,19 +121,10 @@ def checkpoint_flags(command: Function) -> Function:
 )
 @flag(
     "Quality",
-    "--epochs",
-    "epochs",
-    type=click.IntRange(min=0),
-    metavar="N",
-    show_default="0",
-    help="Rounds of learning scales.",
-)
-@flag(
-    "Quality",
     "--feedback/--no-feedback",
     "feedback",
     default=True,
-    help="Round weights so that they make good each other's errors.",
+    help="Use GPTQ error feedback when rounding.",
 )
 @flag("Quality", "--measure", "measure", is_flag=True, help="Compare answers with the source's.")
 @flag(
@@ -147,7 +138,7 @@ def checkpoint_flags(command: Function) -> Function:
 @flag(
     "Quality",
     "--proof/--no-proof",
-    "proof",
+    "verify",
     default=True,
     help="Run source and result on one question before the result is kept.",
 )
@@ -162,6 +153,4 @@ def convert_command(source: str | None, named: str | None, **flags: Any) -> None
     model = named if source is None else source
     if model is None or (named is not None and source is not None and named != source):
         raise UserError("name one model to convert: a folder, a repository or a size such as 2b")
-    request = ConvertRequest(source=model, **flags)
-    check_convert_request(request)
-    run_convert(request)
+    run_convert(ConvertRequest(source=model, **flags))

@@ -1,21 +1,18 @@
 """``internvl3 fuse``: an adapter becomes part of its model's weights."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from internvl3_mlx.cli import options, progress
+from internvl3_mlx.cli import options
 from internvl3_mlx.cli.convert import checkpoint_flags
 from internvl3_mlx.cli.convert_run import (
     CheckpointRequest,
     check_upload_repo,
-    command_for_card,
-    resolve_source,
+    run_convert,
     show_convert_report,
-    upload_result,
 )
 from internvl3_mlx.cli.options import SectionedCommand, flag
 from internvl3_mlx.errors import UserError
@@ -27,6 +24,9 @@ class FuseRequest(CheckpointRequest):
 
     adapter: str
     adapter_only: bool
+
+    def keywords(self) -> dict[str, Any]:
+        return {**super().keywords(), "adapter": self.adapter}
 
 
 @click.command(cls=SectionedCommand, short_help="Merge an adapter into its model.")
@@ -53,7 +53,7 @@ class FuseRequest(CheckpointRequest):
 @flag(
     "Quality",
     "--proof/--no-proof",
-    "proof",
+    "verify",
     default=True,
     help="Ask result and adapter one question before the result is kept.",
 )
@@ -75,7 +75,7 @@ def fuse_command(source: str | None, adapter: str | None, **flags: Any) -> None:
     if request.adapter_only:
         export_adapter(request)
     else:
-        run_fuse(request)
+        run_convert(request)
 
 
 def check_fuse_request(request: FuseRequest) -> None:
@@ -90,38 +90,12 @@ def check_fuse_request(request: FuseRequest) -> None:
 def export_adapter(request: FuseRequest) -> None:
     """Write the adapter under the names of another layout's model."""
     from internvl3_mlx.adapters.peft_writer import convert_adapter_layout
+    from internvl3_mlx.conversion import find_source
 
     folder, target = Path(request.adapter).expanduser(), Path(request.target or "").expanduser()
+    source = find_source(request.source, request.revision)
     modules = convert_adapter_layout(
-        folder, target, resolve_source(request), request.to, overwrite=request.overwrite
+        folder, target, source, request.to, overwrite=request.overwrite
     )
     report = {"adapter": str(folder), "target": str(target), "layout": request.to}
     show_convert_report(request, {**report, "modules": len(modules)})
-
-
-def run_fuse(request: FuseRequest) -> None:
-    from internvl3_mlx.convert.api import Conversion
-    from internvl3_mlx.convert.pipeline import ConvertOptions
-
-    started = time.perf_counter()
-    assert request.target is not None
-    folder = Path(request.adapter).expanduser()
-    target = Path(request.target).expanduser()
-    session = Conversion(resolve_source(request), target, command_for_card(), folder)
-    session.check_target(overwrite=request.overwrite)
-    chosen = ConvertOptions(
-        layout=request.to,
-        dtype=request.dtype,
-        dequantize=request.dequantize,
-        overwrite=request.overwrite,
-        check_output=request.verify,
-        adapter=folder,
-    )
-    with progress.progress_bar(quiet=request.quiet, counts_bytes=True) as advance:
-        outcome = session.convert(None, chosen, advance)
-    session.write_card(outcome, None)
-    report = {"adapter": str(folder), **session.report(outcome, None, None)}
-    report["seconds"] = round(time.perf_counter() - started, 2)
-    if request.upload_repo is not None:
-        report["uploaded"] = upload_result(request, session)
-    show_convert_report(request, report)

@@ -51,7 +51,7 @@ def test_fused_equals_adapter_equals_merged_at_load(style, form, tmp_path):
     model = saved(case, tmp_path / "a", **form)
     report = fused(case, tmp_path)
     assert report["adapter"] == str(tmp_path / "a")
-    assert report["proof_kl"] < 1e-6
+    assert report["verification_kl"] < 1e-6
     out = logits(load(str(tmp_path / "out")).model, case)
     assert relative_error(out, logits(model, case)) < TOLERANCE
     merged = load(str(case.folder), adapter=str(tmp_path / "a")).model
@@ -83,7 +83,7 @@ def test_a_packed_model_dequantized_equals_its_adapter(form, tmp_path):
     case = tiny(PACKED)
     model = saved(case, tmp_path / "a", **form)
     report = fused(case, tmp_path, "--dequantize")
-    assert report["packing"] == []
+    assert report["quantization"] == []
     out = logits(build_model(tmp_path / "out").model, case)
     assert relative_error(out, logits(model, case)) < TOLERANCE
 
@@ -93,7 +93,7 @@ def test_a_packed_model_is_packed_again_as_it_was(form, tmp_path):
     case = tiny(PACKED)
     model = saved(case, tmp_path / "a", **form)
     report = fused(case, tmp_path)
-    assert [(p["bits"], p["group_size"]) for p in report["packing"]] == [(8, 32)]
+    assert [(p["bits"], p["group_size"]) for p in report["quantization"]] == [(8, 32)]
     out, before = build_model(tmp_path / "out"), build_model(case.folder)
     assert out.config.quantization == before.config.quantization
     found = dict(out.model.named_modules())
@@ -129,7 +129,7 @@ def test_bfloat16_rounds_once_and_stays_bfloat16(tmp_path):
     fused(case, tmp_path, "--no-proof")
     after = tensors(tmp_path / "out")["mlp1.1.weight"]
     layer = model.mlp1[1]
-    exact = layer.weights.applied(layer.base.weight)
+    exact = layer.weights.merged_into(layer.base.weight)
     assert after.dtype == mx.bfloat16
     np.testing.assert_array_equal(
         np.array(after.astype(mx.float32)), np.array(exact.astype(mx.bfloat16).astype(mx.float32))
@@ -196,7 +196,7 @@ def test_the_card_names_the_adapter_and_the_screen_its_folder(tmp_path):
     assert result.exit_code == 0, result.stderr
     assert f"adapter {tmp_path / 'a'}" in " ".join(result.stdout.split())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "with the adapter `a` fused into it" in card
+    assert "with the adapter `a` merged" in card
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
@@ -230,7 +230,7 @@ def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
         (("--model", "{other}", "--adapter-path", "{a}", "-o", "{out}"), "what this model lacks"),
         (
             ("--model", "{packed}", "--adapter-path", "{a}", "-o", "{out}", "--to", "hf"),
-            "is quantized, PyTorch reads dense weights; add --dequantize",
+            "also dequantize it (--dequantize)",
         ),
     ],
 )

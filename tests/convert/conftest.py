@@ -1,4 +1,4 @@
-"""A tiny model, pictures, and what it answers about them."""
+"""A tiny model, images, and its answers to questions about them."""
 
 import pytest
 from fixtures.inputs import picture
@@ -12,18 +12,18 @@ TINY = Recipe()
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for number in range(4):
         picture(90 + 40 * number, 70, seed=number).save(folder / f"{number}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
-def opened():
+def loaded():
     return build_model(tiny(TINY).folder)
 
 
 @pytest.fixture(scope="session")
-def samples(opened, pictures):
-    return load_samples(pictures, opened)
+def samples(loaded, images):
+    return load_samples(images, loaded)

@@ -1,4 +1,4 @@
-"""What goes wrong is told in one line; the source is untouched and nothing half-written stays."""
+"""Every failure is one line; the source is untouched and nothing half-written is left."""
 
 import json
 import os
@@ -36,11 +36,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def refusal(source: Path, target: Path, *, packing=None, **options) -> str:
+def failure(source: Path, target: Path, *, recipe=None, **options) -> str:
     """Expect a conversion to fail, in one line, and to leave everything as it was."""
     before, around = contents(source), sorted(target.parent.iterdir())
     with pytest.raises(InternVL3Error) as caught:
-        run_conversion(source, target, packing, **options)
+        run_conversion(source, target, recipe, **options)
     assert contents(source) == before
     assert sorted(target.parent.iterdir()) == around
     message = str(caught.value)
@@ -48,7 +48,7 @@ def refusal(source: Path, target: Path, *, packing=None, **options) -> str:
     return message
 
 
-def spoil(folder: Path, name: str, change) -> None:
+def damage(folder: Path, name: str, change) -> None:
     """Change one tensor of one of the shards."""
     for file in folder.glob("*.safetensors"):
         weights = load_file(file)
@@ -60,7 +60,7 @@ def spoil(folder: Path, name: str, change) -> None:
 def test_a_truncated_shard_is_named(source, tmp_path):
     shard = source / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    assert "model-00002-of-00002.safetensors is cut short" in refusal(source, tmp_path / "out")
+    assert "model-00002-of-00002.safetensors is cut short" in failure(source, tmp_path / "out")
 
 
 def test_an_index_that_names_the_wrong_file_is_refused(source, tmp_path):
@@ -70,7 +70,7 @@ def test_an_index_that_names_the_wrong_file_is_refused(source, tmp_path):
     other = dict(zip(files, reversed(files), strict=True))
     table["weight_map"][NORM] = other[table["weight_map"][NORM]]
     write_json(index, table)
-    assert "but it is not; download it again" in refusal(source, tmp_path / "out")
+    assert "but it is not; download it again" in failure(source, tmp_path / "out")
 
 
 def test_an_index_that_leads_out_of_its_folder_is_refused(source, tmp_path):
@@ -78,39 +78,39 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(source, tmp_path):
     table = json.loads(index.read_text())
     table["weight_map"][NORM] = "../other/model.safetensors"
     write_json(index, table)
-    assert "is no index of safetensors files" in refusal(source, tmp_path / "out")
+    assert "is no index of safetensors files" in failure(source, tmp_path / "out")
 
 
 def test_a_half_downloaded_repository_is_refused(source, tmp_path):
     (source / "model-00002-of-00002.safetensors").unlink()
-    message = refusal(source, tmp_path / "out")
+    message = failure(source, tmp_path / "out")
     assert "lacks model-00002-of-00002.safetensors, which its index names" in message
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
 def test_a_folder_without_its_small_files_is_refused(source, tmp_path, missing):
     (source / missing).unlink()
-    assert missing.split(".")[0] in refusal(source, tmp_path / "out", layout="hf")
+    assert missing.split(".")[0] in failure(source, tmp_path / "out", layout="hf")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("packing", [None, uniform_recipe(4, 32)], ids=["dense", "packed"])
-def test_weights_that_are_no_numbers_are_named(source, tmp_path, dtype, number, packing):
-    spoil(
+@pytest.mark.parametrize("recipe", [None, uniform_recipe(4, 32)], ids=["dense", "quantized"])
+def test_weights_that_are_nan_or_infinite_are_named(source, tmp_path, dtype, number, recipe):
+    damage(
         source, DOWN, lambda x: x.to(getattr(torch, dtype)).index_fill(0, torch.tensor([7]), number)
     )
-    message = refusal(source, tmp_path / "out", packing=packing)
-    assert message.startswith(f"{DOWN} holds numbers that are not finite")
+    message = failure(source, tmp_path / "out", recipe=recipe)
+    assert message.startswith(f"{DOWN} contains NaN or infinite values")
 
 
-def test_numbers_too_large_for_the_type_asked_for_are_named(source, tmp_path):
-    spoil(source, NORM, lambda x: x * 1e6)
-    assert NORM in refusal(source, tmp_path / "out", dtype="float16")
+def test_values_too_large_for_the_requested_dtype_are_named(source, tmp_path):
+    damage(source, NORM, lambda x: x * 1e6)
+    assert NORM in failure(source, tmp_path / "out", dtype="float16")
 
 
 def test_the_source_as_target_is_refused(source, tmp_path):
-    message = refusal(source, source, overwrite=True)
+    message = failure(source, source, overwrite=True)
     assert "overlaps the source" in message
 
 
@@ -125,18 +125,20 @@ def test_a_target_around_the_source_is_refused(source):
         run_conversion(source, source.parent, overwrite=True)
 
 
-def test_too_little_room_is_told_before_anything_is_written(source, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_anything_is_written(
+    source, tmp_path, monkeypatch
+):
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: Usage(10**9, 0, 1000))
-    message = refusal(source, tmp_path / "out")
+    message = failure(source, tmp_path / "out")
     assert "needs 0.1 GB, 0.0 GB are free in" in message
     assert message.endswith("make room or name another disk")
 
 
-def test_a_disk_that_fills_up_on_the_way_leaves_nothing(source, tmp_path):
+def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
     try:
-        message = refusal(source, tmp_path / "out")
+        message = failure(source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert message == f"cannot write {tmp_path / 'out'}: File too large; nothing was left behind"
@@ -155,7 +157,7 @@ def as_nobody():
             os.seteuid(0)
 
 
-def test_a_read_only_target_is_told():
+def test_a_read_only_target_is_reported():
     with TemporaryDirectory() as name:
         place = Path(name)
         shutil.copytree(tiny(Recipe()).folder, place / "source")
@@ -166,12 +168,12 @@ def test_a_read_only_target_is_told():
             file.chmod(0o644)
         (place / "shut").chmod(0o555)
         with as_nobody():
-            message = refusal(place / "source", place / "shut" / "out")
+            message = failure(place / "source", place / "shut" / "out")
         (place / "shut").chmod(0o755)
     assert message.endswith("out: Permission denied; nothing was left behind")
 
 
-def test_a_target_below_a_file_is_told(source, tmp_path):
+def test_a_target_below_a_file_is_reported(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InternVL3Error, match="cannot write .*Not a directory; nothing was left"):
         run_conversion(source, tmp_path / "file" / "out")
@@ -179,7 +181,7 @@ def test_a_target_below_a_file_is_told(source, tmp_path):
 
 def test_a_disk_that_reads_back_other_bytes_is_noticed(source, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "file_checksum", lambda info: 1)
-    message = refusal(source, tmp_path / "out")
+    message = failure(source, tmp_path / "out")
     assert "reads back differently than it was written" in message
 
 
@@ -187,27 +189,30 @@ def test_a_disk_that_reads_back_other_bytes_is_noticed(source, tmp_path, monkeyp
     ("options", "words"),
     [
         (
-            {"packing": uniform_recipe(4)},
-            "is quantized already; convert the 16-bit checkpoint instead",
+            {"recipe": uniform_recipe(4)},
+            "is already quantized; convert the 16-bit checkpoint instead",
         ),
-        ({"layout": "hf"}, "is quantized, PyTorch reads dense weights; add --dequantize"),
-        ({"layout": "gguf"}, "layout 'gguf' was asked for; known are mlx, original, hf"),
-        ({"dtype": "int8"}, "dtype 'int8' was asked for; known are float32, float16, bfloat16"),
+        ({"layout": "hf"}, "is quantized and the hf layout cannot be; also dequantize it"),
+        ({"layout": "gguf"}, "unknown layout 'gguf'; choose from mlx, original, hf"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'; choose from float32, float16, bfloat16"),
     ],
 )
-def test_a_wish_that_a_packed_checkpoint_cannot_fulfil_is_refused(tmp_path, options, words):
-    packed = tiny(Recipe(layout="mlx", bits=Bits(group_size=32)))
-    assert words in refusal(packed.folder, tmp_path / "out", **options)
+def test_a_request_that_does_not_fit_a_quantized_checkpoint_is_refused(tmp_path, options, words):
+    quantized = tiny(Recipe(layout="mlx", bits=Bits(group_size=32)))
+    assert words in failure(quantized.folder, tmp_path / "out", **options)
 
 
 def test_a_dense_checkpoint_cannot_be_dequantized(source, tmp_path):
-    message = refusal(source, tmp_path / "out", dequantize=True)
-    assert "is not quantized; leave out --dequantize" in message
+    message = failure(source, tmp_path / "out", dequantize=True)
+    assert "is not quantized; drop --dequantize" in message
 
 
-def test_pytorch_layouts_are_not_packed(source, tmp_path):
-    message = refusal(source, tmp_path / "out", packing=uniform_recipe(4), layout="original")
-    assert message == "original checkpoints are not quantized; leave out one of --to and -q"
+def test_pytorch_layouts_are_not_quantized(source, tmp_path):
+    message = failure(source, tmp_path / "out", recipe=uniform_recipe(4), layout="original")
+    assert message == (
+        "a checkpoint in the original layout cannot be quantized; "
+        "drop the quantization or choose the mlx layout"
+    )
 
 
 def adapters(tmp_path: Path, change) -> Path:
@@ -242,7 +247,7 @@ MODULE = "language_model.base_model.model.model.layers.1.mlp.up_proj"
     ],
 )
 def test_an_adapter_that_cannot_be_merged_is_named(tmp_path, change, words):
-    message = refusal(adapters(tmp_path, change), tmp_path / "out")
+    message = failure(adapters(tmp_path, change), tmp_path / "out")
     assert words in message
     assert "layers.1.mlp.up_proj" in message
 
@@ -251,7 +256,7 @@ def test_an_adapter_of_unknown_scale_is_refused(tmp_path):
     folder = adapters(tmp_path, lambda weights: None)
     content = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", content | {"use_llm_lora": 0})
-    assert "has an adapter whose scale nothing names" in refusal(folder, tmp_path / "out")
+    assert "has an adapter whose scale nothing names" in failure(folder, tmp_path / "out")
 
 
 def test_an_adapter_config_names_the_scale(tmp_path):

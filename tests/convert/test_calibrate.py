@@ -1,4 +1,4 @@
-"""Bits go where they matter, and what it brings is measured."""
+"""Bits are allocated where they matter, and the result is measured."""
 
 import mlx.core as mx
 import numpy as np
@@ -28,17 +28,25 @@ TINY = Recipe(style="300m")
 
 
 @pytest.fixture(scope="module")
-def found(pictures):
-    silent = lambda *_: None  # noqa: E731
-    return calibrate(tiny(TINY).folder, pictures, CalibrationConfig(5.0, epochs=2), silent)
+def calibration(images):
+    return run_calibration(CalibrationConfig(images=images, target_bpw=5.0))
+
+
+def run_calibration(config):
+    steps = calibrate(tiny(TINY).folder, config)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def entry(unit, bits, kl, width=64):
-    form = Quantization(bits, 64)
-    return Sensitivity((unit,), form, quantized_bits((10, width), form), kl)
+    quantization = Quantization(bits, 64)
+    return Sensitivity((unit,), quantization, quantized_bits((10, width), quantization), kl)
 
 
-def test_the_hull_drops_what_costs_more_for_less():
+def test_the_lower_hull_drops_worse_trade_offs():
     entries = [entry("a", 2, 1.0), entry("a", 3, 0.9), entry("a", 4, 0.1), entry("a", 5, 0.2)]
     assert [e.quantization.bits for e in lower_hull(entries)] == [2, 4]
 
@@ -61,50 +69,56 @@ def test_the_projector_takes_its_best_eight_bits_and_does_not_count():
     assert plan.chosen[("a",)].quantization.bits == 4
 
 
-def test_a_target_below_the_least_is_refused():
-    with pytest.raises(UserError, match="--target-bpw 2.1 cannot be met: the least is 2.50 bits"):
+def test_a_target_below_the_minimum_is_refused():
+    with pytest.raises(UserError, match="cannot reach 2.1 bits per weight: the minimum is 2.50"):
         allocate_bits([entry("a", 2, 1.0)], {"a": 640}, 2.1)
 
 
-def test_what_was_learned_is_what_is_written(tmp_path, found):
+def test_calibrated_weights_are_written_as_they_are(tmp_path, calibration):
     source = tiny(TINY)
-    outcome = run_conversion(source.folder, tmp_path / "out", found.recipe, learned=found.learned)
+    converted = run_conversion(
+        source.folder, tmp_path / "out", calibration.recipe, calibrated_weights=calibration.weights
+    )
     written = tensors(tmp_path / "out")
-    for name, x in found.learned.items():
+    for name, x in calibration.weights.items():
         assert mx.array_equal(written[name], x), name
-    assert {form.bits for form in outcome.quantized.values()} != {4}
+    assert {q.bits for q in converted.quantized.values()} != {4}
     assert np.isfinite(logits(tmp_path / "out", source)).all()
 
 
-def test_a_calibrated_model_beats_the_plain_one_of_its_size(tmp_path, found, pictures):
+def test_a_calibrated_model_beats_the_plain_one_of_its_size(tmp_path, calibration, images):
     source = tiny(TINY)
     run_conversion(source.folder, tmp_path / "plain", uniform_recipe(4, 32))
-    run_conversion(source.folder, tmp_path / "ours", found.recipe, learned=found.learned)
+    run_conversion(
+        source.folder, tmp_path / "ours", calibration.recipe, calibrated_weights=calibration.weights
+    )
     plain, ours = (
-        compare_checkpoints(source.folder, tmp_path / n, pictures) for n in ("plain", "ours")
+        compare_checkpoints(source.folder, tmp_path / n, images) for n in ("plain", "ours")
     )
     bits = [bits_per_part(tmp_path / n)["language model"] for n in ("plain", "ours")]
     assert bits[1] <= bits[0] + 0.05
     assert ours.kl < plain.kl / 1.5
 
 
-def test_a_tower_that_shares_the_budget_is_packed_and_written_as_measured(tmp_path, pictures):
-    source, silent = tiny(TINY), lambda *_: None
-    wish = CalibrationConfig(5.5, vision_bits=6, epochs=1)
-    found = calibrate(source.folder, pictures, wish, silent)
-    outcome = run_conversion(source.folder, tmp_path / "out", found.recipe, learned=found.weights)
-    tower = [form for path, form in outcome.quantized.items() if path.startswith("vision_model.")]
-    assert tower
-    assert min(form.bits for form in tower) >= 6
-    assert compare_checkpoints(source.folder, tmp_path / "out", pictures).kl < 0.05
+def test_a_vision_tower_that_shares_the_budget_is_quantized(tmp_path, images):
+    source = tiny(TINY)
+    config = CalibrationConfig(images=images, target_bpw=5.5, vision_bits=6)
+    calibration = run_calibration(config)
+    converted = run_conversion(
+        source.folder, tmp_path / "out", calibration.recipe, calibrated_weights=calibration.weights
+    )
+    vision = [q for path, q in converted.quantized.items() if path.startswith("vision_model.")]
+    assert vision
+    assert min(q.bits for q in vision) >= 6
+    assert compare_checkpoints(source.folder, tmp_path / "out", images).kl < 0.05
 
 
-def test_the_projector_of_a_calibrated_model_has_eight_bits(found):
-    assert {found.recipe.choose(path).bits for path in ("mlp1.1", "mlp1.3")} == {8}
+def test_the_projector_of_a_calibrated_model_has_eight_bits(calibration):
+    assert {calibration.recipe.choose(path).bits for path in ("mlp1.1", "mlp1.3")} == {8}
 
 
-def test_the_tower_is_dense_unless_it_shares_the_budget(found):
-    assert found.recipe.choose("vision_model.encoder.layers.0.attn.qkv") is None
+def test_the_vision_tower_is_not_quantized_unless_it_shares_the_budget(calibration):
+    assert calibration.recipe.choose("vision_model.encoder.layers.0.attn.qkv") is None
 
 
 def test_a_copy_that_answers_differently_is_noticed(tmp_path):
@@ -113,13 +127,13 @@ def test_a_copy_that_answers_differently_is_noticed(tmp_path):
         compare_outputs(tiny(Recipe()).folder, tmp_path / "other", same=True)
 
 
-def test_a_copy_too_large_for_memory_is_not_run(monkeypatch, tmp_path):
+def test_a_model_too_large_for_memory_is_not_run(monkeypatch, tmp_path):
     monkeypatch.setattr("internvl3_mlx.convert.calibration.calibrate.MEMORY_SHARE", 1e-9)
     assert compare_outputs(tiny(Recipe()).folder, tmp_path, same=True) is None
 
 
-def test_a_true_copy_is_proven_by_running_it(tmp_path):
-    outcome = run_conversion(
-        tiny(Recipe()).folder, tmp_path / "out", compare=True, dtype="bfloat16"
+def test_a_faithful_copy_passes_the_output_check(tmp_path):
+    converted = run_conversion(
+        tiny(Recipe()).folder, tmp_path / "out", check_output=True, dtype="bfloat16"
     )
-    assert outcome.output_check.kl < 1e-3
+    assert converted.output_check.kl < 1e-3

@@ -1,4 +1,4 @@
-"""What was really learned survives every change of layout."""
+"""The trained demo model keeps its answers in every layout."""
 
 import json
 from functools import cache
@@ -55,7 +55,7 @@ def test_the_demo_answers_its_samples_in_every_layout(first, layout):
         assert answer.text == sample["answer"]
 
 
-def test_eight_bits_of_the_demo_unpack_to_what_they_stood_for(tmp_path):
+def test_dequantizing_the_8_bit_demo_keeps_its_logits(tmp_path):
     run_conversion(DEMO_FOLDER, tmp_path / "packed", uniform_recipe(8))
     run_conversion(tmp_path / "packed", tmp_path / "dense", dequantize=True, dtype="float32")
     packed, dense = scores(tmp_path / "packed"), scores(tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""Every layout becomes every other, and nothing is lost on the way."""
+"""Every layout converts to every other without loss."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_every_pair_of_layouts_keeps_the_logits_to_the_bit(tmp_path, style, layo
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_there_and_back_again_gives_the_same_bytes(tmp_path, style):
+def test_a_round_trip_gives_the_same_bytes(tmp_path, style):
     source = tiny(Recipe(style=style, dtype="bfloat16"))
     run_conversion(source.folder, tmp_path / "hf", layout="hf")
     run_conversion(tmp_path / "hf", tmp_path / "mlx", layout="mlx")
@@ -57,7 +57,7 @@ def test_converting_twice_equals_converting_once(tmp_path, target):
     assert contents[0] == contents[1]
 
 
-def test_converting_a_packed_checkpoint_twice_equals_once(tmp_path):
+def test_converting_a_quantized_checkpoint_twice_equals_once(tmp_path):
     source = tiny(Recipe())
     run_conversion(source.folder, tmp_path / "once", uniform_recipe(4, 32))
     run_conversion(tmp_path / "once", tmp_path / "twice")
@@ -68,7 +68,7 @@ def test_converting_a_packed_checkpoint_twice_equals_once(tmp_path):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_original_out_has_the_published_names_and_shapes(tmp_path, style):
+def test_original_output_has_the_published_names_and_shapes(tmp_path, style):
     published = tensors(tiny(Recipe(style=style)).folder)
     run_conversion(
         tiny(Recipe(style=style, layout="native_b")).folder, tmp_path / "o", layout="original"
@@ -77,7 +77,7 @@ def test_original_out_has_the_published_names_and_shapes(tmp_path, style):
     assert {n: x.shape for n, x in ours.items()} == {n: x.shape for n, x in published.items()}
 
 
-def test_the_nine_billion_model_goes_out_as_internlm2_with_grouped_rows(tmp_path):
+def test_the_9b_is_written_as_internlm2_with_grouped_rows(tmp_path):
     run_conversion(tiny(Recipe(style="9b", layout="mlx")).folder, tmp_path / "o", layout="original")
     name = "language_model.model.layers.1.attention.wqkv.weight"
     ours, published = tensors(tmp_path / "o"), tensors(tiny(Recipe(style="9b")).folder)
@@ -86,7 +86,7 @@ def test_the_nine_billion_model_goes_out_as_internlm2_with_grouped_rows(tmp_path
 
 @pytest.mark.parametrize("layout", ["original", "mlx"])
 @pytest.mark.parametrize("style", STYLES)
-def test_hf_out_loads_in_transformers_and_gives_the_same_logits(tmp_path, style, layout):
+def test_hf_output_loads_in_transformers_and_gives_the_same_logits(tmp_path, style, layout):
     source = tiny(Recipe(style=style, layout=layout))
     run_conversion(source.folder, tmp_path / "hf", layout="hf")
     model, info = InternVLForConditionalGeneration.from_pretrained(
@@ -102,7 +102,7 @@ def test_hf_out_loads_in_transformers_and_gives_the_same_logits(tmp_path, style,
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_hf_out_brings_the_tokenizer_its_processor_asks_for(tmp_path, style):
+def test_hf_output_has_the_tokenizer_its_processor_needs(tmp_path, style):
     source = tiny(Recipe(style=style))
     run_conversion(source.folder, tmp_path / "hf", layout="hf")
     theirs, ours = (
@@ -119,7 +119,7 @@ def test_hf_out_brings_the_tokenizer_its_processor_asks_for(tmp_path, style):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_adapters_are_merged_on_the_way(tmp_path, style):
+def test_embedded_adapters_are_merged(tmp_path, style):
     source = tiny(Recipe(style=style, lora="adapters"))
     run_conversion(source.folder, tmp_path / "out")
     plain = tiny(Recipe(style=style))
@@ -128,7 +128,7 @@ def test_adapters_are_merged_on_the_way(tmp_path, style):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["use_llm_lora"] == 0
 
 
-def test_a_merged_wrapping_is_taken_off(tmp_path):
+def test_a_peft_prefix_without_adapters_is_removed(tmp_path):
     run_conversion(tiny(Recipe(lora="prefix")).folder, tmp_path / "out", layout="original")
     assert tensors(tmp_path / "out").keys() == tensors(tiny(Recipe()).folder).keys()
 
@@ -149,20 +149,20 @@ def test_a_tied_head_stays_tied(tmp_path, target):
 
 
 @pytest.mark.parametrize(("target", "kind"), [("mlx", "mlx"), ("original", "pt"), ("hf", "pt")])
-def test_files_say_whose_format_they_are(tmp_path, target, kind):
+def test_files_name_their_format(tmp_path, target, kind):
     run_conversion(tiny(Recipe()).folder, tmp_path / "out", layout=target)
     with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": kind}
 
 
-def test_the_dtype_asked_for_is_written_and_named(tmp_path):
+def test_the_requested_dtype_is_written_and_named(tmp_path):
     run_conversion(tiny(Recipe()).folder, tmp_path / "out", dtype="bfloat16")
     assert {x.dtype for x in tensors(tmp_path / "out").values()} == {mx.bfloat16}
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["torch_dtype"] == content["llm_config"]["torch_dtype"] == "bfloat16"
 
 
-def test_original_out_names_the_code_that_reads_it(tmp_path):
+def test_original_output_names_the_code_that_reads_it(tmp_path):
     run_conversion(tiny(Recipe(layout="native_a")).folder, tmp_path / "out", layout="original")
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["auto_map"]["AutoModel"].startswith("OpenGVLab/InternVL3-8B--modeling_")
@@ -170,7 +170,7 @@ def test_original_out_names_the_code_that_reads_it(tmp_path):
     assert "quantization" not in content
 
 
-def test_dequantizing_gives_the_numbers_that_packing_stood_for(tmp_path):
+def test_dequantizing_gives_the_quantized_values(tmp_path):
     bits = Bits(bits=4, group_size=32)
     packed = tiny(Recipe(layout="mlx", bits=bits))
     run_conversion(packed.folder, tmp_path / "dense", dequantize=True)
@@ -181,7 +181,7 @@ def test_dequantizing_gives_the_numbers_that_packing_stood_for(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["original", "hf"])
-def test_a_packed_checkpoint_goes_back_to_pytorch_dense(tmp_path, target):
+def test_a_quantized_checkpoint_converts_back_to_pytorch(tmp_path, target):
     packed = tiny(Recipe(layout="mlx", bits=Bits(bits=8, group_size=32)))
     run_conversion(packed.folder, tmp_path / "out", layout=target, dequantize=True)
     error = relative_error(logits(tmp_path / "out", packed), logits(packed.folder, packed))

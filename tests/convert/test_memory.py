@@ -1,4 +1,4 @@
-"""Memory stays where it is, however large the model."""
+"""Memory use of a conversion does not grow with the model."""
 
 import json
 import subprocess
@@ -23,10 +23,10 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 source, target, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 before = peak()
-packing = None if kind in ("hf", "fuse") else recipe(mode=kind)
+recipe = None if kind in ("hf", "fuse") else recipe(mode=kind)
 adapter = Path(sys.argv[4]) if kind == "fuse" else None
 layout = "hf" if kind == "hf" else "mlx"
-for _ in convert(source, target, packing, Options(layout=layout, adapter=adapter)):
+for _ in convert(source, target, recipe, Options(layout=layout, adapter=adapter)):
     pass
 print(peak() - before)
 """

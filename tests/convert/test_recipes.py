@@ -1,4 +1,4 @@
-"""Recipes: who gets how many bits, and that the file holds exactly that."""
+"""Recipes: which module gets how many bits, and that the file holds exactly that."""
 
 import json
 
@@ -26,7 +26,7 @@ from internvl3_mlx.errors import UserError
 LAYER = "language_model.model.layers.{}."
 SENSITIVE, ORDINARY = 2, 4  # of 28 layers
 DEPTH = 28
-ALL_FORMS = [
+QUANTIZATIONS = [
     *(Quantization(bits, group) for bits in BITS for group in (32, 64)),
     Quantization(4, 32, "mxfp4"),
     Quantization(8, 32, "mxfp8"),
@@ -34,14 +34,20 @@ ALL_FORMS = [
 ]
 
 
-@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
-def test_what_is_packed_is_what_mlx_packs(tmp_path, form):
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_quantized_weights_are_those_of_mlx(tmp_path, quantization):
     source = tiny(Tiny())
     run_conversion(
-        source.folder, tmp_path / "out", uniform_recipe(form.bits, form.group_size, form.mode)
+        source.folder,
+        tmp_path / "out",
+        uniform_recipe(quantization.bits, quantization.group_size, quantization.mode),
     )
     dense, packed = tensors(source.folder), tensors(tmp_path / "out")
-    settings = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
+    settings = {
+        "group_size": quantization.group_size,
+        "bits": quantization.bits,
+        "mode": quantization.mode,
+    }
     for name in ("language_model.lm_head", "language_model.model.layers.1.mlp.down_proj"):
         parts = mx.quantize(dense[f"{name}.weight"], **settings)
         for kind, x in zip(("weight", "scales", "biases"), parts, strict=False):
@@ -49,11 +55,13 @@ def test_what_is_packed_is_what_mlx_packs(tmp_path, form):
     assert mx.array_equal(packed["mlp1.0.weight"], dense["mlp1.0.weight"])
 
 
-@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
-def test_packed_logits_are_those_of_the_numbers_they_stand_for(tmp_path, form):
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_quantized_logits_equal_dequantized_logits(tmp_path, quantization):
     source = tiny(Tiny())
     run_conversion(
-        source.folder, tmp_path / "out", uniform_recipe(form.bits, form.group_size, form.mode)
+        source.folder,
+        tmp_path / "out",
+        uniform_recipe(quantization.bits, quantization.group_size, quantization.mode),
     )
     run_conversion(tmp_path / "out", tmp_path / "dense", dequantize=True)
     error = relative_error(logits(tmp_path / "out", source), logits(tmp_path / "dense", source))
@@ -68,43 +76,49 @@ def test_the_projector_keeps_eight_bits_in_every_recipe(plain):
         assert plain.with_num_layers(DEPTH).choose(path).bits >= 8
 
 
-def test_a_rule_cannot_take_the_projectors_bits():
+def test_a_recipe_cannot_lower_the_projectors_bits():
     greedy = uniform_recipe(4)
-    spared = QuantizationRecipe("x", Quantization(4), Quantization(3), rules=()).choose("mlp1.1")
-    assert spared == Quantization(8, 64)
+    protected = QuantizationRecipe("x", Quantization(4), Quantization(3), rules=()).choose("mlp1.1")
+    assert protected == Quantization(8, 64)
     assert greedy.choose("mlp1.3") == Quantization(8, 64)
 
 
-def test_the_tower_is_dense_unless_asked(tmp_path):
+def test_the_vision_tower_is_not_quantized_by_default(tmp_path):
     source = tiny(Tiny())
     dense = run_conversion(source.folder, tmp_path / "a", uniform_recipe(4, 32))
     assert not [path for path in dense.quantized if path.startswith("vision_model.")]
     packed = run_conversion(source.folder, tmp_path / "b", uniform_recipe(4, 32, vision_bits=8))
     tower = {
-        path: form for path, form in packed.quantized.items() if path.startswith("vision_model.")
+        path: quantization
+        for path, quantization in packed.quantized.items()
+        if path.startswith("vision_model.")
     }
     assert len(tower) == 2 * 4
     assert set(tower.values()) == {Quantization(8, 32)}
 
 
-def test_odd_widths_stay_dense_and_are_told(tmp_path):
+def test_odd_widths_are_skipped_and_reported(tmp_path):
     source = tiny(Tiny(style="9b"))  # tower 96 wide, decoder 192 and 288
-    outcome = run_conversion(source.folder, tmp_path / "out", uniform_recipe(4, 64, vision_bits=8))
-    assert outcome.skipped_modules["vision_model.encoder.layers.0.attn.qkv"] == 96
-    assert outcome.skipped_modules["language_model.model.layers.0.mlp.down_proj"] == 288
-    assert "language_model.model.layers.0.mlp.up_proj" in outcome.quantized
+    converted = run_conversion(
+        source.folder, tmp_path / "out", uniform_recipe(4, 64, vision_bits=8)
+    )
+    assert converted.skipped_modules["vision_model.encoder.layers.0.attn.qkv"] == 96
+    assert converted.skipped_modules["language_model.model.layers.0.mlp.down_proj"] == 288
+    assert "language_model.model.layers.0.mlp.up_proj" in converted.quantized
     logits(tmp_path / "out", source)
 
 
 @pytest.mark.parametrize("name", MIXED_RECIPES)
-def test_mixes_give_more_to_what_suffers(name):
+def test_mixed_recipes_give_sensitive_modules_more_bits(name):
     low, high = MIXED_RECIPES[name]
-    mix = mixed_recipe(name).with_num_layers(DEPTH)
-    bits = {path: mix.choose(path).bits for path in mix_paths()}
-    assert bits == {path: high if suffers else low for path, suffers in mix_paths().items()}
+    mixed = mixed_recipe(name).with_num_layers(DEPTH)
+    bits = {path: mixed.choose(path).bits for path in sensitive_paths()}
+    assert bits == {
+        path: high if sensitive else low for path, sensitive in sensitive_paths().items()
+    }
 
 
-def mix_paths():
+def sensitive_paths():
     down, value, up = "mlp.down_proj", "self_attn.v_proj", "mlp.up_proj"
     return {
         "language_model.lm_head": True,
@@ -118,7 +132,7 @@ def mix_paths():
     }
 
 
-def test_a_mix_is_written_with_every_exception_by_path(tmp_path):
+def test_a_mixed_recipe_is_written_with_every_exception_by_path(tmp_path):
     source = tiny(Tiny())
     run_conversion(source.folder, tmp_path / "out", mixed_recipe("mixed_3_6", 32))
     table = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
@@ -131,19 +145,22 @@ def test_a_mix_is_written_with_every_exception_by_path(tmp_path):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"bits": 7}, "7 bits were asked for; MLX packs 2, 3, 4, 5, 6, 8 in affine mode"),
-        ({"bits": 8, "mode": "mxfp4"}, "8 bits were asked for; MLX packs 4 in mxfp4 mode"),
-        ({"group_size": 48}, "a group size of 48 was asked for; MLX has 32, 64, 128"),
-        ({"mode": "int4"}, "mode 'int4' was asked for; MLX has affine, mxfp4, mxfp8, nvfp4"),
+        ({"bits": 7}, "7 bits are not supported in affine mode; choose from 2, 3, 4, 5, 6, 8"),
+        ({"bits": 8, "mode": "mxfp4"}, "8 bits are not supported in mxfp4 mode; choose from 4"),
+        (
+            {"group_size": 48},
+            "a group size of 48 is not supported in affine mode; choose from 32, 64, 128",
+        ),
+        ({"mode": "int4"}, "unknown mode 'int4'; "),
     ],
 )
-def test_what_mlx_cannot_pack_is_refused(request_, message):
+def test_what_mlx_does_not_support_is_refused(request_, message):
     with pytest.raises(UserError) as caught:
         make_quantization(**request_)
     assert str(caught.value).startswith(message)
 
 
-def test_the_modes_table_is_what_the_installed_mlx_packs():
+def test_the_installed_mlx_supports_the_table_of_modes():
     weight = mx.random.normal((2, 128))
     for mode, known in MODES.items():
         for bits in known.bits:
@@ -172,16 +189,16 @@ def test_a_recipe_file_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("txt: 4\n", "no key 'txt'; did you mean text?"),
-        ("text: {bit: 4}\n", "text: no key 'bit'; did you mean bits?"),
-        ("vision: 8\n", "lacks text"),
-        ("text: 7\n", "text: 7 bits were asked for"),
-        ("text: 4\nprojector: 4\n", "the projector takes 8 bits or dense"),
-        ("text: 4\nmodules: [1]\n", "modules wants a table of paths"),
+        ("txt: 4\n", "unknown key 'txt'; did you mean text?"),
+        ("text: {bit: 4}\n", "text: unknown key 'bit'; did you mean bits?"),
+        ("vision: 8\n", "has no key text"),
+        ("text: 7\n", "text: 7 bits are not supported"),
+        ("text: 4\nprojector: 4\n", "write 8 bits or dense"),
+        ("text: 4\nmodules: [1]\n", "modules is not a mapping"),
         ("text: 4\nmodules: {a: {bits: 4, layers: some}}\n", "layers is 'some'"),
-        ("text: four\n", "text is 'four'; wanted are bits"),
-        ("- 1\n", "holds no recipe"),
-        ("a: [\n", "is not YAML"),
+        ("text: four\n", "text is 'four'; write bits"),
+        ("- 1\n", "is not a YAML mapping; expected the keys name, text"),
+        ("a: [\n", "is not valid YAML"),
     ],
 )
 def test_a_mistake_in_a_recipe_file_is_named(tmp_path, text, message):
@@ -194,11 +211,11 @@ def test_a_mistake_in_a_recipe_file_is_named(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_recipe_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*gone\.yaml: No such file"):
         read_recipe(tmp_path / "gone.yaml")
 
 
-def test_an_unknown_mix_names_the_known_ones():
-    with pytest.raises(UserError, match="recipe 'mixed_1_2' was asked for; known are mixed_2_6,"):
+def test_an_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(UserError, match="unknown recipe 'mixed_1_2'; did you mean mixed_"):
         mixed_recipe("mixed_1_2")

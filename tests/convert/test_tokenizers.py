@@ -1,4 +1,4 @@
-"""Every tokenizer file travels, and one that is missing is made: the same ids for the same text."""
+"""Every tokenizer file is copied, and a missing tokenizer.json is made: the same ids for a text."""
 
 import shutil
 
@@ -50,7 +50,7 @@ def test_a_slow_tokenizer_becomes_a_fast_one_of_the_same_ids(slow, tmp_path):
             assert after.decode(ids) == before.decode(ids)
 
 
-def test_transformers_reads_the_made_tokenizer_alike(slow, tmp_path):
+def test_transformers_reads_the_same_ids_from_the_new_tokenizer(slow, tmp_path):
     run_conversion(slow, tmp_path / "out", layout="hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = Tokenizer.from_folder(slow)
@@ -59,7 +59,7 @@ def test_transformers_reads_the_made_tokenizer_alike(slow, tmp_path):
         assert ids == ours.encode_text(text, specials=True), text
 
 
-def test_every_tokenizer_file_travels(slow, tmp_path):
+def test_every_tokenizer_file_is_copied(slow, tmp_path):
     (slow / "chat_template.jinja").write_text("{{ messages }}")
     (slow / "LICENSE").write_text("MIT")
     run_conversion(slow, tmp_path / "out")
@@ -74,11 +74,11 @@ def test_a_fast_tokenizer_is_copied_as_it_is(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (source.folder / name).read_bytes()
 
 
-def test_a_folder_without_a_tokenizer_has_none_to_make(tmp_path):
+def test_a_folder_without_a_tokenizer_gets_none(tmp_path):
     assert build_fast_tokenizer(tmp_path) is None
 
 
-def test_code_travels_to_the_original_layout_only(tmp_path):
+def test_code_is_copied_to_the_original_layout_only(tmp_path):
     shutil.copytree(tiny(Recipe()).folder, tmp_path / "source")
     (tmp_path / "source" / "modeling_internvl_chat.py").write_text("raise SystemExit")
     run_conversion(tmp_path / "source", tmp_path / "original", layout="original")
