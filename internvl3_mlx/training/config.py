@@ -8,7 +8,7 @@ else.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.option_fields import check_bounds, config_field
@@ -306,7 +306,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as values that YAML and JSON can hold."""
         return {
-            name: list(value) if isinstance(value, tuple) else value
+            name: [*cast(tuple[str, ...], value)] if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
 

@@ -1,12 +1,10 @@
-"""A run that is set up: initial weights, length, reference log-probabilities, data."""
+"""A training session: initial weights, length, reference log-probabilities, batches."""
 
-import json
 from itertools import islice
 
 import numpy as np
 import pytest
 from fixtures.loaded_models import tiny
-from fixtures.records import chat_record, write_jsonl
 from fixtures.tiny import Bits, Recipe
 from fixtures.train_sessions import finish, select, small_session, small_setup, write_data
 
@@ -92,17 +90,6 @@ def test_every_process_computes_the_reference_of_all_records(tmp_path):
             assert loader.build_micro_batch(batch).reference_log_probs.shape == batch.targets.shape
 
 
-def test_augmented_images_cannot_have_a_precomputed_reference(tmp_path):
-    write_data(tmp_path / "data", 3, pairs=True)
-    source = {"root": "data", "annotation": "data/train.jsonl", "data_augment": True}
-    meta = tmp_path / "meta.json"
-    meta.write_text(json.dumps({"pairs": source}))
-    settings = {"method": "mpo", "data": str(meta), "cache_reference": True}
-    assert small_setup(tmp_path, **settings).images_vary
-    with pytest.raises(UserError, match="augment changes the images"):
-        small_setup(tmp_path, train="lora,mlp1", **settings)
-
-
 @pytest.mark.parametrize(("shift", "moves"), [("running", True), ("zero", False)])
 def test_the_reward_shift_runs_or_stays_at_zero(tmp_path, shift, moves):
     write_data(tmp_path / "data", 4, pairs=True)
@@ -163,34 +150,6 @@ def test_a_run_past_its_end_has_no_batches_left(tmp_path):
     here = small_session(tmp_path, epochs=1)
     here.state.micro_steps = 1000
     assert [*here.remaining_batches()] == []
-
-
-def test_a_meta_file_with_other_sampling_is_other_data(tmp_path):
-    write_data(tmp_path / "data", 4)
-    meta = tmp_path / "meta.json"
-
-    def identity(**use):
-        meta.write_text(
-            json.dumps({"a": {"annotation": "data/train.jsonl", "root": "data", **use}})
-        )
-        return small_setup(tmp_path, data=str(meta)).identity
-
-    uses = ({}, {"repeat_time": 2}, {"data_augment": True}, {"max_dynamic_patch": 1})
-    assert len({identity(**use)["use of the data"] for use in uses}) == len(uses)
-    assert identity() == identity()
-
-
-def test_a_folder_without_training_data_is_reported(tmp_path):
-    write_jsonl(tmp_path / "data" / "valid.jsonl", [chat_record()])
-    with pytest.raises(UserError, match=r"no train.jsonl in"):
-        small_session(tmp_path)
-
-
-@pytest.mark.parametrize("setting", [{"patience": 2}, {"eval_accuracy": True}])
-def test_settings_that_need_validation_data_say_so(tmp_path, setting):
-    write_data(tmp_path / "data", 3)
-    with pytest.raises(UserError, match="need validation data, and .* has none; add valid.jsonl"):
-        small_setup(tmp_path, **setting)
 
 
 def test_validation_data_may_be_elsewhere(tmp_path):
