@@ -39,11 +39,11 @@ def sizes(count=COUNT, texts=0.5, seed=0):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_order_depends_on_seed_and_epoch_alone(kind):
-    settings, rows = CONFIGS[kind], sizes()
-    first = [*rank_batches(rows, settings, 2)]
-    assert [*rank_batches(rows, settings, 2)] == first
-    assert [*rank_batches(rows, settings, 3)] != first
-    assert [*rank_batches(rows, replace(settings, seed=6), 2)] != first
+    settings, samples = CONFIGS[kind], sizes()
+    first = [*rank_batches(samples, settings, 2)]
+    assert [*rank_batches(samples, settings, 2)] == first
+    assert [*rank_batches(samples, settings, 3)] != first
+    assert [*rank_batches(samples, replace(settings, seed=6), 2)] != first
 
 
 @pytest.mark.parametrize("kind", [k for k in CONFIGS if k != "blended"])
@@ -55,9 +55,9 @@ def test_an_epoch_reads_every_sample_once(kind):
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("kind", [k for k in CONFIGS if k != "blended"])
 def test_ranks_share_an_epoch_without_overlap(kind, ranks):
-    rows, settings = sizes(), CONFIGS[kind]
-    shares = [[*rank_batches(rows, settings, 0, rank, ranks)] for rank in range(ranks)]
-    alone = [*rank_batches(rows, settings, 0)]
+    samples, settings = sizes(), CONFIGS[kind]
+    shares = [[*rank_batches(samples, settings, 0, rank, ranks)] for rank in range(ranks)]
+    alone = [*rank_batches(samples, settings, 0)]
     assert len({len(share) for share in shares}) == 1
     assert [*chain(*zip(*shares, strict=True))] == alone[: len(alone) // ranks * ranks]
     read = [*chain(*chain(*shares))]
@@ -65,54 +65,54 @@ def test_ranks_share_an_epoch_without_overlap(kind, ranks):
 
 
 def test_grouping_batches_samples_of_similar_length():
-    rows = sizes(2000)
+    samples = sizes(2000)
 
     def spread(settings):
-        lengths = [rows.tokens[[*batch]] for batch in rank_batches(rows, settings, 0)]
+        lengths = [samples.tokens[[*batch]] for batch in rank_batches(samples, settings, 0)]
         return np.mean([np.ptp(batch) for batch in lengths])
 
     loose, grouped = spread(CONFIGS["batches"]), spread(CONFIGS["grouped"])
     assert grouped < loose / 10
-    firsts = [rows.tokens[b[0]] for b in rank_batches(rows, CONFIGS["grouped"], 0)]
+    firsts = [samples.tokens[b[0]] for b in rank_batches(samples, CONFIGS["grouped"], 0)]
     assert np.abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.2
 
 
 @pytest.mark.parametrize(("texts", "ratio"), [(0.9, 0.25), (0.1, 0.25), (0.5, 0.8)])
 def test_text_and_images_are_blended_by_their_ratio(texts, ratio):
-    rows = sizes(400, texts)
+    samples = sizes(400, texts)
     blend = config(text_ratio=ratio)
-    epochs = [[*chain(*rank_batches(rows, blend, epoch))] for epoch in range(3)]
+    epochs = [[*chain(*rank_batches(samples, blend, epoch))] for epoch in range(3)]
     for read in epochs:
         assert len(read) == 400
-        assert np.mean(rows.tiles[read] == 0) == pytest.approx(ratio)
-    halves = [np.mean(rows.tiles[epochs[0][k : k + 200]] == 0) for k in (0, 200)]
+        assert np.mean(samples.tiles[read] == 0) == pytest.approx(ratio)
+    halves = [np.mean(samples.tiles[epochs[0][k : k + 200]] == 0) for k in (0, 200)]
     assert np.abs(np.subtract(halves, ratio)).max() < 0.1
 
 
 @pytest.mark.parametrize("texts", [0.9, 0.1])
 def test_a_blend_reads_all_samples_of_a_kind_before_repeating_one(texts):
-    rows = sizes(200, texts)
+    samples = sizes(200, texts)
     blend = config(text_ratio=0.25)
-    read = [*chain(*chain(*(rank_batches(rows, blend, epoch) for epoch in range(6))))]
-    for kind in (rows.tiles == 0, rows.tiles > 0):
-        seen = [n for n in read if kind[n]]
-        for start in range(0, len(seen) - kind.sum() + 1, int(kind.sum())):
-            assert len({*seen[start : start + kind.sum()]}) == kind.sum()
+    read = [*chain(*chain(*(rank_batches(samples, blend, epoch) for epoch in range(6))))]
+    for kind in (samples.tiles == 0, samples.tiles > 0):
+        read_of_kind = [n for n in read if kind[n]]
+        for start in range(0, len(read_of_kind) - kind.sum() + 1, int(kind.sum())):
+            assert len({*read_of_kind[start : start + kind.sum()]}) == kind.sum()
 
 
 def test_a_ratio_has_no_effect_on_samples_of_one_kind():
-    rows = sizes(50, texts=0)
-    read = [*chain(*rank_batches(rows, config(text_ratio=0.25), 0))]
+    samples = sizes(50, texts=0)
+    read = [*chain(*rank_batches(samples, config(text_ratio=0.25), 0))]
     assert sorted(read) == [*range(50)]
 
 
-@pytest.mark.parametrize(("rows", "ratio", "texts"), [(9, 0.0, 0), (9, 1.0, 9), (2, 0.25, 0)])
-def test_a_ratio_may_leave_out_one_kind(rows, ratio, texts):
-    mixed = sizes(rows, texts=0.5)
+@pytest.mark.parametrize(("samples", "ratio", "texts"), [(9, 0.0, 0), (9, 1.0, 9), (2, 0.25, 0)])
+def test_a_ratio_may_leave_out_one_kind(samples, ratio, texts):
+    mixed = sizes(samples, texts=0.5)
     mixed.tiles[:2] = 0, 1  # one of each kind at least
     for epoch in range(2):
         read = [*chain(*rank_batches(mixed, config(text_ratio=ratio), epoch))]
-        assert (len(read), int((mixed.tiles[read] == 0).sum())) == (rows, texts)
+        assert (len(read), int((mixed.tiles[read] == 0).sum())) == (samples, texts)
 
 
 def packed_as_published(samples, tokens, tiles, limits):
@@ -150,12 +150,12 @@ def test_packed_sequences_are_those_of_the_published_rule(seed):
     tokens = draw.integers(5, 61, size=300)
     tiles = np.where(draw.random(300) < 0.3, 0, draw.integers(1, 14, size=300))
     order, limits = draw.permutation(300).tolist(), PackingLimits(61 + 17 * seed, 13 + seed)
-    rows = [*pack_sequences(order, tokens, tiles, limits)]
-    assert rows == packed_as_published(order, tokens, tiles, limits)
-    assert sorted(n for row in rows for n in row) == [*range(300)]
-    assert all(tokens[[*row]].sum() <= limits.tokens for row in rows)
-    assert all(tiles[[*row]].sum() <= limits.tiles for row in rows)
-    assert len(rows) < 300
+    sequences = [*pack_sequences(order, tokens, tiles, limits)]
+    assert sequences == packed_as_published(order, tokens, tiles, limits)
+    assert sorted(n for sequence in sequences for n in sequence) == [*range(300)]
+    assert all(tokens[[*sequence]].sum() <= limits.tokens for sequence in sequences)
+    assert all(tiles[[*sequence]].sum() <= limits.tiles for sequence in sequences)
+    assert len(sequences) < 300
 
 
 def test_a_sample_goes_into_the_first_sequence_that_can_take_it():

@@ -16,7 +16,7 @@ from internvl3_mlx.training.data.preprocess import TrainingSample
 
 
 @pytest.fixture
-def rows(tmp_path):
+def records(tmp_path):
     write_image(tmp_path / "a.png", 300, 100)
     write_image(tmp_path / "b.png", 90, 90)
     twice = [
@@ -59,8 +59,8 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
-def test_a_batch_is_its_samples_concatenated(rows, reduction):
-    dataset = open_batches(rows)
+def test_a_batch_is_its_samples_concatenated(records, reduction):
+    dataset = open_batches(records)
     samples = [dataset.preprocessor.build_sample(dataset.dataset[n]) for n in (2, 0, 1)]
     batch = collate(samples, reduction)
     at, targets = 0, []
@@ -81,7 +81,7 @@ def test_a_batch_is_its_samples_concatenated(rows, reduction):
         pytest.approx([float(n) for n in one]) for one in targets
     ]
     assert (batch.num_answers, len(batch.input_ids)) == (3, at)
-    assert [len(seen.tiles) for seen in batch.images] == [1, 4, 4]
+    assert [len(image.tiles) for image in batch.images] == [1, 4, 4]
     assert batch.locations == tuple(sample.location for sample in samples)
     dtypes = {"positions": np.float32, "loss_weights": np.float32}
     for name in ("input_ids", "target_positions", "targets", "answer_ids", *dtypes):
@@ -105,22 +105,22 @@ def fake_sample(loss_tokens):
 
 def test_both_answers_of_a_pair_branch_from_one_prompt(pairs):
     dataset = open_batches(pairs, method="mpo")
-    made = [dataset.preprocessor.build_pair(dataset.dataset[n]) for n in (1, 0)]
-    batch = collate_pairs(made)
+    pairs_made = [dataset.preprocessor.build_pair(dataset.dataset[n]) for n in (1, 0)]
+    batch = collate_pairs(pairs_made)
     at = 0
-    for number, one in enumerate(made):
+    for number, one in enumerate(pairs_made):
         prompt, chosen, rejected = batch.spans[3 * number : 3 * number + 3]
         end = at + len(one.prompt.input_ids)
         assert (prompt.start, prompt.stop, prompt.prefix) == (at, end, None)
         assert chosen.prefix == rejected.prefix == (at, end)
-        for owner, span, answer in ((0, chosen, one.chosen), (1, rejected, one.rejected)):
-            mine = batch.answer_ids == 2 * number + owner
+        for which, span, answer in ((0, chosen, one.chosen), (1, rejected, one.rejected)):
+            mine = batch.answer_ids == 2 * number + which
             assert batch.targets[mine].tolist() == answer.tolist()
             assert batch.target_positions[mine].tolist() == [
                 end - 1,
                 *range(span.start, span.stop - 1),
             ]
-            assert batch.loss_weights[mine].tolist() == [1.0 - owner] * len(answer)
+            assert batch.loss_weights[mine].tolist() == [1.0 - which] * len(answer)
             first = np.ceil(one.prompt.positions[-1]) + 1
             wanted = first + np.arange(len(answer))
             assert batch.positions[span.start : span.stop].tolist() == wanted.tolist()
@@ -135,34 +135,34 @@ def test_both_answers_of_a_pair_branch_from_one_prompt(pairs):
         {"packing": True, "max_seq_length": 500, "max_packed_tiles": 6},
     ],
 )
-def test_starting_at_a_micro_batch_yields_what_follows_the_ones_before_it(rows, settings):
-    dataset = open_batches(rows, **settings)
+def test_starting_at_a_micro_batch_yields_what_follows_the_ones_before_it(records, settings):
+    dataset = open_batches(records, **settings)
     whole = [*dataset.iter_epoch(1)]
     assert len(whole) == dataset.count_batches(1) > 2
     for start in range(len(whole) + 1):
-        rest = [*open_batches(rows, **settings).iter_epoch(1, start=start)]
+        rest = [*open_batches(records, **settings).iter_epoch(1, start=start)]
         assert len(rest) == len(whole) - start
         assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
 
-def test_ranks_read_different_samples(rows):
-    dataset = open_batches(rows, batch_size=2)
+def test_ranks_read_different_samples(records):
+    dataset = open_batches(records, batch_size=2)
     shares = [[b.locations for b in dataset.iter_epoch(0, rank=r, ranks=2)] for r in (0, 1)]
     assert [len(share) for share in shares] == [dataset.count_batches(0, 2)] * 2 == [2, 2]
-    read_places = [place for share in shares for places in share for place in places]
-    assert len(read_places) == len({*read_places}) == 8
+    all_locations = [location for share in shares for locations in share for location in locations]
+    assert len(all_locations) == len({*all_locations}) == 8
 
 
-def test_validation_reads_every_record_once_in_file_order(rows):
-    dataset = open_batches(rows, batch_size=4)
-    places = [place for batch in dataset.iter_once() for place in batch.locations]
-    assert places == [entry.location for entry in dataset.dataset]
+def test_validation_reads_every_record_once_in_file_order(records):
+    dataset = open_batches(records, batch_size=4)
+    locations = [location for batch in dataset.iter_once() for location in batch.locations]
+    assert locations == [record.location for record in dataset.dataset]
     halves = [[p for b in dataset.iter_once(rank=r, ranks=2) for p in b.locations] for r in (0, 1)]
-    assert halves[0] + halves[1] == places
+    assert halves[0] + halves[1] == locations
 
 
-def test_a_packed_batch_stays_within_its_limits(rows):
-    dataset = open_batches(rows, packing=True, max_seq_length=500, max_packed_tiles=5)
+def test_a_packed_batch_stays_within_its_limits(records):
+    dataset = open_batches(records, packing=True, max_seq_length=500, max_packed_tiles=5)
     batches = [*dataset.iter_epoch(0)]
     assert all(len(batch.input_ids) <= 500 for batch in batches)
     assert max(len(batch.spans) for batch in batches) > 1

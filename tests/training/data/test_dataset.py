@@ -14,7 +14,7 @@ MPO = TrainConfig(method="mpo")
 
 
 def answers(data):
-    return [entry.value["messages"][1]["content"] for entry in data]
+    return [record.value["messages"][1]["content"] for record in data]
 
 
 def error_message(path, **options):
@@ -44,18 +44,18 @@ def test_locations_are_file_and_line_and_blank_lines_count(tmp_path, monkeypatch
         ["", chat_record(answer="a"), "   ", chat_record(answer="b")],
     )
     data = open_dataset("data")
-    assert [entry.location for entry in data] == ["data/train.jsonl:2", "data/train.jsonl:4"]
-    assert [entry.index for entry in data] == [0, 1]
+    assert [record.location for record in data] == ["data/train.jsonl:2", "data/train.jsonl:4"]
+    assert [record.index for record in data] == [0, 1]
 
 
 def test_a_byte_order_mark_and_a_missing_last_newline_are_accepted(tmp_path):
-    rows = (
+    records = (
         "\ufeff"
         + json.dumps(chat_record(answer="a"))
         + "\r\n"
         + json.dumps(chat_record(answer="ü"))
     )
-    (tmp_path / "train.jsonl").write_bytes(rows.encode())
+    (tmp_path / "train.jsonl").write_bytes(records.encode())
     assert answers(open_dataset(tmp_path)) == ["a", "ü"]
 
 
@@ -82,8 +82,8 @@ def write_meta(folder, **entries):
 
 
 def letters(folder, name, count):
-    rows = [chat_record(answer=f"{name}{n}") for n in range(count)]
-    return write_jsonl(folder / "rows" / f"{name}.jsonl", rows)
+    records = [chat_record(answer=f"{name}{n}") for n in range(count)]
+    return write_jsonl(folder / "rows" / f"{name}.jsonl", records)
 
 
 def test_a_meta_json_joins_files_and_repeats_them(tmp_path):
@@ -104,15 +104,15 @@ def test_a_meta_json_joins_files_and_repeats_them(tmp_path):
 
 
 def test_a_fraction_of_a_preference_file_is_a_random_subset(tmp_path):
-    rows = [pair_record(chosen=str(n)) for n in range(40)]
-    write_jsonl(tmp_path / "p.jsonl", rows)
+    records = [pair_record(chosen=str(n)) for n in range(40)]
+    write_jsonl(tmp_path / "p.jsonl", records)
     meta = write_meta(tmp_path, p={"annotation": "p.jsonl", "repeat_time": 0.5})
-    chosen = [int(entry.value["chosen"]) for entry in open_dataset(meta, config=MPO)]
+    chosen = [int(record.value["chosen"]) for record in open_dataset(meta, config=MPO)]
     assert len(chosen) == 20 == len({*chosen})
     assert chosen == sorted(chosen)
     assert chosen != [*range(20)]
     again = open_dataset(meta, config=MPO)
-    assert [int(entry.value["chosen"]) for entry in again] == chosen
+    assert [int(record.value["chosen"]) for record in again] == chosen
 
 
 META_ERRORS = {

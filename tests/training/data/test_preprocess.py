@@ -23,8 +23,10 @@ from internvl3_mlx.prompt.v2pe import DELTAS, image_spans
 PER_TILE = 16
 
 
-def made(tmp_path, row, epoch=0, **settings):
-    dataset, preprocessor = open_records(write_jsonl(tmp_path / "train.jsonl", [row]), **settings)
+def build_sample(tmp_path, record, epoch=0, **settings):
+    dataset, preprocessor = open_records(
+        write_jsonl(tmp_path / "train.jsonl", [record]), **settings
+    )
     return preprocessor.build_sample(dataset[0], epoch)
 
 
@@ -43,8 +45,8 @@ def test_images_and_frames_are_in_the_order_of_their_tokens(images):
         {"role": "user", "content": "<image>"},
         {"role": "assistant", "content": "Yes."},
     ]
-    row = {"messages": turns, "images": ["tall.png", "wide.png"], "video": "v.mp4"}
-    sample = made(images, row, num_frames=3)
+    record = {"messages": turns, "images": ["tall.png", "wide.png"], "video": "v.mp4"}
+    sample = build_sample(images, record, num_frames=3)
     tiles = [len(image.tiles) for image in sample.images]
     runs = image_spans(sample.input_ids, make_processor().tokenizer.image_id)
     assert tiles == [3, 1, 1, 1, 4]
@@ -57,8 +59,8 @@ def test_images_before_the_question_are_encoded_as_in_a_chat(images):
     paths = [images / "wide.png", images / "tall.png"]
     settings = GenerationConfig(video=(str(images / "v.mp4"),), num_frames=2)
     chat = make_processor()("Which?", paths, settings)
-    row = chat_record("Which?", images=["wide.png", "tall.png"], video="v.mp4")
-    sample = made(images, row, num_frames=2)
+    record = chat_record("Which?", images=["wide.png", "tall.png"], video="v.mp4")
+    sample = build_sample(images, record, num_frames=2)
     assert sample.input_ids[: len(chat.token_ids)].tolist() == chat.token_ids
     shown = zip(sample.images, chat.processed_images, strict=True)
     assert all(np.array_equal(a.tiles, b.tiles) for a, b in shown)
@@ -66,20 +68,26 @@ def test_images_before_the_question_are_encoded_as_in_a_chat(images):
 
 
 def test_a_clip_takes_frames_from_its_part_of_the_video(images):
-    whole = made(images, chat_record("?", video="v.mp4"), num_frames=2)
-    part = made(images, chat_record("?", video="v.mp4", clip=[0, 0.5]), num_frames=2)
+    whole = build_sample(images, chat_record("?", video="v.mp4"), num_frames=2)
+    part = build_sample(images, chat_record("?", video="v.mp4", clip=[0, 0.5]), num_frames=2)
     assert whole.images[1].tiles.mean() > part.images[1].tiles.mean() + 20  # it grows brighter
 
 
 def test_the_lower_tile_limit_counts(images):
-    assert made(images, chat_record("?", image="wide.png"), max_tiles=2).images[0].info.tiles == 3
-    assert made(images, chat_record("?", image="wide.png"), max_tiles=1).images[0].info.tiles == 1
+    assert (
+        build_sample(images, chat_record("?", image="wide.png"), max_tiles=2).images[0].info.tiles
+        == 3
+    )
+    assert (
+        build_sample(images, chat_record("?", image="wide.png"), max_tiles=1).images[0].info.tiles
+        == 1
+    )
 
 
 @pytest.mark.parametrize("delta", ["1", "1/4", 0.00390625])
 def test_a_fixed_delta_positions_every_image(images, delta):
     chat = make_processor()("?", [images / "wide.png"], GenerationConfig(v2pe_delta=delta))
-    sample = made(images, chat_record("?", image="wide.png"), v2pe_delta=delta)
+    sample = build_sample(images, chat_record("?", image="wide.png"), v2pe_delta=delta)
     assert sample.positions[: len(chat.positions)].tolist() == chat.positions.tolist()
     assert sample.positions.dtype == np.float32
 
@@ -90,11 +98,11 @@ def deltas_of(sample):
 
 
 def test_a_random_delta_is_one_of_nine_drawn_for_each_image(images):
-    row = chat_record("?", images=["wide.png", "tall.png"])
-    drawn = [deltas_of(made(images, row, n, v2pe_delta="random")) for n in range(60)]
+    record = chat_record("?", images=["wide.png", "tall.png"])
+    drawn = [deltas_of(build_sample(images, record, n, v2pe_delta="random")) for n in range(60)]
     assert {step for steps in drawn for step in steps} == {*DELTAS}
     assert any(first != second for first, second in drawn)
-    again = made(images, row, 7, v2pe_delta="random")
+    again = build_sample(images, record, 7, v2pe_delta="random")
     assert deltas_of(again) == drawn[7]
     assert np.all(np.diff(again.positions) > 0)
 
@@ -106,28 +114,28 @@ def through_jpeg(tile, quality):
 
 
 def test_augmentation_is_jpeg_of_a_random_quality_for_each_tile(images):
-    row = chat_record("?", image="wide.png")
-    plain = made(images, row).images[0].tiles
-    tiles = made(images, row, augment=True).images[0].tiles
+    record = chat_record("?", image="wide.png")
+    plain = build_sample(images, record).images[0].tiles
+    tiles = build_sample(images, record, augment=True).images[0].tiles
     for before, after in zip(plain, tiles, strict=True):
         matches = [q for q in range(75, 101) if np.array_equal(through_jpeg(before, q), after)]
         assert matches
-    assert not np.array_equal(tiles, made(images, row, 1, augment=True).images[0].tiles)
-    assert np.array_equal(tiles, made(images, row, augment=True).images[0].tiles)
+    assert not np.array_equal(tiles, build_sample(images, record, 1, augment=True).images[0].tiles)
+    assert np.array_equal(tiles, build_sample(images, record, augment=True).images[0].tiles)
 
 
 def test_frames_of_videos_are_never_augmented(images):
-    row = chat_record("?", video="v.mp4")
-    plain, wanted = (made(images, row, augment=flag) for flag in (False, True))
+    record = chat_record("?", video="v.mp4")
+    plain, wanted = (build_sample(images, record, augment=flag) for flag in (False, True))
     shown = zip(plain.images, wanted.images, strict=True)
     assert all(np.array_equal(a.tiles, b.tiles) for a, b in shown)
 
 
 def test_a_long_answer_is_truncated_and_the_rest_is_trained_on(images):
-    row = chat_record("?", "cat dog " * 100, image="wide.png")
-    whole = made(images, row)
+    record = chat_record("?", "cat dog " * 100, image="wide.png")
+    whole = build_sample(images, record)
     limit = int(np.flatnonzero(whole.loss_mask)[9])
-    short = made(images, row, max_seq_length=limit)
+    short = build_sample(images, record, max_seq_length=limit)
     assert np.array_equal(short.input_ids, whole.input_ids[:limit])
     assert np.array_equal(short.positions, whole.positions[:limit])
     assert short.loss_mask.sum() == 9
@@ -135,26 +143,28 @@ def test_a_long_answer_is_truncated_and_the_rest_is_trained_on(images):
 
 def test_images_are_never_truncated(images):
     turns = [*chat_record("?")["messages"], *chat_record("<image>")["messages"]]
-    row = {"messages": turns, "image": "wide.png"}
-    length = len(made(images, row).input_ids)
+    record = {"messages": turns, "image": "wide.png"}
+    length = len(build_sample(images, record).input_ids)
     told = f"train.jsonl:1: {length} tokens, and an image extends past the limit of 60"
     with pytest.raises(DataError, match=told):
-        made(images, row, max_seq_length=60)
+        build_sample(images, record, max_seq_length=60)
     # the image's end token is the last one that must fit
-    last = image_spans(made(images, row).input_ids, make_processor().tokenizer.image_id)[0][1]
+    last = image_spans(build_sample(images, record).input_ids, make_processor().tokenizer.image_id)[
+        0
+    ][1]
     with pytest.raises(DataError, match="an image extends past the limit"):
-        made(images, row, max_seq_length=last)
-    assert len(made(images, row, max_seq_length=last + 1).input_ids) == last + 1
+        build_sample(images, record, max_seq_length=last)
+    assert len(build_sample(images, record, max_seq_length=last + 1).input_ids) == last + 1
 
 
 def test_a_sample_without_an_answer_within_the_limit_is_refused(images):
     with pytest.raises(DataError, match="no answer begins within the limit of 50; raise"):
-        made(images, chat_record("where " * 80), max_seq_length=50)
+        build_sample(images, chat_record("where " * 80), max_seq_length=50)
 
 
 def test_the_answers_of_a_pair_are_truncated_separately(images):
-    row = pair_record("?", "cat " * 50, "dog", image="wide.png")
-    file = write_jsonl(images / "p.jsonl", [row])
+    record = pair_record("?", "cat " * 50, "dog", image="wide.png")
+    file = write_jsonl(images / "p.jsonl", [record])
     dataset, preprocessor = open_records(file, method="mpo")
     whole = preprocessor.build_pair(dataset[0])
     limit = len(whole.prompt.input_ids) + 10

@@ -73,8 +73,8 @@ def test_the_loss_mask_is_that_of_the_published_training_code(tmp_path, system):
         ("Image-1: <image>\nImage-2: <image>\nSame? It's", "No,\nnot  the same "),
         CHAT[0],
     ]
-    row = make_record(plain, system, image=["wide.png", "small.png"])
-    sample = make_sample(tmp_path, row)
+    record = make_record(plain, system, image=["wide.png", "small.png"])
+    sample = make_sample(tmp_path, record)
     told = [part for q, a in plain for part in (("user", q), ("assistant", a))]
     ids, loss_mask = encode_turn_by_turn(told, system or DEFAULT_SYSTEM, [4, 1])
     assert loss_mask[-1] is False
@@ -141,9 +141,9 @@ def test_the_system_prompt_of_the_run_is_for_records_without_one(tmp_path):
 
 def test_a_pair_shares_the_prompt_that_generation_reads(tmp_path):
     write_image(tmp_path / "a.png", 300, 100)
-    row = {"image": "a.png", "question": "What?", "chosen": "A cat.", "rejected": " A\ndog"}
+    record = {"image": "a.png", "question": "What?", "chosen": "A cat.", "rejected": " A\ndog"}
     dataset, preprocessor = open_records(
-        write_jsonl(tmp_path / "t.jsonl", [row]), "qwen", method="mpo"
+        write_jsonl(tmp_path / "t.jsonl", [record]), "qwen", method="mpo"
     )
     pair = preprocessor.build_pair(dataset[0])
     turn = Message("user", "What?", (MessageMedia((4,)),))

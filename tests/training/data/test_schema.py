@@ -26,7 +26,7 @@ def text(words):
 
 
 @pytest.mark.parametrize(
-    "row",
+    "record",
     [
         {"image": "a.png", "conversations": [USER, GPT]},
         {"image": ["a.png"], "conversations": [USER, GPT]},
@@ -36,8 +36,8 @@ def text(words):
         {"id": 7, "width": 3, "images": ["a.png"], **chat_record("<image>\nWhat is it?")},
     ],
 )
-def test_image_and_images_string_and_list_mean_the_same(row):
-    assert parse_record(row) == ONE_IMAGE
+def test_image_and_images_string_and_list_mean_the_same(record):
+    assert parse_record(record) == ONE_IMAGE
 
 
 def test_role_names_of_both_formats_are_known_and_a_system_message_comes_first():
@@ -48,30 +48,30 @@ def test_role_names_of_both_formats_are_known_and_a_system_message_comes_first()
         {"role": "user", "content": "Bye"},
         {"role": "assistant", "content": "Bye"},
     ]
-    row = parse_record({"conversations": turns})
-    assert row.system == "Be brief."
-    assert [message.role for message in row.messages] == ["user", "assistant"] * 2
+    record = parse_record({"conversations": turns})
+    assert record.system == "Be brief."
+    assert [message.role for message in record.messages] == ["user", "assistant"] * 2
 
 
 def test_images_go_to_the_messages_with_their_placeholders():
     turns = [USER, GPT, {"from": "human", "value": "And <image> or <image>?"}, GPT]
-    row = parse_record({"image": ["a", "b", "c"], "conversations": turns})
-    assert [message.num_images for message in row.messages] == [1, 0, 2, 0]
+    record = parse_record({"image": ["a", "b", "c"], "conversations": turns})
+    assert [message.num_images for message in record.messages] == [1, 0, 2, 0]
 
 
 def test_images_without_placeholders_go_to_the_first_question():
     turns = [{"from": "human", "value": "Which?"}, GPT, {"from": "human", "value": "Why?"}, GPT]
-    row = parse_record({"image": ["a", "b"], "conversations": turns})
-    assert [message.num_images for message in row.messages] == [2, 0, 0, 0]
-    assert row.messages[0].text == "Which?"
+    record = parse_record({"image": ["a", "b"], "conversations": turns})
+    assert [message.num_images for message in record.messages] == [2, 0, 0, 0]
+    assert record.messages[0].text == "Which?"
 
 
 def test_videos_are_counted_separately_from_images():
-    row = parse_record(
+    record = parse_record(
         chat_record("<video>\n<image>\nSame?", video="v.mp4", image="a.png", clip=[1, 2.5])
     )
-    assert (row.messages[0].num_images, row.messages[0].num_videos) == (1, 1)
-    assert (row.videos, row.clip) == (("v.mp4",), (1.0, 2.5))
+    assert (record.messages[0].num_images, record.messages[0].num_videos) == (1, 1)
+    assert (record.videos, record.clip) == (("v.mp4",), (1.0, 2.5))
 
 
 @pytest.mark.parametrize(
@@ -84,25 +84,25 @@ def test_videos_are_counted_separately_from_images():
     ],
 )
 def test_parts_before_the_text_are_left_to_the_template(part):
-    row = parse_record(asked(part, part, text("Same?")))
-    assert row.images == ("a.png", "a.png")
-    assert row.messages[0] == ParsedMessage("user", "Same?", 2)
+    record = parse_record(asked(part, part, text("Same?")))
+    assert record.images == ("a.png", "a.png")
+    assert record.messages[0] == ParsedMessage("user", "Same?", 2)
 
 
 def test_parts_between_text_keep_their_positions():
     shown = {"type": "image", "image": "a.png"}
-    row = parse_record(asked(text("Here: "), shown, text("and "), shown))
-    assert row.messages[0] == ParsedMessage("user", "Here: <image>\nand <image>", 2)
+    record = parse_record(asked(text("Here: "), shown, text("and "), shown))
+    assert record.messages[0] == ParsedMessage("user", "Here: <image>\nand <image>", 2)
 
 
 def test_parts_without_a_path_take_it_from_the_list():
-    row = parse_record({**asked({"type": "image"}, text("What?")), "images": ["b.png"]})
-    assert (row.images, row.messages[0].num_images) == (("b.png",), 1)
+    record = parse_record({**asked({"type": "image"}, text("What?")), "images": ["b.png"]})
+    assert (record.images, record.messages[0].num_images) == (("b.png",), 1)
 
 
 def test_a_preference_record_is_a_question_with_two_answers():
-    row = parse_record(pair_record("<image>\nWhat?", "Cat", "Dog", image="a.png"))
-    assert row == ParsedRecord(
+    record = parse_record(pair_record("<image>\nWhat?", "Cat", "Dog", image="a.png"))
+    assert record == ParsedRecord(
         (ParsedMessage("user", "<image>\nWhat?", 1),), ("a.png",), answers=("Cat", "Dog")
     )
 

@@ -30,7 +30,7 @@ def validate(records, **settings):
 
 def test_all_errors_are_reported_with_file_and_line(folder):
     (folder / "broken.png").write_bytes(b"not an image")
-    rows = [
+    records = [
         chat_record(image="a.png"),
         chat_record("<image><image>", image="a.png"),
         "{'single': 'quotes'}",
@@ -41,7 +41,7 @@ def test_all_errors_are_reported_with_file_and_line(folder):
         chat_record(answer=""),
         chat_record(video="a.png"),
     ]
-    report = validate(rows)
+    report = validate(records)
     messages = [str(error) for error in report.errors]
     assert messages[0] == (
         "data/train.jsonl:2: 2 <image> placeholders but 1 image; write one placeholder for each, "
@@ -84,12 +84,12 @@ def test_other_encodings_than_utf8_are_reported(folder):
 
 
 def test_sizes_measured_from_headers_are_those_of_the_samples(folder):
-    rows = [
+    records = [
         chat_record(image="a.png"),
         chat_record("<image> or <image>?", "cat " * 300, images=["b.png", "a.png"]),
         chat_record("Just text"),
     ]
-    report = validate(rows, max_seq_length=200, system="")
+    report = validate(records, max_seq_length=200, system="")
     dataset, preprocessor = open_records("data", max_seq_length=200, system="")
     samples = [preprocessor.build_sample(record) for record in dataset]
     assert report.sizes.tokens.tolist() == [len(sample.input_ids) for sample in samples]
@@ -98,13 +98,13 @@ def test_sizes_measured_from_headers_are_those_of_the_samples(folder):
 
 
 def test_long_records_are_truncated_or_skipped_with_a_warning(folder):
-    rows = [
+    records = [
         chat_record("Hm?", "cat " * 300),
         chat_record(image="a.png"),
         chat_record("where " * 100),
         chat_record(),
     ]
-    report = validate(rows, max_seq_length=60, system="")
+    report = validate(records, max_seq_length=60, system="")
     truncated, image, prompt = (str(warning) for warning in report.warnings)
     assert truncated.startswith("data/train.jsonl:1: truncated to 60 tokens, losing ")
     assert truncated.endswith(" of its answers")
