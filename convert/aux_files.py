@@ -56,7 +56,7 @@ def write_aux_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) ->
         tokenizer_json := build_fast_tokenizer(plan.source)
     ):
         write_json(target / "tokenizer.json", tokenizer_json)
-    if plan.layout == "hf" and plan.config.layout != "native":
+    if plan.layout == "hf" and plan.config.layout != "hf":
         write_hf_files(plan, tokenizer, target)
 
 

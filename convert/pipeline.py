@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from internvl3_mlx.checkpoints.reader import Checkpoint
+from internvl3_mlx.checkpoints.reader import Checkpoint, mlx_dtype, safetensors_dtype
 from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT, RowRange, channels_first, channels_last
 from internvl3_mlx.checkpoints.verify import verify_checkpoint
 from internvl3_mlx.checkpoints.writer import (
@@ -25,13 +25,10 @@ from internvl3_mlx.convert.plan import (
     FLOATS,
     ConversionPlan,
     PlannedTensor,
-    dtype_name,
     plan_conversion,
 )
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import (
-    DTYPES,
-    NAMES,
     QUANTIZED_PARTS,
     not_finite_error,
     quantize_array,
@@ -156,7 +153,9 @@ def tensor_entries(tensor: PlannedTensor, calibrated: Mapping[str, mx.array]) ->
     """Return what is written for a tensor: its calibrated weights where there are some."""
     return [
         TensorSpec(
-            entry.name, NAMES[dtype_name(calibrated[entry.name])], calibrated[entry.name].shape
+            entry.name,
+            safetensors_dtype(calibrated[entry.name].dtype),
+            calibrated[entry.name].shape,
         )
         if entry.name in calibrated
         else entry
@@ -211,7 +210,7 @@ def make_slab(plan: ConversionPlan, tensor: PlannedTensor, part: RowRange) -> Sl
     """Build one slab of the target lazily; ``compute_ahead`` evaluates it."""
     x = plan.reader.read_dense(part)
     if tensor.dtype in FLOATS.values():
-        x = x.astype(DTYPES[tensor.dtype][1])
+        x = x.astype(mlx_dtype(tensor.dtype))
     if tensor.parameter == PATCH_WEIGHT:
         x = channels_last(x) if plan.layout == "mlx" else channels_first(x)
     if tensor.quantization is None:

@@ -14,7 +14,12 @@ from internvl3_mlx.adapters.merge import deltas_by_tensor
 from internvl3_mlx.adapters.peft import Adapter, load_adapter
 from internvl3_mlx.checkpoints.build_model import only_divisible
 from internvl3_mlx.checkpoints.keymap import KeyMap
-from internvl3_mlx.checkpoints.reader import Checkpoint, open_checkpoint
+from internvl3_mlx.checkpoints.reader import (
+    Checkpoint,
+    mlx_dtype,
+    open_checkpoint,
+    safetensors_dtype,
+)
 from internvl3_mlx.checkpoints.remap import (
     CHANNELS,
     PATCH_WEIGHT,
@@ -27,8 +32,6 @@ from internvl3_mlx.checkpoints.writer import TensorSpec
 from internvl3_mlx.config import WORD_BITS, ModelConfig, Quantization, read_config
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import (
-    DTYPES,
-    NAMES,
     QUANTIZED_PARTS,
     RowReader,
     quantize_array,
@@ -57,11 +60,13 @@ class PlannedTensor:
         """Say what becomes of it in the file. MLX itself is requested how it packs one row."""
         if self.quantization is None:
             return [TensorSpec(self.name, self.dtype, self.shape)]
-        sample = mx.zeros((1, self.shape[1]), dtype=DTYPES[self.dtype][1])
+        sample = mx.zeros((1, self.shape[1]), dtype=mlx_dtype(self.dtype))
         parts = quantize_array(sample, self.quantization)
         module = self.name.removesuffix(".weight")
         return [
-            TensorSpec(f"{module}.{part}", NAMES[dtype_name(x)], (self.shape[0], *x.shape[1:]))
+            TensorSpec(
+                f"{module}.{part}", safetensors_dtype(x.dtype), (self.shape[0], *x.shape[1:])
+            )
             for part, x in zip(QUANTIZED_PARTS, parts, strict=False)
         ]
 
@@ -294,8 +299,3 @@ def select_modules(
     return {
         path: quantization for path, quantization in chosen.items() if quantization is not None
     }, skipped
-
-
-def dtype_name(x: mx.array) -> str:
-    """Return MLX's name of the dtype: float32, bfloat16 ..."""
-    return str(x.dtype).removeprefix("mlx.core.")

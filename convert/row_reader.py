@@ -14,7 +14,7 @@ import numpy as np
 
 from internvl3_mlx.adapters.embedded import EmbeddedLoRA
 from internvl3_mlx.adapters.merge import RowDelta, apply_row_deltas
-from internvl3_mlx.checkpoints.reader import ITEM_BYTES, Checkpoint
+from internvl3_mlx.checkpoints.reader import ELEMENT_TYPES, Checkpoint
 from internvl3_mlx.checkpoints.remap import RowRange
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.errors import CheckpointError
@@ -24,18 +24,6 @@ SLAB_BYTES = 4_000_000  # of source; MLX needs up to forty times that to quantiz
 
 QUANTIZED_PARTS = ("weight", "scales", "biases")  # the mx formats have no biases
 
-# safetensors dtype -> NumPy type, MLX dtype (NumPy has no bfloat16 and holds its bits)
-DTYPES: dict[str, tuple[type, mx.Dtype]] = {
-    "F32": (np.float32, mx.float32),
-    "F16": (np.float16, mx.float16),
-    "BF16": (np.uint16, mx.bfloat16),
-    "U32": (np.uint32, mx.uint32),
-    "U16": (np.uint16, mx.uint16),
-    "U8": (np.uint8, mx.uint8),
-    "I32": (np.int32, mx.int32),
-    "I64": (np.int64, mx.int64),
-}
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint8": "U8"}
 # dtype -> the exponent bits, which are all ones when a value is NaN or infinite
 EXPONENT_MASKS = {
     "F32": (np.uint32, 0x7F800000),
@@ -78,14 +66,15 @@ class RowReader:
         values that are not finite.
         """
         info = self.checkpoint.tensors[part.name]
-        if info.dtype not in DTYPES or info.start is None:
+        element = ELEMENT_TYPES[info.dtype]
+        if element.numpy is None or info.start is None:
             raise CheckpointError(
                 f"{part.name} has dtype {info.dtype}, which cannot be converted; "
-                f"supported are {', '.join(DTYPES)}"
+                f"supported are {', '.join(name for name, e in ELEMENT_TYPES.items() if e.numpy)}"
             )
-        width = prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
+        width = prod(info.shape[1:]) * element.nbytes
         data = self.read_into_buffer(info.file, info.start + part.start * width, part.count * width)
-        x: np.ndarray = data.view(DTYPES[info.dtype][0])
+        x: np.ndarray = data.view(element.numpy)
         check_finite(x, info.dtype, part.name)
         return x.reshape(part.count, *info.shape[1:])
 
@@ -134,8 +123,8 @@ class RowReader:
         adapter = self.adapters.get(part.name)
         if adapter is None:
             return x
-        down = self.read_stored(RowRange(adapter.down, 0, self.num_rows(adapter.down)))
-        up = self.read_stored(RowRange(adapter.up, part.start, part.stop))
+        down = self.read_stored(RowRange(adapter.lora_a, 0, self.num_rows(adapter.lora_a)))
+        up = self.read_stored(RowRange(adapter.lora_b, part.start, part.stop))
         delta = adapter.scale * (up.astype(mx.float32) @ down.astype(mx.float32))
         return (x.astype(mx.float32) + delta).astype(x.dtype)
 

@@ -1,33 +1,32 @@
-"""What can go wrong, in the words a user reads: what was given, what was wanted, what to do
-next."""
+"""Errors. Each message is one line: what was given, what was expected, what to do next."""
 
 
 class InternVL3Error(Exception):
-    """Any failure this library foresees. ``exit_code`` is what the command line returns for it."""
+    """Base class of all errors raised on purpose; ``exit_code`` is the command's exit status."""
 
     exit_code = 1
 
 
 class UserError(InternVL3Error):
-    """A mistake the user can mend by asking differently."""
+    """A mistake that the user can correct, such as a wrong path or option."""
 
     exit_code = 2
 
 
 class ImageError(UserError):
-    """A picture or video that cannot be found or read."""
+    """An image or video that cannot be found or read."""
 
 
 class PromptError(UserError):
-    """A question that cannot be put to the model, such as one longer than its context."""
+    """A prompt the model cannot take, such as one longer than its context."""
 
 
 class DataError(UserError):
-    """Rows that cannot be trained on: the file and the line, and what is wrong there."""
+    """Invalid training data: the file, the line and what is wrong there."""
 
 
 class CheckpointError(UserError):
-    """A model folder that is missing something, damaged, or of a kind we do not know."""
+    """A model folder that is incomplete, corrupt or of an unsupported kind."""
 
 
 class ConfigError(CheckpointError):
@@ -35,7 +34,7 @@ class ConfigError(CheckpointError):
 
 
 class KeyMapError(CheckpointError):
-    """Tensors that do not fit the model: unknown, missing, doubled or wrong in shape."""
+    """Tensors that do not fit the model: unknown, missing, duplicated or of the wrong shape."""
 
 
 class WriteError(UserError):
@@ -43,11 +42,11 @@ class WriteError(UserError):
 
 
 class DownloadError(InternVL3Error):
-    """A repository that cannot be fetched: no network, no such name, no room on disk."""
+    """A repository that cannot be downloaded: no network, not found, or the disk is full."""
 
 
 class TrainingError(InternVL3Error):
-    """A training run that cannot go on: its numbers are none any more, or memory runs out."""
+    """Training cannot continue: the loss is NaN, or memory ran out."""
 
 
 class MissingExtraError(UserError):

@@ -15,22 +15,22 @@ LAYOUTS = [
     Recipe(layout="original", shards=3),
     Recipe(layout="original", form="bin"),
     Recipe(layout="original", form="bin", shards=2),
-    Recipe(layout="native_a"),
-    Recipe(layout="native_a", shards=2),
-    Recipe(layout="native_b"),
-    Recipe(layout="native_saved"),
-    Recipe(layout="native_saved", shards=2),
+    Recipe(layout="hf_a"),
+    Recipe(layout="hf_a", shards=2),
+    Recipe(layout="hf_b"),
+    Recipe(layout="hf_saved"),
+    Recipe(layout="hf_saved", shards=2),
     Recipe(layout="mlx"),
     Recipe(layout="mlx", shards=2),
     Recipe(style="6b", layout="original", wrong_qk_norm_names=True),
-    Recipe(style="6b", layout="native_a"),
-    Recipe(style="6b", layout="native_a", wrong_qk_norm_names=True),
-    Recipe(style="6b", layout="native_b", wrong_qk_norm_names=True),
-    Recipe(style="6b", layout="native_saved"),
+    Recipe(style="6b", layout="hf_a"),
+    Recipe(style="6b", layout="hf_a", wrong_qk_norm_names=True),
+    Recipe(style="6b", layout="hf_b", wrong_qk_norm_names=True),
+    Recipe(style="6b", layout="hf_saved"),
     Recipe(style="6b", layout="mlx"),
-    Recipe(style="9b", layout="native_a"),
-    Recipe(style="9b", layout="native_b"),
-    Recipe(style="9b", layout="native_saved"),
+    Recipe(style="9b", layout="hf_a"),
+    Recipe(style="9b", layout="hf_b"),
+    Recipe(style="9b", layout="hf_saved"),
     Recipe(style="9b", layout="mlx"),
 ]
 PACKED = [
@@ -100,7 +100,7 @@ def test_internlm2_heads_of_another_width_are_read_from_the_tensors(head_dim):
     assert relative_error(logits(recipe), transformers_logits(recipe)) < TOLERANCE
 
 
-@pytest.mark.parametrize("layout", ["original", "native_a", "native_b", "native_saved", "mlx"])
+@pytest.mark.parametrize("layout", ["original", "hf_a", "hf_b", "hf_saved", "mlx"])
 def test_without_a_head_the_embedding_serves(layout):
     recipe = Recipe(layout=layout, tied=True)
     assert relative_error(logits(recipe), transformers_logits(recipe)) < TOLERANCE
@@ -120,7 +120,7 @@ def test_modules_with_bits_of_their_own_are_read_with_them():
     assert relative_error(logits(recipe), logits(dense)) < TOLERANCE
 
 
-@pytest.mark.parametrize("layout", ["original", "native_saved", "mlx"])
+@pytest.mark.parametrize("layout", ["original", "hf_saved", "mlx"])
 def test_bfloat16_files_lose_nothing_when_read_as_float32(layout):
     wide = logits(Recipe(layout=layout, dtype="bfloat16"), dtype="float32")
     theirs = transformers_logits(Recipe(layout=layout, dtype="bfloat16"))

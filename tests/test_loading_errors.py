@@ -58,7 +58,7 @@ def test_a_layer_too_many_is_named(copy_of):
 
 @pytest.mark.parametrize("part", ["q", "k", "v"])
 def test_a_third_of_a_joined_tensor_is_missed(copy_of, part):
-    folder = copy_of(Recipe(layout="native_a"))
+    folder = copy_of(Recipe(layout="hf_a"))
     name = f"vision_tower.encoder.layer.1.attention.{part}_proj.weight"
     edit_weights(folder, lambda weights: weights.pop(name))
     message = refusal(folder, KeyMapError)
@@ -66,12 +66,12 @@ def test_a_third_of_a_joined_tensor_is_missed(copy_of, part):
 
 
 def test_a_tensor_under_two_names_is_doubled(copy_of):
-    folder = copy_of(Recipe(style="6b", layout="native_a"))
+    folder = copy_of(Recipe(style="6b", layout="hf_a"))
     right = "vision_tower.encoder.layer.0.attention.q_norm.weight"
     wrong = "vision_tower.encoder.layer.0.attn.q_norm.weight"
     edit_weights(folder, lambda weights: weights.update({wrong: weights[right].clone()}))
     message = refusal(folder, KeyMapError)
-    assert "doubled" in message
+    assert "duplicate" in message
     assert "layer.0.attention.q_norm" in message or "layer.0.attn.q_norm" in message
 
 

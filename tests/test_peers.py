@@ -164,8 +164,8 @@ def test_a_picture_may_be_asked_about_from_another_thread(vlm):
         Recipe(),
         Recipe(slow_tokenizer=True),
         Recipe(style="9b"),
-        Recipe(style="6b", layout="native_a"),
-        Recipe(layout="native_saved"),
+        Recipe(style="6b", layout="hf_a"),
+        Recipe(layout="hf_saved"),
     ],
     ids=["tokenizer.json", "vocab.json and merges.txt", "tokenizer.model", "hub -hf", "saved -hf"],
 )
@@ -182,9 +182,7 @@ def test_a_converted_folder_loads_and_answers_as_before(recipe, tmp_path):
     assert answers[0].text == answers[1].text
 
 
-@pytest.mark.parametrize(
-    "recipe", [Recipe(style="9b"), Recipe(layout="native_a")], ids=["9B", "-hf"]
-)
+@pytest.mark.parametrize("recipe", [Recipe(style="9b"), Recipe(layout="hf_a")], ids=["9B", "-hf"])
 def test_the_9b_and_the_hf_repositories_load_and_answer(recipe):
     checkpoint = tiny(recipe)
     vlm = load(str(checkpoint.folder))

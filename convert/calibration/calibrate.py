@@ -12,7 +12,7 @@ import numpy as np
 from internvl3_mlx.adapters.attach import attach_adapter
 from internvl3_mlx.adapters.peft import load_adapter
 from internvl3_mlx.checkpoints.build_model import LoadedModel, build_model
-from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.bit_allocation import (
     BitAllocation,
@@ -41,7 +41,6 @@ MEMORY_SHARE = 0.4  # of the machine's memory that a model may take for verifica
 PROBE_TOKENS, PROBE_SEED = 24, 5
 MAX_COPY_KL = 1e-3  # nats; a dense copy in another 16-bit dtype stays below
 MAX_FUSED_KL = 1e-2  # a merged adapter, rounded to 16 bits with its weights, stays below
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,7 @@ def quantize_calibrated(
     vision tower give it.
     """
     model = loaded.model
-    dtype = DTYPES.get(config.dtype or loaded.config.dtype, mx.bfloat16)
+    dtype = FLOAT_DTYPES.get(config.dtype or loaded.config.dtype, mx.bfloat16)
     decoder = {path: q for path, q in quantizations.items() if is_decoder_affine(path, q)}
     fixed = {path: q for path, q in quantizations.items() if path not in decoder}
     written = quantize_fixed(model, fixed, dtype)

@@ -1,1 +1,1 @@
-"""LoRA and DoRA adapters: read, attached, merged, written."""
+"""LoRA and DoRA adapters: read, attach, merge and write them."""

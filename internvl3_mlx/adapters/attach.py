@@ -1,4 +1,4 @@
-"""An adapter stands beside a model's layers, dense or packed."""
+"""Attach an adapter to a model as separate LoRA layers, over 16-bit or quantized weights."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,9 +23,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> tuple[str, ...]:
-    """Put an adapter beside a model's layers, or into those it has; return their names.
+    """Attach an adapter, or reload the LoRA layers that the model has; return their names.
 
-    Raises when it is not of this model, or when the model is adapted in another way.
+    Raises KeyMapError if it belongs to another model or does not match the LoRA layers.
     """
     modules = dict(model.named_modules())
     check_compatible(adapter, parameter_shapes(model))
@@ -33,21 +33,21 @@ def attach_adapter(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> 
     if present and present != adapter.deltas.keys():
         other = present ^ adapter.deltas.keys()
         raise KeyMapError(
-            f"the adapter and the model are not adapted alike: {summarize_names(other)}"
+            f"the adapter and the model have LoRA on different layers: {summarize_names(other)}"
         )
-    for name, factors in adapter.deltas.items():
+    for name, weights in adapter.deltas.items():
         path = name.removesuffix(".weight")
         if isinstance(modules[path], LoRALinear):
-            reload_layer(path, modules[path], factors)
+            reload_layer(path, modules[path], weights)
         else:
-            replace_module(model, path, LoRALinear(modules[path], factors, dropout))
+            replace_module(model, path, LoRALinear(modules[path], weights, dropout))
     for name, x in adapter.modules_to_save.items():
         replace_tensor(model, modules, name, x)
     return tuple(name.removesuffix(".weight") for name in adapter.deltas)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Give all parameters' shapes, of a packed or adapted layer those it stands for."""
+    """Return the shapes of all parameters; of quantized and LoRA layers the base weight's."""
     flat: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     shapes: dict[str, tuple[int, ...]] = {name: tuple(x.shape) for name, x in flat.items()}
     for path, module in model.named_modules():
@@ -58,58 +58,60 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def check_compatible(adapter: Adapter, shapes: Shapes) -> None:
-    """Raise when an adapter changes an absent weight or one of another shape."""
+    """Raise KeyMapError if an adapter targets an absent weight or one of another shape."""
     wanted: dict[str, tuple[int, ...]] = {
-        name: factors.shape for name, factors in adapter.deltas.items()
+        name: weights.shape for name, weights in adapter.deltas.items()
     }
     wanted |= {name: tuple(x.shape) for name, x in adapter.modules_to_save.items()}
     if absent := wanted.keys() - shapes.keys():
-        raise KeyMapError(f"the adapter changes what this model lacks: {summarize_names(absent)}")
+        raise KeyMapError(
+            f"the adapter targets layers this model does not have: {summarize_names(absent)}"
+        )
     wrong = [
-        f"{name} by {shape}, it is {shapes[name]}"
+        f"{name} is {shapes[name]}, the adapter's {shape}"
         for name, shape in wanted.items()
         if shape != shapes[name]
     ]
     if wrong:
-        raise KeyMapError(f"the adapter is of another model: it changes {summarize_names(wrong)}")
+        raise KeyMapError(f"the adapter belongs to another model: {summarize_names(wrong)}")
 
 
-def reload_layer(path: str, layer: LoRALinear, factors: LoRAWeights) -> None:
-    """Give an adapted layer other factors of the same form."""
+def reload_layer(path: str, layer: LoRALinear, weights: LoRAWeights) -> None:
+    """Replace the weights of a LoRA layer by others of the same kind and rank."""
     own = layer.weights
-    factors = extract_used_block(factors, own.lora_a.shape[0])
+    weights = extract_used_block(weights, own.lora_a.shape[0])
     if (own.lora_a.shape, own.magnitude is None) != (
-        factors.lora_a.shape,
-        factors.magnitude is None,
+        weights.lora_a.shape,
+        weights.magnitude is None,
     ):
         raise KeyMapError(
-            f"{path} is adapted with {describe_lora(own)}, the adapter has {describe_lora(factors)}"
+            f"{path} has {describe_lora(own)}, the adapter has {describe_lora(weights)}"
         )
-    layer.load(factors)
+    layer.load(weights)
 
 
-def extract_used_block(factors: LoRAWeights, rank: int) -> LoRAWeights:
-    """Undo what joining with others did to factors of ``rank``: keep the block that is in use."""
-    wide = factors.lora_a.shape[0]
+def extract_used_block(weights: LoRAWeights, rank: int) -> LoRAWeights:
+    """Undo the concatenation of LoRA weights of ``rank``: return the one block that is in use."""
+    wide = weights.lora_a.shape[0]
     if wide == rank or wide % rank:
-        return factors
+        return weights
     blocks = [slice(start, start + rank) for start in range(0, wide, rank)]
-    used = [block for block in blocks if bool(mx.any(factors.lora_b[:, block] != 0))]
+    used = [block for block in blocks if bool(mx.any(weights.lora_b[:, block] != 0))]
     if len(used) > 1:
-        return factors
+        return weights
     block = used[0] if used else blocks[0]
-    return replace(factors, lora_a=factors.lora_a[block], lora_b=factors.lora_b[:, block])
+    return replace(weights, lora_a=weights.lora_a[block], lora_b=weights.lora_b[:, block])
 
 
-def describe_lora(factors: LoRAWeights) -> str:
-    kind = "LoRA" if factors.magnitude is None else "DoRA"
-    return f"{kind} of rank {factors.lora_a.shape[0]}"
+def describe_lora(weights: LoRAWeights) -> str:
+    kind = "LoRA" if weights.magnitude is None else "DoRA"
+    return f"{kind} of rank {weights.lora_a.shape[0]}"
 
 
 def replace_tensor(
     model: nn.Module, modules: Mapping[str, nn.Module], name: str, x: mx.array
 ) -> None:
-    """Set a tensor that was trained whole; a packed layer becomes a dense one."""
+    """Set a tensor of modules_to_save; a quantized layer becomes a dense one."""
     path, key = name.rpartition(".")[::2]
     module = modules[path]
     if isinstance(module, nn.QuantizedLinear) and key == "weight":

@@ -1,20 +1,19 @@
-"""LoRA adapters that a checkpoint holds unmerged: found by name, added to their weights.
+"""LoRA adapters inside a checkpoint: found by name, to be merged into their base weights.
 
 PEFT stores ``X.base_layer.weight``, ``X.lora_A.default.weight`` (r, in) and
 ``X.lora_B.default.weight`` (out, r); the merged weight is base + scale * B A.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl3_mlx.adapters.peft import ADAPTER_CONFIG, LORA_TENSOR, lora_scale, read_adapter_config
 from internvl3_mlx.checkpoints.reader import TensorInfo
 from internvl3_mlx.errors import KeyMapError
 
-PART = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 BASE_WEIGHT = ".base_layer.weight"
 PUBLISHED_SCALE = 2.0  # InternVL's training code sets lora_alpha to twice the rank
 RANK_FLAGS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lora"}
@@ -22,21 +21,24 @@ RANK_FLAGS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lo
 
 @dataclass(frozen=True)
 class EmbeddedLoRA:
-    """What is to be added to one weight: ``scale * up @ down``, by the names of its tensors."""
+    """The names of a weight's lora_A and lora_B tensors, and their scale."""
 
-    down: str
-    up: str
+    lora_a: str
+    lora_b: str
     scale: float
 
 
 def split_embedded_adapters(
     tensors: Mapping[str, TensorInfo], folder: Path
 ) -> tuple[dict[str, TensorInfo], dict[str, EmbeddedLoRA]]:
-    """Part a checkpoint's tensors into the model's own and, by the weight they change, adapters."""
+    """Split a checkpoint's tensors into the model's own and adapters, by the weight they change.
+
+    Raises KeyMapError for an adapter that is incomplete, has no scale, or does not fit its weight.
+    """
     own: dict[str, TensorInfo] = {}
     sides: dict[str, dict[str, str]] = {}
     for name, info in tensors.items():
-        match = PART.fullmatch(name)
+        match = LORA_TENSOR.fullmatch(name)
         if match is None:
             own[name] = info
             continue
@@ -50,12 +52,11 @@ def split_embedded_adapters(
     if not sides:
         return own, {}
     settings = embedded_config(folder)
-    adapters = {
-        base_weight_name(module, own): EmbeddedLoRA(
-            *require_pair(module, found), embedded_scale(module, settings)
-        )
-        for module, found in sides.items()
-    }
+    adapters = {}
+    for module, found in sides.items():
+        lora_a, lora_b = require_pair(module, found)
+        scale = embedded_scale(module, tensors[lora_a].shape[0], settings)
+        adapters[base_weight_name(module, own)] = EmbeddedLoRA(lora_a, lora_b, scale)
     check_adapter_shapes(adapters, tensors)
     return own, adapters
 
@@ -64,37 +65,43 @@ def base_weight_name(module: str, own: Mapping[str, TensorInfo]) -> str:
     for name in (module + BASE_WEIGHT, module + ".weight"):
         if name in own:
             return name
-    raise KeyMapError(f"{module} has an adapter but no weight; the checkpoint is not whole")
+    raise KeyMapError(f"{module} has an adapter but no weight; download the checkpoint again")
 
 
 def require_pair(module: str, found: Mapping[str, str]) -> tuple[str, str]:
+    """Return the names of lora_A and lora_B; there must be these two and no other."""
+    if found.keys() > {"A", "B"}:
+        raise KeyMapError(f"{module} has a DoRA adapter; merge it with PEFT first")
     if len(found) != 2:
-        raise KeyMapError(f"{module} has half an adapter, {', '.join(found.values())}")
+        raise KeyMapError(
+            f"{module} has only part of an adapter, {', '.join(found.values())}; "
+            "download the checkpoint again"
+        )
     return found["A"], found["B"]
 
 
 def embedded_config(folder: Path) -> dict[str, Any]:
-    """Read what the folder says of its adapters: adapter_config.json, else config.json."""
-    for name in ("adapter_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return content if isinstance(content, dict) else {}
-    return {}
+    """Read the adapters' settings: adapter_config.json, or else config.json."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return read_adapter_config(folder / ADAPTER_CONFIG)
+    path = folder / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
-def embedded_scale(module: str, settings: Mapping[str, Any]) -> float:
-    """Take alpha over r from adapter_config.json, or the published code's 2 from a config that
-    says which part it wrapped."""
+def embedded_scale(module: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """Return the scale by adapter_config.json, or 2 if config.json says the part has LoRA.
+
+    The latter is what InternVL's training code writes.
+    """
     if "lora_alpha" in settings and "r" in settings:
-        rank = float(settings["r"])
-        return float(settings["lora_alpha"]) / (rank**0.5 if settings.get("use_rslora") else rank)
-    part = next((key for name, key in RANK_FLAGS.items() if name in module), "use_llm_lora")
-    if settings.get(part):
+        return lora_scale(module, rank, settings)
+    flag = next((flag for name, flag in RANK_FLAGS.items() if name in module), "use_llm_lora")
+    if settings.get(flag):
         return PUBLISHED_SCALE
     raise KeyMapError(
-        f"{module} has an adapter whose scale nothing names; "
-        f"put its adapter_config.json beside it, or set {part} in config.json to its rank"
+        f"{module} has an adapter of unknown scale; put its {ADAPTER_CONFIG} beside it, "
+        f"or set {flag} in config.json to its rank"
     )
 
 
@@ -103,8 +110,9 @@ def check_adapter_shapes(
 ) -> None:
     for weight, adapter in adapters.items():
         rows, columns = tensors[weight].shape
-        up, down = tensors[adapter.up].shape, tensors[adapter.down].shape
+        up, down = tensors[adapter.lora_b].shape, tensors[adapter.lora_a].shape
         if (up[0], down[1]) != (rows, columns) or up[1] != down[0]:
             raise KeyMapError(
-                f"the adapter of {weight} is {up} by {down}, its weight {(rows, columns)}"
+                f"the adapter of {weight} has lora_B {up} and lora_A {down}, its weight is "
+                f"{(rows, columns)}; they belong to different models"
             )

@@ -1,4 +1,4 @@
-"""What an adapter changes, by the rows of a checkpoint's own tensors: fused as they stream."""
+"""Merge an adapter into weights: in memory, or row by row while a checkpoint is converted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from internvl3_mlx.models.lora import LoRAWeights
 
 @dataclass(frozen=True, eq=False)
 class RowDelta:
-    """Rows ``start`` to ``stop`` of a tensor, changed by factors or replaced by other rows.
+    """A change to rows ``start`` to ``stop`` of a stored tensor: LoRA weights, or other rows.
 
-    Both are of our tensor, whose row ``offset`` is row ``start`` of this one.
+    Row ``start`` of the stored tensor is row ``offset`` of the model's, which ``delta`` is for.
     """
 
     start: int
@@ -24,7 +24,7 @@ class RowDelta:
     delta: LoRAWeights | mx.array
 
     def apply_to(self, x: mx.array, start: int) -> mx.array:
-        """Change rows of the tensor, of which x holds some from ``start`` on."""
+        """Apply the change to x, rows of the stored tensor from ``start`` on."""
         first = start - self.start + self.offset
         last = first + x.shape[0]
         if isinstance(self.delta, LoRAWeights):
@@ -33,33 +33,33 @@ class RowDelta:
 
 
 def deltas_by_tensor(
-    adapter: Adapter, made: Mapping[str, tuple[RowRange, ...]]
+    adapter: Adapter, sources: Mapping[str, tuple[RowRange, ...]]
 ) -> dict[str, tuple[RowDelta, ...]]:
-    """Say for each of the source's tensors which of its rows an adapter changes.
+    """List for each stored tensor the changes that an adapter makes to its rows.
 
-    made: our tensors and the rows of the source's that they are made of.
+    sources: the model's tensors and the stored rows that they are made of.
     """
     found: dict[str, list[RowDelta]] = {}
     changes: dict[str, LoRAWeights | mx.array] = {**adapter.deltas, **adapter.modules_to_save}
     for name, change in changes.items():
         offset = 0
-        for rows in made[name]:
-            piece = RowDelta(rows.start, rows.stop, offset, change)
-            found.setdefault(rows.name, []).append(piece)
+        for rows in sources[name]:
+            delta = RowDelta(rows.start, rows.stop, offset, change)
+            found.setdefault(rows.name, []).append(delta)
             offset += rows.count
     return {
-        name: tuple(sorted(pieces, key=lambda piece: piece.start)) for name, pieces in found.items()
+        name: tuple(sorted(deltas, key=lambda delta: delta.start)) for name, deltas in found.items()
     }
 
 
-def apply_row_deltas(x: mx.array, part: RowRange, pieces: Sequence[RowDelta]) -> mx.array:
-    """Change those rows of ``part`` that pieces concern; x holds all of them, and stays float32."""
+def apply_row_deltas(x: mx.array, part: RowRange, deltas: Sequence[RowDelta]) -> mx.array:
+    """Apply the changes that concern rows ``part``. x: those rows, float32 -> the same."""
     out, at = [], part.start
-    for piece in pieces:
-        low, high = max(piece.start, part.start), min(piece.stop, part.stop)
+    for delta in deltas:
+        low, high = max(delta.start, part.start), min(delta.stop, part.stop)
         if low < high:
             out.append(x[at - part.start : low - part.start])
-            out.append(piece.apply_to(x[low - part.start : high - part.start], low))
+            out.append(delta.apply_to(x[low - part.start : high - part.start], low))
             at = high
     if not out:
         return x
@@ -67,12 +67,12 @@ def apply_row_deltas(x: mx.array, part: RowRange, pieces: Sequence[RowDelta]) ->
 
 
 def merge_adapter(weights: Mapping[str, mx.array], adapter: Adapter) -> dict[str, mx.array]:
-    """Merge an adapter into dense weights; raise when it is not of their model."""
+    """Merge an adapter into 16-bit weights. Raises KeyMapError if it belongs to another model."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     check_compatible(adapter, shapes)
     changed = {
-        name: factors.merged_into(weights[name]).astype(weights[name].dtype)
-        for name, factors in adapter.deltas.items()
+        name: lora.merged_into(weights[name]).astype(weights[name].dtype)
+        for name, lora in adapter.deltas.items()
     }
     replaced = {name: x.astype(weights[name].dtype) for name, x in adapter.modules_to_save.items()}
     return {**weights, **changed, **replaced}

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: read, remapped, built into a model, written, verified."""
+"""Checkpoints on disk: read, remap, build a model from one, write, verify."""

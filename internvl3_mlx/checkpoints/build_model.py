@@ -1,7 +1,8 @@
-"""A checkpoint as a bare model under the checkpoint's names: to measure, calibrate and compare."""
+"""Build a model from a checkpoint folder of any layout."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.checkpoints.keymap import ResolvedRule
-from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
 from internvl3_mlx.checkpoints.remap import check_tensors, plan_remap, remap
 from internvl3_mlx.config import ModelConfig, Quantization, read_config
 from internvl3_mlx.device import on_cpu
-from internvl3_mlx.errors import ConfigError
+from internvl3_mlx.errors import ConfigError, UserError
+from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
@@ -24,62 +26,102 @@ SCALES = ".scales"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what turns questions into its ids."""
+    """A model with its config and its tokenizer."""
 
     folder: Path
     config: ModelConfig
-    model: InternVL
     tokenizer: Tokenizer
-    template: Template
+    model: InternVL
+
+    @cached_property
+    def template(self) -> Template:
+        return load_template(self.config, self.folder)
 
 
-def build_model(folder: Path) -> LoadedModel:
-    """Read a folder of any layout; on a CPU numbers are computed in float32, else as stored."""
+def build_model(folder: Path, *, dtype: str | None = None) -> LoadedModel:
+    """Build the model of a folder under the checkpoint's own tensor names, evaluated.
+
+    Raises KeyMapError for a tensor that has no place in the model, ConfigError or CheckpointError
+    for a folder that is not a model.
+    """
+    loaded = assemble_model(folder, dtype=dtype)
+    loaded.model.eval()
+    mx.eval(loaded.model.parameters())
+    return loaded
+
+
+def assemble_model(
+    folder: Path, *, dtype: str | None = None, for_training: bool = False
+) -> LoadedModel:
+    """Build the model of a folder; its tensors are read when they are first evaluated."""
     checkpoint = open_checkpoint(folder)
-    config, moves = plan_remap(checkpoint, read_config(folder))
+    config, rules = plan_remap(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
-    model = empty_model(config, moves, tokenizer.image_id)
-    load_weights(model, {name: computable(x) for name, x in remap(checkpoint, config, moves)})
-    model.eval()
-    mx.eval(model.parameters())
-    return LoadedModel(folder, config, model, tokenizer, load_template(config, folder))
+    check_image_token(tokenizer, config)
+    model = empty_model(config, rules, tokenizer.image_id)
+    compute = compute_dtype(dtype, config.dtype, for_training=for_training)
+    load_weights(
+        model, {name: cast_floats(x, compute) for name, x in remap(checkpoint, config, rules)}
+    )
+    return LoadedModel(folder, config, tokenizer, model)
 
 
-def empty_model(config: ModelConfig, moves: list[ResolvedRule], image_id: int) -> InternVL:
-    """Make an empty model, packed where the checkpoint holds scales, whatever its config says."""
-    model = InternVL(config, image_id)
-    names = {target for move in moves for target in move.targets}
-    packed = {name.removesuffix(SCALES) for name in names if name.endswith(SCALES)}
-    plan = config.quantization
-    if packed and plan is None:
+def check_image_token(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raise ConfigError if the id of <IMG_CONTEXT> is outside the model's vocabulary."""
+    if tokenizer.image_id >= config.text.vocab_size:
         raise ConfigError(
-            "the weights hold quantized tensors but config.json has no quantization; "
-            "download it again"
+            f"<IMG_CONTEXT> is token {tokenizer.image_id} but the model has "
+            f"{config.text.vocab_size} tokens; the tokenizer belongs to another model"
+        )
+
+
+def empty_model(config: ModelConfig, rules: list[ResolvedRule], image_id: int) -> InternVL:
+    """Build a model without its weights; the layers that have scales are quantized ones."""
+    model = InternVL(config, image_id)
+    names = {target for rule in rules for target in rule.targets}
+    quantized = {name.removesuffix(SCALES) for name in names if name.endswith(SCALES)}
+    plan = config.quantization
+    if quantized and plan is None:
+        raise ConfigError(
+            "the weights are quantized but config.json has no quantization; download it again"
         )
     if plan is not None:
-        choose = class_predicate(lambda path: plan.for_module(path) if path in packed else None)
+        choose = class_predicate(lambda path: plan.for_module(path) if path in quantized else None)
         nn.quantize(model, class_predicate=choose)
     return model
 
 
+def compute_dtype(requested: str | None, stored: str, *, for_training: bool = False) -> mx.Dtype:
+    """Choose the data type to compute in: the requested one, or the checkpoint's own.
+
+    The default is float32 on a CPU, where 16-bit arithmetic is emulated, and in training from a
+    float16 checkpoint, whose gradients exceed float16's range.
+    """
+    wide = on_cpu() or (for_training and stored == "float16")
+    name = requested or ("float32" if wide else stored)
+    if name not in FLOAT_DTYPES:
+        raise UserError(f"unknown dtype {name!r}; {did_you_mean(name, FLOAT_DTYPES)}")
+    return FLOAT_DTYPES[name]
+
+
+def cast_floats(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Cast a floating-point tensor; quantized weights and the mx formats' scales are integers."""
+    return x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x
+
+
 def load_weights(model: InternVL, weights: dict[str, mx.array]) -> None:
-    """Give a model its tensors; KeyMapError names those that do not fit."""
+    """Set all of a model's tensors. Raises KeyMapError for those that do not fit."""
     check_tensors(weights, dict(tree_flatten(model.parameters())))
     model.load_weights(list(weights.items()))
 
 
-def computable(x: mx.array) -> mx.array:
-    """Widen 16-bit numbers on a CPU, where their arithmetic is emulated."""
-    return x.astype(mx.float32) if on_cpu() and mx.issubdtype(x.dtype, mx.floating) else x
-
-
-QuantizationChoice = Quantization | None  # None: stays dense
+QuantizationChoice = Quantization | None  # None: not quantized
 
 
 def only_divisible(
     choose: Callable[[str], QuantizationChoice],
 ) -> Callable[[str, nn.Module], QuantizationChoice]:
-    """Restrict a choice to modules that can be packed: widths that part into groups."""
+    """Restrict a choice to layers that can be quantized: the width is a multiple of the group."""
 
     def choice(path: str, module: nn.Module) -> QuantizationChoice:
         chosen = choose(path) if hasattr(module, "to_quantized") else None
@@ -91,11 +133,11 @@ def only_divisible(
 def class_predicate(
     choose: Callable[[str], QuantizationChoice],
 ) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
-    """Say the same to ``mlx.nn.quantize``."""
+    """Adapt a choice to the ``class_predicate`` of ``mlx.nn.quantize``."""
     fits = only_divisible(choose)
 
-    def asked(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         chosen = fits(path, module)
         return asdict(chosen) if chosen else False
 
-    return asked
+    return predicate

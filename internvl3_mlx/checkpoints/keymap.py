@@ -1,9 +1,8 @@
-"""Checkpoint layouts as tables of rules: every tensor's published names, and the one name we keep.
+"""Checkpoint layouts as tables of rules: a tensor's published names and its name in the model.
 
-We keep the names of the original Qwen-based checkpoints. A rule is read in both directions: ``Ours
-<- Theirs``, where
-``{n}`` is a layer number and ``*`` a last part (weight, bias, and the scales and biases of packed
-tensors).
+The model uses the names of the original Qwen-based checkpoints. A rule maps published names to
+those names and is also read in the other direction, to write a layout. In a name ``{n}`` is a layer
+number and ``*`` the last component: weight, bias, or the scales and biases of quantized tensors.
 """
 
 import re
@@ -14,12 +13,12 @@ from functools import cached_property
 
 from internvl3_mlx.errors import KeyMapError
 
-MAX_LISTED = 6  # names listed in an error before it says how many more there are
+MAX_LISTED = 6  # names listed in an error; the others are counted
 
 
 @dataclass(frozen=True)
 class KeyRule:
-    """``ours`` is made of ``theirs``: one for one, or one side joined by rows from the other."""
+    """``targets`` are made of ``sources``: one from one, or by joining or splitting rows."""
 
     targets: tuple[str, ...]
     sources: tuple[str, ...]
@@ -72,7 +71,7 @@ INTERNLM2 = (  # the 9B stores InternLM3 weights under InternLM2's names
     key_rule(TEXT_LAYER + "post_attention_layernorm.*", TEXT_LAYER + "ffn_norm.*"),
     key_rule("language_model.lm_head.*", "language_model.output.*"),
 )
-# the published tools leave a native checkpoint's q/k norms under the wrong folder
+# the published conversion tools write the q/k norms of an -hf checkpoint under this name
 MISSPELLED = tuple(
     key_rule(VISION_LAYER + f"attn.{p}_norm.*", VISION_LAYER + f"attention.{p}_norm.*")
     for p in "qk"
@@ -80,7 +79,7 @@ MISSPELLED = tuple(
 ORIGINAL = (*(key_rule(name) for name in TOWER_NAMES), *MISSPELLED, *QWEN, *INTERNLM2)
 
 HF_VISION_LAYER = "vision_tower.encoder.layer.{n}."
-HF = (  # transformers "-hf" checkpoints, after ``normalize_name`` has made the prefixes one
+HF = (  # transformers' "-hf" checkpoints, after ``normalize_name`` has unified their prefixes
     key_rule("vision_model.embeddings.class_embedding", "vision_tower.embeddings.cls_token"),
     key_rule(
         "vision_model.embeddings.patch_embedding.*",
@@ -94,7 +93,7 @@ HF = (  # transformers "-hf" checkpoints, after ``normalize_name`` has made the 
     key_rule(
         VISION_LAYER + "attn.qkv.*", *(HF_VISION_LAYER + f"attention.{p}_proj.*" for p in "qkv")
     ),
-    *(  # and an original checkpoint's likewise
+    *(  # under either name, as above
         key_rule(VISION_LAYER + f"attn.{p}_norm.*", HF_VISION_LAYER + f"{folder}.{p}_norm.*")
         for p in "qk"
         for folder in ("attention", "attn")
@@ -107,9 +106,9 @@ HF = (  # transformers "-hf" checkpoints, after ``normalize_name`` has made the 
     key_rule("mlp1.3.*", "multi_modal_projector.linear_2.*"),
     *QWEN,
 )
-READ_RULES = {"original": ORIGINAL, "mlx": ORIGINAL, "native": HF}
+READ_RULES = {"original": ORIGINAL, "mlx": ORIGINAL, "hf": HF}
 TOWER = tuple(key_rule(name) for name in TOWER_NAMES)
-WRITE_RULES = {  # layout and decoder -> the names we write, the first rule for a tensor of ours
+WRITE_RULES = {  # layout and decoder -> the names to write; the first rule for a tensor applies
     ("mlx", "qwen2"): (*TOWER, *QWEN),
     ("mlx", "internlm3"): (*TOWER, *QWEN),
     ("original", "qwen2"): (*TOWER, *QWEN),
@@ -123,7 +122,7 @@ IGNORED = re.compile(
 
 
 def normalize_name(name: str) -> str:
-    """Make one layout's variants one: PEFT's wrapping, a leading ``model.``, the head's place."""
+    """Unify variants of a layout: PEFT's prefix, a leading ``model.``, the place of the head."""
     name = name.replace("base_model.model.", "").replace(".base_layer.", ".")
     name = re.sub(r"^model\.(?=vision_tower\.|multi_modal_projector\.|language_model\.)", "", name)
     name = re.sub(
@@ -134,7 +133,7 @@ def normalize_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class ResolvedRule:
-    """One finished rule: the tensors to read, in order, and the tensors to make of them."""
+    """One rule for actual tensors: the tensors to read, in order, and those to make of them."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -142,7 +141,7 @@ class ResolvedRule:
 
 
 class KeyMap:
-    """Places a checkpoint's tensors by one layout's table."""
+    """Maps a checkpoint's tensors by one layout's table."""
 
     def __init__(self, layout: str, rules: Sequence[KeyRule] = ()):
         self.layout = layout
@@ -150,7 +149,7 @@ class KeyMap:
 
     @classmethod
     def inverse(cls, layout: str, family: str) -> "KeyMap":
-        """Read a layout's table the other way: from our names to the ones it is written with."""
+        """Return the map from the model's names to those of a layout."""
         rules = WRITE_RULES[layout, family]
         return cls(
             layout, [KeyRule(entry.sources, entry.targets, entry.grouped) for entry in rules]
@@ -165,13 +164,16 @@ class KeyMap:
         ]
 
     def match(self, name: str) -> tuple[KeyRule, int, Callable[[str], str]]:
-        """Find a checkpoint name's rule, its part in it, and how to fill the rule's other names."""
+        """Find the rule for a name, its index among the sources, and a formatter of other names.
+
+        Raises KeyMapError if there is no rule.
+        """
         for pattern, entry, part in self.patterns:
             if match := pattern.fullmatch(normalize_name(name)):
                 return entry, part, name_formatter(match.groupdict())
         if "lora_" in name:
             raise KeyMapError(
-                f"{name!r} is an adapter's; merge the LoRA adapter into its model first"
+                f"{name!r} belongs to a LoRA adapter; merge the adapter into its model first"
             )
         raise KeyMapError(
             f"no rule for checkpoint key {name!r}; "
@@ -179,7 +181,10 @@ class KeyMap:
         )
 
     def resolve(self, names: Iterable[str]) -> list[ResolvedRule]:
-        """Arrange all tensors; raise when one is unknown, doubled or lacks its siblings."""
+        """Resolve the rules for all tensors.
+
+        Raises KeyMapError for a tensor that is unknown, duplicated or has missing siblings.
+        """
         found: dict[tuple[str, ...], tuple[KeyRule, dict[int, str]]] = {}
         for name in names:
             if IGNORED.search(name):
@@ -189,19 +194,19 @@ class KeyMap:
             parts = found.setdefault(targets, (entry, {}))[1]
             if part in parts or found[targets][0] is not entry:
                 raise KeyMapError(
-                    f"doubled: {name} and {next(iter(parts.values()))} both give {targets[0]}"
+                    f"duplicate: {name} and {next(iter(parts.values()))} both map to {targets[0]}"
                 )
             parts[part] = name
         twice = [t for t, n in Counter(t for ts in found for t in ts).items() if n > 1]
         if twice:
-            raise KeyMapError(f"doubled, by two layouts' names: {summarize_names(twice)}")
-        short = [
+            raise KeyMapError(f"duplicates under two layouts' names: {summarize_names(twice)}")
+        partial = [
             targets[0]
             for targets, (entry, parts) in found.items()
             if len(parts) < len(entry.sources)
         ]
-        if short:
-            raise KeyMapError(f"incomplete: {summarize_names(short)}")
+        if partial:
+            raise KeyMapError(f"incomplete: {summarize_names(partial)}")
         return [
             ResolvedRule(tuple(parts[i] for i in sorted(parts)), targets, entry.grouped)
             for targets, (entry, parts) in found.items()
@@ -225,7 +230,7 @@ def name_formatter(found: dict[str, str]) -> Callable[[str], str]:
 
 
 def summarize_names(names: Iterable[str]) -> str:
-    """Name the first few of a list, and how many more there are."""
+    """Join the first few names and say how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - MAX_LISTED} more" if len(ordered) > MAX_LISTED else ""
     return ", ".join(ordered[:MAX_LISTED]) + more

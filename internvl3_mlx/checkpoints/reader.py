@@ -1,4 +1,4 @@
-"""Checkpoints on disk, read: safetensors, or an old PyTorch file, whole tensors or some rows."""
+"""Read checkpoints: safetensors files, or an old PyTorch file."""
 
 import json
 import struct
@@ -6,21 +6,65 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+from internvl3_mlx.checkpoints.keymap import KeyMap
+from internvl3_mlx.config import WORD_BITS, ModelConfig
 from internvl3_mlx.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model*.bin"
+PARTS = ("vision_model", "mlp1", "language_model")  # the first component of each tensor's name
+
+
+class ElementType(NamedTuple):
+    """A safetensors data type: bytes per element, and the NumPy and MLX types that hold it."""
+
+    nbytes: int
+    numpy: type[np.generic] | None = None  # bfloat16 is read as its bits
+    mlx: mx.Dtype | None = None  # None: never part of a model
+
+
+ELEMENT_TYPES = {
+    "F32": ElementType(4, np.float32, mx.float32),
+    "F16": ElementType(2, np.float16, mx.float16),
+    "BF16": ElementType(2, np.uint16, mx.bfloat16),
+    "U32": ElementType(4, np.uint32, mx.uint32),
+    "U16": ElementType(2, np.uint16, mx.uint16),
+    "U8": ElementType(1, np.uint8, mx.uint8),
+    "I32": ElementType(4, np.int32, mx.int32),
+    "I64": ElementType(8, np.int64, mx.int64),
+    "F64": ElementType(8),
+    "F8_E4M3": ElementType(1),
+    "F8_E5M2": ElementType(1),
+    "U64": ElementType(8),
+    "I16": ElementType(2),
+    "I8": ElementType(1),
+    "BOOL": ElementType(1),
+}
+FLOAT_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def mlx_dtype(name: str) -> mx.Dtype:
+    """Return MLX's data type for a safetensors name. Raises CheckpointError if it is unused."""
+    dtype = ELEMENT_TYPES[name].mlx
+    if dtype is None:
+        raise CheckpointError(f"data type {name} is not one that InternVL3 models use")
+    return dtype
+
+
+def safetensors_dtype(dtype: mx.Dtype) -> str:
+    """Return safetensors' name of a data type of MLX: F32, BF16, U32 ..."""
+    return next(name for name, element in ELEMENT_TYPES.items() if element.mlx == dtype)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of one tensor. ``start`` is its first byte in a safetensors file,
-    None in another kind of file."""
+    """One tensor of a file's header. ``start`` is its first byte, None in a PyTorch file."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,21 +76,21 @@ class TensorInfo:
 
 @dataclass
 class Checkpoint:
-    """The tensors of a folder by name. Headers are checked at once, data read when asked for."""
+    """The tensors of a folder by name. Headers are checked on opening; data is read on demand."""
 
     folder: Path
     tensors: dict[str, TensorInfo]
     loaded_files: dict[Path, dict[str, mx.array]] = field(default_factory=dict)
 
     def read(self, name: str) -> mx.array:
-        """Return one tensor, unevaluated where the format allows; its memory is the caller's."""
+        """Return one tensor, unevaluated where the format allows. Each can be read once."""
         file = self.tensors[name].file
         if file not in self.loaded_files:
             self.loaded_files[file] = load_tensor_file(file)
         return self.loaded_files[file].pop(name)
 
     def read_uncached(self, name: str) -> mx.array:
-        """Read one tensor and keep nothing else of its file."""
+        """Read one tensor without caching its file."""
         file = self.tensors[name].file
         if file.suffix == ".bin":
             from internvl3_mlx.checkpoints.torch_pickle import load_pickled_tensor
@@ -60,13 +104,17 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read every shard's header; raise CheckpointError for a missing, truncated or doubled one."""
+    """Read the headers of all shards.
+
+    Raises CheckpointError for a missing or truncated file and a tensor that is in two files.
+    """
     tensors: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
         for info in read_header(file):
             if info.name in tensors:
                 raise CheckpointError(
-                    f"{info.name} is in both {tensors[info.name].file.name} and {file.name}"
+                    f"{info.name} is in both {tensors[info.name].file.name} and {file.name}; "
+                    f"download {folder} again"
                 )
             tensors[info.name] = info
     check_index(folder, tensors)
@@ -74,14 +122,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List a folder's weight files: those its index names, else every safetensors file."""
+    """List a folder's weight files: those in its index, or every safetensors file."""
     index = folder / INDEX
     if index.is_file():
         files = [folder / name for name in sorted(set(read_index(index).values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {', '.join(missing)}, which its index names; download it again"
+                f"{folder} has no {', '.join(missing)}, which its index lists; download it again"
             )
         return files
     for pattern in ("*.safetensors", TORCH_WEIGHTS):
@@ -104,11 +152,11 @@ def read_index(index: Path) -> dict[str, str]:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in table.items()}
         if any(Path(file).name != file for file in files.values()):
-            raise ValueError("an index names files of its own folder")
+            raise ValueError("a file outside the folder")
         return files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is no index of safetensors files; download it again"
+            f"{index} is not an index of safetensors files; download it again"
         ) from error
 
 
@@ -119,7 +167,7 @@ def check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
     for name, file in read_index(index).items():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(
-                f"{index.name} says that {name} is in {file}, but it is not; download it again"
+                f"{index.name} lists {name} in {file}, where it is not; download it again"
             )
 
 
@@ -139,14 +187,10 @@ def load_tensor_file(file: Path) -> dict[str, mx.array]:
 LENGTH_BYTES = 8  # a safetensors file begins with its header's length, little-endian
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 METADATA = "__metadata__"
-ITEM_BYTES = {
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
-    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
-}
 
 
 def read_header(file: Path) -> list[TensorInfo]:
-    """Describe a file's tensors without reading them, checking that all their bytes are there."""
+    """Read a file's header and check that the file holds all the bytes it describes."""
     if file.suffix == ".bin":
         from internvl3_mlx.checkpoints.torch_pickle import read_tensor_infos
 
@@ -163,42 +207,79 @@ def read_header(file: Path) -> list[TensorInfo]:
         raise header_error(file, error) from error
     end = max((info.start + info.nbytes for info in entries if info.start is not None), default=0)
     if size < end:
-        raise CheckpointError(f"{file} is cut short: {size:,} of {end:,} bytes; download it again")
+        raise CheckpointError(f"{file} is truncated: {size:,} of {end:,} bytes; download it again")
     return entries
 
 
 def read_json_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
-    """Return the header and where the data begins."""
+    """Return the header and the offset of the data."""
     with file.open("rb") as stream:
         start = stream.read(LENGTH_BYTES)
-        whole = len(start) == LENGTH_BYTES
-        length = struct.unpack("<Q", start)[0] if whole else HEADER_LIMIT + 1
+        complete = len(start) == LENGTH_BYTES
+        length = struct.unpack("<Q", start)[0] if complete else HEADER_LIMIT + 1
         if length > min(HEADER_LIMIT, size):
             raise CheckpointError(
-                f"{file} is no safetensors file, or its header is damaged; download it again"
+                f"{file} is not a safetensors file, or its header is corrupt; download it again"
             )
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
             raise header_error(file, error) from error
     if not isinstance(header, dict):
-        raise header_error(file, "no object")
+        raise header_error(file, "not an object")
     return header, LENGTH_BYTES + length
 
 
 def header_error(file: Path, why: object) -> CheckpointError:
-    return CheckpointError(f"{file} has a damaged header ({why}); download it again")
+    return CheckpointError(f"{file} has a corrupt header ({why}); download it again")
 
 
 def parse_header_entry(name: str, entry: Mapping[str, Any], file: Path, begin: int) -> TensorInfo:
-    """Check one entry against itself; raise ValueError where it does not agree."""
+    """Parse one tensor's entry. Raises ValueError if its parts contradict each other."""
     first, last = (int(offset) for offset in entry["data_offsets"])
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
-    if dtype not in ITEM_BYTES:
-        raise ValueError(f"{name} is of an unknown kind, {dtype}")
+    if dtype not in ELEMENT_TYPES:
+        raise ValueError(f"{name} has the unknown data type {dtype}")
     if any(not isinstance(side, int) or side < 0 for side in shape):
         raise ValueError(f"{name} has the shape {list(shape)}")
-    wanted = prod(shape) * ITEM_BYTES[dtype]
-    if first < 0 or last - first != wanted:
-        raise ValueError(f"{name} has {last - first:,} bytes, its shape wants {wanted:,}")
-    return TensorInfo(name, shape, dtype, wanted, file, begin + first)
+    expected = prod(shape) * ELEMENT_TYPES[dtype].nbytes
+    if first < 0 or last - first != expected:
+        raise ValueError(f"{name} has {last - first:,} bytes, its shape needs {expected:,}")
+    return TensorInfo(name, shape, dtype, expected, file, begin + first)
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """The parameters of one part of the model, and its bytes on disk."""
+
+    parameters: int
+    nbytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter, with the scales and biases of quantized weights."""
+        return 8 * self.nbytes / self.parameters
+
+
+def parameters_by_part(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, PartSize]:
+    """Count the parameters of each of ``PARTS``; quantized ones count, their scales do not."""
+    totals = {part: [0, 0] for part in PARTS}
+    for rule in KeyMap(config.layout).resolve(checkpoint.tensors):
+        target = rule.targets[0]
+        total = totals[target.split(".", 1)[0]]
+        for source in rule.sources:
+            info = checkpoint.tensors[source]
+            total[0] += parameter_count(info, target, config)
+            total[1] += info.nbytes
+    return {part: PartSize(*total) for part, total in totals.items()}
+
+
+def parameter_count(info: TensorInfo, target: str, config: ModelConfig) -> int:
+    """Count the parameters that one stored tensor, ``target`` in the model, holds."""
+    module, _, kind = target.rpartition(".")
+    if kind in ("scales", "biases"):
+        return 0
+    plan = config.quantization
+    if info.dtype == "U32" and plan is not None:
+        return prod(info.shape) * WORD_BITS // plan.for_module(module).bits
+    return prod(info.shape)

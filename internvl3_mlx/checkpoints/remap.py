@@ -1,4 +1,4 @@
-"""From any layout's tensors to ours: rename, join, part and turn, one rule at a time."""
+"""Remap the tensors of any layout to the model's: rename, join, split and transpose them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ CHANNELS = 3
 def plan_remap(
     checkpoint: Checkpoint, config: ModelConfig
 ) -> tuple[ModelConfig, list[ResolvedRule]]:
-    """Plan how tensors become ours, and take from their shapes what a config may leave open."""
+    """Resolve the rules of a checkpoint, and complete its config from the shapes of its tensors."""
     moves = KeyMap(config.layout).resolve(checkpoint.tensors)
     names = {target for move in moves for target in move.targets}
     text = replace(
@@ -32,7 +32,7 @@ def plan_remap(
 
 
 def head_dim(checkpoint: Checkpoint, moves: list[ResolvedRule], text: TextConfig) -> int:
-    """Read the head dimension from the first query's rows, which no quantization changes."""
+    """Infer the head dimension from the first q_proj's rows, which quantization does not change."""
     target = f"{FIRST_QUERY}.weight"
     for move in moves:
         if target in move.targets:
@@ -45,7 +45,7 @@ def head_dim(checkpoint: Checkpoint, moves: list[ResolvedRule], text: TextConfig
 def remap(
     checkpoint: Checkpoint, config: ModelConfig, moves: list[ResolvedRule]
 ) -> Iterator[tuple[str, mx.array]]:
-    """Yield our tensors one rule at a time, unevaluated where the file format allows."""
+    """Yield the model's tensors rule by rule, unevaluated where the file format allows."""
     for move in moves:
         sources = {name: checkpoint.read(name) for name in move.sources}
         yield from apply_rule(sources, move, config)
@@ -79,24 +79,23 @@ def select_rows(source: mx.array, rows: RowRange) -> mx.array:
 
 
 def channels_last(weight: mx.array) -> mx.array:
-    """Turn PyTorch's (C, 3, P, P) into MLX's (C, P, P, 3); one already turned passes."""
+    """Transpose PyTorch's (C, 3, P, P) to MLX's (C, P, P, 3), unless it is already."""
     return weight if weight.shape[-1] == CHANNELS else weight.transpose(0, 2, 3, 1)
 
 
 def channels_first(weight: mx.array) -> mx.array:
-    """Turn MLX's (C, P, P, 3) patch weight into PyTorch's (C, 3, P, P); one already turned
-    passes."""
+    """Transpose MLX's (C, P, P, 3) to PyTorch's (C, 3, P, P), unless it is already."""
     return weight.transpose(0, 3, 1, 2) if weight.shape[-1] == CHANNELS else weight
 
 
 def check_tensors(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
-    """Raise KeyMapError, naming names, unless the tensors are exactly those expected."""
+    """Raise KeyMapError unless names and shapes are exactly those expected."""
     if missing := expected.keys() - found.keys():
         raise KeyMapError(f"missing: {summarize_names(missing)}")
     if unknown := found.keys() - expected.keys():
         raise KeyMapError(f"not in this model: {summarize_names(unknown)}")
     wrong = [
-        f"{name} is {tuple(found[name].shape)}, wanted {tuple(expected[name].shape)}"
+        f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in found
         if found[name].shape != expected[name].shape
     ]
@@ -104,13 +103,13 @@ def check_tensors(found: Mapping[str, mx.array], expected: Mapping[str, mx.array
         raise KeyMapError(f"wrong shape: {summarize_names(wrong)}")
 
 
-RowCounts = Mapping[str, int]  # tensors and how many rows they have
+RowCounts = Mapping[str, int]  # tensor name -> number of rows
 
 
 def resolve_rows(
     move: ResolvedRule, heights: RowCounts, text: TextConfig
 ) -> list[tuple[RowRange, ...]]:
-    """Say for each target of ``move`` which rows of which sources it is made of."""
+    """Return for each target of ``move`` the rows of the sources that it is made of."""
     whole = [RowRange(name, 0, heights[name]) for name in move.sources]
     if move.grouped:
         return resolve_grouped_rows(whole, text)
@@ -119,15 +118,15 @@ def resolve_rows(
     [source] = whole
     parts = len(move.targets)
     if source.count % parts:
-        raise KeyMapError(f"{source.name} has {source.count} rows, no multiple of {parts}")
+        raise KeyMapError(f"{source.name} has {source.count} rows, not a multiple of {parts}")
     height = source.count // parts
     return [(RowRange(source.name, i * height, (i + 1) * height),) for i in range(parts)]
 
 
 def resolve_grouped_rows(whole: Sequence[RowRange], text: TextConfig) -> list[tuple[RowRange, ...]]:
-    """Part InternLM2's wqkv into q, k and v, or join them.
+    """Split InternLM2's wqkv into q, k and v, or join them.
 
-    Its rows come by key-value head: the queries that share it, then its key, then its value,
+    Its rows are grouped by key-value head: the queries that share it, its key, its value,
     head_dim rows each.
     """
     kv_heads = text.num_key_value_heads
@@ -141,7 +140,7 @@ def resolve_grouped_rows(whole: Sequence[RowRange], text: TextConfig) -> list[tu
     if source.count % heads:
         raise KeyMapError(
             f"{source.name} has {source.count} rows, "
-            f"no multiple of {kv_heads} groups of {sum(slots)} heads"
+            f"not a multiple of {kv_heads} groups of {sum(slots)} heads"
         )
     dim = source.count // heads
     targets: list[list[RowRange]] = [[] for _ in slots]
@@ -155,7 +154,7 @@ def resolve_grouped_rows(whole: Sequence[RowRange], text: TextConfig) -> list[tu
 
 def split_rows(rows: RowRange, parts: int) -> list[RowRange]:
     if rows.count % parts:
-        raise KeyMapError(f"{rows.name} has {rows.count} rows, no multiple of {parts} heads")
+        raise KeyMapError(f"{rows.name} has {rows.count} rows, not a multiple of {parts} heads")
     height = rows.count // parts
     return [
         RowRange(rows.name, rows.start + i * height, rows.start + (i + 1) * height)
@@ -166,7 +165,7 @@ def split_rows(rows: RowRange, parts: int) -> list[RowRange]:
 def compose_rows(
     outer: Iterable[RowRange], inner: Mapping[str, tuple[RowRange, ...]]
 ) -> tuple[RowRange, ...]:
-    """Say in the first layout's rows what ``outer`` says in the second's."""
+    """Express row ranges of the tensors in ``inner`` as ranges of the rows those are made of."""
     found: list[RowRange] = []
     for rows in outer:
         for part in slice_rows(inner[rows.name], rows.start, rows.stop):
@@ -179,7 +178,7 @@ def compose_rows(
 
 
 def slice_rows(parts: Iterable[RowRange], start: int, stop: int) -> list[RowRange]:
-    """Take rows ``start`` to ``stop`` of a tensor made of ``parts``."""
+    """Return the parts that rows ``start`` to ``stop`` of a tensor made of ``parts`` lie in."""
     taken, at = [], 0
     for part in parts:
         low, high = max(start - at, 0), min(stop - at, part.count)

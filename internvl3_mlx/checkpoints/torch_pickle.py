@@ -1,8 +1,8 @@
-"""Old ``pytorch_model.bin`` files, read without PyTorch and without running what a pickle asks for.
+"""Read old ``pytorch_model.bin`` files without PyTorch and without running code from the pickle.
 
-The format is a zip: ``*/data.pkl`` names tensors by storage, size and stride, ``*/data/KEY`` holds
-each storage's
-bytes. The unpickler knows the five names that such a file needs and refuses every other one.
+The format is a ZIP archive: ``*/data.pkl`` describes tensors by storage, shape and stride, and
+``*/data/KEY`` holds the bytes of each storage. The unpickler knows the few names that such a file
+needs and refuses all others.
 """
 
 import pickle
@@ -20,7 +20,7 @@ import numpy as np
 
 from internvl3_mlx.errors import CheckpointError
 
-STORAGES = {  # torch's class -> how its bytes are read, what MLX calls them, safetensors' name
+STORAGES = {  # PyTorch's class -> the NumPy type of its bytes, the MLX type, safetensors' name
     "FloatStorage": (np.float32, mx.float32, "F32"),
     "HalfStorage": (np.float16, mx.float16, "F16"),
     "BFloat16Storage": (np.uint16, mx.bfloat16, "BF16"),
@@ -29,7 +29,7 @@ STORAGES = {  # torch's class -> how its bytes are read, what MLX calls them, sa
     "ByteStorage": (np.uint8, mx.uint8, "U8"),
     "BoolStorage": (np.bool_, mx.bool_, "BOOL"),
 }
-MALFORMED = (  # what a damaged pickle makes the unpickler raise
+MALFORMED = (  # raised by the unpickler for a corrupt file
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     ValueError,
@@ -44,7 +44,7 @@ MALFORMED = (  # what a damaged pickle makes the unpickler raise
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's elements lie, not the elements."""
+    """The position of a tensor's elements in its storage."""
 
     storage: str
     key: str
@@ -54,7 +54,7 @@ class StoredTensor:
 
 
 def read_tensor_infos(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-    """Yield name, shape, type and bytes of each tensor, checking that its storage is whole."""
+    """Yield name, shape, data type and bytes of each tensor; check that its storage is complete."""
     with open_archive(file) as archive:
         for name, tensor in list_tensors(archive, file).items():
             element, _, dtype = STORAGES[tensor.storage]
@@ -62,7 +62,7 @@ def read_tensor_infos(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, i
             nbytes = prod(tensor.shape) * item
             size = archive.getinfo(storage_path(archive, tensor.key)).file_size
             if size < storage_extent(tensor) * item:
-                raise CheckpointError(f"{file}: the data of {name} is cut short; download it again")
+                raise CheckpointError(f"{file}: the data of {name} is truncated; download it again")
             yield name, tensor.shape, dtype, nbytes
 
 
@@ -91,12 +91,14 @@ def load_pickled_tensor(file: Path, name: str) -> mx.array:
 
 @contextmanager
 def open_archive(file: Path) -> Iterator[zipfile.ZipFile]:
-    """Open the file as the zip it should be; whatever is wrong inside is said in one line."""
+    """Open the file as a ZIP archive. Raises CheckpointError for any fault inside the block."""
     try:
         with zipfile.ZipFile(file) as archive:
             yield archive
     except MALFORMED as error:
-        raise CheckpointError(f"{file} is refused: {error}; use a repo with safetensors") from error
+        raise CheckpointError(
+            f"cannot read {file}: {error}; use a repository with safetensors"
+        ) from error
 
 
 def list_tensors(archive: zipfile.ZipFile, file: Path) -> dict[str, StoredTensor]:
@@ -106,12 +108,12 @@ def list_tensors(archive: zipfile.ZipFile, file: Path) -> dict[str, StoredTensor
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
     if not tensors:
-        raise CheckpointError(f"{file} holds no tensors by name; use a repo with safetensors")
+        raise CheckpointError(f"{file} holds no named tensors; use a repository with safetensors")
     return tensors
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Rebuilds descriptions of tensors; any other name in the file is an attack or a mistake."""
+    """Rebuilds descriptions of tensors and refuses any other object."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -149,7 +151,7 @@ def storage_path(archive: zipfile.ZipFile, key: str) -> str:
 
 
 def read_tensor(archive: zipfile.ZipFile, tensor: StoredTensor) -> mx.array:
-    """Read one tensor. bfloat16 has no NumPy type: its bits travel as 16-bit integers."""
+    """Read one tensor. NumPy has no bfloat16: its bits are read as 16-bit integers."""
     element, target, _ = STORAGES[tensor.storage]
     flat: np.ndarray = np.frombuffer(archive.read(storage_path(archive, tensor.key)), dtype=element)
     strides = tuple(step * flat.itemsize for step in tensor.stride)

@@ -1,4 +1,4 @@
-"""Proof that what was written is what was meant: opened again, read whole, compared."""
+"""Verify a written checkpoint: open it again, read it and compare."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,30 +14,33 @@ CHUNK_BYTES = 16_000_000
 def verify_checkpoint(
     folder: Path, entries: Sequence[TensorSpec], checksums: Mapping[str, int]
 ) -> None:
-    """Open a written folder and read it: every tensor present, of its shape, its bytes as they were
-    handed over. (That these were finite numbers was checked on the way.)"""
+    """Check that a folder holds exactly these tensors, and that their bytes have the checksums.
+
+    Raises CheckpointError for the first difference.
+    """
     found = open_checkpoint(folder).tensors
-    wanted = {entry.name: entry for entry in entries}
-    if found.keys() != wanted.keys():
-        odd = sorted(found.keys() ^ wanted.keys())
-        raise CheckpointError(f"{folder} came out with other tensors than planned: {odd[0]}")
+    expected = {entry.name: entry for entry in entries}
+    if found.keys() != expected.keys():
+        different = sorted(found.keys() ^ expected.keys())
+        raise CheckpointError(f"{folder} was not written with the tensors planned: {different[0]}")
     for name, info in found.items():
-        entry = wanted[name]
+        entry = expected[name]
         if (info.shape, info.dtype) != (tuple(entry.shape), entry.dtype):
             raise CheckpointError(
-                f"{name} came out as {info.dtype} {info.shape}; disk or memory fails"
+                f"{name} reads back as {info.dtype} {info.shape} instead of {entry.dtype} "
+                f"{tuple(entry.shape)}; the disk or memory may be faulty"
             )
         if file_checksum(info) != checksums[name]:
             raise CheckpointError(
-                f"{name} reads back differently than it was written; the disk or memory fails"
+                f"{name} reads back other than written; the disk or memory may be faulty"
             )
 
 
 def file_checksum(info: TensorInfo) -> int:
     """Compute the CRC-32 of a tensor's bytes on disk."""
-    left, value = info.nbytes, 0
+    remaining, value = info.nbytes, 0
     with info.file.open("rb") as stream:
         stream.seek(info.start or 0)
-        while left and (chunk := stream.read(min(left, CHUNK_BYTES))):
-            value, left = zlib.crc32(chunk, value), left - len(chunk)
+        while remaining and (chunk := stream.read(min(remaining, CHUNK_BYTES))):
+            value, remaining = zlib.crc32(chunk, value), remaining - len(chunk)
     return value

@@ -66,7 +66,7 @@ def _cached_models() -> list[dict[str, Any]]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    from internvl3_mlx.loading.resolve import model_cache
+    from internvl3_mlx.files import cache_folder
 
     try:
         repos = {repo.repo_id: repo for repo in scan_cache_dir().repos if repo.repo_type == "model"}
@@ -75,7 +75,7 @@ def _cached_models() -> list[dict[str, Any]]:
     hub = {name: repo.size_on_disk for name, repo in repos.items() if FAMILY in name.lower()}
     packed = {
         str(config.parent): sum(file.stat().st_size for file in config.parent.iterdir())
-        for config in model_cache().glob("*/config.json")
+        for config in cache_folder().glob("*/config.json")
     }
     return [
         {"model": name, "nbytes": nbytes}

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, in one form for all layouts."""
+"""Model configuration: ``config.json`` of any layout, in one form."""
 
 from internvl3_mlx.config.model import (
     IMAGENET_MEAN,

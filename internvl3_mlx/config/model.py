@@ -1,8 +1,7 @@
-"""One description of a model, whichever layout its ``config.json`` was written in.
+"""The configuration of a model, whichever layout its ``config.json`` was written in.
 
-Field names are those of the published ``internvl_chat`` config; defaults are that class's own,
-since a file leaves out what it does not change: a missing ``ps_version`` means v1, a missing
-``qkv_bias`` none.
+Field names and defaults are those of the published ``internvl_chat`` config class, because a file
+omits what equals the default: a missing ``ps_version`` means v1, a missing ``qkv_bias`` no bias.
 """
 
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Literal
 
 from internvl3_mlx.errors import ConfigError
 
-Layout = Literal["original", "native", "mlx"]
+Layout = Literal["original", "hf", "mlx"]
 
 # mean and standard deviation of R, G, B in 0..1, with which InternViT's pixels are normalized
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -22,7 +21,7 @@ WORD_BITS = 32  # of the words that hold quantized weights and quantized keys an
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """InternViT, 300M or 6B: decided by these fields, never by a name."""
+    """InternViT. The 300M and 6B towers differ in these fields alone."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -34,27 +33,26 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_normalization: bool = True
-    drop_path_rate: float = 0.0  # in training alone
+    drop_path_rate: float = 0.0  # used in training only
 
     def __post_init__(self) -> None:
         check_positive_numbers(self, "vision_config")
         if self.drop_path_rate >= 1:
             raise ConfigError(
-                f"vision_config.drop_path_rate is {self.drop_path_rate!r}; a share below 1 was "
-                "expected"
+                f"vision_config.drop_path_rate is {self.drop_path_rate!r}; expected a rate below 1"
             )
         if self.norm_type not in ("layer_norm", "rms_norm"):
             raise ConfigError(
-                f"vision_config.norm_type is {self.norm_type!r}; known are layer_norm and rms_norm"
+                f"vision_config.norm_type is {self.norm_type!r}; expected layer_norm or rms_norm"
             )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"vision_config: hidden_size {self.hidden_size} does not split into "
-                f"{self.num_attention_heads} heads"
+                f"vision_config: hidden_size {self.hidden_size} is not divisible by "
+                f"{self.num_attention_heads} attention heads"
             )
         if self.image_size % self.patch_size:
             raise ConfigError(
-                f"vision_config: image_size {self.image_size} is no multiple of "
+                f"vision_config: image_size {self.image_size} is not a multiple of "
                 f"patch_size {self.patch_size}"
             )
 
@@ -70,7 +68,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The decoder. ``family`` is ours: qwen2 (1B 2B 8B 14B 38B 78B) or internlm3 (9B)."""
+    """The decoder. ``family`` is our own field: qwen2 (all sizes but the 9B) or internlm3 (9B)."""
 
     family: str
     hidden_size: int
@@ -91,14 +89,14 @@ class TextConfig:
         check_positive_numbers(self, "text config")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
-                f"text config: {self.num_attention_heads} heads do not share "
+                f"text config: {self.num_attention_heads} attention heads are not divisible by "
                 f"{self.num_key_value_heads} key-value heads"
             )
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How one module's weight is packed. ``mode`` is MLX's: affine, mxfp4, mxfp8 or nvfp4."""
+    """How one module is quantized. ``mode`` is MLX's: affine, mxfp4, mxfp8 or nvfp4."""
 
     bits: int
     group_size: int = 64
@@ -107,19 +105,19 @@ class Quantization:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """What the file says of its packed modules: a default, and exceptions (False: dense)."""
+    """How each module is quantized: a default, and exceptions (False: not quantized)."""
 
     default: Quantization
     modules: Mapping[str, Quantization | Literal[False]] = field(default_factory=dict)
 
     def for_module(self, module: str) -> Quantization:
-        """Say how ``module`` is packed, given that the checkpoint holds scales for it."""
+        """Return how ``module`` is quantized, given that the checkpoint holds scales for it."""
         return self.modules.get(module) or self.default
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything the code needs to know of a checkpoint before it reads a tensor."""
+    """All that is known about a checkpoint before its tensors are read."""
 
     layout: Layout
     vision: VisionConfig
@@ -140,7 +138,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.ps_version not in ("v1", "v2"):
-            raise ConfigError(f"ps_version is {self.ps_version!r}; known are v1 and v2")
+            raise ConfigError(f"ps_version is {self.ps_version!r}; expected v1 or v2")
         if self.force_image_size != self.vision.image_size:
             raise ConfigError(
                 f"force_image_size {self.force_image_size} differs from vision_config.image_size "
@@ -148,17 +146,18 @@ class ModelConfig:
             )
         if self.vision.grid % self.shuffle_factor:
             raise ConfigError(
-                f"a grid of {self.vision.grid} patches does not shuffle by {self.shuffle_factor}"
+                f"a grid of {self.vision.grid} patches is not divisible by the pixel shuffle "
+                f"factor {self.shuffle_factor}; check downsample_ratio"
             )
 
     @property
     def shuffle_factor(self) -> int:
-        """How many patches along each side become one visual token (2 for a ratio of 0.5)."""
+        """Patches per side that pixel shuffle joins into a visual token: 2 for a ratio of 0.5."""
         return round(1 / self.downsample_ratio)
 
     @property
     def num_image_token(self) -> int:
-        """Visual tokens a tile: 256 in every published size."""
+        """Visual tokens per tile: 256 in every published size."""
         return (self.vision.grid // self.shuffle_factor) ** 2
 
     @property
@@ -170,13 +169,13 @@ MAY_BE_ZERO = ("drop_path_rate",)
 
 
 def check_positive_numbers(config: VisionConfig | TextConfig, name: str) -> None:
-    """Raise ConfigError for a size that is no positive number."""
+    """Raise ConfigError for a size that is not a positive number."""
     for entry in fields(config):
         value = getattr(config, entry.name)
         whole, number = entry.type is int, entry.type in (int, float)
-        nought = entry.name in MAY_BE_ZERO and value == 0
-        if number and not nought and not (is_number(value, whole) and value > 0):
-            raise ConfigError(f"{name}.{entry.name} is {value!r}; a positive number was expected")
+        zero = entry.name in MAY_BE_ZERO and value == 0
+        if number and not zero and not (is_number(value, whole) and value > 0):
+            raise ConfigError(f"{name}.{entry.name} is {value!r}; expected a positive number")
 
 
 def is_number(value: object, integer_only: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The ``config.json`` of any layout, read into one ``ModelConfig``. Dictionaries stop here."""
+"""Read ``config.json`` of any layout into a ``ModelConfig``."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from internvl3_mlx.errors import CheckpointError, ConfigError
 
 Json = Mapping[str, Any]
 
-TEXT_FAMILIES = {  # what the file calls its decoder -> which of ours runs it
+TEXT_FAMILIES = {  # the name of the decoder in config.json -> our implementation of it
     "qwen2": "qwen2",
     "Qwen2ForCausalLM": "qwen2",
     "internlm2": "internlm3",
@@ -30,7 +30,10 @@ FAMILY_HAS_QKV_BIAS = {"qwen2": True, "internlm3": False}
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read and normalise ``config.json`` of a checkpoint folder."""
+    """Read and normalize ``config.json`` of a checkpoint folder.
+
+    Raises CheckpointError if there is none, ConfigError if it is not an InternVL3 model's.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
@@ -41,12 +44,12 @@ def read_config(folder: Path) -> ModelConfig:
     except (ValueError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no JSON object; download it again")
+        raise ConfigError(f"{path} is not a JSON object; download it again")
     return parse_config(content)
 
 
 def parse_config(content: Json) -> ModelConfig:
-    """Normalise the ``config.json`` of any layout."""
+    """Normalize the content of a ``config.json`` of any layout."""
     kind = content.get("model_type")
     try:
         if kind == "internvl_chat":
@@ -55,12 +58,12 @@ def parse_config(content: Json) -> ModelConfig:
             return _hf_config(content)
     except KeyError as error:
         raise ConfigError(
-            f"config.json lacks {error.args[0]!r}, which an InternVL3 config names"
+            f"config.json has no {error.args[0]!r}, which an InternVL3 config requires"
         ) from error
     except TypeError as error:
-        raise ConfigError(f"config.json has a value of the wrong kind: {error}") from error
+        raise ConfigError(f"config.json has a value of the wrong type: {error}") from error
     raise ConfigError(
-        f"model_type is {kind!r}; InternVL3 checkpoints say internvl_chat or internvl"
+        f"model_type is {kind!r}; expected internvl_chat or internvl, as in InternVL3 checkpoints"
     )
 
 
@@ -88,7 +91,7 @@ def _chat_config(content: Json) -> ModelConfig:
 
 
 def _hf_config(content: Json) -> ModelConfig:
-    """Read the transformers-native form, which always tiles up to 12 and adds the thumbnail."""
+    """Read the transformers layout, which always uses up to 12 tiles and a thumbnail."""
     vision = content["vision_config"]
     mapped = {ours: vision[theirs] for ours, theirs in HF_VISION_FIELDS.items() if theirs in vision}
     mapped |= {
@@ -97,7 +100,7 @@ def _hf_config(content: Json) -> ModelConfig:
     text = content["text_config"]
     layer = content.get("vision_feature_layer", -1)
     return ModelConfig(
-        layout="native",
+        layout="hf",
         vision=VisionConfig(**(HF_VISION_DEFAULTS | mapped)),
         text=_text_config(text, tied=bool(content.get("tie_word_embeddings", False))),
         select_layer=layer[0] if isinstance(layer, list) else layer,
@@ -112,7 +115,7 @@ def _hf_config(content: Json) -> ModelConfig:
     )
 
 
-HF_VISION_FIELDS = {  # our field -> the native config's
+HF_VISION_FIELDS = {  # our field -> transformers'
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_hidden_layers",
     "num_attention_heads": "num_attention_heads",
@@ -135,9 +138,7 @@ def _text_config(text: Json, *, tied: bool) -> TextConfig:
     name = (text.get("architectures") or [None])[0] or text.get("model_type")
     family = TEXT_FAMILIES.get(str(name)) or TEXT_FAMILIES.get(text.get("model_type", ""))
     if family is None:
-        raise ConfigError(
-            f"the language model is {name!r}; InternVL3 uses Qwen2 or InternLM2/3 decoders"
-        )
+        raise ConfigError(f"the language model is {name!r}; expected Qwen2, InternLM2 or InternLM3")
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     heads, width = text["num_attention_heads"], text["hidden_size"]
     natural = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
@@ -161,14 +162,14 @@ def _text_config(text: Json, *, tied: bool) -> TextConfig:
 
 
 def _parse_quantization(content: Json) -> QuantizationPlan | None:
-    """Read ``quantization``, of which ``quantization_config`` is a copy."""
+    """Read ``quantization``; ``quantization_config`` is a copy of it."""
     table = content.get("quantization") or content.get("quantization_config")
     if not table:
         return None
     if "bits" not in table or "group_size" not in table:
         raise ConfigError(
-            "config.json's quantization lacks bits or group_size, which MLX checkpoints name: "
-            f"{dict(table)}"
+            f"config.json has a quantization without bits or group_size, {dict(table)}; only "
+            "checkpoints quantized by MLX can be loaded"
         )
     modules: dict[str, Quantization | Literal[False]] = {
         path: _parse_quantization_entry(entry, table) if isinstance(entry, Mapping) else False
@@ -188,7 +189,7 @@ def _parse_quantization_entry(entry: Json, default: Json) -> Quantization:
 def _select_fields(
     content: Json, kind: type, skip: frozenset[str] | set[str] = frozenset()
 ) -> dict[str, Any]:
-    """Take the fields of ``kind`` that the file names; published configs carry many leftovers."""
+    """Select the fields of ``kind`` that the file has; published configs hold many others."""
     names = set(kind.__dataclass_fields__) - set(skip)  # type: ignore[attr-defined]
     return {name: content[name] for name in names if name in content}
 
@@ -196,9 +197,7 @@ def _select_fields(
 def _square_side(size: int | list[int]) -> int:
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
-        raise ConfigError(
-            f"vision_config names the size {size}; InternVL3 tiles and patches are square"
-        )
+        raise ConfigError(f"vision_config has the size {size}; expected square tiles and patches")
     return sides.pop()
 
 

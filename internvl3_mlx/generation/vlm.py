@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internvl3_mlx.checkpoints.build_model import LoadedModel
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.answer import Answer, AnswerChunk, Box, Timing, Usage
@@ -17,7 +18,7 @@ from internvl3_mlx.generation.processor import ImageInfo, ModelInputs, Processor
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.speculative import DraftModel, PromptLookup, check_greedy
-from internvl3_mlx.loading.build import LoadedModel, load_local_model
+from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.loading.fetch_model import Notify, fetch_model
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, load_template

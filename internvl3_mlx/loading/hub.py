@@ -1,4 +1,4 @@
-"""Repositories through huggingface-hub: look, weigh, fetch. Never a repository's code."""
+"""Download from and upload to the hub. A repository's code is never downloaded."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from internvl3_mlx.loading.resolve import GB, PUBLISHED_SIZES
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 TORCH_MODEL_PATTERNS = (*MODEL_PATTERNS, "pytorch_model*.bin")
 HTTP_LIBRARIES = ("requests", "httpx", "httpx2", "huggingface_hub")
-SPARE_BYTES = 1 * GB  # left free on disk beside a download
+SPARE_BYTES = 1 * GB  # left free on the disk after a download
 
 
 @dataclass(frozen=True)
 class RepoInfo:
-    """What the hub says of a repository."""
+    """A repository on the hub: the bytes of its weights, the patterns of the files to download."""
 
     repo: str
     nbytes: int
@@ -26,7 +26,7 @@ class RepoInfo:
 
 
 def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
-    """Find a repository that was fetched whole before, without asking the network."""
+    """Return the folder of a completely downloaded repository, without network access."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -39,14 +39,17 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
     try:
-        whole = (folder / "config.json").exists() and bool(weight_files(folder))
+        complete = (folder / "config.json").exists() and bool(weight_files(folder))
     except CheckpointError:
         return None
-    return folder if whole else None
+    return folder if complete else None
 
 
 def repo_info(repo: str, revision: str | None = None) -> RepoInfo:
-    """Ask the hub what a repository weighs; raise when there is no network or no such one."""
+    """Ask the hub for the size of a repository.
+
+    Raises UserError if it does not exist, DownloadError without a network.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -54,15 +57,18 @@ def repo_info(repo: str, revision: str | None = None) -> RepoInfo:
         siblings = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"the hub has no repository {repo} that you may read; check the name, or log in"
+            f"the hub has no repository {repo} that you can read; check the name, "
+            "or run hf auth login"
         ) from error
     except HfHubHTTPError as error:
-        raise DownloadError(f"the hub does not answer for {repo}: {first_line(error)}") from error
+        raise DownloadError(
+            f"the hub returned an error for {repo}: {first_line(error)}; try again later"
+        ) from error
     except Exception as error:
         if not is_network_error(error):
             raise
         raise DownloadError(
-            f"no network and {repo} is not in the cache; try --model demo, or name a folder"
+            f"no network, and {repo} is not downloaded; use --model demo, or name a folder"
         ) from error
     safe = any(file.rfilename.endswith(".safetensors") for file in siblings)
     suffixes = (".safetensors",) if safe else (".bin",)
@@ -71,39 +77,41 @@ def repo_info(repo: str, revision: str | None = None) -> RepoInfo:
 
 
 def check_fits(remote: RepoInfo, *, quantized: bool) -> None:
-    """Refuse a download that the disk cannot hold or whose model this machine's GPU cannot."""
+    """Raise an error if the disk cannot hold the download or the GPU cannot hold the model."""
     check_free_disk(remote, quantized=quantized)
     limit, need = gpu_memory_limit(), remote.nbytes * (0.3 if quantized else 1.0)
     if need > limit:
         raise UserError(
             f"{remote.repo} needs about {need / GB:.0f} GB, "
-            f"this machine can give the GPU {limit / GB:.0f} GB; " + suggest_size(limit)
+            f"this machine's GPU can use {limit / GB:.0f} GB; " + suggest_size(limit)
         )
 
 
 def check_free_disk(remote: RepoInfo, *, quantized: bool) -> None:
-    """Refuse a download that the disk cannot hold."""
+    """Raise DownloadError if the disk cannot hold the download."""
     cache = hub_cache()
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     needed = remote.nbytes * (1.3 if quantized else 1.0) + SPARE_BYTES
     if free < needed:
         raise DownloadError(
-            f"{remote.repo} needs {needed / GB:.0f} GB of disk, "
+            f"{remote.repo} needs {needed / GB:.0f} GB of disk space, "
             f"{free / GB:.0f} GB are free in {cache}; "
-            "set HF_HOME to a larger disk"
+            "free some space, or set HF_HOME to a folder on a larger disk"
         )
 
 
 def suggest_size(limit: float) -> str:
-    """Name the largest size that fits, packed."""
+    """Suggest the largest size that fits when quantized."""
     fitting = [name for name, size in PUBLISHED_SIZES.items() if size.quantized_bytes < limit]
     if not fitting:
-        return "no published size fits"
-    return f"try --model {fitting[-1]} (4-bit, about {PUBLISHED_SIZES[fitting[-1]].quantized_bytes / GB:.1f} GB)"
+        return "no published size fits this machine"
+    largest = fitting[-1]
+    nbytes = PUBLISHED_SIZES[largest].quantized_bytes
+    return f"try --model {largest} (4-bit, about {nbytes / GB:.1f} GB)"
 
 
 def download(remote: RepoInfo, revision: str | None = None) -> Path:
-    """Download what is missing; the hub's library shows its bars, resumes and keeps the files."""
+    """Download what is missing into the hub's cache, with progress bars; resume if interrupted."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -115,7 +123,7 @@ def download(remote: RepoInfo, revision: str | None = None) -> Path:
             raise
         raise DownloadError(
             f"the download of {remote.repo} stopped: {first_line(error)}; "
-            "run the command again to go on"
+            "run the command again to resume"
         ) from error
 
 
@@ -126,7 +134,7 @@ def hub_cache() -> Path:
 
 
 def is_network_error(error: Exception) -> bool:
-    """Tell a network's failure, whichever HTTP library this huggingface-hub is built on."""
+    """Return whether an error is the network's, whichever HTTP library huggingface-hub uses."""
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in HTTP_LIBRARIES
 
 
@@ -139,16 +147,16 @@ Confirm = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class UploadResult:
-    """Where a folder went."""
+    """The repository a folder was uploaded to."""
 
     repo: str
     url: str
 
 
 def upload(folder: Path, repo: str, confirm: Confirm, *, private: bool = False) -> UploadResult:
-    """Upload every file of ``folder``. ``ask`` is asked before an existing repository is touched.
+    """Upload every file of ``folder``. ``confirm`` is asked before an existing repository changes.
 
-    Raises UserError when that is refused or nobody is logged in, DownloadError without a network.
+    Raises UserError if it says no or no user is logged in, DownloadError without a network.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -158,7 +166,7 @@ def upload(folder: Path, repo: str, confirm: Confirm, *, private: bool = False) 
     try:
         if api.repo_exists(repo):
             if not confirm(f"{repo} exists on the hub; replace its files?"):
-                raise UserError(f"{repo} was left as it is; name another --upload-repo")
+                raise UserError(f"{repo} was not changed; name another --upload-repo")
         else:
             api.create_repo(repo, private=private, repo_type="model")
         commit = api.upload_folder(
@@ -170,7 +178,9 @@ def upload(folder: Path, repo: str, confirm: Confirm, *, private: bool = False) 
     except LocalTokenNotFoundError as error:
         raise UserError(f"uploading to {repo} needs a login: hf auth login") from error
     except HfHubHTTPError as error:
-        raise DownloadError(f"the hub refused the upload to {repo}: {first_line(error)}") from error
+        raise DownloadError(
+            f"the hub rejected the upload to {repo}: {first_line(error)}"
+        ) from error
     except Exception as error:
         if not is_network_error(error):
             raise
@@ -180,4 +190,4 @@ def upload(folder: Path, repo: str, confirm: Confirm, *, private: bool = False) 
 
 def check_repo_name(repo: str) -> None:
     if repo.count("/") != 1 or not all(repo.split("/")):
-        raise UserError(f"--upload-repo {repo} is no repository; wanted is OWNER/NAME")
+        raise UserError(f"--upload-repo {repo} is not a repository name; expected OWNER/NAME")

@@ -1,14 +1,12 @@
-"""What a checkpoint is, told from its headers alone: nothing is loaded."""
+"""Describe a checkpoint from its config and headers, without loading it."""
 
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.checkpoints.keymap import ResolvedRule
-from internvl3_mlx.checkpoints.reader import Checkpoint, open_checkpoint
+from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
 from internvl3_mlx.checkpoints.remap import plan_remap
-from internvl3_mlx.config import WORD_BITS, ModelConfig, QuantizationPlan, read_config
+from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.hub import cached_snapshot
 from internvl3_mlx.loading.resolve import resolve_model
@@ -23,7 +21,7 @@ PART_NAMES = {
 
 @dataclass(frozen=True)
 class ModelPart:
-    """One of the three parts: its parameters and its bytes on disk."""
+    """One of the three parts: its name, its parameters and its bytes on disk."""
 
     name: str
     parameters: int
@@ -36,7 +34,7 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Everything ``internvl3 info`` shows of a checkpoint."""
+    """All that ``internvl3 info`` shows about a checkpoint."""
 
     folder: Path
     config: ModelConfig
@@ -50,7 +48,7 @@ class ModelInfo:
         return sum(part.parameters for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the facts as plain values, for JSON."""
+        """Return plain values, for JSON."""
         parts = [{**asdict(part), "bits": round(part.bits, 2)} for part in self.parts]
         config = asdict(self.config)
         return {
@@ -69,15 +67,21 @@ class ModelInfo:
 
 
 def inspect_model(model: str) -> ModelInfo:
-    """Describe a folder, a size or a cached repository; raise UserError when it is not here."""
+    """Describe a folder, or a size or repository that is downloaded.
+
+    Raises UserError if it is not on this machine.
+    """
     folder = find_local_folder(model)
     checkpoint = open_checkpoint(folder)
-    config, moves = plan_remap(checkpoint, read_config(folder))
+    config, _ = plan_remap(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
     return ModelInfo(
         folder=folder,
         config=config,
-        parts=tuple(parameters_by_part(checkpoint, config, moves)),
+        parts=tuple(
+            ModelPart(PART_NAMES[part], size.parameters, size.nbytes)
+            for part, size in parameters_by_part(checkpoint, config).items()
+        ),
         files=len({info.file for info in checkpoint.tensors.values()}),
         nbytes=checkpoint.nbytes,
         stop_tokens=stop_tokens(tokenizer),
@@ -90,41 +94,11 @@ def stop_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def find_local_folder(model: str) -> Path:
-    place = resolve_model(model)
-    folder = place.folder or cached_snapshot(place.repo or "")
+    location = resolve_model(model)
+    folder = location.folder or cached_snapshot(location.repo or "")
     if folder is None:
         raise UserError(
-            f"{place.repo} is not on this machine; "
-            f"`internvl3 generate --model {model}` would fetch it"
+            f"{location.repo} is not on this machine; "
+            f"`internvl3 generate --model {model}` downloads it"
         )
     return folder
-
-
-def parameters_by_part(
-    checkpoint: Checkpoint, config: ModelConfig, moves: list[ResolvedRule]
-) -> list[ModelPart]:
-    """Add up each part's tensors; packed weights count as what they unpack to."""
-    totals = {name: [0, 0] for name in PART_NAMES}
-    for move in moves:
-        total = totals[move.targets[0].split(".", 1)[0]]
-        for source in move.sources:
-            info = checkpoint.tensors[source]
-            total[0] += parameter_count(
-                info.shape, info.dtype, move.targets[0], config.quantization
-            )
-            total[1] += info.nbytes
-    return [
-        ModelPart(PART_NAMES[name], parameters, nbytes)
-        for name, (parameters, nbytes) in totals.items()
-    ]
-
-
-def parameter_count(
-    shape: tuple[int, ...], dtype: str, target: str, plan: QuantizationPlan | None
-) -> int:
-    module, _, kind = target.rpartition(".")
-    if kind in ("scales", "biases"):
-        return 0
-    if dtype == "U32" and plan is not None:
-        return prod(shape) * WORD_BITS // plan.for_module(module).bits
-    return prod(shape)

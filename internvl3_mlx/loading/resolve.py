@@ -1,27 +1,24 @@
-"""What a model may be called: a size, a repository, a folder, or the demo."""
+"""Resolve a model name: a size, a repository, a folder, or the demo."""
 
-import difflib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx.errors import CheckpointError, UserError
+from internvl3_mlx.files import did_you_mean
 
 GB = 1_000_000_000
 DEFAULT_MODEL = "2b"
 DEMO = "demo"
-CACHE_VARIABLE = "INTERNVL3_CACHE"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-QUANTIZED_BYTES_PER_PARAMETER = (
-    0.6  # a weight at 4 bits with its group's scale and offset, and some of the model left dense
-)
+# 4 bits with the scale and bias of the group, and some layers that stay at 16 bits
+QUANTIZED_BYTES_PER_PARAMETER = 0.6
 
 
 @dataclass(frozen=True)
 class PublishedSize:
-    """One published size, for estimates before a download."""
+    """A published size, to estimate its memory before a download."""
 
     repo: str
     parameters: float
@@ -51,7 +48,7 @@ PUBLISHED_SIZES = {
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Where a model is: a folder here, or a repository; ``size`` when it was asked for by size."""
+    """A folder on this machine or a repository; ``size`` if the model was named by its size."""
 
     folder: Path | None = None
     repo: str | None = None
@@ -59,7 +56,10 @@ class ModelLocation:
 
 
 def resolve_model(model: str) -> ModelLocation:
-    """Say what ``model`` names. A folder wins over a repository of the same spelling."""
+    """Resolve ``model``; a folder takes precedence over a repository of the same name.
+
+    Raises UserError if it is neither a size, a folder nor OWNER/NAME.
+    """
     path = Path(model).expanduser()
     if model == DEMO:
         return ModelLocation(folder=DEMO_FOLDER)
@@ -67,24 +67,12 @@ def resolve_model(model: str) -> ModelLocation:
         return ModelLocation(folder=path)
     if path.is_file():
         raise CheckpointError(
-            f"{model} is a file; name the folder that holds config.json and the weights"
+            f"{model} is a file; name the folder with config.json and the weights"
         )
     if size := PUBLISHED_SIZES.get(model.lower()):
         return ModelLocation(repo=size.repo, size=model.lower())
     if REPOSITORY.fullmatch(model) and not path.is_absolute() and not model.startswith("."):
         return ModelLocation(repo=model)
-    near = difflib.get_close_matches(model.lower(), [*PUBLISHED_SIZES, DEMO], n=1)
-    hint = (
-        f"did you mean {near[0]!r}?"
-        if near
-        else f"sizes are {', '.join(PUBLISHED_SIZES)}, repositories are OWNER/NAME"
-    )
+    otherwise = f"choose from {', '.join(PUBLISHED_SIZES)}, or name a repository as OWNER/NAME"
+    hint = did_you_mean(model.lower(), [*PUBLISHED_SIZES, DEMO], otherwise=otherwise)
     raise UserError(f"no model folder, size or repository {model!r}; {hint}")
-
-
-def model_cache() -> Path:
-    """Return the folder of packed sizes: $INTERNVL3_CACHE, or the user's cache folder."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "internvl3-mlx"

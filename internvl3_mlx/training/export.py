@@ -17,7 +17,6 @@ from internvl3_mlx.convert.pipeline import (
     convert_checkpoint,
 )
 from internvl3_mlx.convert.plan import plan_conversion
-from internvl3_mlx.convert.row_reader import DTYPES
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import atomic_folder
 from internvl3_mlx.models.internvl import InternVL
@@ -49,7 +48,7 @@ def export_model(
             f"{sorted(quantized)[0]} was trained unquantized but is quantized in {source}; "
             "save the adapter and fuse it"
         )
-    cast = {name: x.astype(DTYPES[dtypes[name]][1]) for name, x in trained.items()}
+    cast = {name: x.astype(mlx_dtype(dtypes[name])) for name, x in trained.items()}
     options = ConvertOptions(calibrated_weights=cast, overwrite=overwrite)
     return convert_checkpoint(source, target, None, options)
 

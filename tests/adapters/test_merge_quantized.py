@@ -78,7 +78,7 @@ def test_layers_packed_unlike_stay_apart_under_an_adapter(tmp_path):
 def test_generate_over_a_packed_model_speaks_as_the_adapted_one(tmp_path):
     case = packed()
     model, settings = adapted(case, keys=("all",))
-    save_model_adapter(model, tmp_path / "a", settings, "native")
+    save_model_adapter(model, tmp_path / "a", settings, "hf")
     picture(90, 60).save(tmp_path / "p.png")
     words = ["generate", str(tmp_path / "p.png"), "-p", "What?", "-m", "5", "--json"]
     words += ["--model", str(case.folder)]

@@ -58,8 +58,8 @@ def test_fused_equals_adapter_equals_merged_at_load(style, form, tmp_path):
     assert relative_error(out, logits(merged, case)) < TOLERANCE
 
 
-@pytest.mark.parametrize("layout", ["native_a", "native_saved", "mlx"])
-@pytest.mark.parametrize("naming", ["original", "native"])
+@pytest.mark.parametrize("layout", ["hf_a", "hf_saved", "mlx"])
+@pytest.mark.parametrize("naming", ["original", "hf"])
 def test_either_naming_fuses_into_every_layout(layout, naming, tmp_path):
     case = tiny(Recipe(layout=layout, shards=2))
     model = saved(case, tmp_path / "a", naming)

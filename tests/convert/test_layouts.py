@@ -17,7 +17,7 @@ from internvl3_mlx.convert.recipes import uniform_recipe
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 STYLES = ("300m", "6b", "9b")
-SOURCES = ("original", "native_a", "native_b", "native_saved", "mlx")
+SOURCES = ("original", "hf_a", "hf_b", "hf_saved", "mlx")
 TARGETS = ("mlx", "original", "hf")
 TOLERANCE = 2e-5
 
@@ -47,7 +47,7 @@ def test_a_round_trip_gives_the_same_bytes(tmp_path, style):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_converting_twice_equals_converting_once(tmp_path, target):
-    source = tiny(Recipe(style="6b", layout="native_a"))
+    source = tiny(Recipe(style="6b", layout="hf_a"))
     run_conversion(source.folder, tmp_path / "once", layout=target)
     run_conversion(tmp_path / "once", tmp_path / "twice", layout=target)
     once, twice = tensors(tmp_path / "once"), tensors(tmp_path / "twice")
@@ -71,7 +71,7 @@ def test_converting_a_quantized_checkpoint_twice_equals_once(tmp_path):
 def test_original_output_has_the_published_names_and_shapes(tmp_path, style):
     published = tensors(tiny(Recipe(style=style)).folder)
     run_conversion(
-        tiny(Recipe(style=style, layout="native_b")).folder, tmp_path / "o", layout="original"
+        tiny(Recipe(style=style, layout="hf_b")).folder, tmp_path / "o", layout="original"
     )
     ours = tensors(tmp_path / "o")
     assert {n: x.shape for n, x in ours.items()} == {n: x.shape for n, x in published.items()}
@@ -163,7 +163,7 @@ def test_the_requested_dtype_is_written_and_named(tmp_path):
 
 
 def test_original_output_names_the_code_that_reads_it(tmp_path):
-    run_conversion(tiny(Recipe(layout="native_a")).folder, tmp_path / "out", layout="original")
+    run_conversion(tiny(Recipe(layout="hf_a")).folder, tmp_path / "out", layout="original")
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["auto_map"]["AutoModel"].startswith("OpenGVLab/InternVL3-8B--modeling_")
     assert content["template"] == "internvl2_5"

@@ -13,7 +13,8 @@ from fixtures.tiny import Recipe
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from internvl3_mlx import DownloadError, UserError, load
-from internvl3_mlx.loading import hub, resolve
+from internvl3_mlx.files import cache_folder
+from internvl3_mlx.loading import hub
 from internvl3_mlx.loading.resolve import DEMO_FOLDER, GB
 
 
@@ -44,9 +45,9 @@ class Hub:
             request = SimpleNamespace(url="", method="GET")
             response = SimpleNamespace(status_code=404, headers={}, request=request)
             raise huggingface_hub.errors.RepositoryNotFoundError("404", response=response)
-        resolve = ["config.json", "model.safetensors", "modeling_internvl_chat.py"]
+        names = ["config.json", "model.safetensors", "modeling_internvl_chat.py"]
         return SimpleNamespace(
-            siblings=[SimpleNamespace(rfilename=name, size=self.nbytes) for name in resolve]
+            siblings=[SimpleNamespace(rfilename=name, size=self.nbytes) for name in names]
         )
 
 
@@ -67,7 +68,7 @@ def notes():
 def test_a_repository_is_fetched_once_and_without_its_code(repository, notes):
     for _ in range(2):
         load("someone/model", notify=notes.append, revision="main")
-    [(repo, revision, patterns)] = repository.processing_config
+    [(repo, revision, patterns)] = repository.asked
     assert (repo, revision) == ("someone/model", "main")
     assert not any(
         pattern.endswith((".py", "*")) and "LICENSE" not in pattern for pattern in patterns
@@ -80,7 +81,7 @@ def test_a_published_size_is_packed_once_and_kept(repository, notes, tmp_path):
     kept = tmp_path / "cache" / "InternVL3-1B-4bit"
     assert first.loaded.folder == kept
     assert json.loads((kept / "config.json").read_text())["quantization"]["bits"] == 4
-    assert [note.split()[0] for note in notes] == ["downloading", "packing"]
+    assert [note.split()[0] for note in notes] == ["downloading", "quantizing"]
     repository.online = repository.local = False
     again = load("1b", notify=notes.append)
     assert len(notes) == 2
@@ -127,7 +128,9 @@ def test_without_network_and_name_the_demo_answers_and_says_so(repository, notes
     repository.online = False
     vlm = load(notify=notes.append)
     assert vlm.loaded.folder == DEMO_FOLDER
-    assert notes == ["no network and no OpenGVLab/InternVL3-2B here: using the small demo model"]
+    assert notes == [
+        "no network and OpenGVLab/InternVL3-2B is not downloaded: using the small demo model"
+    ]
 
 
 def test_a_dead_network_is_no_network(repository, monkeypatch):
@@ -146,7 +149,7 @@ def test_a_download_that_breaks_off_says_how_to_go_on(repository, monkeypatch):
         raise LocalEntryNotFoundError("gone") if local_files_only else ConnectionResetError("reset")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(DownloadError, match="stopped: reset; run the command again to go on"):
+    with pytest.raises(DownloadError, match="stopped: reset; run the command again to resume"):
         load("someone/model")
 
 
@@ -161,7 +164,7 @@ def test_a_fault_of_our_own_is_not_taken_for_the_network(repository, monkeypatch
 
 def test_without_network_a_named_repository_says_what_to_do(repository):
     repository.online = False
-    with pytest.raises(DownloadError, match="no network and someone/model is not in the cache"):
+    with pytest.raises(DownloadError, match="no network, and someone/model is not downloaded"):
         load("someone/model")
 
 
@@ -172,24 +175,24 @@ def test_a_repository_that_is_not_there_is_named(repository):
 
 def test_a_model_too_large_for_the_gpu_is_refused_with_one_that_fits(repository, monkeypatch):
     repository.nbytes = 157 * GB
-    monkeypatch.setattr(hub, "gpu_bytes", lambda: 18 * GB)
+    monkeypatch.setattr(hub, "gpu_memory_limit", lambda: 18 * GB)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
     with pytest.raises(
         UserError,
-        match=r"OpenGVLab/InternVL3-78B needs about 47 GB, this machine can give the GPU 18 GB; "
+        match=r"OpenGVLab/InternVL3-78B needs about 47 GB, this machine's GPU can use 18 GB; "
         r"try --model 14b \(4-bit, about 9.1 GB\)",
     ):
         load("78b")
-    assert repository.processing_config == []
+    assert repository.asked == []
 
 
 def test_a_disk_too_small_is_told_before_the_download(repository, monkeypatch):
     repository.nbytes = 50 * GB
-    monkeypatch.setattr(hub, "gpu_bytes", lambda: 10**15)
+    monkeypatch.setattr(hub, "gpu_memory_limit", lambda: 10**15)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20 * GB))
-    with pytest.raises(DownloadError, match="needs 51 GB of disk, 20 GB are free"):
+    with pytest.raises(DownloadError, match="needs 51 GB of disk space, 20 GB are free"):
         load("someone/model")
-    assert repository.processing_config == []
+    assert repository.asked == []
 
 
 def test_a_half_fetched_repository_is_fetched_again(repository, tmp_path):
@@ -210,7 +213,7 @@ def test_a_half_fetched_repository_is_fetched_again(repository, tmp_path):
 def test_the_cache_of_packed_sizes_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.delenv("INTERNVL3_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert resolve.model_cache() == tmp_path / "internvl3-mlx"
+    assert cache_folder() == tmp_path / "internvl3-mlx"
 
 
 def test_bits_that_mlx_cannot_pack_are_refused_before_anything_is_read():
@@ -220,5 +223,5 @@ def test_bits_that_mlx_cannot_pack_are_refused_before_anything_is_read():
 
 def test_a_packed_checkpoint_is_not_packed_again(repository):
     folder = load("1b").loaded.folder
-    with pytest.raises(UserError, match="quantized already"):
+    with pytest.raises(UserError, match="already quantized"):
         load(str(folder), quantize=8)

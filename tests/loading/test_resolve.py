@@ -34,10 +34,10 @@ def test_the_demo_is_in_the_package():
     ("model", "message"),
     [
         ("3b", "did you mean"),
-        ("dmeo", "did you mean 'demo'"),
+        ("dmeo", "did you mean demo"),
         ("./nowhere", "no model folder, size or repository './nowhere'"),
-        ("a/b/c", "sizes are 1b, 2b"),
-        ("", "sizes are"),
+        ("a/b/c", "choose from 1b, 2b"),
+        ("", "choose from"),
     ],
 )
 def test_what_names_nothing_is_said_with_what_would(model, message):

@@ -57,7 +57,7 @@ def test_replacing_is_asked_and_may_be_refused(hub, folder):
         asked.append(question)
         return False
 
-    with pytest.raises(UserError, match=f"{REPO} was left as it is"):
+    with pytest.raises(UserError, match=f"{REPO} was not changed"):
         upload(folder, REPO, no)
     assert asked == [f"{REPO} exists on the hub; replace its files?"]
     assert hub.repos[REPO] == {"config.json": b"theirs"}
@@ -73,7 +73,7 @@ def test_replacing_takes_the_old_weights_away(hub, folder):
 
 def test_a_hub_that_refuses_is_told(hub, folder):
     hub.refuse = 403
-    with pytest.raises(DownloadError, match=f"the hub refused the upload to {REPO}: "):
+    with pytest.raises(DownloadError, match=f"the hub rejected the upload to {REPO}: "):
         upload(folder, REPO, never)
 
 
@@ -86,5 +86,5 @@ def test_no_network_is_told(monkeypatch, folder):
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "/model", "owner/"])
 def test_a_name_that_is_no_repository_is_refused(folder, name):
-    with pytest.raises(UserError, match=r"is no repository; wanted is OWNER/NAME"):
+    with pytest.raises(UserError, match=r"is not a repository name; expected OWNER/NAME"):
         upload(folder, name, never)

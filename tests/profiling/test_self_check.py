@@ -40,7 +40,9 @@ def test_rotary_at_rounded_positions_is_noticed(monkeypatch):
     rotary = self_check.Rotary
     monkeypatch.setattr(self_check, "Rotary", lambda d, b, at: rotary(d, b, mx.round(at)))
     from_base = self_check.RopeParams.from_base
-    monkeypatch.setattr(self_check.RopeParams, "from_base", lambda at, d, b: from_base(mx.round(at), d, b))
+    monkeypatch.setattr(
+        self_check.RopeParams, "from_base", lambda at, d, b: from_base(mx.round(at), d, b)
+    )
     failed = {check.name for check in run_operation_checks() if not check.passed}
     assert failed == {"rotary at V2PE positions", "new keys rotated and quantized"}
 

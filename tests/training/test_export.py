@@ -46,7 +46,7 @@ def exported(model, source, target, **options):
 
 
 @pytest.mark.parametrize(
-    ("style", "layout"), [("300m", "original"), ("6b", "native_a"), ("9b", "original")]
+    ("style", "layout"), [("300m", "original"), ("6b", "hf_a"), ("9b", "original")]
 )
 def test_what_was_trained_comes_back(style, layout, tmp_path):
     case = tiny(Recipe(style=style, layout=layout))

@@ -48,7 +48,7 @@ def torch_model(case, naming):
 
 def asked(model, case, naming):
     ids, pixels = token_row(case, [2]), random_pixels(case, 2)
-    return torch_logits(model, ids, pixels, native=naming == "native")
+    return torch_logits(model, ids, pixels, native=naming == "hf")
 
 
 def test_the_torch_model_with_original_names_is_the_reference():
@@ -58,7 +58,7 @@ def test_the_torch_model_with_original_names_is_the_reference():
     assert relative_error(ours, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("naming", ["original", "native"])
+@pytest.mark.parametrize("naming", ["original", "hf"])
 @pytest.mark.parametrize("form", LORA_FORMS, ids=str)
 def test_an_adapter_made_here_works_in_peft(naming, form, tmp_path):
     case = tiny(Recipe())
@@ -100,7 +100,7 @@ def test_slopes_of_every_factor_in_the_model_are_pefts(form, tmp_path):
         assert relative_error(numbers(slopes[name]), x.grad.numpy()) < 1e-4, name
 
 
-@pytest.mark.parametrize("naming", ["original", "native"])
+@pytest.mark.parametrize("naming", ["original", "hf"])
 def test_peft_finds_each_layer_that_was_adapted_and_no_other(naming, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("q_proj", "vision"), layers=1)
@@ -112,7 +112,7 @@ def test_peft_finds_each_layer_that_was_adapted_and_no_other(naming, tmp_path):
     assert len(found) == 1 + 2 * (4 if naming == "original" else 6)
 
 
-@pytest.mark.parametrize("naming", ["original", "native"])
+@pytest.mark.parametrize("naming", ["original", "hf"])
 @pytest.mark.parametrize(
     "form",
     [{}, {"use_dora": True}, {"use_rslora": True, "rank_pattern": {"k_proj": 5}}],
@@ -137,7 +137,7 @@ def test_an_adapter_made_in_peft_works_here(naming, form, tmp_path):
     assert relative_error(logits(beside, case), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("naming", ["original", "native"])
+@pytest.mark.parametrize("naming", ["original", "hf"])
 def test_modules_trained_whole_travel_with_the_adapter(naming, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("language", "vision"))
@@ -172,7 +172,7 @@ def test_peft_merges_into_the_grouped_matrix_of_the_9b(dora, tmp_path):
     )
 
 
-@pytest.mark.parametrize("naming", ["original", "native", "mlx"])
+@pytest.mark.parametrize("naming", ["original", "hf", "mlx"])
 @pytest.mark.parametrize("form", LORA_FORMS, ids=str)
 def test_saving_and_loading_keeps_every_bit(naming, form, tmp_path):
     case = tiny(Recipe())

@@ -180,7 +180,7 @@ def test_trained_parts_are_saved_as_a_whole_model(tmp_path):
     "checkpoint",
     [
         Recipe(),
-        Recipe(style="6b", layout="native_b"),
+        Recipe(style="6b", layout="hf_b"),
         Recipe(style="9b", tied=False),
         Recipe(style="300m", layout="mlx", bits=Bits(bits=4, group_size=32)),
         Recipe(style="300m", tied=True, dtype="bfloat16"),
