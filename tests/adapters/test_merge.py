@@ -151,7 +151,9 @@ def test_half_an_adapter_and_what_is_none_are_refused(case, pairs, tmp_path):
     with pytest.raises(CheckpointError, match=r"mlp1.1 has NaN or infinite values"):
         load(str(case.folder), adapter=write_adapter(tmp_path / "e", broken))
     words = {"base_model.model.language_model.lora_embedding_A": torch.ones(RANK, 9)}
-    with pytest.raises(KeyMapError, match="is no LoRA factor; merge adapters of this kind in PEFT"):
+    with pytest.raises(
+        KeyMapError, match="is not a LoRA tensor; merge adapters of this kind in PEFT"
+    ):
         load(str(case.folder), adapter=write_adapter(tmp_path / "d", pairs, extra=words))
 
 

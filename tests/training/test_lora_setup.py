@@ -10,7 +10,7 @@ from fixtures.lora_models import adapted, logits, stirred
 from fixtures.tiny import Bits, Recipe
 from mlx.utils import tree_flatten
 
-from internvl3_mlx import CheckpointError, UserError
+from internvl3_mlx import UserError
 from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.models.lora import LoRALinear, lora_layers
 from internvl3_mlx.training.lora_setup import (
