@@ -117,7 +117,7 @@ def plan_conversion(
     source.
     """
     if dtype is not None and dtype not in FLOATS:
-        raise UserError(f"dtype {dtype!r} was requested for; known are {', '.join(FLOATS)}")
+        raise UserError(f"unknown dtype {dtype!r}; choose from {', '.join(FLOATS)}")
     stored = open_checkpoint(source)
     base, embedded = split_embedded_adapters(stored.tensors, source)
     checkpoint = Checkpoint(source, base)

@@ -60,7 +60,7 @@ def damage(folder: Path, name: str, change) -> None:
 def test_a_truncated_shard_is_named(source, tmp_path):
     shard = source / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    assert "model-00002-of-00002.safetensors is cut short" in failure(source, tmp_path / "out")
+    assert "model-00002-of-00002.safetensors is truncated" in failure(source, tmp_path / "out")
 
 
 def test_an_index_that_names_the_wrong_file_is_refused(source, tmp_path):
@@ -70,7 +70,7 @@ def test_an_index_that_names_the_wrong_file_is_refused(source, tmp_path):
     other = dict(zip(files, reversed(files), strict=True))
     table["weight_map"][NORM] = other[table["weight_map"][NORM]]
     write_json(index, table)
-    assert "but it is not; download it again" in failure(source, tmp_path / "out")
+    assert "where it is not; download it again" in failure(source, tmp_path / "out")
 
 
 def test_an_index_that_leads_out_of_its_folder_is_refused(source, tmp_path):
@@ -78,13 +78,13 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(source, tmp_path):
     table = json.loads(index.read_text())
     table["weight_map"][NORM] = "../other/model.safetensors"
     write_json(index, table)
-    assert "is no index of safetensors files" in failure(source, tmp_path / "out")
+    assert "is not an index of safetensors files" in failure(source, tmp_path / "out")
 
 
 def test_a_half_downloaded_repository_is_refused(source, tmp_path):
     (source / "model-00002-of-00002.safetensors").unlink()
     message = failure(source, tmp_path / "out")
-    assert "lacks model-00002-of-00002.safetensors, which its index names" in message
+    assert "has no model-00002-of-00002.safetensors, which its index lists" in message
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
@@ -131,7 +131,7 @@ def test_too_little_disk_space_is_reported_before_anything_is_written(
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: Usage(10**9, 0, 1000))
     message = failure(source, tmp_path / "out")
     assert "needs 0.1 GB, 0.0 GB are free in" in message
-    assert message.endswith("make room or name another disk")
+    assert message.endswith("free some space or choose another disk")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path):
@@ -141,7 +141,10 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path):
         message = failure(source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert message == f"cannot write {tmp_path / 'out'}: File too large; nothing was left behind"
+    assert (
+        message
+        == f"cannot write {tmp_path / 'out'}: File too large; nothing was left behind, check the path and the free disk space"
+    )
 
 
 @contextmanager
@@ -170,7 +173,9 @@ def test_a_read_only_target_is_reported():
         with as_nobody():
             message = failure(place / "source", place / "shut" / "out")
         (place / "shut").chmod(0o755)
-    assert message.endswith("out: Permission denied; nothing was left behind")
+    assert message.endswith(
+        "out: Permission denied; nothing was left behind, check the path and the free disk space"
+    )
 
 
 def test_a_target_below_a_file_is_reported(source, tmp_path):
@@ -230,11 +235,11 @@ MODULE = "language_model.base_model.model.model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda w: w.pop(f"{MODULE}.lora_A.default.weight"), "has half an adapter"),
+        (lambda w: w.pop(f"{MODULE}.lora_A.default.weight"), "has only part of an adapter"),
         (lambda w: w.pop(f"{MODULE}.base_layer.weight"), "has an adapter but no weight"),
         (
             lambda w: w.update({f"{MODULE}.lora_A.default.weight": torch.ones(3, 7)}),
-            "its weight (192, 128)",
+            "its weight is (192, 128)",
         ),
         (
             lambda w: w.update({f"{MODULE}.lora_A.second.weight": torch.ones(3, 128)}),
@@ -242,7 +247,7 @@ MODULE = "language_model.base_model.model.model.layers.1.mlp.up_proj"
         ),
         (
             lambda w: w.update({f"{MODULE}.lora_magnitude_vector.default.weight": torch.ones(3)}),
-            "merge the LoRA adapter",
+            "has a DoRA adapter; merge it with PEFT first",
         ),
     ],
 )
