@@ -1,1 +1,1 @@
-"""internvl3-mlx beside mlx-vlm: one checkpoint, the same tokens, one run."""
+"""internvl3-mlx against mlx-vlm: one checkpoint, the same tokens, one run."""

@@ -1,4 +1,4 @@
-"""Random checkpoints in the layout OpenGVLab publishes, which both programs read."""
+"""Random checkpoints in the layout that OpenGVLab publishes, which both programs read."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from internvl3_mlx.models.internvl import InternVL
 
 BYTES = 256
 HEAD_DIM = 64
-SPREAD = 0.05  # deviation of the random weights: large enough that no two logits are equal
+STANDARD_DEVIATION = 0.05  # of the random weights: large enough that no two logits are equal
 PATCH_WEIGHT = "vision_model.embeddings.patch_embedding.weight"
 
 
@@ -41,7 +41,7 @@ SHAPES = {
 
 
 def write_checkpoint(folder: Path, shape: Shape) -> Path:
-    """Write a float32 checkpoint of ``shape`` into ``folder``, unless it is there already."""
+    """Write a float32 checkpoint of ``shape`` into ``folder``, unless it exists."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,11 +55,11 @@ def write_checkpoint(folder: Path, shape: Shape) -> Path:
 
 
 def random_weights(folder: Path, image_id: int) -> dict[str, mx.array]:
-    """Fill every tensor that our model has, under its published name and shape."""
+    """Return random weights for every tensor, under the published names and shapes."""
     mx.random.seed(0)
     model = InternVL(read_config(folder), image_id)
     weights = {
-        name: mx.random.normal(x.shape) * SPREAD if x.ndim > 1 or "bias" in name else x
+        name: mx.random.normal(x.shape) * STANDARD_DEVIATION if x.ndim > 1 or "bias" in name else x
         for name, x in tree_flatten(model.parameters())
     }
     weights[PATCH_WEIGHT] = mx.contiguous(weights[PATCH_WEIGHT].transpose(0, 3, 1, 2))
@@ -67,7 +67,7 @@ def random_weights(folder: Path, image_id: int) -> dict[str, mx.array]:
 
 
 def config(shape: Shape, ids: dict[str, int]) -> dict[str, Any]:
-    """Write config.json of the original layout, with the one key that mlx-vlm takes from
+    """Return config.json of the original layout, plus the one key that mlx-vlm takes from
     elsewhere."""
     end = ids["<|im_end|>"]
     return {

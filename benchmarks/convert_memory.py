@@ -34,14 +34,14 @@ from internvl3_mlx.config import parse_config
 from internvl3_mlx.models.internvl import InternVL
 
 GB = 1e9
-SPARE_BYTES = 300e6  # the promise: under twice the largest tensor, and this much
+SPARE_BYTES = 300e6  # the limit is twice the largest tensor and this much
 PEER = ("-m", "mlx_vlm", "convert")
 OURS = ("-m", "internvl3_mlx", "convert")
 
 
 @dataclass(frozen=True)
 class ConverterRun:
-    """One conversion in a process of its own."""
+    """One conversion in its own process."""
 
     name: str
     seconds: float
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def write_sparse(folder: Path, shape: Shape) -> list[TensorSpec]:
-    """Write every file of a 16-bit checkpoint, the tensors as holes."""
+    """Write every file of a 16-bit checkpoint, the tensors as sparse holes."""
     folder.mkdir(parents=True)
     content = config(shape, write_tokenizer(folder, shape.merges))
     content["torch_dtype"] = content["llm_config"]["torch_dtype"] = "bfloat16"
@@ -112,7 +112,7 @@ def model_tensors(model: InternVL) -> list[tuple[str, object]]:
 
 
 def published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Give PyTorch's order of the patch weight's axes."""
+    """Return the shape in PyTorch's order of the axes, which only the patch weight changes."""
     return (shape[0], shape[3], shape[1], shape[2]) if name == PATCH_WEIGHT else shape
 
 
@@ -123,10 +123,10 @@ def run_converter(name: str, arguments: list[str]) -> ConverterRun:
         [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     assert child.stderr is not None
-    said = child.stderr.read()
+    output = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
-    lines = [line for line in said.splitlines() if line.strip()]
+    lines = [line for line in output.splitlines() if line.strip()]
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     seconds = time.perf_counter() - started
     return ConverterRun(
@@ -144,8 +144,8 @@ def print_report(runs: list[ConverterRun], total: float, largest: float) -> None
             f"| {run.seconds / (total / GB):.2f} |"
         )
     limit = 2 * largest + SPARE_BYTES
-    kept = "kept" if runs[0].peak_bytes < limit else "BROKEN"
-    print(f"promise: under {limit / GB:.2f} GB, {kept}")
+    verdict = "met" if runs[0].peak_bytes < limit else "EXCEEDED"
+    print(f"limit {limit / GB:.2f} GB: {verdict}")
 
 
 if __name__ == "__main__":

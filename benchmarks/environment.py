@@ -1,4 +1,4 @@
-"""A second environment: this one as it would be without PyTorch."""
+"""A second virtual environment: this one without PyTorch."""
 
 import site
 import subprocess
@@ -9,7 +9,7 @@ TORCH = ("torch", "torchvision", "torchaudio", "torchgen", "functorch", "triton"
 
 
 def environment_without_torch(folder: Path) -> str:
-    """Make a virtual environment of links to this one's packages, PyTorch's left out; return its
+    """Make a virtual environment of links to this one's packages except PyTorch's; return its
     Python."""
     python = folder / "bin" / "python"
     if python.exists():

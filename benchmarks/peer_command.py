@@ -1,7 +1,6 @@
-"""mlx-vlm's own command with its prompt replaced by the published one: ``python -m
-benchmarks.peer_command``.
+"""mlx-vlm's own command with the published prompt: ``python -m benchmarks.peer_command``.
 
-Everything else is mlx-vlm's: its imports, its flags, its loading, its printing.
+Everything else is mlx-vlm's: imports, flags, loading and output.
 """
 
 import sys

@@ -1,5 +1,5 @@
-"""Check that mlx-vlm reads what we write: its logits of our files beside ours, and beside its own
-conversion of the same checkpoint.
+"""Check that mlx-vlm loads what we write: compare its logits of our files with ours, and our
+tensors with its own conversion of the same checkpoint.
 
     python -m benchmarks.peer_reads
 
@@ -29,28 +29,31 @@ RECIPES: dict[str, QuantizationRecipe | None] = {
     **{name: mixed_recipe(name) for name in ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")},
     **{mode: uniform_recipe(mode=mode) for mode in ("mxfp4", "mxfp8", "nvfp4")},
 }
-TEXT_LIMIT, IMAGE_LIMIT = 1e-4, 5e-3  # relative; mlx-vlm's tower bends with the tanh GELU
+TEXT_LIMIT, IMAGE_LIMIT = (
+    1e-4,
+    5e-3,
+)  # relative; mlx-vlm's vision tower uses the tanh approximation of GELU
 WORDS = 12
 
 
 def main() -> None:
     """Convert by every recipe, load with both, compare."""
-    wrong = 0
+    failures = 0
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         source = write_checkpoint(place / "source", SHAPE)
         print("| recipe | text logits | image logits | loads |")
         print("|---|---|---|---|")
-        for label, packing in RECIPES.items():
+        for label, quantization_recipe in RECIPES.items():
             target = place / label
-            for _ in convert_checkpoint(source, target, packing):
+            for _ in convert_checkpoint(source, target, quantization_recipe):
                 pass
             text, image = differences(target)
             good = text < TEXT_LIMIT and image < IMAGE_LIMIT
-            wrong += not good
+            failures += not good
             print(f"| {label} | {text:.1e} | {image:.1e} | {'yes' if good else 'WRONG'} |")
-        wrong += not same_as_theirs(source, place)
-    sys.exit(bool(wrong))
+        failures += not same_as_theirs(source, place)
+    sys.exit(bool(failures))
 
 
 def differences(folder: Path) -> tuple[float, float]:
@@ -58,10 +61,10 @@ def differences(folder: Path) -> tuple[float, float]:
     from mlx_vlm.utils import load_model
 
     ours, theirs = build_model(folder), load_model(folder)
-    draw = np.random.default_rng(0)
-    words = draw.integers(5, 200, size=WORDS).tolist()
+    rng = np.random.default_rng(0)
+    words = rng.integers(5, 200, size=WORDS).tolist()
     image = [ours.model.image_id] * ours.config.num_image_token
-    pixels = mx.array(draw.normal(size=(1, 448, 448, 3)).astype(np.float32))
+    pixels = mx.array(rng.normal(size=(1, 448, 448, 3)).astype(np.float32))
     text = relative(theirs.language_model(mx.array([words])).logits, ours.model(mx.array([words])))
     row = mx.array([[*words, *image, *words]])
     embeds = theirs.get_input_embeddings(
@@ -77,7 +80,7 @@ def relative(theirs: mx.array, ours: mx.array) -> float:
 
 
 def same_as_theirs(source: Path, place: Path) -> bool:
-    """Convert with mlx-vlm too: the packed decoder must be the same, tensor by tensor."""
+    """Convert with mlx-vlm too: the quantized decoder must be the same, tensor by tensor."""
     from mlx_vlm.convert import convert as peer_convert
     from mlx_vlm.utils import load_model
 
@@ -87,7 +90,7 @@ def same_as_theirs(source: Path, place: Path) -> bool:
     theirs = dict(tree_flatten(load_model(place / "peer").language_model.parameters()))
     ours = dict(tree_flatten(load_model(place / "4bit").language_model.parameters()))
     same = theirs.keys() == ours.keys() and all(mx.array_equal(ours[n], theirs[n]) for n in ours)
-    print(f"packed decoder equal to mlx-vlm's own 4-bit conversion: {'yes' if same else 'NO'}")
+    print(f"quantized decoder equal to mlx-vlm's own 4-bit conversion: {'yes' if same else 'NO'}")
     return same
 
 

@@ -1,5 +1,5 @@
-"""Photos to look at: JPEG files with the texture of one, in sizes whose tile grids both programs
-choose alike."""
+"""Synthetic photos: JPEG files with a photo's texture, in sizes for which both programs choose the
+same grid of tiles."""
 
 from pathlib import Path
 
@@ -26,10 +26,11 @@ def write_photo(folder: Path, name: str) -> Path:
 
 
 def synthetic_photo(width: int, height: int) -> Image.Image:
-    """Lay grain over soft patches of colour, so that JPEG has about a photo's work with it."""
-    draw = np.random.default_rng(0)
-    patches = draw.integers(0, 256, (height // 32 + 1, width // 32 + 1, 3), dtype=np.uint8)
+    """Blend grain and soft patches of color, so that decoding takes about as long as for a
+    photo."""
+    rng = np.random.default_rng(0)
+    patches = rng.integers(0, 256, (height // 32 + 1, width // 32 + 1, 3), dtype=np.uint8)
     soft = Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
-    grain = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    grain = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     noise = Image.fromarray(grain).filter(ImageFilter.GaussianBlur(1.5))
     return Image.blend(soft, noise, 0.3)

@@ -1,5 +1,5 @@
-"""One measured process: ``python -m benchmarks.probe TASK SIDE FOLDER [PHOTO ...]`` prints figures
-as JSON."""
+"""One measured process: ``python -m benchmarks.probe TASK SIDE FOLDER [PHOTO ...]`` prints its
+results as JSON."""
 
 import json
 import resource
@@ -12,10 +12,10 @@ from statistics import median
 from typing import Any
 
 MB = 1e6
-PREFILL_TOKENS = (60, 3400)  # a question alone, and with a photo of 13 tiles
+PREFILL_TOKENS = (60, 3400)  # a question alone, and with an image of 13 tiles
 DECODE_PROMPT, DECODE_TOKENS, DECODE_ROUNDS = 32, 64, 4
 
-Figures = dict[str, Any]
+Results = dict[str, Any]
 
 
 def main(task: str, side: str, folder: str, *photos: str) -> None:
@@ -23,52 +23,52 @@ def main(task: str, side: str, folder: str, *photos: str) -> None:
     print(json.dumps(result))
 
 
-def import_alone(side: str, _folder: Path, _photos: list[Path]) -> Figures:
-    """Import what a first question needs."""
-    return {"import": cost(lambda: bring(side))}
+def import_alone(side: str, _folder: Path, _photos: list[Path]) -> Results:
+    """Time the imports that a first question needs."""
+    return {"import": timed(lambda: import_program(side))}
 
 
-def load(side: str, folder: Path, _photos: list[Path]) -> Figures:
-    """Load once, after the imports; peaks of the allocator and of the process."""
-    make = bring(side)
-    figures: Figures = {"load": cost(lambda: make(folder))}
-    return figures | peaks()
+def load(side: str, folder: Path, _photos: list[Path]) -> Results:
+    """Load a checkpoint once, after the imports."""
+    make = import_program(side)
+    results: Results = {"load": timed(lambda: make(folder))}
+    return results | peaks()
 
 
-def stages(side: str, folder: Path, photos: list[Path]) -> Figures:
-    """Read, see and answer about each photo; the first one warms up."""
-    program, figures = bring(side)(folder), {}
+def stages(side: str, folder: Path, photos: list[Path]) -> Results:
+    """Process, encode and answer about each image; the first one warms up."""
+    program, results = import_program(side)(folder), {}
     next(program.answer(photos[:1], 1))
     for photo in photos:
-        name, inputs = photo.stem, program.read([photo])
-        figures[f"see {name}"] = cost(lambda inputs=inputs: program.see(inputs))
-        figures[f"first {name}"] = cost(lambda p=photo: next(program.answer([p], 1)))
-    return figures
+        name, inputs = photo.stem, program.process([photo])
+        results[f"encode {name}"] = timed(lambda inputs=inputs: program.encode(inputs))
+        results[f"first {name}"] = timed(lambda p=photo: next(program.answer([p], 1)))
+    return results
 
 
-def reading(side: str, folder: Path, photos: list[Path]) -> Figures:
-    """Read each photo for the second time."""
-    program, figures = bring(side)(folder), {}
+def reading(side: str, folder: Path, photos: list[Path]) -> Results:
+    """Process each image for the second time."""
+    program, results = import_program(side)(folder), {}
     for photo in photos:
-        program.read([photo])
-        figures[f"read {photo.stem}"] = cost(lambda photo=photo: program.read([photo]))
-    return figures
+        program.process([photo])
+        results[f"process {photo.stem}"] = timed(lambda photo=photo: program.process([photo]))
+    return results
 
 
-def prefill(side: str, folder: Path, _photos: list[Path]) -> Figures:
-    """Read a short and a long text up to the first token."""
-    program, figures = bring(side)(folder), {}
+def prefill(side: str, folder: Path, _photos: list[Path]) -> Results:
+    """Prefill a short and a long text up to the first token."""
+    program, results = import_program(side)(folder), {}
     for count in PREFILL_TOKENS:
         next(program.continue_text(plain_ids(min(PREFILL_TOKENS)), 1))
-        figures[f"prefill {count}"] = cost(
+        results[f"prefill {count}"] = timed(
             lambda n=count: next(program.continue_text(plain_ids(n), 1))
         )
-    return figures
+    return results
 
 
-def decode(side: str, folder: Path, _photos: list[Path]) -> Figures:
-    """Write tokens by the program's stream and by the bare loop, in turn."""
-    program, ids = bring(side)(folder), plain_ids(DECODE_PROMPT)
+def decode(side: str, folder: Path, _photos: list[Path]) -> Results:
+    """Generate tokens by the program's stream and by the bare loop, in alternation."""
+    program, ids = import_program(side)(folder), plain_ids(DECODE_PROMPT)
     ways = {"stream": program.continue_text, "bare": program.bare_loop}
     rounds = [
         {name: per_token(way(ids, DECODE_TOKENS)) for name, way in ways.items()}
@@ -80,25 +80,25 @@ def decode(side: str, folder: Path, _photos: list[Path]) -> Figures:
     }
 
 
-def memory(side: str, folder: Path, photos: list[Path]) -> Figures:
-    """See all photos at once, in a process that does nothing else."""
+def memory(side: str, folder: Path, photos: list[Path]) -> Results:
+    """Encode all images at once, in a process that does nothing else."""
     import mlx.core as mx
 
-    program = bring(side)(folder)
-    inputs = program.read(photos)
+    program = import_program(side)(folder)
+    inputs = program.process(photos)
     mx.reset_peak_memory()
     weights = mx.get_active_memory()
-    program.see(inputs)
+    program.encode(inputs)
     return {**peaks(), "work_mb": (mx.get_peak_memory() - weights) / MB}
 
 
-def same(side: str, folder: Path, photos: list[Path]) -> Figures:
-    """Say what each program makes of the photos, to be compared."""
-    program = bring(side)(folder)
-    return {photo.stem: program.input_facts(program.read([photo])) for photo in photos}
+def same(side: str, folder: Path, photos: list[Path]) -> Results:
+    """Return what each program makes of the images, to be compared."""
+    program = import_program(side)(folder)
+    return {photo.stem: program.input_facts(program.process([photo])) for photo in photos}
 
 
-TASKS: dict[str, Callable[[str, Path, list[Path]], Figures]] = {
+TASKS: dict[str, Callable[[str, Path, list[Path]], Results]] = {
     "import": import_alone,
     "load": load,
     "stages": stages,
@@ -110,8 +110,8 @@ TASKS: dict[str, Callable[[str, Path, list[Path]], Figures]] = {
 }
 
 
-def bring(side: str) -> Any:
-    """Import a program whole, as a first question would."""
+def import_program(side: str) -> Any:
+    """Import a program completely, as a first question would."""
     from benchmarks import sides
 
     if side == sides.OURS:
@@ -125,17 +125,17 @@ def bring(side: str) -> Any:
     return sides.SIDES[side]
 
 
-def cost(action: Callable[[], Any]) -> dict[str, float]:
-    """Seconds that an action takes: of processors (user and system, all threads) and by the
-    clock."""
+def timed(action: Callable[[], Any]) -> dict[str, float]:
+    """Return the seconds an action takes: of the processors (user and system, all threads) and by
+    the clock."""
     cpu, wall = time.process_time(), time.perf_counter()
     action()
     return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
 
 
 def per_token(stream: Iterable[int]) -> dict[str, float]:
-    """Cost of a token after the first; ``thread`` is what the driving thread spends: Python, graphs
-    and handing work over, while MLX computes on threads of its own."""
+    """Return the cost of a token after the first. ``thread`` is what the driving thread spends on
+    Python and on graphs, while MLX computes on its own threads."""
     rest: Iterator[int] = iter(stream)
     next(rest)
     count = 0
@@ -145,18 +145,18 @@ def per_token(stream: Iterable[int]) -> dict[str, float]:
         count = sum(1 for _ in rest)
 
     driving = time.thread_time()
-    total = cost(run)
+    total = timed(run)
     total["thread"] = time.thread_time() - driving
     return {unit: seconds / count for unit, seconds in total.items()}
 
 
 def plain_ids(count: int) -> list[int]:
-    """Ids of single bytes, over and over: in every vocabulary."""
+    """Return the ids of single bytes, repeated: every vocabulary has them."""
     return list(chain.from_iterable(repeat(range(32, 132), count // 100 + 1)))[:count]
 
 
-def peaks() -> Figures:
-    """Peaks of MLX's allocator and of the process's resident memory, in MB."""
+def peaks() -> Results:
+    """Return the peaks of MLX's allocator and of resident memory, in MB."""
     import mlx.core as mx
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux

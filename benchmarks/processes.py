@@ -1,4 +1,5 @@
-"""Children: run one, weigh it from outside; run many, the two sides in turn."""
+"""Child processes: run one and measure it from outside; run many, the two programs in
+alternation."""
 
 import json
 import os
@@ -25,13 +26,13 @@ class Interpreter:
     path: str = sys.executable
 
     def probe(self, task: str, side: str, folder: Path, photos: Iterable[Path] = ()) -> Results:
-        """Run one measured process; return the figures it prints."""
+        """Run one measured process; return the results it prints."""
         words = [task, side, str(folder), *map(str, photos)]
         out, _ = self.run("-m", "benchmarks.probe", *words)
         return dict(json.loads(out.splitlines()[-1]))  # mlx-vlm's libraries may print before
 
     def time_command(self, *words: str) -> Results:
-        """Weigh a whole command, from its start to its end."""
+        """Time a command from start to end."""
         return {"whole": self.run(*words)[1]}
 
     def run(self, *words: str) -> tuple[str, dict[str, float]]:
@@ -52,8 +53,8 @@ class Interpreter:
 
 
 def alternate(measure: Callable[[str], Results], runs: int) -> dict[str, Results]:
-    """Measure each side ``runs`` times, in turn, so that a busy minute falls on both; return
-    medians."""
+    """Measure each program ``runs`` times in alternation, so that a busy minute falls on both;
+    return medians."""
     found: dict[str, list[Results]] = {side: [] for side in installed_sides()}
     for _ in range(runs):
         for side, results in found.items():
@@ -62,12 +63,12 @@ def alternate(measure: Callable[[str], Results], runs: int) -> dict[str, Results
 
 
 def installed_sides() -> list[str]:
-    """List the sides that are installed: without mlx-vlm we are measured alone."""
+    """List the installed programs; without mlx-vlm, only ours."""
     return [OURS, PEER] if find_spec("mlx_vlm") else [OURS]
 
 
 def medians(results: Sequence[Any]) -> Any:
-    """Take medians leaf by leaf."""
+    """Return the medians of equally nested results, number by number."""
     first = results[0]
     if isinstance(first, dict):
         return {key: medians([result[key] for result in results]) for key in first}

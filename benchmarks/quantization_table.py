@@ -1,10 +1,10 @@
-"""What packing costs the demo model: accuracy and KL by bits, for plain, mixed and calibrated
+"""What quantization costs the demo model: accuracy and KL divergence of plain, mixed and calibrated
 recipes, in one table.
 
     python -m benchmarks.quantization_table [--model FOLDER] [--items 20] [--samples 384]
 
-Pictures to learn from, to measure KL on and to ask about are held-out scenes of different seeds.
-Packed numbers are unpacked before they are run: the same numbers, quicker on a CPU.
+The images to calibrate on, to measure KL on and to ask about are held-out scenes of different
+seeds. Quantized checkpoints are dequantized before they run: the same values, faster on a CPU.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import mlx.core as mx
 
 from examples.demo_model.heldout import TASKS, Column, Item, items
 from internvl3_mlx.checkpoints.build_model import LoadedModel, build_model
-from internvl3_mlx.convert.calibration.awq import smooth
 from internvl3_mlx.convert.calibration.bit_allocation import (
     Sensitivity,
     allocate_bits,
@@ -48,10 +47,11 @@ from internvl3_mlx.convert.recipes import (
 )
 from internvl3_mlx.loading.resolve import DEMO_FOLDER
 
-LEARN_SEED, MEASURE_SEED, ASK_SEED = 101, 102, 0  # columns of the held-out scenes; 0 is "square"
+# of the held-out scenes; 0 is the column "square"
+CALIBRATION_SEED, MEASURE_SEED, ASK_SEED = 101, 102, 0
 ANSWER_TOKENS = 12
-MEASURED = 8  # questions a task to measure KL on
-SOME = 24  # samples that decide the bits
+KL_QUESTIONS = 8  # questions per task to measure KL on
+SENSITIVITY_SAMPLES = 24  # enough to decide the bits
 
 Tensors = Mapping[str, mx.array]
 
@@ -64,39 +64,45 @@ class QuantizationResult:
     bits: float
     nbytes: int
     accuracy: float
-    figures: QualityMetrics
+    metrics: QualityMetrics
 
 
 @dataclass(frozen=True)
 class QuantizationBenchmark:
-    """The model and everything it is asked."""
+    """The model and all questions it is asked."""
 
     source: Path
-    place: Path
-    learning: list[CalibrationSample]
+    work_dir: Path
+    calibration: list[CalibrationSample]
     measuring: list[CalibrationSample]
-    wanted: list[mx.array]
-    asked: list[tuple[CalibrationSample, str]]
+    reference: list[mx.array]
+    questions: list[tuple[CalibrationSample, str]]
 
     def row(
-        self, name: str, packing: QuantizationRecipe | None, learned: Tensors | None = None
+        self,
+        name: str,
+        quantization_recipe: QuantizationRecipe | None,
+        weights: Tensors | None = None,
     ) -> QuantizationResult:
-        """Convert, unpack, measure, ask."""
-        target = self.place / re.sub(r"\W+", "-", name)
+        """Convert, dequantize, measure, and ask every question."""
+        target = self.work_dir / re.sub(r"\W+", "-", name)
         for _ in convert_checkpoint(
-            self.source, target, packing, ConvertOptions(calibrated_weights=learned or {})
+            self.source,
+            target,
+            quantization_recipe,
+            ConvertOptions(calibrated_weights=weights or {}),
         ):
             pass
         dense = target
-        if packing is not None:
+        if quantization_recipe is not None:
             dense = target.with_name(target.name + "-dense")
             for _ in convert_checkpoint(target, dense, None, ConvertOptions(dequantize=True)):
                 pass
-        opened = build_model(dense)
-        figures = compute_metrics(opened.model, self.measuring, self.wanted)
+        loaded = build_model(dense)
+        metrics = compute_metrics(loaded.model, self.measuring, self.reference)
         nbytes = sum(file.stat().st_size for file in target.glob("*.safetensors"))
         bits = bits_per_part(target)["language model"]
-        row = QuantizationResult(name, bits, nbytes, accuracy(opened, self.asked), figures)
+        row = QuantizationResult(name, bits, nbytes, accuracy(loaded, self.questions), metrics)
         print(line(row), flush=True)
         return row
 
@@ -105,42 +111,49 @@ def main() -> None:
     """Print the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DEMO_FOLDER)
-    parser.add_argument("--items", type=int, default=20, help="questions a task, for accuracy")
-    parser.add_argument("--samples", type=int, default=384, help="questions to learn from")
+    parser.add_argument("--items", type=int, default=20, help="questions per task, for accuracy")
+    parser.add_argument("--samples", type=int, default=384, help="questions to calibrate on")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--out", type=Path, help="write the rows as JSON too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        bench = prepare_benchmark(options, Path(name))
+        benchmark = prepare_benchmark(options, Path(name))
         print("| recipe | bits per weight | size | accuracy | KL | top-1 |")
         print("|---|---|---|---|---|---|")
-        rows = [row for name in options.rows for row in ROWS[name](bench)]
+        rows = [row for name in options.rows for row in ROWS[name](benchmark)]
     if options.out:
-        table = [vars(row) | {"figures": row.figures.to_dict()} for row in rows]
+        table = [vars(row) | {"metrics": row.metrics.to_dict()} for row in rows]
         options.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
-def prepare_benchmark(options: argparse.Namespace, place: Path) -> QuantizationBenchmark:
-    """Draw the pictures and let the 16-bit model answer them once."""
-    opened = build_model(options.model)
+def prepare_benchmark(options: argparse.Namespace, work_dir: Path) -> QuantizationBenchmark:
+    """Render the images and compute the 16-bit model's log-probabilities once."""
+    loaded = build_model(options.model)
     per_task = max(options.samples // len(options.tasks), 1)
-    learning = scenes(opened, place / "learn", LEARN_SEED, options.tasks, per_task)
-    measuring = scenes(opened, place / "measure", MEASURE_SEED, options.tasks, MEASURED)
-    asked = [
-        (asked_sample(opened, place, item), item.question.answer)
+    calibration = write_scenes(
+        loaded, work_dir / "calibrate", CALIBRATION_SEED, options.tasks, per_task
+    )
+    measuring = write_scenes(
+        loaded, work_dir / "measure", MEASURE_SEED, options.tasks, KL_QUESTIONS
+    )
+    questions = [
+        (question_sample(loaded, work_dir, item), item.question.answer)
         for task in options.tasks
         for item in items(task, Column(ASK_SEED), options.items)
     ]
-    wanted = reference_log_probs(opened.model, measuring)
-    return QuantizationBenchmark(options.model, place, learning, measuring, wanted, asked)
+    reference = reference_log_probs(loaded.model, measuring)
+    return QuantizationBenchmark(
+        options.model, work_dir, calibration, measuring, reference, questions
+    )
 
 
-def scenes(
-    opened: LoadedModel, folder: Path, seed: int, tasks: Sequence[str], number: int
+def write_scenes(
+    loaded: LoadedModel, folder: Path, seed: int, tasks: Sequence[str], number: int
 ) -> list[CalibrationSample]:
+    """Render held-out scenes with their questions into a folder; return them as samples."""
     folder.mkdir()
-    sizes = ((112, 112), (180, 240), (256, 144))  # of pictures, in turn by task
+    sizes = ((112, 112), (180, 240), (256, 144))  # of images, in turn by task
     lines = []
     for at, task in enumerate(tasks):
         column = Column(seed, size=sizes[at % len(sizes)])
@@ -149,113 +162,101 @@ def scenes(
             item.picture.save(folder / name)
             lines.append(json.dumps({"image": name, "question": item.question.text}))
     (folder / "questions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return load_samples(folder, opened)
+    return load_samples(folder, loaded)
 
 
-def asked_sample(opened: LoadedModel, place: Path, item: Item) -> CalibrationSample:
-    path = place / "asked.png"
+def question_sample(loaded: LoadedModel, work_dir: Path, item: Item) -> CalibrationSample:
+    path = work_dir / "question.png"
     item.picture.save(path)
-    return build_sample(opened, path, item.question.text)
+    return build_sample(loaded, path, item.question.text)
 
 
-def accuracy(opened: LoadedModel, asked: Sequence[tuple[CalibrationSample, str]]) -> float:
-    """Give the share of questions answered right to the letter."""
+def accuracy(loaded: LoadedModel, questions: Sequence[tuple[CalibrationSample, str]]) -> float:
+    """Return the share of questions answered exactly right."""
     right = 0
-    for sample, answer in asked:
-        said = opened.tokenizer.decode(greedy_answer(opened, sample, ANSWER_TOKENS))
+    for sample, answer in questions:
+        said = loaded.tokenizer.decode(greedy_answer(loaded, sample, ANSWER_TOKENS))
         right += said.strip() == answer
-    return right / len(asked)
+    return right / len(questions)
 
 
-def plain_rows(bench: QuantizationBenchmark) -> Iterator[QuantizationResult]:
-    yield bench.row("16-bit", None)
+def plain_rows(benchmark: QuantizationBenchmark) -> Iterator[QuantizationResult]:
+    yield benchmark.row("16-bit", None)
     for bits in (2, 3, 4, 5, 6, 8):
-        yield bench.row(f"plain {bits}-bit, groups of 64", uniform_recipe(bits))
-    yield bench.row("plain 4-bit, groups of 32", uniform_recipe(4, 32))
+        yield benchmark.row(f"plain {bits}-bit, groups of 64", uniform_recipe(bits))
+    yield benchmark.row("plain 4-bit, groups of 32", uniform_recipe(4, 32))
     for mode in ("mxfp4", "nvfp4", "mxfp8"):
-        yield bench.row(mode, uniform_recipe(mode=mode))
+        yield benchmark.row(mode, uniform_recipe(mode=mode))
     for name in MIXED_RECIPES:
-        yield bench.row(name, mixed_recipe(name))
+        yield benchmark.row(name, mixed_recipe(name))
 
 
-def calibrated_rows(bench: QuantizationBenchmark) -> Iterator[QuantizationResult]:
+def calibrated_rows(benchmark: QuantizationBenchmark) -> Iterator[QuantizationResult]:
     """Calibrate as ``internvl3 convert`` does, at several sizes."""
-    measured, sizes = sensitivity(bench, scale=False)
-    for name, target, how in CALIBRATED:
-        bits = allocate_bits(measured, sizes, target).to_recipe(name)
-        yield bench.row(name, bits, taught(bench, bits, how))
+    sensitivities, sizes = sensitivity(benchmark)
+    for name, target_bpw, gptq in CALIBRATED:
+        recipe = allocate_bits(sensitivities, sizes, target_bpw).to_recipe(name)
+        yield benchmark.row(name, recipe, quantized_weights(benchmark, recipe, gptq=gptq))
 
 
-def other_rows(bench: QuantizationBenchmark) -> Iterator[QuantizationResult]:
-    """Show what each way brings by itself, and what was tried and left out."""
+def gptq_rows(benchmark: QuantizationBenchmark) -> Iterator[QuantizationResult]:
+    """Measure what GPTQ brings by itself."""
     plain = uniform_recipe(4)
-    for words, how in ALONE:
-        yield bench.row(f"plain 4-bit, {words}", plain, taught(bench, plain, how))
-    measured, sizes = sensitivity(bench, scale=True)
-    bits = allocate_bits(measured, sizes, 4.5).to_recipe("scaled")
-    name = "calibrated 4.5, scaled by activations first"
-    yield bench.row(name, bits, taught(bench, bits, CalibrationConfig(4.5, scale=True)))
+    weights = quantized_weights(benchmark, plain, gptq=True)
+    yield benchmark.row("plain 4-bit with GPTQ", plain, weights)
 
 
 ROWS: Mapping[str, Callable[[QuantizationBenchmark], Iterator[QuantizationResult]]] = {
     "plain": plain_rows,
     "calibrated": calibrated_rows,
-    "others": other_rows,
+    "gptq": gptq_rows,
 }
-ALONE = (
-    ("rounded with feedback", CalibrationConfig(4.5)),
-    ("scaled by activations", CalibrationConfig(4.5, scale=True, gptq=False)),
-    ("scales learned", CalibrationConfig(4.5, epochs=1, gptq=False)),
-)
-CALIBRATED = (  # name, bits per weight, what is done
-    ("**calibrated 4.5**", 4.5, CalibrationConfig(4.5)),
-    ("bits allotted only, 4.5", 4.5, CalibrationConfig(4.5, gptq=False)),
-    ("**calibrated 3.5**", 3.5, CalibrationConfig(3.5)),
-    ("**calibrated 5.5**", 5.5, CalibrationConfig(5.5)),
-    ("calibrated 4.5, then scales learned", 4.5, CalibrationConfig(4.5, epochs=1)),
+CALIBRATED = (  # name, bits per weight, whether GPTQ rounds
+    ("**calibrated 4.5**", 4.5, True),
+    ("bit allocation only, 4.5", 4.5, False),
+    ("**calibrated 3.5**", 3.5, True),
+    ("**calibrated 5.5**", 5.5, True),
 )
 
 
-def sensitivity(
-    bench: QuantizationBenchmark, scale: bool
-) -> tuple[list[Sensitivity], dict[str, int]]:
-    opened, some = build_model(bench.source), bench.learning[:: len(bench.learning) // SOME]
-    if scale:
-        list(smooth(opened.model, some))
-    measured = list(measure_sensitivities(opened.model, some))
-    paths = {path for entry in measured for path in entry.modules}
-    return measured, {path: get_module(opened.model, path).weight.size for path in paths}
+def sensitivity(benchmark: QuantizationBenchmark) -> tuple[list[Sensitivity], dict[str, int]]:
+    """Measure the sensitivity of every unit; also return the number of weights of each module."""
+    loaded = build_model(benchmark.source)
+    some = benchmark.calibration[:: len(benchmark.calibration) // SENSITIVITY_SAMPLES]
+    sensitivities = list(measure_sensitivities(loaded.model, some))
+    paths = {path for entry in sensitivities for path in entry.modules}
+    return sensitivities, {path: get_module(loaded.model, path).weight.size for path in paths}
 
 
-def taught(
-    bench: QuantizationBenchmark, packing: QuantizationRecipe, how: CalibrationConfig
+def quantized_weights(
+    benchmark: QuantizationBenchmark, recipe: QuantizationRecipe, *, gptq: bool
 ) -> Tensors:
-    """Make the tensors of a recipe as ``internvl3 convert --calibrate`` makes them."""
-    opened, some = build_model(bench.source), bench.learning[:: len(bench.learning) // SOME]
-    if how.scale:
-        list(smooth(opened.model, some))
-    depth = opened.config.text.num_hidden_layers
-    forms = {
-        path: form
-        for path in packable_paths(opened)
-        if (form := packing.with_num_layers(depth).choose(path)) is not None
-    }
-    return quantize_calibrated(opened, bench.learning, forms, how, lambda *_: None)
+    """Return the tensors of a recipe as ``internvl3 convert --calibrate`` computes them."""
+    loaded = build_model(benchmark.source)
+    choose = recipe.with_num_layers(loaded.config.text.num_hidden_layers).choose
+    quantizations = {p: q for p in quantizable_paths(loaded) if (q := choose(p)) is not None}
+    config = CalibrationConfig(images=benchmark.work_dir, gptq=gptq)
+    steps = quantize_calibrated(loaded, benchmark.calibration, quantizations, config)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            weights: Tensors = end.value
+            return weights
 
 
-def packable_paths(opened: LoadedModel) -> Iterator[str]:
-    """List the linears and embeddings of projector and language model."""
-    for path, module in opened.model.named_modules():
-        dense = hasattr(module, "to_quantized") and not path.startswith("vision_model.")
-        if dense:
+def quantizable_paths(loaded: LoadedModel) -> Iterator[str]:
+    """List the linear layers and embeddings of the projector and the language model."""
+    for path, module in loaded.model.named_modules():
+        if hasattr(module, "to_quantized") and not path.startswith("vision_model."):
             yield path
 
 
 def line(row: QuantizationResult) -> str:
-    figures = row.figures
+    metrics = row.metrics
     return (
         f"| {row.name} | {row.bits:.2f} | {row.nbytes / 1e6:.2f} MB | {row.accuracy:.1%} "
-        f"| {figures.kl:.5f} | {figures.top1:.1%} |"
+        f"| {metrics.kl:.5f} | {metrics.top1:.1%} |"
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows to JSON and to a Markdown table."""
+"""Results as JSON and as a Markdown table."""
 
 import json
 import os
@@ -13,7 +13,7 @@ PACKAGES = ("mlx", "mlx-vlm", "transformers", "torch", "tokenizers", "numpy", "p
 
 
 def machine_info() -> dict[str, Any]:
-    """Describe where the figures were taken."""
+    """Describe the machine and the versions that were measured."""
     import mlx.core as mx
 
     return {
@@ -41,8 +41,7 @@ def as_json(rows: Iterable[BenchmarkRow], runs: int) -> str:
 
 
 def as_markdown(rows: Sequence[BenchmarkRow]) -> str:
-    """Lay rows out as a table; processor and clock share a line, a ratio over 1 is in our
-    favour."""
+    """Format rows as a table. Processor and clock share a line; a ratio above 1 is in our favor."""
     lines = [
         "| | internvl3-mlx | mlx-vlm | ratio | by the clock |",
         "|---|---:|---:|---:|---:|",
@@ -59,10 +58,8 @@ def as_markdown(rows: Sequence[BenchmarkRow]) -> str:
         clock = f"{format_figure(wall.ours)} / {format_figure(wall.peer)}" if wall else ""
         unit = row.unit.removeprefix("cpu ")
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
-        lines.append(
-            f"| {row.name} | {format_figure(row.ours)} {unit} | {format_figure(row.peer)} {unit} | {ratio} "
-            f"| {clock} |"
-        )
+        ours, peer = (f"{format_figure(value)} {unit}" for value in (row.ours, row.peer))
+        lines.append(f"| {row.name} | {ours} | {peer} | {ratio} | {clock} |")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
-"""Several answers about one photo: ``python -m benchmarks.samples``.
+"""Several answers about one image: ``python -m benchmarks.samples``.
 
-Times and weighs N answers written side by side (``ask_many``), beside N questions asked one after
-another, and beside one talk that asks N times and takes each answer back, so that the photo is
-looked at once. All draw the same words: answer i has seed i.
+Measures time and memory of N answers generated in parallel (``ask_many``), of N questions asked one
+after another, and of one conversation that asks N times and undoes each answer, so that the image
+is encoded once. All sample the same tokens: answer i has seed i.
 """
 
 import argparse
@@ -20,41 +20,41 @@ from benchmarks.photos import SIZES, write_photo
 from benchmarks.prompt import QUESTION
 from benchmarks.report import machine_info
 
-# random weights find all words alike; among few of them rounding cannot change a choice
-DRAWN = {"temperature": 1.0, "top_k": 20, "max_tokens": 16}
+# random weights find all tokens alike; among few of them rounding cannot change a choice
+SAMPLING = {"temperature": 1.0, "top_k": 20, "max_tokens": 16}
 
 
-def main(words: list[str] | None = None) -> None:
-    asked = parser().parse_args(words)
-    folder = write_checkpoint(asked.work / asked.shape, SHAPES[asked.shape])
-    photo = write_photo(asked.work / "photos", asked.photo)
-    found = measure_ways(folder, photo, asked.n, asked.runs)
-    print(table(found, asked.n, asked.photo, asked.shape))
-    if asked.json:
-        content = {"machine": machine_info(), "ways": found, "n": asked.n, "runs": asked.runs}
-        asked.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+def main(argv: list[str] | None = None) -> None:
+    args = argument_parser().parse_args(argv)
+    folder = write_checkpoint(args.work / args.shape, SHAPES[args.shape])
+    photo = write_photo(args.work / "photos", args.photo)
+    found = measure_ways(folder, photo, args.n, args.runs)
+    print(table(found, args.n, args.photo, args.shape))
+    if args.json:
+        content = {"machine": machine_info(), "ways": found, "n": args.n, "runs": args.runs}
+        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser("python -m benchmarks.samples", description=__doc__)
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.samples", description=__doc__)
     work = Path(tempfile.gettempdir()) / "internvl3-benchmarks"
-    made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    made.add_argument("-n", type=int, default=8, help="answers")
-    made.add_argument("--runs", type=int, default=3, help="medians are taken")
-    made.add_argument("--shape", default="photo", choices=list(SHAPES))
-    made.add_argument("--photo", default="7 tiles", choices=list(SIZES))
-    made.add_argument("--work", type=Path, default=work, help="where checkpoints are kept")
-    return made
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser.add_argument("-n", type=int, default=8, help="answers")
+    parser.add_argument("--runs", type=int, default=3, help="medians are taken")
+    parser.add_argument("--shape", default="photo", choices=list(SHAPES))
+    parser.add_argument("--photo", default="7 tiles", choices=list(SIZES))
+    parser.add_argument("--work", type=Path, default=work, help="where checkpoints are written")
+    return parser
 
 
 def measure_ways(folder: Path, photo: Path, n: int, runs: int) -> dict[str, dict[str, float]]:
-    """Return seconds of the processor and the clock, and MLX's peak, of every way; refuse unequal
-    answers."""
+    """Return processor and clock seconds and MLX's peak for each way. Raises RuntimeError when the
+    answers differ."""
     from internvl3_mlx import load
 
     vlm = load(str(folder))
     vlm.tokenizer.stop_ids = frozenset()  # random weights must not end an answer early
-    vlm.ask(QUESTION, **{**DRAWN, "max_tokens": 1})  # the first draw imports and compiles
+    vlm.ask(QUESTION, **{**SAMPLING, "max_tokens": 1})  # the first draw imports and compiles
     answers, found = [], {}
     for name, way in WAYS.items():
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -73,36 +73,36 @@ def measure_ways(folder: Path, photo: Path, n: int, runs: int) -> dict[str, dict
 
 
 def ask_batched(vlm: Any, photo: Path, n: int) -> list[Any]:
-    return vlm.ask_many(QUESTION, [photo], n=n, seed=0, **DRAWN)
+    return vlm.ask_many(QUESTION, [photo], n=n, seed=0, **SAMPLING)
 
 
 def ask_with_undo(vlm: Any, photo: Path, n: int) -> list[Any]:
-    """Take each answer back before the next: what was read stays."""
-    talk, said = vlm.conversation(), []
+    """Undo each answer before the next, so that the prompt stays cached."""
+    conversation, answers = vlm.conversation(), []
     for seed in range(n):
-        said.append(talk.ask(QUESTION, [photo], seed=seed, **DRAWN))
-        talk.undo()
-    return said
+        answers.append(conversation.ask(QUESTION, [photo], seed=seed, **SAMPLING))
+        conversation.undo()
+    return answers
 
 
 def ask_repeatedly(vlm: Any, photo: Path, n: int) -> list[Any]:
-    return [vlm.ask(QUESTION, [photo], seed=seed, **DRAWN) for seed in range(n)]
+    return [vlm.ask(QUESTION, [photo], seed=seed, **SAMPLING) for seed in range(n)]
 
 
 WAYS: dict[str, Callable[[Any, Path, int], list[Any]]] = {
     "ask_many": ask_batched,
-    "one talk, answers taken back": ask_with_undo,
-    "ask, again and again": ask_repeatedly,
+    "one conversation with undo": ask_with_undo,
+    "ask N times": ask_repeatedly,
 }
 
 
 def table(found: dict[str, dict[str, float]], n: int, photo: str, shape: str) -> str:
     first = next(iter(found.values()))["cpu"]
     lines = [
-        f"{n} answers of {DRAWN['max_tokens']} tokens about a photo of {photo} (checkpoint "
+        f"{n} answers of {SAMPLING['max_tokens']} tokens about a photo of {photo} (checkpoint "
         f"{shape}):",
         "",
-        "| way | processor seconds | times ask_many's | by the clock | MLX's peak |",
+        "| way | processor seconds | relative to ask_many | by the clock | MLX's peak |",
         "|---|---:|---:|---:|---:|",
         *(
             f"| {name} | {way['cpu']:,.1f} | {way['cpu'] / first:,.1f} | {way['wall']:,.1f} "

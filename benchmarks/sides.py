@@ -1,4 +1,4 @@
-"""The two programs behind one set of verbs, each verb the program's own public way to do it."""
+"""The two programs behind one protocol; each method uses the program's own public API."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,22 +17,22 @@ class Program(Protocol):
     """One program with a checkpoint loaded."""
 
     def process(self, photos: Sequence[Path]) -> Any:
-        """Turn photos and the question into what the model reads."""
+        """Turn images and the question into model inputs."""
 
     def input_facts(self, inputs: Any) -> dict[str, Any]:
-        """Say what was read: the ids, and the sum of the normalised pixels."""
+        """Return the ids and the sum of the normalized pixels."""
 
     def encode(self, inputs: Any) -> None:
-        """Run tower and projector, and put the features among the embeddings."""
+        """Run vision tower and projector, and merge the features into the embeddings."""
 
     def answer(self, photos: Sequence[Path], count: int) -> Iterator[int]:
-        """Yield ``count`` tokens about some photos."""
+        """Yield ``count`` tokens about some images."""
 
     def continue_text(self, ids: list[int], count: int) -> Iterator[int]:
         """Yield ``count`` tokens after the text ``ids``."""
 
     def bare_loop(self, ids: list[int], count: int) -> Iterator[int]:
-        """Do the same with the model, its cache and an argmax alone."""
+        """Do the same with only the model, its cache and an argmax."""
 
 
 class OurProgram:
@@ -139,7 +139,7 @@ SIDES = {OURS: OurProgram, PEER: PeerProgram}
 
 
 def token_ids(stream: Any) -> Iterator[int]:
-    """Keep the token of each piece, and nothing of the pieces that carry none."""
+    """Yield the token of each chunk that has one."""
     for piece in stream:
         token = getattr(piece, "token_id", None)
         token = getattr(piece, "token", None) if token is None else token
@@ -148,14 +148,14 @@ def token_ids(stream: Any) -> Iterator[int]:
 
 
 def pixel_sum(pixels: mx.array) -> float:
-    """Add pixels up in their own order of size, which the layout of axes does not change."""
+    """Add up the sorted pixels, so that the order of the axes does not matter."""
     import numpy as np
 
     return float(np.sort(np.array(pixels).ravel()).astype(np.float64).sum())
 
 
 def argmax_loop(step: Any, ids: list[int], count: int) -> Iterator[int]:
-    """Decode with as little as can be: the next token is on its way while one is read."""
+    """Decode with as little as possible: the next token is computed while one is read."""
     token = mx.argmax(step(mx.array(ids)), axis=-1)
     mx.async_eval(token)
     for left in range(count - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""What is measured: groups of rows, each a table of cases."""
+"""What is measured: groups of rows, each with its cases."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One line of the table: a figure of both sides, in ``unit``; None where mlx-vlm is absent."""
+    """One line of the table: a result of both programs in ``unit``, None where mlx-vlm is
+    missing."""
 
     group: str
     name: str
@@ -37,20 +38,19 @@ class BenchmarkRow:
 
     @property
     def ratio(self) -> float | None:
-        """How many times less ours takes; None where a difference is lost in the noise."""
+        """Return how many times less ours takes; None where the difference is lost in the noise."""
         measured = self.peer is not None and self.ours > 0 and self.peer > 0
         return self.peer / self.ours if measured and self.peer else None
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where files are kept between runs, how often is measured, and which checkpoint stands for
-    photos."""
+    """Where files are kept between runs, how often to measure, and with which checkpoint."""
 
     work_dir: Path
     runs: int = 5
     shape: str = "photo"
-    quick: bool = False  # leave out what takes minutes without a good BLAS
+    quick: bool = False  # skip what takes minutes without a fast BLAS
 
     def sizes(self, *names: str) -> tuple[str, ...]:
         return names[:1] if self.quick else names
@@ -62,18 +62,18 @@ class Benchmark:
         return [write_photo(self.work_dir / "photos", name) for name in names]
 
     def probe(self, task: str, shape: str, *photos: str) -> dict[str, Results]:
-        """Measure a task of ``probe`` on both sides."""
+        """Measure a task of ``probe`` with both programs."""
         folder, files = self.checkpoint(shape), self.photos(*photos)
         return alternate(lambda side: Interpreter().probe(task, side, folder, files), self.runs)
 
 
 def same_input(bench: Benchmark) -> Iterator[BenchmarkRow]:
-    """Refuse to compare programs that read different tokens or pixels."""
+    """Stop when the programs read different tokens or pixels."""
     names = bench.sizes("1 tile", "7 tiles", "13 tiles", "1 MP", "12 MP")
     folder, files = bench.checkpoint(bench.shape), bench.photos(*names)
     facts = [Interpreter().probe("same", side, folder, files) for side in installed_sides()]
     if any(fact != facts[0] for fact in facts):
-        raise RuntimeError("the two sides do not read the same tokens and pixels")
+        raise RuntimeError("the two programs do not read the same tokens and pixels")
     yield from ()
 
 
@@ -84,13 +84,13 @@ def startup(bench: Benchmark) -> Iterator[BenchmarkRow]:
         "without torch": Interpreter(environment_without_torch(bench.work_dir / "without-torch")),
     }
     for name, python in pythons.items():
-        helps = alternate(lambda side, p=python: p.whole(*HELP[side]), bench.runs)
+        helps = alternate(lambda side, p=python: p.time_command(*HELP[side]), bench.runs)
         yield from time_rows(helps, "whole", "Start-up", f"`--help`, {name}")
         imports = alternate(lambda side, p=python: p.probe("import", side, folder), bench.runs)
         yield from time_rows(imports, "import", "Start-up", f"import, {name}")
         for photo in bench.photos(*bench.sizes("1 tile", "13 tiles")):
             words = generate_command(folder, photo)
-            shell = alternate(lambda side, p=python, w=words: p.whole(*w[side]), bench.runs)
+            shell = alternate(lambda side, p=python, w=words: p.time_command(*w[side]), bench.runs)
             what = f"shell to first token, {photo.stem.replace('_', ' ')}, {name}"
             yield from time_rows(shell, "whole", "Start-up", what)
 
@@ -108,7 +108,7 @@ def preprocessing(bench: Benchmark) -> Iterator[BenchmarkRow]:
     found = bench.probe("reading", bench.shape, "1 MP", "12 MP")
     for name in ("1 MP", "12 MP"):
         yield from time_rows(
-            found, f"read {photo_key(name)}", "Preprocessing", f"photo of {name}, 13 tiles"
+            found, f"process {photo_key(name)}", "Preprocessing", f"photo of {name}, 13 tiles"
         )
 
 
@@ -117,7 +117,7 @@ def tower(bench: Benchmark) -> Iterator[BenchmarkRow]:
     found = bench.probe("stages", bench.shape, *names)
     for name in names:
         yield from time_rows(
-            found, f"see {photo_key(name)}", "Tower", f"tower and projector, {name}"
+            found, f"encode {photo_key(name)}", "Tower", f"tower and projector, {name}"
         )
     for name in names:
         yield from time_rows(
@@ -171,7 +171,7 @@ GROUPS: dict[str, Callable[[Benchmark], Iterator[BenchmarkRow]]] = {
 
 
 def generate_command(folder: Path, photo: Path) -> dict[str, tuple[str, ...]]:
-    """Ask one question in the shell, to be answered with one token."""
+    """Return the shell commands that answer one question with one token."""
     ours = (*PROGRAMS[OURS], str(photo), "--model", str(folder), "-p", QUESTION, "-m", "1")
     given = ("--image", str(photo), "--model", str(folder), "--prompt", QUESTION)
     return {OURS: ours, PEER: (*PROGRAMS[PEER], *given, "--max-tokens", "1")}
@@ -184,7 +184,7 @@ def stream_overhead(figures: Results) -> dict[str, float]:
 def time_rows(
     found: dict[str, Results], name: str, group: str, what: str
 ) -> Iterator[BenchmarkRow]:
-    """Give a figure as processor and as clock milliseconds."""
+    """Yield a result in processor and in clock milliseconds."""
     for unit in ("cpu", "wall"):
         sides = [1e3 * figures[name][unit] for figures in found.values()]
         yield BenchmarkRow(group, what, f"{unit} ms", *split_sides(sides))

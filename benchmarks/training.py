@@ -1,8 +1,8 @@
-"""Training beside mlx-vlm's: ``python -m benchmarks.training``.
+"""Training against mlx-vlm's: ``python -m benchmarks.training``.
 
-The same random checkpoint with the real vocabulary of 151,674, the same rows in the same ids and
-pixels, LoRA of one rank on the same layers, float32, one row an update. Each side in processes of
-its own, in turn; medians are kept. The two losses must agree, or nothing is told.
+The same random checkpoint with the real vocabulary of 151,674, the same samples in the same ids and
+pixels, LoRA of one rank on the same layers, float32, one sample per update. Each program in its own
+processes, in alternation; medians are reported. The run stops when the two losses differ.
 """
 
 import argparse
@@ -24,70 +24,80 @@ from benchmarks.vocabulary import FEW_MERGES, QWEN_MERGES
 
 ROWS = 3
 TILE = 448
-# case -> what it is called; what stands behind a space changes our side alone
+# case -> label; a suffix after a space changes only our side
 CASES = {
     "sft": "SFT, frozen tower",
-    "mpo": "preferences, the reference asked at every step",
-    "mpo kept": "preferences, the reference kept",
+    "mpo": "preferences, reference computed at every step",
+    "mpo cached": "preferences, reference cached",
 }
-ASKED, ANSWER = 16, {"sft": 220, "mpo": 63}  # words, each one token of the whole vocabulary
-AGREE = 1e-3  # of the two losses, relative
+QUESTION_WORDS, ANSWER_WORDS = (
+    16,
+    {"sft": 220, "mpo": 63},
+)  # each word is one token of the full vocabulary
+LOSS_TOLERANCE = 1e-3  # relative
 
 
-def main(words: list[str] | None = None) -> None:
-    asked = parser().parse_args(words)
+def main(argv: list[str] | None = None) -> None:
+    args = argument_parser().parse_args(argv)
     shape = Shape(
         vision_width=128,
-        vision_layers=1 if asked.quick else 4,
+        vision_layers=1 if args.quick else 4,
         text_width=256,
-        text_layers=1 if asked.quick else 4,
-        merges=FEW_MERGES if asked.quick else QWEN_MERGES,
+        text_layers=1 if args.quick else 4,
+        merges=FEW_MERGES if args.quick else QWEN_MERGES,
     )
-    work = asked.work / ("quick" if asked.quick else "full")
+    work = args.work / ("quick" if args.quick else "full")
     folder = write_checkpoint(work / "model", shape)
     write_rows(work)
-    found = measure_cases(folder, asked.only or list(CASES), asked.runs)
+    found = measure_cases(folder, args.only or list(CASES), args.runs)
     print(table(found))
-    if asked.json:
-        content = {"machine": machine_info(), "runs": asked.runs, "figures": found}
-        asked.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    if args.json:
+        content = {"machine": machine_info(), "runs": args.runs, "figures": found}
+        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser("python -m benchmarks.training", description=__doc__)
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.training", description=__doc__)
     work = Path(tempfile.gettempdir()) / "internvl3-benchmarks" / "training"
-    made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    made.add_argument("--runs", type=int, default=3, help="processes a side; medians are taken")
-    made.add_argument("--only", nargs="+", choices=list(CASES), help="measure these alone")
-    made.add_argument("--quick", action="store_true", help="a smaller model, to see that it works")
-    made.add_argument("--work", type=Path, default=work, help="where checkpoints are kept")
-    return made
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser.add_argument(
+        "--runs", type=int, default=3, help="processes per program; medians are taken"
+    )
+    parser.add_argument("--only", nargs="+", choices=list(CASES), help="measure only these")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smaller model, to check that everything works"
+    )
+    parser.add_argument("--work", type=Path, default=work, help="where checkpoints are written")
+    return parser
 
 
 def write_rows(work: Path) -> None:
-    """Write rows of one tile each; a word of one letter is one token."""
-    draw = np.random.default_rng(0)
+    """Write samples of one tile each; a word of one letter is one token."""
+    rng = np.random.default_rng(0)
     rows: dict[str, list[str]] = {"sft": [], "mpo": []}
     for number in range(ROWS):
-        picture = synthetic_photo(TILE, TILE).rotate(90 * number)
-        picture.save(work / f"{number}.png")
+        image = synthetic_photo(TILE, TILE).rotate(90 * number)
+        image.save(work / f"{number}.png")
         shown = {"image": f"{number}.png"}
-        talk = {"human": f"<image>\n{text(draw, ASKED)}", "gpt": text(draw, ANSWER["sft"])}
-        turns = [{"from": who, "value": words} for who, words in talk.items()]
+        conversation = {
+            "human": f"<image>\n{text(rng, QUESTION_WORDS)}",
+            "gpt": text(rng, ANSWER_WORDS["sft"]),
+        }
+        turns = [{"from": who, "value": words} for who, words in conversation.items()]
         rows["sft"].append(json.dumps({**shown, "conversations": turns}))
         names = ("chosen", "rejected")
-        answers = {name: text(draw, ANSWER["mpo"]) for name in names}
-        rows["mpo"].append(json.dumps({**shown, "question": text(draw, ASKED), **answers}))
+        answers = {name: text(rng, ANSWER_WORDS["mpo"]) for name in names}
+        rows["mpo"].append(json.dumps({**shown, "question": text(rng, QUESTION_WORDS), **answers}))
     for name, lines in rows.items():
         (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def text(draw: np.random.Generator, words: int) -> str:
-    return " ".join(draw.choice([*ascii_lowercase], size=words))
+def text(rng: np.random.Generator, words: int) -> str:
+    return " ".join(rng.choice([*ascii_lowercase], size=words))
 
 
 def measure_cases(folder: Path, cases: list[str], runs: int) -> dict[str, dict[str, Any]]:
-    """Measure each case on both sides, in turn; raise where the losses disagree."""
+    """Measure each case with both programs; stop when their losses differ."""
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         print(f"{case} ...", file=sys.stderr, flush=True)
@@ -104,22 +114,22 @@ def measure_cases(folder: Path, cases: list[str], runs: int) -> dict[str, dict[s
 
 
 def probe(case: str, side: str, folder: Path) -> Any:
-    """Train a little in a process of its own."""
+    """Train a few updates in a separate process."""
     out, _ = Interpreter().run("-m", "benchmarks.training_probe", case, side, str(folder))
     return json.loads(out.splitlines()[-1])
 
 
 def check_same(sides: dict[str, Any]) -> None:
-    """Stop where both sides do not learn the same: their losses must agree."""
+    """Stop when the losses of the two programs differ."""
     if PEER not in sides:
         return
     ours, theirs = sides[OURS]["loss"], sides[PEER]["loss"]
-    if abs(ours - theirs) > AGREE * abs(theirs):
+    if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
         raise SystemExit(f"the losses differ: {ours} here, {theirs} in mlx-vlm")
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Lay out tokens per processor second, in the first epoch and later, and the peak."""
+    """Format tokens per processor second, in the first epoch and later, and the memory peak."""
     lines = [
         "| | internvl3-mlx | mlx-vlm | ratio |",
         "|---|---:|---:|---:|",
@@ -146,11 +156,11 @@ def value(figures: dict[str, float], figure: str) -> float:
     return figures["tokens"] / figures[figure]
 
 
-# what a line is called -> the figure it shows: MB, or seconds that are turned into tokens a second
+# label -> result: MB, or seconds that are turned into tokens per second
 FIGURES = {
-    "tokens a processor second, first epoch": "first_cpu",
-    "tokens a processor second, later epochs": "later_cpu",
-    "tokens a second by the clock, later epochs": "later_wall",
+    "tokens per processor second, first epoch": "first_cpu",
+    "tokens per processor second, later epochs": "later_cpu",
+    "tokens per second by the clock, later epochs": "later_wall",
     "peak of MLX's memory, MB": "peak_mb",
 }
 

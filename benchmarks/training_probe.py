@@ -1,5 +1,5 @@
 """One measured run of a trainer: ``python -m benchmarks.training_probe CASE SIDE FOLDER`` prints
-figures as JSON. Both sides read the same rows in the same ids and pixels."""
+its results as JSON. Both programs read the same samples in the same ids and pixels."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from benchmarks.sides import OURS
 T = TypeVar("T")
 
 RANK, ALPHA = 8, 16.0
-STILL = 1e-12  # learning rate: the work of a step without its effect, so that losses compare
+LEARNING_RATE = 1e-12  # the work of an update without its effect, so that losses are comparable
 MB = 1e6
 EPOCHS = 2
 
@@ -51,7 +51,7 @@ def main(case: str, side: str, folder: str) -> None:
 
 
 def row_files(folder: Path, case: str) -> Path:
-    """Find the rows of a case, which lie beside the checkpoint."""
+    """Return the file of a case's samples, beside the checkpoint."""
     return folder.parent / f"{case.split()[0]}.jsonl"
 
 
@@ -70,13 +70,13 @@ def ours(case: str, folder: Path) -> Iterator[UpdateTiming]:
         "epochs": float(EPOCHS),
         "batch_size": 1,
         "grad_accumulation_steps": 1,
-        "learning_rate": STILL,
+        "learning_rate": LEARNING_RATE,
         "lora_rank": RANK,
         "lora_alpha": ALPHA,
         "lora_dropout": 0.0,
         "cache_features": False,
         "adapter_path": tempfile.mkdtemp(),
-        "cache_reference": case == "mpo kept",
+        "cache_reference": case == "mpo cached",
     }
     setup = finish(prepare_run(build_config(given, None)))
     session = finish(open_train_session(setup))
@@ -94,7 +94,7 @@ def finish(generator: Generator[object, None, T]) -> T:
 
 
 def timed(losses: Iterator[float]) -> Iterator[UpdateTiming]:
-    """Time what lies between the losses that a trainer yields."""
+    """Time each update of a trainer that yields losses."""
     clock = UpdateTimer()
     for loss in losses:
         yield clock.round(loss)
@@ -111,7 +111,7 @@ class UpdateTimer:
         mx.reset_peak_memory()
 
     def round(self, loss: float) -> UpdateTiming:
-        """Say what passed since the last call."""
+        """Return the time and memory since the last call."""
         cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
         done = UpdateTiming(cpu, wall, loss, mx.get_peak_memory())
         self.start()
@@ -119,7 +119,7 @@ class UpdateTimer:
 
 
 def peer(case: str, folder: Path) -> Iterator[UpdateTiming]:
-    """Train by mlx-vlm's engine: its SFT task, or its DPO with a second model as the reference."""
+    """Train with mlx-vlm: its SFT task, or its DPO with a second model as the reference."""
     from mlx_vlm import load
     from mlx_vlm.trainer.common.model import prepare_model_for_training
 
@@ -128,47 +128,56 @@ def peer(case: str, folder: Path) -> Iterator[UpdateTiming]:
         model, lora_rank=RANK, lora_alpha=ALPHA, lora_dropout=0.0, verbose=False
     )
     rows = peer_rows(case, folder)
-    call, told = {"sft": train_peer, "mpo": prefer_peer}[case.split()[0]], Callback()
-    call(model, rows, folder, told)
-    return iter(told.rounds)
+    call, callback = {"sft": train_peer, "mpo": prefer_peer}[case.split()[0]], Callback()
+    call(model, rows, folder, callback)
+    return iter(callback.rounds)
 
 
 class Callback:
-    """What mlx-vlm calls after each update."""
+    """The callback that mlx-vlm calls after each update."""
 
     def __init__(self) -> None:
         self.clock, self.rounds = UpdateTimer(), list[UpdateTiming]()
 
-    def on_train_loss_report(self, told: dict[str, Any]) -> None:
-        self.rounds.append(self.clock.round(float(told["train_loss"])))
+    def on_train_loss_report(self, callback: dict[str, Any]) -> None:
+        self.rounds.append(self.clock.round(float(callback["train_loss"])))
 
-    def on_val_loss_report(self, told: dict[str, Any]) -> None:
+    def on_val_loss_report(self, callback: dict[str, Any]) -> None:
         """There is no validation."""
 
 
-def train_peer(model: Any, rows: list[Any], folder: Path, told: Callback) -> None:
+def train_peer(model: Any, rows: list[Any], folder: Path, callback: Callback) -> None:
     import mlx.optimizers as optim
     from mlx_vlm.trainer.vlm.config import VLMTrainingArgs
     from mlx_vlm.trainer.vlm.sft.runtime import train_vlm
 
-    asked = VLMTrainingArgs(**settings(rows), train_on_completions=True)
-    train_vlm(model, optim.AdamW(STILL), rows, None, asked, training_callback=told, seed=0)
+    args = VLMTrainingArgs(**settings(rows), train_on_completions=True)
+    train_vlm(
+        model, optim.AdamW(LEARNING_RATE), rows, None, args, training_callback=callback, seed=0
+    )
 
 
-def prefer_peer(model: Any, rows: list[Any], folder: Path, told: Callback) -> None:
+def prefer_peer(model: Any, rows: list[Any], folder: Path, callback: Callback) -> None:
     import mlx.optimizers as optim
     from mlx_vlm import load
     from mlx_vlm.trainer.vlm.dpo.trainer import DPOTrainingArgs, train_dpo
 
     reference, _ = load(str(folder))
-    asked = DPOTrainingArgs(**settings(rows))
+    args = DPOTrainingArgs(**settings(rows))
     train_dpo(
-        model, reference, optim.AdamW(STILL), rows, None, asked, training_callback=told, seed=0
+        model,
+        reference,
+        optim.AdamW(LEARNING_RATE),
+        rows,
+        None,
+        args,
+        training_callback=callback,
+        seed=0,
     )
 
 
 def settings(rows: list[Any]) -> dict[str, Any]:
-    """Ask mlx-vlm for as many updates of one row each, nothing padded and nothing saved."""
+    """Return mlx-vlm's settings: as many updates of one sample each, no padding, nothing saved."""
     return {
         "batch_size": 1,
         "iters": EPOCHS * len(rows),
@@ -182,38 +191,38 @@ def settings(rows: list[Any]) -> dict[str, Any]:
 
 
 def peer_rows(case: str, folder: Path) -> list[Any]:
-    """Hand our ids and pixels to mlx-vlm, whose own prompt is not InternVL3's."""
+    """Return our ids and pixels for mlx-vlm, whose own prompt differs from InternVL3's."""
     from internvl3_mlx.training.data.preprocess import PreferencePair
 
     made = samples(case, folder)
     rows: list[Any] = []
     for one in made:
         if not isinstance(one, PreferencePair):
-            rows.append(peer_row(one.ids, one.loss_mask, one.seen))
+            rows.append(peer_row(one.input_ids, one.loss_mask, one.images))
             continue
         pair = {}
         for name, answer in (("chosen", one.chosen), ("rejected", one.rejected)):
             ids = np.concatenate([one.prompt.input_ids, answer])
-            learned = np.arange(len(ids)) >= len(one.prompt.input_ids)
-            pair[name] = peer_row(ids, learned, one.prompt.images)
+            loss_mask = np.arange(len(ids)) >= len(one.prompt.input_ids)
+            pair[name] = peer_row(ids, loss_mask, one.prompt.images)
         rows.append(pair)
     return rows
 
 
-def peer_row(ids: np.ndarray, learned: np.ndarray, seen: Any) -> dict[str, mx.array]:
+def peer_row(ids: np.ndarray, loss_mask: np.ndarray, images: Any) -> dict[str, mx.array]:
     from internvl3_mlx.images.tiling import normalize
 
-    pixels = normalize(np.concatenate([picture.tiles for picture in seen]))
+    pixels = normalize(np.concatenate([image.tiles for image in images]))
     return {
         "input_ids": mx.array(ids),
         "attention_mask": mx.ones(len(ids), mx.int32),
-        "completion_mask": mx.array(learned.astype(np.int32)),
+        "completion_mask": mx.array(loss_mask.astype(np.int32)),
         "pixel_values": mx.array(pixels.transpose(0, 3, 1, 2)),
     }
 
 
 def samples(case: str, folder: Path) -> list[Any]:
-    """Make the samples or pairs of a case, as our trainer reads them."""
+    """Build the samples or pairs of a case as our trainer reads them."""
     from internvl3_mlx.training.config import TrainConfig
     from internvl3_mlx.training.data.dataset import open_dataset
     from internvl3_mlx.training.data.preprocess import Preprocessor
@@ -227,7 +236,7 @@ def samples(case: str, folder: Path) -> list[Any]:
 
 
 def tokens(case: str, folder: Path) -> float:
-    """Count the tokens of a row, the prompt of a pair once for each answer."""
+    """Return the mean tokens per sample, counting the prompt of a pair once for each answer."""
     rows = samples(case, folder)
     if not case.startswith("mpo"):
         return mean(len(row.input_ids) for row in rows)

@@ -1,5 +1,5 @@
-"""A tokenizer of Qwen2's kind and size, its merges made up: reading it costs what the real one
-does."""
+"""A tokenizer of Qwen2's kind and size with generated merges: it loads as slowly as the real
+one."""
 
 import json
 from itertools import islice, product
@@ -22,7 +22,7 @@ ADDED = (  # the published order, so that a full vocabulary has the published id
     "<ref>", "</ref>", "<box>", "</box>",
 )  # fmt: skip
 IMAGE_TOKEN = "<IMG_CONTEXT>"
-LONGEST = 12_288  # tokens; mlx-vlm cuts longer prompts off at the tokenizer's own limit
+MAX_LENGTH = 12_288  # tokens; mlx-vlm truncates longer prompts at the tokenizer's own limit
 
 
 def write_tokenizer(folder: Path, merges: int) -> dict[str, int]:
@@ -62,7 +62,7 @@ def settings(ids: dict[str, int]) -> dict[str, Any]:
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "unk_token": None,
-        "model_max_length": LONGEST,
+        "model_max_length": MAX_LENGTH,
         "additional_special_tokens": list(ADDED),
         "added_tokens_decoder": {
             str(n): {"content": token, "special": True, **plain} for token, n in ids.items()

@@ -64,10 +64,10 @@ def mlx_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
     return content
 
 
-def quantization_config(packed: Mapping[str, Quantization]) -> Json:
+def quantization_config(quantized: Mapping[str, Quantization]) -> Json:
     """Give the most common quantization as the default, and every other module by its path."""
-    [(default, _)] = Counter(packed.values()).most_common(1)
-    others = {path: asdict(form) for path, form in packed.items() if form != default}
+    [(default, _)] = Counter(quantized.values()).most_common(1)
+    others = {path: asdict(q) for path, q in quantized.items() if q != default}
     return {**asdict(default), **others}
 
 

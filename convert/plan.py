@@ -57,7 +57,7 @@ class PlannedTensor:
     quantization: Quantization | None = None
 
     def entries(self) -> list[TensorSpec]:
-        """Say what becomes of it in the file. MLX itself is requested how it packs one row."""
+        """Return the tensors of the file that it becomes. Quantizing one row shows their shapes."""
         if self.quantization is None:
             return [TensorSpec(self.name, self.dtype, self.shape)]
         sample = mx.zeros((1, self.shape[1]), dtype=mlx_dtype(self.dtype))

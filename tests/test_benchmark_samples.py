@@ -1,4 +1,4 @@
-"""Answers written side by side are the same as by asking again, which the harness checks."""
+"""Answers generated in parallel equal those of asking again, which the benchmark checks."""
 
 import json
 import subprocess

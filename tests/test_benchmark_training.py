@@ -1,4 +1,4 @@
-"""Two trainers are timed on the same rows; the benchmark stops where they do not learn alike."""
+"""Two trainers are timed on the same samples; the benchmark stops when their losses differ."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_training_is_timed_and_weighed(tmp_path):
+def test_training_time_and_memory_are_measured(tmp_path):
     out = tmp_path / "out.json"
     words = ["--runs", "1", "--quick", "--only", "sft", "--work", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.training", *words, "--json", str(out)]

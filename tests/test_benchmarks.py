@@ -1,4 +1,4 @@
-"""The harness runs, on the smallest checkpoint, and says what it measured. No time is judged."""
+"""The benchmarks run on the smallest checkpoint and report their results. No time is judged."""
 
 import json
 import subprocess

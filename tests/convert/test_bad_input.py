@@ -141,9 +141,9 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path):
         message = failure(source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (
-        message
-        == f"cannot write {tmp_path / 'out'}: File too large; nothing was left behind, check the path and the free disk space"
+    assert message == (
+        f"cannot write {tmp_path / 'out'}: File too large; nothing was left behind, "
+        "check the path and the free disk space"
     )
 
 

@@ -16,17 +16,17 @@ GROWTH = 120 * MB  # beyond what Python and MLX take by themselves
 CODE = """
 import resource, sys
 from pathlib import Path
-from internvl3_mlx.convert.pipeline import Options, convert
-from internvl3_mlx.convert.recipes import recipe
+from internvl3_mlx.convert.pipeline import ConvertOptions, convert_checkpoint
+from internvl3_mlx.convert.recipes import uniform_recipe
 def peak():
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 source, target, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 before = peak()
-recipe = None if kind in ("hf", "fuse") else recipe(mode=kind)
+recipe = None if kind in ("hf", "fuse") else uniform_recipe(mode=kind)
 adapter = Path(sys.argv[4]) if kind == "fuse" else None
 layout = "hf" if kind == "hf" else "mlx"
-for _ in convert(source, target, recipe, Options(layout=layout, adapter=adapter)):
+for _ in convert_checkpoint(source, target, recipe, ConvertOptions(layout=layout, adapter=adapter)):
     pass
 print(peak() - before)
 """
