@@ -261,7 +261,7 @@ def test_an_adapter_of_unknown_scale_is_refused(tmp_path):
     folder = adapters(tmp_path, lambda weights: None)
     content = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", content | {"use_llm_lora": 0})
-    assert "has an adapter whose scale nothing names" in failure(folder, tmp_path / "out")
+    assert "has an adapter of unknown scale" in failure(folder, tmp_path / "out")
 
 
 def test_an_adapter_config_names_the_scale(tmp_path):
