@@ -34,7 +34,7 @@ def write_record(name: str, content: dict[str, Any]) -> bool:
     path = cache_folder(FOLDER) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as part:
+        with atomic_write(path, durable=False) as part:
             part.write_text(json.dumps(record, indent=1), "utf-8")
     except (OSError, WriteError):
         return False

@@ -254,7 +254,7 @@ def test_the_budget_knows_the_memory(vlm, monkeypatch):
     talk = vlm.conversation()
     talk.ask("Hi", **SHORT)
     room = mx.get_active_memory() - talk.memory.nbytes + int(1.2 * talk.budget.nbytes)
-    monkeypatch.setattr("internvl3_mlx.generation.context_budget.gpu_bytes", lambda: room)
+    monkeypatch.setattr("internvl3_mlx.generation.context_budget.gpu_memory_limit", lambda: room)
     assert "kv-bits 8" in talk.budget.warning
     talk.change(kv_bits=4)
     assert talk.budget.warning is None

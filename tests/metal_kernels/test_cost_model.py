@@ -31,7 +31,7 @@ def test_the_emulator_counts_the_same_bytes(emulated, shape):
         shape.group_size,
     )  # fmt: skip
     assert sum(split.reads[name].total for name in ("keys", "values")) == look.store_nbytes
-    parts = sum(split.written[name] for name in ("out", "top", "sum"))
+    parts = sum(split.writes[name] for name in ("out", "top", "sum"))
     parts += sum(join.reads[name].distinct for name in ("parts", "tops", "sums"))
     assert parts == look.parts_nbytes
 

@@ -38,7 +38,7 @@ def test_what_is_not_turned_is_packed_as_mlx_packs_to_the_bit(emulated, shape, d
     with emulated() as metal:
         found = kv_append_kernel(shape.keys, shape.values, shape.layout, shape.still)
     assert mx.array_equal(found, shape.packed_by_mlx())
-    assert metal.last.written["rows"] == found.nbytes
+    assert metal.last.writes["rows"] == found.nbytes
     assert metal.last.copied == ()
 
 
