@@ -1,0 +1,67 @@
+"""Plan images that hold one word or number of up to eight characters."""
+
+import numpy as np
+
+from examples.demo_model.scenes import Cell, Thing
+from examples.demo_model.stages import ONE, Grid
+from examples.demo_model.vocabulary import COLORS, LETTERS, WORDS
+
+Random = np.random.Generator
+LONGEST = 8
+ROOM = 24  # pixels of width that a character needs to be read
+SPELLED = 0.4  # share of words that are random letters
+GRIDS: dict[Grid, float] = {ONE: 0.45, (2, 1): 0.25, (3, 1): 0.15, (4, 1): 0.05, (2, 2): 0.10}
+# Five to eight letters; words of evaluation are others.
+LONG_WORDS = """
+ABOUT ACTION ADVICE AGREE ALARM ALBUM ANGEL ANIMAL ANSWER APPLE ARTIST AUTUMN BAKERY BANANA
+BASKET BEACH BEFORE BETTER BICYCLE BLANKET BOTTLE BOUNCE BRANCH BREAD BRIDGE BRIGHT BROTHER BUCKET
+BUTTER BUTTON CAMERA CANDLE CARPET CASTLE CENTER CHAIR CHANGE CHEESE CHERRY CHICKEN CIRCLE CLOSED
+COFFEE COLOR CORNER COTTON COUNTRY CREAM CURTAIN DANCE DANGER DELIVERY DESERT DINNER DOCTOR DOLLAR
+DRAGON DRIVER EAGLE EARTH EASTERN ELEPHANT ENGINE ENTRANCE EVENING EXAMPLE EXIT FAMILY FARMER FATHER
+FEATHER FINGER FLOWER FOREST FRIDAY FRIEND FROZEN GARDEN GENTLE GHOST GINGER GLASS GRAVEL GREEN
+GROUND GUITAR HAMMER HARBOR HEALTH HEAVY HISTORY HOLIDAY HONEY HORSE HOTEL HOUSE HUNGRY ISLAND
+JACKET JOURNEY JUICE JUNGLE KITCHEN KNIGHT LADDER LEATHER LEMON LETTER LIBRARY LIGHT LITTLE LONDON
+LUNCH MACHINE MAGNET MARKET MEDICINE MELON MESSAGE METAL MIDDLE MINUTE MIRROR MONDAY MONEY MONKEY
+MORNING MOTHER MOUNTAIN MUSEUM MUSIC NATURE NEEDLE NIGHT NORTH NUMBER OCEAN OFFICE ORANGE ORDER
+PAINT PALACE PAPER PARENT PARTY PEACE PENCIL PEOPLE PEPPER PHONE PIANO PICTURE PILLOW PLANET
+PLASTIC PLATE POCKET POLICE POTATO PRESENT PRICE PRINCE PUBLIC PURPLE QUEEN QUESTION QUIET RABBIT
+RADIO RAINBOW RECORD RIVER ROBOT ROCKET SALAD SATURDAY SCHOOL SCIENCE SEASON SECRET SHADOW SHEEP
+SHIRT SILVER SISTER SMILE SNAKE SOLDIER SOUTH SPIDER SPRING SQUARE STABLE STATION STONE STORM STREET
+STUDENT SUGAR SUMMER SUNDAY SWIMMING TABLE TEACHER TENNIS THUNDER TICKET TIGER TOMATO TOWER TRAFFIC
+TRAVEL TREASURE TUESDAY UMBRELLA UNCLE VALLEY VIOLET VISITOR WATER WEATHER WEEKEND WHEEL WHITE
+WINDOW WINTER WOMAN WONDER WOODEN WORLD YELLOW ZEBRA
+""".split()
+
+
+def writing_grids() -> dict[Grid, float]:
+    """Give the shares of grids: most writing is wider than high."""
+    return GRIDS
+
+
+def plan_line(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
+    """One word or number, as large as the image allows or smaller."""
+    width, height = size
+    most = min(LONGEST, max(2, int(width / ROOM)))
+    kind = "word" if random.random() < 0.6 else "number"
+    text = draw_word(random, most) if kind == "word" else draw_number(random, most)
+    color = str(random.choice(list(COLORS)))
+    room = random.uniform(0.22, 0.62) * height
+    room = max(22.0, min(room, 1.5 * width / len(text)))
+    x = random.uniform(0.3, 0.7) * width if len(text) < 4 else 0.5 * width
+    y = random.uniform(0.5 * room + 1, max(0.5 * room + 2, height - 0.5 * room - 1))
+    return [(Thing(kind, text, color), Cell(x, y, room))]
+
+
+def draw_word(random: Random, most: int) -> str:
+    """Draw a word of at most ``most`` letters; some are random letters, to be spelled, not known."""
+    if random.random() < SPELLED:
+        return "".join(random.choice(list(LETTERS), random.integers(2, most + 1)))
+    known = [word for word in (*WORDS, *LONG_WORDS) if len(word) <= most]
+    return str(known[random.integers(len(known))])
+
+
+def draw_number(random: Random, most: int) -> str:
+    """Draw a number of one to ``most`` digits that does not begin with 0."""
+    digits = random.integers(0, 10, random.integers(1, most + 1))
+    digits[0] = max(1, digits[0])
+    return "".join(map(str, digits))
