@@ -150,7 +150,7 @@ def pairs(maker: Maker, random: Random, shared: Random) -> Made:
     return Made(ONE, asked, talk=False)
 
 
-# ``shared`` draws the same in every worker: they wait for each other, so their work should be alike.
+# ``shared`` draws the same in every worker: they wait for each other at the end of each step.
 BROAD_KINDS: dict[str, Callable[[Maker, Random, Random], Made]] = {
     "scenes": scenes,
     "mosaics": mosaics,

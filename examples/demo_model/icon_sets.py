@@ -28,7 +28,8 @@ CLIP_ART = "openclipart-svg"  # a Debian package, in the public domain
 
 # Object -> icons that show it, without the endings that name a variant of the same drawing.
 ICONS: dict[str, str] = {
-    "dog": "dog dog-face animal-dog basset-hound-head jumping-dog labrador-head sitting-dog dog-side",
+    "dog": "dog dog-face animal-dog basset-hound-head jumping-dog labrador-head sitting-dog "
+    "dog-side",
     "cat": "cat cat-face animal-cat black-cat",
     "pig": "pig pig-face animal-pig pig-variant pig-head",
     "frog": "frog frog-face",

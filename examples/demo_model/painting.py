@@ -1,5 +1,6 @@
 """Paint the parts of a scene: backgrounds, shapes and writing, all as numpy arrays."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ GLYPH_CELL = 48  # pixels a character takes in the glyph atlas, cropped to its i
 CHARACTERS = DIGITS + LETTERS
 TRAIN_FACES = 7  # rows of the glyph atlas; the last row is the face that training never sees
 COLOR_JITTER = 16
+Typeface = Sequence[Image.Image]  # one mask for each of CHARACTERS
 CLEAR = 120.0  # smallest RGB distance between a background and what is painted flat on it
 
 
@@ -135,7 +137,7 @@ OUTLINES = {
 
 
 @cache
-def glyphs() -> list[list[Image.Image]]:
+def atlas_faces() -> list[Typeface]:
     """Load the glyph atlas as ``[face][character]``, each trimmed left and right to its ink."""
     sheet = Image.open(GLYPH_PATH).convert("L")
     faces = []
@@ -149,12 +151,14 @@ def glyphs() -> list[list[Image.Image]]:
     return faces
 
 
-def draw_text(random: Random, text: str, color: str, height: int, *, face: int) -> list[np.ndarray]:
+def draw_text(
+    random: Random, text: str, color: str, height: int, *, face: Typeface
+) -> list[np.ndarray]:
     """Draw a word as one (height, w, 4) uint8 picture per character."""
     drawn = []
     shade = jitter(random, color)
     for character in text:
-        glyph = glyphs()[face][CHARACTERS.index(character)]
+        glyph = face[CHARACTERS.index(character)]
         width = max(2, round(glyph.width * height / GLYPH_CELL))
         mask = np.asarray(
             glyph.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)

@@ -1,7 +1,7 @@
 """Ask about a scene: wordings per task, and what is true of the things that were drawn."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,6 +39,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 EDGE = 0.09  # nearer to a middle line than this (fraction of the side), an item is in no corner
 MOST = 4  # the highest count that is asked for
+BOX_TEMPLATES = (
+    "Box of <ref>{x}</ref>?",
+    "Give the box of the <ref>{x}</ref>.",
+    "Please provide the bounding box coordinate of the region this sentence describes: "
+    "<ref>{x}</ref>",
+)
+BOX_SHARES = (0.45, 0.35, 0.2)
 CASUAL = 0.12  # share of questions typed in lower case and without the mark at the end
 
 
@@ -51,6 +58,7 @@ class Item:
     color: str | None
     x: float
     y: float
+    box: tuple[float, float, float, float] | None = field(default=None, compare=False)
 
     @property
     def quadrant(self) -> str | None:
@@ -165,6 +173,49 @@ def colored(
     for item in items:
         if item.kind == "shape" and colors.count(item.color) == 1:
             yield "shape", item.color or "", item.name
+
+
+def box_questions(items: list[Item], random: np.random.Generator) -> list[Question]:
+    """Ask for the box of every object or shape that comes once, in InternVL's form."""
+    nouns = [item.noun for item in items]
+    single = [i for i in items if i.box and i.kind in ("object", "shape")]
+    return [
+        Question(
+            "box",
+            BOX_TEMPLATES[random.choice(len(BOX_TEMPLATES), p=BOX_SHARES)].format(x=item.noun),
+            box_answer(item.noun, item.box or ()),
+        )
+        for item in single
+        if nouns.count(item.noun) == 1
+    ]
+
+
+def box_answer(noun: str, box: tuple[float, ...]) -> str:
+    """Write a box as the published models do, in thousandths rounded to tens."""
+    corners = ", ".join(str(10 * round(100 * side)) for side in box)
+    return f"<ref>{noun}</ref><box>[[{corners}]]</box>"
+
+
+def follow_ups(items: list[Item], random: np.random.Generator) -> list[list[Question]]:
+    """Ask pairs of questions of which the second needs the first."""
+    nouns = [item.noun for item in items]
+    single = [i for i in items if nouns.count(i.noun) == 1 and i.quadrant]
+    pairs = []
+    for item in single:
+        if item.kind in ("object", "shape"):
+            seen = word("exists", random, article(item.noun))
+            pairs.append([("exists", seen, "yes"), ("it", "Where is it?", item.quadrant)])
+        alone_there = [i.quadrant for i in items].count(item.quadrant) == 1
+        if alone_there and item.kind == "object" and len(items) > 1:
+            at = word("at", random, item.quadrant or "")
+            category = OBJECTS[item.name].category
+            pairs.append([("at", at, item.noun), ("it", "What kind of thing is it?", category)])
+        for other in single:
+            if other is not item:
+                first = word("where", random, item.noun)
+                then = f"And the {other.noun}?"
+                pairs.append([("where", first, item.quadrant), ("it", then, other.quadrant)])
+    return [[Question(*turn) for turn in pair] for pair in pairs]
 
 
 def corpus() -> list[str]:

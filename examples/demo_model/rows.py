@@ -58,6 +58,15 @@ class RowBuilder:
             *self.encode("</img>\n"),
         ]
 
+    def prefix_of_several(self, images: int) -> list[int]:
+        """Give the ids from the start to the question of a prompt with images of one tile each."""
+        ids = self.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
+        for number in range(1, images + 1):
+            context = [self.image_id] * self.tokens_per_tile
+            opening = self.encode(f"Image-{number}: <img>")
+            ids = [*ids, *opening, *context, *self.encode("</img>\n")]
+        return ids
+
     def question(self, text: str) -> list[int]:
         """Give the ids from the question to the open answer."""
         return self.encode(f"{text}<|im_end|>\n<|im_start|>assistant\n")
@@ -69,13 +78,20 @@ class RowBuilder:
         asked: list[list[Question]],
         *,
         whole: float = 0.0,
+        talk: bool | None = None,
+        images: int = 1,
     ) -> Row:
         """Build the rows of pictures with the same number of tiles; each gets its own delta.
 
-        ``whole`` is the share of rows whose delta is 1; the others draw from all nine.
+        ``whole`` is the share of rows whose delta is 1; the others draw from all nine. ``talk``
+        makes the rows conversations (by chance unless given). ``images`` of one tile each, where
+        there are several, share the tiles.
         """
-        talk = random.random() < TALK
-        made = [self.row(tiles, questions, draw_delta(random, whole), talk) for questions in asked]
+        talk = random.random() < TALK if talk is None else talk
+        made = [
+            self.row(tiles, questions, draw_delta(random, whole), talk, images)
+            for questions in asked
+        ]
         length = max(len(ids) for ids, *_ in made)
         ids, targets, positions, owners = (
             np.stack(
@@ -91,10 +107,10 @@ class RowBuilder:
         return Row(ids, targets, positions.astype(np.float32), past & same)
 
     def row(
-        self, tiles: int, questions: list[Question], delta: float, talk: bool
+        self, tiles: int, questions: list[Question], delta: float, talk: bool, images: int = 1
     ) -> tuple[np.ndarray, ...]:
         """Build one row: ids, targets, positions, and the question that each token belongs to."""
-        ids = list(self.prefix(tiles))
+        ids = list(self.prefix(tiles) if images == 1 else self.prefix_of_several(images))
         positions = visual_positions(ids, self.image_id, delta)
         targets, owners = [IGNORE] * len(ids), [0] * len(ids)
         start = positions[-1] + 1

@@ -1,11 +1,20 @@
 """Compose scenes: what lies where, painted, with a map that says which pixel is whose."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from examples.demo_model.painting import TRAIN_FACES, background, draw_shape, draw_text, stamp
+from examples.demo_model.backgrounds import varied_background
+from examples.demo_model.painting import (
+    TRAIN_FACES,
+    Typeface,
+    atlas_faces,
+    background,
+    draw_shape,
+    draw_text,
+    stamp,
+)
 from examples.demo_model.questions import Item
 from examples.demo_model.vocabulary import (
     COLORS,
@@ -20,17 +29,25 @@ from examples.demo_model.vocabulary import (
 
 Random = np.random.Generator
 DrawObject = Callable[[Random, str, int], np.ndarray]
+Plan = Callable[[Random, tuple[int, int]], "list[tuple[Thing, Cell]]"]
 GAP = 0.1  # space between characters, in heights
+VARIED = 0.65  # share of varied backgrounds where a look has them
 COLOR_ID = {name: number for number, name in enumerate(COLORS, start=1)}
 
 
 @dataclass(frozen=True)
 class Look:
-    """Say what scenes are drawn from: here training and the held-out columns differ."""
+    """Say what scenes are drawn from: here training and the held-out columns differ.
+
+    ``faces`` number the typefaces of the glyph atlas; ``typefaces`` are used instead where given.
+    ``varied`` scenes have backgrounds of every kind.
+    """
 
     styles: tuple[str, ...] = TRAIN_STYLES
     unseen_background: bool = False
     faces: tuple[int, ...] = tuple(range(TRAIN_FACES))
+    typefaces: tuple[Typeface, ...] = ()
+    varied: bool = False
 
 
 SEEN = Look()
@@ -57,6 +74,23 @@ class Scene:
     items: list[Item] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
 
+    def extend_box(self, left: int, top: int, part: np.ndarray) -> None:
+        """Widen the newest item's box (fractions of the sides) by a part placed at (left, top)."""
+        height, width = self.owner.shape
+        rows, columns = (np.flatnonzero((part[..., 3] > 60).any(axis)) for axis in (1, 0))
+        if not len(rows):
+            return
+        box = (
+            max(0.0, (left + columns[0]) / width),
+            max(0.0, (top + rows[0]) / height),
+            min(1.0, (left + columns[-1] + 1) / width),
+            min(1.0, (top + rows[-1] + 1) / height),
+        )
+        known = self.items[-1].box
+        if known:
+            box = (*map(min, known[:2], box[:2]), *map(max, known[2:], box[2:]))
+        self.items[-1] = replace(self.items[-1], box=box)
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -76,9 +110,15 @@ class Cell:
     room: float
 
 
-def compose(random: Random, size: tuple[int, int], look: Look, draw_object: DrawObject) -> Scene:
-    """Draw a random scene of ``size`` (width, height)."""
-    plans, shares = zip(*PLANS.items(), strict=True)
+def compose(
+    random: Random,
+    size: tuple[int, int],
+    look: Look,
+    draw_object: DrawObject,
+    shares_by_plan: Mapping[Plan, float] | None = None,
+) -> Scene:
+    """Draw a random scene of ``size`` (width, height); other plans may replace ``PLANS``."""
+    plans, shares = zip(*(shares_by_plan or PLANS).items(), strict=True)
     plan = plans[random.choice(len(plans), p=shares)]
     return draw(random, size, plan(random, size), look, draw_object)
 
@@ -92,7 +132,10 @@ def draw(
 ) -> Scene:
     """Paint a plan: a list of things and their places."""
     used = [thing.color for thing, _ in plan if thing.color]
-    pixels = background(random, *size, used, unseen=look.unseen_background)
+    if look.varied and random.random() < VARIED:
+        pixels = varied_background(random, *size, used)
+    else:
+        pixels = background(random, *size, used, unseen=look.unseen_background)
     scene = Scene(pixels, np.zeros(pixels.shape[:2], np.uint8))
     for thing, cell in plan:
         if thing.kind in ("number", "word"):
@@ -120,12 +163,14 @@ def place(scene: Scene, part: np.ndarray, cell: Cell, concept: int, color: int) 
     scene.parts.append(Part(concept, color, item.x, item.y))
     left, top = round(cell.x - part.shape[1] / 2), round(cell.y - part.shape[0] / 2)
     stamp(scene.pixels, scene.owner, part, left, top, len(scene.parts))
+    scene.extend_box(left, top, part)
 
 
 def write(random: Random, scene: Scene, thing: Thing, cell: Cell, look: Look) -> None:
     """Write a number or a word around a cell, inside the picture; every character is a part."""
     height, width = scene.owner.shape
-    face = look.faces[random.integers(len(look.faces))]
+    faces = look.typefaces or [atlas_faces()[number] for number in look.faces]
+    face = faces[random.integers(len(faces))]
     tall = round(cell.room)
     drawn = draw_text(random, thing.name, thing.color or "", tall, face=face)
     gap = GAP * tall

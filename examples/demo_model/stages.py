@@ -1,6 +1,7 @@
 """Say what sets the stages of the training apart: rates, losses, and the shapes of pictures."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 Grid = tuple[int, int]
 ONE: Grid = (1, 1)
@@ -26,6 +27,16 @@ MOSTLY_LONG: dict[Grid, float] = {
     (4, 1): 0.02,
     (1, 4): 0.02,
 }
+EVERY_SHAPE: dict[Grid, float] = {
+    ONE: 0.66,
+    (2, 1): 0.07,
+    (1, 2): 0.07,
+    (2, 2): 0.11,
+    (3, 1): 0.05,
+    (1, 3): 0.02,
+    (4, 1): 0.01,
+    (1, 4): 0.01,
+}
 TASK_WEIGHT = {
     "where": 1.3,
     "exists": 1.2,
@@ -43,12 +54,16 @@ class Lessons:
 
     ``squashed`` is the share of single tiles that show a long picture whole, as a thumbnail does.
     ``whole`` is the share of rows with delta 1; the others draw evenly from all nine.
+    ``boxed`` is the share of scenes with a question for a box.
+    ``kinds`` shares the steps among kinds of images.
     """
 
     grids: dict[Grid, float]
     tasks: dict[str, float]
     squashed: float = 0.0
     whole: float = 0.0
+    boxed: float = 0.0
+    kinds: Mapping[str, float] = field(default_factory=lambda: {"scenes": 1.0})
 
 
 @dataclass(frozen=True)
@@ -68,8 +83,24 @@ class Stage:
 
 EVEN = Lessons(MOSTLY_SQUARE, TASK_WEIGHT)
 LONG = Lessons(MOSTLY_LONG, {**TASK_WEIGHT, "at": 1.2, "count_all": 2.0}, squashed=0.6, whole=0.25)
+BROAD = Lessons(
+    EVERY_SHAPE,
+    {**TASK_WEIGHT, "at": 1.2, "count": 1.3, "count_all": 1.3, "name": 1.6},
+    boxed=0.12,
+    squashed=0.35,
+    whole=0.3,
+    kinds={
+        "mosaics": 0.55,
+        "scenes": 0.36,
+        "follow_ups": 0.03,
+        "words": 0.03,
+        "charts": 0.01,
+        "pairs": 0.02,
+    },
+)
 STAGES = {
     "see": Stage(muon=0.01, adam=2e-3, tower=1.0, seeing=1.0, lessons=EVEN),
     "ask": Stage(muon=0.02, adam=2e-3, tower=0.2, seeing=0.3, lessons=EVEN),
     "widen": Stage(muon=0.009, adam=9e-4, tower=0.8, seeing=0.6, lessons=LONG),
+    "broaden": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=BROAD),
 }

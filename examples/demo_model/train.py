@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from examples.demo_model.batches import Batch, BatchMaker
+from examples.demo_model.broad import Material
 from examples.demo_model.losses import SeeingHeads, answer_loss, to_device
 from examples.demo_model.model import DemoConfig, InternVL
 from examples.demo_model.optim import Muon, rate, split
@@ -51,6 +52,8 @@ class Job:
     device: str
     workers: int
     pictures: int
+    drawings: Path | None = None
+    typefaces: Path | None = None
 
 
 def main() -> None:
@@ -69,6 +72,8 @@ def main() -> None:
         "--pictures", type=int, default=32, help="single-tile pictures per worker and step"
     )
     parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--drawings", type=Path, help="what drawings.py rendered (stage broaden)")
+    parser.add_argument("--typefaces", type=Path, help="what typefaces.py rendered (stage broaden)")
     options = vars(parser.parse_args())
     steps = options.pop("steps")
     job = Job(**options)
@@ -140,6 +145,7 @@ class Trainer:
             self.stage.lessons,
             rank=rank,
             pictures=job.pictures,
+            material=Material(job.drawings, job.typefaces) if job.drawings else None,
         )
         matrices, rest = split({"model": self.model, "heads": self.heads}, self.stage.tower)
         self.muon = Muon(matrices, self.stage.muon)
@@ -150,6 +156,7 @@ class Trainer:
             torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
         )
         self.scale, self.shift = 1 / (255 * std), mean / std
+        self.half = fast_bfloat16(self.device)
         self.done = 0
 
     def parts(self) -> dict:
@@ -226,7 +233,7 @@ class Trainer:
         float32."""
         pixels = torch.from_numpy(batch.tiles).to(self.device).flatten(0, 1).permute(0, 3, 1, 2)
         zero = torch.zeros((), device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             patches, visual = self.model.see(pixels * self.scale - self.shift)
             answers, right = zero, zero
             if batch.rows is not None:
@@ -248,6 +255,11 @@ class Trainer:
             owned, (flat / self.job.workers).split([p.numel() for p in owned]), strict=True
         ):
             p.grad = part.view_as(p)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Say whether bfloat16 products are fast: without AVX-512 BF16 they take 50 times as long."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
 if __name__ == "__main__":

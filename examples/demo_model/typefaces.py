@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from examples.demo_model.painting import CHARACTERS, GLYPH_CELL, Typeface
 
 CAP_HEIGHT = 0.92  # share of a glyph's cell that a capital letter fills
-# Debian package -> the files of it that are used. All under the SIL OFL, Apache 2.0 or the Bitstream
-# Vera licence; NOTICE.md names them.
+# Part -> font files of the Debian packages that fetch.py names. All are under the SIL OFL, Apache
+# 2.0 or the Bitstream Vera license; NOTICE.md names them.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "train": (
         "Lato-Regular", "Lato-Black", "Lato-Light", "Roboto-Regular", "Roboto-Bold",
@@ -22,13 +22,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "LiberationSerif-Regular", "LiberationSerif-Bold", "LiberationMono-Regular",
         "LiberationSansNarrow-Bold", "Inconsolata", "Carlito-Regular", "Caladea-Regular",
         "Caladea-Bold", "EBGaramond12-Regular", "Quicksand-Bold", "Quicksand-Regular",
-        "Cabin-Regular", "Cabin-Bold", "Lobster", "Play-Regular", "Oswald-Regular",
-        "Oswald-Bold", "Dosis-Medium", "Hack-Regular", "FiraCode-Medium", "Cantarell-Regular",
-        "Cantarell-ExtraBold", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif",
-        "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "GenBasR", "LinLibertine_R",
-        "SourceCodePro-Regular", "Jura-Medium", "Junicode", "Vollkorn-Regular",
-        "NotoSans-Regular", "NotoSerif-Bold", "NotoSansDisplay-Black", "BebasNeue",
-        "IBMPlexSans-Regular", "IBMPlexSerif-Medium", "Karla-Regular", "courier-prime",
+        "Cabin-Regular", "Cabin-Bold", "Play-Regular", "Dosis-Medium", "Hack-Regular",
+        "FiraCode-Medium", "Cantarell-Regular", "Cantarell-ExtraBold", "DejaVuSans",
+        "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono-Bold",
+        "LinLibertine_R", "Jura-Medium", "Vollkorn-Regular", "NotoSans-Regular",
+        "NotoSerif-Bold", "Karla-Regular",
     ),
     "develop": ("ComicNeue-Regular", "ComicNeue-Bold"),
     "held out": ("OpenSans-Regular", "OpenSans-Bold", "AveriaSansGWF-Regular"),

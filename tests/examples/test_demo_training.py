@@ -9,7 +9,7 @@ import pytest
 import torch
 from fixtures.tiny_demo import TINY
 
-from examples.demo_model import batches, export, train
+from examples.demo_model import batches, choosing, export, train
 from examples.demo_model.model import InternVL
 from examples.demo_model.questions import Question
 from examples.demo_model.rows import DELTAS, draw_delta
@@ -103,5 +103,5 @@ def test_a_share_of_the_rows_keeps_delta_one():
 
 def test_a_stage_asks_more_often_what_it_gives_weight():
     question = Question("count_all", "Count everything.", "3")
-    asked = {name: batches.weight(question, STAGES[name].lessons.tasks) for name in STAGES}
+    asked = {name: choosing.weight(question, STAGES[name].lessons.tasks) for name in STAGES}
     assert asked["widen"] > asked["ask"]
