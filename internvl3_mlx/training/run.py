@@ -69,7 +69,7 @@ def train(
     accept_changes: bool = False,
     stop_requested: Callable[[], bool] = never,
     notify: Callable[[str], None] = ignore_message,
-) -> Iterator[TrainEvent]:
+) -> Generator[TrainEvent, None, None]:
     """Train as configured, and yield what happens as events; ``internvl3 train`` does the same.
 
     The first events are the progress of the data check, ``DataChecked`` and ``TrainPlan``. Nothing

@@ -1,4 +1,4 @@
-"""The compiled step: rounded samples mean the same, and everything in it can be traced.
+"""The compiled step: padded samples have the same loss, and everything in it can be traced.
 
 Nothing is evaluated below a compiled step: on a CPU that would start a C++ compiler.
 """
@@ -27,20 +27,20 @@ def works(folder, **settings):
     return here, [*islice(here.remaining_batches(), 2)]
 
 
-def test_rounded_samples_give_the_loss_and_the_gradients_of_the_samples(tmp_path):
+def test_padded_samples_give_the_same_loss_and_gradients(tmp_path):
     here, [work, _] = works(tmp_path, loss_reduction="square")
     compute = loss_and_grads(here.state, here.state.objective_state)
-    round_work = type(work)(pad_batch(work.batch), work.vision_features)
-    one, other = compute(work), compute(round_work)
-    assert len(round_work.batch.input_ids) > len(work.batch.input_ids)
+    padded_work = type(work)(pad_batch(work.batch), work.vision_features)
+    one, other = compute(work), compute(padded_work)
+    assert len(padded_work.batch.input_ids) > len(work.batch.input_ids)
     assert other[0][0].item() == pytest.approx(one[0][0].item(), rel=1e-6)
     assert other[0][1].item() == pytest.approx(one[0][1].item(), rel=1e-6)
     theirs = dict(named_arrays(other[1]))
-    for name, slope in named_arrays(one[1]):
-        assert np.abs(np.array(slope) - np.array(theirs[name])).max() < 2e-5, name
+    for name, grad in named_arrays(one[1]):
+        assert np.abs(np.array(grad) - np.array(theirs[name])).max() < 2e-5, name
 
 
-def test_lengths_and_counts_are_round(tmp_path):
+def test_lengths_and_target_counts_are_padded_to_multiples(tmp_path):
     _, found = works(tmp_path)
     for work in found:
         batch = pad_batch(work.batch)
@@ -55,7 +55,7 @@ def test_lengths_and_counts_are_round(tmp_path):
 
 
 @pytest.mark.parametrize("parts", ["lora", "lora,mlp1", "vision_model"])
-def test_a_step_is_traced_whole_and_leaves_the_model_its_weights(tmp_path, parts):
+def test_a_step_is_fully_traced_and_leaves_the_weights_in_place(tmp_path, parts):
     here, [work, _] = works(tmp_path, train=parts, compile=True, drop_path=0.2)
     before = dict(named_arrays(here.state.model.trainable_parameters()))
     compiled = here.state.compiled_step
@@ -71,7 +71,7 @@ def test_a_step_is_traced_whole_and_leaves_the_model_its_weights(tmp_path, parts
     assert len(compiled.by_shape) == 1
 
 
-def test_the_loop_takes_a_compiled_step(tmp_path):
+def test_the_training_loop_uses_the_compiled_step(tmp_path):
     write_data(tmp_path / "data", 6)
     settings = {"iters": 3, "lora_dropout": 0}
     plain = small_session(tmp_path, **settings)
@@ -86,6 +86,6 @@ def test_the_loop_takes_a_compiled_step(tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"packing": True}, {"grad_checkpoint": True}, {"method": "mpo"}])
-def test_what_cannot_be_compiled_is_refused(tmp_path, other):
-    with pytest.raises(UserError, match="compile is for samples of few lengths"):
+def test_settings_that_cannot_be_compiled_are_refused(tmp_path, other):
+    with pytest.raises(UserError, match="compile cannot be combined with packing"):
         small_config(tmp_path, compile=True, **other)

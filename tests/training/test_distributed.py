@@ -1,4 +1,4 @@
-"""Several processes train one model: they find what one finds with all their rows in one batch."""
+"""Data-parallel training: two processes make the updates of one with twice the batch size."""
 
 import json
 import subprocess
@@ -17,54 +17,59 @@ from internvl3_mlx.training.trainer import make_updates
 
 PATIENCE_S = 240
 LAUNCH = "from mlx._distributed_utils.launch import main; main()"  # what mlx.launch runs
-# what each rank runs: two updates, then its weights and figures in a file of its own
+# what each rank runs: two updates, then it writes its weights and metrics to its own files
 RANK = """
 import sys, json
 from itertools import islice
 from pathlib import Path
 import mlx.core as mx
-from internvl3_mlx.training.distributed import connect
-from internvl3_mlx.training.setup import look_around
-from internvl3_mlx.training.config_file import build_recipe
-from internvl3_mlx.training.session import small_session
-from internvl3_mlx.training.trainer import train
-from internvl3_mlx.training.evaluate import validate
-from internvl3_mlx.training.session import resume
-from internvl3_mlx.training.checkpoint import save_state
-ranks = connect()
+from internvl3_mlx.training.checkpoint import save_checkpoint
+from internvl3_mlx.training.config_file import build_config
+from internvl3_mlx.training.distributed import init_distributed
+from internvl3_mlx.training.evaluate import evaluate_loss
+from internvl3_mlx.training.session import open_train_session, resume_session
+from internvl3_mlx.training.setup import prepare_run
+from internvl3_mlx.training.trainer import make_updates
+def finish(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+ranks = init_distributed()
 folder = Path(sys.argv[1])
 own = {"adapter_path": str(folder / f"run{ranks.rank}")}  # as on two machines
-ground = look_around(build_recipe(own, folder / "recipe.yaml"), lambda _: None, lambda *_: None)
-session = small_session(ground, ranks)
-places, works = [], session.left()
-def noted():
-    for work in works:
-        places.extend(work.batch.locations)
-        yield work
-steps = [*islice(train(session.learner, noted()), 2)]
-loss, _ = validate(session.learner, session.valid())
-mine = folder / f"rank{ranks.rank}.safetensors"
-mx.save_safetensors(str(mine), session.learner.weights)
-if ranks.writes:
-    save_state(session.learner, session.folder, session.progress)
-again = small_session(ground, ranks)
-resume(again, accept_changes=False)
-held, now = session.learner.weights, again.learner.weights
-same = all(mx.array_equal(w, now[name]).item() for name, w in held.items())
-told = {
-    "size": ranks.size, "writes": ranks.writes, "places": places, "val_loss": loss,
-    "losses": [step.loss for step in steps], "tokens": [step.tokens for step in steps],
-    "figures": steps[-1].figures, "shift": session.state.objective_state.shift.item(),
-    "resumed": same and again.learner.optimizer.step.item() == again.learner.update == 2,
-    "agree": [ranks.agree(ranks.rank == 1), ranks.agree(False)],
+setup = finish(prepare_run(build_config(own, folder / "train_config.yaml")))
+session = finish(open_train_session(setup, ranks))
+locations = []
+def recorded():
+    for micro_batch in session.remaining_batches():
+        locations.extend(micro_batch.batch.locations)
+        yield micro_batch
+updates = [*islice(make_updates(session.state, recorded()), 2)]
+loss, _ = evaluate_loss(session.state, session.validation_batches())
+mx.save_safetensors(str(folder / f"rank{ranks.rank}.safetensors"), session.state.weights)
+if ranks.is_main:
+    save_checkpoint(session.state, session.folder, session.progress)
+again = finish(open_train_session(setup, ranks))
+resume_session(again, accept_changes=False)
+before, now = session.state.weights, again.state.weights
+same = all(mx.array_equal(w, now[name]).item() for name, w in before.items())
+result = {
+    "is_main": ranks.is_main, "locations": locations, "val_loss": loss,
+    "losses": [update.loss for update in updates],
+    "tokens": [update.tokens for update in updates],
+    "metrics": updates[-1].metrics, "shift": session.state.objective_state.shift.item(),
+    "resumed": same and again.state.optimizer.step.item() == again.state.update == 2,
+    "any_rank": [ranks.any_rank(ranks.rank == 1), ranks.any_rank(False)],
 }
-(folder / f"rank{ranks.rank}.json").write_text(json.dumps(told))
+(folder / f"rank{ranks.rank}.json").write_text(json.dumps(result))
 print("RANK", ranks.rank, "DONE", flush=True)
 """
 
 
 def launched(folder: Path) -> list[dict]:
-    """Run two ranks over the ring on loopback; its exit code says nothing, their words do."""
+    """Run two ranks over the ring on loopback; the launcher exits with 0 even if a rank fails."""
     (folder / "rank.py").write_text(RANK)
     launch = [sys.executable, "-c", LAUNCH, "-n", "2", "--backend", "ring", "--"]
     done = subprocess.run(
@@ -89,7 +94,7 @@ MPO = {"batch_size": 1, "grad_accumulation_steps": 2, "method": "mpo"}
 def test_two_processes_make_the_updates_of_one_with_twice_the_batch(tmp_path, settings):
     write_data(tmp_path / "data", 17, 3, pairs="method" in settings)
     common = {**settings, "lora_dropout": 0, "grouping": False, "iters": 2, "optimizer": "sgd"}
-    write_config_file(small_config(tmp_path, **common), tmp_path / "recipe.yaml")
+    write_config_file(small_config(tmp_path, **common), tmp_path / "train_config.yaml")
     ranks = launched(tmp_path)
     doubled = common | {"grad_accumulation_steps": 4}
     here = small_session(tmp_path, **doubled)
@@ -97,22 +102,22 @@ def test_two_processes_make_the_updates_of_one_with_twice_the_batch(tmp_path, se
     one, other = (loaded(tmp_path / f"rank{n}.safetensors") for n in range(2))
     alone = {name: np.array(w) for name, w in here.state.weights.items()}
     assert all(np.array_equal(one[name], other[name]) for name in alone)
-    if settings is SFT:  # one process moves the reward shift twice as often: other updates
+    if settings is SFT:  # for MPO, one process updates the reward shift twice as often
         assert max(float(np.abs(one[name] - alone[name]).max()) for name in alone) < 1e-7
         assert ranks[0]["losses"] == pytest.approx([step.loss for step in steps], rel=1e-6)
     else:
         assert ranks[0]["shift"] == ranks[1]["shift"] != 0
     assert max(float(np.abs(w).max()) for name, w in one.items() if "lora_B" in name) > 1e-6
     assert ranks[0]["tokens"] == [step.tokens for step in steps]
-    assert not {*ranks[0]["places"]} & {*ranks[1]["places"]}
-    for name in ("losses", "figures", "val_loss", "shift"):
+    assert not {*ranks[0]["locations"]} & {*ranks[1]["locations"]}
+    for name in ("losses", "metrics", "val_loss", "shift"):
         assert ranks[0][name] == ranks[1][name]
-    assert [rank["writes"] for rank in ranks] == [True, False]
+    assert [rank["is_main"] for rank in ranks] == [True, False]
     assert [rank["resumed"] for rank in ranks] == [True, True]
-    assert ranks[0]["agree"] == ranks[1]["agree"] == [True, False]
+    assert ranks[0]["any_rank"] == ranks[1]["any_rank"] == [True, False]
 
 
-def test_one_process_is_alone_and_sums_nothing():
+def test_a_single_process_sums_nothing():
     assert init_distributed() is SINGLE_PROCESS
     tree = {"a": [mx.array([1.0])]}
     assert SINGLE_PROCESS.all_sum(tree) is tree
@@ -124,7 +129,7 @@ def test_one_process_is_alone_and_sums_nothing():
 
 
 class OneOfTwo(ProcessGroup):
-    """A rank beside one that sends what ``other`` holds, in order."""
+    """One of two ranks; the other one sends the values of ``other``, in order."""
 
     other = ([1.0, 2.0], [3.0, 5.0])
 
@@ -133,14 +138,14 @@ class OneOfTwo(ProcessGroup):
         return [tree[0] + mx.array(theirs)]
 
 
-def test_a_rank_without_rows_holds_nobody_up():
+def test_a_rank_without_batches_does_not_block_the_others():
     assert OneOfTwo(0, 2).mean_metrics({"a": [1.0, 3.0], "b": [7.0]}) == {"a": 2.5, "b": 6.0}
     idle = OneOfTwo(1, 2)
     assert idle.mean_metrics({}) == {}
     assert next(idle.sent, None) is None  # it took part in both sums
 
 
-def test_two_ranks_read_no_row_twice(tmp_path):
+def test_two_ranks_read_different_records(tmp_path):
     write_data(tmp_path / "data", 9)
     corpus = small_session(tmp_path).setup.train_dataset
     own = [

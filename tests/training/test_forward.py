@@ -37,7 +37,9 @@ def test_states_are_the_models_own(case):
     ids = mx.array(batch.input_ids[: span.stop])[None]
     language = model.language_model
     rotary = language.rotary(mx.array(batch.positions[: span.stop]), span.stop)
-    alone = numbers(language.model(model.embed(ids, model.see(tiles[:3])), rotary))[0]
+    alone = numbers(language.model(model.embed(ids, model.get_image_features(tiles[:3])), rotary))[
+        0
+    ]
     mine = batch.target_positions < span.stop
     assert relative_error(found[mine], alone[batch.target_positions[mine]]) < TOLERANCE
 
@@ -49,7 +51,7 @@ def test_tiles_tower_states_and_features_lead_to_the_same_states(case, trained):
     if trained:
         set_trainable(model, trained)
     model.eval()
-    stages = [None, tiles, model.vision_model(tiles), model.see(tiles)]
+    stages = [None, tiles, model.vision_model(tiles), model.get_image_features(tiles)]
     assert tiles.shape[0] > TILES_PER_CHUNK
     own, *others = (numbers(target_states(model, batch, stage)) for stage in stages)
     assert max(relative_error(other, own) for other in others) < TOLERANCE
@@ -98,6 +100,6 @@ def test_pictures_that_do_not_fit_the_tokens_are_refused_by_place(case):
     model, batch, tiles = case
     with pytest.raises(
         PromptError,
-        match=r"rows.jsonl:2, rows.jsonl:1, rows.jsonl:1: 54 image tokens but 45 visual tokens",
+        match=r"rows.jsonl:2, rows.jsonl:1, rows.jsonl:1: 54 image tokens but 45 image features",
     ):
-        target_states(model, batch, model.see(tiles[1:]))
+        target_states(model, batch, model.get_image_features(tiles[1:]))

@@ -66,7 +66,7 @@ def test_adapters_with_dropout_learn_along_their_own_slope(dropout):
     set_trainable(model, ("lora",))
     model.train()
     batch = collate([make_sample(checkpoint, (1,), seed=1, turns=(6,))])
-    method = OBJECTIVES["sft"](how=ForwardOptions(grad_checkpoint=True, drop_path_rate=dropout))
+    method = OBJECTIVES["sft"](forward=ForwardOptions(grad_checkpoint=True, drop_path_rate=dropout))
 
     def loss():
         mx.random.seed(7)
@@ -99,7 +99,7 @@ def test_recomputing_needs_less_memory():
 
 
 def peak_of(model, batch, how):
-    method = OBJECTIVES["sft"](how=how)
+    method = OBJECTIVES["sft"](forward=how)
     step = nn.value_and_grad(
         model, lambda: method(model, batch, None, None, ObjectiveState())[0].numerator
     )

@@ -32,8 +32,8 @@ PARTS = {
 
 def torch_scores(model, one):
     """Score a sample's learned tokens with transformers: (N,), differentiable."""
-    ids = torch.tensor(one.ids, dtype=torch.long)[None]
-    raw = np.concatenate([seen.tiles for seen in one.seen]) / np.float32(255)
+    ids = torch.tensor(one.input_ids, dtype=torch.long)[None]
+    raw = np.concatenate([image.tiles for image in one.images]) / np.float32(255)
     normal = (raw - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
     out = model(
         input_ids=ids,
@@ -96,7 +96,7 @@ def test_sft_has_transformers_gradients(sft, part, recompute):
     model, _ = bare_model(style)
     set_trainable(model, PARTS[part])
     model.train()
-    method = OBJECTIVES["sft"](how=ForwardOptions(recompute, drop_path_rate=0.0), chunk=4)
+    method = OBJECTIVES["sft"](forward=ForwardOptions(recompute, drop_path_rate=0.0), chunk=4)
 
     def step():
         micro, _ = method(model, batch, None, None, ObjectiveState())
@@ -111,7 +111,7 @@ def test_sft_has_transformers_gradients(sft, part, recompute):
 def test_features_seen_beforehand_give_the_same_gradients(sft):
     style, batch, _, theirs = sft
     model, _ = bare_model(style)
-    tiles = mx.array(np.concatenate([seen.tiles for seen in batch.images]))
+    tiles = mx.array(np.concatenate([image.tiles for image in batch.images]))
     stages = {"mlp1": model.vision_model(tiles), "language_model": model.get_image_features(tiles)}
     mx.eval(stages)
     for part, vision in stages.items():
@@ -150,7 +150,7 @@ def test_mpo_has_torchs_gradients():
     model.train()
     batch, reference = collate_pairs(pairs), mx.array(torch.cat(base).numpy())
     method = OBJECTIVES["mpo"](
-        preference=PreferenceConfig(0.1, 0.1), how=ForwardOptions(drop_path_rate=0.0), chunk=4
+        preference=PreferenceConfig(0.1, 0.1), forward=ForwardOptions(drop_path_rate=0.0), chunk=4
     )
     value, ours = our_slopes(
         model, lambda: method(model, batch, None, reference, ObjectiveState())[0].numerator

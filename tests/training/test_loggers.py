@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a table that is always whole, curves, other loggers."""
+"""Metrics of a run: a table that is always complete, curves, other loggers."""
 
 import csv
 import re
@@ -10,6 +10,7 @@ import pytest
 from internvl3_mlx.errors import MissingExtraError, TrainingError
 from internvl3_mlx.training import loggers
 from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.events import ValidationDone
 from internvl3_mlx.training.loggers import check_loggers, metrics_row, open_loggers, read_metrics
 from internvl3_mlx.training.plot import axis_ticks, draw_plot, running_mean, update_ticks
 from internvl3_mlx.training.trainer import UpdateDone
@@ -28,10 +29,10 @@ def run(folder, rows, after=0, **recipe):
 
 
 def test_every_update_is_a_row(tmp_path):
-    checked = {"val_loss": 2.0, "val_exact": 0.5, "val_dpo": 0.25}
+    validation = ValidationDone(2, 2.0, {"dpo": 0.25}, exact_match=0.5, is_best=True)
     run(
         tmp_path,
-        [metrics_row(step(1, dpo=0.5), None), metrics_row(step(2, 2.25, dpo=0.5), checked)],
+        [metrics_row(step(1, dpo=0.5), None), metrics_row(step(2, 2.25, dpo=0.5), validation)],
     )
     with (tmp_path / "metrics.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
@@ -42,7 +43,7 @@ def test_every_update_is_a_row(tmp_path):
     assert (first["tokens"], first["trained_tokens"], first["skipped"]) == ("1200", "300", "0")
 
 
-def test_the_table_is_whole_after_every_row(tmp_path):
+def test_the_table_is_complete_after_every_row(tmp_path):
     with open_loggers(TrainConfig(), tmp_path) as to:
         for n in range(1, 4):
             to.log(metrics_row(step(n), None))
@@ -51,7 +52,7 @@ def test_the_table_is_whole_after_every_row(tmp_path):
             ]
 
 
-def test_the_plot_can_be_looked_at_while_the_run_goes_on(tmp_path):
+def test_the_plot_is_written_during_the_run(tmp_path):
     with open_loggers(TrainConfig(), tmp_path) as to:
         for n in range(1, loggers.PLOT_EVERY + 1):
             assert not (tmp_path / "loss.svg").exists()
@@ -59,7 +60,7 @@ def test_the_plot_can_be_looked_at_while_the_run_goes_on(tmp_path):
         assert (tmp_path / "loss.svg").exists()
 
 
-def test_a_resumed_run_goes_on_with_its_table(tmp_path):
+def test_a_resumed_run_continues_its_table(tmp_path):
     run(tmp_path, [metrics_row(step(n, float(n)), None) for n in range(1, 6)])
     run(tmp_path, [metrics_row(step(n, 9.0), None) for n in (4, 5)], after=3)
     rows = read_metrics(tmp_path / "metrics.csv")
@@ -72,14 +73,16 @@ def test_a_resumed_run_goes_on_with_its_table(tmp_path):
     ]
 
 
-def test_figures_that_come_later_get_a_column(tmp_path):
+def test_metrics_that_appear_later_get_a_column(tmp_path):
     run(tmp_path, [metrics_row(step(1), None), metrics_row(step(2, bco=1.5), None)])
     assert [row["bco"] for row in read_metrics(tmp_path / "metrics.csv")] == [None, 1.5]
 
 
-def test_a_table_that_is_none_is_told(tmp_path):
+def test_a_table_of_something_else_is_reported(tmp_path):
     (tmp_path / "metrics.csv").write_text("update,loss\n1,high\n")
-    with pytest.raises(TrainingError, match=r"metrics.csv is no table of figures; move it away"):
+    with pytest.raises(
+        TrainingError, match=r"metrics.csv is not a metrics table written by a run; move it"
+    ):
         run(tmp_path, [])
 
 
@@ -99,7 +102,7 @@ def curves(rows):
     return root, titles, found
 
 
-def test_curves_go_where_the_figures_are():
+def test_curves_pass_through_the_values():
     rows = [
         {"update": n, "loss": loss, "val_loss": None} for n, loss in ((1, 4.0), (3, 2.0), (5, 3.0))
     ]
@@ -113,16 +116,16 @@ def test_curves_go_where_the_figures_are():
     assert dots == points
 
 
-def test_a_panel_stands_where_there_are_figures():
+def test_a_panel_is_drawn_when_it_has_values():
     rows = [
         {"update": 1, "loss": 2.0, "dpo": 0.7, "chosen_reward": 0.1, "val_exact": 0.5},
         {"update": 2, "loss": float("nan"), "dpo": 0.6, "chosen_reward": 0.2, "val_exact": None},
     ]
     _, titles, _ = curves(rows)
-    assert titles == ["loss", "terms", "rewards", "share that is right"]
+    assert titles == ["loss", "terms", "rewards", "accuracy"]
 
 
-def test_a_share_is_drawn_on_the_way_from_none_to_all():
+def test_accuracy_is_drawn_between_0_and_1():
     _, _, [points] = curves([{"update": n, "val_exact": 0.75} for n in (1, 2)])
     _, _, [none, every] = curves([{"update": 1, "val_exact": 0.0, "accuracy": 1.0}])
     bottom, top = sorted((none[0][1], every[0][1]), reverse=True)
@@ -147,7 +150,7 @@ def test_a_long_curve_is_smoothed_and_no_point_is_drawn_to_zero():
 @pytest.mark.parametrize(
     ("low", "high"), [(0, 1), (0.2, 0.9), (-3, 7), (1e-7, 9e-5), (12, 13), (5, 5), (0, 0)]
 )
-def test_marks_are_few_round_and_around_all_values(low, high):
+def test_ticks_are_few_round_and_enclose_all_values(low, high):
     marks = axis_ticks(low, high)
     assert marks[0] <= low <= high <= marks[-1]
     assert 2 <= len(marks) <= 7
@@ -155,7 +158,7 @@ def test_marks_are_few_round_and_around_all_values(low, high):
 
 
 @pytest.mark.parametrize("last", [1, 2, 7, 240, 3301])
-def test_marks_of_updates_are_whole_and_end_with_the_last(last):
+def test_update_ticks_are_integers_and_include_the_last(last):
     marks = update_ticks(last)
     assert marks[0] == 1
     assert marks[-1] == last
@@ -163,7 +166,7 @@ def test_marks_of_updates_are_whole_and_end_with_the_last(last):
 
 
 class Recorder:
-    """Stands for a logger's library, and writes down what it is called with."""
+    """Replaces a logger's library and records the calls."""
 
     def __init__(self, name):
         self.__name__, self.calls = name, []
@@ -177,10 +180,14 @@ class Recorder:
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab"])
-def test_dashboards_get_every_figure_at_its_update(tmp_path, monkeypatch, name):
+def test_wandb_and_swanlab_get_every_metric_at_its_update(tmp_path, monkeypatch, name):
     library = Recorder(name)
     monkeypatch.setitem(sys.modules, name, library)
-    run(tmp_path, [metrics_row(step(3, dpo=0.5), {"val_loss": 2.0})], report_to=(name,))
+    run(
+        tmp_path,
+        [metrics_row(step(3, dpo=0.5), ValidationDone(3, 2.0, {}, None, is_best=True))],
+        report_to=(name,),
+    )
     (init, _, begun), (log, [figures], at), (finish, _, _) = library.calls
     assert (init, log, finish) == ("init", "log", "finish")
     assert begun["config"]["learning_rate"] == 4e-5
@@ -219,7 +226,7 @@ def test_loggers_are_closed_when_a_run_breaks_off(tmp_path, monkeypatch):
     assert (tmp_path / "loss.svg").exists()
 
 
-def test_who_does_not_write_reports_to_nobody(tmp_path):
-    with open_loggers(TrainConfig(), tmp_path, writes=False) as to:
+def test_other_processes_log_nothing(tmp_path):
+    with open_loggers(TrainConfig(), tmp_path, is_main=False) as to:
         to.log(metrics_row(step(1), None))
     assert [*tmp_path.iterdir()] == []

@@ -55,7 +55,7 @@ def three_samples(checkpoint):
 @pytest.mark.parametrize("reduction", POWERS)
 def test_a_packed_row_has_the_loss_and_gradient_of_its_samples_alone(opened, reduction):
     model, checkpoint = opened
-    samples, method = three_samples(checkpoint), OBJECTIVES["sft"](how=STILL, chunk=4)
+    samples, method = three_samples(checkpoint), OBJECTIVES["sft"](forward=STILL, chunk=4)
 
     def packed():
         micro, _ = method(model, collate(samples, reduction), None, None, ObjectiveState())
@@ -72,7 +72,7 @@ def test_a_packed_row_has_the_loss_and_gradient_of_its_samples_alone(opened, red
 
 def test_a_batch_of_two_is_two_singles(opened):
     model, checkpoint = opened
-    samples, method = three_samples(checkpoint)[:2], OBJECTIVES["sft"](how=STILL)
+    samples, method = three_samples(checkpoint)[:2], OBJECTIVES["sft"](forward=STILL)
 
     def total(batches):
         micros = [method(model, batch, None, None, ObjectiveState())[0] for batch in batches]
@@ -130,7 +130,7 @@ def test_a_shared_prompt_gives_the_loss_and_gradient_of_four_forwards(opened, sm
     model, checkpoint = adapted(opened)
     pairs, batch = two_pairs(checkpoint), collate_pairs(two_pairs(checkpoint))
     before = ObjectiveState(mx.array(0.25), mx.array(3.0))
-    method = OBJECTIVES["mpo"](preference=PreferenceConfig(0.3, smoothing), how=STILL, chunk=4)
+    method = OBJECTIVES["mpo"](preference=PreferenceConfig(0.3, smoothing), forward=STILL, chunk=4)
     model.train()
     reference = reference_log_probs(model, batch, None)
 
@@ -181,7 +181,7 @@ def test_a_fresh_adapter_begins_at_the_known_loss(opened):
 
 def test_the_shift_runs_in_training_and_rests_in_evaluation(opened):
     model, checkpoint = adapted(opened)
-    batch, method = collate_pairs(two_pairs(checkpoint)), OBJECTIVES["mpo"](how=STILL)
+    batch, method = collate_pairs(two_pairs(checkpoint)), OBJECTIVES["mpo"](forward=STILL)
     reference = reference_log_probs(model, batch, None)
     before = ObjectiveState(mx.array(0.5), mx.array(1.0))
     model.train()
@@ -200,7 +200,7 @@ def test_terms_that_weigh_nothing_leave_the_others(opened):
     reference = reference_log_probs(model, batch, None)
     for name in ("dpo", "bco"):
         weights = dict.fromkeys(("dpo_weight", "bco_weight", "sft_weight"), 0.0)
-        method = OBJECTIVES["mpo"](**{**weights, f"{name}_weight": 0.7}, how=STILL)
+        method = OBJECTIVES["mpo"](**{**weights, f"{name}_weight": 0.7}, forward=STILL)
         micro, _ = method(model, batch, None, reference, ObjectiveState())
         assert micro.numerator.item() == pytest.approx(0.7 * micro.metrics[name].item())
 
@@ -208,7 +208,7 @@ def test_terms_that_weigh_nothing_leave_the_others(opened):
 def test_where_only_chosen_answers_count_no_other_is_read(opened):
     model, checkpoint = adapted(opened)
     pairs = two_pairs(checkpoint)
-    method = OBJECTIVES["mpo"](dpo_weight=0, bco_weight=0, sft_weight=2, how=STILL)
+    method = OBJECTIVES["mpo"](dpo_weight=0, bco_weight=0, sft_weight=2, forward=STILL)
     assert not method.needs_reference
     spoiled = [replace(one, rejected=np.full(4, 10**6, np.int32)) for one in pairs]  # no such word
     ours = gradients(
@@ -226,5 +226,7 @@ def test_where_only_chosen_answers_count_no_other_is_read(opened):
 def test_preferences_without_a_reference_are_refused(opened):
     model, checkpoint = opened
     batch = collate_pairs(two_pairs(checkpoint))
-    with pytest.raises(UserError, match="dpo and bco compare with a reference, and none was given"):
+    with pytest.raises(
+        UserError, match="DPO and BCO compare with a reference model, but no reference"
+    ):
         OBJECTIVES["mpo"]()(model, batch, None, None, ObjectiveState())
