@@ -65,7 +65,7 @@ def test_a_third_of_a_joined_tensor_is_missed(copy_of, part):
     assert "vision_model.encoder.layers.1.attn.qkv.weight" in message or name in message
 
 
-def test_a_tensor_under_two_names_is_doubled(copy_of):
+def test_a_tensor_under_two_names_is_a_duplicate(copy_of):
     folder = copy_of(Recipe(style="6b", layout="hf_a"))
     right = "vision_tower.encoder.layer.0.attention.q_norm.weight"
     wrong = "vision_tower.encoder.layer.0.attn.q_norm.weight"
@@ -75,7 +75,7 @@ def test_a_tensor_under_two_names_is_doubled(copy_of):
     assert "layer.0.attention.q_norm" in message or "layer.0.attn.q_norm" in message
 
 
-def test_both_forms_of_a_joined_tensor_are_doubled(copy_of):
+def test_both_forms_of_a_joined_tensor_are_duplicates(copy_of):
     folder = copy_of(Recipe(style="9b"))
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     edit_weights(folder, lambda weights: weights.update({name: torch.ones(192, 192)}))

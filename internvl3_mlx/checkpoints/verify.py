@@ -32,7 +32,8 @@ def verify_checkpoint(
             )
         if file_checksum(info) != checksums[name]:
             raise CheckpointError(
-                f"{name} reads back differently than it was written; the disk or memory may be faulty"
+                f"{name} reads back differently than it was written; "
+                "the disk or memory may be faulty"
             )
 
 
