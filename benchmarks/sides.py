@@ -59,7 +59,7 @@ class OurProgram:
         from internvl3_mlx.generation.generation_config import GenerationConfig
 
         return token_ids(
-            self.vlm.stream_inputs(self.text_inputs(ids), GenerationConfig(max_tokens=count))
+            self.vlm.runner.stream(self.text_inputs(ids), GenerationConfig(max_tokens=count))
         )
 
     def bare_loop(self, ids: list[int], count: int) -> Iterator[int]:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     )
     from internvl3_mlx.generation.answer import Answer, AnswerChunk
     from internvl3_mlx.generation.conversation import Conversation
-    from internvl3_mlx.generation.generation_config import GenerationConfig
+    from internvl3_mlx.generation.generation_config import GenerationConfig, GenerationOptions
     from internvl3_mlx.generation.processor import ModelInputs
-    from internvl3_mlx.generation.vlm import VLM, load
+    from internvl3_mlx.generation.vlm import VLM, generate, load, stream_generate
     from internvl3_mlx.prompt.messages import Message, MessageMedia
     from internvl3_mlx.training.config import TrainConfig
     from internvl3_mlx.training.run import train
@@ -35,27 +35,30 @@ if TYPE_CHECKING:
 __all__ = [
     "VLM",
     "Answer",
+    "AnswerChunk",
     "CheckpointError",
     "ConfigError",
     "Conversation",
     "ConversionProgress",
     "ConversionResult",
     "DownloadError",
+    "GenerationConfig",
+    "GenerationOptions",
     "ImageError",
-    "ModelInputs",
     "InternVL3Error",
     "KeyMapError",
+    "Message",
     "MessageMedia",
     "MissingExtraError",
-    "AnswerChunk",
+    "ModelInputs",
     "PromptError",
-    "GenerationConfig",
-    "Message",
     "TrainConfig",
     "UserError",
     "__version__",
     "convert_model",
+    "generate",
     "load",
+    "stream_generate",
     "train",
 ]
 
@@ -69,9 +72,12 @@ HOMES = {
     "MessageMedia": "prompt.messages",
     "AnswerChunk": "generation.answer",
     "GenerationConfig": "generation.generation_config",
+    "GenerationOptions": "generation.generation_config",
     "Message": "prompt.messages",
     "convert_model": "conversion",
+    "generate": "generation.vlm",
     "load": "generation.vlm",
+    "stream_generate": "generation.vlm",
     "TrainConfig": "training.config",
     "train": "training.run",
 }

@@ -45,7 +45,7 @@ def asked(vlm: VLM, rows: Path) -> Iterator[tuple[str, str, str]]:
         vlm.prepare_inputs(row.messages[0].text, [root / name for name in row.images])
         for row, root in entries
     )
-    said = batch_generate(vlm, prepared, GenerationConfig(max_tokens=LONGEST), TOGETHER)
+    said = batch_generate(vlm.runner, prepared, GenerationConfig(max_tokens=LONGEST), TOGETHER)
     for (row, _), answer in zip(entries, said, strict=True):
         yield row.messages[0].text, row.messages[1].text, answer.text.strip()
 

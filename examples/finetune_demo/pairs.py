@@ -59,7 +59,7 @@ def tries(vlm: VLM, pixels: np.ndarray, question: str) -> list[str]:
     said = []
     for seed in range(TRIES):
         drawn = GenerationConfig(temperature=1.0, max_tokens=LONGEST, seed=seed)
-        *_, last = vlm.stream_inputs(inputs, drawn, memory)
+        *_, last = vlm.runner.stream(inputs, drawn, memory)
         assert last.answer is not None
         said.append(last.answer.text.strip())
     return said

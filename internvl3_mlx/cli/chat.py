@@ -62,7 +62,7 @@ def chat_command(
         )
     dropped = [MediaSource(name, media_kind(name) or "image") for name in (*images, *more_images)]
     check_sources_exist(dropped)
-    vlm = load_chat_model(loading, settings.get("draft"), quiet=quiet)
+    vlm = load_chat_model(loading, settings.get("draft_model"), quiet=quiet)
     lively = console.is_interactive(sys.stderr) and sys.stdin is not None and sys.stdin.isatty()
     draw = (
         choose_thumbnail_encoder(os.environ, wanted=preview)

@@ -275,7 +275,7 @@ def batch_answers(
     settings = GenerationConfig(**request.generation_options)
     prepared = [try_prepare(vlm, item, request.question, settings) for item in opened]
     good = [item for item in prepared if not isinstance(item, InternVL3Error)]
-    written = batch_generate(vlm, good, settings, request.batch_size)
+    written = batch_generate(vlm.runner, good, settings, request.batch_size)
     for item in prepared:
         yield item if isinstance(item, InternVL3Error) else next(written)
 
@@ -287,7 +287,7 @@ def try_prepare(
     if isinstance(item, InternVL3Error):
         return item
     try:
-        return vlm.build_inputs(question, [item], settings)
+        return vlm.runner.build_inputs(question, [item], settings)
     except InternVL3Error as fault:
         return fault
 

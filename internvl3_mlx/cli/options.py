@@ -220,8 +220,8 @@ GENERATION_FLAGS: Mapping[str, Decorator] = {
         "Speed", "--lookup", "lookup", flag_value=True, default=None, type=bool,
         help="Guess ahead what followed the same words before; the answer stays the same.",
     ),
-    "draft": flag(
-        "Speed", "--draft-model", "draft", metavar="PATH|REPO|SIZE",
+    "draft_model": flag(
+        "Speed", "--draft-model", "draft_model", metavar="PATH|REPO|SIZE",
         shell_complete=complete_models,
         help="Let a smaller model of the family guess ahead; the answer stays the same.",
     ),

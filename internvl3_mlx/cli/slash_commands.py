@@ -175,7 +175,7 @@ def show_state(session: "ChatSession", _: str) -> None:
         if getattr(talk.generation_config, item.name) != getattr(default, item.name)
     }
     table = {
-        "model": talk.vlm.name,
+        "model": talk.runner.name,
         "questions": len(talk.exchanges),
         "pictures": len(talk.images),
         "window": f"{budget.positions:,} of {budget.window:,} positions",

@@ -1,1 +1,1 @@
-"""From a question and its pictures to an answer, a piece at a time."""
+"""From a question and its images to an answer, generated token by token."""

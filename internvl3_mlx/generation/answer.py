@@ -1,4 +1,4 @@
-"""What comes back: the answer, its pieces, and the figures of the run."""
+"""What generation returns: the answer, its chunks, and the counts and times of the run."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -7,13 +7,15 @@ from internvl3_mlx.generation.processor import ImageInfo
 
 FinishReason = Literal["stop", "length"]
 DECIMALS = 4
-COORDINATE_SCALE = 1000  # the model names places in thousandths of the picture's sides
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a run. ``cached_tokens``: of the prompt, those that were not read again;
-    ``drafted_tokens``: guessed ahead, of which ``accepted_tokens`` were right."""
+    """Token counts of one run.
+
+    ``cached_tokens``: prompt tokens that were in the prompt cache. ``drafted_tokens``: tokens that
+    speculative decoding proposed, of which ``accepted_tokens`` were accepted.
+    """
 
     prompt_tokens: int
     image_tokens: int
@@ -25,7 +27,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each stage, and tokens a second of the two that read and write tokens."""
+    """Seconds of each stage, and tokens per second of prefill and decoding."""
 
     load_s: float = 0.0
     preprocess_s: float = 0.0
@@ -39,7 +41,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Box:
-    """A region that the answer names, in pixels of the picture and in the model's thousandths."""
+    """A region that the answer names.
+
+    x1 to y2: pixels of image number ``image``. ``relative``: the model's own coordinates, in
+    thousandths of the image's width and height.
+    """
 
     label: str | None
     image: int
@@ -66,22 +72,22 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the command line's ``--json`` prints them."""
-        content = round_floats(asdict(self))
+        content = {key: round_floats(value) for key, value in asdict(self).items()}
         ordered = ("model", "text", "images", "boxes", "finish_reason", "usage", "timing")
         return {key: content[key] for key in (*ordered, "peak_memory_gb")}
 
 
 @dataclass(frozen=True)
 class AnswerChunk:
-    """A bit of text as it is made. The last piece carries the whole answer."""
+    """A piece of text as it is generated. The last chunk carries the finished answer."""
 
     text: str
     token_id: int | None = None
     answer: Answer | None = field(default=None, repr=False)
 
 
-def round_floats(value: Any) -> Any:
-    """Round the numbers of plain data to what a reader can use."""
+def round_floats(value: object) -> object:
+    """Round the floats of nested plain data for display."""
     if isinstance(value, dict):
         return {key: round_floats(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -90,21 +96,21 @@ def round_floats(value: Any) -> Any:
 
 
 def locate_boxes(text: str, images: tuple[ImageInfo, ...]) -> tuple[Box, ...]:
-    """Find the boxes in an answer and scale them to the first picture, the one asked about."""
-    from internvl3_mlx.prompt.boxes import parse_boxes
+    """Find the boxes in an answer and scale them to the first image, the one asked about."""
+    from internvl3_mlx.prompt.boxes import COORDINATE_SCALE, parse_boxes
 
     if not images:
         return ()
     width, height = images[0].width, images[0].height
     return tuple(
         Box(
-            label,
-            0,
-            x1 * width / COORDINATE_SCALE,
-            y1 * height / COORDINATE_SCALE,
-            x2 * width / COORDINATE_SCALE,
-            y2 * height / COORDINATE_SCALE,
-            (x1, y1, x2, y2),
+            label=label,
+            image=0,
+            x1=x1 * width / COORDINATE_SCALE,
+            y1=y1 * height / COORDINATE_SCALE,
+            x2=x2 * width / COORDINATE_SCALE,
+            y2=y2 * height / COORDINATE_SCALE,
+            relative=(x1, y1, x2, y2),
         )
         for label, (x1, y1, x2, y2) in parse_boxes(text)
     )

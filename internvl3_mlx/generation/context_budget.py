@@ -1,4 +1,4 @@
-"""How much of the model's window and of the machine's memory a talk takes, and what to do then."""
+"""How much of the context window and of the memory a conversation takes, and what would help."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.models.internvl import InternVL
 
-WARNING_THRESHOLD = 0.75  # of the window or the memory: from here on people are told
-SCALE_AND_BIAS_BITS = 32  # a packed group's scale and offset, 16 bits each
+WARNING_THRESHOLD = 0.75  # of the window or the memory
+SCALE_AND_BIAS_BITS = 32  # of one quantized group, 16 bits each
 
 
 @dataclass(frozen=True)
 class ContextBudget:
-    """Positions of the window, and bytes of keys and values, that a talk takes and may take.
+    """Positions of the context window and bytes of the KV cache: used, and available.
 
-    ``image_share``: what part of the prompt's tokens are pictures.
+    ``image_share``: the fraction of the prompt's tokens that are image tokens.
     """
 
     positions: int
@@ -30,51 +30,54 @@ class ContextBudget:
 
     @property
     def used(self) -> float:
-        """The fuller of window and memory, as a share."""
+        """The used fraction of window or memory, whichever is fuller."""
         return max(self.positions / self.window, self.nbytes / self.limit_nbytes)
 
     @property
     def warning(self) -> str | None:
-        """Say in one line that room runs out and what would make some; None while it does not."""
+        """One line that says what runs out and what would help, or None while all fits."""
         if self.positions > WARNING_THRESHOLD * self.window:
-            choices = ["forget the oldest questions"]
+            remedies = ["forget the oldest questions"]
             if self.image_share > 0.5:
-                choices = ["a smaller v2pe-delta", "fewer tiles", "drop a picture", *choices]
+                remedies = ["a smaller v2pe-delta", "fewer tiles", "drop an image", *remedies]
             return (
-                f"the talk takes {self.positions:,} of {self.window:,} positions; "
-                f"to make room: {', '.join(choices)}"
+                f"the conversation uses {self.positions:,} of {self.window:,} positions; "
+                f"to free some: {', '.join(remedies)}"
             )
         if self.nbytes > WARNING_THRESHOLD * self.limit_nbytes:
-            choices = ["fewer tiles", "drop a picture", "forget the oldest questions"]
-            choices = choices if self.quantized else ["kv-bits 8", *choices]
+            remedies = ["fewer tiles", "drop an image", "forget the oldest questions"]
+            remedies = remedies if self.quantized else ["kv-bits 8", *remedies]
             return (
-                f"the talk takes {self.nbytes / 1e9:.1f} of {self.limit_nbytes / 1e9:.1f} GB that "
-                f"are left for it; to make room: {', '.join(choices)}"
+                f"the conversation uses {self.nbytes / 1e9:.1f} of the "
+                f"{self.limit_nbytes / 1e9:.1f} GB available; to free some: {', '.join(remedies)}"
             )
         return None
 
 
 def measure_context(
-    inputs: ModelInputs, memory: PromptCache, model: InternVL, settings: GenerationConfig
+    inputs: ModelInputs, cache: PromptCache, model: InternVL, config: GenerationConfig
 ) -> ContextBudget:
-    """Count what a prompt takes, and what the machine has left beside weights and features."""
-    tokens = len(inputs.token_ids)
-    weights = max(mx.get_active_memory() - memory.nbytes, 0)
+    """Measure what a prompt takes, and what memory is left beside weights and image features."""
+    num_tokens = len(inputs.token_ids)
+    other_nbytes = max(mx.get_active_memory() - cache.nbytes, 0)
     return ContextBudget(
         positions=int(inputs.next_position),
         window=model.config.text.max_position_embeddings,
-        nbytes=tokens * kv_nbytes_per_token(model, settings),
-        limit_nbytes=max(gpu_memory_limit() - weights, 1),
-        image_share=inputs.image_tokens / tokens,
-        quantized=settings.kv_bits is not None,
+        nbytes=num_tokens * kv_nbytes_per_token(model, config),
+        limit_nbytes=max(gpu_memory_limit() - other_nbytes, 1),
+        image_share=inputs.image_tokens / num_tokens,
+        quantized=config.kv_bits is not None,
     )
 
 
-def kv_nbytes_per_token(model: InternVL, settings: GenerationConfig) -> int:
-    """Bytes of keys and values that one token takes."""
+def kv_nbytes_per_token(model: InternVL, config: GenerationConfig) -> int:
+    """Return the bytes of keys and values that one token takes."""
     text = model.config.text
-    values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    dense = 8 * model.language_model.model.norm.weight.dtype.size
-    group = min(settings.kv_group_size, text.head_dim)
-    bits = dense if settings.kv_bits is None else settings.kv_bits + SCALE_AND_BIAS_BITS / group
-    return int(values * bits / 8)
+    num_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    unquantized_bits = 8 * model.language_model.model.norm.weight.dtype.size
+    group_size = min(config.kv_group_size, text.head_dim)
+    if config.kv_bits is None:
+        bits: float = unquantized_bits
+    else:
+        bits = config.kv_bits + SCALE_AND_BIAS_BITS / group_size
+    return int(num_values * bits / 8)

@@ -1,213 +1,251 @@
-"""A talk about pictures: every question costs only its own tokens, every answer is what a fresh run
-of the same history gives."""
+"""A conversation about images: every question costs only its own tokens.
+
+Each answer is what a fresh run over the same history would give.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.answer import Answer, AnswerChunk
 from internvl3_mlx.generation.context_budget import ContextBudget, measure_context
+from internvl3_mlx.generation.conversation_file import read_conversation, write_conversation
 from internvl3_mlx.generation.exchange import Exchange
-from internvl3_mlx.generation.generation_config import GenerationConfig, with_overrides
+from internvl3_mlx.generation.generation_config import (
+    GenerationConfig,
+    InputVideo,
+    with_overrides,
+)
 from internvl3_mlx.generation.processor import (
     ImageInfo,
+    InputImage,
     ModelInputs,
     ProcessedImage,
     ProcessedVideo,
-    Processor,
+    as_sequence,
 )
 from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.generation.runner import ModelRunner, final_answer
 from internvl3_mlx.prompt.messages import Message
 
 if TYPE_CHECKING:
-    from internvl3_mlx.generation.vlm import VLM
+    from typing_extensions import Unpack
+
+    from internvl3_mlx.generation.generation_config import GenerationOptions
 
 
 @dataclass(eq=False)
 class Conversation:
-    """Turns with their pictures, and the memory of what was read of them.
+    """Questions, images and answers, with the prompt cache of what the model has read.
 
-    One answer at a time. Cut short, by closing the stream or by an exception, the talk keeps what
-    was said; if nothing was, it is as before the question.
+    One answer at a time. When generation is interrupted, by closing the stream or by an exception,
+    the tokens so far become the answer; if there are none, nothing has changed.
     """
 
-    vlm: "VLM"
+    runner: ModelRunner
     generation_config: GenerationConfig
-    exchanges: list[Exchange] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list[Exchange])
     prompt_cache: PromptCache = field(default_factory=PromptCache)
     busy: bool = False
 
     def __post_init__(self) -> None:
         self.check_config(self.generation_config)
 
-    def ask(self, question: str, images: Sequence[Any] = (), **settings: Any) -> Answer:
-        """Say something, with new pictures if there are any, and return the answer."""
-        return final_answer(self.stream(question, images, **settings))
+    def ask(
+        self,
+        question: str,
+        images: InputImage | Sequence[InputImage] = (),
+        **options: "Unpack[GenerationOptions]",
+    ) -> Answer:
+        """Ask a question, with new images if there are any, and return the answer.
+
+        options: for this question only.
+        """
+        return final_answer(self.stream(question, images, **options))
 
     def stream(
-        self, question: str, images: Sequence[Any] = (), **settings: Any
+        self,
+        question: str,
+        images: InputImage | Sequence[InputImage] = (),
+        **options: "Unpack[GenerationOptions]",
     ) -> Iterator[AnswerChunk]:
-        """Yield the answer piece by piece; ``settings`` hold for this question only."""
-        wanted = with_overrides(self.generation_config, settings)
-        alone = isinstance(images, str | bytes) or not isinstance(images, Sequence)
-        pictures = tuple(self.process_image(source) for source in ([images] if alone else images))
-        films = tuple(self.process_video(source, wanted) for source in wanted.video)
-        exchange = Exchange(question, pictures, films)
-        return self.stream_exchange(self.exchanges, exchange, wanted)
+        """Yield the answer chunk by chunk; ``options`` apply to this question only."""
+        config = with_overrides(self.generation_config, options)
+        processed = tuple(self.process_image(image) for image in as_sequence(images))
+        videos = tuple(self.process_video(video, config) for video in config.video)
+        exchange = Exchange(question, processed, videos)
+        return self.stream_exchange(self.exchanges, exchange, config)
 
-    def retry(self, **settings: Any) -> Answer:
-        """Answer the last question once more, in the place of the last answer."""
-        return final_answer(self.stream_retry(**settings))
+    def retry(self, **options: "Unpack[GenerationOptions]") -> Answer:
+        """Answer the last question again and replace its answer."""
+        return final_answer(self.stream_retry(**options))
 
-    def stream_retry(self, **settings: Any) -> Iterator[AnswerChunk]:
-        """Yield another answer to the last question; the old one goes when a new one has begun."""
+    def stream_retry(self, **options: "Unpack[GenerationOptions]") -> Iterator[AnswerChunk]:
+        """Yield a new answer to the last question; it replaces the old one once it has begun."""
         last = self.last_exchange()
         again = Exchange(last.question, last.images, last.videos)
-        return self.stream_exchange(
-            self.exchanges[:-1], again, with_overrides(self.generation_config, settings)
-        )
+        config = with_overrides(self.generation_config, options)
+        return self.stream_exchange(self.exchanges[:-1], again, config)
 
     def undo(self) -> Exchange:
-        """Take back the last question with its answer and its pictures, and return it."""
+        """Remove the last question with its answer and its images, and return it."""
         last = self.last_exchange()
         self.exchanges = self.exchanges[:-1]
         return last
 
     def drop_oldest(self, count: int = 1) -> None:
-        """Drop the oldest ``count`` questions with their answers and pictures, to make room."""
+        """Remove the oldest ``count`` questions with their answers and images."""
         if not 1 <= count <= len(self.exchanges):
-            raise UserError(f"cannot forget {count} of {len(self.exchanges)} questions")
+            raise UserError(
+                f"cannot drop {count} questions of {len(self.exchanges)}; "
+                "choose a number from 1 to that"
+            )
         self.exchanges = self.exchanges[count:]
 
     def clear(self) -> None:
-        """Begin anew and give the memory back; pictures that were looked at stay known."""
+        """Start over and free the KV cache; image features stay cached."""
         self.exchanges, self.prompt_cache = [], PromptCache(self.prompt_cache.features)
 
     def drop_image(self, number: int) -> ImageInfo:
-        """Take one picture out of the talk, counted from 1 as in ``images``."""
-        left = number - 1
-        for at, exchange in enumerate(self.exchanges):
-            if 0 <= left < len(exchange.images):
+        """Remove image ``number`` of the conversation, counted from 1 as in ``images``."""
+        index = number - 1
+        for position, exchange in enumerate(self.exchanges):
+            if 0 <= index < len(exchange.images):
                 self.exchanges = [*self.exchanges]
-                self.exchanges[at] = exchange.without_image(left)
-                return exchange.images[left].info
-            left -= len(exchange.images)
-        count = len(self.images)
-        raise UserError(f"no picture {number}; this talk has {count or 'none'}")
+                self.exchanges[position] = exchange.without_image(index)
+                return exchange.images[index].info
+            index -= len(exchange.images)
+        raise UserError(f"no image {number}; this conversation has {len(self.images) or 'none'}")
 
-    def configure(self, **settings: Any) -> None:
-        """Set what holds from the next question on, such as ``system`` or ``v2pe_delta``."""
-        wanted = with_overrides(self.generation_config, settings)
-        self.check_config(wanted)
-        self.generation_config = wanted
+    def configure(self, **options: "Unpack[GenerationOptions]") -> None:
+        """Change options from the next question on, such as ``system`` or ``v2pe_delta``."""
+        config = with_overrides(self.generation_config, options)
+        self.check_config(config)
+        self.generation_config = config
 
-    def process_image(self, source: Any) -> ProcessedImage:
-        """Open and cut a picture now, as this talk is set; pass the result to ``ask``."""
-        return self.processor.process_image(source, self.generation_config)
+    def process_image(self, image: InputImage) -> ProcessedImage:
+        """Open and tile an image now, with this conversation's options; pass the result to ``ask``.
+
+        Raises ImageError.
+        """
+        return self.runner.processor.process_image(image, self.generation_config)
 
     def process_video(
-        self, source: Any, settings: GenerationConfig | None = None
+        self, video: InputVideo, generation_config: GenerationConfig | None = None
     ) -> ProcessedVideo:
-        """Take the frames of a video now; pass the result to ``ask(video=...)``."""
-        return self.processor.process_video(source, settings or self.generation_config)
+        """Read the frames of a video now; pass the result to ``ask(video=...)``.
+
+        Raises ImageError.
+        """
+        return self.runner.processor.process_video(
+            video, generation_config or self.generation_config
+        )
 
     @property
     def images(self) -> tuple[ImageInfo, ...]:
-        """The pictures of the talk, in order; videos are not counted."""
-        return tuple(seen.info for exchange in self.exchanges for seen in exchange.images)
+        """The images of the conversation in order; videos are not counted."""
+        return tuple(image.info for exchange in self.exchanges for image in exchange.images)
 
     @property
     def history(self) -> tuple[Message, ...]:
-        """The talk as ``vlm.ask(history=...)`` takes it, with the ids of its answers."""
-        return tuple(turn for exchange in self.exchanges for turn in exchange.messages())
+        """The messages so far, as ``vlm.ask(history=...)`` takes them, with the ids of answers."""
+        return tuple(message for exchange in self.exchanges for message in exchange.messages())
 
     @property
     def budget(self) -> ContextBudget:
-        """How much of the window and of the memory the talk takes."""
+        """How much of the context window and of the memory the conversation takes."""
         inputs = self.build_inputs(self.exchanges, Exchange(""), self.generation_config)
-        return measure_context(inputs, self.prompt_cache, self.vlm.model, self.generation_config)
+        return measure_context(inputs, self.prompt_cache, self.runner.model, self.generation_config)
 
     def save(self, path: str | Path, *, cache: bool = False) -> None:
-        """Write the talk to one file; with ``cache`` what was read goes beside it, so that after
-        ``load`` nothing has to be read again."""
-        from internvl3_mlx.generation.conversation_file import write_conversation
+        """Save the conversation to one file.
 
-        write_conversation(self, Path(path).expanduser(), cache=cache)
+        cache: save the prompt cache beside it, so that nothing is read again after ``load``.
+        Raises UserError where the file cannot be written.
+        """
+        prompt_cache = self.prompt_cache if cache else None
+        write_conversation(
+            Path(path).expanduser(),
+            self.exchanges,
+            self.generation_config,
+            self.runner,
+            prompt_cache,
+        )
 
     def load(self, path: str | Path) -> bool:
-        """Go on with a saved talk in the place of this one; tell whether its cache came along."""
-        from internvl3_mlx.generation.conversation_file import read_conversation
+        """Replace this conversation by a saved one; return whether its prompt cache is usable.
 
-        return read_conversation(self, Path(path).expanduser())
-
-    @property
-    def processor(self) -> Processor:
-        return self.vlm.processor
+        Raises UserError for a file that is not a saved conversation, and changes nothing then.
+        """
+        saved = read_conversation(
+            Path(path).expanduser(), self.generation_config, self.runner, self.prompt_cache
+        )
+        self.generation_config = saved.generation_config
+        self.exchanges = saved.exchanges
+        return saved.has_cache
 
     def last_exchange(self) -> Exchange:
         if not self.exchanges:
-            raise UserError("nothing has been asked yet")
+            raise UserError("nothing has been asked yet; ask a question first")
         return self.exchanges[-1]
 
-    def check_config(self, settings: GenerationConfig) -> None:
-        if settings.history or settings.video:
-            raise UserError("history and video belong to one question; pass them with it")
+    def check_config(self, config: GenerationConfig) -> None:
+        """Raise UserError for options that belong to a single question."""
+        if config.history or config.video:
+            raise UserError("history and video belong to one question; pass them to ask")
 
     def build_inputs(
-        self, before: Sequence[Exchange], exchange: Exchange, settings: GenerationConfig
+        self, before: Sequence[Exchange], exchange: Exchange, config: GenerationConfig
     ) -> ModelInputs:
-        """Write the prompt of ``exchange`` after ``before``: exactly what a fresh run reads."""
-        history = [turn for past in before for turn in past.messages()]
-        shown = [seen for past in [*before, exchange] for seen in past.processed_images]
-        return self.processor.build([*history, exchange.user_message], shown, settings)
+        """Build the prompt of ``exchange`` after ``before``: exactly what a fresh run reads."""
+        history = [message for past in before for message in past.messages()]
+        images = [image for past in [*before, exchange] for image in past.processed_images]
+        return self.runner.processor.build([*history, exchange.user_message], images, config)
 
     def stream_exchange(
-        self, before: Sequence[Exchange], exchange: Exchange, settings: GenerationConfig
+        self, before: Sequence[Exchange], exchange: Exchange, config: GenerationConfig
     ) -> Iterator[AnswerChunk]:
-        if settings.history:
-            raise UserError("the talk is the history; begin another with vlm.conversation()")
+        """Check that ``exchange`` can be asked after ``before``, then stream its answer."""
+        if config.history:
+            raise UserError(
+                "a conversation has its own history; start another with vlm.conversation()"
+            )
         if self.busy:
-            raise PromptError("an answer is still being written; finish or close it first")
-        inputs = self.build_inputs(before, exchange, settings)
-        self.vlm.check_context_length(inputs, settings)
-        return self.record_stream(before, exchange, inputs, settings)
+            raise PromptError("an answer is still being generated; finish or close it first")
+        inputs = self.build_inputs(before, exchange, config)
+        self.runner.check_context_length(inputs, config)
+        return self.record_stream(before, exchange, inputs, config)
 
     def record_stream(
         self,
         before: Sequence[Exchange],
         exchange: Exchange,
         inputs: ModelInputs,
-        settings: GenerationConfig,
+        config: GenerationConfig,
     ) -> Iterator[AnswerChunk]:
-        """Pass the pieces on, and keep what was said however it ends."""
-        text, ids, whole = "", list[int](), False
+        """Yield the answer's chunks, and record what was generated however it ends."""
+        text, ids, complete = "", list[int](), False
         self.busy = True
-        pieces = self.vlm.stream_inputs(inputs, settings, self.prompt_cache)
         try:
-            for piece in pieces:
-                text, whole = text + piece.text, piece.answer is not None
-                ids += [] if piece.token_id is None else [piece.token_id]
-                yield piece
+            for chunk in self.runner.stream(inputs, config, self.prompt_cache):
+                text, complete = text + chunk.text, chunk.answer is not None
+                ids += [] if chunk.token_id is None else [chunk.token_id]
+                yield chunk
         finally:
             self.busy = False
-            if ids or whole:
-                said = replace(exchange, answer=text.strip(), complete=whole)
-                if self.ids_match_text(ids, text, settings):
-                    said = replace(said, token_ids=tuple(ids))
-                self.exchanges = [*before, said]
+            if ids or complete:
+                answered = replace(exchange, answer=text.strip(), complete=complete)
+                if self.ids_match_text(ids, text, config):
+                    answered = replace(answered, token_ids=tuple(ids))
+                self.exchanges = [*before, answered]
 
-    def ids_match_text(self, ids: Sequence[int], text: str, settings: GenerationConfig) -> bool:
-        """Tell whether ids may stand for an answer in the history: not where a stop string cut
-        it, nor where the model made up a picture."""
-        tokenizer = self.vlm.tokenizer
-        spelled = tokenizer.decode(ids, keep_boxes=settings.keep_boxes)
-        return spelled.strip() == text.strip() and tokenizer.image_id not in ids
+    def ids_match_text(self, ids: Sequence[int], text: str, config: GenerationConfig) -> bool:
+        """Tell whether ids may represent an answer in the history.
 
-
-def final_answer(pieces: Iterator[AnswerChunk]) -> Answer:
-    """Run to the end and return the answer."""
-    *_, last = pieces
-    assert last.answer is not None
-    return last.answer
+        They may not where a stop string cut the text, nor where the model generated image tokens.
+        """
+        tokenizer = self.runner.tokenizer
+        decoded = tokenizer.decode(ids, keep_boxes=config.keep_boxes)
+        return decoded.strip() == text.strip() and tokenizer.image_id not in ids

@@ -1,4 +1,4 @@
-"""Prefill and decode: ids and arrays, no text and no pictures."""
+"""The decoding engine: prefill and decode steps over ids and arrays; it knows no text or images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,21 +24,21 @@ from internvl3_mlx.models.quantized_cache import (
 )
 from internvl3_mlx.models.rope import Positions, Rotary
 
-# tokens of a prompt; a CPU computes the scores under the causal mask too, fewer in shorter chunks
+# Tokens per chunk. A CPU computes the scores behind the causal mask too; short chunks have fewer.
 PREFILL_STEP_SIZE = 2048 if on_gpu() else 512
-CACHE_HEADROOM = 256  # tokens of an answer that the cache holds before it must grow
+CACHE_HEADROOM = 256  # tokens of an answer that the cache has capacity for before it grows
 
 
 @dataclass
 class Engine:
-    """One sequence being read and continued. ``read``: how many tokens the cache holds whole."""
+    """One sequence and its KV cache. ``num_cached``: tokens that every layer of the cache holds."""
 
     model: InternVL
     sampler: Sampler
     cache: list[LayerCache]
     next_position: float
     num_cached: int = 0
-    track_ids: bool = False  # penalties look back at the ids
+    track_ids: bool = False  # the repetition penalty looks back at the ids
     ntk: bool = True
     kv_quantization: KVQuantization | None = None
 
@@ -49,11 +49,10 @@ class Engine:
         positions: np.ndarray | None,
         step: int | None = None,
     ) -> mx.array:
-        """Read the prompt's unread tokens in chunks of ``step``. ids: (1, L) -> logits of the next
-        token (1, vocab).
+        """Read the prompt's uncached tokens in chunks of ``step``.
 
-        features: the visual tokens of the unread part. positions: (L,) float32, or None where they
-        are the plain 0, 1, 2 ...
+        ids: (1, L) -> logits of the next token (1, vocab). features: visual tokens (N, D) of the
+        uncached part. positions: (L,) float32, or None where they are 0, 1, 2 ...
         """
         length, known, step = ids.shape[1], self.num_cached, step or PREFILL_STEP_SIZE
         embeds = self.model.embed(ids[:, known:], features)
@@ -70,7 +69,7 @@ class Engine:
         return self.model.language_model.head(states[:, -1])
 
     def decode(self, ids: mx.array, logits: mx.array, limit: int) -> Iterator[int]:
-        """Yield up to ``limit`` tokens; the next is being computed while one is looked at."""
+        """Yield up to ``limit`` tokens; the next is computed while the caller handles this one."""
         history = ids.reshape(-1)
         token = self.sampler(history, logits)
         mx.async_eval(token)
@@ -85,7 +84,7 @@ class Engine:
             token = following
 
     def step(self, token: mx.array) -> mx.array:
-        """Read one token, (1,) -> logits (1, vocab). Generated text goes on in whole positions."""
+        """Read one token, (1,) -> logits (1, vocab). Positions of generated text step by 1."""
         length = self.cache[0].offset + 1
         rotary = self.rotary(int(self.next_position), length)
         self.next_position += 1
@@ -107,14 +106,14 @@ class Engine:
         return self.model.language_model.head(states)
 
     def rewind(self, count: int) -> None:
-        """Forget the last ``count`` tokens, which were read in whole steps."""
+        """Drop the last ``count`` tokens, whose positions step by 1."""
         self.num_cached -= count
         self.next_position -= count
         for layer in self.cache:
             layer.trim(layer.offset - self.num_cached)
 
     def uses_dynamic_ntk(self, ahead: int) -> bool:
-        """Tell whether dynamic NTK turns the next tokens, each by another length."""
+        """Tell whether dynamic NTK applies to the next tokens, with another base at each length."""
         text = self.model.config.text
         beyond = self.num_cached + ahead + 1 > text.max_position_embeddings
         return self.ntk and beyond and text.rope_dynamic_factor is not None
@@ -123,13 +122,13 @@ class Engine:
         return self.model.language_model.rotary(positions, length, ntk=self.ntk)
 
     def quantize_cache(self) -> None:
-        """Quantize the cache once it is longer than was asked for, in the form that is faster."""
-        packing = self.kv_quantization
-        if packing is None or self.cache[-1].offset <= packing.start:
+        """Quantize the cache once it is longer than ``start``, in the layout that is faster."""
+        quantization = self.kv_quantization
+        if quantization is None or self.cache[-1].offset <= quantization.start:
             return
         if not isinstance(self.cache[-1], RowQuantizedKVCache):
-            layout = preferred_row_layout(self.model, packing, self.cache[-1].offset)
-            self.cache[:] = [quantize_layer(layer, packing, layout) for layer in self.cache]
+            layout = preferred_row_layout(self.model, quantization, self.cache[-1].offset)
+            self.cache[:] = [quantize_layer(layer, quantization, layout) for layer in self.cache]
 
 
 def slice_positions(positions: np.ndarray | None, start: int, stop: int) -> Positions:
@@ -137,54 +136,60 @@ def slice_positions(positions: np.ndarray | None, start: int, stop: int) -> Posi
 
 
 def make_kv_cache(
-    model: InternVL, prompt: int, max_tokens: int, packing: KVQuantization | None = None
+    model: InternVL, prompt_tokens: int, max_tokens: int, quantization: KVQuantization | None = None
 ) -> list[LayerCache]:
-    """Make one cache a layer, with room for the prompt and the beginning of an answer.
+    """Make one cache per layer, with capacity for the prompt and the beginning of an answer.
 
-    One that is to be packed from the start is packed as it is read, so that the size of a chunk
-    changes nothing.
+    A cache that is quantized from the first token is quantized chunk by chunk as it is filled, so
+    the chunk size does not change the result.
     """
-    room, layers = prompt + min(max_tokens, CACHE_HEADROOM), model.language_model.model.layers
-    if packing is None or packing.start:
-        return [KVCache(room) for _ in layers]
-    if layout := preferred_row_layout(model, packing, prompt):
-        return [RowQuantizedKVCache(layout, room) for _ in layers]
-    return [QuantizedKVCache(packing.bits, packing.group_size, room) for _ in layers]
+    capacity, layers = (
+        prompt_tokens + min(max_tokens, CACHE_HEADROOM),
+        model.language_model.model.layers,
+    )
+    if quantization is None or quantization.start:
+        return [KVCache(capacity) for _ in layers]
+    if layout := preferred_row_layout(model, quantization, prompt_tokens):
+        return [RowQuantizedKVCache(layout, capacity) for _ in layers]
+    return [QuantizedKVCache(quantization.bits, quantization.group_size, capacity) for _ in layers]
 
 
 def preferred_row_layout(
-    model: InternVL, packing: KVQuantization, tokens: int
+    model: InternVL, quantization: KVQuantization, tokens: int
 ) -> KVRowLayout | None:
-    """Say how a row of a packed cache is laid out, where our kernels read ``tokens`` of them faster
-    than MLX reads its own form."""
-    layout = supported_row_layout(model, packing)
-    sharing = model.config.text.num_attention_heads // model.config.text.num_key_value_heads
-    return layout if layout and prefers_row_layout(layout, sharing, tokens) else None
+    """Return the row layout if our kernels read ``tokens`` rows faster than MLX its own layout."""
+    layout = supported_row_layout(model, quantization)
+    queries_per_kv_head = (
+        model.config.text.num_attention_heads // model.config.text.num_key_value_heads
+    )
+    return layout if layout and prefers_row_layout(layout, queries_per_kv_head, tokens) else None
 
 
-def supported_row_layout(model: InternVL, packing: KVQuantization) -> KVRowLayout | None:
-    """Say how a row is laid out; None for heads or groups that only MLX's own form knows."""
+def supported_row_layout(model: InternVL, quantization: KVQuantization) -> KVRowLayout | None:
+    """Return the row layout, None for heads or groups that only MLX's own layout supports."""
     dtype = model.language_model.model.norm.weight.dtype
     try:
-        return KVRowLayout(model.config.text.head_dim, packing.bits, packing.group_size, dtype)
+        return KVRowLayout(
+            model.config.text.head_dim, quantization.bits, quantization.group_size, dtype
+        )
     except UserError:
         return None
 
 
-def kv_quantization_for(settings: GenerationConfig, head_dim: int) -> KVQuantization | None:
-    """Read how the cache is to be packed; a group is never wider than a head."""
-    if settings.kv_bits is None:
+def kv_quantization_for(config: GenerationConfig, head_dim: int) -> KVQuantization | None:
+    """Return how the KV cache is quantized; a group is never wider than a head."""
+    if config.kv_bits is None:
         return None
-    group_size = min(settings.kv_group_size, head_dim)
+    group_size = min(config.kv_group_size, head_dim)
     if head_dim % group_size or group_size not in KV_GROUP_SIZES:
         raise UserError(
-            f"kv_group_size {settings.kv_group_size} does not divide this model's heads of "
-            f"{head_dim}; try {head_dim & -head_dim}, or leave kv_bits away"
+            f"kv_group_size {config.kv_group_size} does not divide this model's heads of "
+            f"{head_dim}; try {head_dim & -head_dim}, or drop kv_bits"
         )
-    return KVQuantization(settings.kv_bits, group_size, settings.quantized_kv_start)
+    return KVQuantization(config.kv_bits, group_size, config.quantized_kv_start)
 
 
 def remaining_context(length: float, config: TextConfig, *, ntk: bool) -> int:
-    """Say how many positions are left after ``length``, the window stretched where NTK applies."""
+    """Return how many positions are left after ``length``, in a window that NTK may extend."""
     stretch = config.rope_dynamic_factor if ntk and config.rope_dynamic_factor else 1.0
     return int(config.max_position_embeddings * stretch - length)

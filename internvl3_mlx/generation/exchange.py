@@ -1,4 +1,4 @@
-"""One question with what it showed, and what was answered."""
+"""One question of a conversation with its images and its answer."""
 
 from dataclasses import dataclass, replace
 
@@ -8,10 +8,10 @@ from internvl3_mlx.prompt.messages import IMAGE_PLACEHOLDER, Message
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """A question, its pictures and videos, and the answer.
+    """A question, its images and videos, and the answer.
 
-    ``token_ids``: the answer as it was generated; empty where its text was cut by a stop string.
-    ``complete``: False when the listener broke off.
+    ``token_ids``: the generated ids of the answer; empty where a stop string cut its text.
+    ``complete``: False when generation was interrupted.
     """
 
     question: str
@@ -27,22 +27,23 @@ class Exchange:
 
     @property
     def processed_images(self) -> list[ProcessedImage]:
-        """Pictures and frames in the order of the prompt."""
+        """List images and video frames in the order of the prompt."""
         return make_user_message(self.question, self.images, self.videos)[1]
 
     def messages(self) -> tuple[Message, Message]:
+        """Return the user's message and the assistant's."""
         return self.user_message, Message("assistant", self.answer, token_ids=self.token_ids)
 
     def without_token_ids(self) -> "Exchange":
-        """Forget the ids of the answer: its words are cut anew."""
+        """Return a copy whose answer is text only, to be tokenized again."""
         return replace(self, token_ids=())
 
     def without_image(self, index: int) -> "Exchange":
-        """Leave one picture out, and its mark where the question placed the pictures itself."""
+        """Return a copy without one image, and without its placeholder if the question has one."""
         question = self.question
         if question.count(IMAGE_PLACEHOLDER) == len(self.images):
             parts = question.split(IMAGE_PLACEHOLDER)
             parts[index : index + 2] = [parts[index] + parts[index + 1]]
             question = IMAGE_PLACEHOLDER.join(parts)
-        pictures = self.images[:index] + self.images[index + 1 :]
-        return replace(self, question=question, images=pictures)
+        images = self.images[:index] + self.images[index + 1 :]
+        return replace(self, question=question, images=images)

@@ -1,44 +1,72 @@
-"""Everything that can be asked for besides the question itself, each default in one place."""
+"""All generation options besides the question itself; each default is written here only."""
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypedDict, cast
 
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.prompt.messages import Message
 
 KV_BITS = (4, 8)
 KV_GROUP_SIZES = (32, 64, 128)
+CONSTRAINTS = ("json_schema", "regex", "choice")
 
-V2PEDelta = float | int | str | Fraction
+V2PEDelta = float | str | Fraction
+JSONSchema = Mapping[str, Any] | str | bool
+
+
+class DraftSource(Protocol):
+    """A loaded model that can draft for a larger one: what ``load`` returns."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def runner(self) -> object: ...
+
+
+class VideoFrames(Protocol):
+    """A video read before: what ``Conversation.process_video`` returns."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def frames(self) -> Sequence[object]: ...
+
+
+InputVideo = str | Path | bytes | VideoFrames
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How a question is put and an answer generated. ``None`` means: as the model itself has it.
+    """How a prompt is built and an answer generated. ``None`` means the model's own default.
 
-    history: earlier turns, their pictures counted in ``images`` before this turn's.
-    v2pe_delta: position step of image tokens, one of 1, 1/2 ... 1/256, ``"auto"``, or one a
-    picture.
-    lookup: guess ahead what followed the same words before; the answer stays the same.
-    draft: a smaller model, or its name, that guesses ahead; the answer stays the same.
-    json_schema, regex, choice: the form the answer must have; at most one. A schema is a
-    dictionary or JSON text.
-    ntk: stretch the rotary base beyond the trained window, as the checkpoint's rope_scaling says.
+    history: earlier messages; their images come first in ``images``.
+    video: videos of this question, ``num_frames`` frames each, with ``frame_times`` in the prompt.
+    upright: apply the EXIF orientation of photos.
+    v2pe_delta: position step of image tokens: 1, 1/2 ... 1/256, ``"auto"``, or one per image.
+    ntk: extend the rotary base beyond the trained window as the checkpoint's rope_scaling says.
+    keep_boxes: keep the tags of grounding answers in the text.
+    lookup: speculative decoding by prompt lookup. draft_model: speculative decoding with a smaller
+    model, or its name. Neither changes the answer.
+    json_schema, regex, choice: constrain the answer; at most one. A schema is a mapping or JSON
+    text.
     """
 
     system: str | None = None
     history: tuple[Message, ...] = ()
-    video: tuple[Any, ...] = ()
+    video: tuple[InputVideo, ...] = ()
     num_frames: int = 8
     frame_times: bool = False
     max_tiles: int | None = None
     min_tiles: int | None = None
     thumbnail: bool | None = None
     upright: bool = True
-    v2pe_delta: V2PEDelta | list[V2PEDelta] | tuple[V2PEDelta, ...] = 1
+    v2pe_delta: V2PEDelta | Sequence[V2PEDelta] = 1
     ntk: bool = True
     max_tokens: int = 1024
     temperature: float = 0.0
@@ -54,34 +82,75 @@ class GenerationConfig:
     quantized_kv_start: int = 0
     prefill_step_size: int | None = None
     lookup: bool = False
-    draft: Any = None
+    draft_model: str | DraftSource | None = None
     num_draft_tokens: int = 4
-    json_schema: Any = None
+    json_schema: JSONSchema | None = None
     regex: str | None = None
     choice: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("stop", "video", "history", "choice"):  # one string or path is a list of one
-            value = getattr(self, name)
-            alone = isinstance(value, str | bytes) or not isinstance(value, Sequence)
-            object.__setattr__(self, name, (value,) if alone else tuple(value))
+            object.__setattr__(self, name, as_tuple(getattr(self, name)))
         for name, (lowest, highest) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value <= highest:
-                raise UserError(f"{name} is {value}; it goes from {lowest:g} to {highest:g}")
+                raise UserError(f"{name} is {value}; choose {lowest:g} to {highest:g}")
         if self.kv_bits is not None and self.kv_bits not in KV_BITS:
-            raise UserError(f"kv_bits is {self.kv_bits}; the cache packs to 4 or 8 bits, or None")
-        forms = [name for name in ("json_schema", "regex", "choice") if getattr(self, name)]
-        if len(forms) > 1:
-            raise UserError(f"{' and '.join(forms)} at once; an answer has one form, choose one")
-        if forms and (self.lookup or self.draft is not None):
-            raise UserError(f"guessing ahead knows no {forms[0]}; leave lookup and draft away")
+            raise UserError(
+                f"kv_bits is {self.kv_bits}; choose 4 or 8, or None for no quantization"
+            )
         if self.kv_group_size not in KV_GROUP_SIZES:
-            raise UserError(f"kv_group_size is {self.kv_group_size}; MLX has 32, 64 and 128")
+            raise UserError(f"kv_group_size is {self.kv_group_size}; choose 32, 64 or 128")
+        self._check_constraints()
+
+    def _check_constraints(self) -> None:
+        given = [name for name in CONSTRAINTS if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are mutually exclusive; choose one")
+        if given and (self.lookup or self.draft_model is not None):
+            raise UserError(
+                f"speculative decoding cannot be combined with {given[0]}; "
+                "drop lookup and draft_model"
+            )
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The fields of ``GenerationConfig`` as keyword arguments; single values need no list."""
+
+    system: str | None
+    history: Message | Sequence[Message]
+    video: InputVideo | Sequence[InputVideo]
+    num_frames: int
+    frame_times: bool
+    max_tiles: int | None
+    min_tiles: int | None
+    thumbnail: bool | None
+    upright: bool
+    v2pe_delta: V2PEDelta | Sequence[V2PEDelta]
+    ntk: bool
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str]
+    keep_boxes: bool
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
+    prefill_step_size: int | None
+    lookup: bool
+    draft_model: str | DraftSource | None
+    num_draft_tokens: int
+    json_schema: JSONSchema | None
+    regex: str | None
+    choice: str | Sequence[str]
 
 
 UNBOUNDED = 1_000_000_000
-RANGES = {
+RANGES: dict[str, tuple[float, float]] = {
     "num_frames": (1, 4096),
     "max_tiles": (1, 4096),
     "min_tiles": (1, 4096),
@@ -98,11 +167,17 @@ RANGES = {
 }
 
 
-def with_overrides(config: GenerationConfig, overrides: dict[str, Any]) -> GenerationConfig:
-    """Return ``settings`` with ``changes``; an unknown one raises with the nearest name."""
+def with_overrides(config: GenerationConfig, overrides: GenerationOptions) -> GenerationConfig:
+    """Return ``config`` with ``overrides``; raise UserError for an unknown name."""
     names = [field.name for field in fields(GenerationConfig)]
-    for name in overrides.keys() - set(names):
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
-        raise UserError(f"no setting {name!r}; {hint}")
-    return replace(config, **overrides)
+    for name in overrides:
+        if name not in names:
+            raise UserError(f"unknown generation option {name!r}; {did_you_mean(name, names)}")
+    return replace(config, **cast(dict[str, Any], overrides))
+
+
+def as_tuple(value: object) -> tuple[object, ...]:
+    """Return a sequence as a tuple, and a single value as a tuple of one."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        return (value,)
+    return tuple(cast(Sequence[object], value))

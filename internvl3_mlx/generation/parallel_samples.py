@@ -1,95 +1,94 @@
-"""Several answers to one question: prompt and pictures are read once and stand in memory once.
+"""Several sampled answers to one question: prompt and images are read and stored once.
 
-Every answer goes on from there with its own words and its own chance.
-
-What is done with them is the caller's: choosing the best, or the most frequent, needs a judge.
+Every answer continues from there with its own tokens and its own random numbers. Choosing among
+them is left to the caller.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.answer import Answer
-from internvl3_mlx.generation.batch_generate import generate_alone
 from internvl3_mlx.generation.engine import (
     CACHE_HEADROOM,
     Engine,
     kv_quantization_for,
-    remaining_context,
     supported_row_layout,
 )
-from internvl3_mlx.generation.generate import Generation, StageTimer
+from internvl3_mlx.generation.generate import StageTimer
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.generation.sampler import Sampler, make_sampler, needs_history
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import is_structured
 from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
 
-if TYPE_CHECKING:
-    from internvl3_mlx.generation.vlm import VLM
-
-SEED_RANGE = 2**31  # what a base seed is drawn from when none was given
-KEY_WORD_BITS = 32  # MLX's random key is a seed cut in two
+SEED_RANGE = 2**31  # a base seed is drawn from it when none is given
+KEY_WORD_BITS = 32  # MLX's random key is a 64-bit seed as two words
 
 
 def generate_samples(
-    vlm: "VLM", inputs: ModelInputs, settings: GenerationConfig, count: int
+    runner: ModelRunner, inputs: ModelInputs, config: GenerationConfig, count: int
 ) -> list[Answer]:
-    """Answer prepared inputs ``count`` times, in the order of their seeds.
+    """Sample ``count`` answers to built inputs, in the order of their seeds.
 
-    Answer i draws what ``ask`` would with the seed ``settings.seed + i``. Sums are taken in another
-    order, so where a draw falls on the line between two words, rounding may choose the other one.
+    Answer i samples what ``ask`` would with the seed ``config.seed + i``. Sums are taken in another
+    order, so where a draw falls on the boundary of two tokens, rounding may choose the other one.
     """
     if count < 1:
-        raise UserError(f"n is {count}; ask for one answer or more")
-    seed = settings.seed
+        raise UserError(f"n is {count}; ask for at least one answer")
+    seed = config.seed
     if seed is None:
         seed = int(mx.random.randint(0, SEED_RANGE).item())  # type: ignore[arg-type]
-    memory, seeds = PromptCache(), range(seed, seed + count)
-    if count == 1 or not can_sample_together(vlm, settings):
-        each = (replace(settings, seed=one) for one in seeds)
-        return [generate_alone(vlm, inputs, asked, memory) for asked in each]
-    return sample_together(vlm, inputs, settings, memory, seeds)
+    cache, seeds = PromptCache(), range(seed, seed + count)
+    if count == 1 or not can_sample_together(runner, config):
+        return [runner.answer(inputs, replace(config, seed=one), cache) for one in seeds]
+    return sample_together(runner, inputs, config, cache, seeds)
 
 
-def can_sample_together(vlm: "VLM", settings: GenerationConfig) -> bool:
-    """Tell whether answers can be written side by side: nothing guesses ahead or forces a form,
-    and the cache is of a kind that is read in parts. Else each is written alone, the prompt still
-    read once."""
-    if settings.lookup or settings.draft is not None or is_structured(settings):
+def can_sample_together(runner: ModelRunner, config: GenerationConfig) -> bool:
+    """Tell whether answers can be decoded together.
+
+    They can without speculation and constraints, with a KV cache that can be split in a shared
+    prefix and own tails. Otherwise each is decoded alone, the prompt still read once.
+    """
+    if config.lookup or config.draft_model is not None or is_structured(config):
         return False
-    packing = kv_quantization_for(settings, vlm.config.text.head_dim)
-    return packing is None or supported_row_layout(vlm.model, packing) is not None
+    quantization = kv_quantization_for(config, runner.config.text.head_dim)
+    return quantization is None or supported_row_layout(runner.model, quantization) is not None
 
 
 @dataclass(eq=False)
 class Candidate:
-    """One of the answers. ``state``: where its random numbers stand, as a seed of MLX's."""
+    """One of the answers. ``rng_seed``: the state of its random numbers, as a seed of MLX."""
 
     text: TextStream
     rng_seed: int
     tokens_left: int
-    generated_ids: list[int] = field(default_factory=list)
+    generated_ids: list[int] = field(default_factory=list[int])
 
     def sample(
-        self, choose: Sampler, ids: list[int], logits: mx.array
+        self, sampler: Sampler, prompt_ids: list[int], logits: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Choose a token with this answer's own chance: logits (1, vocab) -> (1,), and the random
-        key to go on with (2,). ids: the prompt's, empty where nothing looks back."""
+        """Sample a token with this answer's random numbers: logits (1, vocab) -> (1,).
+
+        Returns with it the random key to continue with, (2,). prompt_ids: empty where the sampler
+        needs no history.
+        """
         mx.random.seed(self.rng_seed)
-        history = [*ids, *self.generated_ids] if ids else []
-        token = choose(mx.array(history, dtype=mx.int32), logits)
+        history = [*prompt_ids, *self.generated_ids] if prompt_ids else []
+        token = sampler(mx.array(history, dtype=mx.int32), logits)
         state: Any = mx.random.state
         return token, state[0]
 
     def accept(self, token: int, key: Sequence[int]) -> bool:
-        """Take the token that was chosen; False when the answer is complete."""
+        """Append the sampled token; return False when the answer is complete."""
         self.rng_seed = key[0] << KEY_WORD_BITS | key[1]
         self.generated_ids.append(token)
         for _ in self.text.decode([token]):
@@ -98,78 +97,73 @@ class Candidate:
 
 
 def sample_together(
-    vlm: "VLM",
+    runner: ModelRunner,
     inputs: ModelInputs,
-    settings: GenerationConfig,
-    memory: PromptCache,
+    config: GenerationConfig,
+    cache: PromptCache,
     seeds: Sequence[int],
 ) -> list[Answer]:
-    """Read once, then write a token of every answer at each step."""
-    run = Generation(vlm.name, vlm.model, vlm.tokenizer, inputs, settings, memory, vlm.load_seconds)
-    clock = StageTimer(time.perf_counter())
+    """Prefill once, then decode one token of every answer at each step."""
+    generation = runner.open_generation(inputs, config, cache)
+    timer = StageTimer(time.perf_counter())
     mx.reset_peak_memory()
-    engine, features = run.start(clock)
-    positions = None if inputs.uses_unit_positions else inputs.positions
-    ids, step = inputs.input_ids[None], settings.prefill_step_size
-    logits = engine.prefill(ids, features, positions, step)
-    left = remaining_context(inputs.next_position, vlm.config.text, ntk=engine.ntk)
-    limit = min(settings.max_tokens, max(left, 1))
-    candidates = [Candidate(run.make_text_stream(), seed, limit) for seed in seeds]
+    prefill, logits = generation.start(timer)
+    candidates = [
+        Candidate(generation.make_text_stream(), seed, prefill.max_tokens) for seed in seeds
+    ]
     answers: dict[int, Answer] = {}
-    for ended in decode_samples(engine, candidates, settings, inputs.token_ids, logits):
-        clock.mark_token()
-        for at in ended:
-            text = candidates[at].text
+    for ended in decode_samples(prefill.engine, candidates, config, inputs.token_ids, logits):
+        timer.mark_token()
+        for index in ended:
+            text = candidates[index].text
             text.flush()
-            answers[at] = run.make_answer(text, clock, kept=len(inputs.token_ids) if at else 0)
-    return [answers[at] for at in sorted(answers)]
+            num_reused = len(inputs.token_ids) if index else 0
+            answers[index] = generation.make_answer(text, timer, num_reused)
+    return [answers[index] for index in sorted(answers)]
 
 
 def decode_samples(
     engine: Engine,
     candidates: Sequence[Candidate],
-    settings: GenerationConfig,
-    ids: list[int],
+    config: GenerationConfig,
+    prompt_ids: list[int],
     logits: mx.array,
 ) -> Iterator[list[int]]:
-    """Write all answers side by side; at each step yield which of them ended.
+    """Decode all answers together; yield at each step the indices of those that ended.
 
-    ids: the prompt's; logits: what the model makes of it, (1, vocab).
+    logits: (1, vocab) of the first token.
     """
-    choose = make_sampler(replace(settings, seed=None))
-    history = ids if needs_history(settings) else []
-    layout = (
-        None
-        if engine.kv_quantization is None
-        else supported_row_layout(engine.model, engine.kv_quantization)
-    )
+    sampler = make_sampler(replace(config, seed=None))
+    history = prompt_ids if needs_history(config) else []
+    quantization = engine.kv_quantization
+    layout = None if quantization is None else supported_row_layout(engine.model, quantization)
     caches = [SharedPrefixKVCache(layer, layout, CACHE_HEADROOM) for layer in engine.cache]
-    engine.cache.clear()  # what was laid out anew must not stand twice
+    engine.cache.clear()  # the shared caches hold their own copy: free the prompt's
     live = dict(enumerate(candidates))
     # an array each: the repetition penalty writes into the one it is given
     rows = list(mx.split(mx.repeat(logits, len(live), axis=0), len(live)))
     while True:
-        drawn = [
-            one.sample(choose, history, row) for one, row in zip(live.values(), rows, strict=True)
+        sampled = [
+            one.sample(sampler, history, row) for one, row in zip(live.values(), rows, strict=True)
         ]
-        tokens = mx.concatenate([token for token, _ in drawn])
-        keys = mx.stack([key for _, key in drawn])
+        tokens = mx.concatenate([token for token, _ in sampled])
+        keys = mx.stack([key for _, key in sampled])
         chosen = zip(live.items(), to_host(tokens, keys), strict=True)
-        going = {at: one for (at, one), pair in chosen if one.accept(*pair)}
-        yield [at for at in live if at not in going]
-        if not going:
+        continuing = {index: one for (index, one), pair in chosen if one.accept(*pair)}
+        yield [index for index in live if index not in continuing]
+        if not continuing:
             return
-        if len(going) < len(live):
-            places = mx.array([place for place, at in enumerate(live) if at in going])
-            tokens = tokens[places]
+        if len(continuing) < len(live):
+            kept = mx.array([row for row, index in enumerate(live) if index in continuing])
+            tokens = tokens[kept]
             for cache in caches:
-                cache.select(places)
-        live = going
+                cache.select(kept)
+        live = continuing
         rows = list(mx.split(sample_step(engine, caches, tokens), len(live)))
 
 
 def to_host(tokens: mx.array, keys: mx.array) -> Iterator[tuple[int, list[int]]]:
-    """Bring tokens (N,) and random keys (N, 2) over from the device in one go."""
+    """Copy tokens (N,) and random keys (N, 2) from the device in one synchronization."""
     mx.eval(tokens, keys)
     return zip(cast(list[int], tokens.tolist()), cast(list[list[int]], keys.tolist()), strict=True)
 
@@ -177,7 +171,7 @@ def to_host(tokens: mx.array, keys: mx.array) -> Iterator[tuple[int, list[int]]]
 def sample_step(
     engine: Engine, caches: Sequence[SharedPrefixKVCache], tokens: mx.array
 ) -> mx.array:
-    """Read a token of every answer, all at one place of the sequence: (N,) -> logits (N, vocab)."""
+    """Read one token of every answer, all at the same position: (N,) -> logits (N, vocab)."""
     length, language = caches[0].offset + 1, engine.model.language_model
     rotary = engine.rotary(int(engine.next_position), length)
     engine.next_position += 1

@@ -1,4 +1,4 @@
-"""From a question, pictures and settings to what the model reads: ids, tiles and positions."""
+"""From a question, images and options to what the model reads: token ids, tiles and positions."""
 
 import time
 from collections.abc import Sequence
@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import PromptError, UserError
-from internvl3_mlx.generation.generation_config import GenerationConfig, V2PEDelta
+from internvl3_mlx.generation.generation_config import GenerationConfig, InputVideo, V2PEDelta
 from internvl3_mlx.images.fetch import shorten_name
-from internvl3_mlx.images.load import LoadedImage, open_image
+from internvl3_mlx.images.load import ImageSource, LoadedImage, open_image
 from internvl3_mlx.images.tiling import TilePolicy, normalize, to_tiles
 from internvl3_mlx.prompt.messages import Message, MessageMedia, media_order
 from internvl3_mlx.prompt.template import Template
@@ -29,12 +30,12 @@ from internvl3_mlx.prompt.v2pe import (
 )
 
 AUTO: Literal["auto"] = "auto"
-HASH_BYTES = 16  # of a picture's digest: none is ever met twice by chance
+HASH_BYTES = 16  # 128 bits: no two images share a hash by accident
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What became of one picture or frame."""
+    """Where one image or frame came from, its size in pixels, and its tiles and tokens."""
 
     source: str
     width: int
@@ -45,14 +46,14 @@ class ImageInfo:
 
 @dataclass(frozen=True, eq=False)
 class ProcessedImage:
-    """One picture or frame, cut for the tower. tiles: raw colours (T, S, S, 3) uint8."""
+    """One tiled image or frame. tiles: RGB (T, S, S, 3) uint8."""
 
-    tiles: np.ndarray
+    tiles: NDArray[np.uint8]
     info: ImageInfo
 
     @cached_property
     def content_hash(self) -> bytes:
-        """Name the content: equal for equal tiles, whatever the file is called."""
+        """A hash of the tiles, whatever the file is called."""
         digest = blake2b(str(self.tiles.shape).encode(), digest_size=HASH_BYTES)
         digest.update(np.ascontiguousarray(self.tiles).data)
         return digest.digest()
@@ -60,7 +61,7 @@ class ProcessedImage:
 
 @dataclass(frozen=True, eq=False)
 class ProcessedVideo:
-    """A video as it was taken in: its frames, and when they are shown if the prompt tells."""
+    """A video's frames, and their times in seconds where the prompt names them."""
 
     name: str
     frames: tuple[ProcessedImage, ...]
@@ -71,28 +72,35 @@ class ProcessedVideo:
         return MessageMedia(tiles=(1,) * len(self.frames), kind="video", times=self.times)
 
 
+InputImage = ImageSource | ProcessedImage
+
+Item = TypeVar("Item")
+
+
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """What the model reads. ``seen``: the pictures and frames in the order of their tokens."""
+    """What the model reads.
+
+    processed_images: images and frames in the order of their tokens. positions: (L,) float32.
+    deltas: the V2PE position step of each image.
+    """
 
     token_ids: list[int]
     processed_images: tuple[ProcessedImage, ...]
-    positions: np.ndarray
+    positions: NDArray[np.float32]
     deltas: tuple[float, ...] = ()
     preprocess_s: float = 0.0
 
     @property
     def images(self) -> tuple[ImageInfo, ...]:
-        return tuple(seen.info for seen in self.processed_images)
+        return tuple(image.info for image in self.processed_images)
 
     @property
-    def tiles(self) -> np.ndarray | None:
-        """(T, S, S, 3) uint8, raw colours of all pictures; None without pictures."""
-        return (
-            np.concatenate([seen.tiles for seen in self.processed_images])
-            if self.processed_images
-            else None
-        )
+    def tiles(self) -> NDArray[np.uint8] | None:
+        """RGB of all images, (T, S, S, 3) uint8; None without images."""
+        if not self.processed_images:
+            return None
+        return np.concatenate([image.tiles for image in self.processed_images])
 
     @property
     def input_ids(self) -> mx.array:
@@ -101,7 +109,7 @@ class ModelInputs:
 
     @property
     def pixel_values(self) -> mx.array | None:
-        """(T, S, S, 3) float32, normalised, equal to the published pipeline's to the bit."""
+        """(T, S, S, 3) float32, normalized, bit-identical to the published preprocessing."""
         return mx.array(normalize(self.tiles)) if self.tiles is not None else None
 
     @property
@@ -111,7 +119,7 @@ class ModelInputs:
 
     @property
     def num_tiles(self) -> list[int]:
-        """Tiles of each picture, thumbnails counted."""
+        """Tiles of each image, thumbnails included."""
         return [image.tiles for image in self.images]
 
     @property
@@ -120,111 +128,124 @@ class ModelInputs:
 
     @property
     def uses_unit_positions(self) -> bool:
-        """True when every token takes one whole position, so that the fused rotary serves."""
+        """True when positions are 0, 1, 2 ..., so that the fused rotary kernel applies."""
         return all(delta == 1 for delta in self.deltas)
 
     @property
     def next_position(self) -> float:
-        """Where the first generated token stands."""
+        """The position of the first generated token."""
         return next_position(self.positions)
 
 
 @dataclass(frozen=True)
 class Processor:
-    """Turns questions into inputs for one model."""
+    """Turns questions and images into ``ModelInputs`` for one model."""
 
     config: ModelConfig
     tokenizer: Tokenizer
     template: Template
 
     def __call__(
-        self, question: str, images: Sequence[Any], settings: GenerationConfig
+        self, question: str, images: Sequence[InputImage], generation_config: GenerationConfig
     ) -> ModelInputs:
+        """Open and tile the images and build the prompt. Images of the history come first."""
         started = time.perf_counter()
-        pictures = [self.process_image(source, settings) for source in images]
-        films = [self.process_video(source, settings) for source in settings.video]
-        counts = [picture.info.tiles for picture in pictures]
-        history = [retile_message(turn, counts) for turn in settings.history]
-        told = pictures[: len(pictures) - len(counts)]
-        turn, rest = make_user_message(question, pictures[len(told) :], films)
-        inputs = self.build([*history, turn], [*told, *rest], settings)
+        processed = [self.process_image(image, generation_config) for image in images]
+        videos = [self.process_video(video, generation_config) for video in generation_config.video]
+        counts = [image.info.tiles for image in processed]
+        history = [retile_message(message, counts) for message in generation_config.history]
+        num_past = len(processed) - len(counts)
+        message, new = make_user_message(question, processed[num_past:], videos)
+        inputs = self.build([*history, message], [*processed[:num_past], *new], generation_config)
         return replace(inputs, preprocess_s=time.perf_counter() - started)
 
-    def process_image(self, source: Any, settings: GenerationConfig) -> ProcessedImage:
-        """Open one picture and cut it; one that was looked at before is taken as it is."""
-        if isinstance(source, ProcessedImage):
-            return source
-        return self.tile_image(
-            open_image(source, upright=settings.upright), self.tile_policy(settings)
+    def process_image(
+        self, image: InputImage, generation_config: GenerationConfig
+    ) -> ProcessedImage:
+        """Open and tile one image; one that was processed before is returned as it is."""
+        if isinstance(image, ProcessedImage):
+            return image
+        loaded = open_image(image, upright=generation_config.upright)
+        return self.tile_image(loaded, self.tile_policy(generation_config))
+
+    def process_video(
+        self, video: InputVideo, generation_config: GenerationConfig
+    ) -> ProcessedVideo:
+        """Read the frames of a video; each is one tile, without a thumbnail."""
+        if isinstance(video, ProcessedVideo):
+            return video
+        from internvl3_mlx.images.video import read_frames
+
+        source = cast(str | Path | bytes, video)
+        frames = read_frames(
+            source, generation_config.num_frames, upright=generation_config.upright
         )
+        policy = TilePolicy(tile_size=self.config.force_image_size, max_tiles=1, dynamic=False)
+        processed = tuple(self.tile_image(frame.loaded_image, policy) for frame in frames)
+        times = tuple(frame.seconds for frame in frames) if generation_config.frame_times else None
+        return ProcessedVideo(video_name(source), processed, times)
 
     def build(
-        self, turns: Sequence[Message], seen: Sequence[ProcessedImage], settings: GenerationConfig
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ProcessedImage],
+        generation_config: GenerationConfig,
     ) -> ModelInputs:
-        """Write the prompt of some turns. ``seen``: what they show, in the order of the prompt."""
-        segments = self.template.render(turns, settings.system)
+        """Build the prompt of some messages. images: what they show, in the prompt's order."""
+        segments = self.template.render(messages, generation_config.system)
         ids = self.tokenizer.encode(segments, self.config.num_image_token)
-        positions, deltas = self.compute_positions(ids, settings)
-        return ModelInputs(ids, tuple(seen), positions, deltas)
+        positions, deltas = self.compute_positions(ids, generation_config)
+        return ModelInputs(ids, tuple(images), positions, deltas)
 
-    def tile_policy(self, settings: GenerationConfig) -> TilePolicy:
-        """Take what the settings leave open from the checkpoint's config."""
-        config = self.config
-        most = config.max_dynamic_patch if settings.max_tiles is None else settings.max_tiles
-        least = config.min_dynamic_patch if settings.min_tiles is None else settings.min_tiles
+    def tile_policy(self, generation_config: GenerationConfig) -> TilePolicy:
+        """Combine the options with the checkpoint's defaults; raise UserError if contradictory."""
+        model, given = self.config, generation_config
+        most = model.max_dynamic_patch if given.max_tiles is None else given.max_tiles
+        least = model.min_dynamic_patch if given.min_tiles is None else given.min_tiles
         if least > most:
             raise UserError(
                 f"min_tiles {least} is more than max_tiles {most}; lower one or raise the other"
             )
         return TilePolicy(
-            tile_size=config.force_image_size,
+            tile_size=model.force_image_size,
             min_tiles=least,
             max_tiles=most,
-            thumbnail=config.use_thumbnail if settings.thumbnail is None else settings.thumbnail,
-            dynamic=config.dynamic_image_size or settings.max_tiles is not None,
+            thumbnail=model.use_thumbnail if given.thumbnail is None else given.thumbnail,
+            dynamic=model.dynamic_image_size or given.max_tiles is not None,
         )
 
-    def tile_image(self, picture: LoadedImage, policy: TilePolicy) -> ProcessedImage:
-        tiles = to_tiles(picture.image, policy)
-        tokens = len(tiles) * self.config.num_image_token
-        info = ImageInfo(picture.name, picture.width, picture.height, len(tiles), tokens)
+    def tile_image(self, loaded: LoadedImage, policy: TilePolicy) -> ProcessedImage:
+        """Tile an open image."""
+        tiles = to_tiles(loaded.image, policy)
+        num_tokens = len(tiles) * self.config.num_image_token
+        info = ImageInfo(loaded.name, loaded.width, loaded.height, len(tiles), num_tokens)
         return ProcessedImage(tiles, info)
 
-    def process_video(self, source: Any, settings: GenerationConfig) -> ProcessedVideo:
-        """Read a video: each frame is one tile, without a thumbnail."""
-        if isinstance(source, ProcessedVideo):
-            return source
-        from internvl3_mlx.images.video import read_frames
-
-        frames = read_frames(source, settings.num_frames, upright=settings.upright)
-        policy = TilePolicy(tile_size=self.config.force_image_size, max_tiles=1, dynamic=False)
-        seen = tuple(self.tile_image(frame.loaded_image, policy) for frame in frames)
-        times = tuple(frame.seconds for frame in frames) if settings.frame_times else None
-        return ProcessedVideo(video_name(source), seen, times)
-
     def compute_positions(
-        self, ids: list[int], settings: GenerationConfig
-    ) -> tuple[np.ndarray, tuple[float, ...]]:
-        """Place every token; return the step of each image run beside."""
+        self, ids: list[int], generation_config: GenerationConfig
+    ) -> tuple[NDArray[np.float32], tuple[float, ...]]:
+        """Return the position of every token, (L,), and the V2PE step of each image."""
         image_id = self.tokenizer.image_id
-        runs = len(image_spans(ids, image_id))
-        deltas = self.resolve_deltas(ids, runs, settings)
-        return visual_positions(ids, image_id, deltas if runs else 1.0), deltas
+        num_images = len(image_spans(ids, image_id))
+        deltas = self.resolve_deltas(ids, num_images, generation_config)
+        return visual_positions(ids, image_id, deltas if num_images else 1.0), deltas
 
     def resolve_deltas(
-        self, ids: list[int], runs: int, settings: GenerationConfig
+        self, ids: list[int], num_images: int, generation_config: GenerationConfig
     ) -> tuple[float, ...]:
-        given = settings.v2pe_delta
-        if not isinstance(given, list | tuple):
-            return (self.resolve_delta(given, ids),) * runs
-        if len(given) != runs:
+        """Return one V2PE step per image or frame; raise PromptError for another number."""
+        given = generation_config.v2pe_delta
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            return (self.resolve_delta(given, ids),) * num_images
+        if len(given) != num_images:
             raise PromptError(
-                f"{len(given)} V2PE steps for {runs} pictures or frames; give one, or one for each"
+                f"{len(given)} V2PE steps for {num_images} images or frames; "
+                "give one, or one for each"
             )
         return tuple(self.resolve_delta(delta, ids) for delta in given)
 
     def resolve_delta(self, given: V2PEDelta, ids: list[int]) -> float:
-        """Read one step; ``auto`` is the largest that keeps the prompt in the trained window."""
+        """Parse one step; ``auto`` is the largest that keeps the prompt in the trained window."""
         step = parse_delta(given)
         if step != AUTO:
             return step
@@ -232,34 +253,38 @@ class Processor:
 
 
 def make_user_message(
-    question: str, pictures: Sequence[ProcessedImage], films: Sequence[ProcessedVideo]
+    question: str, images: Sequence[ProcessedImage], videos: Sequence[ProcessedVideo]
 ) -> tuple[Message, list[ProcessedImage]]:
-    """Make the user's turn, and put what it shows in the order of the prompt."""
-    shown = [*((picture,) for picture in pictures), *(film.frames for film in films)]
-    media = [
-        *(MessageMedia((picture.info.tiles,)) for picture in pictures),
-        *(f.media for f in films),
-    ]
-    turn = Message("user", question, tuple(media))
-    return turn, [seen for n in media_order(turn) for seen in shown[n]]
+    """Return the user's message, and its images and frames in the order of the prompt."""
+    shown = [*((image,) for image in images), *(video.frames for video in videos)]
+    media = [*(MessageMedia((image.info.tiles,)) for image in images), *(v.media for v in videos)]
+    message = Message("user", question, tuple(media))
+    return message, [image for index in media_order(message) for image in shown[index]]
 
 
-def video_name(source: Any) -> str:
+def as_sequence(images: Item | Sequence[Item]) -> Sequence[Item]:
+    """Return a sequence as it is, and a single image as a list of one."""
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        return [cast(Item, images)]
+    return cast(Sequence[Item], images)
+
+
+def video_name(source: str | Path | bytes) -> str:
     return shorten_name(str(source)) if isinstance(source, str | Path) else "video"
 
 
-def retile_message(turn: Message, rest: list[int]) -> Message:
-    """Give a past turn as many pictures as it showed, tiled as they are now."""
-    media = []
-    for shown in turn.media:
+def retile_message(message: Message, remaining: list[int]) -> Message:
+    """Return a past message with the tile counts its images have now, taken from ``remaining``."""
+    media: list[MessageMedia] = []
+    for shown in message.media:
         if shown.kind == "image":
-            if not rest:
+            if not remaining:
                 raise PromptError(
-                    "the history shows more pictures than were given; pass all of them in images"
+                    "the history has more images than were given; pass all of them in images"
                 )
-            media.append(MessageMedia(tiles=(rest.pop(0),)))
+            media.append(MessageMedia(tiles=(remaining.pop(0),)))
         else:
             raise PromptError(
-                "a video in the history cannot be shown again; ask about it in the last turn"
+                "a video in the history cannot be read again; ask about it in the last message"
             )
-    return replace(turn, media=tuple(media))
+    return replace(message, media=tuple(media))

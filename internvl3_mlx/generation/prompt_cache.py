@@ -1,4 +1,4 @@
-"""What a model keeps between questions: keys and values, and exactly what they were read from."""
+"""The prompt cache: keys and values, and exactly what they were computed from."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from internvl3_mlx.generation.engine import kv_quantization_for, make_kv_cache
 from internvl3_mlx.generation.generation_config import GenerationConfig
@@ -19,38 +20,39 @@ from internvl3_mlx.models.quantized_cache import (
 )
 from internvl3_mlx.prompt.v2pe import image_spans
 
-HASH_WORDS = 2  # a picture's digest as two 64-bit words
+HASH_WORDS = 2  # a content hash as two 64-bit words
+FEATURE_CACHE_BYTES = 512 * 2**20  # about twenty images of twelve tiles with the 8B
+
+EncodeTiles = Callable[[mx.array], mx.array]  # tiles (T, S, S, 3) -> visual tokens (T, V, D)
 
 
 @dataclass(frozen=True, eq=False)
 class CacheKey:
-    """All that keys and values depend on, token by token. Two readings share a prefix only where
-    ids, pictures and positions agree.
+    """Everything keys and values depend on, token by token.
 
-    ids (L,) int32, contents (L, 2) uint64 (a picture's digest; 0 for text), positions (L,) float32.
+    Two keys share a prefix only where ids, images and positions agree. ids: (L,) int32.
+    image_hashes: (L, 2) uint64, 0 for text. positions: (L,) float32.
     """
 
-    ids: np.ndarray
-    image_hashes: np.ndarray
-    positions: np.ndarray
+    ids: NDArray[np.int32]
+    image_hashes: NDArray[np.uint64]
+    positions: NDArray[np.float32]
 
     @classmethod
     def from_inputs(cls, inputs: ModelInputs, image_id: int) -> "CacheKey":
         ids = np.array(inputs.token_ids, dtype=np.int32)
-        contents = np.zeros((len(ids), HASH_WORDS), dtype=np.uint64)
-        for (start, stop), seen in zip(
-            image_spans(ids, image_id), inputs.processed_images, strict=True
-        ):
-            contents[start:stop] = np.frombuffer(seen.content_hash, dtype=np.uint64)
-        return cls(ids, contents, inputs.positions.astype(np.float32))
+        hashes = np.zeros((len(ids), HASH_WORDS), dtype=np.uint64)
+        spans = image_spans(ids, image_id)
+        for (start, stop), image in zip(spans, inputs.processed_images, strict=True):
+            hashes[start:stop] = np.frombuffer(image.content_hash, dtype=np.uint64)
+        return cls(ids, hashes, inputs.positions.astype(np.float32))
 
     @classmethod
     def empty(cls) -> "CacheKey":
-        none = np.zeros(0)
         return cls(
-            none.astype(np.int32),
+            np.zeros(0, dtype=np.int32),
             np.zeros((0, HASH_WORDS), dtype=np.uint64),
-            none.astype(np.float32),
+            np.zeros(0, dtype=np.float32),
         )
 
     def __len__(self) -> int:
@@ -59,15 +61,14 @@ class CacheKey:
     def prefix(self, length: int) -> "CacheKey":
         return CacheKey(self.ids[:length], self.image_hashes[:length], self.positions[:length])
 
-    def extended(self, said: list[int], position: float) -> "CacheKey":
-        """Go on with generated text, in whole steps from ``position``."""
-        count = len(said)
+    def extended(self, generated_ids: list[int], position: float) -> "CacheKey":
+        """Append generated text, whose positions count up by 1 from ``position``."""
+        count = len(generated_ids)
+        positions = np.concatenate([self.positions, np.float32(position) + np.arange(count)])
         return CacheKey(
-            np.concatenate([self.ids, np.array(said, dtype=np.int32)]),
+            np.concatenate([self.ids, np.array(generated_ids, dtype=np.int32)]),
             np.concatenate([self.image_hashes, np.zeros((count, HASH_WORDS), dtype=np.uint64)]),
-            np.concatenate([self.positions, np.float32(position) + np.arange(count)]).astype(
-                np.float32
-            ),
+            positions.astype(np.float32),
         )
 
     def common_prefix_length(self, other: "CacheKey") -> int:
@@ -79,14 +80,8 @@ class CacheKey:
         return length if same.all() else int(np.argmin(same))
 
 
-FEATURE_CACHE_BYTES = 512 * 2**20  # some twenty pictures of twelve tiles for the 8B
-
-
-EncodeTiles = Callable[[mx.array], mx.array]  # tiles (T, S, S, 3) -> visual tokens (T, V, D)
-
-
 class ImageFeatureCache:
-    """Remembers visual tokens (T, V, D) by content; those not used for longest go first."""
+    """Visual tokens (T, V, D) by image content; the least recently used are evicted first."""
 
     def __init__(self, limit_bytes: int = FEATURE_CACHE_BYTES):
         self.limit_bytes = limit_bytes
@@ -96,21 +91,20 @@ class ImageFeatureCache:
     def nbytes(self) -> int:
         return sum(features.nbytes for features in self.entries.values())
 
-    def get(self, pictures: Sequence[ProcessedImage], see: EncodeTiles) -> list[mx.array]:
-        """Return each picture's visual tokens, looking at those that are new in one go."""
+    def get(self, images: Sequence[ProcessedImage], encode: EncodeTiles) -> list[mx.array]:
+        """Return each image's visual tokens, encoding all new ones in one call."""
+        hashes = [image.content_hash for image in images]
         new = {
-            seen.content_hash: seen for seen in pictures if seen.content_hash not in self.entries
+            key: image for key, image in zip(hashes, images, strict=True) if key not in self.entries
         }
-        found = {
-            key: self.entries[key] for key in (p.content_hash for p in pictures) if key not in new
-        }
+        found = {key: self.entries[key] for key in hashes if key not in new}
         if new:
-            features = see(mx.array(np.concatenate([seen.tiles for seen in new.values()])))
-            ends = np.cumsum([len(seen.tiles) for seen in new.values()])[:-1].tolist()
+            features = encode(mx.array(np.concatenate([image.tiles for image in new.values()])))
+            ends = np.cumsum([len(image.tiles) for image in new.values()])[:-1].tolist()
             found |= dict(zip(new, mx.split(features, ends), strict=True))
-        for seen in pictures:
-            self.put(seen.content_hash, found[seen.content_hash])
-        return [found[seen.content_hash] for seen in pictures]
+        for key in hashes:
+            self.put(key, found[key])
+        return [found[key] for key in hashes]
 
     def put(self, key: bytes, features: mx.array) -> None:
         self.entries[key] = features
@@ -121,79 +115,76 @@ class ImageFeatureCache:
 
 @dataclass(eq=False)
 class PromptCache:
-    """One sequence's keys and values, and the pictures' visual tokens.
+    """One sequence's keys and values, and the visual tokens of its images.
 
-    ``stretched``: the keys were turned by dynamic NTK for one length, and serve no other.
+    uses_dynamic_ntk: the keys were rotated by dynamic NTK for one length, and are of no use at any
+    other. draft: the draft model's own prompt cache.
     """
 
     features: ImageFeatureCache = field(default_factory=ImageFeatureCache)
-    layers: list[LayerCache] = field(default_factory=list)
+    layers: list[LayerCache] = field(default_factory=list[LayerCache])
     key: CacheKey = field(default_factory=CacheKey.empty)
     uses_dynamic_ntk: bool = False
-    draft: "PromptCache | None" = None  # the draft model's own
+    draft: "PromptCache | None" = None
 
     def reuse_prefix(
-        self,
-        model: InternVL,
-        wanted: CacheKey,
-        settings: GenerationConfig,
-        *,
-        uses_dynamic_ntk: bool,
+        self, model: InternVL, key: CacheKey, config: GenerationConfig, *, uses_dynamic_ntk: bool
     ) -> tuple[int, KVQuantization | None]:
-        """Trim the cache to what ``wanted`` begins with, or start anew. Return how many tokens
-        remain read, at least one fewer than wanted, and how the cache is packed."""
-        packing = kv_quantization_for(settings, model.config.text.head_dim)
-        kept = min(self.key.common_prefix_length(wanted), len(wanted) - 1)
-        if (
-            kept == 0
-            or self.uses_dynamic_ntk
-            or uses_dynamic_ntk
-            or not self.is_compatible(packing)
-        ):
-            kept = 0
-            self.layers = make_kv_cache(model, len(wanted), settings.max_tokens, packing)
+        """Trim the cache to the prefix it shares with ``key``, or start it anew.
+
+        Returns how many tokens are reused, at least one fewer than ``key`` has, and how the cache
+        is quantized.
+        """
+        quantization = kv_quantization_for(config, model.config.text.head_dim)
+        num_reused = min(self.key.common_prefix_length(key), len(key) - 1)
+        ntk = self.uses_dynamic_ntk or uses_dynamic_ntk
+        if num_reused == 0 or ntk or not self.is_compatible(quantization):
+            num_reused = 0
+            self.layers = make_kv_cache(model, len(key), config.max_tokens, quantization)
         self.uses_dynamic_ntk = uses_dynamic_ntk
-        self.truncate(wanted, kept)
-        return kept, packing
+        self.truncate(key, num_reused)
+        return num_reused, quantization
 
-    def is_compatible(self, packing: KVQuantization | None) -> bool:
-        """Tell whether the cache can go on with this packing. A dense one is packed on the way;
-        what was packed cannot be undone."""
-        quantized = (QuantizedKVCache, RowQuantizedKVCache)
-        packed = [layer for layer in self.layers if isinstance(layer, quantized)]
-        if packing is None:
-            return not packed
-        wanted = (packing.bits, packing.group_size)
-        return all((layer.bits, layer.group_size) == wanted for layer in packed)
+    def is_compatible(self, quantization: KVQuantization | None) -> bool:
+        """Tell whether the cache can continue with this quantization.
 
-    def truncate(self, reading: CacheKey, length: int) -> None:
-        """Note that the cache holds the first ``length`` tokens of ``reading`` and no more."""
-        self.key = reading.prefix(length)
+        An unquantized cache can be quantized later; a quantized one cannot be changed.
+        """
+        kinds = (QuantizedKVCache, RowQuantizedKVCache)
+        quantized = [layer for layer in self.layers if isinstance(layer, kinds)]
+        if quantization is None:
+            return not quantized
+        wanted = (quantization.bits, quantization.group_size)
+        return all((layer.bits, layer.group_size) == wanted for layer in quantized)
+
+    def truncate(self, key: CacheKey, length: int) -> None:
+        """Record that the cache holds the first ``length`` tokens of ``key``, and drop the rest."""
+        self.key = key.prefix(length)
         for layer in self.layers:
             layer.trim(layer.offset - len(self.key))
 
     def get_image_features(
-        self, model: InternVL, inputs: ModelInputs, kept: int
+        self, model: InternVL, inputs: ModelInputs, num_cached: int
     ) -> mx.array | None:
-        """Return the visual tokens (N, D) of what is still unread, None when it is all text."""
-        runs = image_spans(inputs.token_ids, model.image_id)
-        unread = [
-            (seen, max(kept - start, 0))
-            for (start, stop), seen in zip(runs, inputs.processed_images, strict=True)
-            if stop > kept
+        """Return the visual tokens (N, D) of the uncached part, None when it is all text."""
+        spans = image_spans(inputs.token_ids, model.image_id)
+        uncached = [
+            (image, max(num_cached - start, 0))
+            for (start, stop), image in zip(spans, inputs.processed_images, strict=True)
+            if stop > num_cached
         ]
-        if not unread:
+        if not uncached:
             return None
-        found = self.features.get([seen for seen, _ in unread], model.get_image_features)
+        found = self.features.get([image for image, _ in uncached], model.get_image_features)
         rows = [
             features.reshape(-1, features.shape[-1])[skip:]
-            for features, (_, skip) in zip(found, unread, strict=True)
+            for features, (_, skip) in zip(found, uncached, strict=True)
         ]
         return mx.concatenate(rows)
 
     @property
     def nbytes(self) -> int:
-        """Count what keys and values take, the room set aside included."""
+        """Bytes of keys and values, allocated capacity included."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property

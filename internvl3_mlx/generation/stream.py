@@ -1,4 +1,4 @@
-"""Tokens become text: pieces that are safe to show, stop strings, and the end."""
+"""From tokens to streamed text: whole characters, stop strings, and the end of the answer."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,23 +9,22 @@ from internvl3_mlx.prompt.tokenizer import StreamingDetokenizer
 
 @dataclass
 class TextStream:
-    """Turns tokens into text, stripped of white space at both ends as the published ``chat()``
-    does.
+    """Decodes tokens to text, stripped of whitespace at both ends as the published ``chat()`` does.
 
-    Held back until certain: text that may be the beginning of a stop string, and white space that
-    may be the end.
+    ``pending`` is text that cannot be shown yet: it may be the beginning of a stop string, or
+    whitespace at the end.
     """
 
     detokenizer: StreamingDetokenizer
     stop_ids: Collection[int]
     stop: Sequence[str] = ()
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list[int])
     text: str = ""
     pending: str = ""
     finish_reason: FinishReason = "length"
 
     def decode(self, tokens: Iterable[int]) -> Iterator[tuple[int, str]]:
-        """Yield each token with the text that became certain with it, until the answer ends."""
+        """Yield each token with the text that it makes final, until the answer ends."""
         for token in tokens:
             if token in self.stop_ids:
                 self.finish_reason = "stop"
@@ -36,13 +35,14 @@ class TextStream:
                 return
 
     def flush(self) -> str:
-        """Return what was held when the tokens ended."""
+        """Return the pending text after the last token."""
         ready = (self.pending + self.detokenizer.finalize()).rstrip()
         self.pending = ""
         self.text += ready
         return ready
 
     def release(self, new: str) -> str:
+        """Add new text and return what is final now."""
         self.pending += new
         if not self.text:
             self.pending = self.pending.lstrip()
@@ -50,10 +50,10 @@ class TextStream:
         if found:
             self.finish_reason, self.pending = "stop", self.pending[: min(found)]
             return ""
-        certain = self.pending[: len(self.pending) - self.partial_stop_length()].rstrip()
-        self.pending = self.pending[len(certain) :]
-        self.text += certain
-        return certain
+        final = self.pending[: len(self.pending) - self.partial_stop_length()].rstrip()
+        self.pending = self.pending[len(final) :]
+        self.text += final
+        return final
 
     def partial_stop_length(self) -> int:
         """Count the last characters that may grow into a stop string."""

@@ -1,7 +1,7 @@
-"""Answers of a given form: a JSON schema, a regular expression or a choice (llguidance)."""
+"""Constrained decoding: a JSON schema, a regular expression or a choice (llguidance)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,64 +10,64 @@ import numpy as np
 
 from internvl3_mlx.errors import MissingExtraError, UserError
 from internvl3_mlx.generation.engine import Engine
-from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.generation.generation_config import CONSTRAINTS, GenerationConfig
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MASK_WORD_BITS = 32  # of one word of the mask
-# JSON on one line: where any white space may stand, a model can go on with it for ever
+MASK_WORD_BITS = 32
+# JSON on one line: where whitespace is free, a model may generate it forever
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-CONSTRAINTS = ("json_schema", "regex", "choice")
 
 
-def is_structured(settings: GenerationConfig) -> bool:
-    return any(getattr(settings, form) for form in CONSTRAINTS)
+def is_structured(config: GenerationConfig) -> bool:
+    return any(getattr(config, name) for name in CONSTRAINTS)
 
 
-def make_constraint(settings: GenerationConfig, tokenizer: Tokenizer, vocab: int) -> "Constraint":
-    """Compile what the settings ask for. vocab: rows of the model's head.
+def make_constraint(
+    config: GenerationConfig, tokenizer: Tokenizer, vocab_size: int
+) -> "Constraint":
+    """Compile the constraint of ``config``. vocab_size: rows of the model's output head.
 
-    Raises ``UserError`` for a form that cannot be, ``MissingExtraError`` without llguidance.
+    Raises ``UserError`` for an invalid constraint, ``MissingExtraError`` without llguidance.
     """
     try:
         import llguidance
     except ImportError as error:
-        raise MissingExtraError("an answer of a given form", "llguidance", "structured") from error
-    form = next(form for form in CONSTRAINTS if getattr(settings, form))
-    value = getattr(settings, form)
+        raise MissingExtraError("a constrained answer", "llguidance", "structured") from error
+    name = next(name for name in CONSTRAINTS if getattr(config, name))
     try:
-        grammar = GRAMMARS[form](llguidance.LLMatcher, value)
-        matcher = llguidance.LLMatcher(llguidance_tokenizer(tokenizer, vocab), grammar)
+        grammar = GRAMMARS[name](llguidance.LLMatcher, getattr(config, name))
+        matcher = llguidance.LLMatcher(llguidance_tokenizer(tokenizer, vocab_size), grammar)
     except ValueError as error:
-        raise constraint_error(form, str(error)) from error
+        raise constraint_error(name, str(error)) from error
     if matcher.is_error():
-        raise constraint_error(form, matcher.get_error())
-    return Constraint(matcher, tokenizer.im_end_id, vocab)
+        raise constraint_error(name, matcher.get_error())
+    return Constraint(matcher, tokenizer.im_end_id, vocab_size)
 
 
 @dataclass(eq=False)
 class Constraint:
-    """Follows an answer and says which tokens may come next."""
+    """Follows an answer and masks the tokens that may not come next."""
 
     matcher: "LLMatcher"
     end_id: int
     vocab_size: int
 
     def mask_logits(self, logits: mx.array) -> mx.array:
-        """Rule out what does not fit: (1, vocab) -> (1, vocab)."""
+        """Set tokens that are not allowed to -inf: (1, vocab) -> (1, vocab)."""
         words = np.zeros(-(-self.vocab_size // MASK_WORD_BITS), dtype=np.uint32)
         self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: self.vocab_size]
         return mx.where(mx.array(bits.astype(bool)), logits, mx.array(-mx.inf, logits.dtype))
 
     def accept(self, token: int) -> bool:
-        """Take the next token; False when the answer is complete."""
+        """Append the next token; return False when the answer is complete."""
         return self.matcher.consume_token(token) and not self.matcher.is_stopped()
 
     def decode(self, engine: Engine, ids: mx.array, logits: mx.array, limit: int) -> Iterator[int]:
-        """Yield up to ``limit`` tokens, and the end when the form is complete. ids: (1, L)."""
+        """Yield up to ``limit`` tokens, and the end token after a complete answer. ids: (1, L)."""
         history = ids.reshape(-1)
         for left in range(limit - 1, -1, -1):
             chosen = engine.sampler(history, self.mask_logits(logits))
@@ -82,19 +82,19 @@ class Constraint:
 
 
 class TokenTable:
-    """A tokenizer as llguidance wants it: every token's bytes, and a function that cuts text."""
+    """A tokenizer in llguidance's terms: the bytes of every token, and a function that encodes."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab: int):
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self.bos_token_id, self.eos_token_id = tokenizer.bos_id, tokenizer.im_end_id
         self.special_token_ids = sorted(entry.id for entry in tokenizer.added.values())
         names = {entry.id: name.encode() for name, entry in tokenizer.added.items()}
-        self.tokens = [names.get(n) or tokenizer.token_bytes(n) for n in range(vocab)]
-        plain = [n for n in range(vocab) if n not in names and self.tokens[n]]
+        self.tokens = [names.get(n) or tokenizer.token_bytes(n) for n in range(vocab_size)]
+        plain = [n for n in range(vocab_size) if n not in names and self.tokens[n]]
         self.ids = {self.tokens[n]: n for n in plain}
         self.longest = max(map(len, self.ids))
 
     def __call__(self, text: bytes) -> list[int]:
-        """Cut text that must come: the longest token first, and no blank put before it."""
+        """Encode text that the constraint forces: longest token first, no space added in front."""
         found, at = list[int](), 0
         while at < len(text):
             ends = range(min(at + self.longest, len(text)), at, -1)
@@ -106,23 +106,24 @@ class TokenTable:
         return found
 
 
-def llguidance_tokenizer(tokenizer: Tokenizer, vocab: int) -> "LLTokenizer":
-    """Build llguidance's tokenizer once for each of ours."""
+def llguidance_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> "LLTokenizer":
+    """Build llguidance's tokenizer, once for each of ours."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
     if tokenizer.llguidance_tokenizer is None:
-        wrapped = TokenizerWrapper(TokenTable(tokenizer, vocab))
+        wrapped = TokenizerWrapper(TokenTable(tokenizer, vocab_size))
         stops = sorted(tokenizer.stop_ids)
-        tokenizer.llguidance_tokenizer = LLTokenizer(wrapped, n_vocab=vocab, eos_token=stops)
+        tokenizer.llguidance_tokenizer = LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=stops)
     return tokenizer.llguidance_tokenizer
 
 
 def json_grammar(matcher: Any, schema: Any) -> str:
-    """Read a schema given as a dictionary or as JSON text."""
+    """Compile a schema given as a mapping or as JSON text."""
     if isinstance(schema, str):
         schema = json.loads(schema)
-    if not isinstance(schema, dict | bool):
-        raise ValueError("a schema is an object")
+    if not isinstance(schema, Mapping | bool):
+        raise ValueError("a JSON schema is an object")
+    schema = schema if isinstance(schema, bool) else dict(schema)
     return matcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_LAYOUT)
 
 
@@ -139,8 +140,8 @@ GRAMMARS = {
 }
 
 
-def constraint_error(form: str, words: str) -> UserError:
-    """Say why a form is refused: the last line of what the library tells is the reason."""
-    told = [" ".join(line.split()) for line in words.split("\n") if line.strip()]
-    reason = (told[-1] if told else "").removeprefix("error: ")
-    return UserError(f"{form} cannot be followed: {reason}; correct it and ask again")
+def constraint_error(name: str, message: str) -> UserError:
+    """Make an error of llguidance's message, whose last line holds the reason."""
+    lines = [" ".join(line.split()) for line in message.split("\n") if line.strip()]
+    reason = (lines[-1] if lines else "").removeprefix("error: ")
+    return UserError(f"{name} is not valid: {reason}; correct it and ask again")

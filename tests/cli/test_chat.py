@@ -188,7 +188,7 @@ def test_a_video_is_a_picture_that_moves(session, told, tmp_path):
     told("/set num_frames 3")
     assert told("clip.mp4") == "clip.mp4 · 3 frames · 12 tokens\n"
     told("What happens?")
-    assert len(session.conversation.exchanges[0].films[0].frames) == 3
+    assert len(session.conversation.exchanges[0].videos[0].frames) == 3
 
 
 def test_the_pages_of_a_pdf_are_pictures(session, told, tmp_path):
@@ -222,7 +222,7 @@ def test_an_interrupt_before_the_first_word_takes_the_question_back(session, tol
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(session.conversation.vlm.model), "see_chunk", interrupted)
+        patch.setattr(type(session.conversation.runner.model), "encode_tiles", interrupted)
         assert "stopped before the first word" in told("What is it?")
     assert [item.name for item in session.pending] == ["cat.png"]
     assert session.conversation.exchanges == []
@@ -244,7 +244,7 @@ def test_an_interrupted_retry_keeps_the_last_answer(session, told, monkeypatch):
 
 
 def test_figures_tell_what_was_kept_and_how_many_guesses_were_right(vlm):
-    talk = vlm.conversation(max_tokens=20, draft=vlm)
+    talk = vlm.conversation(max_tokens=20, draft_model=vlm)
     talk.ask("What is it?", [picture(60, 60)])
     text = console.format_stats(talk.ask("Why?"))
     assert re.search(r"prompt \d+ \(4 image, \d+ kept\) in .* · 100% of \d+ guesses right$", text)

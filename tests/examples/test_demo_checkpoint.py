@@ -18,7 +18,7 @@ from examples.demo_model.published import published_weights
 from examples.demo_model.rows import RowBuilder
 from examples.demo_model.tokenizer import open_tokenizer
 from internvl3_mlx import load
-from internvl3_mlx.generation.vlm import VLM
+from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.images.tiling import normalize, to_tiles
 
 DEMO = Path(internvl3_mlx.demo.__file__).parent
@@ -89,14 +89,14 @@ def test_long_pictures_are_answered_right(shipped, column, task):
 
 @pytest.mark.parametrize(("column", "tiles"), [("square", 1), *LONG.items(), *LARGE.items()])
 def test_the_evaluation_asks_about_all_tiles_of_whole_pictures(monkeypatch, column, tiles):
-    seen, prepare = [], VLM.build_inputs
+    seen, prepare = [], ModelRunner.build_inputs
 
     def prepared(vlm, question, images, settings):
         inputs = prepare(vlm, question, images, settings)
         seen.append((images[0].size, inputs.num_tiles, inputs.image_tokens))
         return inputs
 
-    monkeypatch.setattr(VLM, "build_inputs", prepared)
+    monkeypatch.setattr(ModelRunner, "build_inputs", prepared)
     (item,) = items("name", COLUMNS[column], 1)
     library_asker("demo")([item.picture], [item.question.text], 1.0)
     scaled = tuple(side * COLUMNS[column].scale for side in COLUMNS[column].size)

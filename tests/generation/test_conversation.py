@@ -7,6 +7,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import Message, PromptError, UserError, load
+from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.prompt.v2pe import DELTAS
 
 CAT, DOG, SIGN = picture(130, 70), picture(60, 60, 1), picture(70, 150, 2)
@@ -22,9 +23,11 @@ def vlm():
 def towers(vlm, monkeypatch):
     """List the tiles of every call of the tower."""
     calls = []
-    see = type(vlm.model).see
+    see = type(vlm.model).get_image_features
     monkeypatch.setattr(
-        type(vlm.model), "see", lambda self, tiles: calls.append(len(tiles)) or see(self, tiles)
+        type(vlm.model),
+        "get_image_features",
+        lambda self, tiles: calls.append(len(tiles)) or see(self, tiles),
     )
     return calls
 
@@ -32,8 +35,14 @@ def towers(vlm, monkeypatch):
 def fresh(talk, question, images=(), **settings):
     """Ask the same with nothing remembered: exactly the ids of the rendered history."""
     past = [seen for exchange in talk.exchanges for seen in exchange.images]
-    wanted = {"system": talk.settings.system, "v2pe_delta": talk.settings.v2pe_delta, **settings}
-    return talk.vlm.ask(question, [*past, *images], history=talk.history, **wanted)
+    wanted = {
+        "system": talk.generation_config.system,
+        "v2pe_delta": talk.generation_config.v2pe_delta,
+        **settings,
+    }
+    config = GenerationConfig(history=talk.history, **wanted)
+    inputs = talk.runner.build_inputs(question, [*past, *images], config)
+    return talk.runner.answer(inputs, config)
 
 
 def same(talk, question, images=(), **settings):
@@ -138,14 +147,14 @@ def test_dropping_a_picture_rebuilds_from_there(vlm, towers):
     talk.drop_image(2)
     assert talk.exchanges[1].question == "Compare  with the rest."
     same(talk, "And now?", **SHORT)
-    with pytest.raises(UserError, match="no picture 5; this talk has 1"):
+    with pytest.raises(UserError, match="no image 5; this conversation has 1"):
         talk.drop_image(5)
 
 
 def test_editing_the_system_text_begins_the_prompt_anew(vlm, towers):
     talk = vlm.conversation()
     talk.ask("One?", [CAT], **SHORT)
-    talk.change(system="Be brief.")
+    talk.configure(system="Be brief.")
     seen = len(towers)
     answer = same(talk, "Two?", **SHORT)
     assert answer.usage.cached_tokens < 8  # the beginning of the template
@@ -161,7 +170,7 @@ def test_forgetting_the_oldest_makes_room(vlm):
     assert talk.budget.positions < before
     assert len(talk.images) == 1
     same(talk, "Well?", **SHORT)
-    with pytest.raises(UserError, match="cannot forget 9 of 2 questions"):
+    with pytest.raises(UserError, match="cannot drop 9 questions of 2"):
         talk.drop_oldest(9)
 
 
@@ -179,7 +188,7 @@ def test_clearing_gives_the_memory_back_and_still_knows_the_pictures(vlm, towers
     talk = vlm.conversation()
     first = talk.ask("One?", [CAT], **SHORT)
     talk.clear()
-    assert (talk.history, talk.images, talk.memory.nbytes) == ((), (), 0)
+    assert (talk.history, talk.images, talk.prompt_cache.nbytes) == ((), (), 0)
     again = talk.ask("One?", [CAT], **SHORT)
     assert again.token_ids == first.token_ids
     assert again.usage.cached_tokens == 0
@@ -203,11 +212,11 @@ def test_packed_caches_answer_as_a_fresh_packed_run(vlm, bits):
 def test_a_dense_cache_can_be_packed_in_the_middle_of_a_talk(vlm):
     talk = vlm.conversation()
     talk.ask("What is it?", [CAT], **SHORT)
-    talk.change(kv_bits=8)
+    talk.configure(kv_bits=8)
     answer = talk.ask("Why?", **SHORT)
     assert answer.usage.cached_tokens > 0
-    assert talk.memory.is_quantized
-    talk.change(kv_bits=None)
+    assert talk.prompt_cache.is_quantized
+    talk.configure(kv_bits=None)
     assert talk.ask("Why?", **SHORT).usage.cached_tokens == 0
 
 
@@ -234,7 +243,7 @@ def test_a_talk_too_long_for_the_window_is_refused_and_kept(vlm):
     short = load(str(tiny(Recipe(max_positions=96)).folder))
     talk = short.conversation(system="")
     talk.ask("Hi", max_tokens=3)
-    with pytest.raises(PromptError, match="the model holds 96"):
+    with pytest.raises(PromptError, match="the model's context has 96"):
         talk.ask("word " * 300)
     assert len(talk.exchanges) == 1
 
@@ -244,30 +253,30 @@ def test_the_budget_warns_before_the_window_is_full():
     talk = short.conversation(system="")
     assert talk.budget.warning is None
     talk.ask("word " * 14, max_tokens=12)
-    assert "of 96 positions; to make room: forget the oldest" in talk.budget.warning
+    assert "of 96 positions; to free some: forget the oldest" in talk.budget.warning
     talk.clear()
     talk.ask("Hi", [picture(260, 60, number) for number in range(3)], max_tokens=2)
-    assert "a smaller v2pe-delta, fewer tiles, drop a picture" in talk.budget.warning
+    assert "a smaller v2pe-delta, fewer tiles, drop an image" in talk.budget.warning
 
 
 def test_the_budget_knows_the_memory(vlm, monkeypatch):
     talk = vlm.conversation()
     talk.ask("Hi", **SHORT)
-    room = mx.get_active_memory() - talk.memory.nbytes + int(1.2 * talk.budget.nbytes)
+    room = mx.get_active_memory() - talk.prompt_cache.nbytes + int(1.2 * talk.budget.nbytes)
     monkeypatch.setattr("internvl3_mlx.generation.context_budget.gpu_memory_limit", lambda: room)
     assert "kv-bits 8" in talk.budget.warning
-    talk.change(kv_bits=4)
+    talk.configure(kv_bits=4)
     assert talk.budget.warning is None
 
 
 def test_features_are_bounded_and_the_least_used_go_first(vlm, towers):
     talk = vlm.conversation()
-    one = talk.look(CAT)
-    talk.memory.features.limit_bytes = one.info.tokens * 128 * 4 + 1
+    one = talk.process_image(CAT)
+    talk.prompt_cache.features.limit_bytes = one.info.tokens * 128 * 4 + 1
     talk.ask("One?", [one], **SHORT)
     talk.ask("Two?", [DOG], **SHORT)
-    assert [*talk.memory.features.kept] == [talk.look(DOG).key]
-    talk.change(system="Other.")
+    assert [*talk.prompt_cache.features.entries] == [talk.process_image(DOG).content_hash]
+    talk.configure(system="Other.")
     same(talk, "Three?", **SHORT)
 
 
@@ -276,19 +285,19 @@ def test_a_video_stays_in_the_talk(vlm, tmp_path):
     talk = vlm.conversation(num_frames=3, frame_times=True)
     first = talk.ask("What happens in <video> and <image>?", [DOG], video=clip, **SHORT)
     assert [info.source for info in first.images][-1] == "image"
-    assert "Frame1 (0." in vlm.tokenizer.decode(talk.inputs([], talk.exchanges[0], talk.settings)
+    assert "Frame1 (0." in vlm.tokenizer.decode(talk.build_inputs([], talk.exchanges[0], talk.generation_config)
                                                 .token_ids)  # fmt: skip
     second = talk.ask("And then?", **SHORT)
     assert second.usage.cached_tokens > first.usage.image_tokens
-    inputs = talk.inputs(talk.exchanges[:1], talk.exchanges[1], talk.settings)
-    *_, last = vlm.answering(inputs, talk.settings)
+    inputs = talk.build_inputs(talk.exchanges[:1], talk.exchanges[1], talk.generation_config)
+    *_, last = vlm.runner.stream(inputs, talk.generation_config)
     assert last.answer.token_ids[:5] == second.token_ids
 
 
 def test_what_belongs_to_a_question_is_refused_for_the_talk(vlm):
     with pytest.raises(UserError, match="history and video belong to one question"):
         vlm.conversation(video="clip.mp4")
-    with pytest.raises(UserError, match="the talk is the history"):
+    with pytest.raises(UserError, match="a conversation has its own history"):
         vlm.conversation().ask("Hi", history=(Message("user", "a"),))
-    with pytest.raises(UserError, match="did you mean 'system'"):
+    with pytest.raises(UserError, match="did you mean system"):
         vlm.conversation(sistem="x")

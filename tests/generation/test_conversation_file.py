@@ -10,7 +10,7 @@ from fixtures.inputs import picture, write_video
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx import UserError, load
+from internvl3_mlx import Conversation, GenerationConfig, UserError, load
 
 CAT, DOG = picture(130, 70), picture(60, 60, 1)
 SHORT = {"max_tokens": 5}
@@ -46,16 +46,16 @@ def test_a_talk_with_its_cache_reads_only_what_is_new(vlm, tmp_path, bits):
     assert answer.token_ids == wanted.token_ids
     assert answer.usage == wanted.usage
     assert answer.usage.cached_tokens > 0
-    assert not again.memory.features.kept  # the tower was not needed
+    assert not again.prompt_cache.features.entries  # the tower was not needed
 
 
 def test_without_the_cache_the_answers_are_the_same(talk, tmp_path):
     talk.save(tmp_path / "talk")
-    again = talk.vlm.conversation()
+    again = Conversation(talk.runner, GenerationConfig())
     assert not again.load(tmp_path / "talk")
     assert again.history == talk.history
     assert again.images == talk.images
-    assert again.settings.system == "Be brief."
+    assert again.generation_config.system == "Be brief."
     assert again.ask("Why?", **SHORT).token_ids == talk.ask("Why?", **SHORT).token_ids
 
 
@@ -64,10 +64,10 @@ def test_mlx_lm_reads_the_cache(talk, tmp_path):
 
     talk.save(tmp_path / "talk", cache=True)
     cache, metadata = load_prompt_cache(str(tmp_path / "talk.safetensors"), return_metadata=True)
-    ours = talk.memory.cache[1]
-    assert cache[1].offset == ours.offset == len(talk.memory.reading)
+    ours = talk.prompt_cache.layers[1]
+    assert cache[1].offset == ours.offset == len(talk.prompt_cache.key)
     assert mx.array_equal(cache[1].keys, ours.state[0])
-    assert json.loads(metadata["internvl3_mlx"])["stretched"] is False
+    assert json.loads(metadata["internvl3_mlx"])["uses_dynamic_ntk"] is False
 
 
 def test_mlx_lm_reads_a_packed_cache(vlm, tmp_path):
@@ -78,7 +78,7 @@ def test_mlx_lm_reads_a_packed_cache(vlm, tmp_path):
     talk.save(tmp_path / "talk", cache=True)
     (layer, *_) = load_prompt_cache(str(tmp_path / "talk.safetensors"))
     assert (layer.bits, layer.group_size) == (8, 32)
-    assert mx.array_equal(layer.values[0], talk.memory.cache[0].state[3])
+    assert mx.array_equal(layer.values[0], talk.prompt_cache.layers[0].state[3])
 
 
 @pytest.mark.parametrize(("kept", "asked"), [(8, None), (8, 4), (None, 8)])
@@ -97,11 +97,11 @@ def test_a_cache_of_an_older_state_serves_as_far_as_it_fits(talk, tmp_path):
     talk.undo()
     talk.ask("Something else entirely?", **SHORT)
     talk.save(tmp_path / "talk")
-    again = talk.vlm.conversation()
+    again = Conversation(talk.runner, GenerationConfig())
     assert again.load(tmp_path / "talk")
     answer = again.ask("Why?", **SHORT)
     assert answer.token_ids == talk.ask("Why?", **SHORT).token_ids
-    assert 0 < answer.usage.cached_tokens < len(again.memory.reading)
+    assert 0 < answer.usage.cached_tokens < len(again.prompt_cache.key)
 
 
 def test_another_model_of_the_same_shape_reads_the_words_not_the_cache(talk, other, tmp_path):
@@ -120,29 +120,29 @@ def test_videos_come_back_with_their_times(vlm, tmp_path):
     again = vlm.conversation()
     again.load(tmp_path / "talk")
     assert again.history == talk.history
-    assert again.exchanges[0].films[0].name == str(clip)
+    assert again.exchanges[0].videos[0].name == str(clip)
 
 
 def test_a_failed_load_leaves_the_talk_alone(talk, tmp_path):
     before = talk.exchanges
     (tmp_path / "noise").write_bytes(b"PK\x03\x04 no zip at all")
-    with pytest.raises(UserError, match="noise: it is no saved talk, or damaged"):
+    with pytest.raises(UserError, match="noise: it is damaged or not a saved conversation"):
         talk.load(tmp_path / "noise")
     with pytest.raises(UserError, match="no file at .*missing"):
         talk.load(tmp_path / "missing")
     assert talk.exchanges is before
 
 
-@pytest.mark.parametrize("spoil", ["version", "tile_size", "exchanges", "settings"])
+@pytest.mark.parametrize("spoil", ["version", "tile_size", "exchanges", "generation_config"])
 def test_a_talk_that_cannot_be_is_refused_in_one_line(talk, tmp_path, spoil):
     talk.save(tmp_path / "talk")
     with zipfile.ZipFile(tmp_path / "talk") as file:
         content = {name: file.read(name) for name in file.namelist()}
-    table = json.loads(content["talk.json"])
+    table = json.loads(content["conversation.json"])
     table[spoil] = 99
     with zipfile.ZipFile(tmp_path / "bad", "w") as file:
         for name, data in content.items():
-            file.writestr(name, json.dumps(table) if name == "talk.json" else data)
+            file.writestr(name, json.dumps(table) if name == "conversation.json" else data)
     with pytest.raises(UserError, match="bad") as caught:
         talk.load(tmp_path / "bad")
     assert "\n" not in str(caught.value)
@@ -154,7 +154,7 @@ def test_a_picture_that_was_changed_is_noticed(talk, tmp_path):
         content = {name: file.read(name) for name in file.namelist()}
     with zipfile.ZipFile(tmp_path / "bad", "w") as file:
         for name, data in content.items():
-            file.writestr(name, data if name == "talk.json" else data[:-3] + b"abc")
+            file.writestr(name, data if name == "conversation.json" else data[:-3] + b"abc")
     with pytest.raises(UserError, match="damaged"):
         talk.load(tmp_path / "bad")
 
@@ -164,7 +164,7 @@ def test_a_damaged_cache_costs_time_and_nothing_else(talk, tmp_path, cut):
     talk.save(tmp_path / "talk", cache=True)
     file = tmp_path / "talk.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
-    again = talk.vlm.conversation()
+    again = Conversation(talk.runner, GenerationConfig())
     assert not again.load(tmp_path / "talk")
     assert again.ask("Why?", **SHORT).token_ids == talk.ask("Why?", **SHORT).token_ids
 
@@ -187,8 +187,8 @@ def test_an_empty_talk_can_be_saved(vlm, tmp_path):
 
 def test_pictures_are_stored_as_they_were_seen(talk, tmp_path):
     talk.save(tmp_path / "talk")
-    again = talk.vlm.conversation()
+    again = Conversation(talk.runner, GenerationConfig())
     again.load(tmp_path / "talk")
     ours, theirs = (t.exchanges[0].images[0] for t in (talk, again))
     assert np.array_equal(ours.tiles, theirs.tiles)
-    assert ours.key == theirs.key
+    assert ours.content_hash == theirs.content_hash

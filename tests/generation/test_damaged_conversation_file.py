@@ -11,7 +11,7 @@ from fixtures.inputs import picture
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx import PromptError, load
+from internvl3_mlx import GenerationConfig, PromptError, load
 from internvl3_mlx.models.cache import KVCache
 
 CAT, DOG = picture(130, 70), picture(60, 60, 1)
@@ -31,10 +31,14 @@ def talk(vlm):
     return talk
 
 
+def ask_fresh(talk, question, images):
+    """Ask with the history of a conversation, but without its prompt cache."""
+    config = GenerationConfig(history=talk.history, v2pe_delta="1/4", **SHORT)
+    return talk.runner.answer(talk.runner.build_inputs(question, images, config), config)
+
+
 def expected(talk, question, images):
-    return talk.vlm.ask(
-        question, [CAT, *images], history=talk.history, v2pe_delta="1/4", **SHORT
-    ).token_ids
+    return ask_fresh(talk, question, [CAT, *images]).token_ids
 
 
 def interrupted_at(call, number):
@@ -52,8 +56,8 @@ def interrupted_at(call, number):
 def test_an_interrupt_in_the_tower_leaves_the_talk_as_it_was(talk, monkeypatch):
     before, wanted = talk.history, expected(talk, "And this?", [DOG])
     with monkeypatch.context() as patch:
-        see = type(talk.vlm.model).encode_tiles
-        patch.setattr(type(talk.vlm.model), "see_chunk", interrupted_at(see, 1))
+        see = type(talk.runner.model).encode_tiles
+        patch.setattr(type(talk.runner.model), "encode_tiles", interrupted_at(see, 1))
         with pytest.raises(KeyboardInterrupt):
             talk.ask("And this?", [DOG], **SHORT)
     assert talk.history == before
@@ -84,9 +88,11 @@ def test_closing_the_stream_keeps_what_was_said(talk, kept):
     assert not last.complete
     after = talk.ask("Go on.", **SHORT)
     talk.undo()
-    fresh = talk.vlm.ask("Go on.", [CAT, DOG], history=talk.history, v2pe_delta="1/4", **SHORT)
+    fresh = ask_fresh(talk, "Go on.", [CAT, DOG])
     assert after.token_ids == fresh.token_ids
-    assert after.usage.cached_tokens > len(talk.vlm.prepare_inputs("And this?", [DOG]).token_ids)
+    assert after.usage.cached_tokens > len(
+        talk.runner.build_inputs("And this?", [DOG], GenerationConfig()).token_ids
+    )
 
 
 def test_a_retry_that_says_nothing_keeps_the_old_answer(talk, monkeypatch):
@@ -101,7 +107,7 @@ def test_a_retry_that_says_nothing_keeps_the_old_answer(talk, monkeypatch):
 def test_two_answers_at_once_are_refused(talk):
     pieces = talk.stream("And this?", [DOG], **SHORT)
     next(pieces)
-    with pytest.raises(PromptError, match="an answer is still being written"):
+    with pytest.raises(PromptError, match="an answer is still being generated"):
         talk.ask("Me first", **SHORT)
     pieces.close()
     assert talk.ask("Now?", **SHORT).text is not None

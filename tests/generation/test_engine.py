@@ -97,7 +97,7 @@ def test_the_answer_ends_where_the_window_ends(short):
 
 def test_a_prompt_beyond_the_window_is_refused_with_its_length(short):
     with pytest.raises(
-        PromptError, match=r"the prompt takes [\d,]+ positions .* the model holds 96"
+        PromptError, match=r"the prompt takes [\d,]+ positions .* the model's context has 96"
     ):
         short.ask("word " * 300)
 
@@ -116,7 +116,7 @@ def test_auto_takes_the_largest_step_that_fits(short):
 def test_one_step_for_each_picture(vlm):
     inputs = vlm.prepare_inputs(QUESTION, PICTURES, v2pe_delta=["1/2", 1])
     assert inputs.deltas == (0.5, 1.0)
-    with pytest.raises(PromptError, match="3 V2PE steps for 2 pictures"):
+    with pytest.raises(PromptError, match="3 V2PE steps for 2 images or frames"):
         vlm.prepare_inputs(QUESTION, PICTURES, v2pe_delta=[1, 1, 1])
 
 
@@ -146,5 +146,5 @@ def test_past_turns_take_their_pictures_first(vlm):
     text = vlm.tokenizer.decode(inputs.token_ids)
     assert len(inputs.images) == 2
     assert text.index("What is it?") < text.index("A cat.") < text.index("And this?")
-    with pytest.raises(PromptError, match="history shows more pictures than were given"):
+    with pytest.raises(PromptError, match="history has more images than were given"):
         vlm.prepare_inputs("And this?", [], history=history)

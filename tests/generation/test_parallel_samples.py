@@ -79,9 +79,11 @@ def test_what_was_read_stands_in_memory_once(vlm, shared, cache, count):
 
 def test_the_prompt_is_read_once(vlm, monkeypatch):
     looked = []
-    see = type(vlm.model).see
+    see = type(vlm.model).get_image_features
     monkeypatch.setattr(
-        type(vlm.model), "see", lambda self, tiles: looked.append(1) or see(self, tiles)
+        type(vlm.model),
+        "get_image_features",
+        lambda self, tiles: looked.append(1) or see(self, tiles),
     )
     first, *rest = vlm.ask_many(*ASKED, n=3, max_tokens=4)
     assert looked == [1]
@@ -137,13 +139,13 @@ def test_what_cannot_go_together_is_answered_one_by_one(settings, shared, monkey
 def test_more_candidates_than_a_kernel_takes_rows_are_read_in_parts(vlm, monkeypatch):
     from internvl3_mlx.models import attention
 
-    monkeypatch.setattr(attention.kernel, "MOST_ROWS", 4)  # two of these, two heads each
+    monkeypatch.setattr(attention.kernel, "MAX_QUERY_ROWS", 4)  # two of these, two heads each
     found = vlm.ask_many(*ASKED, n=5, max_tokens=6)
     assert [a.token_ids for a in found] == [vlm.ask(*ASKED, max_tokens=6).token_ids] * 5
 
 
 def test_no_answers_at_all_is_a_mistake(vlm):
-    with pytest.raises(UserError, match="n is 0; ask for one answer or more"):
+    with pytest.raises(UserError, match="n is 0; ask for at least one answer"):
         vlm.ask_many(*ASKED, n=0)
     assert len(vlm.ask_many(*ASKED, n=1, max_tokens=2)) == 1
-    assert parallel_samples.can_sample_together(vlm, vlm.conversation().settings)
+    assert parallel_samples.can_sample_together(vlm, vlm.conversation().generation_config)

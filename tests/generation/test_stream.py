@@ -15,10 +15,10 @@ END = 1
 class Letters:
     """A detokenizer whose tokens are code points; it holds nothing back."""
 
-    def add(self, token_id):
+    def add_token(self, token_id):
         return chr(token_id)
 
-    def finish(self):
+    def finalize(self):
         return ""
 
 

@@ -74,11 +74,11 @@ def test_too_few_tokens_say_length(vlm):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ({"json_schema": "{no json"}, "json_schema cannot be followed"),
-        ({"json_schema": {"type": "nonsense"}}, "json_schema cannot be followed"),
-        ({"regex": "(unclosed"}, "regex cannot be followed"),
-        ({"regex": "a", "choice": ["b"]}, "regex and choice at once"),
-        ({"regex": "a", "lookup": True}, "guessing ahead knows no regex"),
+        ({"json_schema": "{no json"}, "json_schema is not valid"),
+        ({"json_schema": {"type": "nonsense"}}, "json_schema is not valid"),
+        ({"regex": "(unclosed"}, "regex is not valid"),
+        ({"regex": "a", "choice": ["b"]}, "regex and choice are mutually exclusive"),
+        ({"regex": "a", "lookup": True}, "speculative decoding cannot be combined with regex"),
     ],
 )
 def test_a_form_that_cannot_be_is_told_in_one_line(vlm, form, message):

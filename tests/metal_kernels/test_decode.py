@@ -67,7 +67,7 @@ def test_an_answer_is_the_same_to_the_token(vlm, by_kernels, bits, delta):
 def test_guesses_are_checked_by_the_kernels(vlm, request, by_kernels, bits, delta, name):
     settings = {"max_tokens": 20, "kv_bits": bits, "v2pe_delta": delta}
     plain = vlm.ask(*ASKED, **settings)
-    guess = {"draft": request.getfixturevalue(name), "num_draft_tokens": 7}
+    guess = {"draft_model": request.getfixturevalue(name), "num_draft_tokens": 7}
     found, launched = by_kernels(lambda: vlm.ask(*ASKED, **settings, **guess))
     assert found.token_ids == plain.token_ids
     assert launched["flash_tiles"] > LAYERS  # several rows at once

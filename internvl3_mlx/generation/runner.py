@@ -1,0 +1,160 @@
+"""A loaded model with all that generation needs of it, below its public face (``vlm``)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import cast
+
+from internvl3_mlx.config import ModelConfig
+from internvl3_mlx.errors import PromptError, UserError
+from internvl3_mlx.generation.answer import Answer, AnswerChunk
+from internvl3_mlx.generation.engine import remaining_context
+from internvl3_mlx.generation.generate import Generation, MakeDrafter
+from internvl3_mlx.generation.generation_config import DraftSource, GenerationConfig
+from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processor, as_sequence
+from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
+from internvl3_mlx.generation.speculative import DraftModel, PromptLookup, check_greedy
+from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.prompt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class ModelRunner:
+    """Builds inputs for one loaded model and generates answers with it.
+
+    ``load_runner`` loads a draft model by name. ``draft_models``: those in use, by name.
+    """
+
+    name: str
+    model: InternVL
+    processor: Processor
+    load_runner: "Callable[[str], ModelRunner]"
+    load_seconds: float = 0.0
+    draft_models: "dict[str, ModelRunner]" = field(default_factory=dict[str, "ModelRunner"])
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.processor.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.processor.tokenizer
+
+    @cached_property
+    def vision_fingerprint(self) -> str:
+        """Identify encoder and projector by their weights: equal ones can share features."""
+        return model_fingerprint(self.model.vision_model) + model_fingerprint(self.model.mlp1)
+
+    def build_inputs(
+        self,
+        question: str,
+        images: InputImage | Sequence[InputImage],
+        generation_config: GenerationConfig,
+    ) -> ModelInputs:
+        """Turn a question and images into inputs; raise PromptError where they do not fit."""
+        inputs = self.processor(question, as_sequence(images), generation_config)
+        self.check_context_length(inputs, generation_config)
+        return inputs
+
+    def check_context_length(
+        self, inputs: ModelInputs, generation_config: GenerationConfig
+    ) -> None:
+        """Raise PromptError when a prompt is longer than the model's context window."""
+        ntk = generation_config.ntk and inputs.uses_unit_positions
+        if remaining_context(inputs.next_position, self.config.text, ntk=ntk) < 0:
+            raise PromptError(context_overflow_message(inputs, self.config))
+
+    def open_generation(
+        self,
+        inputs: ModelInputs,
+        generation_config: GenerationConfig,
+        prompt_cache: PromptCache | None = None,
+        make_drafter: MakeDrafter | None = None,
+    ) -> Generation:
+        return Generation(
+            name=self.name,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            inputs=inputs,
+            generation_config=generation_config,
+            prompt_cache=PromptCache() if prompt_cache is None else prompt_cache,
+            load_seconds=self.load_seconds,
+            make_drafter=make_drafter,
+        )
+
+    def stream(
+        self,
+        inputs: ModelInputs,
+        generation_config: GenerationConfig,
+        prompt_cache: PromptCache | None = None,
+    ) -> Iterator[AnswerChunk]:
+        """Yield the answer to built inputs; what ``prompt_cache`` holds is not read again."""
+        cache = PromptCache() if prompt_cache is None else prompt_cache
+        make_drafter = self.choose_drafter(inputs, generation_config, cache)
+        return self.open_generation(inputs, generation_config, cache, make_drafter).stream()
+
+    def answer(
+        self,
+        inputs: ModelInputs,
+        generation_config: GenerationConfig,
+        prompt_cache: PromptCache | None = None,
+    ) -> Answer:
+        """Return the whole answer to built inputs."""
+        return final_answer(self.stream(inputs, generation_config, prompt_cache))
+
+    def choose_drafter(
+        self, inputs: ModelInputs, generation_config: GenerationConfig, cache: PromptCache
+    ) -> MakeDrafter | None:
+        """Choose what drafts tokens, if anything: a smaller model or the prompt itself."""
+        draft = generation_config.draft_model
+        if draft is None and not generation_config.lookup:
+            return None
+        check_greedy(generation_config)
+        if draft is None:
+            return PromptLookup
+        small = self.load_draft_model(draft)
+        cache.draft = cache.draft or PromptCache()
+        if small.vision_fingerprint == self.vision_fingerprint:
+            cache.draft.features = cache.features
+        return partial(DraftModel, small.model, inputs, generation_config, cache.draft)
+
+    def load_draft_model(self, draft: str | DraftSource) -> "ModelRunner":
+        """Return the model that drafts, loaded once if given by name.
+
+        Raises UserError where its vocabulary or its image tokens differ from this model's.
+        """
+        name = draft if isinstance(draft, str) else draft.name
+        if name not in self.draft_models:
+            small = self.load_runner(draft) if isinstance(draft, str) else draft.runner
+            self.draft_models[name] = cast(ModelRunner, small)
+        small = self.draft_models[name]
+        ours, theirs = (
+            (r.tokenizer.added, r.config.force_image_size, r.config.num_image_token)
+            for r in (self, small)
+        )
+        if ours != theirs:
+            raise UserError(
+                f"{name} cannot draft for {self.name}: it has a different vocabulary; "
+                "use a smaller size of the same family"
+            )
+        return small
+
+
+def final_answer(chunks: Iterator[AnswerChunk]) -> Answer:
+    """Generate to the end and return the answer."""
+    *_, last = chunks
+    assert last.answer is not None
+    return last.answer
+
+
+def context_overflow_message(inputs: ModelInputs, config: ModelConfig) -> str:
+    """Say by how much a prompt is too long, and what would make it fit."""
+    mostly_images = inputs.image_tokens > len(inputs.token_ids) / 2
+    hint = (
+        "fewer tiles (max_tiles) or a smaller v2pe_delta" if mostly_images else "a shorter question"
+    )
+    return (
+        f"the prompt takes {inputs.next_position:,.0f} positions ({inputs.image_tokens:,} image "
+        f"tokens), but the model's context has {config.text.max_position_embeddings:,}; try {hint}"
+    )
