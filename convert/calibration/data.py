@@ -11,7 +11,7 @@ import numpy as np
 
 from internvl3_mlx.checkpoints.build_model import LoadedModel
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.images.load import open_image
+from internvl3_mlx.images.load import IMAGE_SUFFIXES, open_image
 from internvl3_mlx.images.tiling import TilePolicy, to_tiles
 from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.prompt.messages import Message, MessageMedia
@@ -23,7 +23,6 @@ DEFAULT_QUESTIONS = (  # asked in turn when the folder has no questions of its o
     "How many objects are there, and what colour are they?",
     "请描述这张图片。",
 )
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif"}
 MAX_TILES = 4  # more images matter more here than detail in each
 ANSWER_TOKENS = 32
 HELD_OUT_EVERY = 4  # one sample in this many is held out from calibration, to measure on
@@ -103,7 +102,9 @@ def read_questions(folder: Path) -> Iterator[tuple[Path, str]]:
                     'write {"image": "a.png", "question": "..."}'
                 ) from error
     if not files:
-        images = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        images = [
+            path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
         yield from zip(images, cycle(DEFAULT_QUESTIONS), strict=False)
 
 

@@ -22,14 +22,7 @@ WORD_PATTERN = re.compile(
     r"""|"(?P<double>[^"]+)"(?=[ \t\n]|$)"""
     r"""|(?P<bare>(?:\\.|[^ \t\n\\]|\\$)+)"""
 )
-SUFFIXES: dict[str, MediaKind] = {
-    **dict.fromkeys(
-        (
-            *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"),
-            *(".heic", ".heif", ".jp2", ".ppm", ".ico", ".icns", ".psd", ".qoi", ".tga", ".mpo"),
-        ),
-        "image",
-    ),
+OTHER_SUFFIXES: dict[str, MediaKind] = {  # images have a table of their own
     **dict.fromkeys((".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi"), "video"),
     ".pdf": "document",
 }
@@ -87,10 +80,13 @@ def split_words(text: str) -> Iterator[tuple[str, int, int]]:
 
 def media_kind(word: str) -> MediaKind | None:
     """Say what a word looks like by its suffix alone; None for plain text."""
+    from internvl3_mlx.images.load import IMAGE_SUFFIXES
+
     if word.startswith(DATA_URI_PREFIX):
         return "image"
     path = urlsplit(word).path if word.lower().startswith((*WEB_PREFIXES, FILE_PREFIX)) else word
-    return SUFFIXES.get(PurePath(path).suffix.lower())
+    suffix = PurePath(path).suffix.lower()
+    return "image" if suffix in IMAGE_SUFFIXES else OTHER_SUFFIXES.get(suffix)
 
 
 def path_problem(word: str) -> str | None:

@@ -1,7 +1,8 @@
 """What generation returns: the answer, its chunks, and the counts and times of the run."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from internvl3_mlx.generation.processor import ImageInfo
 
@@ -89,9 +90,10 @@ class AnswerChunk:
 def round_floats(value: object) -> object:
     """Round the floats of nested plain data for display."""
     if isinstance(value, dict):
-        return {key: round_floats(entry) for key, entry in value.items()}
+        table = cast(dict[str, object], value)
+        return {key: round_floats(entry) for key, entry in table.items()}
     if isinstance(value, list | tuple):
-        return [round_floats(entry) for entry in value]
+        return [round_floats(entry) for entry in cast(Sequence[object], value)]
     return round(value, DECIMALS) if isinstance(value, float) else value
 
 

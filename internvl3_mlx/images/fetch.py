@@ -1,4 +1,4 @@
-"""Find the bytes behind what the user typed: a path, an address, a data URI, standard input."""
+"""Get the bytes of what the user names: a path, a URL, a data URI or standard input."""
 
 import binascii
 import io
@@ -30,7 +30,7 @@ URL_PATTERN = re.compile(r"(?i)(data):|([a-z][a-z0-9+.-]+)://")
 
 @dataclass(frozen=True)
 class ImageBytes:
-    """Where the bytes are: a file on disk, or in memory. ``name`` is what the user gave, short."""
+    """Bytes on disk or in memory. ``name``: what the user gave, shortened for messages."""
 
     name: str
     source: Path | bytes
@@ -48,15 +48,18 @@ class ImageBytes:
 
 
 def locate(source: str | Path | bytes) -> ImageBytes:
-    """Find what ``source`` names; fetch it if it is not on disk. A Path is always a path."""
+    """Find what ``source`` names; download it if it is a URL. A Path is never taken for a URL.
+
+    Raises ImageError.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         return ImageBytes("image bytes", bytes(source))
     if isinstance(source, Path):
         return _from_path(str(source))
     if not isinstance(source, str):
         raise ImageError(
-            f"cannot read a picture from {type(source).__name__}: "
-            "wanted a path, an address, bytes or a PIL image; pass one of these"
+            f"cannot read an image from {type(source).__name__}; "
+            "pass a path, a URL, bytes or a PIL image"
         )
     if source == STDIN:
         return _from_stdin()
@@ -65,22 +68,22 @@ def locate(source: str | Path | bytes) -> ImageBytes:
 
 
 def shorten_name(name: str) -> str:
-    """Shorten a name for messages: no control characters, the middle of a long one left out."""
+    """Shorten a name for messages: escape control characters, omit the middle of a long one."""
     name = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], name)
     half = MAX_NAME_LENGTH // 2
     return name if len(name) <= MAX_NAME_LENGTH else f"{name[:half]}…{name[-half:]}"
 
 
 def _from_stdin() -> ImageBytes:
-    """Read the bytes that were piped in."""
+    """Read the bytes that are piped in."""
     name, pipe = "standard input", sys.stdin.buffer
     if pipe.isatty():
-        raise ImageError("cannot read a picture from standard input: pipe one in, or give its path")
+        raise ImageError("cannot read an image from standard input: pipe one in, or give its path")
     return ImageBytes(name, _limited(pipe, name))
 
 
 def _limited(pipe: BinaryIO, name: str) -> bytes:
-    """Read a pipe to its end, but no more than ``MAX_BYTES``."""
+    """Read a pipe to its end; raise ImageError beyond ``MAX_BYTES``."""
     data = pipe.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise too_large_error(name)
@@ -88,7 +91,7 @@ def _limited(pipe: BinaryIO, name: str) -> bytes:
 
 
 def too_large_error(name: str) -> ImageError:
-    """Say that more than ``MAX_BYTES`` came."""
+    """Make the error for more than ``MAX_BYTES``."""
     return ImageError(
         f"cannot read {name}: larger than {MAX_BYTES // 2**20} MB; save it and give its path"
     )
@@ -98,19 +101,18 @@ def _from_address(text: str, address: re.Match[str]) -> ImageBytes:
     scheme = (address[1] or address[2]).lower()
     if scheme not in SCHEMES:
         raise ImageError(
-            f"cannot read {shorten_name(text)}: {scheme} addresses are not supported; "
-            "wanted http, https, file or data, or save the picture and give its path"
+            f"cannot read {shorten_name(text)}: {scheme} URLs are not supported; "
+            "use http, https, file or data, or save the image and give its path"
         )
     try:
         return SCHEMES[scheme](text)
-    except ValueError as error:  # urllib's word for an address that makes no sense
-        raise ImageError(f"cannot read {shorten_name(text)}: {error}; check the address") from error
+    except ValueError as error:  # what urllib raises for an invalid URL
+        raise ImageError(f"cannot read {shorten_name(text)}: {error}; check the URL") from error
 
 
 def _from_web(text: str) -> ImageBytes:
-
     parts = urlsplit(text)
-    # Query and password stay out of messages and logs: signed addresses carry secrets there.
+    # No query or password in messages and logs: signed URLs carry secrets there.
     name = shorten_name(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
     return ImageBytes(name, download_image(text, name))
 
@@ -128,9 +130,9 @@ def _from_file_address(text: str) -> ImageBytes:
 def _from_data(text: str) -> ImageBytes:
     head, comma, payload = text.partition(",")
     media, *options = head[len("data:") :].split(";")
-    name = shorten_name(f"data:{media or 'picture'}")
+    name = shorten_name(f"data:{media or 'image'}")
     if not comma:
-        raise ImageError(f"cannot read {name}: a data address needs a comma before its data")
+        raise ImageError(f"cannot read {name}: a data URI needs a comma before its data; check it")
     if len(payload) > 2 * MAX_BYTES:
         raise too_large_error(name)
     data = unquote_to_bytes(payload)
@@ -140,13 +142,13 @@ def _from_data(text: str) -> ImageBytes:
 
 
 def _from_base64(data: bytes, name: str) -> bytes:
-    """Decode base64 in the plain or the URL alphabet; line breaks and missing padding are fine."""
+    """Decode base64 in the plain or URL-safe alphabet, with or without line breaks and padding."""
     data = b"".join(data.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
     try:
         return b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except binascii.Error as error:
         raise ImageError(
-            f"cannot read {name}: its data is not base64; encode the file again"
+            f"cannot read {name}: its data is not valid base64; encode the file again"
         ) from error
 
 
@@ -165,11 +167,11 @@ def _from_path(text: str) -> ImageBytes:
     if path is None:
         raise ImageError(f"no file at {name or 'an empty path'}: {_hint(text)}")
     if path.is_dir():
-        raise ImageError(f"cannot read {name}: it is a folder; name a picture in it")
+        raise ImageError(f"cannot read {name}: it is a folder; name an image in it")
     if path.is_file():
         return ImageBytes(name, path)
     if not path.is_fifo():
-        raise ImageError(f"cannot read {name}: it is a device; give the path of a picture")
+        raise ImageError(f"cannot read {name}: it is a device; give the path of an image")
     with path.open("rb") as pipe:
         return ImageBytes(name, _limited(pipe, name))
 
@@ -186,7 +188,7 @@ def _existing(text: str) -> Path | None:
 
 
 def _folded(name: str) -> str:
-    """Make names equal that look equal: macOS puts U+202F into screenshots, NFD into old disks."""
+    """Normalize a name: macOS puts U+202F into screenshot names, and old disks hold NFD."""
     return re.sub(r"\s", " ", unicodedata.normalize("NFC", name))
 
 
@@ -198,9 +200,9 @@ def _siblings(path: Path) -> list[str]:
 
 
 def _hint(text: str) -> str:
-    """Say what to do about a missing file, naming the one that comes nearest."""
+    """Say what to do about a missing file, naming the most similar one in its folder."""
     if len(text) > MAX_PATH_LENGTH:
-        return "too long for a path; if it is base64, put data:;base64, before it"
+        return "it is too long for a path; if it is base64, put data:;base64, before it"
     wanted = Path(os.path.expanduser(text))
     near = get_close_matches(wanted.name, _siblings(wanted), n=1, cutoff=0.7)
     return (
@@ -211,18 +213,18 @@ def _hint(text: str) -> str:
 
 
 WEB_SCHEMES = ("http", "https")
-READ_TIMEOUT_S = 20  # longest wait for the next bytes
-DOWNLOAD_TIMEOUT_S = 120  # longest download
+READ_TIMEOUT_S = 20  # for the next bytes
+DOWNLOAD_TIMEOUT_S = 120  # for the whole download
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 2**16
-# Characters that are already meant as they stand; the rest, such as spaces, is escaped.
+# Characters that are left as they are; others, such as spaces, are escaped.
 URL_SAFE_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
-# Some hosts refuse Python's own name.
+# Some hosts reject Python's default user agent.
 REQUEST_HEADERS = {"User-Agent": "internvl3-mlx", "Accept": "image/*,*/*;q=0.5"}
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follow a few redirects, and only to the web."""
+    """Follow a few redirects, and only to http and https."""
 
     max_redirections = max_repeats = MAX_REDIRECTS
 
@@ -232,16 +234,16 @@ class _Redirects(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def download_image(address: str, name: str) -> bytes:
-    """Download ``address``; ``name`` is what messages call it."""
+def download_image(url: str, name: str) -> bytes:
+    """Download ``url``; ``name`` is what messages call it. Raises ImageError."""
     try:
-        request = Request(quote(address, safe=URL_SAFE_CHARACTERS), headers=REQUEST_HEADERS)
+        request = Request(quote(url, safe=URL_SAFE_CHARACTERS), headers=REQUEST_HEADERS)
         with build_opener(_Redirects).open(request, timeout=READ_TIMEOUT_S) as response:
             return _read(response, name)
     except HTTPError as error:
         error.close()
         lost = error.code in range(300, 400)
-        what = "it redirects in circles or away from the web" if lost else f"answer {error.code}"
+        what = "it redirects in circles or away from http" if lost else f"status {error.code}"
         raise _download_error(name, what) from error
     except TimeoutError as error:
         raise _download_error(name, "the server is too slow") from error
@@ -255,7 +257,7 @@ def download_image(address: str, name: str) -> bytes:
 
 
 def _read(response: IO[bytes], name: str) -> bytes:
-    """Read the body piece by piece, so that neither size nor slowness can run away."""
+    """Read the body in chunks, with a limit on its size and on the time it takes."""
     deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
     data = bytearray()
     while piece := response.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
@@ -270,5 +272,5 @@ def _read(response: IO[bytes], name: str) -> bytes:
 def _download_error(name: str, what: str) -> ImageError:
     return ImageError(
         f"cannot download {name}: {' '.join(what.split())}; "
-        "check the address, or save the picture and give its path"
+        "check the URL, or save the image and give its path"
     )

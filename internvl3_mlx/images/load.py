@@ -1,4 +1,4 @@
-"""The one door for pictures: whatever the user names comes out as one upright RGB image."""
+"""Load an image: whatever the user names becomes one upright RGB image."""
 
 import io
 import re
@@ -17,7 +17,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from internvl3_mlx.errors import ImageError, MissingExtraError
-from internvl3_mlx.images.colour import (
+from internvl3_mlx.images.color import (
     EXIF_TRANSPOSES,
     ORIENTATION_TAG,
     apply_exif_orientation,
@@ -26,47 +26,52 @@ from internvl3_mlx.images.colour import (
 from internvl3_mlx.images.fetch import ImageBytes, locate, shorten_name
 
 CLIPBOARD = "clipboard"
-# What people have. Others stay shut: some Pillow readers start programs (EPS runs Ghostscript).
+# Common formats only: some of Pillow's readers start programs (EPS runs Ghostscript).
 PILLOW_FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "MPO"),
     *("JPEG2000", "PPM", "ICO", "ICNS", "PSD", "QOI", "TGA"),
 )
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-# What a damaged file makes Pillow raise, beside OSError: its readers trust what they read.
+# What Pillow raises for damaged files, besides OSError: its readers trust what they read.
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
     *(AttributeError, NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
 HEADER_BYTES = 512
-# First bytes of a file that is no picture: what it is, and what to do.
+# First bytes of a file that is not an image: what it is, and what to do.
 OTHER_FILE_TYPES = (
     (rb"\A\Z", "it is empty; save or download it again"),
     (rb"\A%PDF", "it is a PDF; ask about it alone, or export the page as PNG"),
     (rb"\A\s*<(\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<?svg", "it is an SVG drawing; export it as PNG"),
-    (rb"\A\s*<(!doctype html|html)", "it is a web page; give the address of the picture itself"),
+    (rb"\A\s*<(!doctype html|html)", "it is a web page; give the URL of the image itself"),
     (rb"\A(....ftyp|\x1aE\xdf\xa3)", "it is a video; ask about it as a video"),
     (rb"\Aversion https://git-lfs", "it is a Git LFS pointer; run git lfs pull first"),
 )
-SUPPORTED_FORMATS = (
-    "wanted JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIC; export it as one of these"
+SUPPORTED_FORMATS = "export it as JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIC"
+# File names that are taken for images. Their first bytes decide what they are.
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"),
+        *(".heic", ".heif", ".jp2", ".ppm", ".ico", ".icns", ".psd", ".qoi", ".tga", ".mpo"),
+    )
 )
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedImage:
-    """An RGB image and what the user called it."""
+    """An RGB image, with the name the user gave for it."""
 
     image: Image.Image
     name: str
 
     @property
     def width(self) -> int:
-        """Give the width in pixels."""
+        """Width in pixels."""
         return self.image.width
 
     @property
     def height(self) -> int:
-        """Give the height in pixels."""
+        """Height in pixels."""
         return self.image.height
 
 
@@ -74,11 +79,11 @@ ImageSource = str | Path | bytes | Image.Image | LoadedImage
 
 
 def open_image(source: ImageSource, *, upright: bool = True) -> LoadedImage:
-    """Open a path, http(s), file or data address, bytes, PIL image, ``-`` or ``clipboard``.
+    """Open a path, http(s), file or data URL, bytes, PIL image, ``-`` or ``clipboard``.
 
-    Of an animation the first frame. Alpha is dropped, not blended, as the models were trained.
-    ``upright`` turns a photo as its camera noted; the published preprocessing does not.
-    Raises ``ImageError`` with one line, ``MissingExtraError`` for HEIC without a reader.
+    Takes the first frame of an animation. Alpha is dropped, not blended, as in training.
+    upright: apply the EXIF orientation, which the published preprocessing does not.
+    Raises ``ImageError``, and ``MissingExtraError`` for HEIC without a reader.
     """
     if isinstance(source, LoadedImage):
         return source
@@ -94,7 +99,7 @@ def open_image(source: ImageSource, *, upright: bool = True) -> LoadedImage:
 
 
 def _clipboard() -> Image.Image | str:
-    """Fetch the image in the clipboard, or the path of the first file copied to it."""
+    """Return the image in the clipboard, or the path of the first file copied to it."""
     from PIL import ImageGrab
 
     try:
@@ -102,20 +107,20 @@ def _clipboard() -> Image.Image | str:
     except NotImplementedError as error:
         raise ImageError(
             "cannot read the clipboard: it works on macOS, or on Linux with wl-paste or xclip; "
-            "save the picture and give its path"
+            "save the image and give its path"
         ) from error
     except DECODE_ERRORS as error:
         raise ImageError(
-            f"cannot read the clipboard: {_error_text(error)}; save the picture and give its path"
+            f"cannot read the clipboard: {_error_text(error)}; save the image and give its path"
         ) from error
     if not found:
-        raise ImageError("no picture in the clipboard: copy one first, or give its path")
+        raise ImageError("no image in the clipboard: copy one first, or give its path")
     return found[0] if isinstance(found, list) else found
 
 
 @contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into one clear line, and keep its warnings to ourselves."""
+    """Turn whatever Pillow raises into an ImageError of one line; suppress its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -132,15 +137,15 @@ def one_line_errors(name: str) -> Iterator[None]:
 
 
 def _error_text(error: BaseException) -> str:
-    """Say in a few words, on one line, what a reader found wrong."""
+    """Say in a few words, on one line, what is wrong with a file."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if "truncated" in text.lower():
-        return "the file is cut short"
+        return "the file is truncated"
     return f"the file is damaged ({' '.join(text.split())})"
 
 
 def _decode(file: BinaryIO, located: ImageBytes) -> Image.Image:
-    """Decode the file once, to its own mode and size."""
+    """Decode the file in its own mode and size."""
     Image.init()  # registers readers beyond the five common ones; cheap after the first time
     try:
         image = Image.open(file, formats=[name for name in PILLOW_FORMATS if name in Image.OPEN])
@@ -155,18 +160,20 @@ def _decode(file: BinaryIO, located: ImageBytes) -> Image.Image:
 
 
 def _describe_other_file(head: bytes) -> str:
-    """Say what a file that is no picture seems to be."""
+    """Say what a file that is not an image seems to be."""
     for pattern, words in OTHER_FILE_TYPES:
         if re.search(pattern, head, re.IGNORECASE | re.DOTALL):
             return words
-    return f"it is not a picture we know; {SUPPORTED_FORMATS}"
+    return f"its image format is unknown; {SUPPORTED_FORMATS}"
 
 
 def _finish(image: Image.Image, name: str, upright: bool) -> Image.Image:
-    """Turn and convert, copying no more than either needs."""
+    """Apply the orientation and convert to RGB, copying only where needed."""
     image.load()
     if image.width < 1 or image.height < 1:
-        raise ImageError(f"cannot read {name}: it has no pixels ({image.width}x{image.height})")
+        raise ImageError(
+            f"cannot read {name}: it has no pixels ({image.width}x{image.height}); check the file"
+        )
     return to_rgb(apply_exif_orientation(image) if upright else image)
 
 
@@ -174,7 +181,7 @@ SIPS_TIMEOUT_S = 60
 
 
 def decode_heic(located: ImageBytes) -> Image.Image:
-    """Decode the primary image, already upright with pillow-heif, with its EXIF note with sips."""
+    """Decode the primary image. pillow-heif applies the orientation, sips keeps it as EXIF data."""
     try:
         import pillow_heif
     except ImportError:
@@ -188,7 +195,7 @@ def decode_heic(located: ImageBytes) -> Image.Image:
 
 
 def _by_sips(located: ImageBytes) -> Image.Image:
-    """Let macOS convert to TIFF, which keeps every pixel and the EXIF note."""
+    """Convert to TIFF with macOS's sips, which keeps all pixels and EXIF data."""
     sips = shutil.which("sips")
     if sips is None:
         raise MissingExtraError(f"cannot read {located.name}: HEIC", "pillow-heif", "heic")
@@ -217,9 +224,9 @@ SIDEWAYS_ORIENTATIONS = frozenset(
 
 
 def image_size(source: ImageSource, *, upright: bool = True) -> tuple[int, int]:
-    """Give (width, height) as ``open_picture`` would; raise ``ImageError`` for what is no picture.
+    """Return the (width, height) that ``open_image`` would; raise ``ImageError`` for other files.
 
-    A picture whose pixels are damaged behind a whole header passes.
+    Only the header is read where possible, so damaged pixels go unnoticed.
     """
     if isinstance(source, str | bytes | Path):
         size = _from_header(locate(source), upright)
@@ -230,7 +237,7 @@ def image_size(source: ImageSource, *, upright: bool = True) -> tuple[int, int]:
 
 
 def _from_header(located: ImageBytes, upright: bool) -> tuple[int, int] | None:
-    """Read the header; None where Pillow knows no such format, for the whole reader to judge."""
+    """Read the size from the header; None where Pillow does not know the format."""
     Image.init()
     with located.open() as file, one_line_errors(located.name):
         try:
@@ -252,11 +259,11 @@ def _is_sideways(image: Image.Image) -> bool:
         return False
 
 
-PREVIEW_PIXELS = 480  # pixels of the longer side
+PREVIEW_PIXELS = 480  # of the longer side
 
 
 def preview_png(picture: LoadedImage, longest: int = PREVIEW_PIXELS) -> bytes:
-    """Shrink a picture to ``longest`` pixels and write it as PNG."""
+    """Shrink an image to ``longest`` pixels and return it as PNG."""
     small = picture.image.copy()
     small.thumbnail((longest, longest), Image.Resampling.BICUBIC)
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Pages of a PDF as pictures, through pypdfium2."""
+"""Render the pages of a PDF as images, with pypdfium2."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,15 +8,15 @@ from internvl3_mlx.errors import ImageError, MissingExtraError
 from internvl3_mlx.images.fetch import ImageBytes, locate
 from internvl3_mlx.images.load import LoadedImage
 
-PAGE_PIXELS = 1792  # pixels of a rendered page: four tiles of 448
-MAX_PAGES = 64  # some 65,000 image tokens; more is no question but a library
+PAGE_PIXELS = 1792  # longer side of a rendered page: four tiles of 448
+MAX_PAGES = 64  # about 65,000 image tokens, more than the models' context
 
 
 def read_pages(source: str | Path | bytes, *, longer_side: int = PAGE_PIXELS) -> list[LoadedImage]:
-    """Render every page; each is named after the document and its number.
+    """Render every page; each image is named after the document and its page number.
 
-    Raises ``ImageError`` for what is no PDF, is locked, empty or too long; ``MissingExtraError``
-    without pypdfium2.
+    Raises ``ImageError`` for a file that is not a PDF, locked, empty or too long, and
+    ``MissingExtraError`` without pypdfium2.
     """
     located = locate(source)
     try:
@@ -40,8 +40,8 @@ def render_pages(document: Any, located: ImageBytes, longer_side: int) -> Iterat
     count = len(document)
     if not 1 <= count <= MAX_PAGES:
         raise ImageError(
-            f"cannot read {located.name}: {count} pages; from 1 to {MAX_PAGES} are read at once, "
-            "split the document"
+            f"cannot read {located.name}: {count} pages, but only 1 to {MAX_PAGES} can be "
+            "read at once; split the document"
         )
     for number in range(count):
         page = document[number]
@@ -52,7 +52,7 @@ def render_pages(document: Any, located: ImageBytes, longer_side: int) -> Iterat
 
 
 def pdfium_error_text(words: str) -> str:
-    """Put pdfium's word for what is wrong into ours."""
+    """Say in our words what pdfium reports."""
     if "assword" in words:
-        return "it is locked by a password; save a copy without"
-    return "it is no PDF, or damaged; save or download it again"
+        return "it is password-protected; save a copy without a password"
+    return "it is damaged or not a PDF; save or download it again"

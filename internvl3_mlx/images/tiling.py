@@ -1,4 +1,4 @@
-"""Choose how a picture is cut into square tiles. Whole numbers in, whole numbers out."""
+"""Cut images into square tiles: choose the grid, resize, normalize."""
 
 import io
 import os
@@ -26,15 +26,15 @@ TileBox = tuple[int, int, int, int]
 def choose_grid(
     width: int, height: int, *, tile_size: int = 448, min_tiles: int = 1, max_tiles: int = 12
 ) -> Grid:
-    """Choose (columns, rows): the grid whose shape is nearest to the picture's.
+    """Choose (columns, rows): the grid whose aspect ratio is nearest to the image's.
 
-    Of two equally near grids the later (larger) one wins only if the picture fills more than half
-    of it: the rule of the published preprocessing, which the models were trained with.
+    Of two equally near grids the later (larger) one is chosen only if the image fills more than
+    half of it: the rule of the published preprocessing, with which the models were trained.
     """
     if width < 1 or height < 1 or tile_size < 1:
         raise UserError(
             f"cannot cut {width}x{height} pixels into tiles of {tile_size}: "
-            "all three must be at least 1; check the picture and the tile size"
+            "all three must be at least 1; check the image and the tile size"
         )
     check_tile_limits(min_tiles, max_tiles)
     best, least = (1, 1), inf
@@ -47,11 +47,12 @@ def choose_grid(
 
 
 def check_tile_limits(min_tiles: int, max_tiles: int) -> None:
-    """Refuse tile limits that no grid can meet, or that no model could read."""
+    """Raise UserError for tile limits that no grid can meet, or that no context could hold."""
     if not 1 <= min_tiles <= max_tiles <= MAX_TILES_LIMIT:
         raise UserError(
             f"tile limits {min_tiles} to {max_tiles} cannot be met: "
-            f"wanted 1 <= minimum <= maximum <= {MAX_TILES_LIMIT}; the models learned with 1 to 12"
+            f"choose 1 <= minimum <= maximum <= {MAX_TILES_LIMIT}; "
+            "the models were trained with 1 to 12"
         )
 
 
@@ -59,8 +60,8 @@ def check_tile_limits(min_tiles: int, max_tiles: int) -> None:
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
     """List the grids of ``min_tiles`` to ``max_tiles`` tiles: fewest tiles first, then columns.
 
-    The published code leaves the order within one count to a Python set. That order decides
-    nothing when ``min_tiles`` is 1; above that it may, so here it is fixed.
+    The published code leaves the order within one count to a Python set. That order has no effect
+    when ``min_tiles`` is 1; above that it may, so here it is fixed.
     """
     grids = (
         (columns, rows)
@@ -72,7 +73,7 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
 
 
 def tile_boxes(grid: Grid, tile_size: int) -> list[TileBox]:
-    """List the (left, upper, right, lower) of every tile in the resized picture, row by row."""
+    """List the (left, upper, right, lower) of every tile in the resized image, row by row."""
     columns, rows = grid
     return [
         (x * tile_size, y * tile_size, (x + 1) * tile_size, (y + 1) * tile_size)
@@ -87,12 +88,12 @@ def tile_count(grid: Grid, thumbnail: bool) -> int:
     return tiles + 1 if thumbnail and tiles != 1 else tiles
 
 
-# One job of the horizontal pass: small enough to stay in cache, large enough to be worth a thread.
+# One task of the horizontal pass: small enough for the cache, large enough to be worth a thread.
 BAND_ROWS, BAND_PIXELS = 128, 2**20
 # Below this many pixels, in and out together, starting threads costs more than it saves.
 SERIAL_PIXELS = 10**6
 WORKERS = min(8, os.cpu_count() or 1)
-# A half-resized picture above this (256 MB) can only come of an absurdly tall one.
+# A half-resized image above this (256 MB) can only come from an absurdly tall one.
 MAX_INTERMEDIATE_PIXELS = 2**26
 
 MapFunction = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
@@ -100,7 +101,7 @@ MapFunction = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
 
 @dataclass(frozen=True)
 class TilePolicy:
-    """How pictures are cut: side of a tile in pixels, least and most tiles, whether a thumbnail.
+    """How images are tiled: tile size in pixels, minimum and maximum tiles, and a thumbnail.
 
     ``dynamic=False`` means one tile whatever the shape, as for the frames of a video.
     """
@@ -115,7 +116,7 @@ class TilePolicy:
         check_tile_limits(self.min_tiles, self.max_tiles)
 
     def grid(self, width: int, height: int) -> Grid:
-        """Choose (columns, rows) for a picture of this size."""
+        """Choose (columns, rows) for an image of this size."""
         if not self.dynamic:
             return (1, 1)
         return choose_grid(
@@ -132,10 +133,10 @@ class TilePolicy:
 
 
 def to_tiles(image: Image.Image, policy: TilePolicy) -> NDArray[np.uint8]:
-    """Cut a picture into tiles: (H, W) RGB -> (T, S, S, 3), row by row, the thumbnail last.
+    """Cut an image into tiles: (H, W) RGB -> (T, S, S, 3), row by row, the thumbnail last.
 
-    The whole picture is stretched to fill its grid. The thumbnail comes from the original, not
-    from the stretched one. Bicubic with antialiasing, rounded to 8 bits after each pass.
+    The image is stretched to fill its grid. The thumbnail is made from the original, not from the
+    stretched image. Bicubic with antialiasing, rounded to 8 bits after each pass.
     """
     image = image if image.mode == "RGB" else image.convert("RGB")
     columns, rows = grid = policy.grid(*image.size)
@@ -150,7 +151,7 @@ def to_tiles(image: Image.Image, policy: TilePolicy) -> NDArray[np.uint8]:
 
 @contextmanager
 def _thread_map(pixels: int) -> Iterator[MapFunction]:
-    """Give a ``map`` over threads when that pays: Pillow lets go of the GIL while it resizes."""
+    """Yield a ``map`` over threads where that is faster: Pillow resizes without the GIL."""
     if pixels < SERIAL_PIXELS or WORKERS == 1:
         yield map
         return
@@ -161,8 +162,8 @@ def _thread_map(pixels: int) -> Iterator[MapFunction]:
 def _fill_tiles(tiles: NDArray[np.uint8], image: Image.Image, grid: Grid, run: MapFunction) -> None:
     """Stretch ``image`` over ``grid`` and write its tiles: (columns * rows, S, S, 3).
 
-    Across first, then down: the order of Pillow before 13, and so of the pictures the models
-    learned from. Newer Pillow turns it round for tall pictures, which moves pixels by a level.
+    Horizontally first, then vertically: the order of Pillow before 13, and so of the training
+    images. Newer versions reverse it for tall images, which changes some pixels by one level.
     """
     columns, rows = grid
     size = tiles.shape[1]
@@ -177,7 +178,7 @@ def _fill_tiles(tiles: NDArray[np.uint8], image: Image.Image, grid: Grid, run: M
 
 
 def _resize_width(image: Image.Image, width: int, height: int, run: MapFunction) -> Image.Image:
-    """Resize to ``width``, leaving the height to the next pass: (H, W) -> (H, width)."""
+    """Resize the width only: (H, W) -> (H, width)."""
     if width * image.height > MAX_INTERMEDIATE_PIXELS:
         image = image.resize((image.width, height), Image.Resampling.BICUBIC)
     narrow = Image.new("RGB", (width, image.height))
@@ -194,9 +195,9 @@ def _resize_width(image: Image.Image, width: int, height: int, run: MapFunction)
 
 
 def normalize(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Scale to 0..1, subtract the mean, divide by the deviation: (..., 3) -> (..., 3) float32.
+    """Scale to 0..1, subtract the mean, divide by the standard deviation: (..., 3) -> float32.
 
-    Each step is rounded to float32, in this order, as torchvision does it: equal to the bit.
+    Each step is rounded to float32, in this order, as in torchvision: bit-identical.
     """
     pixels = tiles.astype(np.float32)
     pixels /= np.float32(255)
@@ -206,7 +207,7 @@ def normalize(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def jpeg_roundtrip(tiles: NDArray[np.uint8], qualities: Sequence[int]) -> NDArray[np.uint8]:
-    """Write every tile as JPEG and read it again: (T, S, S, 3), one quality a tile -> the same."""
+    """Encode every tile as JPEG and decode it: (T, S, S, 3), one quality per tile."""
     return np.stack(
         [
             _jpeg_roundtrip_tile(tile, quality)

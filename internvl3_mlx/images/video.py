@@ -1,4 +1,4 @@
-"""Choose frames of a video and read them: films through PyAV, animations through Pillow."""
+"""Choose frames of a video and decode them: video files with PyAV, animations with Pillow."""
 
 import re
 from bisect import bisect_right
@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 
 from internvl3_mlx.errors import ImageError, MissingExtraError, UserError
-from internvl3_mlx.images.colour import to_rgb
+from internvl3_mlx.images.color import to_rgb
 from internvl3_mlx.images.fetch import ImageBytes, locate
 from internvl3_mlx.images.load import LoadedImage, one_line_errors
 
 MAX_FRAMES = 512  # 131,072 image tokens, four times the context the models were trained on
-UNBOUNDED_S = 100_000.0  # the published bound of a video without one
+UNBOUNDED_S = 100_000.0  # what the published code takes for no bound
 ANIMATION_HEADER = re.compile(rb"GIF8|RIFF....WEBP|\x89PNG", re.DOTALL)
 
 Bound = tuple[float, float]
@@ -26,7 +26,7 @@ Bound = tuple[float, float]
 
 @dataclass(frozen=True, eq=False)
 class VideoFrame:
-    """One frame, and when it is shown: seconds from the start of the video."""
+    """One frame, and its time in seconds from the start of the video."""
 
     loaded_image: LoadedImage
     seconds: float
@@ -41,11 +41,11 @@ def read_frames(
 ) -> list[VideoFrame]:
     """Read ``num_frames`` frames spread evenly over a video, or over ``bound`` (seconds).
 
-    A video of fewer frames gives some of them twice. Only the groups of pictures that hold a
-    chosen frame are decoded, and only chosen frames are kept, at full size.
+    A video with fewer frames repeats some. Only the groups of pictures that hold a chosen frame
+    are decoded, and only chosen frames are kept, at full size. Raises ImageError.
     """
     if not 1 <= num_frames <= MAX_FRAMES:
-        raise UserError(f"cannot take {num_frames} frames of a video: wanted 1 to {MAX_FRAMES}")
+        raise UserError(f"cannot take {num_frames} frames of a video; choose 1 to {MAX_FRAMES}")
     located = locate(source)
     with located.open() as file:
         animated = ANIMATION_HEADER.match(file.read(16))
@@ -62,9 +62,9 @@ def read_frames(
 def frame_indices(
     num_frames: int, fps: float, last_frame: int, *, bound: Bound | None = None, first: int = 0
 ) -> list[int]:
-    """Choose the middle of ``num_frames`` equal parts, rounded as the published ``get_index`` does.
+    """Choose the middles of ``num_frames`` equal parts, rounded as by the published ``get_index``.
 
-    ``bound`` is (start, end) in seconds; halves are rounded to even, then the sum is cut down.
+    bound: (start, end) in seconds. Halves are rounded to even, then the sum is truncated.
     """
     start, end = bound or (-UNBOUNDED_S, UNBOUNDED_S)
     low, high = max(first, round(start * fps)), min(round(end * fps), last_frame)
@@ -79,7 +79,7 @@ def frame_indices(
 
 @dataclass(frozen=True, eq=False)
 class DecodedFrames:
-    """The wanted frame numbers, the images of those decoded, the time in seconds of every frame."""
+    """The chosen frame numbers, the decoded images, and the time in seconds of every frame."""
 
     indices: list[int]
     images: dict[int, Image.Image]
@@ -87,7 +87,7 @@ class DecodedFrames:
 
 
 def _frames(name: str, taken: DecodedFrames) -> list[VideoFrame]:
-    """Put frames in order; one that could not be decoded is replaced by the one before it."""
+    """List the frames in order; one that could not be decoded is replaced by the one before it."""
     numbers = sorted(taken.images)
     frames = []
     for index in taken.indices:
@@ -98,9 +98,9 @@ def _frames(name: str, taken: DecodedFrames) -> list[VideoFrame]:
     return frames
 
 
-# Other readers of FFmpeg stay shut: playlists and scripts make it open further files and addresses.
+# FFmpeg's other readers are disabled: playlists and scripts make it open further files and URLs.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
-# These store no times of showing: what FFmpeg gives instead is wrong when frames are reordered.
+# These store no timestamps: those FFmpeg makes up are wrong when frames are reordered.
 FORMATS_WITHOUT_TIMESTAMPS = ("avi",)
 ROTATIONS = {
     90: Image.Transpose.ROTATE_90,
@@ -109,12 +109,12 @@ ROTATIONS = {
 }
 
 
-# (number of frames, frames per second) -> numbers of the wanted ones
+# (number of frames, frames per second) -> the chosen frame numbers
 ChooseFrames = Callable[[int, float], list[int]]
 
 
 def read_container(located: ImageBytes, choose: ChooseFrames, upright: bool) -> DecodedFrames:
-    """Read a film through PyAV: once for the times of its packets, once for the frames."""
+    """Read a video file with PyAV: once for the times of its packets, once for the frames."""
     with _open_video(located) as (container, stream):
         index = _index(container, stream)
     if not index.seconds:
@@ -137,10 +137,10 @@ def read_container(located: ImageBytes, choose: ChooseFrames, upright: bool) -> 
 
 @dataclass(frozen=True)
 class _PacketIndex:
-    """The packets of a film in file order, and when its frames are shown.
+    """The packets of a video in file order, and the times of its frames.
 
-    ``times`` and ``keys`` (decoding can start here) go by packet. ``rank`` turns a time into the
-    number of its frame; it is empty if times cannot be trusted, and then frames are counted.
+    ``times`` and ``keys`` (key frames, where decoding can start) are by packet. ``rank`` maps a
+    time to the number of its frame; without trustworthy times it is empty and frames are counted.
     """
 
     times: list[int | None]
@@ -190,7 +190,7 @@ def _index(container: Any, stream: Any) -> _PacketIndex:
 
 @contextmanager
 def _open_video(located: ImageBytes) -> Iterator[tuple[Any, Any]]:
-    """Open the first real video stream; turn what FFmpeg says into one line."""
+    """Open the first video stream that is not a cover; make FFmpeg's errors one line."""
     try:
         import av
     except ImportError as error:
@@ -203,7 +203,9 @@ def _open_video(located: ImageBytes) -> Iterator[tuple[Any, Any]]:
             cover = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & cover]
             if not streams:
-                raise ImageError(f"cannot read {located.name}: it has no video stream, only others")
+                raise ImageError(
+                    f"cannot read {located.name}: it has no video stream; choose another file"
+                )
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except av.error.FFmpegError as error:
@@ -211,19 +213,19 @@ def _open_video(located: ImageBytes) -> Iterator[tuple[Any, Any]]:
 
 
 def _unreadable_error(located: ImageBytes) -> ImageError:
-    """Say what a file that is no film is, if Pillow knows it."""
+    """Make the error for a file that is not a video, an image perhaps."""
     try:
         with located.open() as file, one_line_errors(located.name), Image.open(file):
             return still_image_error(located.name)
     except ImageError:
         return ImageError(
-            f"cannot read {located.name}: it is not a video we know, or damaged; "
-            "wanted MP4, MOV, MKV, WebM, AVI or GIF; export it as MP4"
+            f"cannot read {located.name}: it is damaged or its video format is unknown; "
+            "export it as MP4, MOV, MKV, WebM, AVI or GIF"
         )
 
 
 def _decode(container: Any, stream: Any, feed: list[bool]) -> Iterator[Any]:
-    """Decode the marked packets; where a gap begins, empty the decoder and start it afresh."""
+    """Decode the marked packets; at a gap, drain the decoder and reset it."""
     import av
 
     codec = stream.codec_context
@@ -241,17 +243,17 @@ def _decode(container: Any, stream: Any, feed: list[bool]) -> Iterator[Any]:
 
 
 def _upright(frame: Any) -> Image.Image:
-    """Turn a frame as the camera noted; the note counts degrees against the clock."""
+    """Apply the rotation that the camera recorded, in degrees counterclockwise."""
     turn = ROTATIONS.get(round(frame.rotation) % 360)
     image = frame.to_image()
     return image if turn is None else image.transpose(turn)
 
 
-DEFAULT_FRAME_MS = 100  # how long browsers show a frame of no duration
+DEFAULT_FRAME_MS = 100  # what browsers use for a frame without a duration
 
 
 def read_animation(located: ImageBytes, choose: ChooseFrames) -> DecodedFrames:
-    """Read an animation through Pillow: once for the times, once for the frames."""
+    """Read an animation with Pillow: once for the times, once for the frames."""
     with located.open() as file, one_line_errors(located.name):
         image = Image.open(file, formats=["GIF", "WEBP", "PNG"])
         count = getattr(image, "n_frames", 1)
@@ -272,7 +274,7 @@ def read_animation(located: ImageBytes, choose: ChooseFrames) -> DecodedFrames:
 
 
 def still_image_error(name: str) -> ImageError:
-    """Say that a picture was given for a video."""
+    """Make the error for an image given as a video."""
     return ImageError(
-        f"cannot read {name} as a video: it is a single picture; ask about it as an image"
+        f"cannot read {name} as a video: it is a still image; ask about it as an image"
     )

@@ -1,1 +1,1 @@
-"""From turns to token ids and back: templates, tokens, V2PE positions, boxes."""
+"""From messages to token ids and back: templates, tokenizers, V2PE positions, boxes."""

@@ -2,7 +2,7 @@
 
 import re
 
-COORDINATE_SCALE = 1000  # coordinates are thousandths of the original picture's width and height
+COORDINATE_SCALE = 1000  # coordinates are thousandths of the original image's width and height
 
 Corners = tuple[int, int, int, int]
 
@@ -16,9 +16,9 @@ _BOXES = re.compile(
 
 
 def parse_boxes(text: str) -> list[tuple[str | None, Corners]]:
-    """Find the boxes of an answer, in order, each with its label (None where there is no tag).
+    """Find the boxes of an answer, in order, each with its label (None without a tag).
 
-    What is no box is passed over: other than four numbers, beyond 0 to 1000, corners swapped.
+    Invalid boxes are skipped: other than four numbers, beyond 0 to 1000, corners swapped.
     """
     found: list[tuple[str | None, Corners]] = []
     for match in _BOXES.finditer(text):

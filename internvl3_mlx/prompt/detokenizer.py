@@ -1,4 +1,4 @@
-"""Ids to text, one at a time: what is returned is final, and never half a character."""
+"""Streaming detokenizer: ids to text, one at a time, never half a character."""
 
 import codecs
 from collections.abc import Callable, Mapping
@@ -8,10 +8,9 @@ from internvl3_mlx.prompt.vocabulary import LeadingSpace
 
 
 class StreamingDetokenizer:
-    """Turn the ids of an answer into pieces of text, at a constant cost per id.
+    """Decodes the ids of an answer to text, at a constant cost per id.
 
-    Bytes that no character can contain become U+FFFD. A character that the last ids left
-    unfinished is dropped: nothing could complete it.
+    Invalid bytes become U+FFFD. A character that the last ids leave incomplete is dropped.
     """
 
     def __init__(
@@ -20,13 +19,13 @@ class StreamingDetokenizer:
         shown: Mapping[int, bytes | None],
         lead: LeadingSpace,
     ):
-        """``shown``: what each added token writes, None for those that are skipped."""
+        """``shown``: the text of each added token, None for those that are skipped."""
         self._spell, self._shown, self._lead = spell, shown, lead
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_blank = lead != "none"
 
     def add_token(self, token_id: int) -> str:
-        """Take one id and return the text that it completes, often none."""
+        """Add one id and return the text that it completes, often none."""
         token_id = int(token_id)
         if token_id in self._shown:
             written = self._shown[token_id]
@@ -41,7 +40,7 @@ class StreamingDetokenizer:
         return self._characters.decode(written)
 
     def finalize(self) -> str:
-        """End the answer and return the text still held back: none, half a character is dropped."""
+        """End the answer and return the rest: none, as an incomplete character is dropped."""
         self._characters.reset()
         return ""
 
@@ -49,7 +48,7 @@ class StreamingDetokenizer:
 def visible_added_tokens(
     added: Mapping[str, AddedToken], keep: frozenset[str]
 ) -> dict[int, bytes | None]:
-    """Say what each added token writes into an answer: special ones nothing, unless kept."""
+    """Return the text of each added token in an answer: None for special ones, unless kept."""
     return {
         entry.id: None if entry.special and token not in keep else token.encode()
         for token, entry in added.items()

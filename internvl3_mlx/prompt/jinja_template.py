@@ -1,4 +1,4 @@
-"""A repository's own Jinja chat template, rendered so that typed text cannot pass for markup."""
+"""A repository's own Jinja chat template, rendered so that user text cannot pass for markup."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from internvl3_mlx.prompt.tokenizer_files import read_optional_json, read_option
 if TYPE_CHECKING:
     import jinja2
 
-# Texts go through the template as numbers between two private-use characters.
+# Texts pass through the template as numbers between two private-use characters.
 TEXT_SENTINEL = "\ue000{}\ue001"
 SENTINEL_PATTERN = re.compile(
     "\ue000(?P<text>[0-9]+)\ue001"
@@ -43,7 +43,10 @@ class JinjaTemplate:
     variables: dict[str, str]
 
     def render(self, messages: Sequence[Message], system: str | None) -> list[Segment]:
-        """Write the prompt. ``system``: None for the model's own text, "" for none at all."""
+        """Render the prompt. system: None for the model's own text, "" for none.
+
+        Raises PromptError where the template fails.
+        """
         check_messages(messages)
         instruction = system_segment(system, self.system_message)
         told: list[tuple[str, list[Segment]]] = []
@@ -60,18 +63,20 @@ class JinjaTemplate:
                 continue
             if segments is not None:
                 return segments
-        fault = " ".join(str(problem or "it leaves out a message or an image").split())
-        raise PromptError(f"{self.origin} cannot write this conversation: {fault}; {BUILT_IN_HINT}")
+        fault = " ".join(str(problem or "it omits a message or an image").split())
+        raise PromptError(
+            f"{self.origin} cannot render this conversation: {fault}; {BUILT_IN_HINT}"
+        )
 
     def _write(self, messages: list[dict[str, Any]]) -> str:
         return self.compiled.render(messages=messages, add_generation_prompt=True, **self.variables)
 
 
 def read_jinja(folder: Path, system_message: str | None) -> JinjaTemplate | None:
-    """Read the repository's chat template, or return None when it has none for pictures.
+    """Read the repository's chat template, or return None when it has none for images.
 
     Original repositories inherit a text-only template from their language model, which their own
-    code never uses: one that does not speak of images is passed over.
+    code never uses: one that does not mention images is ignored.
     """
     config = read_optional_json(folder / "tokenizer_config.json")
     for origin, source in (
@@ -109,7 +114,8 @@ def _compile(source: str, origin: str) -> "jinja2.Template":
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
-            f"{origin} is no valid chat template (line {error.lineno}: {error.message}); {BUILT_IN_HINT}"
+            f"{origin} is not a valid chat template (line {error.lineno}: {error.message}); "
+            f"{BUILT_IN_HINT}"
         ) from error
 
 
@@ -120,7 +126,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _template_failures() -> tuple[type[Exception], ...]:
-    """List what running someone's template can raise; it is a program of its own."""
+    """List what rendering a template can raise; a template is a program."""
     import jinja2
 
     return (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError)
@@ -129,7 +135,7 @@ def _template_failures() -> tuple[type[Exception], ...]:
 def _template_messages(
     told: Sequence[tuple[str, list[Segment]]], plain: bool
 ) -> list[dict[str, Any]]:
-    """Write messages whose texts are numbered sentinels; ``plain`` makes pure text a string."""
+    """Make messages whose texts are numbered sentinels; ``plain`` makes pure text a string."""
     messages, number = [], 0
     for role, body in told:
         parts = []
@@ -147,9 +153,9 @@ def _template_messages(
 
 
 def _substitute(rendered: str, given: Sequence[Segment]) -> list[Segment] | None:
-    """Put texts and image runs back in; None when the template lost, doubled or moved one.
+    """Put texts and images back in; None when the template lost, repeated or moved one.
 
-    Templates that end an image with a newline get no second one from the text that follows.
+    After an image that the template ends with a newline, the text gets no second one.
     """
     segments: list[Segment] = []
     waiting = list(enumerate(given))[::-1]

@@ -1,13 +1,8 @@
-"""What a conversation is made of, and where the pictures of a turn stand in its text."""
+"""Messages, the segments of a prompt, and the places of a message's images in its text."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from internvl3_mlx.errors import PromptError
@@ -18,10 +13,10 @@ VIDEO_PLACEHOLDER = "<video>"
 
 @dataclass(frozen=True)
 class MessageMedia:
-    """One picture or video: how many tiles each of its runs takes.
+    """One image or video of a message.
 
-    A picture has one entry in ``tiles`` (more are laid into one run), a video one per frame.
-    ``times`` (seconds, one per frame) is set only when the prompt is to name them.
+    tiles: the number of tiles, one entry for an image (several are added up), one per frame for a
+    video. times: seconds, one per frame, if the prompt names them.
     """
 
     tiles: tuple[int, ...]
@@ -31,7 +26,7 @@ class MessageMedia:
     def __post_init__(self) -> None:
         if not self.tiles or min(self.tiles) < 1:
             raise PromptError(
-                f"{self.kind} with tiles {self.tiles}: every picture and frame has at least one"
+                f"{self.kind} with tiles {self.tiles}: every image and frame needs at least one"
             )
         if self.times is not None and (self.kind != "video" or len(self.times) != len(self.tiles)):
             raise PromptError(
@@ -42,10 +37,10 @@ class MessageMedia:
 
 @dataclass(frozen=True)
 class Message:
-    """One message. Only the user's carry pictures.
+    """One message. Only the user's have images.
 
-    ``token_ids``: of an answer, the ids that were generated. Its text cut anew may give others;
-    with them a prompt repeats what was said to the token.
+    token_ids: the generated ids of an answer. Its text may tokenize to others; with them a prompt
+    repeats the answer exactly.
     """
 
     role: Literal["user", "assistant"]
@@ -56,18 +51,18 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ("user", "assistant"):
             raise PromptError(
-                f"turn with role {self.role!r}: use 'user' or 'assistant'; "
-                "the system text is given apart"
+                f"message with role {self.role!r}; use 'user' or 'assistant', "
+                "and pass the system prompt as system"
             )
         if self.media and self.role != "user":
-            raise PromptError("pictures in an assistant turn: move them to the user's turn")
+            raise PromptError("images in an assistant message; move them to the user's message")
         if self.token_ids and self.role != "assistant":
-            raise PromptError("token ids in a user's turn: only generated answers have them")
+            raise PromptError("token ids in a user's message; only generated answers have them")
 
 
 @dataclass(frozen=True)
 class TextSegment:
-    """A stretch of prompt. In ``typed`` text, structural special tokens stay plain text."""
+    """Text of a prompt. In ``untrusted`` text, structural special tokens stay plain text."""
 
     text: str
     untrusted: bool = False
@@ -75,14 +70,14 @@ class TextSegment:
 
 @dataclass(frozen=True)
 class ImageSegment:
-    """The place of one picture or frame: <img>, its context tokens, </img>."""
+    """One image or frame: <img>, its context tokens, </img>."""
 
     tiles: int
 
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """An answer as it was generated, token by token."""
+    """An answer as it was generated, as token ids."""
 
     token_ids: tuple[int, ...]
 
@@ -94,14 +89,14 @@ def check_messages(turns: Sequence[Message]) -> None:
     """Raise ``PromptError`` unless the conversation ends with the user."""
     if not turns or turns[-1].role != "user":
         given = f"ends with {turns[-1].role!r}" if turns else "is empty"
-        raise PromptError(f"the conversation {given}: its last turn must be the user's")
+        raise PromptError(f"the conversation {given}; its last message must be the user's")
 
 
 def message_segments(turn: Message) -> list[Segment]:
-    """Lay out one turn in the form the model was trained on.
+    """Return the segments of one message in the format the model was trained on.
 
-    Marks the user typed place the pictures when there are as many marks as pictures; otherwise
-    the pictures stand in front (images, then the frames of videos) and the marks stay text.
+    Placeholders in the text place the images when there are as many as images. Otherwise the images
+    come first, then the frames of videos, and placeholders stay plain text.
     """
     if turn.token_ids:
         return [GeneratedAnswer(turn.token_ids)]
@@ -121,7 +116,7 @@ def message_segments(turn: Message) -> list[Segment]:
 
 
 def media_order(turn: Message) -> list[int]:
-    """Say in which order the prompt shows a turn's media: their indices in ``turn.media``."""
+    """Return the order of a message's media in the prompt: their indices in ``media``."""
     waiting = {
         mark: [n for n, medium in enumerate(turn.media) if medium.kind == kind]
         for mark, kind in ((IMAGE_PLACEHOLDER, "image"), (VIDEO_PLACEHOLDER, "video"))
@@ -133,7 +128,7 @@ def media_order(turn: Message) -> list[int]:
 
 
 def merge_segments(segments: Iterable[Segment]) -> list[Segment]:
-    """Join neighbouring texts of one kind and drop empty ones."""
+    """Join adjacent texts of the same kind and drop empty ones."""
     merged: list[Segment] = []
     for segment in segments:
         last = merged[-1] if merged else None
@@ -149,7 +144,7 @@ def merge_segments(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def _image_lines(images: Sequence[MessageMedia]) -> list[Segment]:
-    """Write ``<image>`` alone on a line, or ``Image-1: <image>`` and so on (model card)."""
+    """Return ``<image>`` on a line, or ``Image-1: <image>`` and so on (model card)."""
     lines: list[Segment] = []
     for number, image in enumerate(images, start=1):
         label = f"Image-{number}: " if len(images) > 1 else ""
@@ -158,9 +153,9 @@ def _image_lines(images: Sequence[MessageMedia]) -> list[Segment]:
 
 
 def _frame_lines(video: MessageMedia) -> list[Segment]:
-    """Write ``Frame1: <image>`` per frame, joined by newlines; each video counts from 1.
+    """Return ``Frame1: <image>`` per frame, joined by newlines; each video counts from 1.
 
-    The form is the model card's; a time, when asked for, follows the number: ``Frame1 (0.5s): ``.
+    The format is the model card's; a time follows the number on request: ``Frame1 (0.5s): ``.
     """
     lines: list[Segment] = []
     for index, tiles in enumerate(video.tiles):
@@ -189,7 +184,7 @@ def _fill_placeholders(text: str, placed: dict[str, Iterator[list[Segment]]]) ->
             yield TextSegment("\n")
 
 
-# the system text that InternVL3 was trained with, to the letter
+# the exact system prompt that InternVL3 was trained with
 DEFAULT_SYSTEM = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
     "联合开发的多模态大语言模型。"
@@ -197,7 +192,7 @@ DEFAULT_SYSTEM = (
 
 
 def system_segment(system: str | None, own: str | None) -> TextSegment:
-    """Choose the system text: the caller's, else the model's own, else the published one.
+    """Choose the system prompt: the caller's, else the model's own, else the published one.
 
     A null or empty ``own`` counts as absent: some releases would otherwise prompt with "None".
     """

@@ -1,4 +1,4 @@
-"""Turns to segments of prompt: InternVL's own chat template, or the one a repository brings."""
+"""Chat templates, messages to prompt segments: InternVL's own, or the repository's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ MESSAGE_START, MESSAGE_END = "<|im_start|>{role}\n", "<|im_end|>\n"
 
 
 class Template(Protocol):
-    """Write a conversation as segments, ending with the opened assistant turn."""
+    """Renders a conversation as segments, ending with the beginning of the assistant's message."""
 
     def render(self, messages: Sequence[Message], system: str | None) -> list[Segment]: ...
 
 
 @dataclass(frozen=True)
 class InternVLTemplate:
-    """``internvl2_5``: ChatML with InternVL's system text, the template of every InternVL3."""
+    """``internvl2_5``: ChatML with InternVL's system prompt, the template of every InternVL3."""
 
     system_message: str | None = None
 
     def render(self, messages: Sequence[Message], system: str | None) -> list[Segment]:
-        """Write the prompt. ``system``: None for the model's own text, "" for none at all."""
+        """Render the prompt. system: None for the model's own text, "" for none."""
         check_messages(messages)
         instruction = system_segment(system, self.system_message)
         segments = _message_segments("system", [instruction]) if instruction.text else []
@@ -48,15 +48,15 @@ TEMPLATES = {"internvl2_5": InternVLTemplate}
 
 
 def load_template(config: "ModelConfig", folder: Path) -> Template:
-    """Choose the template the config names; without a name, the repository's own Jinja.
+    """Return the template the config names; without a name, the repository's own Jinja template.
 
-    Raises ``ConfigError`` for a name we do not know: another template would be silently worse.
+    Raises ``ConfigError`` for an unknown name: another template would silently be worse.
     """
     if config.template is not None:
         if config.template not in TEMPLATES:
             known = ", ".join(TEMPLATES)
             raise ConfigError(
-                f"config.json names the template {config.template!r}; known: {known}. "
+                f"config.json names the template {config.template!r}; choose from {known}. "
                 "Correct it, or remove the key to use the repository's own chat template"
             )
         return TEMPLATES[config.template](config.system_message)

@@ -1,4 +1,4 @@
-"""Text to ids and back, from whichever tokenizer files a repository has."""
+"""Tokenizer: text to ids and back, from any of the tokenizer files a repository may have."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ from internvl3_mlx.prompt.vocabulary import (
     sentencepiece_bytes,
 )
 
-# How Qwen2 splits text into words before any merge; tokenizer.json holds it, vocab.json does not.
+# Qwen2's pre-tokenizer; tokenizer.json has it, vocab.json does not.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,9 +39,9 @@ IMAGE_START, IMAGE_CONTEXT, IMAGE_END, IM_END = "<img>", "<IMG_CONTEXT>", "</img
 
 
 class Tokenizer:
-    """One model's tokenizer. Ids are looked up by their text; none is known beforehand.
+    """One model's tokenizer. Special ids are looked up by their text.
 
-    ``added`` maps special tokens to their ids; ``bos_id`` is None unless one is put in front.
+    ``added`` maps special tokens to their ids; ``bos_id`` is None where prompts have no BOS.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, source: Path, stops: Iterable[int | str] = ()):
@@ -63,9 +63,7 @@ class Tokenizer:
         self.stop_ids = frozenset(
             n for n in named if isinstance(n, int) and 0 <= n < self.vocab_size
         )
-        self.llguidance_tokenizer: Any = (
-            None  # another library's view of this tokenizer, once built
-        )
+        self.llguidance_tokenizer: Any = None  # llguidance's wrapper of this tokenizer, once built
         self._any_token = _pattern(self.added)
         self._typed_token = _pattern(GROUNDING_TOKENS & self.added.keys())
 
@@ -79,10 +77,10 @@ class Tokenizer:
     def encode(
         self, segments: Sequence[Segment], num_image_token: int, *, bos: bool = True
     ) -> list[int]:
-        """Turn a rendered prompt into ids, ``num_image_token`` context tokens per tile.
+        """Encode a rendered prompt, with ``num_image_token`` context tokens per tile.
 
-        Texts that meet are cut as one, so the ids are those of the whole prompt written out; but
-        only special tokens of the template count, and in typed text those of grounding.
+        Adjacent texts are encoded as one, so the ids are those of the whole prompt as text. Special
+        tokens are recognized in the template's text; in untrusted text only those of grounding.
         """
         ids: list[int] = []
         waiting = ""
@@ -98,22 +96,22 @@ class Tokenizer:
         return ids
 
     def encode_text(self, text: str, *, specials: bool = False) -> list[int]:
-        """Turn plain text into ids, without BOS; ``specials`` makes special tokens count."""
+        """Encode plain text without BOS; ``specials`` recognizes special tokens in it."""
         if specials:
             return self.encode([TextSegment(text)], 0, bos=False)
         return self._encode_plain(text, at_start=True)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Give the bytes a plain token stands for, a part of a character included."""
+        """Return the bytes of a plain token, which may be part of a character."""
         return self._vocabulary.token_bytes(token_id)
 
     def decode(self, ids: Iterable[int], *, keep_boxes: bool = False) -> str:
-        """Turn ids into text, special tokens skipped; ``keep_boxes`` keeps grounding tags."""
+        """Decode ids, skipping special tokens; ``keep_boxes`` keeps grounding tags."""
         pieces = self.detokenizer(keep_boxes=keep_boxes)
         return "".join([*map(pieces.add_token, ids), pieces.finalize()])
 
     def detokenizer(self, *, keep_boxes: bool = False) -> StreamingDetokenizer:
-        """Start decoding one answer, id by id."""
+        """Return a streaming detokenizer for one answer."""
         keep = GROUNDING_TOKENS if keep_boxes else frozenset()
         shown = visible_added_tokens(self.added, keep)
         return StreamingDetokenizer(
@@ -137,13 +135,13 @@ class Tokenizer:
                 yield [self.added[part].id] if index % 2 else part
 
     def _encode_plain(self, text: str, *, at_start: bool) -> list[int]:
-        # surrogates, which no tokenizer takes, come from broken file names and JSON escapes
+        # surrogates, which no tokenizer accepts, come from broken file names and JSON escapes
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._vocabulary.encode(clean, at_start) if clean else []
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Match any of the tokens, the longest first; nothing when there are none."""
+    """Compile a pattern for any of the tokens, longest first; it never matches without tokens."""
     alternatives = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
     return re.compile(f"({alternatives})" if alternatives else "((?!))")
 
@@ -189,7 +187,7 @@ def _named_bos(
 
 
 def _without_added(whole: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Share the parts that cut plain text, and leave out the added tokens."""
+    """Return a tokenizer for plain text only: the same parts without the added tokens."""
     core = tokenizers.Tokenizer(whole.model)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if getattr(whole, part) is not None:
@@ -198,7 +196,7 @@ def _without_added(whole: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _read_qwen_bpe(folder: Path) -> tokenizers.Tokenizer:
-    """Build what Qwen2's tokenizer class makes of vocab.json and merges.txt."""
+    """Build what Qwen2's tokenizer class builds from vocab.json and merges.txt."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     try:
         core = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
@@ -247,7 +245,7 @@ def _leading_space(core: tokenizers.Tokenizer) -> LeadingSpace:
 
 
 def _without_leading_space(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Cut what follows an added token: a blank that belongs to the prompt's start stays away."""
+    """Return a tokenizer for text after an added token, without the space of the prompt's start."""
     blank = core.pre_tokenizer
     if not isinstance(blank, Metaspace) or blank.prepend_scheme != "first":
         return core

@@ -1,4 +1,4 @@
-"""The JSON files around a tokenizer: added tokens, BOS, and where an answer stops."""
+"""The JSON files of a tokenizer: added tokens, BOS and EOS."""
 
 import json
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ GROUNDING_TOKENS = frozenset(
 ) | frozenset(
     f"<|{name}_{edge}|>" for name in ("object_ref", "box", "quad") for edge in ("start", "end")
 )
-# Text in our prompts, though native repositories give it an id, beyond the embedding's last row.
+# Plain text in our prompts, though hf repositories give it an id beyond the embedding's last row.
 IGNORED_ADDED_TOKENS = frozenset({"<video>"})
-# Qwen's added tokens that are text of a kind: an answer shows them.
+# Qwen's added tokens that are shown in answers.
 VISIBLE_PREFIXES = ("tool_", "fim_", "repo_name", "file_sep")
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token matched whole, before the text around it is cut; ``special`` ones are not shown."""
+    """A token matched as a whole before the text around it; ``special`` ones are not shown."""
 
     id: int
     special: bool
@@ -38,7 +38,7 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again")
+        raise CheckpointError(f"{path} is not a JSON object; download it again")
     return value
 
 
@@ -70,18 +70,18 @@ def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
 
 
 def bos_token(folder: Path, *, default: bool) -> str | None:
-    """Name the token the tokenizer puts in front of every text, if any."""
+    """Return the token that the tokenizer puts in front of every text, if any."""
     config = read_optional_json(folder / "tokenizer_config.json")
     return token_text(config.get("bos_token")) if config.get("add_bos_token", default) else None
 
 
 def token_text(entry: Any) -> str | None:
-    """Take the text of a token, written either plainly or as an object."""
+    """Return the text of a token entry, which is a string or an object."""
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
 def eos_token_ids(folder: Path) -> Iterator[int]:
-    """List every end-of-sequence id that the model's JSON files name, at any of their levels."""
+    """List every end-of-sequence id in the model's JSON files, at any of their levels."""
     config = read_optional_json(folder / "config.json")
     levels = (config, config.get("llm_config"), config.get("text_config"))
     for level in (*levels, read_optional_json(folder / "generation_config.json")):
@@ -90,5 +90,5 @@ def eos_token_ids(folder: Path) -> Iterator[int]:
 
 
 def eos_token(folder: Path) -> str | None:
-    """Name the tokenizer's own end token."""
+    """Return the tokenizer's own end-of-sequence token."""
     return token_text(read_optional_json(folder / "tokenizer_config.json").get("eos_token"))

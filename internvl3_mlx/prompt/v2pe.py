@@ -21,19 +21,17 @@ DELTA_LIST = ", ".join(str(Fraction(delta)) for delta in DELTAS)
 
 
 def parse_delta(text: str | float | Fraction) -> float | Literal["auto"]:
-    """Read a step as the user writes it: 1, 0.25, "1/4", or "auto"."""
+    """Parse a step as the user writes it: 1, 0.25, "1/4" or "auto". Raises PromptError."""
     if isinstance(text, str) and text.strip().lower() == "auto":
         return "auto"
     value = _number(text)
     if value not in DELTAS:
-        raise PromptError(
-            f"V2PE step {text}: the model knows {DELTA_LIST}; give one of these, or auto"
-        )
+        raise PromptError(f"V2PE step {text} is unknown; choose from {DELTA_LIST}, or auto")
     return value
 
 
 def _number(text: object) -> float:
-    """Read a fraction, a decimal or a number; 0 for anything else."""
+    """Parse a fraction, a decimal or a number; 0 for anything else."""
     if isinstance(text, str):
         return float(Fraction(text.strip())) if DELTA_PATTERN.fullmatch(text.strip()) else 0.0
     if isinstance(text, bool) or not isinstance(text, Real):
@@ -42,7 +40,7 @@ def _number(text: object) -> float:
 
 
 def image_spans(ids: ArrayLike, image_id: int) -> list[tuple[int, int]]:
-    """List the stretches of context tokens, one per picture or frame, as (start, stop)."""
+    """List the spans of context tokens, one per image or frame, as (start, stop)."""
     starts, lengths, is_image = _runs(ids, image_id)
     return [
         (int(start), int(start + length))
@@ -53,10 +51,11 @@ def image_spans(ids: ArrayLike, image_id: int) -> list[tuple[int, int]]:
 def visual_positions(
     ids: ArrayLike, image_id: int, deltas: float | Sequence[float] = 1.0
 ) -> NDArray[np.float32]:
-    """Number the tokens of a prompt: ids (L,) -> (L,) float32.
+    """Compute the positions of a prompt: ids (L,) -> (L,) float32.
 
-    Text steps by 1; the k-th context token of an image stands ``k * delta`` after <img>, and what
-    follows counts on from the next whole number. ``deltas``: one for all images, or one per image.
+    Text steps by 1; the k-th context token of an image is ``k * delta`` after <img>, and the text
+    that follows continues from the next whole number. deltas: one for all
+    images, or one per image.
     """
     starts, lengths, is_image = _runs(ids, image_id)
     steps = np.ones(len(starts))
@@ -78,12 +77,12 @@ def auto_delta(ids: ArrayLike, image_id: int, window: int) -> float:
             return delta
     raise PromptError(
         f"{text} text tokens and {int(visual.sum())} image tokens do not fit a context of {window} "
-        f"even at a V2PE step of {Fraction(DELTAS[-1])}: shorten the text or send fewer images"
+        f"even at a V2PE step of {Fraction(DELTAS[-1])}; shorten the text or send fewer images"
     )
 
 
 def next_position(positions: ArrayLike) -> float:
-    """Give the position of the first generated token; from there each token steps by 1."""
+    """Return the position of the first generated token; later ones step by 1."""
     last = np.asarray(positions, dtype=np.float32)[-1:]
     return math.ceil(last[0]) + 1.0 if last.size else 0.0
 
@@ -91,7 +90,7 @@ def next_position(positions: ArrayLike) -> float:
 def _runs(
     ids: ArrayLike, image_id: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Split ids (L,) into stretches of one kind: starts, lengths, is_image, each (R,)."""
+    """Split ids (L,) into runs of text or image tokens: starts, lengths, is_image, each (R,)."""
     is_image = np.asarray(ids) == image_id
     changes = np.flatnonzero(is_image[1:] != is_image[:-1]) + 1
     starts = np.concatenate([np.zeros(min(1, is_image.size), np.int64), changes])
@@ -106,7 +105,7 @@ def _per_image(deltas: float | Sequence[float], images: int) -> NDArray[np.float
         given = list(deltas)
     if len(given) != images:
         raise PromptError(
-            f"{len(given)} V2PE steps for {images} images: give one for all or one per image"
+            f"{len(given)} V2PE steps for {images} images; give one for all, or one per image"
         )
     return np.array([_step(delta) for delta in given], dtype=np.float64)
 
@@ -114,5 +113,7 @@ def _per_image(deltas: float | Sequence[float], images: int) -> NDArray[np.float
 def _step(delta: float) -> float:
     step = parse_delta(delta)
     if step == "auto":
-        raise PromptError("V2PE step auto: choose the step with auto_delta first")
+        raise PromptError(
+            "V2PE step auto cannot be used here; choose the step with auto_delta first"
+        )
     return step

@@ -1,4 +1,4 @@
-"""What a tokenizer is underneath, whatever its files: a cutter, spellings, added tokens."""
+"""What every tokenizer provides, whatever its files: encode plain text, bytes, added tokens."""
 
 import re
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from internvl3_mlx.prompt.tokenizer_files import AddedToken, bos_token, read_add
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-# Where a blank is put in front of text, and taken off again when reading: nowhere, at the start of
-# the prompt, or after every added token as well.
+# Where encoding adds a space and decoding removes it: nowhere, at the start of the prompt, or after
+# every added token as well.
 LeadingSpace = Literal["none", "start", "chunk"]
 
-SPACE = "\u2581"  # how sentencepiece writes a blank
+SPACE = "\u2581"  # how sentencepiece writes a space
 BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """``cut(text, at_start)`` turns text into ids without looking for added tokens in it.
+    """``encode(text, at_start)`` turns text into ids, without looking for added tokens in it.
 
-    ``spell(id)`` gives the bytes a plain id stands for, a part of a character included; ids that
-    do not exist stand for nothing. ``size`` counts the plain ids.
+    ``token_bytes(id)`` returns the bytes of a plain id, which may be part of a character, and none
+    for ids that do not exist. ``size`` counts the plain ids.
     """
 
     encode: Callable[[str, bool], list[int]]
@@ -37,21 +37,21 @@ class Vocabulary:
 
 
 def byte_level_bytes(piece: str | None) -> bytes:
-    """Read a byte-level piece: each character stands for one byte."""
+    """Decode a byte-level token: each character represents one byte."""
     try:
         return bytes(BYTE_LEVEL_TABLE[character] for character in piece or "")
-    except KeyError:  # a whole word put into the vocabulary by hand
+    except KeyError:  # a word that was added to the vocabulary by hand
         return (piece or "").encode()
 
 
 def sentencepiece_bytes(piece: str | None) -> bytes:
-    """Read a sentencepiece piece: text with marked blanks, or one byte as ``<0x0A>``."""
+    """Decode a sentencepiece token: text with marked spaces, or one byte as ``<0x0A>``."""
     byte = BYTE_PIECE.fullmatch(piece or "")
     return bytes([int(byte[1], 16)]) if byte else (piece or "").replace(SPACE, " ").encode()
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Map characters to bytes as GPT-2 does: printable Latin-1 is itself, others start at 256."""
+    """Map characters to bytes as GPT-2 does: printable Latin-1 stays, others start at 256."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -66,7 +66,7 @@ BYTE_LEVEL_TABLE = _byte_alphabet()
 class SentencePieceModel:
     """An open ``tokenizer.model`` and the tokens added to it.
 
-    ``prefixed``: the model's normaliser puts a blank in front of what it cuts.
+    ``prefixed``: the model's normalizer adds a space in front of each text.
     """
 
     model: "SentencePieceProcessor"
@@ -77,14 +77,14 @@ class SentencePieceModel:
 
 
 def open_sentencepiece(folder: Path) -> SentencePieceModel:
-    """Open ``tokenizer.model``; that class adds the BOS unless told not to, hence the default."""
+    """Open ``tokenizer.model``; its tokenizer class adds BOS by default."""
     from sentencepiece import SentencePieceProcessor
 
     path = folder / "tokenizer.model"
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{path} is no sentencepiece model; download it again") from error
+        raise CheckpointError(f"{path} is not a sentencepiece model; download it again") from error
     size = model.get_piece_size()
     control = {
         model.id_to_piece(n): AddedToken(n, special=True)
@@ -99,8 +99,8 @@ def open_sentencepiece(folder: Path) -> SentencePieceModel:
 def read_sentencepiece(folder: Path) -> Vocabulary:
     """Read ``tokenizer.model`` and the added tokens beside it.
 
-    Each text between added tokens is cut on its own, its blank in front included where the model's
-    normaliser adds one, as InternLM3's own tokenizer does.
+    Each text between added tokens is encoded on its own, with a leading space where the model's
+    normalizer adds one, as InternLM3's own tokenizer does.
     """
     pieces = open_sentencepiece(folder)
     model, size, added, bos = pieces.model, pieces.size, pieces.added, pieces.bos

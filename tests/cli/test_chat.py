@@ -180,7 +180,7 @@ def test_paste_takes_the_picture_in_the_clipboard(session, told, monkeypatch):
     monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: picture(60, 60))
     assert "60×60 · 1 tile · 4 tokens" in told("/paste")
     monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: None)
-    assert "no picture in the clipboard: copy one first" in told("/paste")
+    assert "no image in the clipboard: copy one first" in told("/paste")
 
 
 def test_a_video_is_a_picture_that_moves(session, told, tmp_path):

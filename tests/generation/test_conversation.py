@@ -285,8 +285,8 @@ def test_a_video_stays_in_the_talk(vlm, tmp_path):
     talk = vlm.conversation(num_frames=3, frame_times=True)
     first = talk.ask("What happens in <video> and <image>?", [DOG], video=clip, **SHORT)
     assert [info.source for info in first.images][-1] == "image"
-    assert "Frame1 (0." in vlm.tokenizer.decode(talk.build_inputs([], talk.exchanges[0], talk.generation_config)
-                                                .token_ids)  # fmt: skip
+    prompt = talk.build_inputs([], talk.exchanges[0], talk.generation_config)
+    assert "Frame1 (0." in vlm.tokenizer.decode(prompt.token_ids)
     second = talk.ask("And then?", **SHORT)
     assert second.usage.cached_tokens > first.usage.image_tokens
     inputs = talk.build_inputs(talk.exchanges[:1], talk.exchanges[1], talk.generation_config)

@@ -173,7 +173,7 @@ def test_where_nothing_can_be_written_is_said(talk, tmp_path):
     with pytest.raises(UserError, match="cannot write .*nowhere"):
         talk.save(tmp_path / "nowhere" / "talk")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="is a folder; name a file"):
         talk.save(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 

@@ -68,9 +68,9 @@ def test_paths_that_hold_no_picture_are_told(tmp_path):
     assert message(tmp_path / "other" / "x.png") == (
         f"no file at {tmp_path / 'other' / 'x.png'}: check the path"
     )
-    assert message(tmp_path) == f"cannot read {tmp_path}: it is a folder; name a picture in it"
+    assert message(tmp_path) == f"cannot read {tmp_path}: it is a folder; name an image in it"
     assert message("/dev/null") == (
-        "cannot read /dev/null: it is a device; give the path of a picture"
+        "cannot read /dev/null: it is a device; give the path of an image"
     )
     assert message("") == "no file at an empty path: check the path"
     assert "no file at a\\x00b" in message("a\0b")
@@ -91,14 +91,14 @@ def test_an_unreadable_file_is_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("ftp://x.org/a.png", "ftp addresses are not supported; wanted http, https, file or data"),
+        ("ftp://x.org/a.png", "ftp URLs are not supported; use http, https, file or data"),
         ("file://nas/a.png", r"the file is on another computer \(nas\); copy it here"),
-        ("http://[::1/a.png", "Invalid IPv6 URL; check the address"),
-        ("data:image/png;base64", "a data address needs a comma before its data"),
-        ("data:image/png;base64,@@@", "its data is not base64; encode the file again"),
-        ("data:image/png;base64,QUJDR", "its data is not base64; encode the file again"),
+        ("http://[::1/a.png", "Invalid IPv6 URL; check the URL"),
+        ("data:image/png;base64", "a data URI needs a comma before its data"),
+        ("data:image/png;base64,@@@", "its data is not valid base64; encode the file again"),
+        ("data:image/png;base64,QUJDR", "its data is not valid base64; encode the file again"),
         ("data:image/png;base64,", "it is empty"),
-        (3.5, "cannot read a picture from float: wanted a path"),
+        (3.5, "cannot read an image from float; pass a path"),
     ],
 )
 def test_odd_sources_are_told(source, words):
@@ -118,4 +118,4 @@ def test_more_than_the_limit_is_refused(monkeypatch):
     monkeypatch.setattr(fetch, "MAX_BYTES", 1000)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(1001))))
     assert message("-").startswith("cannot read standard input: larger than")
-    assert message("data:," + "a" * 2001).startswith("cannot read data:picture: larger than")
+    assert message("data:," + "a" * 2001).startswith("cannot read data:image: larger than")

@@ -34,7 +34,7 @@ def test_every_way_in_gives_the_same_picture(tmp_path, monkeypatch):
         (bytearray(data), "image bytes"),
         (f"data:image/png;base64,{text}", "data:image/png"),
         (f"data:image/png;charset=x;BASE64,{url_safe[:30]}\n {url_safe[30:]}", "data:image/png"),
-        (f"data:;base64,{text.replace('+', '%2B')}", "data:picture"),
+        (f"data:;base64,{text.replace('+', '%2B')}", "data:image"),
         (f"data:image/png,{percent}", "data:image/png"),
         ("-", "standard input"),
         (image, "image"),
@@ -67,13 +67,13 @@ def test_the_clipboard_gives_its_image_or_its_first_file(tmp_path, monkeypatch):
 
 def test_clipboard_faults_are_told(monkeypatch):
     monkeypatch.setattr(ImageGrab, "grabclipboard", lambda: None)
-    assert message("clipboard").startswith("no picture in the clipboard: copy one first")
+    assert message("clipboard").startswith("no image in the clipboard: copy one first")
 
     def broken(error):
         raise error
 
     monkeypatch.setattr(ImageGrab, "grabclipboard", lambda: broken(NotImplementedError("x")))
-    assert "works on macOS, or on Linux with wl-paste or xclip; save the picture" in message(
+    assert "works on macOS, or on Linux with wl-paste or xclip; save the image" in message(
         "clipboard"
     )
     monkeypatch.setattr(
@@ -103,11 +103,11 @@ def test_thin_pictures_open(size, kind):
         (b"%PDF-1.7\n...", "it is a PDF; ask about it alone, or export the page as PNG"),
         (b"<?xml version='1.0'?>\n<svg></svg>", "it is an SVG drawing; export it as PNG"),
         (b"<svg xmlns='x'></svg>", "it is an SVG drawing"),
-        (b"\n<!DOCTYPE html><p>", "it is a web page; give the address of the picture itself"),
+        (b"\n<!DOCTYPE html><p>", "it is a web page; give the URL of the image itself"),
         (b"\0\0\0\x18ftypmp42....", "it is a video; ask about it as a video"),
         (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
-        (b"hello", "it is not a picture we know; wanted JPEG, PNG, WebP"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is not a picture we know"),
+        (b"hello", "its image format is unknown; export it as JPEG, PNG, WebP"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "its image format is unknown"),
         (b"\0\0\0\x18ftypheic" + bytes(40), "the file is damaged"),
     ],
 )
@@ -118,8 +118,8 @@ def test_a_file_that_is_no_picture_is_told_what_it_is(data, words):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_a_truncated_file_is_told(kind):
     data = encoded(noise(40, 30), kind)
-    assert re.search(r"cut short|damaged|not a picture", message(data[: len(data) * 2 // 3]))
-    assert re.search(r"cut short|damaged|not a picture", message(data[:20]))
+    assert re.search(r"truncated|damaged|image format", message(data[: len(data) * 2 // 3]))
+    assert re.search(r"truncated|damaged|image format", message(data[:20]))
 
 
 def test_no_damage_escapes_as_another_error():

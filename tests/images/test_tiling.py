@@ -155,7 +155,7 @@ def test_a_thumbnail_is_added_to_many_tiles_only(grid, thumbnail, count):
 @pytest.mark.parametrize("limits", [(5, 4), (0, 4), (1, 0), (1, MAX_TILES_LIMIT + 1), (-1, -1)])
 def test_impossible_limits_are_refused(limits):
     low, high = limits
-    with pytest.raises(UserError, match=f"tile limits {low} to {high} cannot be met: wanted 1 <="):
+    with pytest.raises(UserError, match=f"tile limits {low} to {high} cannot be met: choose 1 <="):
         choose_grid(640, 480, min_tiles=low, max_tiles=high)
 
 

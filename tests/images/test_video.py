@@ -89,17 +89,17 @@ def test_an_animation_without_durations_runs_at_ten_frames_a_second():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "it is not a video we know, or damaged; wanted MP4, MOV"),
-        (b"hello, I am a text\n" * 50, "it is not a video we know"),
+        (b"", "its video format is unknown; export it as MP4, MOV"),
+        (b"hello, I am a text\n" * 50, "its video format is unknown"),
         (
             b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/hosts\n",
-            "it is not a video we know",
+            "its video format is unknown",
         ),
-        (encoded(noise(), "JPEG"), "it is a single picture; ask about it as an image"),
-        (encoded(noise(), "PNG"), "it is a single picture; ask about it as an image"),
-        (encoded(noise(), "GIF"), "it is a single picture"),
+        (encoded(noise(), "JPEG"), "it is a still image; ask about it as an image"),
+        (encoded(noise(), "PNG"), "it is a still image; ask about it as an image"),
+        (encoded(noise(), "GIF"), "it is a still image"),
         (encoded(noise(), "WEBP")[:60], "the file is"),
-        (film()[:400], "it is not a video we know, or damaged"),
+        (film()[:400], "it is damaged or its video format is unknown"),
         (sound(kind="matroska", empty_track=True), "the video has no frames; export it again"),
         (blanked(film()), "no frame can be decoded; export it again"),
         (sound(cover=True), "it has no video stream"),
@@ -114,7 +114,7 @@ def test_what_is_no_video_is_told(data, words):
 
 def test_a_text_file_is_not_drawn_as_a_terminal(tmp_path):
     (tmp_path / "a.txt").write_text("hello\n" * 40)
-    with pytest.raises(ImageError, match="it is not a video we know"):
+    with pytest.raises(ImageError, match="its video format is unknown"):
         read_frames(tmp_path / "a.txt", 2)
 
 
@@ -130,5 +130,5 @@ def test_without_pyav_the_extra_is_named(monkeypatch):
 
 @pytest.mark.parametrize("count", [0, -1, 513])
 def test_impossible_counts_are_refused(count):
-    with pytest.raises(UserError, match=f"cannot take {count} frames of a video: wanted 1 to 512"):
+    with pytest.raises(UserError, match=f"cannot take {count} frames of a video; choose 1 to 512"):
         read_frames(b"", count)

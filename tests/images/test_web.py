@@ -99,12 +99,12 @@ def test_the_name_keeps_secrets_out(site):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/no.png", "answer 404; check the address, or save the picture"),
-        ("/loop", "it redirects in circles or away from the web"),
-        ("/file", "it redirects in circles or away from the web"),
-        ("/ftp", "it redirects in circles or away from the web"),
-        ("/page", "it is a web page; give the address of the picture itself"),
-        ("/cut", "the file is cut short"),
+        ("/no.png", "status 404; check the URL, or save the image"),
+        ("/loop", "it redirects in circles or away from http"),
+        ("/file", "it redirects in circles or away from http"),
+        ("/ftp", "it redirects in circles or away from http"),
+        ("/page", "it is a web page; give the URL of the image itself"),
+        ("/cut", "the file is truncated"),
     ],
 )
 def test_bad_answers_are_told(site, path, words):

@@ -80,7 +80,7 @@ def same(segments):
 def test_a_repositorys_template_gives_the_published_prompt(tmp_path, source, turns, system):
     template = with_template(tmp_path, source)
     if source is STRINGS and any(turn.media for turn in turns):
-        with pytest.raises(PromptError, match="cannot write this conversation"):
+        with pytest.raises(PromptError, match="cannot render this conversation"):
             template.render(turns, system)
         return
     assert same(template.render(turns, system)) == same(InternVLTemplate().render(turns, system))
@@ -156,12 +156,12 @@ def test_tokens_of_the_tokenizer_are_known_to_the_template(tmp_path):
     ("source", "message"),
     [
         ("{# image #}{{ raise_exception('no such\\nturn') }}", "conversation: no such turn; put"),
-        ("{# image #}{{ messages[9]['role'] }}", "cannot write this conversation: .*9"),
-        ("{# image #}{{ 1 / 0 }}", "cannot write this conversation: division by zero"),
-        ("{# image #}{{ messages.append(1) }}", "cannot write this conversation: .*unsafe"),
-        (NATIVE.replace("<IMG_CONTEXT>", ""), "leaves out a message or an image"),
-        (NATIVE.replace("<IMG_CONTEXT>", "<image><image>"), "leaves out a message or an image"),
-        ("{# image #}hello", "leaves out a message or an image"),
+        ("{# image #}{{ messages[9]['role'] }}", "cannot render this conversation: .*9"),
+        ("{# image #}{{ 1 / 0 }}", "cannot render this conversation: division by zero"),
+        ("{# image #}{{ messages.append(1) }}", "cannot render this conversation: .*unsafe"),
+        (NATIVE.replace("<IMG_CONTEXT>", ""), "omits a message or an image"),
+        (NATIVE.replace("<IMG_CONTEXT>", "<image><image>"), "omits a message or an image"),
+        ("{# image #}hello", "omits a message or an image"),
     ],
 )
 def test_a_template_that_fails_says_so_in_one_line(tmp_path, source, message):
@@ -173,5 +173,5 @@ def test_a_template_that_fails_says_so_in_one_line(tmp_path, source, message):
 
 
 def test_a_broken_template_names_its_line(tmp_path):
-    with pytest.raises(CheckpointError, match=r"chat_template.jinja is no valid .* \(line 2: "):
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja is not a valid .* \(line 2: "):
         with_template(tmp_path, "image\n{% for %}")

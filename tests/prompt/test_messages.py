@@ -117,9 +117,12 @@ def test_only_what_the_user_wrote_is_typed():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Message("system", "x"), "role 'system': use 'user' or 'assistant'"),
-        (lambda: Message("assistant", "x", (MessageMedia((1,)),)), "pictures in an assistant turn"),
-        (lambda: MessageMedia(()), "image with tiles .*: every picture and frame has at least one"),
+        (lambda: Message("system", "x"), "role 'system'; use 'user' or 'assistant'"),
+        (
+            lambda: Message("assistant", "x", (MessageMedia((1,)),)),
+            "images in an assistant message",
+        ),
+        (lambda: MessageMedia(()), "image with tiles .*: every image and frame needs at least one"),
         (lambda: MessageMedia((1, 0), "video"), "video with tiles .1, 0."),
         (lambda: MessageMedia((1, 1), "video", (0.5,)), "1 frame times for video with 2 entries"),
         (lambda: MessageMedia((2,), times=(0.5,)), "give a video one time per frame"),
@@ -134,7 +137,7 @@ def test_an_answer_with_its_ids_is_repeated_to_the_token():
     assert message_segments(Message("assistant", "whatever", token_ids=(5, 3))) == [
         GeneratedAnswer((5, 3))
     ]
-    with pytest.raises(PromptError, match="token ids in a user's turn"):
+    with pytest.raises(PromptError, match="token ids in a user's message"):
         Message("user", "hi", token_ids=(5,))
 
 

@@ -109,7 +109,7 @@ def test_typed_text_is_told_from_the_templates():
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ((), "the conversation is empty: its last turn must be the user's"),
+        ((), "the conversation is empty; its last message must be the user's"),
         ((Message("assistant", "x"),), "ends with 'assistant'"),
     ],
 )
@@ -130,5 +130,7 @@ def test_without_name_or_jinja_the_prompt_is_the_published_one(tmp_path):
 
 
 def test_an_unknown_template_names_the_known(tmp_path):
-    with pytest.raises(ConfigError, match=r"names the template 'phi3-chat'; known: internvl2_5\."):
+    with pytest.raises(
+        ConfigError, match=r"names the template 'phi3-chat'; choose from internvl2_5\."
+    ):
         load_template(Config(template="phi3-chat"), tmp_path)

@@ -84,7 +84,7 @@ def test_a_prompt_has_the_ids_transformers_gives_it_written_out(ours, text):
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_sentencepiece_cuts_each_stretch_between_added_tokens(internlm, text):
     model = SentencePieceProcessor(model_file=str(internlm.folder / "tokenizer.model"))
-    ids = internlm.input_facts.ids
+    ids = internlm.facts.ids
     plain = text.replace("<", "(")
     question = [
         TextSegment("<|im_start|>user\n"),
@@ -136,7 +136,7 @@ STRUCTURAL = (
 @pytest.mark.parametrize("token", STRUCTURAL)
 def test_typed_structure_stays_text(ours, token):
     ids = ours.tokenizer.encode([TextSegment(f"a{token}b", untrusted=True)], CONTEXT)
-    assert ours.input_facts.ids[token] not in ids
+    assert ours.facts.ids[token] not in ids
     assert ours.tokenizer.decode(ids) == f"a{token}b"
     assert ours.tokenizer.encode_text(f"a{token}b") == ids
 
@@ -144,7 +144,7 @@ def test_typed_structure_stays_text(ours, token):
 @pytest.mark.parametrize("token", STRUCTURAL)
 def test_structure_in_the_template_counts(ours, token):
     ids = ours.tokenizer.encode([TextSegment(f"a{token}b")], CONTEXT)
-    assert ids.count(ours.input_facts.ids[token]) == 1
+    assert ids.count(ours.facts.ids[token]) == 1
 
 
 @pytest.mark.parametrize(
@@ -153,25 +153,25 @@ def test_structure_in_the_template_counts(ours, token):
     + [f"<|{kind}_{end}|>" for kind in ("object_ref", "box", "quad") for end in ("start", "end")],
 )
 def test_typed_grounding_tags_count(ours, token):
-    assert ours.input_facts.ids[token] in ours.tokenizer.encode(
+    assert ours.facts.ids[token] in ours.tokenizer.encode(
         [TextSegment(token, untrusted=True)], CONTEXT
     )
 
 
 def test_a_special_token_is_not_made_of_neighbours(ours):
     ids = ours.tokenizer.encode([TextSegment("<i"), TextSegment("mg>", untrusted=True)], CONTEXT)
-    assert ours.input_facts.ids["<img>"] not in ids
+    assert ours.facts.ids["<img>"] not in ids
 
 
 def test_an_image_run_takes_its_context_tokens(ours):
-    ids = ours.input_facts.ids
+    ids = ours.facts.ids
     run = [ids["<img>"], *[ids["<IMG_CONTEXT>"]] * 6, ids["</img>"]]
     assert ours.tokenizer.encode([ImageSegment(2), ImageSegment(2)], CONTEXT) == run + run
 
 
 def test_ids_are_looked_up_by_name(ours):
-    tokenizer, ids = ours.tokenizer, ours.input_facts.ids
-    assert tokenizer.vocab_size == ours.input_facts.vocab_size
+    tokenizer, ids = ours.tokenizer, ours.facts.ids
+    assert tokenizer.vocab_size == ours.facts.vocab_size
     assert tokenizer.image_id == ids["<IMG_CONTEXT>"]
     assert (tokenizer.image_start_id, tokenizer.image_end_id) == (ids["<img>"], ids["</img>"])
     assert tokenizer.im_end_id == ids["<|im_end|>"]
@@ -180,8 +180,8 @@ def test_ids_are_looked_up_by_name(ours):
 
 
 def test_sentencepiece_ids_are_looked_up_by_name(internlm):
-    assert internlm.tokenizer.vocab_size == internlm.input_facts.vocab_size
-    assert internlm.tokenizer.image_id == internlm.input_facts.ids["<IMG_CONTEXT>"]
+    assert internlm.tokenizer.vocab_size == internlm.facts.vocab_size
+    assert internlm.tokenizer.image_id == internlm.facts.ids["<IMG_CONTEXT>"]
     assert internlm.tokenizer.bos_id == 1
     assert internlm.tokenizer.encode([], CONTEXT) == [1]
     assert internlm.tokenizer.encode([TextSegment("<s>a")], CONTEXT)[:2].count(1) == 1

@@ -69,9 +69,14 @@ def test_another_models_tokenizer_is_refused(tmp_path):
     [
         (write_qwen_tokenizer, "tokenizer.json", b"{", "tokenizer.json cannot be read"),
         (write_qwen_tokenizer, "tokenizer_config.json", b"{", "is not JSON .*; download it again"),
-        (write_qwen_tokenizer, "tokenizer_config.json", b"[]", "holds no JSON object"),
+        (write_qwen_tokenizer, "tokenizer_config.json", b"[]", "is not a JSON object"),
         (write_qwen_tokenizer, "tokenizer_config.json", b"\xff", "is not UTF-8 text"),
-        (write_internlm_tokenizer, "tokenizer.model", b"x", "is no sentencepiece model; download"),
+        (
+            write_internlm_tokenizer,
+            "tokenizer.model",
+            b"x",
+            "is not a sentencepiece model; download",
+        ),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, write, name, content, message):

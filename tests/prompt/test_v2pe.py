@@ -105,7 +105,7 @@ def test_the_first_generated_token_stands_on_a_whole_number():
 
 
 def test_as_many_steps_as_images_are_wanted():
-    with pytest.raises(PromptError, match="3 V2PE steps for 2 images: give one for all or one per"):
+    with pytest.raises(PromptError, match="3 V2PE steps for 2 images; give one for all or one per"):
         visual_positions(TOY, IMG, [1, 1, 1])
 
 
@@ -136,7 +136,7 @@ def test_the_nine_steps_are_read_as_fractions(n):
 )
 def test_other_steps_are_refused_with_the_nine_named(given):
     nine = "1, 1/2, 1/4, 1/8, 1/16, 1/32, 1/64, 1/128, 1/256"
-    with pytest.raises(PromptError, match=f"V2PE step {given}: the model knows {nine}; give one"):
+    with pytest.raises(PromptError, match=f"V2PE step {given} is unknown; choose from {nine}"):
         parse_delta(given)
 
 

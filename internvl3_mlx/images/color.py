@@ -5,7 +5,7 @@ import struct
 import numpy as np
 from PIL import Image
 
-ORIENTATION_TAG = 0x0112  # EXIF tag: how the camera was held
+ORIENTATION_TAG = 0x0112  # EXIF tag
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -15,20 +15,19 @@ EXIF_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Modes without a direct way to RGB in Pillow, and the mode that has one.
+# Modes that Pillow cannot convert to RGB directly, and the mode in between.
 INTERMEDIATE_MODES = {"La": "LA", "RGBa": "RGBA"}
-# How far to shift whole numbers up to this many bits, to leave eight.
 OUTPUT_BITS = 8
 INPUT_BIT_DEPTHS = (8, 16, 31)
 
 
 def apply_exif_orientation(image: Image.Image) -> Image.Image:
-    """Turn a loaded image as its EXIF note says; without a note, give it back as it is."""
+    """Apply the EXIF orientation of a loaded image; without one, return the image as it is."""
     turn = EXIF_TRANSPOSES.get(_orientation(image))
     if turn is None:
         return image
     turned = image.transpose(turn)
-    turned.info = {}  # with the note in it, the next reader would turn the image again
+    turned.info = {}  # with its EXIF data, the next reader would rotate the image again
     return turned
 
 
@@ -41,10 +40,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert as ``Image.convert("RGB")`` does, alpha dropped, but scale what exceeds 8 bits.
+    """Convert as ``Image.convert("RGB")`` does, dropping alpha, but scale what exceeds 8 bits.
 
-    Pillow clips 16-bit grey at 255, which leaves a white page; here the high byte is kept, as
-    Pillow itself does for 16-bit colour. Floats within 0..1 are stretched to 0..255.
+    Pillow clips 16-bit grayscale at 255, which leaves a white page; here the high byte is kept, as
+    Pillow itself does for 16-bit color. Floats within 0..1 are scaled to 0..255.
     """
     if image.mode == "RGB":
         return image
@@ -58,13 +57,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
-    """Keep the top eight bits of 16-bit grey; of 32-bit grey, of the least depth that holds it."""
+    """Keep the top 8 bits of 16-bit grayscale; of 32-bit, those of the smallest depth that fits."""
     values = np.asarray(image)
     deep = 16
     if image.mode == "I":
         deep = next(bits for bits in INPUT_BIT_DEPTHS if int(values.max()) < 2**bits)
-    grey = np.right_shift(values.clip(0), deep - OUTPUT_BITS)
-    return Image.fromarray(grey.astype(np.uint8))
+    gray = np.right_shift(values.clip(0), deep - OUTPUT_BITS)
+    return Image.fromarray(gray.astype(np.uint8))
 
 
 def _from_float(image: Image.Image) -> Image.Image:
