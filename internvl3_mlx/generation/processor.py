@@ -265,7 +265,7 @@ def make_user_message(
 def as_sequence(images: Item | Sequence[Item]) -> Sequence[Item]:
     """Return a sequence as it is, and a single image as a list of one."""
     if isinstance(images, str | bytes) or not isinstance(images, Sequence):
-        return [cast(Item, images)]
+        return [images]
     return cast(Sequence[Item], images)
 
 

@@ -137,9 +137,9 @@ def test_what_cannot_go_together_is_answered_one_by_one(settings, shared, monkey
 
 
 def test_more_candidates_than_a_kernel_takes_rows_are_read_in_parts(vlm, monkeypatch):
-    from internvl3_mlx.models import attention
+    from internvl3_mlx.metal_kernels import flash_decode
 
-    monkeypatch.setattr(attention.kernel, "MAX_QUERY_ROWS", 4)  # two of these, two heads each
+    monkeypatch.setattr(flash_decode, "MAX_QUERY_ROWS", 4)  # two of these, two heads each
     found = vlm.ask_many(*ASKED, n=5, max_tokens=6)
     assert [a.token_ids for a in found] == [vlm.ask(*ASKED, max_tokens=6).token_ids] * 5
 

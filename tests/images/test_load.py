@@ -165,10 +165,10 @@ def test_a_bomb_is_refused_before_it_is_unpacked():
 PEAK = """
 import resource, sys
 from internvl3_mlx.images.tiling import TilePolicy, to_tiles
-from internvl3_mlx.images.load import open_picture
+from internvl3_mlx.images.load import open_image
 unit = 1 if sys.platform == "darwin" else 1024
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-picture = open_picture(sys.argv[1])
+picture = open_image(sys.argv[1])
 to_tiles(picture.image, TilePolicy())
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit // 2**20)
 """
