@@ -1,14 +1,14 @@
-"""Errors. Each message is one line: what was given, what was expected, what to do next."""
+"""All errors that users see: what was given, what was expected and what to do next."""
 
 
 class InternVL3Error(Exception):
-    """Base class of all errors raised on purpose; ``exit_code`` is the command's exit status."""
+    """Base class of all expected failures. ``exit_code`` is that of the command line."""
 
     exit_code = 1
 
 
 class UserError(InternVL3Error):
-    """A mistake that the user can correct, such as a wrong path or option."""
+    """A mistake in the request."""
 
     exit_code = 2
 
@@ -18,11 +18,11 @@ class ImageError(UserError):
 
 
 class PromptError(UserError):
-    """A prompt the model cannot take, such as one longer than its context."""
+    """A prompt that does not fit the model, such as one longer than its context."""
 
 
 class DataError(UserError):
-    """Invalid training data: the file, the line and what is wrong there."""
+    """Records that cannot be trained on: the file, the line, and what is wrong there."""
 
 
 class CheckpointError(UserError):
@@ -34,7 +34,7 @@ class ConfigError(CheckpointError):
 
 
 class KeyMapError(CheckpointError):
-    """Tensors that do not fit the model: unknown, missing, duplicated or of the wrong shape."""
+    """Tensors that do not match the model: unknown, missing, duplicate or of a wrong shape."""
 
 
 class WriteError(UserError):
@@ -42,7 +42,7 @@ class WriteError(UserError):
 
 
 class DownloadError(InternVL3Error):
-    """A repository that cannot be downloaded: no network, not found, or the disk is full."""
+    """A repository that cannot be downloaded: no network, no such name, no disk space."""
 
 
 class TrainingError(InternVL3Error):
@@ -50,7 +50,12 @@ class TrainingError(InternVL3Error):
 
 
 class MissingExtraError(UserError):
-    """A feature whose optional library is not installed."""
+    """A feature whose optional library is not installed.
+
+    library: its name on the package index.
+    """
 
     def __init__(self, feature: str, library: str, extra: str):
-        super().__init__(f'{feature} needs {library}: pip install "internvl3-mlx[{extra}]"')
+        from internvl3_mlx.install_hint import install_command
+
+        super().__init__(f"{feature} needs {library}; run {install_command(extra, library)}")

@@ -14,7 +14,8 @@ ROOMS_AT_THE_ROOT = ("convert", "metal_kernels")
 
 # A room imports only from its own group's members' left: same group, no imports between two rooms.
 ORDER = (
-    ("errors", "demo"),
+    ("install_hint", "demo"),
+    ("errors",),
     ("files", "device", "option_fields"),
     ("config",),
     ("images", "prompt", "metal_kernels"),

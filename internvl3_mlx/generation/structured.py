@@ -35,8 +35,9 @@ def make_constraint(
     try:
         import llguidance
     except ImportError as error:
-        raise MissingExtraError("a constrained answer", "llguidance", "structured") from error
-    name = next(name for name in CONSTRAINTS if getattr(config, name))
+        raise MissingExtraError("structured output", "llguidance", "structured") from error
+    form = next(form for form in CONSTRAINTS if getattr(settings, form))
+    value = getattr(settings, form)
     try:
         grammar = GRAMMARS[name](llguidance.LLMatcher, getattr(config, name))
         matcher = llguidance.LLMatcher(llguidance_tokenizer(tokenizer, vocab_size), grammar)

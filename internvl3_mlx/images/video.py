@@ -194,7 +194,7 @@ def _open_video(located: ImageBytes) -> Iterator[tuple[Any, Any]]:
     try:
         import av
     except ImportError as error:
-        raise MissingExtraError(f"cannot read {located.name}: video", "PyAV", "video") from error
+        raise MissingExtraError(f"cannot read {located.name}: video", "av", "video") from error
     try:
         with (
             located.open() as file,

@@ -96,5 +96,5 @@ def test_without_the_library_the_line_to_paste_is_given(vlm, monkeypatch):
         return imported(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtraError, match=r'pip install "internvl3-mlx\[structured\]"'):
+    with pytest.raises(MissingExtraError, match="needs llguidance; run pip install"):
         vlm.ask("Hi", regex="a")

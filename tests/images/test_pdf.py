@@ -48,5 +48,5 @@ def test_without_the_library_the_line_to_paste_is_given(tmp_path, monkeypatch):
         return imported(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtraError, match=r'pip install "internvl3-mlx\[pdf\]"'):
+    with pytest.raises(MissingExtraError, match="a PDF needs pypdfium2; run pip install"):
         read_pages(path)

@@ -211,7 +211,7 @@ def test_a_logger_that_is_not_installed_is_told_before_anything_begins(monkeypat
     library = loggers.LOGGERS[name][0]
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(
-        MissingExtraError, match=rf"--report-to {name} needs {library}: pip install"
+        MissingExtraError, match=rf"--report-to {name} needs {library}; run pip install"
     ):
         check_loggers(TrainConfig(report_to=(name,)))
 
