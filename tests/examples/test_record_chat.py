@@ -3,7 +3,7 @@
 import re
 from xml.etree import ElementTree as ET
 
-from examples.record_talk.record import drawn, main, unwrapped
+from examples.record_chat.record import draw_screen, join_wrapped, main
 
 
 def test_a_talk_is_recorded_as_text_and_as_svg(tmp_path):
@@ -21,8 +21,8 @@ def test_a_talk_is_recorded_as_text_and_as_svg(tmp_path):
 
 
 def test_what_a_terminal_broke_is_joined():
-    assert unwrapped(["try " + "a" * 96, "bc", "rest"]) == ["try " + "a" * 96 + "bc", "rest"]
+    assert join_wrapped(["try " + "a" * 96, "bc", "rest"]) == ["try " + "a" * 96 + "bc", "rest"]
 
 
 def test_svg_escapes_what_the_model_says():
-    assert "&lt;b&gt;" in drawn(["<b>"])
+    assert "&lt;b&gt;" in draw_screen(["<b>"])

@@ -1,4 +1,4 @@
-"""A program in a pseudo-terminal, and the screen that a person would see."""
+"""Runs the program in a pseudo-terminal and follows what a person would see."""
 
 import fcntl
 import os
@@ -12,8 +12,8 @@ import termios
 import time
 from pathlib import Path
 
-PATIENCE_S = 60  # a loaded machine is slow to start Python
-# what a controlling terminal takes to set up: without it Ctrl-C is only a character
+TIMEOUT_S = 60  # a busy machine is slow to start Python
+# sets up a controlling terminal: without it Ctrl-C is only a character
 START = (
     "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     "signal.signal(signal.SIGINT, signal.SIG_DFL); "  # ignored where tests run in the background
@@ -26,7 +26,7 @@ SEQUENCE = re.compile(
 
 
 class Screen:
-    """Follows the few sequences that move a cursor; lines that scrolled away are kept."""
+    """Interprets the escape sequences that move the cursor; keeps lines that scrolled away."""
 
     def __init__(self, width: int):
         self.width, self.row, self.column = width, 0, 0
@@ -35,14 +35,14 @@ class Screen:
     def feed(self, text: str) -> None:
         for match in SEQUENCE.finditer(text):
             if match["csi"]:
-                self.control(match["csi"], match["args"])
+                self.move(match["csi"], match["args"])
             elif match["char"]:
-                self.character(match["char"])
+                self.write(match["char"])
 
-    def control(self, letter: str, args: str) -> None:
+    def move(self, letter: str, args: str) -> None:
         number = int(args) if args.isdecimal() else 0
         if letter in "AB":
-            self.to(max(self.row + max(number, 1) * (-1 if letter == "A" else 1), 0))
+            self.go_to(max(self.row + max(number, 1) * (-1 if letter == "A" else 1), 0))
         elif letter in "CD":
             self.column = max(self.column + max(number, 1) * (-1 if letter == "D" else 1), 0)
         elif letter == "G":
@@ -53,23 +53,23 @@ class Screen:
             if letter == "J":
                 del self.lines[self.row + 1 :]
 
-    def character(self, char: str) -> None:
+    def write(self, char: str) -> None:
         if char == "\n":
-            self.to(self.row + 1)
+            self.go_to(self.row + 1)
         elif char == "\r":
             self.column = 0
         elif char == "\b":
             self.column = max(self.column - 1, 0)
         elif char >= " ":
             if self.column == self.width:
-                self.to(self.row + 1)
+                self.go_to(self.row + 1)
                 self.column = 0
             line = self.lines[self.row]
             line += " " * (self.column + 1 - len(line))
             line[self.column] = char
             self.column += 1
 
-    def to(self, row: int) -> None:
+    def go_to(self, row: int) -> None:
         self.lines += [[] for _ in range(row + 1 - len(self.lines))]
         self.row = row
 
@@ -78,16 +78,16 @@ class Screen:
         return "\n".join("".join(line).rstrip() for line in self.lines)
 
 
-class Program:
-    """Runs ``python -m internvl3_mlx`` in a terminal of its own; end it with ``close``."""
+class TerminalProgram:
+    """Runs ``python -m internvl3_mlx`` in its own terminal; end it with ``close``."""
 
     def __init__(self, *words: str, cwd: Path, columns: int = 80, **env: str):
         self.master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         root = str(Path(__file__).parents[2])
         settings = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONPATH": root}
-        away = ("NO_COLOR", "TERM_PROGRAM", "TMUX", "KITTY_WINDOW_ID", "INTERNVL3_MODEL", "COLUMNS")
-        inherited = {name: value for name, value in os.environ.items() if name not in away}
+        removed = ("NO_COLOR", "TERM_PROGRAM", "TMUX", "KITTY_WINDOW_ID", "INTERNVL3_MODEL", "COLUMNS")
+        inherited = {name: value for name, value in os.environ.items() if name not in removed}
         program = [sys.executable, "-m", "internvl3_mlx", *words]
         self.process = subprocess.Popen(
             [sys.executable, "-c", START, *program],
@@ -103,32 +103,32 @@ class Program:
 
     def wait_for(self, pattern: str, count: int = 1) -> str:
         """Wait until the screen shows ``pattern`` ``count`` times; return the screen."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while len(re.findall(pattern, self.screen.text)) < count:
             assert time.monotonic() < deadline, f"no {pattern!r} in\n{self.screen.text[-2000:]}"
             if not self.read() and self.process.poll() is not None:
-                raise AssertionError(f"it ended without {pattern!r}:\n{self.screen.text[-2000:]}")
+                raise AssertionError(f"the program ended without {pattern!r}:\n{self.screen.text[-2000:]}")
         return self.screen.text
 
     def read(self) -> bool:
-        """Take in what has been written; False when nothing came for a moment."""
+        """Read the output so far; return False when there was none for a moment."""
         ready, _, _ = select.select([self.master], [], [], 0.2)
         if not ready:
             return False
         try:
             data = os.read(self.master, 65536)
-        except OSError:  # Linux says so when the other side has closed
+        except OSError:  # Linux raises it when the other side has closed
             return False
         self.bytes += data
-        whole = self.bytes.decode(errors="ignore")
-        new = whole[len(self.raw) :]
-        self.raw = whole
+        text = self.bytes.decode(errors="ignore")
+        new = text[len(self.raw) :]
+        self.raw = text
         self.screen.feed(new)
         return bool(data)
 
-    def ended(self) -> int:
-        """Wait for the end and return the exit code."""
-        deadline = time.monotonic() + PATIENCE_S
+    def wait(self) -> int:
+        """Wait for the program to end and return its exit code."""
+        deadline = time.monotonic() + TIMEOUT_S
         while self.process.poll() is None and time.monotonic() < deadline:
             self.read()
         while self.read():

@@ -1,0 +1,104 @@
+"""Record a chat in the terminal as text and SVG: ``python -m examples.record_chat.record OUT``."""
+
+import argparse
+import json
+import shutil
+import tempfile
+from html import escape
+from pathlib import Path
+
+from examples.record_chat.terminal_program import TerminalProgram
+from internvl3_mlx.loading.resolve import DEMO_FOLDER
+
+WIDTH = 100
+CORNER = "╭"  # of the banner; notes about the model come before it
+STATS = r"\d+ tokens? · .*prompt \d"
+PROMPT = "› "
+CELL, LINE, MARGIN = 8.43, 19, 16  # pixels of a 14-pixel monospaced letter
+FONT = "ui-monospace,SFMono-Regular,Menlo,Consolas,monospace"
+COLORS = {"background": "#1e1e2e", "text": "#cdd6f4", "dim": "#7f849c", "prompt": "#89b4fa"}
+
+
+def main(words: list[str] | None = None) -> None:
+    args = make_parser().parse_args(words)
+    with tempfile.TemporaryDirectory() as folder:
+        questions = copy_samples(Path(folder))
+        screen = run_chat(args.lines or questions, args.model, args.max_tokens, Path(folder))
+    args.out.with_suffix(".txt").write_text("\n".join(screen) + "\n", encoding="utf-8")
+    args.out.with_suffix(".svg").write_text(draw_screen(screen), encoding="utf-8")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("record", description=__doc__)
+    parser.add_argument("out", type=Path, help="output path without a suffix")
+    parser.add_argument("lines", nargs="*", help="lines to type; by default about the demo's images")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    return parser
+
+
+def copy_samples(folder: Path) -> list[str]:
+    """Copy the demo's images into ``folder`` and return a line with a question about each."""
+    table = json.loads((DEMO_FOLDER / "samples" / "samples.json").read_text("utf-8"))
+    for entry in table:
+        shutil.copy(DEMO_FOLDER / "samples" / entry["file"], folder)
+    return [f"{entry['file']} {entry['question']}" for entry in table]
+
+
+def run_chat(lines: list[str], model: str, max_tokens: int, folder: Path) -> list[str]:
+    """Type the lines one after another, each at a new prompt; return the lines of the screen."""
+    words = ("chat", "--model", model, "--max-tokens", str(max_tokens))
+    program = TerminalProgram(*words, cwd=folder, columns=WIDTH, HF_HUB_OFFLINE="1", NO_COLOR="1")
+    try:
+        for number, line in enumerate(lines, start=1):
+            program.wait_for(f"(?m)^{PROMPT.strip()}", number)
+            program.type(line + "\r")
+            program.wait_for(STATS, number)
+        screen = program.wait_for(f"(?m)^{PROMPT.strip()}", len(lines) + 1)
+    finally:
+        program.close()
+    *shown, _ = screen[screen.index(CORNER) :].rstrip().split("\n")  # the last prompt is empty
+    return [line for line in join_wrapped(shown) if not line.startswith("try ")]
+
+
+def join_wrapped(screen: list[str]) -> list[str]:
+    """Join suggestions that the terminal wrapped, so that they can be left out."""
+    found: list[str] = []
+    for line in screen:
+        if found and found[-1].startswith("try ") and len(found[-1]) % WIDTH == 0:
+            found[-1] += line
+        else:
+            found.append(line)
+    return found
+
+
+def draw_screen(screen: list[str]) -> str:
+    """Draw the screen as SVG, with banner and statistics dimmed."""
+    height = len(screen) * LINE + 2 * MARGIN
+    width = round(WIDTH * CELL) + 2 * MARGIN
+    rows = [
+        f'<text x="{MARGIN}" y="{MARGIN + LINE * number + 14}" fill="{line_color(line)}" '
+        f'xml:space="preserve">{escape(line)}</text>'
+        for number, line in enumerate(screen)
+        if line
+    ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            f'viewBox="0 0 {width} {height}" font-family="{FONT}" font-size="14">',
+            f'<rect width="100%" height="100%" rx="8" fill="{COLORS["background"]}"/>',
+            *rows,
+            "</svg>\n",
+        ]
+    )
+
+
+def line_color(line: str) -> str:
+    if line.startswith(PROMPT):
+        return COLORS["prompt"]
+    is_banner = line[:1] in "╭│╰"
+    return COLORS["dim"] if is_banner or " · " in line else COLORS["text"]
+
+
+if __name__ == "__main__":
+    main()
