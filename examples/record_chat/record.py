@@ -31,7 +31,7 @@ def main(words: list[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("record", description=__doc__)
     parser.add_argument("out", type=Path, help="output path without a suffix")
-    parser.add_argument("lines", nargs="*", help="lines to type; by default about the demo's images")
+    parser.add_argument("lines", nargs="*", help="lines to type (default: demo questions)")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--max-tokens", type=int, default=64)
     return parser

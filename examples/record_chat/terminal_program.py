@@ -12,6 +12,7 @@ import termios
 import time
 from pathlib import Path
 
+MODEL_VARIABLE = "INTERNVL3_MODEL"
 TIMEOUT_S = 60  # a busy machine is slow to start Python
 # sets up a controlling terminal: without it Ctrl-C is only a character
 START = (
@@ -86,8 +87,15 @@ class TerminalProgram:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         root = str(Path(__file__).parents[2])
         settings = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONPATH": root}
-        removed = ("NO_COLOR", "TERM_PROGRAM", "TMUX", "KITTY_WINDOW_ID", "INTERNVL3_MODEL", "COLUMNS")
-        inherited = {name: value for name, value in os.environ.items() if name not in removed}
+        unset = (
+            "NO_COLOR",
+            "TERM_PROGRAM",
+            "TMUX",
+            "KITTY_WINDOW_ID",
+            "INTERNVL3_MODEL",
+            "COLUMNS",
+        )
+        inherited = {name: value for name, value in os.environ.items() if name not in unset}
         program = [sys.executable, "-m", "internvl3_mlx", *words]
         self.process = subprocess.Popen(
             [sys.executable, "-c", START, *program],
@@ -107,7 +115,7 @@ class TerminalProgram:
         while len(re.findall(pattern, self.screen.text)) < count:
             assert time.monotonic() < deadline, f"no {pattern!r} in\n{self.screen.text[-2000:]}"
             if not self.read() and self.process.poll() is not None:
-                raise AssertionError(f"the program ended without {pattern!r}:\n{self.screen.text[-2000:]}")
+                raise AssertionError(f"ended without {pattern!r}:\n{self.screen.text[-2000:]}")
         return self.screen.text
 
     def read(self) -> bool:

@@ -1,4 +1,4 @@
-"""``internvl3 bench``: how fast this machine is and how near to its limit we come."""
+"""``internvl3 bench``: measures this machine and how close we get to its limits."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl3_mlx.cli import console, options, progress, system_info
-from internvl3_mlx.cli.options import SectionedCommand
+from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.files import atomic_write
 
 if TYPE_CHECKING:
     from internvl3_mlx.profiling.limits import MachineLimits
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from internvl3_mlx.profiling.suite import BenchmarkSuite
 
 GROUPS = ("tower", "prefill", "decode", "kernels")  # in the order of the report
-NOT_SAVED_NOTE = "where kernels pay; only a run without --quick and --contexts keeps it"
+NOT_SAVED_NOTE = "kernel selection; only a run without --quick and --contexts saves it"
 KILO = 1024
 MAX_CONTEXT = 2**20
 
@@ -23,7 +24,7 @@ MAX_CONTEXT = 2**20
 def parse_contexts(
     _ctx: click.Context, _param: click.Parameter, text: str | None
 ) -> tuple[int, ...]:
-    """Read ``1k,4096,128k``: tokens, k for 1024 of them."""
+    """Parse ``1k,4096,128k`` into token counts."""
     words = [] if text is None else [word.strip().lower() for word in text.split(",")]
     found = [
         int(word.removesuffix("k")) * (KILO if word.endswith("k") else 1)
@@ -31,34 +32,43 @@ def parse_contexts(
         if word.removesuffix("k").isdecimal()
     ]
     if len(found) < len(words) or not all(0 < count <= MAX_CONTEXT for count in found):
-        raise UserError(f"--contexts {text}: give tokens with commas between, such as 1k,4k,16k")
+        raise UserError(
+            f"--contexts {text}: give token counts separated by commas, such as 1k,4k,16k"
+        )
     return tuple(found)
 
 
 @click.command(
-    cls=SectionedCommand, short_help="Measure this machine, our kernels, and a model's stages."
+    cls=SectionedCommand,
+    short_help="Measure this machine, the kernels and a model.",
+    examples=(
+        ("internvl3 bench --model 2b", "measure a model, and save where our kernels are faster"),
+        ("internvl3 bench --quick", "a short run with the demo model"),
+        ("internvl3 bench --model 8b --contexts 1k,16k --svg roofline.svg", "draw a roofline plot"),
+    ),
+    suggestions={"-q": "--quiet", "--quantize": "--q-bits"},
 )
 @options.LOAD_FLAGS["model"]
 @options.LOAD_FLAGS["quantize"]
-@options.flag(
+@flag(
     "Speed", "--contexts", "contexts", metavar="N,N,…", callback=parse_contexts,
-    show_default="1k to 128k on a GPU", help="Tokens already read; k is 1024.",
+    show_default="1k to 128k on a GPU", help="Lengths of the KV cache in tokens; k is 1024.",
 )  # fmt: skip
-@options.flag("Speed", "--quick", "quick", is_flag=True, help="Small arrays, few shapes.")
-@options.flag(
+@flag("Speed", "--quick", "quick", is_flag=True, help="Small arrays and few shapes.")
+@flag(
     "Output", "--svg", "svg", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw what was reached under the machine's limits.",
+    help="Draw a roofline plot of the measurements.",
 )  # fmt: skip
-@options.flag("Output", "--json", "as_json", is_flag=True, help="One JSON object.")
-@options.OUTPUT_FLAGS["quiet"]
+@options.JSON_FLAG
+@options.QUIET_FLAG
 @options.debug_flag
 def bench_command(contexts: tuple[int, ...], quick: bool, svg: Path | None, **flags: Any) -> None:
-    """Measure decoding, reading, the vision tower and our kernels, beside the machine's own limits.
+    """Measure vision encoder, prefill, decoding and our kernels next to the machine's limits.
 
-    Bytes a second and operations a second are measured here too, so each line says how near it
-    comes to them. Without --model the demo model is measured. A whole run (no --quick, no
-    --contexts) keeps where our kernels beat MLX's own operations, and they are used there from then
-    on. Interrupt at any time: what was measured is shown.
+    Memory bandwidth and arithmetic rate are measured here, too, so every line shows how close it
+    gets to them. Without --model the demo model is measured. A full run (without --quick and
+    --contexts) saves where our kernels are faster than MLX's own operations; from then on they are
+    used there. Interrupt it at any time: what was measured is shown.
     """
     from internvl3_mlx import load
     from internvl3_mlx.profiling.suite import BenchmarkSuite
@@ -77,18 +87,18 @@ def bench_command(contexts: tuple[int, ...], quick: bool, svg: Path | None, **fl
 
 
 def run_bench(run: "BenchmarkSuite", *, quiet: bool) -> None:
-    """Measure everything, saying how far it is."""
+    """Run all measurements under a progress bar."""
     with progress.progress_bar(quiet=quiet) as advance:
         for done, name in enumerate(run.run()):
             advance(name, done, len(run))
     if run.thresholds_saved is False and not quiet:
-        console.note("where kernels pay could not be kept: the cache folder takes no files")
+        console.note("the kernel selection was not saved: the cache folder is not writable")
 
 
 def show_bench(
     run: "BenchmarkSuite", limits: "MachineLimits", model: str, svg: Path | None, *, as_json: bool
 ) -> None:
-    """Show the figures, and draw them last: a full disk must not cost the measurement."""
+    """Print the measurements, then draw them: a full disk must not cost the results."""
     device = system_info.device_info()
     if as_json:
         console.print_json(bench_json(run, limits, device, model), indent=2)
@@ -97,7 +107,7 @@ def show_bench(
     if svg is not None:
         from internvl3_mlx.profiling.roofline import draw_roofline
 
-        write_svg(svg, draw_roofline(run.measurements, limits, f"{device['computes_on']}, {model}"))
+        write_svg(svg, draw_roofline(run.measurements, limits, f"{device['device_name']}, {model}"))
 
 
 def bench_json(
@@ -107,20 +117,20 @@ def bench_json(
         "machine": {**system_info.library_versions(), **device},
         "model": model,
         "limits": limits.to_dict(),
-        "figures": [figure.to_dict(limits) for figure in run.measurements],
-        "kernels_pay": {entry.key: entry.min_tokens for entry in run.thresholds},
+        "measurements": [figure.to_dict(limits) for figure in run.measurements],
+        "kernel_thresholds": {entry.key: entry.min_tokens for entry in run.thresholds},
     }
 
 
 def bench_table(
     run: "BenchmarkSuite", limits: "MachineLimits", device: dict[str, Any], model: str
 ) -> dict[str, Any]:
-    """Put all figures in columns, a table for each group, and say why some are missing."""
+    """Return a table for each group of measurements, and why some are missing."""
     groups = {
         group: [bench_row(figure, limits) for figure in run.measurements if figure.group == group]
         for group in GROUPS
     }
-    pays = {
+    thresholds = {
         e.key: f"from {e.min_tokens:,} tokens" for e in run.thresholds if e.min_tokens is not None
     }
     missing = sorted({figure.why for figure in run.measurements if figure.why})
@@ -130,8 +140,8 @@ def bench_table(
         ),
         "limits": limits.describe(),
         **{group: rows for group, rows in groups.items() if rows},
-        "kernels pay": pays or "nowhere yet",
-        **({} if run.is_full_run or not pays else {"not kept": NOT_SAVED_NOTE}),
+        "kernels used": thresholds or "nowhere yet",
+        **({} if run.is_full_run or not thresholds else {"not saved": NOT_SAVED_NOTE}),
         **({"not measured": "; ".join(missing)} if missing else {}),
     }
 
@@ -146,7 +156,7 @@ def bench_row(figure: "Measurement", limits: "MachineLimits") -> dict[str, Any]:
         "ms": format_ms(figure.seconds),
         **built_in,
         "limit_ms": format_ms(limits.min_seconds(figure.nbytes, figure.flops)),
-        "of_the_limit": None if share is None else f"{share:.0%}",
+        "of_limit": None if share is None else f"{share:.0%}",
     }
 
 
@@ -155,10 +165,5 @@ def format_ms(seconds: float | None) -> str | None:
 
 
 def write_svg(path: Path, text: str) -> None:
-    """Write a file aside and rename it when whole."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with atomic_write(path) as part:
         part.write_text(text, "utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another place") from error

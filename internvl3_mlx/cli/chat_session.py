@@ -1,4 +1,4 @@
-"""A chat as it goes: what was attached, what is asked, how the answer is shown."""
+"""A running chat: attached files, the question, and the answer as it is generated."""
 
 import os
 import sys
@@ -11,22 +11,20 @@ from typing import TYPE_CHECKING
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.input_line import MediaSource, open_media, parse_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
-from internvl3_mlx.cli.slash_commands import SlashCommand, find_command
 from internvl3_mlx.cli.thumbnails import ThumbnailEncoder
-from internvl3_mlx.errors import InternVL3Error, UserError
 
 if TYPE_CHECKING:
     from internvl3_mlx import Answer, AnswerChunk, Conversation
     from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo
 
-STOPPED = "stopped; what was said is kept"
-QUESTION_WITHDRAWN = "stopped before the first word; the question was taken back"
-ANSWER_UNCHANGED = "stopped before the first word; the last answer is kept"
+STOPPED = "stopped; the text so far is part of the conversation"
+QUESTION_WITHDRAWN = "stopped before the first token; the question was removed"
+ANSWER_UNCHANGED = "stopped before the first token; the last answer is unchanged"
 
 
 @dataclass(frozen=True, eq=False)
 class Attachment:
-    """A picture or a video on the screen's side of the talk."""
+    """An image or a video that was attached, with its name on the screen."""
 
     name: str
     content: "ProcessedImage | ProcessedVideo"
@@ -38,7 +36,7 @@ class Attachment:
 
 @dataclass(eq=False)
 class ChatSession:
-    """One chat. ``pending``: attached, and sent with the next question."""
+    """One chat. ``pending``: attachments that are sent with the next question."""
 
     conversation: "Conversation"
     encode_thumbnail: ThumbnailEncoder | None = None
@@ -46,92 +44,92 @@ class ChatSession:
     pending: list[Attachment] = field(default_factory=list)
     is_finished: bool = False
 
-    def handle_line(self, text: str) -> None:
-        """Do what one line says; mistakes are told and the chat goes on."""
-        try:
-            command = find_command(text)
-            if command is not None:
-                self.run_command(*command)
-            elif text.strip():
-                self.handle_question(text)
-        except InternVL3Error as fault:
-            console.error(str(fault))
-
-    def run_command(self, command: SlashCommand, argument: str) -> None:
-        if command.required and not argument:
-            raise UserError(f"{command.name} wants {command.required}")
-        command.action(self, argument)
-
     def handle_question(self, text: str) -> None:
-        """Attach the pictures of a line and ask its question."""
+        """Attach the files that a line names and ask its question.
+
+        A question about a file that does not exist is not asked.
+        """
         line = parse_line(text)
-        if line.problems:  # a question about a picture that is not there is never asked
-            for fault in line.problems:
-                console.error(fault)
+        if line.problems:
+            for problem in line.problems:
+                console.error(problem)
             return
-        for dropped in line.media:
-            self.attach(dropped)
+        for media in line.media:
+            self.attach(media)
         if line.question.strip():
             self.ask(line.question)
 
-    def attach(self, dropped: MediaSource) -> None:
-        """Open what was dropped, tell what became of it, and keep it for the next question."""
-        if dropped.kind == "video":
-            film = self.conversation.process_video(dropped.source)
-            self.pending.append(Attachment(Path(film.name).name, film))
-            tokens = sum(frame.info.tokens for frame in film.frames)
-            console.hint(f"{Path(film.name).name} · {len(film.frames)} frames · {tokens:,} tokens")
+    def attach(self, media: MediaSource) -> None:
+        """Open a file, describe it, and add it to the next question."""
+        if media.kind == "video":
+            self.attach_video(media.source)
             return
-        for picture in open_media(dropped, upright=self.conversation.generation_config.upright):
-            seen = self.conversation.process_image(picture)
-            name = os.path.basename(seen.info.source) or seen.info.source
-            self.pending.append(Attachment(name, seen))
-            console.hint(describe_image(name, seen))
+        upright = self.conversation.generation_config.upright
+        for image in open_media(media, upright=upright):
+            processed = self.conversation.process_image(image)
+            name = os.path.basename(processed.info.source) or processed.info.source
+            self.pending.append(Attachment(name, processed))
+            console.hint(describe_image(name, processed))
             if self.encode_thumbnail is not None:
                 from internvl3_mlx.images.load import preview_png
 
-                console.write_escape_sequence(self.encode_thumbnail(preview_png(picture)))
+                console.write_escape_sequence(self.encode_thumbnail(preview_png(image)))
+
+    def attach_video(self, source: str) -> None:
+        video = self.conversation.process_video(source)
+        name = Path(video.name).name
+        self.pending.append(Attachment(name, video))
+        tokens = sum(frame.info.tokens for frame in video.frames)
+        console.hint(f"{name} · {len(video.frames)} frames · {tokens:,} tokens")
 
     def ask(self, question: str) -> None:
+        """Ask a question with the pending attachments; they stay pending if that fails."""
         sent, self.pending = self.pending, []
-        pictures = [item.content for item in sent if not item.is_video]
-        films = tuple(item.content for item in sent if item.is_video)
+        images = [item.content for item in sent if not item.is_video]
+        videos = tuple(item.content for item in sent if item.is_video)
         try:
-            stream = self.conversation.stream(question, pictures, video=films)
+            stream = self.conversation.stream(question, images, video=videos)
             if not self.stream_answer(stream):
                 self.pending = sent
-        except InternVL3Error:
+        except Exception:
             self.pending = sent
             raise
 
     def retry(self) -> None:
-        self.stream_answer(self.conversation.stream_retry(), nothing_said=ANSWER_UNCHANGED)
+        self.stream_answer(self.conversation.stream_retry(), if_empty=ANSWER_UNCHANGED)
+
+    def reopen_last_question(self) -> str:
+        """Undo the last question, make its attachments pending again, and return its text."""
+        last = self.conversation.undo()
+        reopened = [Attachment(Path(image.info.source).name, image) for image in last.images]
+        reopened += [Attachment(Path(video.name).name, video) for video in last.videos]
+        self.pending[:0] = reopened
+        return last.question
 
     def stream_answer(
-        self, stream: "Iterator[AnswerChunk]", nothing_said: str = QUESTION_WITHDRAWN
+        self, stream: "Iterator[AnswerChunk]", if_empty: str = QUESTION_WITHDRAWN
     ) -> bool:
-        """Write an answer as it comes. Ctrl-C ends it; return False when nothing was said."""
+        """Write an answer as it is generated; return False if it was stopped before a token."""
         before, answer = self.conversation.exchanges, None
         writer = make_answer_writer()
         try:
             with closing(stream):  # type: ignore[type-var]
-                for piece in self.show_spinner_until_first(stream):
-                    writer.add(piece.text)
-                    answer = piece.answer
+                for chunk in self.show_spinner_until_first(stream):
+                    writer.add(chunk.text)
+                    answer = chunk.answer
         except KeyboardInterrupt:
             writer.finish()
-            said = self.conversation.exchanges is not before
+            recorded = self.conversation.exchanges is not before
             console.end_line()
-            console.hint(STOPPED if said else nothing_said)
-            return said
+            console.hint(STOPPED if recorded else if_empty)
+            return recorded
         writer.finish()
         if answer is not None:
             self.show_stats(answer)
         return True
 
     def show_spinner_until_first(self, stream: "Iterator[AnswerChunk]") -> "Iterator[AnswerChunk]":
-        """Show that something happens until the first piece comes."""
-        with console.spinner("reading", quiet=self.quiet):
+        with console.spinner("processing the prompt", quiet=self.quiet):
             first = next(stream, None)
         if first is not None:
             yield first
@@ -142,11 +140,11 @@ class ChatSession:
             console.print_stats(answer)
         warning = self.conversation.budget.warning
         if warning and not self.quiet:
-            console.note(f"{warning} (/set, /drop and /forget do it)")
+            console.note(f"{warning} (with /set, /drop and /forget)")
 
 
 class PlainWriter:
-    """Writes an answer as it comes, and a line end after it."""
+    """Writes an answer as it is generated, and ends its last line."""
 
     def __init__(self) -> None:
         self.last_text = ""
@@ -164,8 +162,8 @@ def make_answer_writer() -> PlainWriter | MarkdownWriter:
     return MarkdownWriter(sys.stdout) if console.is_interactive(sys.stdout) else PlainWriter()
 
 
-def describe_image(name: str, seen: "ProcessedImage") -> str:
-    """Describe an attached picture: ``cat.png 1024×768 · 7 tiles · 1,792 tokens``."""
-    info = seen.info
-    tiles = f"{info.tiles} tile{'s' * (info.tiles != 1)}"
+def describe_image(name: str, image: "ProcessedImage") -> str:
+    """Describe an attached image, such as ``cat.png 1024×768 · 7 tiles · 1,792 tokens``."""
+    info = image.info
+    tiles = console.format_count(info.tiles, "tile")
     return f"{name} {info.width}×{info.height} · {tiles} · {info.tokens:,} tokens"

@@ -1,4 +1,4 @@
-"""What people see. Answers go to stdout, all else to stderr; nothing else in the package prints."""
+"""All output. Answers go to stdout, everything else to stderr; no other module prints."""
 
 import json
 import os
@@ -20,22 +20,22 @@ SPINNER_DELAY_S = 0.5  # a wait shorter than this shows nothing
 SPINNER_INTERVAL_S = 0.1
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 CLEAR_LINE = "\r\x1b[2K"
-# A terminal obeys control characters, so a model's text must not bring any but tab and line end.
+# A terminal executes control characters, so a model's text may contain only tabs and newlines.
 CONTROL_CHARACTERS = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 def is_interactive(stream: TextIO) -> bool:
-    """Tell whether ``stream`` is a terminal that may be redrawn and coloured."""
+    """Return whether ``stream`` is a terminal that can be redrawn and colored."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def supports_color(stream: TextIO) -> bool:
-    """Tell whether ``stream`` may carry colour: a terminal, and NO_COLOR is unset or empty."""
+    """Return whether ``stream`` may be colored: a terminal, and NO_COLOR is unset or empty."""
     return is_interactive(stream) and not os.environ.get("NO_COLOR")
 
 
 def write_answer(text: str) -> None:
-    """Write a piece of the model's text to stdout: as it is when piped, never read as markup."""
+    """Write generated text to stdout: unchanged when piped, never interpreted as markup."""
     sys.stdout.write(text.translate(CONTROL_CHARACTERS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -46,19 +46,19 @@ def write_line(text: str = "") -> None:
 
 
 def show_transient(text: str) -> None:
-    """Show one line on a terminal until the next; an empty one clears it. Elsewhere nothing."""
+    """Show a line on a terminal until the next one; an empty one clears it. Elsewhere, nothing."""
     if is_interactive(sys.stderr):
         sys.stderr.write(CLEAR_LINE + (_paint(text, dim=True) if text else ""))
         sys.stderr.flush()
 
 
 def write_escape_sequence(sequence: str) -> None:
-    """Send a terminal its own language, such as a picture."""
+    """Write an escape sequence to the terminal, such as an image."""
     sys.stdout.write(sequence)
     sys.stdout.flush()
 
 
-# how a training sample is written out: colour on a terminal, marks around it elsewhere
+# how the parts of a training sample are printed: colored on a terminal, between marks elsewhere
 SEGMENT_STYLES: Mapping[str, tuple[dict[str, Any], str, str]] = {
     "read": ({"dim": True}, "", ""),
     "image": ({"fg": "cyan"}, "", ""),
@@ -68,23 +68,23 @@ SEGMENT_STYLES: Mapping[str, tuple[dict[str, Any], str, str]] = {
 
 
 def write_segments(parts: Sequence[tuple[str, str]]) -> None:
-    """Write a text whose parts differ in style, and below it what the styles mean."""
-    coloured = supports_color(sys.stdout)
+    """Write text whose parts differ in style, with a legend below."""
+    colored = supports_color(sys.stdout)
     for text, style in parts:
         look, opening, closing = SEGMENT_STYLES[style]
         shown = text.translate(CONTROL_CHARACTERS)
-        sys.stdout.write(click.style(shown, **look) if coloured else opening + shown + closing)
+        sys.stdout.write(click.style(shown, **look) if colored else opening + shown + closing)
     print(flush=True)
     used = {style for _, style in parts}
     legend = {
-        "learned": "green is learned" if coloured else "»learned«",
-        "rejected": "red is the rejected answer" if coloured else "›rejected answer‹",
+        "learned": "green is in the loss" if colored else "»in the loss«",
+        "rejected": "red is the rejected answer" if colored else "›rejected answer‹",
     }
     hint(" · ".join(text for style, text in legend.items() if style in used))
 
 
 def write_heading(name: str) -> None:
-    """Begin the answer about one of several pictures."""
+    """Write the heading of one of several answers."""
     print(f"== {name}", flush=True)
 
 
@@ -95,67 +95,74 @@ def print_json(content: object, *, indent: int | None = None) -> None:
 
 
 def note(text: str) -> None:
-    """Tell something the user should know and need not act upon."""
+    """Write a note that needs no action."""
     print(f"{_paint('note:', fg='yellow')} {text}", file=sys.stderr)
 
 
 def error(text: str) -> None:
-    """Tell why the command failed."""
+    """Write why something failed."""
     print(f"{_paint('error:', fg='red', bold=True)} {text}", file=sys.stderr)
 
 
 def hint(text: str) -> None:
-    """Add where to look, below an error."""
+    """Write a dim line: advice, or details the user did not ask for."""
     print(_paint(text, dim=True), file=sys.stderr)
 
 
 def print_traceback(fault: Exception) -> None:
-    """Write the whole traceback, for --debug."""
+    """Write the full traceback, for --debug."""
     print("".join(tracebacks.format_exception(fault)).rstrip(), file=sys.stderr)
 
 
 def end_line() -> None:
-    """Leave a half-written line behind, so that the shell's prompt starts on its own."""
+    """End a partial line, so that the shell prompt starts on a new one."""
     if sys.stderr.isatty():
         print(file=sys.stderr)
 
 
 def print_stats(answer: "Answer") -> None:
-    """Write the run's figures on one dim line: tokens, speed, prompt and memory."""
+    """Write the statistics of an answer on one dim line."""
     print(_paint(format_stats(answer), dim=True), file=sys.stderr)
 
 
 def format_stats(answer: "Answer") -> str:
-    """Put the figures of a run in one line, such as ``18 tokens · 61.3 tok/s · prompt 2,041 …``."""
+    """Format the statistics of an answer: ``18 tokens · 61.3 tok/s · prompt 2,041 …``."""
     usage, timing = answer.usage, answer.timing
     parts = [f"{usage.image_tokens:,} image"] if usage.image_tokens else []
-    parts += [f"{usage.cached_tokens:,} kept"] if getattr(usage, "cached_tokens", 0) else []
+    parts += [f"{usage.cached_tokens:,} cached"] if getattr(usage, "cached_tokens", 0) else []
     images = f" ({', '.join(parts)})" if parts else ""
     drafted = getattr(usage, "drafted_tokens", 0)
-    guesses = (
-        f"{usage.accepted_tokens / drafted:.0%} of {drafted:,} guesses right" if drafted else ""
+    accepted = (
+        f"{usage.accepted_tokens / drafted:.0%} of {drafted:,} draft tokens accepted"
+        if drafted
+        else ""
     )
     prompt_s = timing.preprocess_s + timing.vision_s + timing.prefill_s
-    told = [
-        f"{usage.completion_tokens:,} token{'s' * (usage.completion_tokens != 1)}",
+    parts_of_line = [
+        format_count(usage.completion_tokens, "token"),
         f"{timing.decode_tps:,.1f} tok/s" if timing.decode_tps else "",  # one token has no rate
         f"prompt {usage.prompt_tokens:,}{images} in {prompt_s:.1f} s",
         f"peak {format_size(answer.peak_memory_gb * GB)}",
-        guesses,
+        accepted,
     ]
-    return " · ".join(filter(None, told))
+    return " · ".join(filter(None, parts_of_line))
+
+
+def format_count(count: int, noun: str) -> str:
+    """Format a number with its noun: ``1 tile``, ``2,048 tiles``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def format_size(nbytes: float) -> str:
-    """Put a size in units of 1000, as disks and the hub count: 4.2 GB, 7.4 MB."""
+    """Format a size in decimal units, as disks and the hub do: 4.2 GB, 7.4 MB."""
     return f"{nbytes / GB:,.1f} GB" if nbytes >= GB / 2 else f"{nbytes / MB:,.1f} MB"
 
 
 def print_table(table: Mapping[str, object], *, margin: str = "") -> None:
-    """Write names and values in two columns; tables and lists of tables are indented below."""
+    """Print names and values in two columns; nested tables are indented below their name."""
     width = max((len(name) for name, value in table.items() if not _is_table(value)), default=0)
     for name, value in table.items():
-        label = name.replace("_", " ") if name.isidentifier() else name  # a token is kept as it is
+        label = name.replace("_", " ") if name.isidentifier() else name  # a token stays as it is
         if not _is_table(value):
             print(f"{margin}{label:<{width}}  {_format_cell(value)}", flush=True)
         elif isinstance(value, Mapping):
@@ -168,10 +175,10 @@ def print_table(table: Mapping[str, object], *, margin: str = "") -> None:
 
 @contextmanager
 def spinner(text: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Show ``text`` and the seconds on stderr until the body ends or has something to say.
+    """Show ``text`` and the elapsed seconds on stderr until the block ends or sends a note.
 
-    Yields the function that the body calls with a note. The first note ends the display for good,
-    so that whatever it announces, such as a download with bars of its own, has the screen.
+    Yields the function that the block calls with a note. The first note ends the spinner for good,
+    so that what it announces, such as a download with its own progress bars, has the screen.
     """
     over = threading.Event()
     ticker = threading.Thread(target=_spin, args=(text, over), daemon=True)
@@ -220,7 +227,7 @@ def _is_table(value: object) -> bool:
 
 
 def _print_columns(rows: Sequence[Mapping[str, object]], margin: str) -> None:
-    """Write rows that share their names as columns, figures to the right."""
+    """Print rows with the same keys as columns, numbers right-aligned."""
     names = list(rows[0])
     cells = [[_format_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(len(name), *(len(row[at]) for row in cells)) for at, name in enumerate(names)]
@@ -234,7 +241,7 @@ def _print_columns(rows: Sequence[Mapping[str, object]], margin: str) -> None:
 
 
 def _format_cell(value: object) -> str:
-    """Put a value in words: figures with thousands marked, lists with commas, nothing as a dash."""
+    """Format a value: thousands separators, comma-separated lists, a dash for nothing."""
     if value is None or value == "" or value == () or value == []:
         return "–"
     if isinstance(value, bool):

@@ -5,15 +5,25 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import options
-from internvl3_mlx.cli.convert_run import ConvertRequest, run_convert
-from internvl3_mlx.cli.options import Function, SectionedCommand, flag
+from internvl3_mlx.cli.convert_run import ConvertRequest, check_convert_request, run_convert
+from internvl3_mlx.cli.flags import Function, SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 LAYOUTS = ("mlx", "original", "hf")
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 
-# what every command that writes a checkpoint takes
+# names of other programs and of other commands -> ours
+SUGGESTIONS = {
+    "--samples": "--measure-data",
+    "--recipe": "--quant-predicate",
+    "--proof": "--verify",
+    "--no-proof": "--no-verify",
+    "--feedback": "--gptq",
+    "--no-feedback": "--no-gptq",
+}
+
+# the flags of every command that writes a checkpoint
 CHECKPOINT_FLAGS = (
     flag(
         "Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub."
@@ -51,7 +61,18 @@ def checkpoint_flags(command: Function) -> Function:
     return command
 
 
-@click.command(cls=SectionedCommand, short_help="Convert and quantize a checkpoint.")
+@click.command(
+    cls=SectionedCommand,
+    short_help="Convert and quantize a checkpoint.",
+    examples=(
+        ("internvl3 convert 2b -q", "4-bit MLX, into ./InternVL3-2B-4bit"),
+        (
+            "internvl3 convert 2b --calibrate photos --target-bpw 4.5 --measure",
+            "allocate bits by sensitivity, and compare the answers",
+        ),
+        ("internvl3 convert my-fine-tune --to hf", "back to PyTorch"),
+    ),
+)
 @click.argument("source", required=False, metavar="[PATH|REPO|SIZE]")
 @flag(
     "Model", "--hf-path", "--model", "named", metavar="PATH|REPO|SIZE", help="The same as a flag."

@@ -1,4 +1,4 @@
-"""``internvl3 doctor``: is everything well on this machine? A report to paste into an issue."""
+"""``internvl3 doctor``: runs self-checks and prints a report for bug reports."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import console, options, progress, system_info
-from internvl3_mlx.cli.options import SectionedCommand
+from internvl3_mlx.cli.flags import SectionedCommand
 
 FAILED = 1
 SAMPLE_IMAGE, SAMPLE_QUESTION, EXPECTED_ANSWER = (
@@ -15,26 +15,33 @@ SAMPLE_IMAGE, SAMPLE_QUESTION, EXPECTED_ANSWER = (
     "What is this?",
     "dog",
 )  # what the demo model tells for sure
-PATH = re.compile(r"(?<![\w.])(?:~|/[\w.+-]+)(?:/[\w.+-]+)+/?")  # a name that only its owner needs
+PATH = re.compile(
+    r"(?<![\w.])(?:~|/[\w.+-]+)(?:/[\w.+-]+)+/?"
+)  # private, and of no use in a report
 OK, FALLS_BACK, WRONG = "ok", "falls back", "WRONG"
-NO_METAL = "not tried: Metal is not here; MLX's own operations do the same work"
+NO_METAL = "not run: Metal is not available; MLX's own operations are used instead"
 
 
 @click.command(
-    cls=SectionedCommand, short_help="Check that all is well here; a report for an issue."
+    cls=SectionedCommand,
+    short_help="Run self-checks and print a report for bug reports.",
+    examples=(
+        ("internvl3 doctor", "check this machine"),
+        ("internvl3 doctor --json > doctor.json", "a report to attach to an issue"),
+    ),
 )
-@options.flag("Output", "--json", "as_json", is_flag=True, help="One JSON object.")
-@options.OUTPUT_FLAGS["quiet"]
+@options.JSON_FLAG
+@options.QUIET_FLAG
 @options.debug_flag
 def doctor_command(as_json: bool, quiet: bool) -> None:
-    """Try our kernels and the plain operations against exact numbers, and report.
+    """Run self-checks of kernels, operations and the demo model, and print a report.
 
-    The report names device, system, versions and memory, holds no paths or names of yours, and is
-    made to be pasted into an issue as it is. A kernel that does not work here falls back to MLX's
-    own operations; only a wrong result makes the exit code 1. INTERNVL3_KERNELS=off, on or force
-    says which kernels are used.
+    The report lists device, system, versions and memory. It contains no paths and no names, so it
+    can be pasted into an issue as it is. A kernel that fails falls back to MLX's own operations;
+    the exit code is 1 only if a result is wrong. INTERNVL3_KERNELS=off, on or force selects the
+    kernels to use.
     """
-    system_info.report_kernel_fallbacks(quiet=True)  # what falls back stands in the report
+    system_info.report_kernel_fallbacks(quiet=True)  # the report lists what falls back
     found: list[dict[str, str]] = []
     with progress.progress_bar(quiet=quiet) as advance:
         for check in run_checks():
@@ -50,22 +57,24 @@ def doctor_command(as_json: bool, quiet: bool) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Describe the machine and what was asked of the kernels."""
+    """Return versions, device, and the state of the kernels."""
     from internvl3_mlx.metal_kernels import dispatch, registry
 
-    pays = {case: f"from {start:,} tokens" for case, start in registry.read_thresholds().items()}
+    thresholds = {
+        case: f"from {start:,} tokens" for case, start in registry.read_thresholds().items()
+    }
     return {
         "versions": system_info.library_versions(),
         "device": system_info.device_info(),
         "kernels": {
             "setting": dispatch.kernel_mode(),
-            "used": pays or "nowhere yet: internvl3 bench measures where they pay",
+            "used": thresholds or "nowhere yet; internvl3 bench measures where they are faster",
         },
     }
 
 
 def run_checks() -> Iterator[dict[str, str]]:
-    """Try everything, the kernels first."""
+    """Run all checks, the kernels first."""
     yield from check_kernels()
     yield from check_operations()
     yield check_demo_model()
@@ -89,16 +98,16 @@ def check_operations() -> Iterator[dict[str, str]]:
 
 
 def check_demo_model() -> dict[str, str]:
-    """Ask the demo model what it knows: everything from the picture file to the text."""
+    """Ask the demo model about a sample image: everything from the file to the text."""
     from internvl3_mlx import load
     from internvl3_mlx.loading.resolve import DEMO, DEMO_FOLDER
 
-    name = "a picture to its name, demo model"
+    name = "demo model, from image file to text"
     try:
         answer = load(DEMO).ask(
             SAMPLE_QUESTION, [DEMO_FOLDER / "samples" / SAMPLE_IMAGE], max_tokens=8
         )
-    except Exception as fault:  # noqa: BLE001  whatever goes wrong is what is asked for
+    except Exception as fault:  # noqa: BLE001  any failure is a result
         return check_row(name, WRONG, f"{type(fault).__name__}: {fault}")
     return check_row(name, OK if answer.text == EXPECTED_ANSWER else WRONG, f"says {answer.text!r}")
 
@@ -108,11 +117,11 @@ def check_row(name: str, result: str, detail: str) -> dict[str, str]:
 
 
 def summarize_checks(found: list[dict[str, str]]) -> str:
-    """Sum up in one sentence."""
+    """Summarize all checks in one sentence."""
     results = [check["result"] for check in found]
     if wrong := results.count(WRONG):
-        return f"{wrong} of {len(found)} checks are wrong; please report this"
+        return f"{wrong} of {len(found)} checks failed; please report this"
     if lost := results.count(FALLS_BACK):
-        kernels = "a kernel does" if lost == 1 else f"{lost} kernels do"
-        return f"results are right, but {kernels} not work here; please report this"
-    return "all is well"
+        kernels = "a kernel falls" if lost == 1 else f"{lost} kernels fall"
+        return f"all results are correct, but {kernels} back to MLX here; please report this"
+    return "all checks passed"

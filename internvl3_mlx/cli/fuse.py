@@ -14,7 +14,7 @@ from internvl3_mlx.cli.convert_run import (
     run_convert,
     show_convert_report,
 )
-from internvl3_mlx.cli.options import SectionedCommand, flag
+from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 
 
@@ -29,7 +29,18 @@ class FuseRequest(CheckpointRequest):
         return {**super().keywords(), "adapter": self.adapter}
 
 
-@click.command(cls=SectionedCommand, short_help="Merge an adapter into its model.")
+@click.command(
+    cls=SectionedCommand,
+    short_help="Merge an adapter into its model.",
+    examples=(
+        ("internvl3 fuse --model 2b --adapter-path adapters -o merged", "a plain model"),
+        (
+            "internvl3 fuse --model 2b --adapter-path adapters --adapter-only --to hf -o hf",
+            "the adapter itself, for transformers",
+        ),
+    ),
+    suggestions={},
+)
 @flag("Model", "--model", "source", metavar="PATH|REPO|SIZE", help="What the adapter was made for.")
 @flag("Model", "--adapter-path", "adapter", metavar="FOLDER", help="The adapter, in PEFT's form.")
 @flag(

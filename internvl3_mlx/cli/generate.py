@@ -1,41 +1,37 @@
-"""``internvl3 generate``: ask once. Parse, call, show."""
+"""``internvl3 generate``: answer one question, about all images together or about each of them."""
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.cli.input_line import MediaSource, media_kind, open_media
-from internvl3_mlx.cli.options import STDIN, OutputOptions, SectionedCommand
+from internvl3_mlx.cli.options import STDIN, OutputOptions
 from internvl3_mlx.cli.system_info import report_kernel_fallbacks
 from internvl3_mlx.errors import InternVL3Error, UserError
 
 if TYPE_CHECKING:
-    from internvl3_mlx import VLM, Answer
+    from internvl3_mlx import VLM, Answer, ModelInputs
+    from internvl3_mlx.generation.generation_config import GenerationConfig
     from internvl3_mlx.images.load import LoadedImage
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from internvl3_mlx import VLM, Answer, GenerationConfig, ModelInputs
-    from internvl3_mlx.images.load import LoadedImage
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from internvl3_mlx import Answer
-
-UNTRAINED_NOTE = (
-    "the demo model is untrained; its answers are noise (it shows that everything runs)"
-)
+UNTRAINED_NOTE = "this model has random weights; its answers are noise and only show that it runs"
+GREEDY_SAMPLES_NOTE = "without --temp all answers are the same; try --temp 0.8"
 SOME_FAILED, ALL_FAILED = 1, 2
-MAX_SAMPLES = 256  # written side by side; more would only wait for memory
+MAX_SAMPLES = 256  # generated in parallel; more would run out of memory
+IMAGE_FLAG = flag(
+    "Images", "-i", "--image", "more_images", multiple=True, metavar="IMAGE",
+    help="An image, like IMAGES; may be repeated.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What the user asks for, checked as far as it can be without a model."""
+    """The command line, checked as far as possible without a model."""
 
     question: str
     sources: tuple[str, ...]
@@ -45,28 +41,45 @@ class GenerateRequest:
     batch_size: int = 1
     num_samples: int = 0
 
+    @property
+    def upright(self) -> bool:
+        return bool(self.generation_options.get("upright", True))
 
-@click.command(cls=SectionedCommand)
+    @property
+    def config(self) -> "GenerationConfig":
+        return options.make_config(self.generation_options)
+
+
+@click.command(
+    cls=SectionedCommand,
+    short_help="Answer one question about images or videos.",
+    examples=(
+        ('internvl3 generate photo.jpg -p "What is this?"', "ask about an image"),
+        ('internvl3 generate *.jpg --each --jsonl -p "Read the total."', "one answer per image"),
+        (
+            'internvl3 generate --video walk.mp4 -p "What happens?" --model 8b',
+            "a video, and a larger model",
+        ),
+    ),
+    suggestions={"-q": "--quiet", "--quantize": "--q-bits", "--samples": "--num-samples"},
+)
 @click.argument("images", nargs=-1)
-@options.flag(
+@flag(
     "Question", "-p", "--prompt", "prompt", metavar="TEXT",
-    help="The question; read from standard input when absent or -.",
+    help="The question; read from standard input if absent or -.",
 )  # fmt: skip
-@options.flag(
-    "Pictures", "-i", "--image", "more_images", multiple=True, metavar="IMAGE",
-    help="A picture, like IMAGES; may be repeated.",
-)  # fmt: skip
-@options.flag(
-    "Pictures", "--video", "videos", multiple=True, metavar="PATH",
+@IMAGE_FLAG
+@flag(
+    "Images", "--video", "videos", multiple=True, metavar="PATH",
     help="A video, read as frames; may be repeated.",
 )  # fmt: skip
-@options.flag(
+@flag(
     "Speed", "--batch-size", "batch_size", metavar="N", type=click.IntRange(min=1), default=1,
-    help="With --each: answers written together; each stays the same.",
+    help="With --each: number of answers generated in parallel. The answers stay the same.",
 )  # fmt: skip
-@options.flag(
-    "Answer", "--samples", "samples", metavar="N", type=click.IntRange(1, MAX_SAMPLES),
-    help="Answer this often, the prompt read once; --temp lets answers differ.",
+@flag(
+    "Answer", "--num-samples", "num_samples", metavar="N", type=click.IntRange(1, MAX_SAMPLES),
+    help="Number of answers. The prompt is processed once; --temp makes them differ.",
 )  # fmt: skip
 @options.generation_flags
 @options.load_flags
@@ -75,64 +88,68 @@ class GenerateRequest:
 def generate_command(
     images: tuple[str, ...], more_images: tuple[str, ...], videos: tuple[str, ...], **flags: Any
 ) -> None:
-    """Ask one question about some pictures and print the answer.
+    """Answer one question about images, videos or text.
 
-    IMAGES are files (of a PDF every page), http(s) addresses, data URIs, - for standard input or
+    IMAGES are files (of a PDF every page), http(s) addresses, data URIs, - for standard input, or
     clipboard for the clipboard. Without any, the question is about text alone.
 
     Exit codes: 0 done, 1 failed, 2 a mistake in the request, 130 interrupted. With --each: 1 if
-    some pictures failed, 2 if none could be read.
+    some images failed, 2 if none could be read.
     """
-    settings, output = dict(flags["settings"]), flags["output"]
+    generation_options, output = dict(flags["generation_options"]), flags["output"]
     sources = (*images, *more_images)
     _check_output(output, sources, videos)
-    if output.each and flags["samples"]:
-        raise UserError("--samples is for one question; leave --each away")
+    if output.each and flags["num_samples"]:
+        raise UserError("--num-samples cannot be combined with --each; drop one of them")
     question = _read_question(flags["prompt"], (*sources, *videos))
     if videos:
-        settings["video"] = tuple(_check_video(video) for video in videos)
-    if "v2pe_delta" in settings:
-        settings["v2pe_delta"] = options.parse_deltas(settings["v2pe_delta"])
-    numbers = (flags["batch_size"], flags["samples"] or 0)
-    request = GenerateRequest(question, sources, settings, flags["loading"], output, *numbers)
-    if output.each and request.batch_size > 1:
-        raise SystemExit(answer_in_batches(request))
-    if output.each:
-        raise SystemExit(_answer_each(request))
+        generation_options["video"] = tuple(_check_video(video) for video in videos)
+    counts = (flags["batch_size"], flags["num_samples"] or 0)
+    load_options = flags["load_options"]
+    request = GenerateRequest(question, sources, generation_options, load_options, output, *counts)
+    options.make_config(generation_options)  # reports an invalid option before a model loads
+    run_generate(request)
+
+
+def run_generate(request: GenerateRequest) -> None:
+    if request.output.each:
+        answer_each = answer_in_batches if request.batch_size > 1 else answer_one_by_one
+        raise SystemExit(answer_each(request))
     if request.num_samples:
         answer_samples(request)
     else:
-        _answer_once(request)
+        answer_once(request)
 
 
 def _check_output(output: OutputOptions, sources: tuple[str, ...], videos: tuple[str, ...]) -> None:
     if output.as_json and output.as_jsonl:
-        raise UserError("--json and --jsonl: choose one")
+        raise UserError("--json and --jsonl are mutually exclusive; choose one")
     if output.each and output.as_json:
-        raise UserError("--json is one object; with --each use --jsonl, one line for each picture")
+        raise UserError("--json prints one object; with --each use --jsonl, one line per image")
     if output.each and not sources:
-        raise UserError("--each without pictures: name some files")
+        raise UserError("--each needs images; name some files")
     if output.each and videos:
-        raise UserError("--each is for pictures; ask about one video at a time")
+        raise UserError("--each is for images; ask about one video at a time")
     if (*sources, *videos).count(STDIN) > 1:
-        raise UserError("standard input holds one thing; - was given more than once")
+        raise UserError("- was given more than once, but standard input can be read only once")
 
 
 def _read_question(prompt: str | None, sources: tuple[str, ...]) -> str:
-    """Take the question from the flag or from what is piped in; never wait for a keyboard."""
+    """Return the question from the flag or from a pipe; never wait for a keyboard."""
+    example = 'pass -p "What is this?" or pipe text in'
     if prompt in (None, STDIN):
         if STDIN in sources:
-            raise UserError("standard input holds what is asked about; pass the question with -p")
+            raise UserError("standard input is used for the image; pass the question with -p")
         if sys.stdin is None or sys.stdin.isatty():
-            raise UserError('no question: pass -p "What is this?" or pipe text in')
+            raise UserError(f"no question; {example}")
         prompt = sys.stdin.read()
     if not prompt or not prompt.strip():
-        raise UserError('the question is empty: pass -p "What is this?" or pipe text in')
+        raise UserError(f"the question is empty; {example}")
     return prompt
 
 
 def _check_video(video: str) -> str:
-    """Refuse a video that is not there before a model loads."""
+    """Raise ImageError for a video that does not exist, before a model loads."""
     from internvl3_mlx.images.fetch import locate
 
     if "://" not in video and video != STDIN:
@@ -140,194 +157,192 @@ def _check_video(video: str) -> str:
     return video
 
 
-def _answer_once(request: GenerateRequest) -> None:
-    pictures = open_sources(request)
-    vlm, output = load_vlm(request), request.output
+def answer_once(request: GenerateRequest) -> None:
+    """Answer one question about all images together."""
+    images = open_sources(request)
+    vlm, output = load_vlm(request.load_options, quiet=request.output.quiet), request.output
     if output.as_json or output.as_jsonl:
-        answer = vlm.ask(request.question, pictures, **request.generation_options)
+        answer = vlm.ask(request.question, images, **request.generation_options)
         console.print_json(answer.to_dict(), indent=2 if output.as_json else None)
     else:
-        answer = _stream(vlm, pictures, request)
+        answer = _stream(vlm, images, request)
     if output.stats:
         console.print_stats(answer)
 
 
-def _answer_each(request: GenerateRequest) -> int:
-    """Ask about one picture after another; a fault stops none but its own. Return the exit code."""
+def answer_one_by_one(request: GenerateRequest) -> int:
+    """Answer about each image in turn and return the exit code. An error skips only its image."""
     vlm: VLM | None = None
-    faults: list[InternVL3Error] = []
+    failed = 0
     for source in request.sources:
-        try:
-            picture = open_source(source, request)
-        except InternVL3Error as fault:
-            faults.append(fault)
-            report_failure(source, fault, request.output)
-            continue
-        vlm = vlm or load_vlm(request)  # not before one picture could be read
-        try:
-            _answer_image(vlm, picture, source, request)
-        except InternVL3Error as fault:
-            faults.append(fault)
-            report_failure(source, fault, request.output)
-    if not faults:
+        opened = try_open(source, request)
+        if isinstance(opened, InternVL3Error):
+            error: InternVL3Error | None = opened
+        else:
+            vlm = vlm or load_vlm(request.load_options, quiet=request.output.quiet)
+            error = try_answer(vlm, opened, source, request)
+        if error is not None:
+            failed += 1
+            report_failure(source, error, request.output)
+    return exit_code(failed, any_read=vlm is not None)
+
+
+def try_answer(
+    vlm: "VLM", image: "LoadedImage", source: str, request: GenerateRequest
+) -> InternVL3Error | None:
+    """Answer about one image; return the error if that fails."""
+    try:
+        _answer_image(vlm, image, source, request)
+    except InternVL3Error as error:
+        return error
+    return None
+
+
+def exit_code(failed: int, *, any_read: bool) -> int:
+    if not failed:
         return 0
-    return ALL_FAILED if vlm is None else SOME_FAILED
+    return SOME_FAILED if any_read else ALL_FAILED
 
 
-def _answer_image(
-    vlm: "VLM", picture: "LoadedImage", source: str, request: GenerateRequest
-) -> None:
+def _answer_image(vlm: "VLM", image: "LoadedImage", source: str, request: GenerateRequest) -> None:
     output = request.output
     if output.as_jsonl:
-        answer = vlm.ask(request.question, [picture], **request.generation_options)
+        answer = vlm.ask(request.question, [image], **request.generation_options)
         console.print_json({"source": source, **answer.to_dict()})
     else:
         console.write_heading(source)
-        answer = _stream(vlm, [picture], request)
+        answer = _stream(vlm, [image], request)
     if output.stats:
         console.print_stats(answer)
 
 
-def report_failure(source: str, fault: InternVL3Error, output: OutputOptions) -> None:
+def report_failure(source: str, error: InternVL3Error, output: OutputOptions) -> None:
     if output.as_jsonl:
-        console.print_json({"source": source, "error": str(fault)})
+        console.print_json({"source": source, "error": str(error)})
     else:
-        console.error(str(fault) if source in str(fault) else f"{source}: {fault}")
+        console.error(str(error) if source in str(error) else f"{source}: {error}")
 
 
 def open_source(source: str, request: GenerateRequest) -> "LoadedImage":
     from internvl3_mlx.images.load import open_image
 
-    return open_image(source, upright=request.generation_options.get("upright", True))
+    return open_image(source, upright=request.upright)
 
 
 def open_sources(request: GenerateRequest) -> "list[LoadedImage]":
-    """Open every picture, and every page of a document."""
-    upright = request.generation_options.get("upright", True)
-    dropped = [MediaSource(source, media_kind(source) or "image") for source in request.sources]
-    return [shown for one in dropped for shown in open_media(one, upright=upright)]
+    """Open every image, and every page of a PDF."""
+    media = [MediaSource(source, media_kind(source) or "image") for source in request.sources]
+    return [image for one in media for image in open_media(one, upright=request.upright)]
 
 
-def load_vlm(request: GenerateRequest) -> "VLM":
+def load_vlm(
+    load_options: dict[str, Any], *, quiet: bool, prepare: "Callable[[VLM], None] | None" = None
+) -> "VLM":
+    """Load the model under a spinner; ``prepare`` runs under the spinner as well."""
     from internvl3_mlx import load
 
-    quiet = request.output.quiet
     report_kernel_fallbacks(quiet=quiet)
-    model = request.load_options.get("model", "the model")
+    model = load_options.get("model", "the model")
     with console.spinner(f"loading {model}", quiet=quiet) as notify:
-        vlm = load(**request.load_options, notify=notify)
+        vlm = load(**load_options, notify=notify)
+        if prepare is not None:
+            prepare(vlm)
     if not vlm.trained and not quiet:
         console.note(UNTRAINED_NOTE)
     return vlm
 
 
-def _stream(vlm: "VLM", pictures: "list[LoadedImage]", request: GenerateRequest) -> "Answer":
-    """Write the answer as it comes, and a line end after it."""
+def _stream(vlm: "VLM", images: "list[LoadedImage]", request: GenerateRequest) -> "Answer":
+    """Write the answer as it is generated, and end its last line."""
     last, answer = "", None
-    for piece in vlm.stream(request.question, pictures, **request.generation_options):
-        console.write_answer(piece.text)
-        last, answer = piece.text or last, piece.answer
+    for chunk in vlm.stream(request.question, images, **request.generation_options):
+        console.write_answer(chunk.text)
+        last, answer = chunk.text or last, chunk.answer
     if not last.endswith("\n"):
         console.write_line()
     if answer is None:
-        raise InternVL3Error("the answer ended without its figures; please report this")
+        raise InternVL3Error("generation ended without statistics; please report this")
     return answer
 
 
 def answer_in_batches(request: GenerateRequest) -> int:
-    """Answer about all pictures in their order; a fault stops none but its own. Return the exit
-    code."""
+    """Answer about several images in parallel and return the exit code."""
     vlm: VLM | None = None
     failed = 0
-    for at in range(0, len(request.sources), request.batch_size):
-        sources = request.sources[at : at + request.batch_size]
+    for start in range(0, len(request.sources), request.batch_size):
+        sources = request.sources[start : start + request.batch_size]
         opened = [try_open(source, request) for source in sources]
         if vlm is None and any(not isinstance(item, InternVL3Error) for item in opened):
-            vlm = load_vlm(request)  # not before one picture could be read
+            vlm = load_vlm(request.load_options, quiet=request.output.quiet)
         for source, found in zip(sources, batch_answers(vlm, opened, request), strict=True):
             if isinstance(found, InternVL3Error):
                 failed += 1
                 report_failure(source, found, request.output)
             else:
-                _show_batch_answer(source, found, request)
-    if not failed:
-        return 0
-    return ALL_FAILED if vlm is None else SOME_FAILED
+                _show_answer(source, {"source": source}, found, request.output)
+    return exit_code(failed, any_read=vlm is not None)
 
 
 def try_open(source: str, request: GenerateRequest) -> "LoadedImage | InternVL3Error":
     try:
         return open_source(source, request)
-    except InternVL3Error as fault:
-        return fault
+    except InternVL3Error as error:
+        return error
 
 
 def batch_answers(
     vlm: "VLM | None", opened: "Sequence[LoadedImage | InternVL3Error]", request: GenerateRequest
 ) -> "Iterator[Answer | InternVL3Error]":
-    """Put an answer in the place of every picture; faults keep theirs."""
-    from internvl3_mlx import GenerationConfig
+    """Yield an answer for every image, and every error as it is."""
     from internvl3_mlx.generation.batch_generate import batch_generate
 
-    if vlm is None:  # there is nothing but faults
+    if vlm is None:  # there are only errors
         yield from (item for item in opened if isinstance(item, InternVL3Error))
         return
-    settings = GenerationConfig(**request.generation_options)
-    prepared = [try_prepare(vlm, item, request.question, settings) for item in opened]
-    good = [item for item in prepared if not isinstance(item, InternVL3Error)]
-    written = batch_generate(vlm.runner, good, settings, request.batch_size)
+    config = request.config
+    prepared = [try_prepare(vlm, item, request.question, config) for item in opened]
+    inputs = [item for item in prepared if not isinstance(item, InternVL3Error)]
+    answers = batch_generate(vlm.runner, inputs, config, request.batch_size)
     for item in prepared:
-        yield item if isinstance(item, InternVL3Error) else next(written)
+        yield item if isinstance(item, InternVL3Error) else next(answers)
 
 
 def try_prepare(
-    vlm: "VLM", item: "LoadedImage | InternVL3Error", question: str, settings: "GenerationConfig"
+    vlm: "VLM", item: "LoadedImage | InternVL3Error", question: str, config: "GenerationConfig"
 ) -> "ModelInputs | InternVL3Error":
-    """Write the prompt of one picture; one that is too long is a fault of its own."""
+    """Build the inputs for one image; a prompt that is too long is returned as an error."""
     if isinstance(item, InternVL3Error):
         return item
     try:
-        return vlm.runner.build_inputs(question, [item], settings)
-    except InternVL3Error as fault:
-        return fault
+        return vlm.runner.build_inputs(question, [item], config)
+    except InternVL3Error as error:
+        return error
 
 
-def _show_batch_answer(source: str, answer: "Answer", request: GenerateRequest) -> None:
-    if request.output.as_jsonl:
-        console.print_json({"source": source, **answer.to_dict()})
+def _show_answer(
+    heading: str, keys: dict[str, object], answer: "Answer", output: OutputOptions
+) -> None:
+    if output.as_jsonl:
+        console.print_json({**keys, **answer.to_dict()})
     else:
-        console.write_heading(source)
+        console.write_heading(heading)
         console.write_answer(answer.text + "\n")
-    if request.output.stats:
+    if output.stats:
         console.print_stats(answer)
 
 
-GREEDY_SAMPLES_NOTE = "without --temp every answer is the same; --temp 0.8 lets them differ"
-
-
 def answer_samples(request: GenerateRequest) -> None:
-    """Write all answers of one question, numbered from 1."""
-    pictures = open_sources(request)
-    output = request.output
+    """Write several answers to one question, numbered from 1."""
+    images, output = open_sources(request), request.output
     if not request.generation_options.get("temperature") and not output.quiet:
         console.note(GREEDY_SAMPLES_NOTE)
-    vlm = load_vlm(request)
-    with console.spinner(f"writing {request.num_samples} answers", quiet=output.quiet):
+    vlm = load_vlm(request.load_options, quiet=output.quiet)
+    with console.spinner(f"generating {request.num_samples} answers", quiet=output.quiet):
         answers = vlm.ask_many(
-            request.question, pictures, n=request.num_samples, **request.generation_options
+            request.question, images, n=request.num_samples, **request.generation_options
         )
     if output.as_json:
         console.print_json([answer.to_dict() for answer in answers], indent=2)
         return
     for number, answer in enumerate(answers, start=1):
-        _show_sample(number, answer, request)
-
-
-def _show_sample(number: int, answer: "Answer", request: GenerateRequest) -> None:
-    if request.output.as_jsonl:
-        console.print_json({"sample": number, **answer.to_dict()})
-    else:
-        console.write_heading(str(number))
-        console.write_answer(answer.text + "\n")
-    if request.output.stats:
-        console.print_stats(answer)
+        _show_answer(str(number), {"sample": number}, answer, output)

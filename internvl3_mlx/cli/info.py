@@ -1,11 +1,12 @@
-"""``internvl3 info``: what is installed, what a model folder or repository holds."""
+"""``internvl3 info``: describes the installation, or a model from its files."""
 
 from typing import Any
 
 import click
 
 from internvl3_mlx.cli import console, options
-from internvl3_mlx.cli.options import SectionedCommand
+from internvl3_mlx.cli.flags import SectionedCommand
+from internvl3_mlx.cli.options import FAMILY
 from internvl3_mlx.cli.system_info import (
     device_info,
     format_sizes,
@@ -14,20 +15,25 @@ from internvl3_mlx.cli.system_info import (
 )
 
 EXTRAS = {"video": "av", "heic": "pillow-heif", "pdf": "pypdfium2", "structured": "llguidance"}
-FAMILY = "internvl3"  # what a cached repository's name holds
 SHOWN_CONFIG_KEYS = ("template", "max_dynamic_patch", "use_thumbnail")
 
 
 @click.command(
-    cls=SectionedCommand, short_help="Show versions, device and cached models, or a model's facts."
+    cls=SectionedCommand,
+    short_help="Describe the installation, or a model.",
+    examples=(
+        ("internvl3 info", "versions, device, memory limits, cached models"),
+        ("internvl3 info 2b", "layout, parameters and bits of a model"),
+        ("internvl3 info my-model --json", "the same for a script"),
+    ),
 )
 @click.argument("model", required=False, metavar="[PATH|REPO|SIZE]")
-@options.flag("Output", "--json", "as_json", is_flag=True, help="One JSON object.")
+@options.JSON_FLAG
 @options.debug_flag
 def info_command(model: str | None, as_json: bool) -> None:
-    """Show versions, device and cached models, or what a model's files say.
+    """Describe the installation and the cached models, or one model.
 
-    The weights of a model are not loaded, and nothing is downloaded but a repository's small files.
+    The weights of a model are not loaded, and nothing is downloaded.
     """
     table = describe_model_files(model) if model else describe_installation()
     if as_json:

@@ -1,4 +1,4 @@
-"""One typed or dropped line: which words are pictures, and what is the question."""
+"""One input line: which of its words name images or other files, and what the question is."""
 
 import os
 import re
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 MediaKind = Literal["image", "video", "document"]
 
-# Quoted as shells and file managers quote, or bare with blanks escaped. Only space, tab and line
-# end part words: macOS puts U+202F into the names of screenshots.
+# Quoted as shells and file managers do it, or bare with escaped blanks. Only space, tab and newline
+# separate words: macOS puts U+202F into the names of screenshots.
 WORD_PATTERN = re.compile(
     r"""'(?P<single>[^']+)'(?=[ \t\n]|$)"""
     r"""|"(?P<double>[^"]+)"(?=[ \t\n]|$)"""
@@ -29,12 +29,12 @@ OTHER_SUFFIXES: dict[str, MediaKind] = {  # images have a table of their own
 WEB_PREFIXES = ("http://", "https://")
 FILE_PREFIX = "file://"
 DATA_URI_PREFIX = "data:image/"
-TRAILING_PUNCTUATION = ".,;:!?)"  # what may follow a file's name in a sentence
+TRAILING_PUNCTUATION = ".,;:!?)"  # may follow a file name in a sentence
 
 
 @dataclass(frozen=True)
 class MediaSource:
-    """A picture, video or document that a line names; ``source`` is what opens it."""
+    """An image, video or document that a line names by path or address."""
 
     source: str
     kind: MediaKind
@@ -42,7 +42,7 @@ class MediaSource:
 
 @dataclass(frozen=True)
 class InputLine:
-    """What a line means. ``missing``: why words that look like pictures are none."""
+    """A parsed line. ``problems``: why words that look like files cannot be opened."""
 
     media: tuple[MediaSource, ...]
     question: str
@@ -50,38 +50,35 @@ class InputLine:
 
 
 def parse_line(text: str) -> InputLine:
-    """Part a line into pictures and question. What is no picture stays text, byte for byte."""
-    dropped: list[MediaSource] = []
-    missing: list[str] = []
-    kept, end = "", 0
+    """Split a line into files and question. Everything else stays text, byte for byte."""
+    media: list[MediaSource] = []
+    problems: list[str] = []
+    question, end = "", 0  # the text before ``end`` without the files
     for word, start, stop in split_words(text):
         kind = media_kind(word)
         if kind is None:
-            named = word.rstrip(TRAILING_PUNCTUATION)
-            if media_kind(named) and not path_problem(named):  # "what is in cat.png?"
-                dropped.append(MediaSource(named, media_kind(named) or "image"))
+            mention = word.rstrip(TRAILING_PUNCTUATION)  # "what is in cat.png?" keeps its words
+            if (mentioned := media_kind(mention)) and not path_problem(mention):
+                media.append(MediaSource(mention, mentioned))
             continue
-        fault = path_problem(word)
-        if fault:
-            missing.append(fault)
+        if problem := path_problem(word):
+            problems.append(problem)
             continue
-        dropped.append(MediaSource(word, kind))
-        kept, end = join_words(kept, text[end:start]), stop
-    question = join_words(kept, text[end:]).strip() if end else text
-    return InputLine(tuple(dropped), question, tuple(missing))
+        media.append(MediaSource(word, kind))
+        question, end = join_words(question, text[end:start]), stop
+    question = join_words(question, text[end:]).strip() if end else text
+    return InputLine(tuple(media), question, tuple(problems))
 
 
 def split_words(text: str) -> Iterator[tuple[str, int, int]]:
-    """Yield each word unquoted and unescaped, with where it stands."""
+    """Yield each word, unquoted and unescaped, with its start and end."""
     for match in WORD_PATTERN.finditer(text):
         word = match["single"] or match["double"] or re.sub(r"\\(.)", r"\1", match["bare"])
         yield word, match.start(), match.end()
 
 
 def media_kind(word: str) -> MediaKind | None:
-    """Say what a word looks like by its suffix alone; None for plain text."""
-    from internvl3_mlx.images.load import IMAGE_SUFFIXES
-
+    """Return what kind of file a word names, by its suffix alone; None for text."""
     if word.startswith(DATA_URI_PREFIX):
         return "image"
     path = urlsplit(word).path if word.lower().startswith((*WEB_PREFIXES, FILE_PREFIX)) else word
@@ -90,7 +87,7 @@ def media_kind(word: str) -> MediaKind | None:
 
 
 def path_problem(word: str) -> str | None:
-    """Say why there is no such file; None when there is, or when only the web can tell."""
+    """Return why a file cannot be found; None if it exists or is on the web."""
     from internvl3_mlx.images.fetch import locate
 
     if word.lower().startswith(WEB_PREFIXES) or word.startswith(DATA_URI_PREFIX):
@@ -103,7 +100,7 @@ def path_problem(word: str) -> str | None:
 
 
 def open_media(dropped: MediaSource, *, upright: bool) -> "list[LoadedImage]":
-    """Open a picture, or every page of a document."""
+    """Open an image, or every page of a document."""
     if dropped.kind == "document":
         from internvl3_mlx.images.pdf import read_pages
 
@@ -114,13 +111,13 @@ def open_media(dropped: MediaSource, *, upright: bool) -> "list[LoadedImage]":
 
 
 def join_words(before: str, after: str) -> str:
-    """Close the gap that a word left, with one blank between what stood on either side."""
+    """Join the text before and after a removed word with one blank."""
     before, after = before.rstrip(" \t"), after.lstrip(" \t")
     return f"{before} {after}" if before and after else before + after
 
 
 def display_path(path: str) -> str:
-    """Write a path as one would type it into the chat: short from here or home, blanks escaped."""
+    """Format a path as one would type it in the chat: relative to here or home, blanks escaped."""
     here, home, short = os.getcwd() + os.sep, os.path.expanduser("~") + os.sep, path
     if path.startswith(here):
         short = path[len(here) :]

@@ -1,4 +1,4 @@
-"""Where lines of a chat come from: a terminal with editing and history, or a pipe."""
+"""Reads the lines of a chat: from a terminal with editing and history, or from a pipe."""
 
 import os
 import re
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 PROMPT = "› "
 FENCE = '"""'
-EXIT_HINT = "Ctrl-D or /exit leaves"
+EXIT_HINT = "press Ctrl-D or type /exit to leave"
 
 
 class LineReader(Protocol):
-    """Gives the next thing the user says; raises EOFError at the end."""
+    """Returns the next input; raises EOFError at the end."""
 
     def read(self) -> str: ...
 
 
 def open_line_reader(commands: list[str]) -> LineReader:
-    """Read from the keyboard where there is one, else line by line from the pipe."""
+    """Return a reader for the keyboard if there is one, else for the pipe."""
     return (
         TerminalReader(commands) if sys.stdin is not None and sys.stdin.isatty() else PipeReader()
     )
 
 
 class PipeReader:
-    """Reads standard input: a line is a question, between fences several lines are one."""
+    """Reads standard input: one question per line, or several lines between fences."""
 
     def read(self) -> str:
         if sys.stdin is None:
@@ -43,7 +43,7 @@ class PipeReader:
             try:
                 text += "\n" + self.read_raw_line()
             except EOFError:
-                break  # a fence that was never closed ends with the pipe
+                break  # the end of the pipe closes a fence
         return strip_fence(text)
 
     def read_raw_line(self) -> str:
@@ -54,7 +54,7 @@ class PipeReader:
 
 
 class TerminalReader:
-    """Reads from a terminal. Enter sends, Alt-Enter or an open fence goes on in a new line."""
+    """Reads from a terminal. Enter sends; Alt-Enter, or Enter within a fence, starts a new line."""
 
     def __init__(self, commands: list[str]):
         from prompt_toolkit import PromptSession
@@ -102,7 +102,7 @@ def make_key_bindings() -> "KeyBindings":
 
 
 def make_completer(commands: list[str]) -> "Completer":
-    """Complete commands at the start of the line, and paths of what can be shown anywhere else."""
+    """Complete commands at the start of a line, and paths of images elsewhere."""
     from prompt_toolkit.completion import Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 
@@ -129,7 +129,7 @@ def is_media_path(name: str) -> bool:
 
 
 def has_open_fence(text: str) -> bool:
-    """Tell whether a fence was opened at the start and not yet closed."""
+    """Return whether a fence was opened at the start and not closed yet."""
     text = text.strip()
     return text.startswith(FENCE) and (len(text) < 2 * len(FENCE) or not text.endswith(FENCE))
 

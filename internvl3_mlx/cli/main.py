@@ -1,6 +1,5 @@
-"""The command group: finds commands when they are used, and turns failures into one line each."""
+"""The command group: imports commands when they are used and reports errors in one line."""
 
-import difflib
 import errno
 import sys
 from importlib import import_module
@@ -11,16 +10,26 @@ import click
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.options import DEBUG_KEY
 from internvl3_mlx.errors import InternVL3Error
+from internvl3_mlx.files import did_you_mean
 
 # each is the function NAME_command in cli/NAME.py
 COMMANDS = (
     "bench", "chat", "completion", "convert", "doctor", "fuse", "generate", "info", "train",
 )  # fmt: skip
+# commands of mlx-lm, ollama and LM Studio whose job another command does here
+OTHER_PROGRAMS = {
+    "lora": "internvl3 train fine-tunes",
+    "run": "internvl3 chat starts a conversation",
+    "pull": "internvl3 generate downloads a model on first use",
+    "list": "internvl3 info lists the cached models",
+    "ls": "internvl3 info lists the cached models",
+    "show": "internvl3 info MODEL describes a model",
+}
 FAILED, INTERRUPTED = 1, 130
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module only when that command is asked for."""
+    """A group that imports a command's module only when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -36,13 +45,13 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(COMMANDS)}"
-            raise click.UsageError(f"no command {args[0]!r}; {advice}", ctx)
+            name = args[0]
+            hint = OTHER_PROGRAMS.get(name) or did_you_mean(name, COMMANDS)
+            raise click.UsageError(f"unknown command {name!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the command. A broken pipe and click's own exits pass through; click ends them."""
+        """Run the command. A broken pipe and click's own exits are left to click."""
         try:
             super().invoke(ctx)
             return
@@ -51,13 +60,13 @@ class LazyGroup(click.Group):
         except (KeyboardInterrupt, click.Abort):
             console.end_line()
             code = INTERRUPTED
-        except Exception as error:  # noqa: BLE001  the last door: nobody should meet a traceback
+        except Exception as error:  # noqa: BLE001  nobody should see a traceback
             code = _report_failure(error, debug=ctx.meta.get(DEBUG_KEY, False))
         ctx.exit(code)
 
 
 def _report_failure(error: Exception, *, debug: bool) -> int:
-    """Say in one line what went wrong; return the exit code."""
+    """Report an error in one line; return the exit code."""
     if debug:
         console.print_traceback(error)
     if isinstance(error, InternVL3Error):
@@ -69,17 +78,15 @@ def _report_failure(error: Exception, *, debug: bool) -> int:
             console.hint(f"see {error.ctx.command_path} --help")
         return error.exit_code
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        console.error(
-            "cannot write the answer: no space left where it goes; make room and ask again"
-        )
+        console.error("cannot write the output: no space left on the disk; free some and run again")
         return FAILED
     about = f"{type(error).__name__}: {error}".removesuffix(": ")
-    console.error(about if debug else f"{about} (run again with --debug to see where)")
+    console.error(about if debug else f"{about} (run again with --debug for the traceback)")
     return FAILED
 
 
-def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
-    if wanted and not ctx.resilient_parsing:
+def _show_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
         import internvl3_mlx
 
         console.write_line(f"internvl3-mlx {internvl3_mlx.__version__}")
@@ -97,7 +104,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     expose_value=False,
     is_eager=True,
     callback=_show_version,
-    help="Print the version and leave.",
+    help="Print the version.",
 )
 @click.pass_context
 def main(ctx: click.Context) -> None:
@@ -107,9 +114,9 @@ def main(ctx: click.Context) -> None:
 
 
 def run() -> NoReturn:
-    """Start the program: the two console scripts and ``python -m internvl3_mlx`` come here."""
+    """Run the program: entry point of both console scripts and of ``python -m internvl3_mlx``."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a letter must not end us
+            stream.reconfigure(errors="replace")  # a terminal without a character must not end us
     main(prog_name="internvl3")
     raise SystemExit(0)

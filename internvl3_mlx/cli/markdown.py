@@ -1,5 +1,7 @@
-"""Markdown on a terminal: each finished block is printed once and never redrawn. What is still
-being written passes by on one dim line below."""
+"""Markdown on a terminal: each finished block is printed once and never redrawn.
+
+The block that is still growing is previewed on one dim line below.
+"""
 
 import re
 import shutil
@@ -12,29 +14,31 @@ from internvl3_mlx.cli import console
 if TYPE_CHECKING:
     from rich.markdown import Markdown
 
-PREVIEW_INTERVAL_S = 0.1  # a passing line changes no more often
+PREVIEW_INTERVAL_S = 0.1  # the preview changes no more often
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-# What Markdown would swallow: tags, backslashes of formulas, pictures, hidden references.
+# Rules that would drop text: tags, backslashes of formulas, images, hidden references.
 DISABLED_RULES = ("html_block", "html_inline", "escape", "image", "reference")
 
 
 class BlockSplitter:
-    """Cuts text that is still arriving into blocks. A block ends where a line at the margin follows
-    a blank one, outside of fences."""
+    """Splits streamed text into blocks.
+
+    A block ends where an unindented line follows a blank one, outside of fences.
+    """
 
     def __init__(self) -> None:
         self.block = ""
-        self.tail = ""  # a line that has not ended
+        self.tail = ""  # the unfinished last line
         self.fence = ""
 
     def add(self, text: str) -> Iterator[str]:
-        """Take more text and yield the blocks that it finishes."""
+        """Add text and yield the blocks that it completes."""
         *lines, self.tail = (self.tail + text).split("\n")
         for line in lines:
             yield from self.take_line(line + "\n")
 
     def finish(self) -> Iterator[str]:
-        """Yield what is left when the text has ended."""
+        """Yield the rest after the text has ended."""
         last, self.tail = self.tail, ""
         yield from self.take_line(last)
         if self.block.strip():
@@ -56,7 +60,7 @@ class BlockSplitter:
 
 
 class MarkdownWriter:
-    """Writes an answer to a terminal block by block, a blank line between two."""
+    """Writes an answer to a terminal block by block, with blank lines between blocks."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
@@ -85,17 +89,17 @@ class MarkdownWriter:
             self.write_block(block)
 
     def write_block(self, block: str) -> None:
-        with self.console.capture() as kept:
+        with self.console.capture() as captured:
             self.console.print(render_block(block))
         console.show_transient("")
-        text = re.sub(r" +\n", "\n", kept.get()).strip("\n")  # rich fills lines with blanks
+        text = re.sub(r" +\n", "\n", captured.get()).strip("\n")  # rich pads lines with blanks
         self.stream.write("\n" * bool(self.count) + text + "\n")
         self.stream.flush()
         self.count += 1
 
 
 def preview_line(text: str) -> str:
-    """Cut the end of a block that is still growing to what one line of the terminal holds."""
+    """Return the end of a growing block, cut to one line of the terminal."""
     from rich.cells import cell_len
 
     width = shutil.get_terminal_size().columns - 2
@@ -106,7 +110,7 @@ def preview_line(text: str) -> str:
 
 
 def render_block(block: str) -> "Markdown":
-    """Parse one block so that no character of it is lost: line breaks stay, tags are text."""
+    """Parse one block without losing a character: line breaks stay, tags are text."""
     from rich import markdown
 
     content = markdown.Markdown(block, hyperlinks=False)

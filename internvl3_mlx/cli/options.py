@@ -1,67 +1,40 @@
-"""Flags that commands share, each written once.
+"""The flags that several commands share.
 
-A flag that is not given leaves no trace: its default lives with the code that uses it. The help
-names those defaults too, and a test compares the two.
+``LOAD_FIELDS`` and ``GENERATION_FIELDS`` describe parameters of ``load`` and fields of
+``GenerationConfig``; their defaults and bounds are written there, not here.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from internvl3_mlx.cli.flags import Decorator, Function, apply_flags, flag, make_flag
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.files import did_you_mean
+from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.option_fields import PARSERS as VALUE_PARSERS
+from internvl3_mlx.option_fields import FieldInfo, describe_type
 
-Function = Callable[..., Any]
-Decorator = Callable[[Function], Function]
-DEBUG_KEY = "internvl3_mlx.debug"  # the key under which --debug is kept while a command runs
-MAX_SEED = 2**63 - 1
-OTHER_SECTION = "Other"
-SECTIONS = (
-    "Question", "Pictures", "Answer", "Model", "Data", "Training", "Weights", "Preference", "Run",
-    "Quantization", "Quality", "Upload", "Output", "Speed", "Memory", "Positions", OTHER_SECTION,
-)  # fmt: skip
-STDIN = "-"  # as a picture or as the question: read standard input
+if TYPE_CHECKING:
+    from fractions import Fraction
 
-
-class SectionedOption(click.Option):
-    """An option that stands under a heading of its own in the help."""
-
-    def __init__(self, *args: Any, section: str, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.section = section
-
-    def get_help_extra(self, ctx: click.Context) -> Any:
-        """Show defaults bare, and leave ranges to the message that a value outside them gets."""
-        extra = super().get_help_extra(ctx)
-        extra.pop("range", None)
-        if "default" in extra:
-            extra["default"] = extra["default"].strip("()")
-        return extra
-
-
-class SectionedCommand(click.Command):
-    """A command whose help sorts the options under headings."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in SECTIONS}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                sections[getattr(param, "section", OTHER_SECTION)].append(record)
-        for title in filter(sections.get, SECTIONS):
-            with formatter.section(title):
-                formatter.write_dl(sections[title])
+DEBUG_KEY = "internvl3_mlx.debug"  # where --debug is stored while a command runs
+STDIN = "-"  # as an image or as the question: read standard input
+FAMILY = "internvl3"  # part of the names of the family's repositories
+MODEL_DEFAULT = "the model's own"
+DEFAULT_WORDS = ("none", "default")  # of /set
+SHORT_NAMES = {"temp": "temperature"}  # flags whose name is not that of their field
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """How the answer is shown."""
+    """How the answer is printed."""
 
     as_json: bool
     as_jsonl: bool
@@ -70,246 +43,10 @@ class OutputOptions:
     stats: bool
 
 
-def flag(section: str, *names: str, **kwargs: Any) -> Decorator:
-    """Declare one option under a heading of the help."""
-    return click.option(*names, cls=SectionedOption, section=section, **kwargs)
-
-
-def _remember_debug(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
-    ctx.meta[DEBUG_KEY] = wanted
-
-
-# Eager: a mistake in any other flag is then told with its traceback as well.
-debug_flag = flag(
-    "Output", "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug,
-    help="Show the whole traceback when something fails.",
-)  # fmt: skip
-
-_POSITIVE, _COUNT, _SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
-
-
-def complete_models(ctx: click.Context, param: click.Parameter, typed: str) -> Any:
-
-    return list_model_completions(ctx, param, typed)
-
-
-LOAD_FLAGS: Mapping[str, Decorator] = {
-    "model": flag(
-        "Model", "--model", "model", metavar="PATH|REPO|SIZE", envvar="INTERNVL3_MODEL",
-        show_envvar=True, help="A folder, a hub repository, a size such as 2b, or demo.",
-        shell_complete=complete_models,
-    ),
-    "revision": flag(
-        "Model", "--revision", "revision", metavar="NAME", help="Branch, tag or commit on the hub.",
-    ),
-    "quantize": flag(
-        "Model", "--q-bits", "--quantize", "quantize", type=click.Choice(["4", "8", "16"]),
-        callback=lambda _ctx, _param, bits: bits and int(bits),
-        help="Bits of the language model. Sizes come with 4, other models as they are stored.",
-    ),
-    "adapter": flag(
-        "Model", "--adapter-path", "adapter", metavar="FOLDER",
-        help="A LoRA or DoRA adapter, as train and PEFT write it.",
-    ),
-}  # fmt: skip
-
-
-def read_schema(_ctx: click.Context, _param: click.Parameter, path: str | None) -> str | None:
-    """Read the file now: a mistake in its name must not cost loading a model."""
-    if path is None:
-        return None
-    try:
-        text = Path(path).expanduser().read_text("utf-8")
-        json.loads(text)
-    except OSError as error:
-        raise UserError(f"no schema at {path}: {error.strerror}; check the path") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}; correct it") from error
-    return text
-
-
-GENERATION_FLAGS: Mapping[str, Decorator] = {
-    "system": flag(
-        "Question", "--system", "--system-prompt", "system", metavar="TEXT",
-        show_default="the model's own", help='System text; "" for none.',
-    ),
-    "max_tokens": flag(
-        "Answer", "-m", "--max-tokens", "max_tokens", metavar="N", type=_POSITIVE,
-        show_default="1024", help="Longest answer, in tokens.",
-    ),
-    "temperature": flag(
-        "Answer", "--temp", "--temperature", "temperature", metavar="X",
-        type=click.FloatRange(min=0), show_default="0.0", help="0 always takes the likeliest.",
-    ),
-    "top_p": flag(
-        "Answer", "--top-p", "top_p", metavar="X", type=click.FloatRange(0, 1, min_open=True),
-        show_default="1.0", help="Sample from the likeliest tokens that share this probability.",
-    ),
-    "top_k": flag(
-        "Answer", "--top-k", "top_k", metavar="N", type=_COUNT, show_default="0",
-        help="Sample from this many tokens; 0 for all.",
-    ),
-    "min_p": flag(
-        "Answer", "--min-p", "min_p", metavar="X", type=_SHARE, show_default="0.0",
-        help="Leave out tokens less likely than this share of the likeliest.",
-    ),
-    "repetition_penalty": flag(
-        "Answer", "--repetition-penalty", "repetition_penalty", metavar="X",
-        type=click.FloatRange(min=0, min_open=True), help="Above 1 discourages repeating.",
-    ),
-    "seed": flag(
-        "Answer", "--seed", "seed", metavar="N", type=click.IntRange(0, MAX_SEED),
-        help="The same seed gives the same sample.",
-    ),
-    "stop": flag(
-        "Answer", "--stop", "stop", multiple=True, metavar="TEXT",
-        help="End the answer before this text; may be repeated.",
-    ),
-    "keep_boxes": flag(
-        "Answer", "--keep-boxes", "keep_boxes", flag_value=True, default=None, type=bool,
-        help="Keep the <box> and <ref> marks of grounding answers.",
-    ),
-    "num_frames": flag(
-        "Pictures", "--num-frames", "num_frames", metavar="N", type=_POSITIVE, show_default="8",
-        help="Frames taken from each video.",
-    ),
-    "frame_times": flag(
-        "Pictures", "--frame-times", "frame_times", flag_value=True, default=None, type=bool,
-        help="Tell the model the second of each frame.",
-    ),
-    "max_tiles": flag(
-        "Pictures", "--max-tiles", "max_tiles", metavar="N", type=_POSITIVE,
-        show_default="the model's own",
-        help="Most tiles a picture is cut into: detail against time.",
-    ),
-    "min_tiles": flag(
-        "Pictures", "--min-tiles", "min_tiles", metavar="N", type=_POSITIVE,
-        show_default="the model's own",
-        help="Fewest tiles a picture is cut into.",
-    ),
-    "thumbnail": flag(
-        "Pictures", "--no-thumbnail", "thumbnail", flag_value=False, default=None, type=bool,
-        help="Leave out the small view of the whole picture.",
-    ),
-    "upright": flag(
-        "Pictures", "--no-exif", "upright", flag_value=False, default=None, type=bool,
-        help="Do not turn photographs upright.",
-    ),
-    "v2pe_delta": flag(
-        "Positions", "--v2pe-delta", "v2pe_delta", metavar="STEP", show_default="1",
-        help="Position step of an image token: 1, 1/2 ... 1/256 or auto; with commas, per image.",
-    ),
-    "ntk": flag(
-        "Positions", "--no-ntk", "ntk", flag_value=False, default=None, type=bool,
-        help="Do not stretch the rotary base past the trained length.",
-    ),
-    "json_schema": flag(
-        "Answer", "--json-schema", "json_schema", metavar="FILE", callback=read_schema,
-        help="Answer with JSON that fits the schema in this file.",
-    ),
-    "regex": flag(
-        "Answer", "--regex", "regex", metavar="PATTERN",
-        help="Answer with text that matches a regular expression.",
-    ),
-    "choice": flag(
-        "Answer", "--choice", "choice", metavar="A,B,C",
-        callback=lambda _ctx, _param, text: text and tuple(text.split(",")),
-        help="Answer with one of these.",
-    ),
-    "lookup": flag(
-        "Speed", "--lookup", "lookup", flag_value=True, default=None, type=bool,
-        help="Guess ahead what followed the same words before; the answer stays the same.",
-    ),
-    "draft_model": flag(
-        "Speed", "--draft-model", "draft_model", metavar="PATH|REPO|SIZE",
-        shell_complete=complete_models,
-        help="Let a smaller model of the family guess ahead; the answer stays the same.",
-    ),
-    "num_draft_tokens": flag(
-        "Speed", "--num-draft-tokens", "num_draft_tokens", metavar="N", type=_POSITIVE,
-        show_default="4", help="Tokens guessed at once.",
-    ),
-    "kv_bits": flag(
-        "Memory", "--kv-bits", "kv_bits", type=click.Choice(["4", "8"]),
-        callback=lambda _ctx, _param, bits: bits and int(bits), help="Quantize the cache.",
-    ),
-    "kv_group_size": flag(
-        "Memory", "--kv-group-size", "kv_group_size", type=click.Choice(["32", "64", "128"]),
-        callback=lambda _ctx, _param, size: size and int(size), show_default="64",
-        help="Values that share a scale.",
-    ),
-    "quantized_kv_start": flag(
-        "Memory", "--quantized-kv-start", "quantized_kv_start", metavar="N", type=_COUNT,
-        show_default="0", help="Quantize the cache from this many tokens on.",
-    ),
-    "prefill_step_size": flag(
-        "Memory", "--prefill-step-size", "prefill_step_size", metavar="N", type=_POSITIVE,
-        show_default="what suits the device", help="Prompt tokens read at once.",
-    ),
-}  # fmt: skip
-
-OUTPUT_FLAGS: Mapping[str, Decorator] = {
-    "as_json": flag("Output", "--json", "as_json", is_flag=True, help="One JSON object."),
-    "as_jsonl": flag("Output", "--jsonl", "as_jsonl", is_flag=True, help="One JSON line each."),
-    "each": flag("Output", "--each", "each", is_flag=True, help="Ask about one picture at a time."),
-    "quiet": flag("Output", "-q", "--quiet", "quiet", is_flag=True, help="No notes, no progress."),
-    "stats": flag("Output", "--stats", "stats", is_flag=True, help="Tokens, speed and memory."),
-}  # fmt: skip
-
-
-def load_flags(command: Function) -> Function:
-    """Give ``command`` the flags of ``load`` as one dictionary ``loading`` of those given."""
-    return _gather(command, LOAD_FLAGS, "loading", _only_given)
-
-
-def generation_flags(command: Function) -> Function:
-    """Give ``command`` the flags of ``Settings`` as one dictionary ``settings`` of those given."""
-    return _gather(command, GENERATION_FLAGS, "settings", _only_given)
-
-
-def output_flags(command: Function) -> Function:
-    """Give ``command`` the output flags as one ``Output``."""
-    return _gather(command, OUTPUT_FLAGS, "output", lambda values: OutputOptions(**values))
-
-
-def parse_deltas(text: str) -> "float | Fraction | str | tuple[Any, ...]":
-    """Read ``--v2pe-delta``: one step for all images, or with commas one for each."""
-    from internvl3_mlx.prompt.v2pe import parse_delta
-
-    steps = tuple(parse_delta(part.strip()) for part in text.split(","))
-    if len(steps) > 1 and "auto" in steps:
-        raise UserError(f"--v2pe-delta {text}: auto stands alone; give a step for each image")
-    return steps[0] if len(steps) == 1 else steps
-
-
-def _gather(
-    command: Function,
-    table: Mapping[str, Decorator],
-    name: str,
-    join: Callable[[dict[str, Any]], object],
-) -> Function:
-    @wraps(command)
-    def gathered(**values: Any) -> object:
-        taken = {field: values.pop(field) for field in table}
-        return command(**values, **{name: join(taken)})
-
-    decorated: Function = gathered
-    for declare in reversed([*table.values()]):
-        decorated = declare(decorated)
-    return decorated
-
-
-def _only_given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None and value != ()}
-
-
-FAMILY = "internvl3"
-
-
 def list_model_completions(
-    _ctx: click.Context, _param: click.Parameter, typed: str
+    _ctx: click.Context | None, _param: click.Parameter | None, typed: str
 ) -> list[CompletionItem]:
-    """Complete ``--model``: sizes, the demo, the family's repositories in the cache, folders."""
+    """Complete ``--model``: sizes, the demo, cached repositories of the family, folders."""
     from internvl3_mlx.loading.resolve import DEMO, PUBLISHED_SIZES
 
     names = [*PUBLISHED_SIZES, DEMO, *cached_repositories()]
@@ -324,3 +61,265 @@ def cached_repositories() -> list[str]:
     folders = Path(HF_HUB_CACHE).glob("models--*--*")
     names = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
     return sorted(name for name in names if FAMILY in name.lower())
+
+
+def parse_deltas(text: str) -> "float | Fraction | str | tuple[Any, ...]":
+    """Parse ``--v2pe-delta``: one step for all images, or one per image separated by commas."""
+    from internvl3_mlx.prompt.v2pe import parse_delta
+
+    steps = tuple(parse_delta(part.strip()) for part in text.split(","))
+    if len(steps) > 1 and "auto" in steps:
+        raise UserError(
+            f"--v2pe-delta {text}: auto cannot be combined with other steps; "
+            "give one step per image, or auto alone"
+        )
+    return steps[0] if len(steps) == 1 else steps
+
+
+def read_schema(path: str) -> str:
+    """Return the JSON schema in a file as text. Raises UserError if it is not JSON."""
+    try:
+        text = Path(path).expanduser().read_text("utf-8")
+        json.loads(text)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}; correct it") from error
+    return text
+
+
+def split_choices(text: str) -> tuple[str, ...]:
+    """Split ``A,B,C`` into choices, without blanks around them."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
+# settings that need more than their type to be parsed, on the command line and in /set alike
+PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "v2pe_delta": parse_deltas,
+    "json_schema": read_schema,
+    "choice": split_choices,
+    "kv_bits": int,
+    "kv_group_size": int,
+}
+
+
+def model_flag(name: str, info: FieldInfo, **extra: Any) -> Decorator:
+    """Make a flag that takes a model and completes its name."""
+    return make_flag(name, info, str, None, shell_complete=list_model_completions, **extra)
+
+
+LOAD_FLAGS: Mapping[str, Decorator] = {
+    "model": model_flag(
+        "model",
+        FieldInfo(
+            "Model", "Folder, hub repository, size such as 2b, or demo.", metavar="PATH|REPO|SIZE"
+        ),
+        envvar="INTERNVL3_MODEL",
+        show_envvar=True,
+    ),
+    "revision": make_flag(
+        "revision",
+        FieldInfo("Model", "Branch, tag or commit on the hub.", metavar="NAME"),
+        str,
+        None,
+    ),
+    "quantize": make_flag(
+        "quantize",
+        FieldInfo(
+            "Model", "Bits of the language model; by default 4 for sizes, else as stored.",
+            choices=("4", "8", "16"), flags=("--q-bits",),
+        ),
+        int,
+        None,
+        callback=lambda _ctx, _param, bits: bits and int(bits),
+    ),
+    "adapter": make_flag(
+        "adapter",
+        FieldInfo(
+            "Model", "Folder of a LoRA or DoRA adapter, as train and PEFT write it.",
+            metavar="FOLDER", flags=("--adapter-path",),
+        ),
+        str,
+        None,
+    ),
+}  # fmt: skip
+
+# field of GenerationConfig -> type, and how its flag looks
+GENERATION_FIELDS: Mapping[str, tuple[type, FieldInfo]] = {
+    "system": (str, FieldInfo(
+        "Question", 'System prompt; "" for none.',
+        default_text=MODEL_DEFAULT, flags=("--system", "--system-prompt"),
+    )),
+    "max_tokens": (int, FieldInfo(
+        "Answer", "Maximum length of the answer, in tokens.", flags=("-m", "--max-tokens"),
+    )),
+    "temperature": (float, FieldInfo(
+        "Answer", "Sampling temperature; 0 is greedy decoding.", flags=("--temp", "--temperature"),
+    )),
+    "top_p": (float, FieldInfo(
+        "Answer", "Sample from the most likely tokens that add up to this probability.",
+    )),
+    "top_k": (int, FieldInfo("Answer", "Sample from this many tokens; 0 for all.")),
+    "min_p": (float, FieldInfo(
+        "Answer", "Minimum probability of a token, relative to the most likely one.",
+    )),
+    "repetition_penalty": (float, FieldInfo("Answer", "Values above 1 discourage repetition.")),
+    "seed": (int, FieldInfo("Answer", "Random seed; the same seed gives the same samples.")),
+    "stop": (str, FieldInfo("Answer", "Stop before this text; may be repeated.")),
+    "keep_boxes": (bool, FieldInfo(
+        "Answer", "Keep the <box> and <ref> tags of grounding answers.", flags=("--keep-boxes",),
+    )),
+    "num_frames": (int, FieldInfo("Images", "Frames taken from each video.")),
+    "frame_times": (bool, FieldInfo(
+        "Images", "Add the time of each frame to the prompt.", flags=("--frame-times",),
+    )),
+    "max_tiles": (int, FieldInfo(
+        "Images", "Maximum number of tiles per image: detail against speed.",
+        default_text=MODEL_DEFAULT,
+    )),
+    "min_tiles": (int, FieldInfo(
+        "Images", "Minimum number of tiles per image.", default_text=MODEL_DEFAULT,
+    )),
+    "thumbnail": (bool, FieldInfo(
+        "Images", "Omit the thumbnail of the whole image.", flags=("--no-thumbnail",),
+    )),
+    "upright": (bool, FieldInfo(
+        "Images", "Ignore the EXIF orientation of photos.", flags=("--no-exif",),
+    )),
+    "v2pe_delta": (str, FieldInfo(
+        "Positions", "Position step of image tokens: 1, 1/2 ... 1/256, auto, or one per image "
+        "separated by commas.", metavar="STEP",
+    )),
+    "ntk": (bool, FieldInfo(
+        "Positions", "Do not scale the rotary base beyond the trained context.",
+        flags=("--no-ntk",),
+    )),
+    "json_schema": (str, FieldInfo(
+        "Answer", "Answer with JSON that matches the schema in this file.", metavar="FILE",
+    )),
+    "regex": (str, FieldInfo(
+        "Answer", "Answer with text that matches a regular expression.", metavar="PATTERN",
+    )),
+    "choice": (str, FieldInfo("Answer", "Answer with one of these.", metavar="A,B,C")),
+    "lookup": (bool, FieldInfo(
+        "Speed", "Speculative decoding from earlier text; greedy answers stay the same.",
+        flags=("--lookup",),
+    )),
+    "draft_model": (str, FieldInfo(
+        "Speed", "Speculative decoding with a smaller model of the family; greedy answers stay the "
+        "same.", metavar="PATH|REPO|SIZE",
+    )),
+    "num_draft_tokens": (int, FieldInfo("Speed", "Draft tokens per step.")),
+    "kv_bits": (str, FieldInfo(
+        "Memory", "Quantize the KV cache to this many bits.", choices=("4", "8"),
+    )),
+    "kv_group_size": (str, FieldInfo(
+        "Memory", "Group size of the quantized KV cache.", choices=("32", "64", "128"),
+    )),
+    "quantized_kv_start": (int, FieldInfo(
+        "Memory", "Quantize the KV cache once it holds this many tokens.",
+    )),
+    "prefill_step_size": (int, FieldInfo(
+        "Memory", "Prompt tokens processed at a time.", default_text="depends on the device",
+    )),
+}  # fmt: skip
+GENERATION_DEFAULTS = {entry.name: entry.default for entry in fields(GenerationConfig)}
+
+
+def generation_flag(name: str) -> Decorator:
+    """Make the flag of one field of ``GenerationConfig``."""
+    kind, info = GENERATION_FIELDS[name]
+    extra: dict[str, Any] = {}
+    if name == "stop":
+        extra["multiple"] = True
+    if name == "draft_model":
+        extra["shell_complete"] = list_model_completions
+    if parse := PARSERS.get(name):
+        extra["callback"] = lambda _ctx, _param, text: text and parse(text)
+    return make_flag(name, info, kind, GENERATION_DEFAULTS.get(name), **extra)
+
+
+GENERATION_FLAGS: Mapping[str, Decorator] = {
+    name: generation_flag(name) for name in GENERATION_FIELDS
+}
+JSON_FLAG = flag("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
+QUIET_FLAG = flag("Output", "--quiet", "quiet", is_flag=True, help="No notes and no progress.")
+OUTPUT_FLAGS: Mapping[str, Decorator] = {
+    "as_json": JSON_FLAG,
+    "as_jsonl": flag(
+        "Output", "--jsonl", "as_jsonl", is_flag=True, help="Print one line of JSON per answer."
+    ),
+    "each": flag("Output", "--each", "each", is_flag=True, help="Ask about each image separately."),
+    "quiet": QUIET_FLAG,
+    "stats": flag("Output", "--stats", "stats", is_flag=True, help="Show speed and memory."),
+}
+
+
+def make_config(options: Mapping[str, Any]) -> GenerationConfig:
+    """Return a ``GenerationConfig`` with some options set; raises UserError for an invalid one."""
+    return GenerationConfig(**options)
+
+
+def parse_option(name: str, text: str) -> tuple[str, Any]:
+    """Parse a generation option as ``/set`` takes it; return its field and its value."""
+    field = name.lstrip("-").replace("-", "_")
+    field = SHORT_NAMES.get(field, field)
+    if field not in GENERATION_FIELDS:
+        known = [known.replace("_", "-") for known in GENERATION_FIELDS]
+        raise UserError(f"unknown option {name!r}; {did_you_mean(name, known)}")
+    if text.lower() in DEFAULT_WORDS:
+        return field, GENERATION_DEFAULTS.get(field)
+    kind, info = GENERATION_FIELDS[field]
+    if info.choices and text not in info.choices:
+        raise UserError(f"{name} cannot be {text}; choose from {', '.join(info.choices)}")
+    if parse := PARSERS.get(field):
+        return field, parse(text)
+    try:
+        value = VALUE_PARSERS[kind](text)
+    except (ValueError, KeyError, OverflowError) as error:
+        raise UserError(f"{name} cannot be {text}; expected {describe_type(kind)}") from error
+    return field, (value,) if field == "stop" else value
+
+
+def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    ctx.meta[DEBUG_KEY] = value
+
+
+# Eager, so that a mistake in any other flag is shown with its traceback, too.
+debug_flag = flag(
+    "Output", "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug,
+    help="Show the full traceback of an error.",
+)  # fmt: skip
+
+
+def load_flags(command: Function) -> Function:
+    """Give ``command`` the flags of ``load``, collected in the dictionary ``load_options``."""
+    return _gather(command, LOAD_FLAGS, "load_options", _only_given)
+
+
+def generation_flags(command: Function) -> Function:
+    """Give ``command`` the flags of ``GenerationConfig``, collected in ``generation_options``."""
+    return _gather(command, GENERATION_FLAGS, "generation_options", _only_given)
+
+
+def output_flags(command: Function) -> Function:
+    """Give ``command`` the output flags as one ``OutputOptions``."""
+    return _gather(command, OUTPUT_FLAGS, "output", lambda values: OutputOptions(**values))
+
+
+def _gather(
+    command: Function,
+    table: Mapping[str, Decorator],
+    name: str,
+    join: Callable[[dict[str, Any]], object],
+) -> Function:
+    @wraps(command)
+    def gathered(**values: Any) -> object:
+        taken = {field: values.pop(field) for field in table}
+        return command(**values, **{name: join(taken)})
+
+    return apply_flags(table.values(), gathered)
+
+
+def _only_given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None and value != ()}

@@ -1,4 +1,4 @@
-"""Bars for long jobs, on stderr: what is being done, how far, and how long it will take."""
+"""Progress bars for long jobs, on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,14 +6,12 @@ from contextlib import contextmanager
 
 from internvl3_mlx.cli import console
 
-ProgressCallback = Callable[
-    [str, int, int], None
-]  # what is being done, how far, of how much (0: unknown)
+ProgressCallback = Callable[[str, int, int], None]  # task, done, total (0: unknown)
 
 
 @contextmanager
 def progress_bar(*, quiet: bool = False, counts_bytes: bool = False) -> Iterator[ProgressCallback]:
-    """Show one bar until the body ends. Off a terminal, or when quiet, nothing is shown."""
+    """Show a progress bar until the block ends; nothing without a terminal or when quiet."""
     if quiet or not console.is_interactive(sys.stderr):
         yield lambda *_: None
         return
@@ -28,11 +26,11 @@ def progress_bar(*, quiet: bool = False, counts_bytes: bool = False) -> Iterator
         TransferSpeedColumn,
     )
 
-    counted = [DownloadColumn(), TransferSpeedColumn()] if counts_bytes else [MofNCompleteColumn()]
+    counters = [DownloadColumn(), TransferSpeedColumn()] if counts_bytes else [MofNCompleteColumn()]
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        *counted,
+        *counters,
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

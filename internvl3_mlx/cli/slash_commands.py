@@ -1,185 +1,181 @@
-"""The slash commands of the chat: a table of names, what they want and what they do."""
+"""The chat's slash commands: a table of their names, arguments and actions."""
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli import console
+from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.input_line import MediaSource, media_kind, parse_line, split_words
-from internvl3_mlx.errors import UserError
-
-if TYPE_CHECKING:
-    from internvl3_mlx.cli.chat_session import ChatSession
+from internvl3_mlx.cli.options import DEFAULT_WORDS, parse_option
+from internvl3_mlx.errors import InternVL3Error, UserError
+from internvl3_mlx.files import did_you_mean
 
 COMMAND_PATTERN = re.compile(r"/([A-Za-z]+|\?)(?=\s|$)")
-DEFAULT_WORDS = ("none", "default")
 WITH_CACHE = "cache"
-NOT_SET = ("history", "video")  # they belong to one question
-SHORT_NAMES = {"temp": "temperature"}
+HELP_HINT = "/help lists the commands"
 
 
 @dataclass(frozen=True)
 class SlashCommand:
-    """``required``: the argument without which it cannot run; ``optional``: one that may follow."""
+    """``required``: an argument that must be given; ``optional``: one that may be given."""
 
     name: str
     help: str
-    action: Callable[["ChatSession", str], None]
+    action: Callable[[ChatSession, str], None]
     required: str = ""
     optional: str = ""
 
 
+def handle_line(session: ChatSession, text: str) -> None:
+    """Handle one input line: a command or a question. Errors are shown and the chat goes on."""
+    try:
+        found = find_command(text)
+        if found is not None:
+            run_command(session, *found)
+        elif text.strip():
+            session.handle_question(text)
+    except InternVL3Error as error:
+        console.error(str(error))
+    except BrokenPipeError:  # nobody reads the answers any more
+        raise
+    except Exception as error:  # noqa: BLE001  no fault may end a conversation
+        console.error(f"{type(error).__name__}: {error}; the conversation is unharmed")
+
+
 def find_command(text: str) -> tuple[SlashCommand, str] | None:
-    """Find the command a line begins with. A path is none; an unknown /word is told."""
+    """Return the command that a line begins with, and its argument; None for a question.
+
+    A path is not a command; an unknown ``/word`` raises UserError.
+    """
     match = COMMAND_PATTERN.match(text)
     if match is None:
         refuse_unknown_word(text)
         return None
     name = ALIASES.get(match[0], match[0])
     if name not in COMMANDS_BY_NAME:
-        near = difflib.get_close_matches(name, [*COMMANDS_BY_NAME], n=1)
-        hint = f"did you mean {near[0]}?" if near else "/help lists the commands"
+        hint = did_you_mean(name, COMMANDS_BY_NAME, otherwise=HELP_HINT)
         raise UserError(f"no such command or image: {match[0]}; {hint}")
     return COMMANDS_BY_NAME[name], text[match.end() :].strip()
 
 
 def refuse_unknown_word(text: str) -> None:
-    """Tell of a line that is one word, starts like a command, and is no image either."""
+    """Raise UserError for a single word that looks like a command and is not a file either."""
     word = text.strip()
     if re.fullmatch(r"/[^/\s]+", word) and media_kind(word) and parse_line(word).problems:
-        raise UserError(f"no such command or image: {word}; /help lists the commands")
+        raise UserError(f"no such command or image: {word}; {HELP_HINT}")
 
 
-def attach_files(session: "ChatSession", argument: str) -> None:
-    found = [MediaSource(word, media_kind(word) or "image") for word, _, _ in split_words(argument)]
-    for dropped in found:
-        session.attach(dropped)
+def run_command(session: ChatSession, command: SlashCommand, argument: str) -> None:
+    if command.required and not argument:
+        raise UserError(f"{command.name} needs an argument: {command.name} {command.required}")
+    command.action(session, argument)
 
 
-def attach_clipboard(session: "ChatSession", _: str) -> None:
+def attach_files(session: ChatSession, argument: str) -> None:
+    words = [word for word, _, _ in split_words(argument)]
+    for word in words:
+        session.attach(MediaSource(word, media_kind(word) or "image"))
+
+
+def attach_clipboard(session: ChatSession, _: str) -> None:
     session.attach(MediaSource("clipboard", "image"))
 
 
-def list_images(session: "ChatSession", _: str) -> None:
-    shown = [
-        f"{Path(info.source).name} · {info.tiles} tiles" for info in session.conversation.images
+def list_images(session: ChatSession, _: str) -> None:
+    lines = [
+        f"{Path(info.source).name} · {console.format_count(info.tiles, 'tile')}"
+        for info in session.conversation.images
     ]
-    shown += [f"{item.name} · for the next question" for item in session.pending]
-    for number, text in enumerate(shown, start=1):
+    lines += [f"{item.name} · attached to the next question" for item in session.pending]
+    for number, text in enumerate(lines, start=1):
         console.hint(f"{number}  {text}")
-    if not shown:
-        console.hint("no pictures yet; drop one, or /image PATH")
+    if not lines:
+        console.hint("no images yet; drop one, or type /image PATH")
 
 
-def drop_image(session: "ChatSession", argument: str) -> None:
+def drop_image(session: ChatSession, argument: str) -> None:
     if not argument.isdecimal():
-        raise UserError(f"/drop wants a number from /images, not {argument}")
-    number, held = int(argument), len(session.conversation.images)
-    if held < number <= held + len(session.pending):
-        console.hint(f"dropped {session.pending.pop(number - held - 1).name}")
-    else:
-        console.hint(f"dropped {Path(session.conversation.drop_image(number).source).name}")
+        raise UserError(f"/drop needs a number from /images, not {argument}")
+    number, sent = int(argument), len(session.conversation.images)
+    if sent < number <= sent + len(session.pending):
+        console.hint(f"removed {session.pending.pop(number - sent - 1).name}")
+        return
+    removed = session.conversation.drop_image(number)
+    console.hint(f"removed {Path(removed.source).name}")
 
 
-def clear_conversation(session: "ChatSession", _: str) -> None:
+def clear_conversation(session: ChatSession, _: str) -> None:
     session.conversation.clear()
     session.pending.clear()
-    console.hint("a new talk")
+    console.hint("started a new conversation")
 
 
-def undo_question(session: "ChatSession", _: str) -> None:
-    """Take back the last question; its pictures wait for the next."""
-    console.hint(f"took back: {reopen_last_question(session)}")
+def undo_question(session: ChatSession, _: str) -> None:
+    """Remove the last question; its attachments become pending again."""
+    console.hint(f"removed: {session.reopen_last_question()}")
 
 
-def reopen_last_question(session: "ChatSession") -> str:
-    from internvl3_mlx.cli.chat_session import Attachment
-
-    last = session.conversation.undo()
-    shown = [Attachment(Path(seen.info.source).name, seen) for seen in last.images]
-    shown += [Attachment(Path(film.name).name, film) for film in last.videos]
-    session.pending[:0] = shown
-    return last.question
-
-
-def retry_answer(session: "ChatSession", _: str) -> None:
+def retry_answer(session: ChatSession, _: str) -> None:
     session.retry()
 
 
-def edit_question(session: "ChatSession", _: str) -> None:
-    """Change the last question in the user's editor and ask it again, or write a first one."""
+def edit_question(session: ChatSession, _: str) -> None:
+    """Edit the last question in the user's editor and ask it again, or write a first one."""
     import click
 
-    old = session.conversation.exchanges[-1].question if session.conversation.exchanges else ""
-    new = click.edit(old)
+    exchanges = session.conversation.exchanges
+    new = click.edit(exchanges[-1].question if exchanges else "")
     if new is None or not new.strip():
-        console.hint("nothing was changed")
+        console.hint("nothing changed")
         return
-    if session.conversation.exchanges:
-        reopen_last_question(session)
+    if exchanges:
+        session.reopen_last_question()
     session.ask(new.strip("\n"))
 
 
-def forget_questions(session: "ChatSession", argument: str) -> None:
+def forget_questions(session: ChatSession, argument: str) -> None:
     if argument and not argument.isdecimal():
-        raise UserError(f"/forget wants how many of the oldest questions, not {argument}")
+        raise UserError(f"/forget needs a number of questions, not {argument}")
     session.conversation.drop_oldest(int(argument or 1))
-    console.hint(f"{len(session.conversation.exchanges)} questions are left")
+    remaining = len(session.conversation.exchanges)
+    console.hint(f"{console.format_count(remaining, 'question')} left")
 
 
-def set_system(session: "ChatSession", argument: str) -> None:
-    session.conversation.configure(system=None if argument.lower() in DEFAULT_WORDS else argument)
-    console.hint("the system text holds from the next question on")
+def set_system(session: ChatSession, argument: str) -> None:
+    is_default = argument.lower() in DEFAULT_WORDS
+    session.conversation.configure(system=None if is_default else argument)
+    console.hint("the system prompt changes with the next question")
 
 
-def set_option(session: "ChatSession", argument: str) -> None:
+def set_option(session: ChatSession, argument: str) -> None:
     name, _, text = argument.partition(" ")
-    name = name.replace("-", "_")
-    name = SHORT_NAMES.get(name, name)
-    if not text.strip() or name in NOT_SET:
-        raise UserError("/set wants NAME VALUE, such as temperature 0.7; /show lists what is set")
-    try:
-        session.conversation.configure(**{name: parse_value(name, text.strip())})
-    except TypeError as error:
-        raise UserError(f"{name} cannot be {text.strip()}; wanted a number") from error
-    console.hint(f"{name} = {getattr(session.conversation.generation_config, name)}")
+    if not text.strip():
+        raise UserError("/set needs NAME VALUE, such as /set temp 0.7; /show lists what is set")
+    field, value = parse_option(name, text.strip())
+    session.conversation.configure(**{field: value})  # type: ignore[misc]
+    console.hint(f"{field} = {getattr(session.conversation.generation_config, field)}")
 
 
-def parse_value(name: str, text: str) -> Any:
-    """Read a value as YAML does; a V2PE step as its flag does; none is the default."""
+def show_state(session: ChatSession, _: str) -> None:
+    """Show the model, the context and memory in use, and the options that were changed."""
     from internvl3_mlx import GenerationConfig
 
-    if text.lower() in DEFAULT_WORDS:
-        return getattr(GenerationConfig(), name, None)
-    if name == "v2pe_delta":
-        return options.parse_deltas(text)
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def show_state(session: "ChatSession", _: str) -> None:
-    from internvl3_mlx import GenerationConfig
-
-    talk, default = session.conversation, GenerationConfig()
-    budget = talk.budget
+    conversation, default = session.conversation, GenerationConfig()
+    budget, config = conversation.budget, conversation.generation_config
     changed = {
-        item.name: str(getattr(talk.generation_config, item.name))
+        item.name: str(getattr(config, item.name))
         for item in fields(GenerationConfig)
-        if getattr(talk.generation_config, item.name) != getattr(default, item.name)
+        if getattr(config, item.name) != getattr(default, item.name)
     }
+    used, limit = console.format_size(budget.nbytes), console.format_size(budget.limit_nbytes)
     table = {
-        "model": talk.runner.name,
-        "questions": len(talk.exchanges),
-        "pictures": len(talk.images),
-        "window": f"{budget.positions:,} of {budget.window:,} positions",
-        "memory": f"{console.format_size(budget.nbytes)} of {console.format_size(budget.limit_nbytes)}",
+        "model": conversation.runner.name,
+        "questions": len(conversation.exchanges),
+        "images": len(conversation.images),
+        "context": f"{budget.positions:,} of {budget.window:,} positions",
+        "memory": f"{used} of {limit}",
         **changed,
     }
     width = max(map(len, table))
@@ -187,31 +183,31 @@ def show_state(session: "ChatSession", _: str) -> None:
         console.hint(f"{name.replace('_', ' '):<{width}}  {value}")
 
 
-def save_conversation(session: "ChatSession", argument: str) -> None:
+def save_conversation(session: ChatSession, argument: str) -> None:
     path, cache = parse_filename(argument)
     session.conversation.save(path, cache=cache)
-    console.hint(f"saved {path}{' with what was read' if cache else ''}")
+    console.hint(f"saved {path}{' with its prompt cache' if cache else ''}")
 
 
-def load_conversation(session: "ChatSession", argument: str) -> None:
+def load_conversation(session: ChatSession, argument: str) -> None:
     path, _ = parse_filename(argument)
     with_cache = session.conversation.load(path)
     session.pending.clear()
-    count = len(session.conversation.exchanges)
-    read = "nothing has to be read again" if with_cache else "the next question reads it all again"
-    console.hint(f"loaded {count} question{'s' * (count != 1)}; {read}")
+    count = console.format_count(len(session.conversation.exchanges), "question")
+    cost = "the prompt cache was restored" if with_cache else "the next question processes it again"
+    console.hint(f"loaded {count}; {cost}")
 
 
 def parse_filename(argument: str) -> tuple[str, bool]:
-    """Read ``FILE`` or ``FILE cache``, with blanks escaped or quoted."""
-    found = [word for word, _, _ in split_words(argument)]
-    cache = len(found) > 1 and found[-1] == WITH_CACHE
-    if len(found) > 1 + cache:
-        raise UserError(f"one file at a time, blanks escaped or quoted: {argument}")
-    return found[0], cache
+    """Parse ``FILE`` or ``FILE cache``, with blanks in the name escaped or quoted."""
+    words = [word for word, _, _ in split_words(argument)]
+    cache = len(words) > 1 and words[-1] == WITH_CACHE
+    if len(words) > 1 + cache:
+        raise UserError(f"expected one file name, got {argument}; escape or quote blanks in it")
+    return words[0], cache
 
 
-def show_help(_: "ChatSession", __: str) -> None:
+def show_help(_: ChatSession, __: str) -> None:
     usages = {f"{c.name} {c.required or c.optional}".strip(): c.help for c in COMMANDS}
     width = max(map(len, usages))
     for usage, text in usages.items():
@@ -219,38 +215,37 @@ def show_help(_: "ChatSession", __: str) -> None:
     console.hint('several lines: Alt-Enter, or between """ and """; Ctrl-C stops an answer')
 
 
-def leave_chat(session: "ChatSession", _: str) -> None:
+def leave_chat(session: ChatSession, _: str) -> None:
     session.is_finished = True
 
 
 COMMANDS = (
-    SlashCommand("/image", "attach pictures, videos or PDFs", attach_files, required="PATH…"),
-    SlashCommand("/paste", "attach the picture in the clipboard", attach_clipboard),
-    SlashCommand("/images", "list the pictures of this talk", list_images),
-    SlashCommand("/drop", "take a picture out of the talk", drop_image, required="N"),
-    SlashCommand("/clear", "begin a new talk", clear_conversation),
-    SlashCommand("/undo", "take back the last question", undo_question),
+    SlashCommand("/image", "attach images, videos or PDFs", attach_files, required="PATH…"),
+    SlashCommand("/paste", "attach the image on the clipboard", attach_clipboard),
+    SlashCommand("/images", "list the images of this conversation", list_images),
+    SlashCommand("/drop", "remove an image from the conversation", drop_image, required="N"),
+    SlashCommand("/clear", "start a new conversation", clear_conversation),
+    SlashCommand("/undo", "remove the last question", undo_question),
     SlashCommand("/retry", "answer the last question again", retry_answer),
     SlashCommand("/edit", "change the last question in your editor", edit_question),
     SlashCommand(
-        "/forget", "drop the oldest questions to make room", forget_questions, optional="[N]"
+        "/forget", "remove the oldest questions to free space", forget_questions, optional="[N]"
     ),
     SlashCommand(
-        "/system", "set the system text; none is the model's own", set_system, required="TEXT"
+        "/system", "set the system prompt; default restores it", set_system, required="TEXT"
     ),
     SlashCommand(
-        "/set", "set temperature, max-tokens, v2pe-delta …", set_option, required="NAME VALUE"
+        "/set", "set temp, max-tokens, v2pe-delta …; the names of the flags", set_option,
+        required="NAME VALUE",
     ),
-    SlashCommand("/show", "show the model, the room left and what is set", show_state),
+    SlashCommand("/show", "show the model, the space left and what is set", show_state),
     SlashCommand(
-        "/save",
-        "save the talk; with cache nothing is read again",
-        save_conversation,
+        "/save", "save the conversation, with cache also the prompt cache", save_conversation,
         required="FILE [cache]",
     ),
-    SlashCommand("/load", "go on with a saved talk", load_conversation, required="FILE"),
+    SlashCommand("/load", "continue a saved conversation", load_conversation, required="FILE"),
     SlashCommand("/help", "list the commands", show_help),
-    SlashCommand("/exit", "leave; so does Ctrl-D", leave_chat),
-)
+    SlashCommand("/exit", "leave, like Ctrl-D", leave_chat),
+)  # fmt: skip
 COMMANDS_BY_NAME = {command.name: command for command in COMMANDS}
 ALIASES = {"/?": "/help", "/quit": "/exit", "/bye": "/exit"}

@@ -1,4 +1,4 @@
-"""What computes here: versions, the system, the device and its limits."""
+"""Versions, the system, the device and its limits."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ from typing import Any
 from internvl3_mlx.cli import console
 
 LIBRARIES = ("internvl3-mlx", "mlx", "mlx-lm", "numpy", "pillow", "huggingface-hub", "tokenizers")
-# what we call a limit -> what MLX calls it
+# our name of a limit -> MLX's name
 LIMITS = {
     "memory_nbytes": "memory_size",
     "usable_by_gpu_nbytes": "max_recommended_working_set_size",
@@ -16,7 +16,7 @@ LIMITS = {
 
 
 def library_versions() -> dict[str, str]:
-    """Name Python, the system and every library that an answer depends on."""
+    """Return the versions of Python, the system and every library that affects an answer."""
     return {
         "python": platform.python_version(),
         "system": system_name(),
@@ -37,20 +37,20 @@ def installed_version(name: str) -> str:
 
 
 def device_info() -> dict[str, Any]:
-    """Describe what MLX computes on and how much memory that may take."""
+    """Return the device that MLX computes on, and its memory limits."""
     import mlx.core as mx
 
     facts = mx.device_info()
     limits = {name: facts[key] for name, key in LIMITS.items() if key in facts}
     return {
-        "computes_on": str(facts.get("device_name", mx.default_device())),
+        "device_name": str(facts.get("device_name", mx.default_device())),
         "metal": mx.metal.is_available(),
         **limits,
     }
 
 
 def format_sizes(value: Any) -> Any:
-    """Give what is counted in bytes a unit: ``nbytes`` becomes size, ``x_nbytes`` becomes x."""
+    """Format values in bytes: ``nbytes`` becomes ``size``, ``x_nbytes`` becomes ``x``."""
     if isinstance(value, list):
         return [format_sizes(item) for item in value]
     if not isinstance(value, dict):
@@ -64,8 +64,10 @@ def format_sizes(value: Any) -> Any:
 
 
 def report_kernel_fallbacks(*, quiet: bool) -> None:
-    """Show the one line that tells of a kernel that does not work here; refuse a switch that is set
-    to something unknown before any work is done."""
+    """Show a note when a kernel falls back to MLX's operations.
+
+    Raises UserError for an invalid INTERNVL3_KERNELS, before any work is done.
+    """
     from internvl3_mlx.metal_kernels import dispatch
 
     dispatch.kernel_mode()

@@ -1,10 +1,10 @@
-"""Small pictures inside the terminal, by the two escape sequences that terminals understand."""
+"""Small images inside the terminal, by the two escape sequences that terminals support."""
 
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 
-ROWS = 8  # lines of the terminal that a picture takes
-CHUNK = 4096  # longest payload of one kitty sequence
+ROWS = 8  # terminal lines per image
+CHUNK = 4096  # maximum payload of one kitty sequence, in bytes
 
 ThumbnailEncoder = Callable[[bytes], str]
 
@@ -12,10 +12,10 @@ ThumbnailEncoder = Callable[[bytes], str]
 def choose_thumbnail_encoder(
     env: Mapping[str, str], *, wanted: bool | None = None
 ) -> ThumbnailEncoder | None:
-    """Choose how this terminal shows pictures, or None where it cannot.
+    """Return the encoder for this terminal, or None if it cannot display images.
 
-    ``wanted``: None shows them where that is known to work; True also in VS Code, which has to be
-    set to it, and through tmux; False never.
+    ``wanted``: None displays them where this is known to work; True also in VS Code and through
+    tmux, which have to be configured for it; False never.
     """
     if wanted is False or env.get("TERM") == "dumb":
         return None
@@ -32,13 +32,13 @@ def choose_thumbnail_encoder(
 
 
 def encode_iterm(png: bytes) -> str:
-    """Write OSC 1337, iTerm2's own."""
+    """Return an OSC 1337 sequence, iTerm2's own."""
     head = f"\x1b]1337;File=inline=1;size={len(png)};height={ROWS};preserveAspectRatio=1:"
     return f"{head}{b64encode(png).decode()}\a\n"
 
 
 def encode_kitty(png: bytes) -> str:
-    """Write kitty's graphics sequences, the payload in chunks."""
+    """Return kitty's graphics sequences, with the payload in chunks."""
     data = b64encode(png).decode()
     chunks = [data[at : at + CHUNK] for at in range(0, len(data), CHUNK)]
     text = ""
@@ -50,7 +50,7 @@ def encode_kitty(png: bytes) -> str:
 
 
 def wrap_for_tmux(draw: ThumbnailEncoder, inside: bool) -> ThumbnailEncoder:
-    """Wrap a sequence so that tmux passes it on."""
+    """Return an encoder whose sequences tmux passes through."""
     if not inside:
         return draw
 

@@ -36,8 +36,7 @@ def make_constraint(
         import llguidance
     except ImportError as error:
         raise MissingExtraError("structured output", "llguidance", "structured") from error
-    form = next(form for form in CONSTRAINTS if getattr(settings, form))
-    value = getattr(settings, form)
+    name = next(name for name in CONSTRAINTS if getattr(config, name))
     try:
         grammar = GRAMMARS[name](llguidance.LLMatcher, getattr(config, name))
         matcher = llguidance.LLMatcher(llguidance_tokenizer(tokenizer, vocab_size), grammar)

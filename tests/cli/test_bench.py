@@ -1,4 +1,4 @@
-"""``internvl3 bench``: a table, JSON or a picture of what was measured, however it ends."""
+"""``internvl3 bench``: a table, JSON or a image of what was measured, however it ends."""
 
 import json
 from xml.etree import ElementTree as ET
@@ -60,20 +60,20 @@ def test_a_table_for_every_stage():
 def test_json_holds_every_figure_and_its_limit():
     content = json.loads(bench("--json").stdout)
     assert content["limits"] == LIMITS.to_dict()
-    assert {figure["context"] for figure in content["figures"]} == {0, 7, 1024}
-    assert content["kernels_pay"] == {}
-    decode = next(figure for figure in content["figures"] if figure["group"] == "decode")
+    assert {figure["context"] for figure in content["measurements"]} == {0, 7, 1024}
+    assert content["kernel_thresholds"] == {}
+    decode = next(figure for figure in content["measurements"] if figure["group"] == "decode")
     assert decode["share"] == pytest.approx(decode["limit_s"] / decode["seconds"])
 
 
-def test_a_picture_is_written_whole(tmp_path):
+def test_an_image_is_written_whole(tmp_path):
     path = tmp_path / "roof.svg"
     assert bench("--svg", str(path)).exit_code == 0
     assert ET.fromstring(path.read_text("utf-8")).tag.endswith("svg")
     assert [p.name for p in tmp_path.iterdir() if p.suffix] == ["roof.svg"]
 
 
-def test_a_place_that_is_none_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+def test_a_missing_folder_is_reported_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(BenchmarkSuite, "run", None)
     result = bench("--svg", str(tmp_path / "nowhere" / "roof.svg"))
     assert result.exit_code == 2
@@ -81,10 +81,10 @@ def test_a_place_that_is_none_is_told_before_anything_is_measured(tmp_path, monk
 
 
 @pytest.mark.parametrize("words", ["one", "1k,,2k", "0", "-3", "1.5k", "9999k"])
-def test_contexts_that_are_no_numbers_of_tokens_are_refused(words):
+def test_contexts_that_are_no_numbers_of_tokens_are_rejected(words):
     result = CliRunner().invoke(main, ["bench", "--contexts", words])
     assert result.exit_code == 2
-    assert f"--contexts {words}: give tokens with commas between, such as 1k,4k,16k" in (
+    assert f"--contexts {words}: give token counts separated by commas, such as 1k,4k,16k" in (
         result.stderr
     )
 
@@ -100,45 +100,45 @@ def test_an_interrupt_shows_what_was_measured(monkeypatch):
     monkeypatch.setattr(kernels, "measure_attention", broken)
     result = bench("--json")
     assert result.exit_code == 130
-    assert [figure["context"] for figure in json.loads(result.stdout)["figures"]] == [7]
+    assert [figure["context"] for figure in json.loads(result.stdout)["measurements"]] == [7]
 
 
-PAYS = KernelThreshold("flash_decode", 8, 64, 3, 1024)
+FASTER = KernelThreshold("flash_decode", 8, 64, 3, 1024)
 
 
 @pytest.fixture
 def found(monkeypatch):
     """Let a kernel pay, in a run that counts as whole."""
     begin = BenchmarkSuite.__post_init__
-    whole = lambda self: begin(self) or setattr(self, "is_whole", True)  # noqa: E731
+    whole = lambda self: begin(self) or setattr(self, "is_full_run", True)  # noqa: E731
     monkeypatch.setattr(BenchmarkSuite, "__post_init__", whole)
     monkeypatch.setattr(
-        BenchmarkSuite, "thresholds", [PAYS, KernelThreshold("flash_decode", 4, 64, 3, None)]
+        BenchmarkSuite, "thresholds", [FASTER, KernelThreshold("flash_decode", 4, 64, 3, None)]
     )
 
 
-def test_where_kernels_pay_is_kept_and_told(found):
-    assert f"  {PAYS.key}  from 1,024 tokens\n" in bench().stdout
-    assert registry.is_faster(PAYS.key, 1024)
-    assert not registry.is_faster(PAYS.key, 1023)
+def test_kernel_thresholds_are_saved_and_reported(found):
+    assert f"  {FASTER.key}  from 1,024 tokens\n" in bench().stdout
+    assert registry.is_faster(FASTER.key, 1024)
+    assert not registry.is_faster(FASTER.key, 1023)
 
 
 def test_a_run_of_some_contexts_changes_no_table(monkeypatch):
-    monkeypatch.setattr(BenchmarkSuite, "thresholds", [PAYS])
+    monkeypatch.setattr(BenchmarkSuite, "thresholds", [FASTER])
     shown = bench().stdout
-    assert f"  {PAYS.key}  from 1,024 tokens\nnot kept      where kernels pay;" in shown
-    assert not registry.is_faster(PAYS.key, 1024)
+    assert f"  {FASTER.key}  from 1,024 tokens\nnot saved     kernel selection;" in shown
+    assert not registry.is_faster(FASTER.key, 1024)
 
 
-def test_a_cache_folder_that_takes_no_files_is_told(found, monkeypatch, tmp_path):
+def test_a_cache_folder_that_is_not_writable_is_reported(found, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "file"))
     result = bench()
     assert result.exit_code == 0
-    assert "note: where kernels pay could not be kept" in result.stderr
+    assert "note: the kernel selection was not saved" in result.stderr
 
 
-def test_a_picture_that_cannot_be_written_costs_no_figures(tmp_path):
+def test_an_image_that_cannot_be_written_costs_no_statistics(tmp_path):
     (tmp_path / "roof.svg").mkdir()
     result = bench("--json", "--svg", str(tmp_path / "roof.svg"))
     assert result.exit_code == 2
@@ -146,4 +146,4 @@ def test_a_picture_that_cannot_be_written_costs_no_figures(tmp_path):
     result = bench("--json", "--svg", str(tmp_path / "roof2.svg"))
     assert result.exit_code == 2
     assert "cannot write" in result.stderr
-    assert len(json.loads(result.stdout)["figures"]) == 11
+    assert len(json.loads(result.stdout)["measurements"]) == 11

@@ -16,6 +16,7 @@ import internvl3_mlx
 from internvl3_mlx import load
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.chat_session import ChatSession
+from internvl3_mlx.cli.slash_commands import handle_line
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 
@@ -27,7 +28,7 @@ def vlm():
 
 @pytest.fixture
 def session(vlm, tmp_path, monkeypatch):
-    """A chat in a folder of two pictures."""
+    """A chat in a folder of two images."""
     monkeypatch.chdir(tmp_path)
     picture(130, 70).save(tmp_path / "cat.png")
     picture(60, 60, 1).save(tmp_path / "dog.png")
@@ -35,41 +36,41 @@ def session(vlm, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def told(session, capsys):
-    """Say a line and give what went to stderr."""
+def send(session, capsys):
+    """Send a line and return what went to stderr."""
 
-    def tell(text):
-        session.take(text)
+    def handle(text):
+        handle_line(session, text)
         return capsys.readouterr().err
 
-    return tell
+    return handle
 
 
-def test_a_dropped_picture_waits_for_the_question(session, told):
-    assert told("cat.png") == "cat.png 130×70 · 3 tiles · 12 tokens\n"
+def test_a_dropped_image_waits_for_the_question(session, send):
+    assert send("cat.png") == "cat.png 130×70 · 3 tiles · 12 tokens\n"
     assert session.conversation.exchanges == []
-    told("What is it?")
+    send("What is it?")
     assert [info.source for info in session.conversation.images] == ["cat.png"]
     assert session.pending == []
 
 
-def test_image_attaches_several_and_images_lists_them(session, told):
-    told("/image cat.png 'dog.png'")
-    told("Compare.")
-    told("dog.png")
-    assert told("/images").splitlines() == [
+def test_image_attaches_several_and_images_lists_them(session, send):
+    send("/image cat.png 'dog.png'")
+    send("Compare.")
+    send("dog.png")
+    assert send("/images").splitlines() == [
         "1  cat.png · 3 tiles",
-        "2  dog.png · 1 tiles",
-        "3  dog.png · for the next question",
+        "2  dog.png · 1 tile",
+        "3  dog.png · attached to the next question",
     ]
-    assert told("/drop 3") == "dropped dog.png\n"
-    assert told("/drop 1") == "dropped cat.png\n"
+    assert send("/drop 3") == "removed dog.png\n"
+    assert send("/drop 1") == "removed cat.png\n"
     assert [info.source for info in session.conversation.images] == ["dog.png"]
-    assert "no picture 7; this talk has 1" in told("/drop 7")
+    assert "no image 7; this conversation has 1" in send("/drop 7")
 
 
-def test_a_missing_picture_is_told_and_the_question_is_not_asked(session, told):
-    assert "error: no file at cot.png: did you mean cat.png?" in told("cot.png what is it?")
+def test_a_missing_image_is_reported_and_the_question_is_not_asked(session, send):
+    assert "error: no file at cot.png: did you mean cat.png?" in send("cot.png what is it?")
     assert session.conversation.exchanges == []
 
 
@@ -78,160 +79,161 @@ def test_a_missing_picture_is_told_and_the_question_is_not_asked(session, told):
     [
         ("/hlep", "no such command or image: /hlep; did you mean /help?"),
         ("/cat.png", "no such command or image: /cat.png; /help lists the commands"),
-        ("/image", "/image wants PATH…"),
-        ("/set", "/set wants NAME VALUE"),
-        ("/set temperature", "/set wants NAME VALUE, such as temperature 0.7"),
-        ("/set temperture 1", "no setting 'temperture'; did you mean 'temperature'?"),
-        ("/set temperature hot", "temperature cannot be hot; wanted a number"),
+        ("/image", "/image needs an argument: /image PATH…"),
+        ("/set", "/set needs an argument: /set NAME VALUE"),
+        ("/set temperature", "/set needs NAME VALUE, such as /set temp 0.7"),
+        ("/set temperture 1", "unknown option 'temperture'; did you mean temperature?"),
+        ("/set temperature hot", "temperature cannot be hot; expected a number"),
         ("/set v2pe_delta 1/3", "V2PE step 1/3"),
-        ("/set history x", "/set wants NAME VALUE"),
+        ("/set history x", "unknown option 'history'"),
         ("/undo", "nothing has been asked yet"),
         ("/retry", "nothing has been asked yet"),
-        ("/forget 3", "cannot forget 3 of 0 questions"),
-        ("/forget x", "/forget wants how many"),
+        ("/forget 3", "cannot drop 3 questions of 0"),
+        ("/forget x", "/forget needs a number of questions"),
         ("/load nowhere.zip", "no file at nowhere.zip"),
-        ("/save a b", "one file at a time"),
+        ("/save a b", "expected one file name"),
     ],
 )
-def test_mistakes_are_told_in_one_line_and_the_chat_goes_on(session, told, line, message):
-    assert message in told(line)
+def test_mistakes_are_reported_in_one_line_and_the_chat_goes_on(session, send, line, message):
+    assert message in send(line)
     assert not session.is_finished
 
 
-def test_a_path_that_begins_with_a_slash_is_no_command(session, told, tmp_path):
-    assert "cat.png 130×70" in told(f"{tmp_path}/cat.png")
-    told("/usr/bin is a folder?")
+def test_a_path_that_begins_with_a_slash_is_no_command(session, send, tmp_path):
+    assert "cat.png 130×70" in send(f"{tmp_path}/cat.png")
+    send("/usr/bin is a folder?")
     assert session.conversation.exchanges[0].question == "/usr/bin is a folder?"
 
 
-def test_undo_gives_the_pictures_back_to_the_next_question(session, told):
-    told("cat.png What is it?")
-    assert told("/undo") == "took back: What is it?\n"
+def test_undo_returns_the_images_to_the_next_question(session, send):
+    send("cat.png What is it?")
+    assert send("/undo") == "removed: What is it?\n"
     assert [item.name for item in session.pending] == ["cat.png"]
-    told("And now?")
+    send("And now?")
     assert len(session.conversation.images) == 1
 
 
-def test_retry_answers_in_the_place_of_the_last_answer(session, told):
-    told("cat.png What is it?")
+def test_retry_answers_in_the_place_of_the_last_answer(session, send):
+    send("cat.png What is it?")
     first = session.conversation.exchanges[0].answer
-    told("/retry")
+    send("/retry")
     assert [exchange.answer for exchange in session.conversation.exchanges] == [first]
 
 
-def test_settings_hold_from_the_next_question_on(session, told):
-    assert told("/set temp 0.5") == "temperature = 0.5\n"
-    assert told("/set v2pe-delta 1/4") == "v2pe_delta = 0.25\n"
-    assert told("/set temperature default") == "temperature = 0.0\n"
-    told("/system Be brief.")
-    assert session.conversation.settings.system == "Be brief."
-    shown = told("/show")
+def test_options_apply_from_the_next_question_on(session, send):
+    assert send("/set temp 0.5") == "temperature = 0.5\n"
+    assert send("/set v2pe-delta 1/4") == "v2pe_delta = 0.25\n"
+    assert send("/set temperature default") == "temperature = 0.0\n"
+    send("/system Be brief.")
+    assert session.conversation.generation_config.system == "Be brief."
+    shown = send("/show")
     assert "v2pe delta  0.25" in shown
     assert "positions" in shown
-    told("/system none")
-    assert session.conversation.settings.system is None
+    send("/system none")
+    assert session.conversation.generation_config.system is None
 
 
-def test_save_load_and_clear(session, told, tmp_path):
-    told("cat.png What is it?")
-    assert told("/save my\\ talk.zip cache") == "saved my talk.zip with what was read\n"
-    assert (tmp_path / "my talk.zip.safetensors").is_file()
-    assert told("/clear") == "a new talk\n"
+def test_save_load_and_clear(session, send, tmp_path):
+    send("cat.png What is it?")
+    assert send("/save my\\ chat.zip cache") == "saved my chat.zip with its prompt cache\n"
+    assert (tmp_path / "my chat.zip.safetensors").is_file()
+    assert send("/clear") == "started a new conversation\n"
     assert session.conversation.exchanges == []
-    assert told("/load 'my talk.zip'") == "loaded 1 question; nothing has to be read again\n"
+    assert send("/load 'my chat.zip'") == "loaded 1 question; the prompt cache was restored\n"
     assert len(session.conversation.images) == 1
-    told("/save plain.zip")
-    session.conversation.memory.reading = session.conversation.memory.reading.prefix(0)
-    assert "reads it all again" in told("/load plain.zip")
+    send("/save plain.zip")
+    cache = session.conversation.prompt_cache
+    cache.key = cache.key.prefix(0)
+    assert "processes it again" in send("/load plain.zip")
 
 
-def test_edit_changes_the_last_question_and_asks_again(session, told, monkeypatch):
+def test_edit_changes_the_last_question_and_asks_again(session, send, monkeypatch):
     monkeypatch.setattr("click.edit", lambda text: text.replace("it", "this"))
-    told("cat.png What is it?")
-    told("/edit")
+    send("cat.png What is it?")
+    send("/edit")
     assert [exchange.question for exchange in session.conversation.exchanges] == ["What is this?"]
     assert len(session.conversation.images) == 1
     monkeypatch.setattr("click.edit", lambda text: None)
-    assert told("/edit") == "nothing was changed\n"
+    assert send("/edit") == "nothing changed\n"
 
 
-def test_forget_makes_room(session, told):
-    told("One?")
-    told("Two?")
-    assert told("/forget") == "1 questions are left\n"
+def test_forget_frees_space(session, send):
+    send("One?")
+    send("Two?")
+    assert send("/forget") == "1 question left\n"
     assert session.conversation.exchanges[0].question == "Two?"
 
 
 @pytest.mark.parametrize("word", ["/exit", "/quit", "/bye"])
-def test_leaving(session, told, word):
-    told(word)
+def test_leaving(session, send, word):
+    send(word)
     assert session.is_finished
 
 
 @pytest.mark.parametrize("word", ["/help", "/?"])
-def test_help_names_every_command(told, word):
+def test_help_names_every_command(send, word):
     from internvl3_mlx.cli.slash_commands import COMMANDS
 
-    text = told(word)
+    text = send(word)
     assert all(command.name in text and command.help in text for command in COMMANDS)
 
 
-def test_paste_takes_the_picture_in_the_clipboard(session, told, monkeypatch):
+def test_paste_takes_the_image_in_the_clipboard(session, send, monkeypatch):
     monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: picture(60, 60))
-    assert "60×60 · 1 tile · 4 tokens" in told("/paste")
+    assert "60×60 · 1 tile · 4 tokens" in send("/paste")
     monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: None)
-    assert "no image in the clipboard: copy one first" in told("/paste")
+    assert "no picture in the clipboard: copy one first" in send("/paste")
 
 
-def test_a_video_is_a_picture_that_moves(session, told, tmp_path):
+def test_a_video_is_a_sequence_of_images(session, send, tmp_path):
     write_video(tmp_path / "clip.mp4", frames=5)
-    told("/set num_frames 3")
-    assert told("clip.mp4") == "clip.mp4 · 3 frames · 12 tokens\n"
-    told("What happens?")
+    send("/set num_frames 3")
+    assert send("clip.mp4") == "clip.mp4 · 3 frames · 12 tokens\n"
+    send("What happens?")
     assert len(session.conversation.exchanges[0].videos[0].frames) == 3
 
 
-def test_the_pages_of_a_pdf_are_pictures(session, told, tmp_path):
+def test_the_pages_of_a_pdf_are_images(session, send, tmp_path):
     write_pdf(tmp_path / "report.pdf", (100, 200), (100, 200))
-    first, second = told("report.pdf").splitlines()
+    first, second = send("report.pdf").splitlines()
     assert re.match(r"report\.pdf page 1 89\d×179\d · \d+ tiles", first)
     assert second.startswith("report.pdf page 2")
 
 
-def test_what_is_too_long_is_refused_and_its_pictures_are_kept(told, tmp_path, monkeypatch):
+def test_what_is_too_long_is_rejected_and_its_images_are_kept(send, tmp_path, monkeypatch):
     short = load(str(tiny(Recipe(max_positions=96)).folder))
     monkeypatch.chdir(tmp_path)
     picture(60, 60).save("dog.png")
     session = ChatSession(short.conversation(system=""))
-    session.handle_line("dog.png")
-    session.handle_line("word " * 300)
+    handle_line(session, "dog.png")
+    handle_line(session, "word " * 300)
     assert [item.name for item in session.pending] == ["dog.png"]
 
 
 def test_the_user_is_warned_before_the_window_is_full(capsys):
     short = load(str(tiny(Recipe(max_positions=96)).folder))
     session = ChatSession(short.conversation(system="", max_tokens=12))
-    session.handle_line("word " * 14)
-    assert "of 96 positions; to make room: forget the oldest" in capsys.readouterr().err
+    handle_line(session, "word " * 14)
+    assert "of 96 positions; to free some: forget the oldest" in capsys.readouterr().err
 
 
-def test_an_interrupt_before_the_first_word_takes_the_question_back(session, told, monkeypatch):
-    told("cat.png")
+def test_an_interrupt_before_the_first_word_takes_the_question_back(session, send, monkeypatch):
+    send("cat.png")
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(type(session.conversation.runner.model), "encode_tiles", interrupted)
-        assert "stopped before the first word" in told("What is it?")
+        assert "stopped before the first token" in send("What is it?")
     assert [item.name for item in session.pending] == ["cat.png"]
     assert session.conversation.exchanges == []
-    told("What is it?")
+    send("What is it?")
     assert len(session.conversation.exchanges) == 1
 
 
-def test_an_interrupted_retry_keeps_the_last_answer(session, told, monkeypatch):
-    told("What is it?")
+def test_an_interrupted_retry_keeps_the_last_answer(session, send, monkeypatch):
+    send("What is it?")
     before = session.conversation.exchanges
 
     def interrupted(*_, **__):
@@ -239,15 +241,17 @@ def test_an_interrupted_retry_keeps_the_last_answer(session, told, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("internvl3_mlx.generation.engine.Engine.prefill", interrupted)
-        assert "the last answer is kept" in told("/retry")
+        assert "the last answer is unchanged" in send("/retry")
     assert session.conversation.exchanges == before
 
 
-def test_figures_tell_what_was_kept_and_how_many_guesses_were_right(vlm):
+def test_statistics_tell_what_was_kept_and_how_many_draft_tokens_were_right(vlm):
     talk = vlm.conversation(max_tokens=20, draft_model=vlm)
     talk.ask("What is it?", [picture(60, 60)])
     text = console.format_stats(talk.ask("Why?"))
-    assert re.search(r"prompt \d+ \(4 image, \d+ kept\) in .* · 100% of \d+ guesses right$", text)
+    assert re.search(
+        r"prompt \d+ \(4 image, \d+ cached\) in .* · 100% of \d+ draft tokens accepted$", text
+    )
 
 
 def piped(text, *words, cwd):
@@ -283,10 +287,10 @@ def test_a_pipe_that_closes_ends_the_chat_quietly(session, vlm, tmp_path):
     assert done.returncode == 1
 
 
-def test_a_draft_model_that_cannot_be_is_told_before_the_first_question(vlm, tmp_path):
+def test_a_draft_model_that_cannot_be_is_reported_before_the_first_question(vlm, tmp_path):
     other = str(tiny(Recipe(style="9b")).folder)
     words = ["--model", str(vlm.loaded.folder), "--draft-model", other]
     done = piped("One?\n", *words, cwd=tmp_path)
     assert done.returncode == 2
-    assert "its tokens are others" in done.stderr
+    assert "it has a different vocabulary" in done.stderr
     assert done.stdout == ""

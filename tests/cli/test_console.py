@@ -36,7 +36,7 @@ def wait_for(condition) -> None:
     assert condition()
 
 
-def test_errors_and_notes_are_coloured_on_a_terminal(terminal):
+def test_errors_and_notes_are_colored_on_a_terminal(terminal):
     console.error("no such file")
     console.note("untrained")
     error, note = terminal.getvalue().splitlines()
@@ -45,7 +45,7 @@ def test_errors_and_notes_are_coloured_on_a_terminal(terminal):
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_colour_can_be_refused(terminal, monkeypatch, name, value):
+def test_color_can_be_refused(terminal, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     console.error("no such file")
     console.hint("see --help")
@@ -107,14 +107,14 @@ def test_a_failure_while_waiting_clears_the_line(terminal, impatient):
     assert terminal.getvalue().endswith(console.CLEAR_LINE)
 
 
-def test_figures_leave_images_out_when_there_are_none():
+def test_statistics_leave_images_out_when_there_are_none():
     answer = FakeAnswer("yes", images=0)
     assert "(1,792 image)" in console.format_stats(answer)
     answer.usage = type(answer.usage)(prompt_tokens=17, image_tokens=0, completion_tokens=1)
     assert console.format_stats(answer) == "1 token · 61.3 tok/s · prompt 17 in 0.9 s · peak 3.2 GB"
 
 
-def test_values_are_put_in_words(capsys):
+def test_values_are_formatted(capsys):
     console.print_table(
         {"metal": True, "bits": 4.50, "size_gb": 12.0, "system": None, "ids": (1, 20)}
     )

@@ -1,4 +1,4 @@
-"""The report says what is right, what falls back and what is wrong, and names no paths."""
+"""The report lists what is correct, what falls back and what is wrong, without paths."""
 
 import json
 from dataclasses import dataclass
@@ -38,10 +38,10 @@ class Sound:
 
     name: str = "sound"
     dtype: mx.Dtype = mx.float32
-    instead: str = "MLX"
+    fallback: str = "MLX"
     fault: str = ""
 
-    def both(self):
+    def self_test_pairs(self):
         if self.fault:
             raise RuntimeError(self.fault)
         return [(mx.ones(3), mx.ones(3))]
@@ -56,10 +56,10 @@ def a_mac(_no_metal, monkeypatch):
 def test_without_metal_that_is_said_and_the_rest_is_tried():
     result = doctor()
     assert result.exit_code == 0
-    assert "not tried: Metal is not here" in result.stdout
+    assert "not run: Metal is not available" in result.stdout
     assert "rotary at V2PE positions" in result.stdout
     assert "says 'dog'" in result.stdout
-    assert result.stdout.endswith("verdict  all is well\n")
+    assert result.stdout.endswith("verdict  all checks passed\n")
 
 
 def test_the_report_is_one_json_object():
@@ -77,7 +77,9 @@ def test_kernels_that_work_and_kernels_that_do_not(a_mac):
     assert sound == {"check": "sound", "result": "ok", "detail": "relative error 0"}
     assert broken["result"] == "falls back"
     assert broken["detail"] == "failed on this machine (cannot open …: no)"
-    assert report["verdict"].startswith("results are right, but a kernel does not work here")
+    assert report["verdict"].startswith(
+        "all results are correct, but a kernel falls back to MLX here"
+    )
     assert (result.exit_code, result.stderr) == (0, "")
 
 
@@ -85,8 +87,8 @@ def test_a_wrong_result_ends_with_an_exit_code(monkeypatch):
     monkeypatch.setitem(self_check.CHECKS, "attention, 8-bit cache", lambda: 0.5)
     result = doctor()
     assert result.exit_code == 1
-    assert "attention, 8-bit cache             WRONG    relative error 5e-01" in result.stdout
-    assert "1 of 8 checks are wrong; please report this" in result.stdout
+    assert "attention, 8-bit cache               WRONG    relative error 5e-01" in result.stdout
+    assert "1 of 8 checks failed; please report this" in result.stdout
 
 
 def test_a_model_that_fails_is_a_result(monkeypatch):
@@ -99,7 +101,7 @@ def test_a_model_that_fails_is_a_result(monkeypatch):
     assert report["checks"][-1]["result"] == "WRONG"
 
 
-def test_where_kernels_pay_is_told():
+def test_kernel_thresholds_is_reported():
     registry.write_thresholds([registry.KernelThreshold("flash_decode", 8, 64, 7, 4096)])
     used = json.loads(doctor("--json").stdout)["kernels"]["used"]
     assert used == {"flash_decode, 8 bits, head_dim 64, 7 rows": "from 4,096 tokens"}
@@ -125,31 +127,33 @@ def ask(monkeypatch, tmp_path, switch, *words):
     return CliRunner().invoke(main, ["generate", str(tmp_path / "a.png"), *words])
 
 
-def test_a_kernel_that_does_not_work_is_told_in_one_line(monkeypatch, tmp_path, a_mac):
+def test_a_kernel_that_does_not_work_is_reported_in_one_line(monkeypatch, tmp_path, a_mac):
     from internvl3_mlx.metal_kernels.flash_decode import FlashVariant
 
     plain = ask(monkeypatch, tmp_path, "off")
-    monkeypatch.setattr(FlashVariant, "self_test_pairs", Sound(fault="no such function").both)
+    monkeypatch.setattr(
+        FlashVariant, "self_test_pairs", Sound(fault="no such function").self_test_pairs
+    )
     result = ask(monkeypatch, tmp_path, "force")
     assert result.stdout == plain.stdout
     assert result.stderr.startswith("note: Metal kernel flash_decode 8 bits")
-    assert "(no such function): using MLX's own attention" in result.stderr
+    assert "(no such function); falling back to MLX's own attention" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     self_test.results.clear()
     (tmp_path / "kernels" / "self_tests.json").unlink()
-    assert ask(monkeypatch, tmp_path, "force", "-q").stderr == ""
+    assert ask(monkeypatch, tmp_path, "force", "--quiet").stderr == ""
 
 
-def test_an_unknown_wish_is_refused_before_anything_is_tried(monkeypatch):
+def test_an_unknown_mode_is_rejected_before_anything_is_tried(monkeypatch):
     monkeypatch.setenv(dispatch.MODE_VARIABLE, "maybe")
     monkeypatch.setattr(doctor_module, "run_checks", None)
     result = doctor()
     assert result.exit_code == 2
-    assert "INTERNVL3_KERNELS=maybe: it may be off, on or force" in result.stderr
+    assert "INTERNVL3_KERNELS=maybe is not a mode; choose from off, on, force" in result.stderr
 
 
-def test_an_unknown_wish_is_refused_before_a_model_loads(monkeypatch, tmp_path):
+def test_an_unknown_mode_is_rejected_before_a_model_loads(monkeypatch, tmp_path):
     monkeypatch.setitem(vars(internvl3_mlx), "load", None)
     result = ask(monkeypatch, tmp_path, "maybe")
     assert result.exit_code == 2
-    assert "INTERNVL3_KERNELS=maybe: it may be off, on or force" in result.stderr
+    assert "INTERNVL3_KERNELS=maybe is not a mode; choose from off, on, force" in result.stderr

@@ -57,36 +57,34 @@ def screens(result) -> tuple[str, str, int]:
 
 def test_the_answer_is_all_there_is_on_stdout(vlm, red):
     assert screens(generate(red, "-p", "What is this?")) == ("A red square.\n", "", 0)
-    assert [(question, len(names)) for question, names, _ in vlm.processing_config] == [
-        ("What is this?", 1)
-    ]
+    assert [(question, len(names)) for question, names, _ in vlm.asked] == [("What is this?", 1)]
 
 
-def test_a_question_needs_no_picture(vlm):
+def test_a_question_needs_no_image(vlm):
     assert screens(generate("-p", "Who are you?")) == ("A red square.\n", "", 0)
-    assert vlm.processing_config == [("Who are you?", [], {})]
+    assert vlm.asked == [("Who are you?", [], {})]
 
 
-def test_pictures_come_in_the_order_given_positional_first(vlm, red, green):
+def test_images_come_in_the_order_given_positional_first(vlm, red, green):
     generate("-i", green, red, "-p", "Which?")
-    ((_, names, _),) = vlm.processing_config
+    ((_, names, _),) = vlm.asked
     assert [Path(name).name for name in names] == ["red.png", "my green.png"]
 
 
 @pytest.mark.parametrize("flags", [[], ["-p", "-"]])
 def test_the_question_is_read_from_a_pipe(vlm, flags):
     assert generate(*flags, input="What is this?\n").exit_code == 0
-    assert vlm.processing_config[0][0].strip() == "What is this?"
+    assert vlm.asked[0][0].strip() == "What is this?"
 
 
-def test_a_picture_is_read_from_a_pipe(vlm):
+def test_an_image_is_read_from_a_pipe(vlm):
     png = BytesIO()
     Image.new("RGB", (7, 5), "red").save(png, "PNG")
     assert generate("-", "-p", "What is this?", input=png.getvalue()).exit_code == 0
-    assert vlm.processing_config == [("What is this?", ["standard input"], {})]
+    assert vlm.asked == [("What is this?", ["standard input"], {})]
 
 
-def test_at_a_keyboard_a_missing_question_is_told_at_once(red):
+def test_at_a_keyboard_a_missing_question_is_reported_at_once(red):
     keyboard, ours = pty.openpty()
     done = subprocess.run(
         [sys.executable, "-m", "internvl3_mlx", "generate", red],
@@ -98,44 +96,48 @@ def test_at_a_keyboard_a_missing_question_is_told_at_once(red):
     )
     os.close(keyboard)
     os.close(ours)
-    assert done.stderr == 'error: no question: pass -p "What is this?" or pipe text in\n'
+    assert done.stderr == 'error: no question; pass -p "What is this?" or pipe text in\n'
     assert (done.stdout, done.returncode) == ("", 2)
 
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["-p", " "], 'the question is empty: pass -p "What is this?" or pipe text in'),
-        ([], 'the question is empty: pass -p "What is this?" or pipe text in'),
-        (["-"], "standard input holds what is asked about; pass the question with -p"),
-        (["-", "-", "-p", "?"], "standard input holds one thing; - was given more than once"),
+        (["-p", " "], 'the question is empty; pass -p "What is this?" or pipe text in'),
+        ([], 'the question is empty; pass -p "What is this?" or pipe text in'),
+        (["-"], "standard input is used for the image; pass the question with -p"),
+        (
+            ["-", "-", "-p", "?"],
+            "- was given more than once, but standard input can be read only once",
+        ),
         (
             ["-", "--video", "-", "-p", "?"],
-            "standard input holds one thing; - was given more than once",
+            "- was given more than once, but standard input can be read only once",
         ),
-        (["--json", "--jsonl", "-p", "?"], "--json and --jsonl: choose one"),
+        (["--json", "--jsonl", "-p", "?"], "--json and --jsonl are mutually exclusive; choose one"),
         (
             ["--each", "--json", "a.png", "-p", "?"],
-            "--json is one object; with --each use --jsonl, one line for each picture",
+            "--json prints one object; with --each use --jsonl, one line per image",
         ),
-        (["--each", "-p", "?"], "--each without pictures: name some files"),
+        (["--each", "-p", "?"], "--each needs images; name some files"),
         (
             ["--each", "a.png", "--video", "b.mp4", "-p", "?"],
-            "--each is for pictures; ask about one video at a time",
+            "--each is for images; ask about one video at a time",
         ),
         (["--video", "no/such.mp4", "-p", "?"], "no file at no/such.mp4: check the path"),
         (
             ["--v2pe-delta", "1/4,auto", "-p", "?"],
-            "--v2pe-delta 1/4,auto: auto stands alone; give a step for each image",
+            "--v2pe-delta 1/4,auto: auto cannot be combined with other steps; "
+            "give one step per image, or auto alone",
         ),
     ],
 )
-def test_a_mistake_is_told_before_the_model_loads(vlm, flags, complaint):
+def test_a_mistake_is_reported_before_the_model_loads(vlm, flags, complaint):
     assert screens(generate(*flags, input="")) == ("", f"error: {complaint}\n", 2)
     assert vlm.loaded == []
 
 
-def test_a_missing_picture_is_told_before_the_model_loads(vlm, red, missing):
+def test_a_missing_image_is_reported_before_the_model_loads(vlm, red, missing):
     result = generate(red, missing, "-p", "?")
     assert missing in result.stderr
     assert result.stderr.startswith("error: ")
@@ -146,34 +148,32 @@ def test_a_missing_picture_is_told_before_the_model_loads(vlm, red, missing):
 @pytest.mark.parametrize(
     ("flag", "value", "bound"),
     [
-        ("--max-tokens", "0", "x>=1"),
-        ("--temp", "-0.1", "x>=0"),
-        ("--top-p", "1.5", "0<x<=1"),
-        ("--top-p", "0", "0<x<=1"),
-        ("--top-k", "-1", "x>=0"),
-        ("--min-p", "2", "0<=x<=1"),
-        ("--repetition-penalty", "0", "x>0"),
-        ("--max-tiles", "0", "x>=1"),
-        ("--min-tiles", "0", "x>=1"),
-        ("--num-frames", "0", "x>=1"),
-        ("--samples", "1000", "1<=x<=256"),
-        ("--seed", "-1", "0<=x"),
-        ("--quantized-kv-start", "-1", "x>=0"),
-        ("--prefill-step-size", "0", "x>=1"),
-        ("--kv-bits", "5", "'4', '8'"),
-        ("--kv-group-size", "48", "'32', '64', '128'"),
-        ("--q-bits", "1", "'4', '8', '16'"),
+        ("--max-tokens", "0", "max_tokens is 0; choose 1 to 1e+09"),
+        ("--temp", "-0.1", "temperature is -0.1; choose 0 to 100"),
+        ("--top-p", "1.5", "top_p is 1.5; choose 0 to 1"),
+        ("--top-k", "-1", "top_k is -1; choose 0 to"),
+        ("--min-p", "2", "min_p is 2.0; choose 0 to 1"),
+        ("--repetition-penalty", "0", "repetition_penalty is 0.0; choose 0.01 to 100"),
+        ("--max-tiles", "0", "max_tiles is 0; choose 1 to"),
+        ("--min-tiles", "0", "min_tiles is 0; choose 1 to"),
+        ("--num-frames", "0", "num_frames is 0; choose 1 to"),
+        ("--num-samples", "1000", "--num-samples': 1000 is not in the range 1<=x<=256"),
+        ("--seed", "-1", "seed is -1; choose 0 to"),
+        ("--quantized-kv-start", "-1", "quantized_kv_start is -1; choose 0 to"),
+        ("--prefill-step-size", "0", "prefill_step_size is 0; choose 1 to"),
+        ("--kv-bits", "5", "--kv-bits': '5' is not one of '4', '8'"),
+        ("--kv-group-size", "48", "--kv-group-size': '48' is not one of '32', '64', '128'"),
+        ("--q-bits", "1", "--q-bits': '1' is not one of '4', '8', '16'"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_its_range(vlm, flag, value, bound):
+def test_a_value_out_of_range_is_rejected_with_its_range(vlm, flag, value, bound):
     result = generate("-p", "?", flag, value)
-    assert result.stderr.startswith("error: Invalid value for ")
-    assert flag in result.stderr
+    assert result.stderr.startswith("error: ")
     assert bound in result.stderr
     assert (result.stdout, result.exit_code, vlm.loaded) == ("", 2, [])
 
 
-def test_flags_reach_the_settings_and_only_those_given(vlm):
+def test_flags_reach_the_generation_config_and_only_those_given(vlm):
     flags = [
         *("--system", "", "-m", "9", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "3"),
         *("--min-p", "0.1", "--repetition-penalty", "1.1", "--seed", "0", "--stop", "a"),
@@ -183,7 +183,7 @@ def test_flags_reach_the_settings_and_only_those_given(vlm):
         *("--quantized-kv-start", "7", "--prefill-step-size", "512"),
     ]
     assert generate("-p", "?", *flags).exit_code == 0
-    assert vlm.processing_config[0][2] == {
+    assert vlm.asked[0][2] == {
         "system": "",
         "max_tokens": 9,
         "temperature": 0.5,
@@ -212,12 +212,12 @@ def test_flags_reach_the_settings_and_only_those_given(vlm):
 @pytest.mark.parametrize(
     ("text", "delta"), [("auto", "auto"), ("1", 1.0), ("1/256", 1 / 256), ("1, 1/2", (1.0, 0.5))]
 )
-def test_the_position_step_is_one_or_one_for_each_picture(vlm, text, delta):
+def test_the_position_step_is_one_or_one_for_each_image(vlm, text, delta):
     assert generate("-p", "?", "--v2pe-delta", text).exit_code == 0
-    assert vlm.processing_config[0][2] == {"v2pe_delta": delta}
+    assert vlm.asked[0][2] == {"v2pe_delta": delta}
 
 
-def test_a_position_step_off_the_scale_is_refused(vlm):
+def test_a_position_step_off_the_scale_is_rejected(vlm):
     result = generate("-p", "?", "--v2pe-delta", "1/3")
     assert "1/3" in result.stderr
     assert (result.exit_code, vlm.loaded) == (2, [])
@@ -227,7 +227,7 @@ def test_a_video_reaches_the_settings(vlm, tmp_path):
     video = tmp_path / "walk.mp4"
     video.write_bytes(b"frames")
     assert generate("-p", "?", "--video", str(video)).exit_code == 0
-    assert vlm.processing_config[0][2] == {"video": (str(video),)}
+    assert vlm.asked[0][2] == {"video": (str(video),)}
 
 
 def test_flags_reach_load_and_only_those_given(vlm):
@@ -252,13 +252,13 @@ def test_stats_go_to_stderr(vlm, red):
 
 
 def test_notes_go_to_stderr(vlm):
-    vlm.warnings, vlm.trained = ("no network: using the demo model",), False
+    vlm.notes, vlm.trained = ("no network: using the demo model",), False
     notes = f"note: no network: using the demo model\nnote: {UNTRAINED_NOTE}\n"
     assert screens(generate("-p", "?")) == ("A red square.\n", notes, 0)
 
 
 def test_quiet_silences_notes(vlm):
-    vlm.warnings, vlm.trained = ("no network: using the demo model",), False
+    vlm.notes, vlm.trained = ("no network: using the demo model",), False
     assert screens(generate("-p", "?", "--quiet")) == ("A red square.\n", "", 0)
 
 
@@ -275,12 +275,12 @@ def test_jsonl_is_one_line(vlm, red):
     assert result.stdout == '{"model": "fake", "text": "A red square.", "images": 1}\n'
 
 
-def test_each_heads_every_answer_with_its_file(vlm, red, green):
+def test_each_prints_the_file_above_every_answer(vlm, red, green):
     result = generate(red, green, "-p", "?", "--each")
     answers = f"== {red}\nA red square.\n== {green}\nA red square.\n"
     assert screens(result) == (answers, "", 0)
     assert len(vlm.loaded) == 1
-    assert [len(names) for _, names, _ in vlm.processing_config] == [1, 1]
+    assert [len(names) for _, names, _ in vlm.asked] == [1, 1]
 
 
 def test_each_with_jsonl_is_one_line_a_file(vlm, red, green):
@@ -291,7 +291,7 @@ def test_each_with_jsonl_is_one_line_a_file(vlm, red, green):
     assert (result.stderr, result.exit_code) == ("", 0)
 
 
-def test_a_picture_that_fails_does_not_stop_the_others(vlm, red, missing):
+def test_an_image_that_fails_does_not_stop_the_others(vlm, red, missing):
     result = generate(missing, red, "-p", "?", "--each", "--jsonl")
     first, second = [json.loads(line) for line in result.stdout.splitlines()]
     assert first.keys() == {"source", "error"}
@@ -300,19 +300,19 @@ def test_a_picture_that_fails_does_not_stop_the_others(vlm, red, missing):
     assert (result.stderr, result.exit_code) == ("", 1)
 
 
-def test_an_answer_that_fails_is_told_with_its_picture(vlm, red):
+def test_an_answer_that_fails_is_reported_with_its_image(vlm, red):
     vlm.fault = PromptError("too long")
     result = generate(red, "-p", "?", "--each")
     assert screens(result) == (f"== {red}\nA red ", f"error: {red}: too long\n", 1)
 
 
-def test_when_no_picture_can_be_read_no_model_loads(vlm, missing):
+def test_when_no_image_can_be_read_no_model_loads(vlm, missing):
     result = generate(missing, "-p", "?", "--each")
     assert missing in result.stderr
     assert (result.stdout, result.exit_code, vlm.loaded) == ("", 2, [])
 
 
-def test_an_interrupt_keeps_what_was_said(vlm):
+def test_an_interrupt_keeps_the_text_so_far(vlm):
     vlm.fault = KeyboardInterrupt()
     assert screens(generate("-p", "?")) == ("A red ", "", 130)
 
@@ -320,3 +320,16 @@ def test_an_interrupt_keeps_what_was_said(vlm):
 def test_the_models_text_is_never_markup(vlm):
     vlm.pieces = ("[bold]x[/v1/models]", "\x1b[31m red\n")
     assert generate("-p", "?").stdout == "[bold]x[/v1/models]\x1b[31m red\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "flag"),
+    [("-q", "--quiet"), ("--samples", "--num-samples"), ("--quantize", "--q-bits")],
+)
+def test_a_flag_of_another_command_suggests_ours(typed, flag):
+    result = generate("-p", "?", typed, "4")
+    assert (
+        f"No such option '{typed}'" in result.stderr or f"No such option: {typed}" in result.stderr
+    )
+    assert f"Did you mean {flag}?" in result.stderr or f"Did you mean '{flag}'?" in result.stderr
+    assert result.exit_code == 2

@@ -48,7 +48,7 @@ def info(*args: str):
 
 @pytest.fixture
 def inspect(monkeypatch):
-    """Let ``loading.inspect`` return or raise what the test says."""
+    """Let ``loading.inspect`` return or raise an outcome."""
 
     def plant(outcome):
         def give(_model):
@@ -56,7 +56,7 @@ def inspect(monkeypatch):
                 raise outcome
             return outcome
 
-        stand_in = SimpleNamespace(inspect=give)
+        stand_in = SimpleNamespace(inspect_model=give)
         monkeypatch.setitem(sys.modules, "internvl3_mlx.loading.inspect", stand_in)
 
     return plant
@@ -64,7 +64,7 @@ def inspect(monkeypatch):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """Let the hub's cache hold what the test says, None for no folder; ours is a new one."""
+    """Let the hub's cache hold some repositories, or None for no cache; ours is a new one."""
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
 
     def plant(repos):
@@ -90,7 +90,7 @@ def test_a_models_facts_are_one_json_object(inspect):
     assert json.loads(info("some/folder", "--json").stdout) == FACTS
 
 
-def test_a_folder_that_holds_no_model_is_told(inspect):
+def test_a_folder_that_holds_no_model_is_reported(inspect):
     inspect(CheckpointError("no config.json in some/folder"))
     result = info("some/folder")
     assert (result.stdout, result.stderr) == ("", "error: no config.json in some/folder\n")
@@ -106,23 +106,23 @@ def test_without_a_model_versions_and_device_are_shown(cache):
     assert "\n  mlx " in info().stdout
 
 
-def test_cached_models_of_the_family_are_listed_then_packed_copies(cache):
+def test_cached_models_of_the_family_are_listed_then_quantized_copies(cache):
     sizes = {"OpenGVLab/InternVL3-2B": 4_204_000_000, "mlx-community/InternVL3-1B-4bit": 10**9}
     repos = [
         SimpleNamespace(repo_id=name, repo_type="model", size_on_disk=size)
         for name, size in [*sizes.items(), ("other/llm", 3)]
     ]
     ours = cache([*repos[::-1], SimpleNamespace(repo_id="x/internvl3", repo_type="dataset")])
-    packed = ours / "InternVL3-2B-4bit"
-    packed.mkdir()
-    (packed / "config.json").write_text("{}")
-    (packed / "model.safetensors").write_bytes(bytes(1_599_998))
+    quantized = ours / "InternVL3-2B-4bit"
+    quantized.mkdir()
+    (quantized / "config.json").write_text("{}")
+    (quantized / "model.safetensors").write_bytes(bytes(1_599_998))
     table = json.loads(info("--json").stdout)["cached_models"]
-    assert table[-1] == {"model": str(packed), "nbytes": 1_600_000}
+    assert table[-1] == {"model": str(quantized), "nbytes": 1_600_000}
     *_, first, second, third = info().stdout.splitlines()
     assert first.split() == ["OpenGVLab/InternVL3-2B", "4.2", "GB"]
     assert second.split() == ["mlx-community/InternVL3-1B-4bit", "1.0", "GB"]
-    assert third.split() == [str(packed), "1.6", "MB"]
+    assert third.split() == [str(quantized), "1.6", "MB"]
 
 
 def test_no_cache_folder_means_no_models(cache):
@@ -147,7 +147,7 @@ def test_the_gpus_limits_are_shown(cache, monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: facts)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     assert json.loads(info("--json").stdout)["device"] == {
-        "computes_on": "Apple M4 Pro",
+        "device_name": "Apple M4 Pro",
         "metal": True,
         "memory_nbytes": 25_769_803_776,
         "usable_by_gpu_nbytes": 19_069_665_280,
@@ -155,7 +155,7 @@ def test_the_gpus_limits_are_shown(cache, monkeypatch):
     }
     assert (
         "device\n"
-        "  computes on     Apple M4 Pro\n"
+        "  device name     Apple M4 Pro\n"
         "  metal           yes\n"
         "  memory          25.8 GB\n"
         "  usable by gpu   19.1 GB\n"

@@ -12,7 +12,7 @@ SCREENSHOT = f"Screenshot 2026-11-23 at 9.41.00{NARROW}AM.png"
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home folder with pictures of every awkward name, which is also the current folder."""
+    """A home folder with images of every awkward name, which is also the current folder."""
     icloud = tmp_path / "com~apple~CloudDocs"
     icloud.mkdir()
     names = ("My cat.png", "a b.png", "c.webp", "cat.png", SCREENSHOT, "clip.mp4", "report.pdf")
@@ -50,14 +50,14 @@ def home(tmp_path, monkeypatch):
         ("", [], ""),
     ],
 )
-def test_words_that_are_pictures_are_taken_out_and_the_rest_stays(home, typed, sources, question):
+def test_words_that_are_images_are_taken_out_and_the_rest_stays(home, typed, sources, question):
     line = parse_line(typed)
     assert [dropped.source for dropped in line.media] == sources
     assert line.question == (typed if question is None else question)
     assert line.problems == ()
 
 
-def test_a_file_address_is_a_picture(home):
+def test_a_file_address_is_an_image(home):
     line = parse_line(f"file://{home}/My%20cat.png hi")
     assert len(line.media) == 1
     assert line.question == "hi"
@@ -76,7 +76,7 @@ def test_the_suffix_says_what_it_is(home, name, kind):
 
 
 @pytest.mark.parametrize("typed", ["~/cta.png what?", "what is 'no such.png' about"])
-def test_a_missing_picture_is_reported_and_never_sent(home, typed):
+def test_a_missing_image_is_reported_and_never_sent(home, typed):
     line = parse_line(typed)
     assert line.media == ()
     assert "no file at" in line.problems[0]

@@ -52,7 +52,7 @@ def test_every_command_is_listed_with_its_first_sentence():
     assert screen == invoke("--help").stdout
     for name in COMMANDS:
         assert f"\n  {name}" in screen
-    assert "Ask one question about some pictures and print the answer.\n" in screen
+    assert "Answer one question about images or videos.\n" in screen
 
 
 def test_version_is_one_line():
@@ -63,11 +63,15 @@ def test_version_is_one_line():
 
 @pytest.mark.parametrize(
     ("typed", "advice"),
-    [("genrate", "did you mean generate?"), ("xyz", f"known are {', '.join(COMMANDS)}")],
+    [
+        ("genrate", "did you mean generate?"),
+        ("xyz", f"choose from {', '.join(COMMANDS)}"),
+        ("lora", "internvl3 train fine-tunes"),
+    ],
 )
 def test_unknown_command_gets_the_nearest_name(typed, advice):
     result = invoke(typed)
-    assert result.stderr == f"error: no command {typed!r}; {advice}\nsee internvl3 --help\n"
+    assert result.stderr == f"error: unknown command {typed!r}; {advice}\nsee internvl3 --help\n"
     assert (result.stdout, result.exit_code) == ("", 2)
 
 
@@ -87,12 +91,12 @@ def test_unknown_flag_is_one_line_and_where_to_look():
         (DownloadError("no network"), "error: no network\n", 1),
         (
             ZeroDivisionError("by 0"),
-            "error: ZeroDivisionError: by 0 (run again with --debug to see where)\n",
+            "error: ZeroDivisionError: by 0 (run again with --debug for the traceback)\n",
             1,
         ),
         (
             KeyError(),
-            "error: KeyError (run again with --debug to see where)\n",
+            "error: KeyError (run again with --debug for the traceback)\n",
             1,
         ),
         (click.Abort(), "", 130),
@@ -120,12 +124,12 @@ def test_debug_shows_the_traceback_above_the_line(monkeypatch):
 
 
 def test_debug_covers_mistakes_in_later_flags():
-    result = invoke("generate", "--top-p", "7", "--debug")
+    result = invoke("generate", "--top-p", "high", "--debug")
     assert "Traceback" in result.stderr
     assert result.exit_code == 2
 
 
-def test_a_reader_that_leaves_ends_us_quietly():
+def test_a_closed_pipe_ends_the_program_quietly():
     code = """
 import internvl3_mlx
 from fixtures.fake_vlm import FakeVLM
@@ -158,7 +162,7 @@ def test_the_package_runs_as_a_module(call):
     assert done.stdout
 
 
-def test_a_full_disk_is_told_without_its_number(monkeypatch):
+def test_a_full_disk_is_reported_without_its_number(monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -166,5 +170,5 @@ def test_a_full_disk_is_told_without_its_number(monkeypatch):
     result = invoke("info")
     assert result.exit_code == 1
     assert result.stderr == (
-        "error: cannot write the answer: no space left where it goes; make room and ask again\n"
+        "error: cannot write the output: no space left on the disk; free some and run again\n"
     )

@@ -94,7 +94,7 @@ def test_control_characters_of_the_model_never_reach_the_terminal(shown):
     assert "\x1b]0;title" not in written(shown, "a\x1b]0;title\x07b")
 
 
-def test_markdown_is_set_in_type_and_its_signs_are_gone(shown):
+def test_markdown_is_rendered_without_its_marks(shown):
     out = written(shown, TEXT)
     assert "#" not in out
     assert "*" not in out
@@ -102,13 +102,13 @@ def test_markdown_is_set_in_type_and_its_signs_are_gone(shown):
     assert "• one" in out
 
 
-def test_colour_is_left_out_where_it_is_not_wanted(shown, monkeypatch):
+def test_color_is_left_out_on_request(shown, monkeypatch):
     written(shown, "```py\nx = 1\n```")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", shown.getvalue())
     assert console.is_interactive(shown)
 
 
-def test_what_is_still_being_written_passes_by_on_one_line(shown, monkeypatch):
+def test_the_growing_block_is_previewed_on_one_line(shown, monkeypatch):
     passed = []
     monkeypatch.setattr(console, "show_transient", passed.append)
     monkeypatch.setattr(markdown, "PREVIEW_INTERVAL_S", -1)

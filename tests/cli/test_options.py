@@ -1,10 +1,14 @@
+import shlex
 from dataclasses import fields
 
+import click
 import pytest
 
 from internvl3_mlx.cli import options
 from internvl3_mlx.cli.convert import convert_command
+from internvl3_mlx.cli.flags import OTHER_SECTION, SECTIONS, SectionedOption, format_default
 from internvl3_mlx.cli.generate import generate_command
+from internvl3_mlx.cli.main import COMMANDS, main
 from internvl3_mlx.cli.train import train_command
 from internvl3_mlx.generation.generation_config import GenerationConfig
 
@@ -24,8 +28,8 @@ def test_every_setting_but_those_of_a_conversation_has_a_flag():
 @pytest.mark.parametrize("name", sorted(SHOWN))
 def test_the_help_names_the_default_that_is_used(name):
     default = DEFAULTS[name]
-    chosen_elsewhere = "what suits the device" if name == "prefill_step_size" else "the model's own"
-    assert SHOWN[name] == (chosen_elsewhere if default is None else str(default))
+    elsewhere = "depends on the device" if name == "prefill_step_size" else "the model's own"
+    assert SHOWN[name] == (elsewhere if default is None else format_default(default))
 
 
 def test_a_flag_that_is_not_given_has_no_value_of_its_own():
@@ -37,18 +41,54 @@ def test_a_flag_that_is_not_given_has_no_value_of_its_own():
 
 
 def test_every_flag_says_what_it_does():
-    flags = [
-        param for param in generate_command.params if isinstance(param, options.SectionedOption)
-    ]
+    flags = [param for param in generate_command.params if isinstance(param, SectionedOption)]
     assert [flag.name for flag in flags if not (flag.help or flag.hidden)] == []
 
 
 def test_every_heading_of_the_help_is_in_use():
     params = [*generate_command.params, *convert_command.params, *train_command.params]
-    used = {getattr(param, "section", options.OTHER_SECTION) for param in params}
-    assert used == {*options.SECTIONS}
+    used = {getattr(param, "section", OTHER_SECTION) for param in params}
+    assert used == {*SECTIONS}
 
 
 def test_every_setting_is_written_once():
     spellings = [name for param in generate_command.params for name in param.opts]
     assert len(spellings) == len(set(spellings))
+
+
+def commands():
+    context = main.make_context("internvl3", [])
+    return [main.get_command(context, name) for name in COMMANDS]
+
+
+def test_every_command_ends_its_help_with_two_or_three_examples_that_parse():
+    for command in commands():
+        assert len(command.examples) in (2, 3), command.name
+        for line, comment in command.examples:
+            words = shlex.split(line.removeprefix('eval "$(').removesuffix(')"'), comments=True)
+            name, *rest = words[1 : words.index("|") if "|" in words else None]
+            rest = rest[: rest.index(">")] if ">" in rest else rest
+            assert (words[0], name) == ("internvl3", command.name)
+            command.make_context(name, rest, resilient_parsing=False)
+            assert comment
+
+
+def test_a_flag_has_one_meaning_in_all_commands():
+    meanings = {}
+    for command in commands():
+        for param in command.params:
+            if isinstance(param, click.Option):
+                takes = "choice" if isinstance(param.type, click.Choice) else param.metavar
+                for spelling in [*param.opts, *param.secondary_opts]:
+                    meanings.setdefault(spelling, set()).add((param.is_flag, takes))
+    meanings["--epochs"].discard((False, "N"))
+    meanings["--q-bits"].discard((False, "N"))  # convert takes any bits, load those of a cache
+    assert {flag: found for flag, found in meanings.items() if len(found) > 1} == {}
+
+
+def test_suggested_flags_exist():
+    for command in commands():
+        known = {spelling for param in command.params for spelling in param.opts}
+        for former, suggested in command.suggestions.items():
+            assert former not in known
+            assert suggested.split()[0] in {*known, *COMMANDS}

@@ -34,7 +34,7 @@ def test_each_terminal_gets_its_own_sequence_or_none(env, draw):
     assert choose_thumbnail_encoder(env, wanted=False) is None
 
 
-def test_vs_code_and_tmux_show_pictures_when_asked():
+def test_vs_code_and_tmux_show_images_when_asked():
     assert choose_thumbnail_encoder({"TERM_PROGRAM": "vscode"}, wanted=True) is encode_iterm
     wrapped = choose_thumbnail_encoder({"TERM_PROGRAM": "iTerm.app", "TMUX": "x"}, wanted=True)(PNG)
     assert wrapped.startswith("\x1bPtmux;\x1b\x1b]1337;")

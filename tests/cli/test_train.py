@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from fixtures.records import chat_record, write_jsonl
-from fixtures.terminal import Program
+from fixtures.terminal import TerminalProgram
 from fixtures.train_sessions import SMALL, write_data
 
 from internvl3_mlx.cli import options
@@ -268,7 +268,7 @@ def terminal(folder):
 
     def start(*words):
         env = {"INTERNVL3_CACHE": str(folder / "cache")}
-        programs.append(Program("train", *words, cwd=folder, columns=110, **env))
+        programs.append(TerminalProgram("train", *words, cwd=folder, columns=110, **env))
         return programs[-1]
 
     yield start
@@ -281,8 +281,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, terminal):
     program.wait_for(r"3 · loss")
     program.type("\x03")
     screen = program.wait_for("chat --model demo --adapter-path adapters")
-    assert program.ended() == 130
-    assert "stopping after this update, then saving; press Ctrl-C again to stop at once" in screen
+    assert program.wait() == 130
+    assert "stopping after this update, then saving; Ctrl-C again stops at once" in screen
     assert "note: stopped: interrupted" in screen
     assert "resume with: internvl3 train --resume --adapter-path adapters" in screen
     assert len(list_checkpoints(folder / "adapters")) == 1
@@ -292,6 +292,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, terminal):
 def test_on_a_terminal_what_is_learned_has_a_colour(terminal):
     program = terminal("--data", "data", "--model", "demo", "--check", "--max-tiles", "1")
     program.wait_for("green is learned")
-    assert program.ended() == 0
+    assert program.wait() == 0
     assert re.search(r"\x1b\[32m\x1b\[1mcat<\|im_end\|>\x1b\[0m", program.raw)
     assert "»" not in program.raw

@@ -13,7 +13,7 @@ from internvl3_mlx.cli.main import main
 
 @pytest.fixture
 def sources(tmp_path):
-    """Three pictures and a file that is none, in the middle."""
+    """Three images and a file that is none, in the middle."""
     paths = [tmp_path / name for name in ("a.png", "b.png", "bad.png", "c.png")]
     for number, path in enumerate(paths):
         picture(60 + 40 * number, 60, number).save(path)
@@ -39,13 +39,13 @@ def test_batches_write_what_one_by_one_writes_in_the_same_order(sources, size):
         assert one.get("usage") == other.get("usage")
 
 
-def test_text_and_figures(sources):
+def test_text_and_statistics(sources):
     alone, together = run(sources), run(sources, "--batch-size", "2", "--stats")
     assert together.stdout == alone.stdout
     assert together.stderr.count("tok/s") == 3
 
 
-def test_nothing_but_faults_loads_no_model(sources):
+def test_nothing_but_errors_loads_no_model(sources):
     result = CliRunner().invoke(
         main,
         ["generate", sources[2], "-p", "?", "--each", "--batch-size", "2", "--model", "/nowhere"],
@@ -54,7 +54,7 @@ def test_nothing_but_faults_loads_no_model(sources):
     assert "bad.png" in result.stderr
 
 
-def test_a_picture_too_large_for_the_window_is_a_fault_of_its_own(tmp_path):
+def test_an_image_too_large_for_the_window_is_an_error_of_its_own(tmp_path):
     sizes = {"small.png": (56, 56), "large.png": (2000, 1500)}
     for name, size in sizes.items():
         picture(*size).save(tmp_path / name)
@@ -65,4 +65,4 @@ def test_a_picture_too_large_for_the_window_is_a_fault_of_its_own(tmp_path):
     result = CliRunner().invoke(main, ["generate", *sources, "--model", model, *words])
     small, large = map(json.loads, result.stdout.splitlines())
     assert "text" in small
-    assert "the model holds 96" in large["error"]
+    assert "the model's context has 96" in large["error"]

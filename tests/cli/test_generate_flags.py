@@ -37,23 +37,23 @@ def test_a_schema_is_read_from_its_file(model, tmp_path):
     assert set(json.loads(result.output)) == {7}
 
 
-def test_a_missing_or_broken_schema_is_told_before_the_model_loads(tmp_path):
+def test_a_missing_or_broken_schema_is_reported_before_the_model_loads(tmp_path):
     result = run("--model", "/nowhere", "--json-schema", str(tmp_path / "none.json"))
     assert result.exit_code == 2
-    assert "no schema at" in result.output
+    assert "cannot read" in result.output
     (tmp_path / "bad.json").write_text("{")
     result = run("--model", "/nowhere", "--json-schema", str(tmp_path / "bad.json"))
-    assert "bad.json is no JSON" in result.output
+    assert "bad.json is not valid JSON" in result.output
 
 
-def test_guessing_ahead_is_a_flag(model):
+def test_speculative_decoding_flags(model):
     plain = run("--model", model, "-m", "20")
     assert run("--model", model, "-m", "20", "--lookup").output == plain.output
     drafted = run("--model", model, "-m", "20", "--draft-model", model, "--stats")
-    assert "guesses right" in drafted.output
+    assert "draft tokens accepted" in drafted.output
 
 
-def test_the_pages_of_a_pdf_are_pictures_in_order(model, tmp_path):
+def test_the_pages_of_a_pdf_are_images_in_order(model, tmp_path):
     path = write_pdf(tmp_path / "report.pdf", (100, 200), (200, 100))
     result = run("--model", model, str(path), "--json", "-m", "2", "--max-tiles", "1")
     names = [image["source"] for image in json.loads(result.output)["images"]]
