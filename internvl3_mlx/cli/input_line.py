@@ -79,6 +79,8 @@ def split_words(text: str) -> Iterator[tuple[str, int, int]]:
 
 def media_kind(word: str) -> MediaKind | None:
     """Return what kind of file a word names, by its suffix alone; None for text."""
+    from internvl3_mlx.images.load import IMAGE_SUFFIXES
+
     if word.startswith(DATA_URI_PREFIX):
         return "image"
     path = urlsplit(word).path if word.lower().startswith((*WEB_PREFIXES, FILE_PREFIX)) else word

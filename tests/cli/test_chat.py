@@ -182,7 +182,7 @@ def test_paste_takes_the_image_in_the_clipboard(session, send, monkeypatch):
     monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: picture(60, 60))
     assert "60×60 · 1 tile · 4 tokens" in send("/paste")
     monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: None)
-    assert "no picture in the clipboard: copy one first" in send("/paste")
+    assert "no image in the clipboard: copy one first" in send("/paste")
 
 
 def test_a_video_is_a_sequence_of_images(session, send, tmp_path):
