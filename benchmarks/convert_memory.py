@@ -73,7 +73,7 @@ def main() -> None:
         flags = ["--hf-path", str(place / "source"), "-q", "--q-mode", options.mode]
         runs = []
         for label, command, extra in (
-            ("internvl3-mlx", OURS, ["--no-proof", "--quiet"]),
+            ("internvl3-mlx", OURS, ["--no-verify", "--quiet"]),
             ("mlx-vlm", PEER, []),
         ):
             target = place / label

@@ -3,17 +3,21 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from internvl3_mlx.cli import console, progress
+from internvl3_mlx.option_fields import check_bounds, config_field
 
 if TYPE_CHECKING:
     from internvl3_mlx.convert.api import ConversionProgress, ConversionResult
 
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+LAYOUTS = ("mlx", "original", "hf")
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
 QUANTIZATION_FLAGS = (
     "q_bits",
     "q_group_size",
@@ -32,18 +36,57 @@ class CheckpointRequest:
     """The options shared by the commands that write a checkpoint."""
 
     source: str
-    target: str | None
-    to: str
-    dtype: str | None
-    dequantize: bool
-    overwrite: bool
-    verify: bool
-    upload_repo: str | None
-    private: bool
-    yes: bool
-    revision: str | None
-    as_json: bool
-    quiet: bool
+    target: str | None = config_field(
+        None,
+        "Model",
+        "Folder for the result.",
+        metavar="FOLDER",
+        flags=("-o", "--mlx-path"),
+        default_text="named after the model",
+    )
+    revision: str | None = config_field(
+        None, "Model", "Branch, tag or commit on the hub.", metavar="NAME"
+    )
+    to: str = config_field(
+        "mlx",
+        "Model",
+        "Layout of the result: MLX, or PyTorch with the original's or transformers' names.",
+        choices=LAYOUTS,
+    )
+    dtype: str | None = config_field(
+        None,
+        "Model",
+        "Data type of the unquantized weights.",
+        choices=DTYPE_NAMES,
+        default_text="as stored",
+    )
+    dequantize: bool = config_field(
+        False, "Quantization", "Dequantize a quantized checkpoint.", flags=("-d", "--dequantize")
+    )
+    overwrite: bool = config_field(
+        False, "Model", "Replace the folder if it exists.", flags=("--overwrite",)
+    )
+    verify: bool = config_field(
+        True,
+        "Quality",
+        "Compare source and result on one question before the result is put in place.",
+    )
+    upload_repo: str | None = config_field(
+        None, "Upload", "Upload the result to this repository.", metavar="OWNER/NAME"
+    )
+    private: bool = config_field(
+        False, "Upload", "Make a new repository private.", flags=("--private",)
+    )
+    yes: bool = config_field(
+        False, "Upload", "Do not ask before replacing a repository.", flags=("-y", "--yes")
+    )
+    as_json: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if entry.metadata:
+                check_bounds(entry, getattr(self, entry.name))
 
     def keywords(self) -> dict[str, Any]:
         """Return the options as keywords of ``convert_model``."""
@@ -63,18 +106,58 @@ class CheckpointRequest:
 class ConvertRequest(CheckpointRequest):
     """The options of ``internvl3 convert``."""
 
-    quantize: bool
-    q_bits: int | None
-    q_group_size: int | None
-    q_mode: str | None
-    q_vision: int | None
-    recipe: str | None
-    calibrate: str | None
-    target_bpw: float | None
-    feedback: bool
-    measure: bool
-    samples: str | None
-    dry_run: bool
+    quantize: bool = config_field(
+        False, "Quantization", "Quantize the weights.", flags=("-q", "--quantize")
+    )
+    q_bits: int | None = config_field(
+        None, "Quantization", "Bits of the language model: 2, 3, 4, 5, 6 or 8.", default_text="4"
+    )
+    q_group_size: int | None = config_field(
+        None, "Quantization", "Weights that share a scale: 32, 64 or 128.", default_text="64"
+    )
+    q_mode: str | None = config_field(
+        None, "Quantization", "Quantization mode of MLX.", choices=MODES, default_text="affine"
+    )
+    q_vision: int | None = config_field(
+        None, "Quantization", "Bits of the vision encoder.", default_text="not quantized"
+    )
+    recipe: str | None = config_field(
+        None,
+        "Quantization",
+        "Recipe such as mixed_4_6, or a YAML file.",
+        metavar="NAME|FILE",
+        flags=("--quant-predicate",),
+    )
+    calibrate: str | None = config_field(
+        None,
+        "Quality",
+        "Allocate bits by measured sensitivity on the images in this folder.",
+        metavar="FOLDER",
+    )
+    target_bpw: float | None = config_field(
+        None,
+        "Quality",
+        "Mean bits per weight for --calibrate, including scales.",
+        low=2,
+        high=9,
+        default_text="4.5",
+    )
+    gptq: bool = config_field(
+        True, "Quality", "With --calibrate: use GPTQ error feedback when rounding."
+    )
+    measure: bool = config_field(
+        False, "Quality", "Compare the answers with the source's.", flags=("--measure",)
+    )
+    measure_data: str | None = config_field(
+        None,
+        "Quality",
+        "Images for --measure.",
+        metavar="FOLDER",
+        default_text="those of --calibrate, or ours",
+    )
+    dry_run: bool = config_field(
+        False, "Output", "Show what would be written.", flags=("--dry-run",)
+    )
 
     def keywords(self) -> dict[str, Any]:
         chosen = any(getattr(self, name) is not None for name in QUANTIZATION_FLAGS)
@@ -89,9 +172,9 @@ class ConvertRequest(CheckpointRequest):
             "recipe": self.recipe,
             "calibration_images": self.calibrate,
             "target_bpw": self.target_bpw,
-            "gptq": self.feedback,
+            "gptq": self.gptq,
             "measure": self.measure,
-            "measure_images": self.samples,
+            "measure_images": self.measure_data,
             "dry_run": self.dry_run,
         }
 

@@ -1,4 +1,4 @@
-"""``internvl3 fuse``: an adapter becomes part of its model's weights."""
+"""``internvl3 fuse``: merges an adapter into its model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,23 +7,31 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import options
-from internvl3_mlx.cli.convert import checkpoint_flags
 from internvl3_mlx.cli.convert_run import (
     CheckpointRequest,
     check_upload_repo,
     run_convert,
     show_convert_report,
 )
-from internvl3_mlx.cli.flags import SectionedCommand, flag
+from internvl3_mlx.cli.flags import SectionedCommand, flags_from
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.option_fields import config_field
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseRequest(CheckpointRequest):
-    """The command line, as one value."""
+    """The options of ``internvl3 fuse``."""
 
+    target: str | None = config_field(
+        None, "Model", "Folder for the result.", metavar="FOLDER", flags=("-o", "--save-path")
+    )
     adapter: str
-    adapter_only: bool
+    adapter_only: bool = config_field(
+        False,
+        "Model",
+        "Write the adapter itself with the names of --to; merge nothing.",
+        flags=("--adapter-only",),
+    )
 
     def keywords(self) -> dict[str, Any]:
         return {**super().keywords(), "adapter": self.adapter}
@@ -39,49 +47,33 @@ class FuseRequest(CheckpointRequest):
             "the adapter itself, for transformers",
         ),
     ),
-    suggestions={},
+    suggestions={
+        "--mlx-path": "--save-path",
+        "--proof": "--verify",
+        "--no-proof": "--no-verify",
+    },
 )
-@flag("Model", "--model", "source", metavar="PATH|REPO|SIZE", help="What the adapter was made for.")
-@flag("Model", "--adapter-path", "adapter", metavar="FOLDER", help="The adapter, in PEFT's form.")
-@flag(
-    "Model",
-    "--save-path",
-    "--mlx-path",
-    "-o",
-    "target",
-    metavar="FOLDER",
-    help="Where the result goes.",
-)
-@checkpoint_flags
-@flag(
-    "Model",
-    "--adapter-only",
-    "adapter_only",
-    is_flag=True,
-    help="Write the adapter itself, named for the layout of --to, and merge nothing.",
-)
-@flag("Model", "-d", "--dequantize", "dequantize", is_flag=True, help="Unpack a packed model.")
-@flag(
-    "Quality",
-    "--proof/--no-proof",
-    "verify",
-    default=True,
-    help="Ask result and adapter one question before the result is kept.",
-)
+@options.LOAD_FLAGS["model"]
+@options.LOAD_FLAGS["adapter"]
+@flags_from(FuseRequest)
+@options.JSON_FLAG
+@options.QUIET_FLAG
 @options.debug_flag
-def fuse_command(source: str | None, adapter: str | None, **flags: Any) -> None:
+def fuse_command(model: str | None, adapter: str | None, **flags: Any) -> None:
     """Merge a LoRA or DoRA adapter into the model it was trained on.
 
-    What comes out is a plain model. Packed weights that the adapter changes are packed again as
-    they were, or left dense with --dequantize. Weights stream, so memory stays small.
+    The result is a plain model. Quantized weights that the adapter changes are quantized again with
+    the same settings, or left unquantized with --dequantize. Weights are streamed, so memory use
+    stays small.
     """
-    if source is None:
+    if model is None:
         raise UserError("name the model that the adapter was made for: --model PATH|REPO|SIZE")
     if adapter is None:
         raise UserError("name the adapter to fuse: --adapter-path FOLDER")
     if flags["target"] is None:
         raise UserError("name the folder for the result: --save-path FOLDER")
-    request = FuseRequest(source=source, adapter=adapter, **flags)
+    given = {name: value for name, value in flags.items() if value is not None}
+    request = FuseRequest(source=model, adapter=adapter, **given)
     check_fuse_request(request)
     if request.adapter_only:
         export_adapter(request)

@@ -9,7 +9,7 @@ from fixtures.hub import running_hub
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 
-from internvl3_mlx.cli.convert import DTYPE_NAMES, LAYOUTS, MODES
+from internvl3_mlx.cli.convert_run import DTYPE_NAMES, LAYOUTS, MODES
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.convert import plan, recipes
 
@@ -37,7 +37,7 @@ def test_the_whole_screen_of_a_conversion(source, tmp_path):
 
 @pytest.mark.parametrize("name", ["--hf-path", "--model"])
 def test_the_names_of_other_converters_are_understood(source, tmp_path, name):
-    result = invoke(name, source, "--mlx-path", tmp_path / "out", "--no-proof", "--json")
+    result = invoke(name, source, "--mlx-path", tmp_path / "out", "--no-verify", "--json")
     assert json.loads(result.stdout)["target"] == str(tmp_path / "out")
 
 
@@ -56,7 +56,7 @@ def test_json_tells_everything(source, tmp_path):
         "--mlx-path",
         tmp_path / "out",
         "--measure",
-        "--samples",
+        "--measure-data",
         samples,
         "--json",
     )
@@ -96,14 +96,14 @@ def test_a_dry_run_writes_nothing(source, tmp_path):
 
 def test_the_target_is_named_after_the_model(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    invoke(source, "--recipe", "mixed_4_6", "--no-proof")
+    invoke(source, "--quant-predicate", "mixed_4_6", "--no-verify")
     assert [path.name for path in tmp_path.iterdir()] == [f"{source.name}-mixed_4_6"]
 
 
 def test_a_recipe_file_from_the_command_line(source, tmp_path):
     (tmp_path / "mine.yaml").write_text("text: {bits: 6, group_size: 32}\n")
     result = invoke(
-        source, "--recipe", tmp_path / "mine.yaml", "--mlx-path", tmp_path / "o", "--json"
+        source, "--quant-predicate", tmp_path / "mine.yaml", "--mlx-path", tmp_path / "o", "--json"
     )
     assert {entry["bits"] for entry in json.loads(result.stdout)["quantization"]} == {6, 8}
 
@@ -116,10 +116,16 @@ def test_a_recipe_file_from_the_command_line(source, tmp_path):
             ("{source}", "--q-bits", "7"),
             "7 bits are not supported in affine mode; choose from 2, 3, 4, 5, 6, 8",
         ),
-        (("{source}", "--recipe", "mixed_9"), "unknown recipe 'mixed_9'; did you mean mixed_"),
-        (("{source}", "--recipe", "mixed_4_6", "--q-bits", "4"), "a recipe chooses the bits; drop"),
         (
-            ("{source}", "--recipe", "a.yaml", "--calibrate", "x"),
+            ("{source}", "--quant-predicate", "mixed_9"),
+            "unknown recipe 'mixed_9'; did you mean mixed_",
+        ),
+        (
+            ("{source}", "--quant-predicate", "mixed_4_6", "--q-bits", "4"),
+            "a recipe chooses the bits; drop",
+        ),
+        (
+            ("{source}", "--quant-predicate", "a.yaml", "--calibrate", "x"),
             "a recipe and calibration both choose the bits",
         ),
         (
@@ -127,7 +133,7 @@ def test_a_recipe_file_from_the_command_line(source, tmp_path):
             "calibration chooses bits and group sizes itself",
         ),
         (("{source}", "--target-bpw", "4"), "add a folder of calibration images (--calibrate)"),
-        (("{source}", "--upload-repo", "name"), "--upload-repo name is no repository"),
+        (("{source}", "--upload-repo", "name"), "--upload-repo name is not a repository name"),
         (("{source}", "--mlx-path", "{source}"), "overlaps the source"),
         (("{source}", "-d"), "is not quantized; drop --dequantize"),
         (("nowhere/at/all",), "no model folder, size or repository 'nowhere/at/all'"),
@@ -156,9 +162,9 @@ def test_an_upload_asks_and_a_pipe_cannot_say_yes(source, tmp_path, monkeypatch)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "hf_made_up")
         hub.repos["me/mine"] = {"config.json": b"old"}
-        flags = ("--upload-repo", "me/mine", "--no-proof", "--mlx-path")
+        flags = ("--upload-repo", "me/mine", "--no-verify", "--mlx-path")
         refused = invoke(source, *flags, tmp_path / "a")
-        assert "me/mine was left as it is" in refused.stderr
+        assert "me/mine was not changed" in refused.stderr
         assert hub.repos["me/mine"] == {"config.json": b"old"}
         done = invoke(source, *flags, tmp_path / "b", "--yes", "--json")
         assert json.loads(done.stdout)["uploaded"].endswith("me/mine")

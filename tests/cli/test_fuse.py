@@ -63,7 +63,7 @@ def test_fused_equals_adapter_equals_merged_at_load(style, form, tmp_path):
 def test_either_naming_fuses_into_every_layout(layout, naming, tmp_path):
     case = tiny(Recipe(layout=layout, shards=2))
     model = saved(case, tmp_path / "a", naming)
-    fused(case, tmp_path, "--no-proof")
+    fused(case, tmp_path, "--no-verify")
     out = logits(build_model(tmp_path / "out").model, case)
     assert relative_error(out, logits(model, case)) < TOLERANCE
 
@@ -114,7 +114,7 @@ def test_packed_weights_that_the_adapter_leaves_alone_keep_every_bit(tmp_path):
     bits = Bits(group_size=32, overrides={"mlp1.3": {"bits": 8}, "language_model.lm_head": False})
     case = tiny(Recipe(layout="mlx", bits=bits))
     saved(case, tmp_path / "a", keys=("v_proj",), layers=2)
-    fused(case, tmp_path, "--no-proof")
+    fused(case, tmp_path, "--no-verify")
     before, after = tensors(case.folder), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     for name, x in before.items():
@@ -126,7 +126,7 @@ def test_packed_weights_that_the_adapter_leaves_alone_keep_every_bit(tmp_path):
 def test_bfloat16_rounds_once_and_stays_bfloat16(tmp_path):
     case = tiny(Recipe(dtype="bfloat16"))
     model = saved(case, tmp_path / "a", keys=("mlp1",))
-    fused(case, tmp_path, "--no-proof")
+    fused(case, tmp_path, "--no-verify")
     after = tensors(tmp_path / "out")["mlp1.1.weight"]
     layer = model.mlp1[1]
     exact = layer.weights.merged_into(layer.base.weight)
@@ -207,7 +207,7 @@ def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "hf_made_up")
-        report = fused(case, tmp_path, "--no-proof", "--upload-repo", "me/mine")
+        report = fused(case, tmp_path, "--no-verify", "--upload-repo", "me/mine")
         assert report["uploaded"].endswith("me/mine")
         card = (tmp_path / "out" / "README.md").read_bytes()
         assert hub.repos["me/mine"]["README.md"] == card

@@ -81,14 +81,17 @@ def test_a_flag_has_one_meaning_in_all_commands():
                 takes = "choice" if isinstance(param.type, click.Choice) else param.metavar
                 for spelling in [*param.opts, *param.secondary_opts]:
                     meanings.setdefault(spelling, set()).add((param.is_flag, takes))
-    meanings["--epochs"].discard((False, "N"))
     meanings["--q-bits"].discard((False, "N"))  # convert takes any bits, load those of a cache
     assert {flag: found for flag, found in meanings.items() if len(found) > 1} == {}
 
 
 def test_suggested_flags_exist():
     for command in commands():
-        known = {spelling for param in command.params for spelling in param.opts}
+        known = {
+            spelling
+            for param in command.params
+            for spelling in [*param.opts, *param.secondary_opts]
+        }
         for former, suggested in command.suggestions.items():
             assert former not in known
             assert suggested.split()[0] in {*known, *COMMANDS}
