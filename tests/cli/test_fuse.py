@@ -181,7 +181,7 @@ def test_rows_whose_length_only_the_model_knows_are_not_made_up(tmp_path):
     words = ("--model", case.folder, "--adapter-path", tmp_path / "a", "-o", tmp_path / "out")
     result = fuse(*words, "--adapter-only", "--to", "original")
     assert result.exit_code == 2
-    assert "joined from parts of which DoRA changes only some; fuse" in result.stderr
+    assert "a joined weight of which DoRA changes only some rows; fuse" in result.stderr
     assert not (tmp_path / "out").exists()
     fused(case, tmp_path, "--to", "original")
     out = logits(build_model(tmp_path / "out").model, case)
@@ -219,7 +219,7 @@ def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
         ((), "name the model that the adapter was made for: --model"),
         (("--model", "{model}"), "name the adapter to fuse: --adapter-path FOLDER"),
         (("--model", "{model}", "--adapter-path", "{a}"), "name the folder for the result"),
-        (("--model", "{model}", "--adapter-path", "no", "-o", "{out}"), "no folder at no"),
+        (("--model", "{model}", "--adapter-path", "no", "-o", "{out}"), "no folder no"),
         (("--model", "{model}", "--adapter-path", "{model}", "-o", "{out}"), "adapter_config.json"),
         (("--model", "{model}", "--adapter-path", "{a}", "-o", "{a}"), "exists; name another"),
         (("--model", "{model}", "--adapter-path", "{a}", "-o", "{out}", "-d"), "is not quantized"),
@@ -227,7 +227,7 @@ def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
             ("--model", "{model}", "--adapter-path", "{a}", "-o", "{out}", "--adapter-only", "-d"),
             "--adapter-only writes an adapter; leave out --dequantize",
         ),
-        (("--model", "{other}", "--adapter-path", "{a}", "-o", "{out}"), "what this model lacks"),
+        (("--model", "{other}", "--adapter-path", "{a}", "-o", "{out}"), "layers this model does not have"),
         (
             ("--model", "{packed}", "--adapter-path", "{a}", "-o", "{out}", "--to", "hf"),
             "also dequantize it (--dequantize)",
