@@ -1,5 +1,6 @@
 """``internvl3 bench``: a table, JSON or a image of what was measured, however it ends."""
 
+import errno
 import json
 from xml.etree import ElementTree as ET
 
@@ -138,9 +139,16 @@ def test_a_cache_folder_that_is_not_writable_is_reported(found, monkeypatch, tmp
     assert "note: the kernel selection was not saved" in result.stderr
 
 
-def test_an_image_that_cannot_be_written_costs_no_statistics(tmp_path):
+def test_a_plot_that_cannot_be_written_costs_no_measurements(tmp_path, monkeypatch):
     (tmp_path / "roof.svg").mkdir()
-    result = bench("--json", "--svg", str(tmp_path / "roof.svg"))
+    assert bench("--svg", str(tmp_path / "roof.svg")).exit_code == 2
+    monkeypatch.setattr("internvl3_mlx.files.os.replace", refuse)
+    result = bench("--json", "--svg", str(tmp_path / "other.svg"))
     assert result.exit_code == 2
-    assert "is a folder; name a file" in result.stderr
+    assert f"cannot write {tmp_path / 'other.svg'}: No space left on device" in result.stderr
     assert len(json.loads(result.stdout)["measurements"]) == 11
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def refuse(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
