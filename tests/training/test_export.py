@@ -48,7 +48,7 @@ def exported(model, source, target, **options):
 @pytest.mark.parametrize(
     ("style", "layout"), [("300m", "original"), ("6b", "hf_a"), ("9b", "original")]
 )
-def test_what_was_trained_comes_back(style, layout, tmp_path):
+def test_trained_weights_are_exported(style, layout, tmp_path):
     case = tiny(Recipe(style=style, layout=layout))
     model = trained(case)
     folder = exported(model, case.folder, tmp_path / "out")
@@ -59,7 +59,7 @@ def test_what_was_trained_comes_back(style, layout, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["hf", "original"])
-def test_it_converts_to_pytorchs_layouts(to, tmp_path):
+def test_an_export_converts_to_pytorchs_layouts(to, tmp_path):
     case = tiny(Recipe(style="9b"))
     model = trained(case, ("language_model", "mlp1"))
     folder = exported(model, case.folder, tmp_path / "out")
@@ -68,7 +68,7 @@ def test_it_converts_to_pytorchs_layouts(to, tmp_path):
     assert relative_error(there, logits(model, case)) < TOLERANCE
 
 
-def test_transformers_reads_it_once_converted(tmp_path):
+def test_transformers_reads_a_converted_export(tmp_path):
     case = tiny(Recipe())
     model = trained(case)
     folder = exported(model, case.folder, tmp_path / "out")
@@ -78,7 +78,7 @@ def test_transformers_reads_it_once_converted(tmp_path):
     assert relative_error(found, logits(model, case)) < TOLERANCE
 
 
-def test_frozen_parts_keep_the_sources_bytes_and_trained_ones_its_type(tmp_path):
+def test_frozen_parts_keep_their_bytes_and_trained_ones_their_dtype(tmp_path):
     case = tiny(Recipe(dtype="bfloat16", shards=2))
     model = trained(case, ("mlp1",))
     after = tensors(exported(model, case.folder, tmp_path / "out"))
@@ -91,7 +91,7 @@ def test_frozen_parts_keep_the_sources_bytes_and_trained_ones_its_type(tmp_path)
     assert relative_error(numbers(after["mlp1.1.weight"]), numbers(own)) < 2**-8
 
 
-def test_a_dense_part_of_a_packed_model_may_be_trained_and_saved(tmp_path):
+def test_an_unquantized_part_of_a_quantized_model_can_be_trained(tmp_path):
     bits = Bits(group_size=32, overrides={"mlp1.1": False, "mlp1.3": False})
     case = tiny(Recipe(layout="mlx", bits=bits))
     model = trained(case, ("mlp1",))
@@ -99,7 +99,7 @@ def test_a_dense_part_of_a_packed_model_may_be_trained_and_saved(tmp_path):
     assert relative_error(logits(load(str(folder)).model, case), logits(model, case)) < TOLERANCE
 
 
-def test_adapters_beside_what_was_trained_are_merged(tmp_path):
+def test_adapters_are_merged_with_trained_parts(tmp_path):
     case = tiny(Recipe())
     model, _ = adapted(case, keys=("language", "vision"))
     set_trainable(model, ("lora", "mlp1"))
@@ -120,7 +120,7 @@ np.save(sys.argv[2], np.array(out.logits.astype(mx.float32)))
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mlx_vlm") is None, reason="mlx-vlm is not installed")
-def test_mlx_vlm_reads_it(tmp_path):
+def test_mlx_vlm_reads_an_export(tmp_path):
     case = tiny(Recipe())
     model = trained(case)
     folder = exported(model, case.folder, tmp_path / "out")
@@ -131,7 +131,7 @@ def test_mlx_vlm_reads_it(tmp_path):
     assert relative_error(ours, np.load(tmp_path / "theirs.npy")) < TOLERANCE
 
 
-def test_mistakes_are_told_and_leave_nothing(tmp_path):
+def test_errors_are_reported_and_leave_nothing(tmp_path):
     case = tiny(Recipe())
     model = trained(case, ("mlp1",))
     model.mlp1[1].bias = model.mlp1[1].bias * mx.inf

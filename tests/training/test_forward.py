@@ -1,4 +1,4 @@
-"""From a batch to states: pictures find their places, whatever stage they come in at."""
+"""From a batch to hidden states: image features reach their tokens from every stage."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +30,7 @@ def case():
     return model, batch, mx.array(np.concatenate([seen.tiles for seen in batch.images]))
 
 
-def test_states_are_the_models_own(case):
+def test_target_states_equal_the_models_own_states(case):
     model, batch, tiles = case
     found = numbers(target_states(model, batch, None))
     span = batch.spans[0]
@@ -45,7 +45,7 @@ def test_states_are_the_models_own(case):
 
 
 @pytest.mark.parametrize("trained", [(), ("mlp1",), ("vision_model",)])
-def test_tiles_tower_states_and_features_lead_to_the_same_states(case, trained):
+def test_tiles_vision_states_and_features_give_the_same_states(case, trained):
     model, batch, tiles = case
     model.freeze()
     if trained:
@@ -57,31 +57,31 @@ def test_tiles_tower_states_and_features_lead_to_the_same_states(case, trained):
     assert max(relative_error(other, own) for other in others) < TOLERANCE
 
 
-def test_a_layer_below_the_last_is_selected_in_training_too(case, monkeypatch):
+def test_an_earlier_vision_layer_can_be_selected_in_training(case, monkeypatch):
     model, batch, tiles = case
     last = numbers(target_states(model, batch, None))
-    monkeypatch.setattr(model, "config", changed(model.config, select_layer=-2))
+    monkeypatch.setattr(model, "config", with_fields(model.config, select_layer=-2))
     lower = numbers(target_states(model, batch, None))
     states = model.vision_model(tiles, -2)
     assert relative_error(lower, numbers(target_states(model, batch, states))) < TOLERANCE
     assert relative_error(lower, last) > 1e-3
 
 
-def changed(config, **fields):
+def with_fields(config, **fields):
     return type(config)(**{**vars(config), **fields})
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_a_frozen_tower_keeps_nothing_but_its_states_for_the_gradient(dtype):
+def test_a_frozen_vision_tower_stores_only_its_states_for_the_gradient(dtype):
     model, checkpoint = bare_model("6b")
     model.set_dtype(dtype)
     set_trainable(model, ("mlp1",))
     states = model.vision_model(mx.array(random_pixels(checkpoint, 1), dtype))
-    used = [peak_of_a_gradient(model, random_pixels(checkpoint, tiles)) for tiles in (8, 64)]
+    used = [gradient_peak_memory(model, random_pixels(checkpoint, tiles)) for tiles in (8, 64)]
     assert used[1] - used[0] < 2 * 56 * states.nbytes  # of 56 tiles more, and of their join
 
 
-def peak_of_a_gradient(model, pixels):
+def gradient_peak_memory(model, pixels):
     """Say how many bytes exist at once while the projector learns from one tile of many."""
     tiles = mx.array(pixels)
     mx.eval(tiles, model.parameters())
@@ -96,7 +96,7 @@ def peak_of_a_gradient(model, pixels):
     return mx.get_peak_memory() - before
 
 
-def test_pictures_that_do_not_fit_the_tokens_are_refused_by_place(case):
+def test_a_wrong_number_of_image_features_is_reported_with_the_location(case):
     model, batch, tiles = case
     with pytest.raises(
         PromptError,

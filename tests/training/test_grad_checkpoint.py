@@ -1,4 +1,4 @@
-"""Pieces run twice: the same numbers, the same masks, less memory."""
+"""Gradient checkpointing: the same results, the same dropout masks, less memory."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
 from internvl3_mlx.training.trainable import set_trainable
 
 
-class Thinned(nn.Module):
+class WithDropout(nn.Module):
     """A product of which half is dropped: its sum is linear in its weight."""
 
     def __init__(self):
@@ -31,23 +31,25 @@ class Thinned(nn.Module):
         return self.dropout(x @ self.weight)
 
 
-def test_the_second_run_drops_what_the_first_dropped():
-    block, x = Thinned(), mx.random.normal((11, 37), key=mx.random.key(2))
+def test_the_recomputation_uses_the_same_dropout_mask():
+    block, x = WithDropout(), mx.random.normal((11, 37), key=mx.random.key(2))
     run = checkpointed_runner()
-    total, slopes = nn.value_and_grad(block, lambda: (run(block, x) + run(block, x)).sum())()
-    # of what is linear, slope times weight is the value again: only if the masks agree
-    assert (slopes["weight"] * block.weight).sum().item() == pytest.approx(total.item(), rel=1e-4)
+    total, gradients = nn.value_and_grad(block, lambda: (run(block, x) + run(block, x)).sum())()
+    # of what is linear, gradient times weight is the value again: only if the masks agree
+    assert (gradients["weight"] * block.weight).sum().item() == pytest.approx(
+        total.item(), rel=1e-4
+    )
 
 
-def test_every_call_drops_something_else():
-    block, x, run = Thinned(), mx.ones((11, 37)), checkpointed_runner()
+def test_every_call_uses_another_dropout_mask():
+    block, x, run = WithDropout(), mx.ones((11, 37)), checkpointed_runner()
     first, second = (numbers(run(block, x)) == 0 for _ in range(2))
     assert (first != second).any()
     again = numbers(checkpointed_runner()(block, x)) == 0
     assert (first != again).any()
 
 
-def test_a_seed_is_lent_and_given_back():
+def test_the_random_state_is_restored_after_a_seed():
     mx.random.seed(2**40 + 17)
     expected = numbers(mx.random.normal((5,)))
     mx.random.seed(2**40 + 17)
@@ -59,7 +61,7 @@ def test_a_seed_is_lent_and_given_back():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_adapters_with_dropout_learn_along_their_own_slope(dropout):
+def test_adapters_with_dropout_have_their_numerical_gradient(dropout):
     model, checkpoint = bare_model("300m")
     mx.random.seed(1)
     add_lora(model, LoRAConfig(rank=3, dropout=dropout, keys=("language", "vision")))
@@ -72,33 +74,35 @@ def test_adapters_with_dropout_learn_along_their_own_slope(dropout):
         mx.random.seed(7)
         return method(model, batch, None, None, ObjectiveState())[0].numerator
 
-    value, slopes = nn.value_and_grad(model, loss)()
-    slopes = dict(tree_flatten(slopes))
+    value, gradients = nn.value_and_grad(model, loss)()
+    gradients = dict(tree_flatten(gradients))
     weights = dict(tree_flatten(model.trainable_parameters()))
-    length = mx.sqrt(sum(mx.square(slope).sum() for slope in slopes.values()))
+    length = mx.sqrt(sum(mx.square(gradient).sum() for gradient in gradients.values()))
     step = 2e-3
     ends = []
     for side in (1, -1):
         model.load_weights(
-            [(n, w + side * step * slopes[n] / length) for n, w in weights.items()], strict=False
+            [(n, w + side * step * gradients[n] / length) for n, w in weights.items()], strict=False
         )
         ends.append(loss().item())
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(length.item(), rel=0.02)
     assert value.item() == pytest.approx(sum(ends) / 2, rel=1e-3)
 
 
-def test_recomputing_needs_less_memory():
+def test_gradient_checkpointing_needs_less_memory():
     tiny, checkpoint = bare_model("300m")
     deep = replace(tiny.config, text=replace(tiny.config.text, num_hidden_layers=8))
     model = InternVL(deep, checkpoint.image_id)
     model.freeze()
     model.language_model.model.layers[0].unfreeze()
     batch = collate([make_sample(checkpoint, seed=1, turns=(300,))])
-    used = [peak_of(model, batch, ForwardOptions(grad_checkpoint=how)) for how in (False, True)]
+    used = [
+        peak_memory_of(model, batch, ForwardOptions(grad_checkpoint=how)) for how in (False, True)
+    ]
     assert used[1] < 0.6 * used[0]
 
 
-def peak_of(model, batch, how):
+def peak_memory_of(model, batch, how):
     method = OBJECTIVES["sft"](forward=how)
     step = nn.value_and_grad(
         model, lambda: method(model, batch, None, None, ObjectiveState())[0].numerator

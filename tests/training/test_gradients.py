@@ -20,8 +20,8 @@ from internvl3_mlx.training.losses import PreferenceConfig
 from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
 from internvl3_mlx.training.trainable import set_trainable
 
-TOLERANCE = 1e-4  # of a tensor's largest slope: two frameworks' float32, twice through the model
-SEEN = 1e-3  # of the largest slope of all: a tensor below it is measured by that
+TOLERANCE = 1e-4  # of a tensor's largest gradient: two frameworks' float32, twice through the model
+SEEN = 1e-3  # of the largest gradient of all: a tensor below it is measured by that
 PARTS = {
     "full": ("vision_model", "mlp1", "language_model"),
     "tower": ("vision_model",),
@@ -47,29 +47,29 @@ def torch_scores(model, one):
     return scores[torch.arange(len(targets)), ids[0, targets]]
 
 
-def torch_slopes(model, checkpoint, loss):
+def torch_gradients(model, checkpoint, loss):
     """Give transformers' gradient of every tensor, under our names."""
     loss.backward()
-    slopes = {name: value.grad for name, value in model.named_parameters()}
-    named = to_layout(slopes, checkpoint.recipe)
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    named = to_layout(gradients, checkpoint.recipe)
     return {name: channels_last(value.numpy()) for name, value in named.items()}
 
 
-def channels_last(slope):
-    return slope.transpose(0, 2, 3, 1) if slope.ndim == 4 else slope
+def channels_last(gradient):
+    return gradient.transpose(0, 2, 3, 1) if gradient.ndim == 4 else gradient
 
 
-def our_slopes(model, loss):
-    value, slopes = nn.value_and_grad(model, loss)()
-    mx.eval(value, slopes)
-    return value.item(), {name: numbers(slope) for name, slope in tree_flatten(slopes)}
+def our_gradients(model, loss):
+    value, gradients = nn.value_and_grad(model, loss)()
+    mx.eval(value, gradients)
+    return value.item(), {name: numbers(gradient) for name, gradient in tree_flatten(gradients)}
 
 
 def assert_close(ours, theirs):
-    most = max(np.abs(slope).max() for slope in theirs.values())
-    for name, slope in ours.items():
+    most = max(np.abs(gradient).max() for gradient in theirs.values())
+    for name, gradient in ours.items():
         least = max(np.abs(theirs[name]).max(), SEEN * most)
-        assert np.abs(slope - theirs[name]).max() < TOLERANCE * least, name
+        assert np.abs(gradient - theirs[name]).max() < TOLERANCE * least, name
 
 
 @pytest.fixture(scope="module", params=["300m", "6b"])
@@ -85,8 +85,8 @@ def sft(request):
     weights = [len(score) ** -0.5 for score in scores]
     loss = -sum(w * score.sum() for w, score in zip(weights, scores, strict=True))
     loss = loss / sum(w * len(score) for w, score in zip(weights, scores, strict=True))
-    slopes = torch_slopes(model, checkpoint, loss)
-    return request.param, collate(samples, "square"), loss.item(), slopes
+    gradients = torch_gradients(model, checkpoint, loss)
+    return request.param, collate(samples, "square"), loss.item(), gradients
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -102,13 +102,13 @@ def test_sft_has_transformers_gradients(sft, part, recompute):
         micro, _ = method(model, batch, None, None, ObjectiveState())
         return micro.numerator / micro.denominator
 
-    value, ours = our_slopes(model, step)
+    value, ours = our_gradients(model, step)
     assert value == pytest.approx(loss, rel=1e-5)
     assert ours.keys() == {name for name in theirs if name.startswith(PARTS[part])}
     assert_close(ours, theirs)
 
 
-def test_features_seen_beforehand_give_the_same_gradients(sft):
+def test_precomputed_features_give_the_same_gradients(sft):
     style, batch, _, theirs = sft
     model, _ = bare_model(style)
     tiles = mx.array(np.concatenate([image.tiles for image in batch.images]))
@@ -122,10 +122,10 @@ def test_features_seen_beforehand_give_the_same_gradients(sft):
             micro, _ = OBJECTIVES["sft"]()(model, batch, vision, None, ObjectiveState())
             return micro.numerator / micro.denominator
 
-        assert_close(our_slopes(model, step)[1], theirs)
+        assert_close(our_gradients(model, step)[1], theirs)
 
 
-def test_mpo_has_torchs_gradients():
+def test_mpo_has_the_gradients_of_pytorch():
     model, checkpoint = bare_model("300m")
     pairs = [
         make_pair(checkpoint, (1,), seed=1, lengths=(5, 3), delta=1 / 4),
@@ -144,7 +144,7 @@ def test_mpo_has_torchs_gradients():
     dpo = -0.9 * log(good - bad) - 0.1 * log(bad - good)
     bco = -log(good - shift) - log(shift - bad)
     loss = 0.8 * dpo.mean() + 0.2 * bco.mean() - torch.cat(scores[0::2]).mean()
-    theirs = torch_slopes(policy, checkpoint, loss)
+    theirs = torch_gradients(policy, checkpoint, loss)
 
     set_trainable(model, PARTS["full"])
     model.train()
@@ -152,7 +152,7 @@ def test_mpo_has_torchs_gradients():
     method = OBJECTIVES["mpo"](
         preference=PreferenceConfig(0.1, 0.1), forward=ForwardOptions(drop_path_rate=0.0), chunk=4
     )
-    value, ours = our_slopes(
+    value, ours = our_gradients(
         model, lambda: method(model, batch, None, reference, ObjectiveState())[0].numerator
     )
     assert value == pytest.approx(loss.item(), rel=1e-5)
@@ -160,13 +160,13 @@ def test_mpo_has_torchs_gradients():
     assert_close(ours, theirs)
 
 
-def test_what_is_frozen_leaves_no_gradient_and_moves_nothing(sft):
+def test_frozen_parts_have_no_gradient_and_do_not_change(sft):
     style, batch, _, _ = sft
     model, _ = bare_model(style)
     set_trainable(model, ("mlp1",))
     model.train()
     before = numbers(model.vision_model(mx.array(batch.images[0].tiles)))
-    _, ours = our_slopes(
+    _, ours = our_gradients(
         model, lambda: OBJECTIVES["sft"]()(model, batch, None, None, ObjectiveState())[0].numerator
     )
     assert {name.split(".")[0] for name in ours} == {"mlp1"}

@@ -1,4 +1,4 @@
-"""Which layers a key means, what is trained, and what stands still."""
+"""Which layers a key selects, what is trained, and what stays frozen."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,7 +42,7 @@ def trained(model):
     return {name for name, _ in tree_flatten(model.trainable_parameters())}
 
 
-def test_each_preset_names_the_layers_of_its_part():
+def test_each_preset_selects_the_layers_of_its_part():
     found = {key: names_of(key) for key in PRESETS}
     assert len(found["language"]) == 3 * 7
     assert len(found["vision"]) == 2 * 4
@@ -66,11 +66,11 @@ def test_each_preset_names_the_layers_of_its_part():
         ("lm_head", 1),
     ],
 )
-def test_a_key_is_some_parts_of_a_name_or_a_pattern(key, count):
+def test_a_key_is_part_of_a_name_or_a_pattern(key, count):
     assert len(names_of(key)) == count
 
 
-def test_names_come_in_the_models_order_and_once():
+def test_names_are_unique_and_in_the_models_order():
     names = names_of("fc1", "vision", "q_proj", "self_attn.q_proj")
     assert len({*names}) == len(names) == 8 + 3
     assert names[:2] == (
@@ -79,7 +79,7 @@ def test_names_come_in_the_models_order_and_once():
     )
 
 
-def test_the_last_layers_alone_are_adapted():
+def test_only_the_last_layers_are_adapted():
     names = names_of("language", "vision", "projector", layers=1, vision_layers=1)
     assert {name.split(".layers.")[-1][0] for name in names if "language" in name} == {"2"}
     assert {name.split(".layers.")[-1][0] for name in names if "vision" in name} == {"1"}
@@ -96,7 +96,7 @@ def test_the_last_layers_alone_are_adapted():
         ("embed_tokens", r"matches no linear layer"),
     ],
 )
-def test_a_key_that_means_nothing_is_told_with_near_names(key, message):
+def test_a_key_that_selects_nothing_is_reported_with_similar_names(key, message):
     with pytest.raises(UserError, match=message):
         names_of("q_proj", key)
 
@@ -116,12 +116,12 @@ def test_a_tied_model_has_no_head_to_adapt():
         ({"layers": 0}, "the number of adapted layers is 0; it must be at least 1"),
     ],
 )
-def test_settings_check_themselves(changes, message):
+def test_invalid_settings_are_reported(changes, message):
     with pytest.raises(UserError, match=message):
         LoRAConfig(**changes)
 
 
-def test_a_model_is_adapted_once():
+def test_a_model_gets_adapters_only_once():
     model = fresh()
     add_lora(model, LoRAConfig(keys=("q_proj",)))
     assert {name.rsplit(".", 1)[1] for name in trained(model)} == {"lora_A", "lora_B"}
@@ -129,7 +129,7 @@ def test_a_model_is_adapted_once():
         add_lora(model, LoRAConfig(keys=("k_proj",)))
 
 
-def test_lora_alone_is_trained_and_only_what_holds_it_is_in_training_mode():
+def test_only_adapters_are_trained_and_in_training_mode():
     model, _ = adapted(tiny(CASE), keys=("q_proj", "mlp1.3"), layers=1, dora=True)
     kinds = {name.rsplit(".", 1)[1] for name in trained(model)}
     assert kinds == {"lora_A", "lora_B", "lora_magnitude_vector"}
@@ -154,7 +154,7 @@ def test_lora_alone_is_trained_and_only_what_holds_it_is_in_training_mode():
         (("*layernorm*",), ("language_model.model.layers.",)),
     ],
 )
-def test_the_named_parts_are_trained_and_nothing_else(parts, inside):
+def test_only_the_named_parts_are_trained(parts, inside):
     model = fresh()
     set_trainable(model, parts)
     everything = {name for name, _ in tree_flatten(model.parameters())}
@@ -167,7 +167,7 @@ def test_the_named_parts_are_trained_and_nothing_else(parts, inside):
         assert all("layernorm" in name for name in found)
 
 
-def test_parts_beside_adapters_leave_the_adapted_layers_own_weights_frozen():
+def test_weights_under_adapters_stay_frozen():
     model = fresh()
     add_lora(model, LoRAConfig(rank=2, keys=("projector", "q_proj")))
     set_trainable(model, ("lora", "mlp1"))
@@ -179,7 +179,7 @@ def test_parts_beside_adapters_leave_the_adapted_layers_own_weights_frozen():
 
 
 @pytest.mark.parametrize("part", ["vision_model", "vision_model.embeddings", "ls1"])
-def test_what_no_adapter_could_hold_is_refused_before_it_is_trained(part):
+def test_parameters_that_peft_cannot_save_are_refused(part):
     model = fresh()
     add_lora(model, LoRAConfig(rank=2))
     with pytest.raises(
@@ -188,7 +188,7 @@ def test_what_no_adapter_could_hold_is_refused_before_it_is_trained(part):
         set_trainable(model, ("lora", part))
 
 
-def test_training_again_forgets_what_was_trained_before():
+def test_set_trainable_replaces_the_earlier_choice():
     model = fresh()
     set_trainable(model, ("language_model",))
     set_trainable(model, ("mlp1",))
@@ -210,12 +210,12 @@ def test_training_again_forgets_what_was_trained_before():
         (PACKED, "embed_tokens", "embed_tokens is quantized"),
     ],
 )
-def test_what_cannot_be_trained_is_told(recipe, part, message):
+def test_parts_that_cannot_be_trained_are_reported(recipe, part, message):
     with pytest.raises(UserError, match=message):
         set_trainable(fresh(recipe), (part,))
 
 
-def test_modes_return_after_an_evaluation():
+def test_training_modes_are_restored_after_an_evaluation():
     model, _ = adapted(tiny(CASE), keys=("q_proj",))
     before = {path: module.training for path, module in model.named_modules()}
     model.eval()
@@ -225,7 +225,7 @@ def test_modes_return_after_an_evaluation():
 
 
 @pytest.mark.parametrize("recipe", [CASE, PACKED], ids=["dense", "packed"])
-def test_switched_off_the_model_is_its_base_and_comes_back(recipe):
+def test_with_adapters_disabled_the_model_is_its_base(recipe):
     case = tiny(recipe)
     plain = logits(fresh(recipe), case)
     model, _ = adapted(case, keys=("all",), dora=True, dropout=0.5)
@@ -237,14 +237,14 @@ def test_switched_off_the_model_is_its_base_and_comes_back(recipe):
     assert relative_error(logits(model, case), plain) > 0.05
 
 
-def test_switched_off_ends_with_an_error_too():
+def test_adapters_are_enabled_again_after_an_error():
     model, _ = adapted(tiny(CASE), keys=("q_proj",))
     with pytest.raises(KeyError), adapters_disabled(model):
         raise KeyError
     assert all(layer.enabled for _, layer in lora_layers(model))
 
 
-def test_slopes_pass_an_adapter_that_is_switched_off_by():
+def test_a_disabled_adapter_has_no_gradient():
     model, _ = adapted(tiny(CASE), keys=("mlp1",))
     x = mx.random.normal((2, 3, 384))
 
@@ -252,12 +252,12 @@ def test_slopes_pass_an_adapter_that_is_switched_off_by():
         return model.mlp1[3](nn.gelu(model.mlp1[1](x))).square().sum()
 
     with adapters_disabled(model):
-        slopes = nn.value_and_grad(model, score)()[1]
-    assert not any(bool(mx.any(slope != 0)) for _, slope in tree_flatten(slopes))
+        gradients = nn.value_and_grad(model, score)()[1]
+    assert not any(bool(mx.any(gradient != 0)) for _, gradient in tree_flatten(gradients))
 
 
 @pytest.mark.parametrize("recipe", [CASE, PACKED], ids=["dense", "packed"])
-def test_packed_weights_count_as_many_numbers_as_they_stand_for(recipe):
+def test_quantized_weights_count_as_the_weights_they_encode(recipe):
     model = fresh(recipe)
     whole = sum(x.size for _, x in tree_flatten(fresh(CASE).parameters()))
     model.freeze()
@@ -270,7 +270,7 @@ def test_packed_weights_count_as_many_numbers_as_they_stand_for(recipe):
     assert counts.share == pytest.approx(counts.trainable / counts.total)
 
 
-def test_the_same_seed_begins_the_same_adapter():
+def test_the_same_seed_gives_the_same_adapter():
     def first(seed):
         mx.random.seed(seed)
         model = fresh()
@@ -281,7 +281,7 @@ def test_the_same_seed_begins_the_same_adapter():
     assert relative_error(first(4), first(3)) > 0.1
 
 
-def test_an_adapter_folder_is_written_whole_or_not_at_all(tmp_path):
+def test_an_adapter_folder_is_written_completely_or_not_at_all(tmp_path):
     model, settings = adapted(tiny(CASE), keys=("q_proj",))
     with pytest.raises(UserError, match="unknown layout .torch.; choose from original, hf"):
         save_model_adapter(model, tmp_path / "a", settings, "torch")
@@ -301,7 +301,7 @@ def test_a_model_without_adapters_has_none_to_save(tmp_path):
         save_model_adapter(fresh(), tmp_path / "a", LoRAConfig())
 
 
-def test_adapted_layers_are_ours_and_float32():
+def test_adapted_layers_are_lora_layers_in_float32():
     model, _ = adapted(tiny(PACKED), keys=("language",))
     layers = dict(lora_layers(model))
     assert len(layers) == 21

@@ -1,4 +1,4 @@
-"""Adapters go to PEFT and come back: the same logits on both sides, for both namings."""
+"""Adapters exchanged with PEFT: the same logits on both sides, in both layouts."""
 
 import json
 from copy import deepcopy
@@ -51,7 +51,7 @@ def asked(model, case, naming):
     return torch_logits(model, ids, pixels, native=naming == "hf")
 
 
-def test_the_torch_model_with_original_names_is_the_reference():
+def test_the_torch_model_with_original_names_equals_the_reference():
     case = tiny(Recipe())
     ours = asked(OriginalInternVL(case), case, "original")
     theirs = case.reference.logits(token_row(case, [2]), random_pixels(case, 2))
@@ -72,7 +72,7 @@ def test_an_adapter_made_here_works_in_peft(naming, form, tmp_path):
 
 
 @pytest.mark.parametrize("form", LORA_FORMS, ids=str)
-def test_slopes_of_every_factor_in_the_model_are_pefts(form, tmp_path):
+def test_gradients_of_every_lora_weight_equal_pefts(form, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("all",), **form)
     save_model_adapter(model, tmp_path / "a", settings)
@@ -89,19 +89,19 @@ def test_slopes_of_every_factor_in_the_model_are_pefts(form, tmp_path):
         states = language.model(model.embed(ids, features), language.rotary(0, ids.shape[1]))
         return (language.head(states) @ mx.array(mix)).sum()
 
-    slopes = dict(tree_flatten(nn.value_and_grad(model, score)()[1]))
+    gradients = dict(tree_flatten(nn.value_and_grad(model, score)()[1]))
     expected = {
         name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): x
         for name, x in theirs.named_parameters()
         if x.grad is not None
     }
-    assert slopes.keys() == expected.keys()
+    assert gradients.keys() == expected.keys()
     for name, x in expected.items():
-        assert relative_error(numbers(slopes[name]), x.grad.numpy()) < 1e-4, name
+        assert relative_error(numbers(gradients[name]), x.grad.numpy()) < 1e-4, name
 
 
 @pytest.mark.parametrize("naming", ["original", "hf"])
-def test_peft_finds_each_layer_that_was_adapted_and_no_other(naming, tmp_path):
+def test_peft_adapts_exactly_the_same_layers(naming, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("q_proj", "vision"), layers=1)
     save_model_adapter(model, tmp_path / "a", settings, naming)
@@ -138,7 +138,7 @@ def test_an_adapter_made_in_peft_works_here(naming, form, tmp_path):
 
 
 @pytest.mark.parametrize("naming", ["original", "hf"])
-def test_modules_trained_whole_travel_with_the_adapter(naming, tmp_path):
+def test_modules_trained_in_full_are_saved_with_the_adapter(naming, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("language", "vision"))
     set_trainable(model, ("lora", "mlp1", "language_model.model.norm"))
@@ -152,7 +152,7 @@ def test_modules_trained_whole_travel_with_the_adapter(naming, tmp_path):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_peft_merges_into_the_grouped_matrix_of_the_9b(dora, tmp_path):
+def test_peft_merges_into_the_grouped_qkv_matrix_of_the_9b(dora, tmp_path):
     case = tiny(Recipe(style="9b"))
     model, settings = adapted(case, keys=("q_proj", "v_proj", "mlp"), dora=dora)
     save_model_adapter(model, tmp_path / "a", settings)
@@ -174,7 +174,7 @@ def test_peft_merges_into_the_grouped_matrix_of_the_9b(dora, tmp_path):
 
 @pytest.mark.parametrize("naming", ["original", "hf", "mlx"])
 @pytest.mark.parametrize("form", LORA_FORMS, ids=str)
-def test_saving_and_loading_keeps_every_bit(naming, form, tmp_path):
+def test_saving_and_loading_is_exact(naming, form, tmp_path):
     case = tiny(Recipe())
     model, settings = adapted(case, keys=("all",), **form)
     save_model_adapter(model, tmp_path / "a", settings, naming)
@@ -185,7 +185,7 @@ def test_saving_and_loading_keeps_every_bit(naming, form, tmp_path):
     assert relative_error(before, logits(model, case)) > 1e-3
 
 
-def test_a_runs_own_naming_keeps_the_9bs_factors_apart(tmp_path):
+def test_the_mlx_layout_keeps_the_9bs_lora_weights_separate(tmp_path):
     case = tiny(Recipe(style="9b"))
     model, settings = adapted(case, keys=("self_attn",))
     save_model_adapter(model, tmp_path / "a", settings, "mlx")

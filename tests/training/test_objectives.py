@@ -1,4 +1,4 @@
-"""Methods on a tiny model against the long way: one forward a sample, every logit, no spans."""
+"""Objectives on a tiny model compared with one forward pass per sample and all logits."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def three_samples(checkpoint):
 
 
 @pytest.mark.parametrize("reduction", POWERS)
-def test_a_packed_row_has_the_loss_and_gradient_of_its_samples_alone(opened, reduction):
+def test_a_packed_sequence_has_the_loss_and_gradients_of_its_samples(opened, reduction):
     model, checkpoint = opened
     samples, method = three_samples(checkpoint), OBJECTIVES["sft"](forward=STILL, chunk=4)
 
@@ -70,7 +70,7 @@ def test_a_packed_row_has_the_loss_and_gradient_of_its_samples_alone(opened, red
     assert_same(gradients(model, packed), gradients(model, alone))
 
 
-def test_a_batch_of_two_is_two_singles(opened):
+def test_a_batch_of_two_equals_two_batches_of_one(opened):
     model, checkpoint = opened
     samples, method = three_samples(checkpoint)[:2], OBJECTIVES["sft"](forward=STILL)
 
@@ -83,7 +83,7 @@ def test_a_batch_of_two_is_two_singles(opened):
 
 
 @pytest.mark.parametrize(("reduction", "loss"), [("token", 0.7), ("sample", 1), ("square", 0.8333)])
-def test_tokens_weigh_as_in_the_worked_example(monkeypatch, reduction, loss):
+def test_token_weights_match_the_worked_example(monkeypatch, reduction, loss):
     model, checkpoint = bare_model("300m")
     batch = collate(
         [make_sample(checkpoint, seed=1, turns=(2,)), make_sample(checkpoint, turns=(8,))],
@@ -126,7 +126,7 @@ def padded(rows):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_shared_prompt_gives_the_loss_and_gradient_of_four_forwards(opened, smoothing):
+def test_a_shared_prompt_gives_the_loss_and_gradients_of_four_forward_passes(opened, smoothing):
     model, checkpoint = adapted(opened)
     pairs, batch = two_pairs(checkpoint), collate_pairs(two_pairs(checkpoint))
     before = ObjectiveState(mx.array(0.25), mx.array(3.0))
@@ -162,7 +162,7 @@ def base_of(model, answers):
     return [mx.stop_gradient(x) for x in found]
 
 
-def test_a_fresh_adapter_begins_at_the_known_loss(opened):
+def test_a_new_adapter_starts_at_the_known_loss(opened):
     model, checkpoint = adapted(opened, fresh=True)
     batch = collate_pairs(two_pairs(checkpoint))
     model.train()
@@ -179,7 +179,7 @@ def test_a_fresh_adapter_begins_at_the_known_loss(opened):
     assert state.count.item() == 1
 
 
-def test_the_shift_runs_in_training_and_rests_in_evaluation(opened):
+def test_the_reward_shift_is_updated_in_training_only(opened):
     model, checkpoint = adapted(opened)
     batch, method = collate_pairs(two_pairs(checkpoint)), OBJECTIVES["mpo"](forward=STILL)
     reference = reference_log_probs(model, batch, None)
@@ -193,7 +193,7 @@ def test_the_shift_runs_in_training_and_rests_in_evaluation(opened):
     assert (micro.metrics["shift"].item(), after.count.item()) == (0.5, 1)
 
 
-def test_terms_that_weigh_nothing_leave_the_others(opened):
+def test_terms_of_weight_0_do_not_change_the_others(opened):
     model, checkpoint = adapted(opened)
     pairs = two_pairs(checkpoint)
     batch = collate_pairs(pairs)
@@ -205,15 +205,19 @@ def test_terms_that_weigh_nothing_leave_the_others(opened):
         assert micro.numerator.item() == pytest.approx(0.7 * micro.metrics[name].item())
 
 
-def test_where_only_chosen_answers_count_no_other_is_read(opened):
+def test_rejected_answers_are_not_read_when_only_sft_counts(opened):
     model, checkpoint = adapted(opened)
     pairs = two_pairs(checkpoint)
     method = OBJECTIVES["mpo"](dpo_weight=0, bco_weight=0, sft_weight=2, forward=STILL)
     assert not method.needs_reference
-    spoiled = [replace(one, rejected=np.full(4, 10**6, np.int32)) for one in pairs]  # no such word
+    invalid_answers = [
+        replace(one, rejected=np.full(4, 10**6, np.int32)) for one in pairs
+    ]  # no such word
     ours = gradients(
         model,
-        lambda: method(model, collate_pairs(spoiled), None, None, ObjectiveState())[0].numerator,
+        lambda: (
+            method(model, collate_pairs(invalid_answers), None, None, ObjectiveState())[0].numerator
+        ),
     )
 
     def alone():
@@ -223,7 +227,7 @@ def test_where_only_chosen_answers_count_no_other_is_read(opened):
     assert_same(ours, gradients(model, alone))
 
 
-def test_preferences_without_a_reference_are_refused(opened):
+def test_preferences_need_a_reference(opened):
     model, checkpoint = opened
     batch = collate_pairs(two_pairs(checkpoint))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Scores of the supervised tokens: right for every kind of head, without the table of all words."""
+"""Token log-probabilities: correct for every kind of head, without the full logits matrix."""
 
 from dataclasses import replace
 
@@ -64,7 +64,7 @@ def every_logit(language, states, targets):
 
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_scores_and_all_gradients_are_those_of_the_whole_table(head, learning):
+def test_values_and_gradients_equal_those_of_the_full_logits(head, learning):
     language = language_with(head)
     states, targets, weigh = case(language)
 
@@ -74,14 +74,14 @@ def test_scores_and_all_gradients_are_those_of_the_whole_table(head, learning):
     def at_once(states):
         return every_logit(language, states, targets) @ weigh
 
-    ours, theirs = (slopes_of(language, loss, states) for loss in (in_chunks, at_once))
+    ours, theirs = (gradients_of(language, loss, states) for loss in (in_chunks, at_once))
     assert ours.keys() == theirs.keys()
     assert (len(ours) > 2) == ("trained" in head or "adapted" in head)
     errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
     assert max(errors.values()) < TOLERANCE, errors
 
 
-def slopes_of(language, loss, states):
+def gradients_of(language, loss, states):
     """Give a loss's value and its gradient by the states and by all that is trained."""
 
     def of_both(weights, states):
@@ -95,7 +95,7 @@ def slopes_of(language, loss, states):
     return {"value": numbers(value), "states": numbers(by_states), **named}
 
 
-def test_scores_are_those_of_float64():
+def test_values_equal_float64():
     language = language_with("frozen")
     states, targets, _ = case(language)
     logits = np.array(states, np.float64) @ np.array(language.lm_head.weight, np.float64).T
@@ -107,7 +107,7 @@ def test_scores_are_those_of_float64():
     assert relative_error(numbers(ours), expected) < TOLERANCE
 
 
-def test_half_precision_is_summed_in_float32():
+def test_half_precision_is_accumulated_in_float32():
     language = language_with("frozen")
     states, targets, _ = case(language)
     language.set_dtype(mx.bfloat16)
@@ -119,7 +119,7 @@ def test_half_precision_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
-def test_the_table_of_all_states_by_all_words_never_exists(head):
+def test_the_full_logits_matrix_never_exists(head):
     count, chunk = 192, 4
     language = wide_language(head)
     states, targets, weigh = case(language, count)

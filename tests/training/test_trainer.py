@@ -1,4 +1,4 @@
-"""The loop: how micro-steps add up, what is skipped, how far an update steps."""
+"""The training loop: gradient accumulation, skipped updates, learning rates, optimizers."""
 
 import math
 from dataclasses import replace
@@ -43,7 +43,7 @@ def same_rows(tmp_path, rows=8):
 
 
 @pytest.mark.parametrize("reduction", ["token", "square"])
-def test_four_batches_of_two_make_the_update_of_one_of_eight(tmp_path, reduction):
+def test_four_batches_of_two_give_the_update_of_one_of_eight(tmp_path, reduction):
     settings = same_rows(tmp_path) | {"loss_reduction": reduction, "optimizer": "sgd"}
     parts, steps = trained(tmp_path, 2, batch_size=2, grad_accumulation_steps=4, **settings)
     whole, others = trained(tmp_path, 2, batch_size=8, grad_accumulation_steps=1, **settings)
@@ -55,7 +55,7 @@ def test_four_batches_of_two_make_the_update_of_one_of_eight(tmp_path, reduction
     assert max(np.abs(w).max() for name, w in parts.items() if "lora_B" in name) > 1e-4
 
 
-def test_a_token_weighs_the_same_whatever_batch_it_is_in(tmp_path):
+def test_every_token_has_the_same_weight_in_any_batch(tmp_path):
     """The mean of micro-means would not be the mean over tokens: answers have 1 to 4 words."""
     settings = same_rows(tmp_path)
     _, [step] = trained(tmp_path, 1, batch_size=1, grad_accumulation_steps=8, **settings)
@@ -73,7 +73,7 @@ def test_a_token_weighs_the_same_whatever_batch_it_is_in(tmp_path):
     assert abs(step.loss - means) > 1e-3
 
 
-def test_gradients_computed_twice_are_the_same_gradients(tmp_path):
+def test_gradient_checkpointing_gives_the_same_updates(tmp_path):
     settings = same_rows(tmp_path) | {"train": "lora, mlp1", "max_tiles": 1}
     kept, _ = trained(tmp_path, 2, **settings)
     again, _ = trained(tmp_path, 2, grad_checkpoint=True, **settings)
@@ -81,7 +81,7 @@ def test_gradients_computed_twice_are_the_same_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sft", "mpo"])
-def test_training_lowers_the_loss_that_is_measured(tmp_path, method):
+def test_training_lowers_the_validation_loss(tmp_path, method):
     write_data(tmp_path / "data", 6, 3, pairs=method == "mpo")
     here = small_session(tmp_path, method=method, iters=12, batch_size=3, learning_rate=3e-3)
     before, _ = evaluate_loss(here.state, here.validation_batches())
@@ -92,7 +92,7 @@ def test_training_lowers_the_loss_that_is_measured(tmp_path, method):
     assert ("dpo" in figures) == (method == "mpo")
 
 
-def test_the_first_loss_of_a_fresh_adapter_is_the_constant_and_the_nll(tmp_path):
+def test_the_first_mpo_loss_of_a_new_adapter_is_known(tmp_path):
     """0.8 log 2 + 0.2 * 2 log 2 = 0.8318 + NLL: nothing has moved away from the reference yet."""
     write_data(tmp_path / "data", 4, pairs=True)
     here = small_session(tmp_path, method="mpo", iters=1, lora_dropout=0)
@@ -119,8 +119,8 @@ def test_validation_changes_nothing(tmp_path):
     assert here.state.objective_state.shift.item() == there.state.objective_state.shift.item()
 
 
-class Spoiled:
-    """A method whose loss is no number at certain calls."""
+class NaNObjective:
+    """An objective whose loss is NaN at certain calls."""
 
     name, needs_reference = "sft", False
 
@@ -135,10 +135,10 @@ class Spoiled:
         return LossOutput(micro.numerator * factor, micro.denominator, micro.metrics), moved
 
 
-def test_an_update_that_is_no_number_is_skipped_and_told(tmp_path):
+def test_an_update_with_nan_loss_is_skipped_and_reported(tmp_path):
     write_data(tmp_path / "data", 8)
     here = small_session(tmp_path, iters=4)
-    here.state.objective = Spoiled({2})
+    here.state.objective = NaNObjective({2})
     held = []
     for step in make_updates(here.state, here.remaining_batches()):
         held.append({name: np.array(w) for name, w in here.state.weights.items()})
@@ -150,10 +150,10 @@ def test_an_update_that_is_no_number_is_skipped_and_told(tmp_path):
     assert here.state.objective_state.count.item() == 3
 
 
-def test_a_run_whose_numbers_are_lost_stops_with_what_was_good(tmp_path):
+def test_a_diverged_run_stops_with_the_last_good_weights(tmp_path):
     write_data(tmp_path / "data", 8)
     here = small_session(tmp_path, iters=20)
-    here.state.objective = Spoiled(set(range(3, 99)))
+    here.state.objective = NaNObjective(set(range(3, 99)))
     steps = []
     message = f"in {MAX_FAILED_UPDATES} updates in a row, up to update 7; lower --learning-rate"
     with pytest.raises(TrainingError, match=message):
@@ -169,26 +169,28 @@ def test_a_run_ends_where_its_epochs_end(tmp_path):
     assert here.state.micro_steps == 6
 
 
-def plan(**settings):
+def schedule_config(**settings):
     return TrainConfig(**{"learning_rate": 0.5, "warmup_ratio": 0, **settings})
 
 
-def sizes(updates, **settings):
-    return [learning_rate_at(plan(**settings), n, updates) for n in range(1, updates + 1)]
+def learning_rates(updates, **settings):
+    return [
+        learning_rate_at(schedule_config(**settings), n, updates) for n in range(1, updates + 1)
+    ]
 
 
-def test_the_step_size_rises_to_the_highest_and_falls_to_its_end():
-    warmed = sizes(10, warmup_steps=4, lr_schedule="linear", lr_end=0.4)
+def test_the_learning_rate_warms_up_and_decays():
+    warmed = learning_rates(10, warmup_steps=4, lr_schedule="linear", lr_end=0.4)
     assert warmed[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
     assert warmed[5:] == pytest.approx([0.45, 0.4, 0.35, 0.3, 0.25])
-    assert sizes(5, lr_schedule="constant") == [0.5] * 5
-    cosine = sizes(7)
+    assert learning_rates(5, lr_schedule="constant") == [0.5] * 5
+    cosine = learning_rates(7)
     assert cosine == sorted(cosine, reverse=True)
     assert cosine[0] == 0.5
     assert cosine[-1] > 0
 
 
-def test_after_the_warm_up_the_step_size_is_that_of_pytorch():
+def test_the_cosine_schedule_equals_pytorchs():
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=9, eta_min=0.05)
@@ -197,11 +199,11 @@ def test_after_the_warm_up_the_step_size_is_that_of_pytorch():
         theirs.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert sizes(9, lr_end=0.1) == pytest.approx(theirs, rel=1e-6)
+    assert learning_rates(9, lr_end=0.1) == pytest.approx(theirs, rel=1e-6)
 
 
-def test_a_share_of_the_updates_warms_up():
-    assert sizes(100, warmup_ratio=0.03)[:3] == pytest.approx([0.5 / 3, 1 / 3, 0.5])
+def test_warmup_can_be_a_share_of_the_updates():
+    assert learning_rates(100, warmup_ratio=0.03)[:3] == pytest.approx([0.5 / 3, 1 / 3, 0.5])
 
 
 def steps_of(optimizer, kind, settings, decay):
@@ -217,11 +219,11 @@ def steps_of(optimizer, kind, settings, decay):
     theirs = kind(groups, lr=0.01, **settings)
     ours = OPTIMIZERS[optimizer](0.01)
     for _ in range(5):
-        slopes = {name: draw.normal(size=x.shape) for name, x in start.items()}
+        gradients_of_step = {name: draw.normal(size=x.shape) for name, x in start.items()}
         for name, param in params.items():
-            param.grad = torch.tensor(slopes[name]).float()
+            param.grad = torch.tensor(gradients_of_step[name]).float()
         theirs.step()
-        gradients = {name: mx.array(x, dtype=mx.float32) for name, x in slopes.items()}
+        gradients = {name: mx.array(x, dtype=mx.float32) for name, x in gradients_of_step.items()}
         weights = ours.apply_gradients(gradients, decay_weights(weights, 0.01 * decay))
     return weights, params
 
@@ -236,14 +238,14 @@ def steps_of(optimizer, kind, settings, decay):
         ("adagrad", torch.optim.Adagrad, {}, 0.0),
     ],
 )
-def test_an_optimizer_steps_as_pytorch_does(optimizer, kind, settings, decay):
+def test_optimizers_equal_pytorchs(optimizer, kind, settings, decay):
     ours, theirs = steps_of(optimizer, kind, settings, decay)
     for name, weight in ours.items():
         assert np.abs(np.array(weight) - theirs[name].detach().numpy()).max() < 2e-6
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_steps_downhill(optimizer):
+def test_every_optimizer_lowers_a_convex_loss(optimizer):
     weights = {"w": mx.full((4, 6), 2.0)}
     ours = OPTIMIZERS[optimizer](0.05)
     before = weights["w"].square().sum().item()
@@ -252,23 +254,23 @@ def test_every_optimizer_steps_downhill(optimizer):
     assert weights["w"].square().sum().item() < before
 
 
-@pytest.mark.parametrize("longest", [0.3, 100, 0])
-def test_gradients_are_shortened_as_pytorch_shortens_them(longest):
+@pytest.mark.parametrize("max_norm", [0.3, 100, 0])
+def test_gradients_are_clipped_as_in_pytorch(max_norm):
     draw = np.random.default_rng(1)
-    slopes = [draw.normal(size=shape).astype(np.float32) for shape in ((3, 5), (7,))]
-    params = [torch.nn.Parameter(torch.zeros(g.shape)) for g in slopes]
-    for param, g in zip(params, slopes, strict=True):
+    gradients_of_step = [draw.normal(size=shape).astype(np.float32) for shape in ((3, 5), (7,))]
+    params = [torch.nn.Parameter(torch.zeros(g.shape)) for g in gradients_of_step]
+    for param, g in zip(params, gradients_of_step, strict=True):
         param.grad = torch.tensor(g)
-    norm = torch.nn.utils.clip_grad_norm_(params, longest or math.inf)
-    ours = {str(n): mx.array(g) for n, g in enumerate(slopes)}
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)
+    ours = {str(n): mx.array(g) for n, g in enumerate(gradients_of_step)}
     assert global_norm(ours).item() == pytest.approx(norm.item(), rel=1e-6)
     for (_, g), param in zip(
-        named_arrays(clip_gradients(ours, global_norm(ours), longest)), params, strict=True
+        named_arrays(clip_gradients(ours, global_norm(ours), max_norm)), params, strict=True
     ):
         assert np.abs(np.array(g) - param.grad.numpy()).max() < 1e-6
 
 
-def test_weights_are_kept_in_float32_below_a_model_of_16_bits(tmp_path):
+def test_a_16_bit_model_has_float32_master_weights(tmp_path):
     write_data(tmp_path / "data", 4)
     here = small_session(tmp_path, dtype="bfloat16", train="mlp1", iters=3, learning_rate=1e-6)
     start = {name: np.array(w) for name, w in here.state.weights.items()}
@@ -281,8 +283,8 @@ def test_weights_are_kept_in_float32_below_a_model_of_16_bits(tmp_path):
         assert 0 < np.abs(np.array(weight) - start[name]).max() < 1e-5, name
 
 
-def test_a_work_may_be_a_batch_alone(tmp_path):
-    """A trained tower looks at its pictures itself."""
+def test_a_trained_vision_tower_reads_the_tiles_itself(tmp_path):
+    """Neither features nor reference log-probabilities are computed in advance."""
     write_data(tmp_path / "data", 2)
     here = small_session(tmp_path, train="vision_model", iters=1)
     work = next(here.remaining_batches())

@@ -1,4 +1,4 @@
-"""MPO's terms against two independent forms: float64 NumPy, written out, and PyTorch's autograd."""
+"""MPO's terms compared with two independent implementations: float64 NumPy and PyTorch autograd."""
 
 import mlx.core as mx
 import numpy as np
@@ -61,7 +61,7 @@ def mask_of(lengths, gaps):
     return mask
 
 
-def written_out(case):
+def numpy_terms(case):
     """Compute terms and token gradients by the formulas, in float64."""
     (pc, pr), (rc, rr) = (
         [x.astype(np.float64) for x in xs] for xs in (case.policy, case.reference)
@@ -96,7 +96,7 @@ def sigmoid(x):
     return np.exp(-np.logaddexp(0, -x))
 
 
-def torch_form(case):
+def torch_terms(case):
     """Compute them as a PyTorch trainer would, in float64, with autograd."""
     given = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in case.policy]
     reference = [torch.tensor(x, dtype=torch.float64) for x in case.reference]
@@ -122,17 +122,17 @@ def close(ours, theirs):
     return (np.abs(ours - theirs) / np.maximum(1, np.abs(theirs))).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("form", [written_out, torch_form])
+@pytest.mark.parametrize("form", [numpy_terms, torch_terms])
 @pytest.mark.parametrize("name", CASES)
-def test_terms_are_those_of_the_independent_form(name, form):
+def test_terms_equal_an_independent_implementation(name, form):
     case = Case(name)
     ours, (theirs, _) = case.ours(), form(case)
     assert not [term for term, value in theirs.items() if not close(getattr(ours, term), value)]
 
 
-@pytest.mark.parametrize("form", [written_out, torch_form])
+@pytest.mark.parametrize("form", [numpy_terms, torch_terms])
 @pytest.mark.parametrize("name", CASES)
-def test_every_token_has_the_gradient_of_the_independent_form(name, form):
+def test_gradients_equal_an_independent_implementation(name, form):
     case = Case(name)
 
     def loss(chosen, rejected):
@@ -145,7 +145,7 @@ def test_every_token_has_the_gradient_of_the_independent_form(name, form):
         assert close(slope, theirs)
 
 
-def test_padding_may_hold_anything_and_numpy_will_do():
+def test_padding_is_ignored_and_numpy_arrays_are_accepted():
     case = Case("ragged")
     expected = case.ours()
     for side in (case.policy, case.reference):
@@ -163,7 +163,7 @@ def test_padding_may_hold_anything_and_numpy_will_do():
     np.testing.assert_allclose(slope, -masks[0] / masks[0].sum(), rtol=1e-6)
 
 
-def test_one_shift_runs_through_several_micro_batches():
+def test_the_reward_shift_is_averaged_over_micro_batches():
     rewards, shift, count = [], mx.array(0.0), mx.array(0.0)
     for name in ("one pair", "ragged, several turns", "smoothed", "one pair"):
         case = Case(name)
@@ -201,14 +201,14 @@ def test_worked_example(step, expected):
     assert 0.8 * terms.dpo.item() + 0.2 * terms.bco.item() + sft == pytest.approx(total, abs=1e-6)
 
 
-def test_a_policy_that_is_its_reference_begins_at_the_known_loss():
+def test_a_policy_equal_to_its_reference_has_the_known_loss():
     terms = Case("policy is reference").ours()
     known = 0.8 * np.log(2) + 0.2 * 2 * np.log(2)
     assert 0.8 * terms.dpo.item() + 0.2 * terms.bco.item() == pytest.approx(known, abs=1e-6)
     assert known == pytest.approx(0.8318, abs=1e-4)
 
 
-def test_a_shift_that_does_not_run_stays_where_it_is():
+def test_a_fixed_reward_shift_is_not_updated():
     ratios = mx.array([3.0, -1.0]), mx.array([0.5, 2.0])
     fixed = PreferenceConfig(running_shift=False)
     terms = preference_terms(*ratios, mx.array(0.0), fixed, mx.array(0.0), mx.array(7.0))
@@ -218,7 +218,7 @@ def test_a_shift_that_does_not_run_stays_where_it_is():
     assert terms.bco.item() == pytest.approx(expected.mean(), abs=1e-6)
 
 
-def test_ranks_share_one_shift():
+def test_all_ranks_share_one_reward_shift():
     ratios = mx.array([3.0]), mx.array([1.0])
     shared = PreferenceConfig(all_mean=lambda mean: (mean + 1.8) / 2)
     terms = preference_terms(*ratios, mx.array(0.0), shared, mx.array(0.0), mx.array(0.0))
