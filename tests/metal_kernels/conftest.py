@@ -1,4 +1,4 @@
-"""A machine that has Metal, as far as the kernels can tell."""
+"""A machine that seems to have Metal."""
 
 from collections.abc import Callable
 

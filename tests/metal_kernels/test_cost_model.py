@@ -1,4 +1,4 @@
-"""What the documents say that kernels move and compute is what they move and compute."""
+"""The emulator counts the bytes that the cost model and docs/metal.md state."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_matrix_tiles_are_counted_with_their_padding():
     assert eight.kernel_flops == eight.flops + 2 * 2 * 64 * 100
 
 
-def test_eight_answers_to_one_picture_read_it_once():
+def test_eight_answers_about_one_image_read_it_once():
     one, eight = (AttentionCost(28, 4, 128, 3328, 8, draft=n) for n in (1, 8))
     assert eight.store_nbytes == one.store_nbytes
     assert eight.flops == 8 * one.flops
@@ -60,5 +60,5 @@ def test_eight_answers_to_one_picture_read_it_once():
     assert AttentionCost(28, 4, 128, 3328).bits == DENSE_BITS
 
 
-def test_the_document_holds_the_table():
+def test_the_document_contains_the_table():
     assert cost_table(16384) in METAL.read_text("utf-8")

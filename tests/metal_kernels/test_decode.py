@@ -1,4 +1,4 @@
-"""Whole answers through the kernels, run by the emulator, are those of MLX's own operations."""
+"""Complete answers through the emulated kernels equal those of MLX's operations."""
 
 import pytest
 from fixtures.inputs import picture
@@ -64,7 +64,7 @@ def test_an_answer_is_the_same_to_the_token(vlm, by_kernels, bits, delta):
 
 @pytest.mark.parametrize(("bits", "delta"), [(None, "1/16"), (8, 1), (4, "1/16")])
 @pytest.mark.parametrize("name", ["twin", "stranger"])
-def test_guesses_are_checked_by_the_kernels(vlm, request, by_kernels, bits, delta, name):
+def test_drafts_are_verified_by_the_kernels(vlm, request, by_kernels, bits, delta, name):
     settings = {"max_tokens": 20, "kv_bits": bits, "v2pe_delta": delta}
     plain = vlm.ask(*ASKED, **settings)
     guess = {"draft_model": request.getfixturevalue(name), "num_draft_tokens": 7}
@@ -77,7 +77,7 @@ def test_guesses_are_checked_by_the_kernels(vlm, request, by_kernels, bits, delt
 
 @pytest.mark.parametrize("bits", CACHES)
 @pytest.mark.parametrize("delta", [1, "1/16"])
-def test_many_answers_read_their_prompt_together(vlm, by_kernels, bits, delta):
+def test_several_answers_read_their_prompt_together(vlm, by_kernels, bits, delta):
     settings = {"max_tokens": 6, "kv_bits": bits, "v2pe_delta": delta}
     plain = vlm.ask(*ASKED, **settings)
     found, launched = by_kernels(lambda: vlm.ask_many(*ASKED, n=3, **settings))
@@ -95,43 +95,43 @@ def test_the_demo_model_names_its_dog(by_kernels):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_talk_is_saved_and_read_with_and_without_kernels(vlm, by_kernels, tmp_path, bits):
+def test_a_conversation_is_saved_and_read_with_and_without_kernels(vlm, by_kernels, tmp_path, bits):
     """A file holds what MLX packs, so that either side reads what the other wrote."""
-    whole, path = vlm.conversation(max_tokens=5, kv_bits=bits), tmp_path / "talk.zip"
+    whole, path = vlm.conversation(max_tokens=5, kv_bits=bits), tmp_path / "chat.zip"
     whole.ask("What is it?", [CAT])
     whole.save(path, cache=True)
-    wanted = whole.ask("And?", [DOG])
+    expected = whole.ask("And?", [DOG])
 
     def go_on():
-        talk = vlm.conversation(max_tokens=5, kv_bits=bits)
-        assert talk.load(path)
-        assert isinstance(talk.memory.cache[0], QuantizedKVCache)
-        answer = talk.ask("And?", [DOG])
-        assert isinstance(talk.memory.cache[0], RowQuantizedKVCache)
-        talk.save(tmp_path / "later.zip", cache=True)
-        return answer, talk.ask("Why?")
+        chat = vlm.conversation(max_tokens=5, kv_bits=bits)
+        assert chat.load(path)
+        assert isinstance(chat.prompt_cache.layers[0], QuantizedKVCache)
+        answer = chat.ask("And?", [DOG])
+        assert isinstance(chat.prompt_cache.layers[0], RowQuantizedKVCache)
+        chat.save(tmp_path / "later.zip", cache=True)
+        return answer, chat.ask("Why?")
 
     (found, last), _ = by_kernels(go_on)
-    assert found.token_ids == wanted.token_ids
-    assert found.usage.cached_tokens == wanted.usage.cached_tokens > 0
+    assert found.token_ids == expected.token_ids
+    assert found.usage.cached_tokens == expected.usage.cached_tokens > 0
     later = vlm.conversation(max_tokens=5, kv_bits=bits)
     assert later.load(tmp_path / "later.zip")
     assert later.ask("Why?").token_ids == last.token_ids
 
 
-def test_the_cache_takes_the_form_that_was_measured_to_pay(vlm, by_kernels):
+def test_the_cache_takes_the_layout_that_was_measured_to_be_faster(vlm, by_kernels):
     settings = {"max_tokens": 12, "kv_bits": 8}
     plain = vlm.ask(*ASKED, **settings)
     start, forms = plain.usage.prompt_tokens + 4, []
 
     def ask():
         write_thresholds([KernelThreshold("flash_decode", 8, 64, 2, start)])
-        talk = vlm.conversation(**settings)
-        pieces = talk.stream(*ASKED)
+        chat = vlm.conversation(**settings)
+        pieces = chat.stream(*ASKED)
         ids = []
         for piece in pieces:
             ids += [] if piece.token_id is None else [piece.token_id]
-            forms.append(type(talk.memory.cache[0]))
+            forms.append(type(chat.prompt_cache.layers[0]))
         return ids
 
     found, launched = by_kernels(ask, setting="on")
@@ -142,7 +142,7 @@ def test_the_cache_takes_the_form_that_was_measured_to_pay(vlm, by_kernels):
 
 
 @pytest.mark.parametrize("setting", ["on", "off"])
-def test_without_a_measurement_or_a_wish_no_kernel_is_launched(vlm, by_kernels, setting):
+def test_no_kernel_is_launched_unless_measured_or_forced(vlm, by_kernels, setting):
     settings = {"max_tokens": 4, "kv_bits": 8}
     plain = vlm.ask(*ASKED, **settings)
     found, launched = by_kernels(lambda: vlm.ask(*ASKED, **settings), setting)

@@ -1,4 +1,4 @@
-"""Flash decode, run thread by thread with every access watched, against float64."""
+"""Flash decode in the emulator, with every access watched, against float64."""
 
 from itertools import product
 
@@ -52,9 +52,9 @@ def test_the_kernel_agrees_with_float64_and_reads_each_byte_once(emulated, shape
         out, lse = flash_decode_kernel(
             q, store, mx.array(shape.lengths, mx.int32), causal=shape.causal
         )
-    wanted, sums = shape.exact(q, store)
+    expected, sums = shape.exact(q, store)
     assert out.dtype == dtype
-    assert relative_error(out, wanted) <= ROUNDING[dtype]
+    assert relative_error(out, expected) <= ROUNDING[dtype]
     seen = sums > LOWEST
     assert np.array_equal(np.array(lse) > LOWEST, seen)
     np.testing.assert_allclose(np.array(lse)[seen], sums[seen], atol=1e-5)
@@ -63,7 +63,7 @@ def test_the_kernel_agrees_with_float64_and_reads_each_byte_once(emulated, shape
     assert metal.dispatches[0].copied == ()
 
 
-def test_one_length_serves_all_sequences(emulated):
+def test_one_length_applies_to_all_sequences(emulated):
     shape = Ragged((9, 9), 3, 32, 4)
     q, store = shape.made()
     with emulated(schedules=("forward",)):
@@ -71,7 +71,7 @@ def test_one_length_serves_all_sequences(emulated):
     assert relative_error(out, shape.exact(q, store)[0]) <= ROUNDING[mx.float32]
 
 
-def test_queries_of_another_type_than_the_store_are_answered_in_theirs(emulated):
+def test_the_output_has_the_dtype_of_the_queries(emulated):
     shape = Ragged((9, 9), 3, 32, 4)
     q, store = shape.made(mx.float16)
     with emulated(schedules=("forward",)):
@@ -80,7 +80,7 @@ def test_queries_of_another_type_than_the_store_are_answered_in_theirs(emulated)
     assert relative_error(out, shape.exact(q, store)[0]) <= ROUNDING[mx.float16]
 
 
-def test_a_token_that_outweighs_all_others_keeps_its_weight(emulated):
+def test_one_dominant_token_is_weighted_exactly(emulated):
     """The maximum rises and falls by hundreds from block to block, and nothing overflows."""
     shape = Ragged((300, 150), 7, 64, loud=100)
     q, store = shape.made()
@@ -90,18 +90,18 @@ def test_a_token_that_outweighs_all_others_keeps_its_weight(emulated):
 
 
 @pytest.mark.parametrize("shape", [ROWS[4], TILE[2], TILES[2], TILES[7]], ids=str)
-def test_the_plain_operations_agree_with_float64(shape):
+def test_the_reference_agrees_with_float64(shape):
     q, store = shape.made()
     clean = type(store).first(store, max(shape.lengths))
     out, lse = flash_decode_reference(
         q, clean, mx.array(shape.lengths, mx.int32), causal=shape.causal
     )
-    wanted, sums = shape.exact(q, store)
-    assert relative_error(out, wanted) <= ROUNDING[mx.float32]
+    expected, sums = shape.exact(q, store)
+    assert relative_error(out, expected) <= ROUNDING[mx.float32]
     np.testing.assert_allclose(float64(lse), sums, rtol=1e-5)
 
 
-def test_splits_fill_a_large_gpu_and_leave_short_stores_whole():
+def test_splits_fill_a_large_gpu_and_short_caches_are_not_split():
     assert [split_count(capacity, 2) for capacity in (1, 512, 513, 5000, 10**6)] == [
         1,
         1,

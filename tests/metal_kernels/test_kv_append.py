@@ -1,4 +1,4 @@
-"""New rows: turned and packed by one kernel as MLX's own operations would."""
+"""KV append rotates and quantizes as MLX's operations do."""
 
 import mlx.core as mx
 import numpy as np
@@ -33,7 +33,7 @@ def typed(shape: Projected, dtype: mx.Dtype) -> Projected:
 
 @each_type
 @each_shape
-def test_what_is_not_turned_is_packed_as_mlx_packs_to_the_bit(emulated, shape, dtype):
+def test_unrotated_keys_are_quantized_as_by_mlx_to_the_bit(emulated, shape, dtype):
     shape = typed(shape, dtype)
     with emulated() as metal:
         found = kv_append_kernel(shape.keys, shape.values, shape.layout, shape.still)
@@ -46,15 +46,15 @@ def test_what_is_not_turned_is_packed_as_mlx_packs_to_the_bit(emulated, shape, d
     ("shape", "dtype"), [(SHAPES[1], mx.bfloat16), (SHAPES[3], mx.float32), (SHAPES[6], mx.float16)]
 )
 @pytest.mark.parametrize("run", [kv_append_kernel, kv_append_reference])
-def test_keys_are_turned_as_complex_numbers_are(emulated, shape, dtype, run):
+def test_keys_rotate_like_complex_numbers(emulated, shape, dtype, run):
     shape = typed(shape, dtype)
     turn = RopeParams.from_base(shape.positions, shape.dim, BASE)
     with emulated(schedules=("forward",)):
         rows = run(shape.keys, shape.values, shape.layout, turn, shape.bias)
     keys, values = split_rows(rows, shape.layout)
-    wanted = shape.turned(shape.keys + shape.bias.reshape(shape.heads, shape.dim))
-    allowed = one_level(keys, shape) + TURNED[dtype] * np.abs(wanted).max()
-    assert (np.abs(unpacked(keys, shape.bits, shape.group_size) - wanted) <= allowed).all()
+    expected = shape.turned(shape.keys + shape.bias.reshape(shape.heads, shape.dim))
+    allowed = one_level(keys, shape) + TURNED[dtype] * np.abs(expected).max()
+    assert (np.abs(unpacked(keys, shape.bits, shape.group_size) - expected) <= allowed).all()
     untouched = split_rows(shape.packed_by_mlx(), shape.layout)[1]
     assert all(mx.array_equal(one, other) for one, other in zip(values, untouched, strict=True))
 
@@ -64,21 +64,21 @@ def one_level(packed: tuple[mx.array, ...], shape: Projected) -> np.ndarray:
     return np.repeat(np.abs(float64(packed[1])), shape.group_size, axis=-1)
 
 
-def test_positions_of_one_sequence_serve_all(emulated):
+def test_positions_of_one_sequence_apply_to_all(emulated):
     shape = Projected(32, 8)
     turn, each = (
         RopeParams.from_base(positions, shape.dim, BASE)
         for positions in (shape.positions[0], mx.repeat(shape.positions[:1], 2, axis=0))
     )
     with emulated(schedules=("forward",)):
-        found, wanted = (
+        found, expected = (
             kv_append_kernel(shape.keys, shape.values, shape.layout, given)
             for given in (turn, each)
         )
-    assert mx.array_equal(found, wanted)
+    assert mx.array_equal(found, expected)
 
 
-def test_keys_turn_like_mlx_rotary_embedding():
+def test_keys_rotate_like_mx_fast_rope():
     shape = Projected(64, 8, 64)
     positions = mx.array([[3, 4, 5], [40, 41, 42]])
     rows = kv_append_reference(

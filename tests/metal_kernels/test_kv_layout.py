@@ -1,4 +1,4 @@
-"""Packed rows hold what mx.quantize gives, and nothing else."""
+"""Quantized rows hold what mx.quantize gives, and nothing else."""
 
 from itertools import product
 
@@ -24,7 +24,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_rows_give_back_mlx_numbers_to_the_bit(layout):
+def test_rows_return_the_numbers_of_mlx_to_the_bit(layout):
     rng = np.random.default_rng(0)
     keys, values = (
         mx.array(rng.normal(size=(2, 3, 5, layout.head_dim))).astype(layout.dtype) for _ in "kv"
@@ -51,7 +51,7 @@ def test_a_row_takes_little_more_than_its_bits():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reported"),
     [
         ({"head_dim": 80}, "head_dim 80 is not one of 32, 64, 128"),
         ({"head_dim": 64, "bits": 3}, "bits 3 is not one of 4, 8"),
@@ -60,6 +60,6 @@ def test_a_row_takes_little_more_than_its_bits():
         ({"head_dim": 32}, "groups of 64 do not fit head_dim 32; take group_size 32"),
     ],
 )
-def test_an_unknown_layout_is_refused_with_what_is_known(given, told):
-    with pytest.raises(UserError, match=told):
+def test_an_unknown_layout_is_refused_with_the_choices(given, reported):
+    with pytest.raises(UserError, match=reported):
         KVRowLayout(**given)

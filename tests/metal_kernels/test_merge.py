@@ -1,4 +1,4 @@
-"""Stretches of keys attended apart and joined are as good as attended at once."""
+"""Attention to two segments, merged, equals attention to both at once."""
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +14,7 @@ from internvl3_mlx.metal_kernels.flash_decode import (
 from internvl3_mlx.metal_kernels.kv_layout import DenseKV
 
 
-def test_a_shared_prefix_and_own_suffixes_join_to_the_whole():
+def test_a_shared_prefix_and_suffixes_merge_to_the_whole():
     """Five candidates, two key-value heads of three, 11 shared tokens and 1, 4, 2, 4, 3 of each."""
     lengths = (12, 15, 13, 15, 14)
     shape = Ragged(lengths, 3, 64)
@@ -32,12 +32,12 @@ def test_a_shared_prefix_and_own_suffixes_join_to_the_whole():
     ]
     second = flash_decode_reference(q, suffix, mx.array(lengths) - 11)
     out, lse = merge_attention(*first, *second)
-    wanted, sums = shape.exact(q, DenseKV(*joined))
-    assert relative_error(out, wanted) <= ROUNDING[mx.float32]
+    expected, sums = shape.exact(q, DenseKV(*joined))
+    assert relative_error(out, expected) <= ROUNDING[mx.float32]
     np.testing.assert_allclose(np.array(lse), sums, rtol=1e-5)
 
 
-def test_a_stretch_that_is_empty_changes_nothing():
+def test_an_empty_segment_changes_nothing():
     q, store = Ragged((0, 7), 3, 64).made()
     store = DenseKV(*(mx.nan_to_num(part) for part in store.arrays))
     empty, full = flash_decode_reference(q, store, 0), flash_decode_reference(q, store, 7)
@@ -49,7 +49,7 @@ def test_a_stretch_that_is_empty_changes_nothing():
     assert mx.array_equal(nothing, mx.zeros_like(q))
 
 
-def test_a_draft_sees_itself_only_backwards():
+def test_a_draft_is_causal_among_its_own_tokens():
     """The plain operations and MLX's own attention agree on who sees whom."""
     q, store = Ragged((9, 9), 3, 64, draft=4).made()
     store = DenseKV(*(mx.nan_to_num(part) for part in store.arrays))

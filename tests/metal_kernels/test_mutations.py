@@ -1,6 +1,6 @@
-"""Every barrier and every guard of the kernels, taken out one by one: each must be noticed.
+"""Every barrier and every guard of the kernels, removed one by one: each must be detected.
 
-Noticed means that the emulator finds a fault, that the numbers are wrong, or that more bytes are
+Detected means that the emulator finds a fault, that the numbers are wrong, or that more bytes are
 read than there need be.
 """
 
@@ -96,7 +96,7 @@ NEW_ROW = [
 ]  # fmt: skip
 
 
-def noticed(emulated: Callable, change: tuple[str, str], right: Callable[..., bool]) -> bool:
+def detected(emulated: Callable, change: tuple[str, str], right: Callable[..., bool]) -> bool:
     try:
         with emulated(schedules=("forward",), mutate=[change]) as metal:
             return not right(metal)
@@ -107,34 +107,34 @@ def noticed(emulated: Callable, change: tuple[str, str], right: Callable[..., bo
 @pytest.mark.parametrize(("shape", "old", "new"), FLASH, ids=lambda part: str(part)[:40])
 def test_flash_decode_needs_each_barrier_and_guard(emulated, shape, old, new):
     q, store = shape.made()
-    wanted, sums = shape.exact(q, store)
+    expected, sums = shape.exact(q, store)
 
     def right(metal) -> bool:
         lengths = mx.array(shape.lengths, mx.int32)
         out, lse = flash_decode_kernel(q, store, lengths, causal=shape.causal)
         read = sum(metal.dispatches[0].reads[name].total for name in ("keys", "values"))
         return (
-            relative_error(out, wanted) <= ROUNDING[mx.float32] * shape.loud
+            relative_error(out, expected) <= ROUNDING[mx.float32] * shape.loud
             and np.allclose(np.array(lse), sums, rtol=1e-5)
             and read == shape.fewest_bytes(store)
         )
 
-    assert right_as_it_stands(emulated, right)
-    assert noticed(emulated, (old, new), right)
+    assert right_unchanged(emulated, right)
+    assert detected(emulated, (old, new), right)
 
 
 @pytest.mark.parametrize(("shape", "old", "new"), NEW_ROW, ids=lambda part: str(part)[:40])
-def test_new_rows_need_each_guard(emulated, shape, old, new):
-    wanted = shape.packed_by_mlx()
+def test_kv_append_needs_each_guard(emulated, shape, old, new):
+    expected = shape.packed_by_mlx()
 
     def right(_) -> bool:
         found = kv_append_kernel(shape.keys, shape.values, shape.layout, shape.still)
-        return mx.array_equal(found, wanted).item()
+        return mx.array_equal(found, expected).item()
 
-    assert right_as_it_stands(emulated, right)
-    assert noticed(emulated, (old, new), right)
+    assert right_unchanged(emulated, right)
+    assert detected(emulated, (old, new), right)
 
 
-def right_as_it_stands(emulated: Callable, right: Callable[..., bool]) -> bool:
+def right_unchanged(emulated: Callable, right: Callable[..., bool]) -> bool:
     with emulated(schedules=("forward",)) as metal:
         return right(metal)

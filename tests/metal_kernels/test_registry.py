@@ -1,4 +1,4 @@
-"""The measuring stick runs the kernels where there is Metal, and its table is what decides."""
+"""The benchmark measures kernels where there is Metal, and its thresholds select them."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from internvl3_mlx.profiling.suite import BenchmarkSuite
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("length", [1, 8])
-def test_both_ways_are_timed(monkeypatch, a_mac, emulated, bits, length):
+def test_kernel_and_mlx_are_both_timed(monkeypatch, a_mac, emulated, bits, length):
     monkeypatch.setattr(timing, "MIN_RUN_SECONDS", 0.0)
     trial = AttentionTrial("odd", 6, 2, 64, bits, length)
     with emulated(schedules=("forward",), checked=False) as metal:
@@ -26,7 +26,7 @@ def test_both_ways_are_timed(monkeypatch, a_mac, emulated, bits, length):
 @pytest.mark.parametrize(
     ("switch", "broken", "why"), [("off", False, KERNELS_DISABLED), ("on", True, KERNEL_FAILED)]
 )
-def test_what_stands_in_for_a_kernel_is_never_timed_as_one(monkeypatch, a_mac, switch, broken, why):
+def test_a_fallback_is_never_timed_as_the_kernel(monkeypatch, a_mac, switch, broken, why):
     monkeypatch.setattr(timing, "MIN_RUN_SECONDS", 0.0)
     monkeypatch.setenv(dispatch.MODE_VARIABLE, switch)
     monkeypatch.setattr(
@@ -40,7 +40,7 @@ def test_what_stands_in_for_a_kernel_is_never_timed_as_one(monkeypatch, a_mac, s
     assert [entry.min_tokens for entry in run.thresholds] == ([None] if broken else [])
 
 
-def test_a_measurement_becomes_the_table(monkeypatch, a_mac):
+def test_measurements_become_the_thresholds(monkeypatch, a_mac):
     trials = [AttentionTrial("odd", 6, 2, 64, 8), AttentionTrial("odd", 6, 2, 64, 4)]
     times = {(8, 5): (2.0, 1.0), (8, 9): (1.0, 2.0), (4, 5): (1.0, 2.0), (4, 9): (2.0, 1.0)}
 

@@ -1,4 +1,4 @@
-"""A kernel is trusted once its trial passed on this machine, and dropped with one line if not."""
+"""A kernel is used once its self-test passed on this machine, else rejected in one line."""
 
 import json
 from dataclasses import dataclass
@@ -31,28 +31,28 @@ WRONG = ("float whole = total[m] * fade;", "float whole = total[m] * 2.0f * fade
 
 @pytest.fixture
 def lines(a_mac):
-    told = []
-    dispatch.set_fallback_handler(told.append)
-    yield told
+    reported = []
+    dispatch.set_fallback_handler(reported.append)
+    yield reported
     dispatch.set_fallback_handler()
 
 
 @dataclass
 class Odd:
-    """A kernel whose trial goes as ``during`` says."""
+    """A kernel whose self-test calls ``during``."""
 
     during: object
     name: str = "odd"
     dtype: mx.Dtype = mx.float32
-    instead: str = "MLX"
+    fallback: str = "MLX"
 
-    def both(self):
+    def self_test_pairs(self):
         self.during()
         return [(mx.ones(3), mx.ones(3))]
 
 
 @pytest.mark.parametrize("variant", [SMALL, NEW], ids=lambda variant: variant.name)
-def test_a_sound_kernel_passes_its_trial(emulated, lines, variant):
+def test_a_correct_kernel_passes_its_self_test(emulated, lines, variant):
     with emulated(**FAST):
         assert self_test.is_usable(variant)
     assert lines == []
@@ -61,11 +61,11 @@ def test_a_sound_kernel_passes_its_trial(emulated, lines, variant):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [(REFUSED, "failed on this machine (flash_rows"), (WRONG, "is wrong on this machine")],
 )
-def test_a_broken_kernel_is_told_once_and_the_answer_comes_all_the_same(
-    emulated, lines, change, told
+def test_a_broken_kernel_is_reported_once_and_the_answer_is_the_same(
+    emulated, lines, change, reported
 ):
     q, store = Ragged((9, 5), 3, 32, 4).made(mx.float16)
     store = store.first_tokens(5)
@@ -73,14 +73,14 @@ def test_a_broken_kernel_is_told_once_and_the_answer_comes_all_the_same(
         found = [flash_decode(q, store, 5)[0] for _ in range(3)]
     assert all(mx.array_equal(out, flash_decode_reference(q, store, 5)[0]) for out in found)
     assert len(lines) == 1
-    assert lines[0].startswith(f"Metal kernel {SMALL.name} {told}")
+    assert lines[0].startswith(f"Metal kernel {SMALL.name} {reported}")
     assert lines[0].endswith(
         "falling back to MLX's own attention. Run `internvl3 doctor` for details"
     )
     assert "\n" not in lines[0]
 
 
-def test_a_trial_runs_the_very_text_that_an_answer_takes(emulated, lines, monkeypatch):
+def test_a_self_test_runs_the_source_that_an_answer_uses(emulated, lines, monkeypatch):
     monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
     q, store = Ragged((9, 9), 3, 32, 4).made(mx.float16)
     with emulated(**FAST) as metal:
@@ -90,7 +90,7 @@ def test_a_trial_runs_the_very_text_that_an_answer_takes(emulated, lines, monkey
     assert trial.grid[1] == 2  # splits, which the second kernel joins
 
 
-def test_a_compiler_is_quoted_with_its_first_error(lines, a_mac):
+def test_the_first_compiler_error_is_quoted(lines, a_mac):
     def refuse():
         raise RuntimeError(
             "[metal::Device] Unable to build metal library from source\n"
@@ -102,7 +102,7 @@ def test_a_compiler_is_quoted_with_its_first_error(lines, a_mac):
     assert "(program_source:12:3: error: use of undeclared identifier 'eight'); " in lines[0]
 
 
-def test_a_trial_that_ended_the_program_is_not_walked_into_again(lines, a_mac):
+def test_a_self_test_that_ended_the_process_is_not_repeated(lines, a_mac):
     while_trying = {}
     assert self_test.is_usable(
         Odd(lambda: while_trying.update(registry.read_record(registry.SELF_TESTS_FILE)))
@@ -114,7 +114,7 @@ def test_a_trial_that_ended_the_program_is_not_walked_into_again(lines, a_mac):
     assert [state.detail for state in self_test.run_self_tests([again])] == [self_test.CRASHED]
 
 
-def test_an_interrupted_trial_is_no_verdict(lines, a_mac):
+def test_an_interrupted_self_test_saves_nothing(lines, a_mac):
     def interrupt():
         raise KeyboardInterrupt
 
@@ -124,16 +124,16 @@ def test_an_interrupted_trial_is_no_verdict(lines, a_mac):
     assert self_test.is_usable(Odd(lambda: None))
 
 
-def test_a_dropped_kernel_is_a_warning_unless_someone_listens(emulated, a_mac):
+def test_a_rejected_kernel_is_a_warning_without_a_handler(emulated, a_mac):
     with (
-        pytest.warns(RuntimeWarning, match="falling back to MLX's own attention") as told,
+        pytest.warns(RuntimeWarning, match="falling back to MLX's own attention") as reported,
         emulated(mutate=[REFUSED], **FAST),
     ):
         assert not self_test.is_usable(SMALL)
-    assert len(told) == 1
+    assert len(reported) == 1
 
 
-def test_a_trial_is_remembered_for_later_starts(emulated, lines):
+def test_a_result_is_saved_for_later_processes(emulated, lines):
     with emulated(mutate=[REFUSED], **FAST):
         assert not self_test.is_usable(SMALL)
     self_test.results.clear()  # a later start
@@ -144,7 +144,7 @@ def test_a_trial_is_remembered_for_later_starts(emulated, lines):
 
 
 @pytest.mark.parametrize("what", ["device", "mlx", "kernels"])
-def test_another_machine_mlx_or_text_is_tried_anew(emulated, lines, a_mac, what):
+def test_another_machine_mlx_or_source_is_tested_again(emulated, lines, a_mac, what):
     with emulated(mutate=[REFUSED], **FAST):
         assert not self_test.is_usable(SMALL)
     path = a_mac / registry.SELF_TESTS_FILE
@@ -159,7 +159,7 @@ def test_another_machine_mlx_or_text_is_tried_anew(emulated, lines, a_mac, what)
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"environment": 1}', '{"content": {"x": {"y": 1}}}']
 )
-def test_a_damaged_memory_is_no_memory(emulated, lines, a_mac, content):
+def test_a_damaged_file_is_ignored(emulated, lines, a_mac, content):
     a_mac.mkdir()
     (a_mac / registry.SELF_TESTS_FILE).write_text(content, "utf-8")
     with emulated(**FAST):
@@ -167,12 +167,12 @@ def test_a_damaged_memory_is_no_memory(emulated, lines, a_mac, content):
     assert registry.read_record(registry.SELF_TESTS_FILE)[SMALL.name]["passed"] is True
 
 
-def test_a_memory_with_other_fields_is_no_memory(lines):
+def test_a_file_with_other_fields_is_ignored(lines):
     registry.write_record(registry.SELF_TESTS_FILE, {SMALL.name: {"works": 1}})
     assert self_test.load_results() == {}
 
 
-def test_a_folder_that_cannot_be_written_stops_nothing(emulated, lines, a_mac, monkeypatch):
+def test_an_unwritable_folder_stops_nothing(emulated, lines, a_mac, monkeypatch):
     a_mac.parent.joinpath("file").write_text("")
     monkeypatch.setenv("INTERNVL3_CACHE", str(a_mac.parent / "file"))
     with emulated(**FAST):
@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(emulated, lines, a_mac, m
     assert not registry.write_thresholds([])
 
 
-def test_a_self_check_tries_all_anew_and_says_nothing(emulated, lines):
+def test_run_self_tests_repeats_all_and_reports_nothing(emulated, lines):
     with emulated(mutate=[REFUSED], **FAST):
         assert not self_test.is_usable(SMALL)
     lines.clear()
@@ -195,7 +195,7 @@ def test_a_self_check_tries_all_anew_and_says_nothing(emulated, lines):
     assert {state.name for state in self_test.all_results()} == {SMALL.name, NEW.name}
 
 
-def test_every_published_size_is_in_the_self_check():
+def test_every_published_size_has_variants():
     names = [variant.name for variant in all_variants()]
     assert len(names) == len({*names})
     for shape in (
@@ -211,7 +211,7 @@ def test_every_published_size_is_in_the_self_check():
 CASE = registry.KernelThreshold("flash_decode", 4, 32, 3, 100)
 
 
-def test_only_a_measured_gain_takes_the_kernel(emulated, lines):
+def test_a_kernel_is_used_only_where_measured_to_be_faster(emulated, lines):
     with emulated(**FAST):
         assert not should_use_kernel(SMALL, 5000)
         assert registry.write_thresholds([CASE])
@@ -227,7 +227,7 @@ def test_only_a_measured_gain_takes_the_kernel(emulated, lines):
         assert not registry.read_thresholds()  # nothing pays: a token costs no look
 
 
-def test_the_switch_turns_kernels_off_or_takes_them_unmeasured(emulated, lines, monkeypatch):
+def test_the_mode_disables_kernels_or_forces_them(emulated, lines, monkeypatch):
     with emulated(**FAST) as metal:
         monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
         assert should_use_kernel(SMALL, 1)
@@ -244,7 +244,7 @@ def test_the_switch_turns_kernels_off_or_takes_them_unmeasured(emulated, lines, 
         dispatch.kernel_mode()
 
 
-def test_the_door_gives_the_same_answer_either_way(emulated, lines, monkeypatch):
+def test_attend_fastest_gives_the_same_either_way(emulated, lines, monkeypatch):
     shape = Ragged((9, 9), 3, 32, 4)
     q, store = shape.made(mx.float16)
     with emulated(**FAST) as metal:
@@ -257,7 +257,7 @@ def test_the_door_gives_the_same_answer_either_way(emulated, lines, monkeypatch)
     assert mx.allclose(ours, built_in, atol=2e-3)
 
 
-def test_a_shape_no_kernel_knows_goes_the_plain_way(emulated, lines, monkeypatch):
+def test_an_unsupported_shape_uses_mlx(emulated, lines, monkeypatch):
     monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
     for shape in (Ragged((9, 9), 3, 96), Ragged((9, 9), 33, 32, draft=4)):
         q, store = shape.made()
@@ -268,7 +268,7 @@ def test_a_shape_no_kernel_knows_goes_the_plain_way(emulated, lines, monkeypatch
         assert out.shape == q.shape
 
 
-def test_without_metal_nothing_is_tried(tmp_path, monkeypatch):
+def test_without_metal_nothing_is_tested(tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
     monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)

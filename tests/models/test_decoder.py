@@ -1,4 +1,4 @@
-"""The decoders and their caches: however a row is cut or fused, the same logits come out."""
+"""The decoders and their caches give the same logits, in any chunks, fused or not."""
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +35,7 @@ def test_logits_of_text_equal_transformers(style):
     assert relative_error(ours, checkpoint.reference.logits(ids)) < TOLERANCE
 
 
-def test_a_head_dimension_of_its_own_is_honoured():
+def test_an_explicit_head_dimension_is_used():
     model, checkpoint = bare_model("9b", head_dim=40)
     ids = token_row(checkpoint, seed=4)
     ours = numbers(model(mx.array([ids])))
@@ -52,7 +52,7 @@ def test_fused_projections_give_the_same_logits(style):
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_the_last_row_alone_is_the_last_of_all_rows_and_remembers_the_same(folded):
+def test_the_last_row_alone_equals_the_last_of_all_and_caches_the_same(folded):
     model, checkpoint = bare_model("300m")
     if folded:
         model.optimize_for_inference()
@@ -80,16 +80,16 @@ def test_reading_in_chunks_equals_reading_at_once(chunks, delta):
     assert relative_error(ours, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("room", [0, 5, 700])
-def test_a_cache_grows_past_the_room_set_aside(room):
+@pytest.mark.parametrize("capacity", [0, 5, 700])
+def test_a_cache_grows_past_its_capacity(capacity):
     model, checkpoint = bare_model("300m")
     ids = np.random.default_rng(8).integers(3, 400, size=600).tolist()
-    ours = cached_logits(model, ids, [250, 1, 5, 1, 343], lambda: KVCache(room))
+    ours = cached_logits(model, ids, [250, 1, 5, 1, 343], lambda: KVCache(capacity))
     assert relative_error(ours, checkpoint.reference.logits(ids)[0]) < 2 * TOLERANCE
 
 
 class RoundTripCache(KVCache):
-    """What a packed cache must equal: dense numbers that went through quantisation once."""
+    """What a packed cache must equal: dense numbers that went through quantization once."""
 
     def __init__(self, bits):
         super().__init__()
@@ -104,7 +104,7 @@ class RoundTripCache(KVCache):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("chunks", [[25], [20, 4, 1], [9, 8, 7, 1], [1] * 25])
-def test_a_packed_cache_loses_no_more_than_its_rounding(bits, chunks):
+def test_a_quantized_cache_adds_no_error_but_rounding(bits, chunks):
     model, checkpoint = bare_model("300m")
     ids = np.random.default_rng(9).integers(3, 400, size=25).tolist()
     packed = cached_logits(model, ids, chunks, lambda: QuantizedKVCache(bits, 32))
@@ -113,7 +113,7 @@ def test_a_packed_cache_loses_no_more_than_its_rounding(bits, chunks):
     assert relative_error(rounded, checkpoint.reference.logits(ids)[0]) > 0.001
 
 
-def test_a_dense_cache_packs_itself_midway():
+def test_a_dense_cache_can_be_quantized_midway():
     model, checkpoint = bare_model("300m")
     ids = token_row(checkpoint, seed=2)
     first, rest = mx.array([ids[:6]]), mx.array([ids[6:]])

@@ -1,4 +1,4 @@
-"""Stochastic depth: whole branches, rarer at the bottom, in training alone."""
+"""Stochastic depth drops whole branches, more of the later ones, in training alone."""
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +24,7 @@ SIZES = {
 }
 
 
-def test_a_tiles_branch_is_left_out_whole_or_raised_to_the_same_mean():
+def test_the_whole_branch_of_a_tile_is_dropped_or_scaled_to_the_same_mean():
     mx.random.seed(5)
     branch = 1 + mx.random.uniform(shape=(4000, 3, 5))
     ratio = numbers(drop_path(branch, 0.25) / branch)
@@ -34,7 +34,7 @@ def test_a_tiles_branch_is_left_out_whole_or_raised_to_the_same_mean():
     assert kept.mean() == pytest.approx(0.75, abs=0.03)  # 4.4 standard deviations
 
 
-def test_rates_rise_evenly_with_depth(monkeypatch):
+def test_rates_rise_linearly_with_depth(monkeypatch):
     model, checkpoint = bare_model("6b")
     seen = []
     monkeypatch.setattr(vision, "drop_path", lambda x, rate: seen.append(rate) or x)
@@ -44,7 +44,7 @@ def test_rates_rise_evenly_with_depth(monkeypatch):
     np.testing.assert_allclose(seen, expected, rtol=1e-6)
 
 
-def test_nothing_is_dropped_unless_it_is_asked_for():
+def test_nothing_is_dropped_by_default():
     model, checkpoint = bare_model("300m")
     pixels = mx.array(random_pixels(checkpoint, 3))
     assert model.config.vision.drop_path_rate == 0.1  # the file says so
@@ -65,7 +65,7 @@ def test_nothing_is_dropped_unless_it_is_asked_for():
         (("mlp1", "language_model"), True, False),
     ],
 )
-def test_only_a_tower_that_learns_drops_paths_and_only_in_training(parts, training, drops):
+def test_only_a_trained_vision_model_drops_paths_and_only_in_training(parts, training, drops):
     model, checkpoint = bare_model("300m")
     batch = collate([make_sample(checkpoint, (3, 2), seed=1)])
     set_trainable(model, parts)
@@ -78,11 +78,11 @@ def test_only_a_tower_that_learns_drops_paths_and_only_in_training(parts, traini
     assert (relative_error(often, never) > 1e-3) == drops
 
 
-def test_a_rate_is_read_and_one_that_drops_everything_is_refused():
+def test_a_rate_is_read_and_a_rate_of_one_is_refused():
     assert VisionConfig(**SIZES).drop_path_rate == 0
     assert VisionConfig(**SIZES, drop_path_rate=0.4).drop_path_rate == 0.4
     for rate in (1, 1.5):
-        with pytest.raises(ConfigError, match=f"drop_path_rate is {rate}; a share below 1"):
+        with pytest.raises(ConfigError, match=f"drop_path_rate is {rate}; expected a rate below 1"):
             VisionConfig(**SIZES, drop_path_rate=rate)
     with pytest.raises(ConfigError, match="drop_path_rate is -0.1; a positive number"):
         VisionConfig(**SIZES, drop_path_rate=-0.1)

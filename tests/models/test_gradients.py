@@ -1,4 +1,4 @@
-"""Gradients through the whole model against torch's: what full fine-tuning stands on."""
+"""Gradients through the whole model equal PyTorch's."""
 
 import mlx.core as mx
 import mlx.nn as nn

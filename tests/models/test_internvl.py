@@ -1,4 +1,4 @@
-"""Both towers together against transformers: logits, positions, batches, long rows."""
+"""The complete model against transformers: logits, positions, batches, long sequences."""
 
 import mlx.core as mx
 import numpy as np
@@ -88,7 +88,7 @@ def test_rows_with_unequal_numbers_of_tiles_do_not_mix(delta):
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 3])
-def test_image_tokens_and_tiles_that_disagree_are_counted_out(tiles):
+def test_image_tokens_and_tiles_that_disagree_raise_with_both_counts(tiles):
     model, checkpoint = bare_model("300m")
     ids = mx.array([token_row(checkpoint, (2,))])
     pixels = mx.array(random_pixels(checkpoint, tiles)) if tiles else None
@@ -120,7 +120,7 @@ def test_ntk_can_be_switched_off(style):
     assert relative_error(ours, checkpoint.reference.logits(ids, pixels)) > 0.01
 
 
-def test_ntk_stays_out_of_fractional_positions():
+def test_ntk_does_not_change_fractional_positions():
     model, checkpoint = bare_model("300m", max_positions=24)
     ids = token_row(checkpoint, (3, 2), seed=3)
     pixels = random_pixels(checkpoint, 5)
@@ -131,7 +131,7 @@ def test_ntk_stays_out_of_fractional_positions():
     assert relative_error(ours, roomy.reference.logits(ids, pixels, positions)) < TOLERANCE
 
 
-def test_text_just_within_the_trained_window_is_not_stretched():
+def test_text_just_within_the_trained_window_is_not_scaled():
     model, checkpoint = bare_model("300m", max_positions=9)
     ids = token_row(checkpoint)
     assert len(ids) == 9

@@ -1,4 +1,4 @@
-"""Our adapted layers against PEFT's: start, scale, results, slopes; and over packed weights."""
+"""Adapted layers against PEFT: initialization, scale, outputs, gradients; quantized weights."""
 
 import math
 
@@ -64,7 +64,7 @@ def some_x(seed=0):
     return np.random.default_rng(seed).normal(size=(2, 7, WIDTH)).astype(np.float32)
 
 
-def test_a_fresh_adapter_starts_where_pefts_does():
+def test_a_new_adapter_is_initialized_like_peft():
     torch.manual_seed(0)
     root = torch.nn.Module()
     root.wide = torch.nn.Linear(512, 64)
@@ -83,7 +83,7 @@ def test_a_fresh_adapter_starts_where_pefts_does():
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_fresh_adapter_changes_nothing_to_the_bit(dora):
+def test_a_new_adapter_changes_no_bit(dora):
     base = nn.Linear(WIDTH, OUT)
     x = mx.array(some_x())
     before = numbers(base(x))
@@ -93,7 +93,7 @@ def test_a_fresh_adapter_changes_nothing_to_the_bit(dora):
 
 @each_form
 @pytest.mark.parametrize("bias", [True, False])
-def test_results_and_slopes_are_pefts(form, bias):
+def test_outputs_and_gradients_equal_peft(form, bias):
     theirs = peft_layer(form, bias=bias)
     ours = same_layer(theirs)
     x, mix = some_x(), some_x(1)[..., :OUT]
@@ -121,7 +121,7 @@ def test_results_and_slopes_are_pefts(form, bias):
 
 
 @each_form
-def test_merging_is_pefts_merging(form):
+def test_merging_equals_peft(form):
     theirs = peft_layer(form)
     ours = same_layer(theirs)
     merged = numbers(ours.weights.merged_into(ours.base.weight))
@@ -130,7 +130,7 @@ def test_merging_is_pefts_merging(form):
 
 
 @pytest.mark.parametrize("form", [{}, {"use_dora": True}], ids=str)
-def test_dropout_falls_where_pefts_does(form, monkeypatch):
+def test_dropout_is_applied_where_peft_applies_it(form, monkeypatch):
     theirs, rate = peft_layer(form, dropout=0.25), 0.25
     mask = np.random.default_rng(4).random((2, 7, WIDTH)) > rate
     drop = theirs.lora_dropout["default"]
@@ -144,7 +144,7 @@ def test_dropout_falls_where_pefts_does(form, monkeypatch):
     assert relative_error(expected, rested) > 1e-2
 
 
-def test_dropout_keeps_the_mean_and_drops_its_share():
+def test_dropout_preserves_the_mean_and_drops_its_share():
     mx.random.seed(2)
     x = numbers(lora.dropout(mx.ones((400, 500)), 0.3))
     assert x.mean() == pytest.approx(1, abs=0.01)
@@ -157,7 +157,7 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     ids=str,
 )
 @pytest.mark.parametrize("dora", [False, True])
-def test_over_a_packed_layer_all_is_as_over_the_numbers_it_stands_for(how, dora):
+def test_a_quantized_layer_behaves_like_its_dequantized_weight(how, dora):
     packed = nn.Linear(WIDTH, OUT).to_quantized(**{"group_size": 32, **how})
     plain = nn.Linear(WIDTH, OUT)
     plain.weight, plain.bias = dequantized_weight(packed), packed.bias
@@ -182,7 +182,7 @@ def test_over_a_packed_layer_all_is_as_over_the_numbers_it_stands_for(how, dora)
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("dora", [False, True])
-def test_in_16_bits_over_packed_weights_factors_and_slopes_stay_float32_and_finite(dtype, dora):
+def test_in_16_bits_over_quantized_weights_adapters_and_gradients_are_finite_float32(dtype, dora):
     base = nn.Linear(WIDTH, OUT)
     base.set_dtype(dtype)
     packed = base.to_quantized(group_size=32, bits=4)
@@ -202,7 +202,7 @@ def test_in_16_bits_over_packed_weights_factors_and_slopes_stay_float32_and_fini
     assert bool(mx.isfinite(score))
 
 
-def test_the_length_of_rows_needs_no_merged_matrix():
+def test_row_norms_need_no_merged_matrix():
     layer = same_layer(peft_layer({"use_dora": True}))
     merged = layer.base.weight + layer.scale * (layer.lora_B @ layer.lora_A)
     expected = np.linalg.norm(numbers(merged), axis=1)
@@ -226,7 +226,7 @@ def test_rows_of_zeros_and_rows_that_cancel_never_become_nan():
     assert not numbers(merged[:3]).any()
 
 
-def test_a_finalized_adapter_answers_the_same_and_measures_no_more(monkeypatch):
+def test_a_finalized_adapter_gives_the_same_without_computing_norms(monkeypatch):
     layer = same_layer(peft_layer({"use_dora": True}))
     x = mx.array(some_x())
     before = numbers(layer(x))
@@ -243,14 +243,14 @@ def test_a_finalized_adapter_answers_the_same_and_measures_no_more(monkeypatch):
     )
 
 
-def test_an_adapter_switched_off_is_its_base():
+def test_a_disabled_adapter_is_its_base():
     layer = same_layer(peft_layer({"use_dora": True}))
     x = mx.array(some_x())
     layer.enabled = False
     np.testing.assert_array_equal(numbers(layer(x)), numbers(layer.base(x)))
 
 
-def test_a_layer_is_replaced_where_its_path_leads():
+def test_a_layer_is_replaced_at_its_path():
     class Tree(nn.Module):
         def __init__(self):
             super().__init__()

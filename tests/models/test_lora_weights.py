@@ -1,4 +1,4 @@
-"""Joined factors do to stacked rows what each did to its own."""
+"""A concatenated adapter does to fused rows what each adapter did to its own."""
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,7 @@ def weight(rows, seed=9):
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("scales", [(2.0, 2.0), (2.0, 0.5)], ids=str)
-def test_adapters_of_one_matrix_stand_in_blocks(dora, scales):
+def test_adapters_of_one_matrix_become_blocks(dora, scales):
     first = drawn(4, 3, scales[0], dora=dora, seed=1)
     last = drawn(6, 2, scales[1], dora=dora, seed=2)
     rows = [weight(4, 3), weight(5, 4), weight(6, 5)]
@@ -39,7 +39,7 @@ def test_adapters_of_one_matrix_stand_in_blocks(dora, scales):
     )
 
 
-def test_one_and_the_same_a_is_kept_once_and_to_the_bit():
+def test_a_shared_a_is_stored_once_and_unchanged():
     whole = drawn(6, dora=True)
     equal = LoRAWeights(
         mx.array(np.array(whole.lora_a)), whole.lora_b, whole.scale, whole.magnitude
@@ -51,13 +51,13 @@ def test_one_and_the_same_a_is_kept_once_and_to_the_bit():
     assert bool(mx.array_equal(again.magnitude, whole.magnitude))
 
 
-def test_rows_taken_alone_are_changed_as_among_the_others():
+def test_a_slice_of_rows_merges_like_the_whole():
     factors, rows = drawn(8, dora=True), weight(8)
     some = factors.slice_rows(2, 5).merged_into(rows[2:5])
     assert relative_error(numbers(some), numbers(factors.merged_into(rows)[2:5])) < 1e-6
 
 
-def test_a_row_without_a_length_of_its_own_keeps_the_weights():
+def test_a_row_with_nan_magnitude_keeps_the_norm_of_the_weight():
     factors, rows = drawn(4, dora=True), weight(4)
     open_rows = mx.where(mx.arange(4) == 2, mx.nan, factors.magnitude)
     out = LoRAWeights(factors.lora_a, factors.lora_b, factors.scale, open_rows).merged_into(rows)

@@ -1,4 +1,4 @@
-"""Spans in one row: each attends as if it stood alone, or behind its prefix."""
+"""Packed sequences attend as if alone, or behind their prefix."""
 
 import mlx.core as mx
 import numpy as np
@@ -41,7 +41,7 @@ def softmax_attention(q, k, v, mask):
 
 
 @pytest.mark.parametrize("spans", [ALONE, BRANCHED])
-def test_spans_attend_as_the_mask_says(spans):
+def test_spans_attend_like_the_mask(spans):
     length, draw = spans[-1].stop, np.random.default_rng(1)
     q = draw.normal(size=(2, 6, length, 24)).astype(np.float32)
     k, v = (draw.normal(size=(2, 3, length, 24)).astype(np.float32) for _ in "kv")
@@ -52,7 +52,7 @@ def test_spans_attend_as_the_mask_says(spans):
 
 @pytest.mark.parametrize("delta", [1, 1 / 4])
 @pytest.mark.parametrize("style", ["300m", "6b", "9b"])
-def test_packed_samples_have_the_logits_they_have_alone(style, delta):
+def test_packed_sequences_have_the_same_states_as_alone(style, delta):
     model, checkpoint = bare_model(style)
     samples = [token_row(checkpoint, (1,), seed=1), [7], token_row(checkpoint, seed=2)]
     cuts = np.cumsum([0, *map(len, samples)])
@@ -67,7 +67,7 @@ def test_packed_samples_have_the_logits_they_have_alone(style, delta):
         assert relative_error(alone, plain_states(model, ids, place, own)) < TOLERANCE
 
 
-def test_two_answers_behind_one_prompt_read_as_if_each_stood_alone():
+def test_two_answers_to_one_prompt_have_the_same_states_as_alone():
     model, checkpoint = bare_model("6b")
     prompt, answers = token_row(checkpoint, seed=4), ([5, 6, 7, 8, 9], [11])
     first = len(prompt)
@@ -84,7 +84,7 @@ def test_two_answers_behind_one_prompt_read_as_if_each_stood_alone():
         assert relative_error(branched[span.start : span.stop], alone[first:]) < TOLERANCE
 
 
-def test_rows_choose_states_in_any_order_and_twice():
+def test_rows_select_states_in_any_order_and_twice():
     model, checkpoint = bare_model("300m")
     ids = np.array(token_row(checkpoint, seed=5))
     spans, places = [Span(0, 4), Span(4, len(ids))], np.arange(len(ids))

@@ -1,4 +1,4 @@
-"""Pixel shuffle to the letter, and the projector against transformers."""
+"""Pixel shuffle element by element, and the projector against transformers."""
 
 import mlx.core as mx
 import numpy as np
@@ -20,12 +20,12 @@ GOLDEN = [  # a 4 x 4 grid of 2 channels, numbered 0..31 row by row
 ]
 
 
-def test_pixel_shuffle_keeps_row_column_channel_order():
+def test_pixel_shuffle_preserves_row_column_channel_order():
     shuffled = pixel_shuffle(mx.arange(32).reshape(1, 4, 4, 2), 2)
     assert shuffled.reshape(4, 8).tolist() == GOLDEN
 
 
-def test_version_one_hands_the_cells_out_transposed():
+def test_version_one_returns_the_cells_transposed():
     shuffled = pixel_shuffle(mx.arange(32).reshape(1, 4, 4, 2), 2, version="v1")
     assert shuffled.reshape(4, 8).tolist() == [GOLDEN[0], GOLDEN[2], GOLDEN[1], GOLDEN[3]]
 
@@ -43,7 +43,7 @@ def test_pixel_shuffle_of_unequal_sides_puts_each_cell_in_its_place(shape, facto
             assert cell[part : part + channels].tolist() == x[-1, row, column].tolist()
 
 
-def test_a_grid_that_does_not_split_is_named():
+def test_a_grid_that_does_not_divide_raises_with_its_size():
     with pytest.raises(ValueError, match="5x4 features do not split into 2x2 cells"):
         pixel_shuffle(mx.zeros((1, 5, 4, 3)), 2)
 

@@ -1,4 +1,4 @@
-"""A cache in rows holds the numbers of one as MLX packs, and attends to the same."""
+"""Both quantized caches hold the same numbers and attend alike."""
 
 import mlx.core as mx
 import numpy as np
@@ -41,7 +41,7 @@ def same(ours, theirs):
 
 @each_layout
 @pytest.mark.parametrize("lengths", [(5, 1, 1), (GROWTH_STEP, 1), (GROWTH_STEP - 1, 2, 300), (1,)])
-def test_rows_hold_what_mlx_packs(layout, lengths):
+def test_rows_hold_the_numbers_of_mx_quantize(layout, lengths):
     ours, theirs = both(layout, *lengths)
     assert ours.offset == theirs.offset == sum(lengths)
     assert same(ours.to_quantized().state, theirs.state)
@@ -51,15 +51,15 @@ def test_rows_hold_what_mlx_packs(layout, lengths):
 
 @each_layout
 @pytest.mark.parametrize("length", [1, 3, 8, 9, 20])
-def test_both_forms_attend_alike(layout, length):
+def test_both_layouts_attend_alike(layout, length):
     ours, theirs = both(layout, 40)
     q, k, v = rows(length, HEADS, seed=4), rows(length, seed=2), rows(length, seed=3)
-    wanted = theirs.attend(q, k, v)
-    assert relative_error(np.array(ours.attend(q, k, v)), np.array(wanted)) < 1e-5
+    expected = theirs.attend(q, k, v)
+    assert relative_error(np.array(ours.attend(q, k, v)), np.array(expected)) < 1e-5
 
 
 @each_layout
-def test_forgotten_rows_leave_no_trace(layout):
+def test_trimmed_rows_leave_no_trace(layout):
     ours, theirs = both(layout, 7)
     ours.append(rows(5, seed=8), rows(5, seed=9))
     assert ours.trim(5) == 5
@@ -72,7 +72,7 @@ POSITIONS = [37, mx.array([37.0, 37.0625, 37.125]), mx.array([[3.0, 4, 5], [900.
 @each_layout
 @pytest.mark.parametrize("positions", POSITIONS, ids=["whole", "v2pe", "a batch"])
 @pytest.mark.parametrize("stretched", [False, True])
-def test_keys_that_the_cache_turns_are_those_turned_before(layout, positions, stretched):
+def test_keys_rotated_by_the_cache_equal_keys_rotated_before(layout, positions, stretched):
     base = 1e6
     if stretched:
         base = ntk_frequencies(mx.arange(3.0), DIM, 1e6, 3e6)
@@ -81,14 +81,14 @@ def test_keys_that_the_cache_turns_are_those_turned_before(layout, positions, st
     ours, theirs = RowQuantizedKVCache(layout), RowQuantizedKVCache(layout)
     ours.append_pre_rope(keys, values, rotary.rope_params(3))
     theirs.append(rotary(keys), values.transpose(0, 2, 1, 3))
-    step = 1 / (2**layout.bits - 1)  # of a group's range: rounding may fall to the neighbour
-    for found, wanted in zip(ours.dequantize(), theirs.dequantize(), strict=True):
-        assert relative_error(np.array(found), np.array(wanted)) <= 2 * step
-        assert (mx.abs(found - wanted) > 1e-3).mean() < 0.02
+    step = 1 / (2**layout.bits - 1)  # of a group's range: rounding may fall to the neighbor
+    for found, expected in zip(ours.dequantize(), theirs.dequantize(), strict=True):
+        assert relative_error(np.array(found), np.array(expected)) <= 2 * step
+        assert (mx.abs(found - expected) > 1e-3).mean() < 0.02
 
 
 @pytest.mark.parametrize("make", [KVCache, lambda: RowQuantizedKVCache(LAYOUTS[0])])
-def test_kernels_are_asked_for_a_few_rows_and_never_for_a_prompt(monkeypatch, make):
+def test_kernels_are_considered_for_a_few_rows_and_never_for_a_prompt(monkeypatch, make):
     asked = []
     monkeypatch.setattr(dense_cache, "kernels_enabled", lambda: True)
     monkeypatch.setattr(flash_decode, "should_use_kernel", lambda *_: asked.append(1))

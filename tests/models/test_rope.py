@@ -1,4 +1,4 @@
-"""Rotation by fractional positions and dynamic NTK, against published numbers."""
+"""Rotation by fractional positions and dynamic NTK, against published values."""
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,7 @@ def plain_rotation(x: np.ndarray, positions: np.ndarray, base: float) -> np.ndar
     return np.concatenate(turned, axis=-1).transpose(0, 2, 1, 3)
 
 
-def test_a_quarter_position_turns_by_the_published_angles():
+def test_a_quarter_position_rotates_by_the_published_angles():
     head_dim = 64
     x = np.zeros((1, 1, 1, head_dim), dtype=np.float32)
     x[..., : head_dim // 2] = 1  # a turned pair (1, 0) is (cos, sin)
@@ -28,7 +28,7 @@ def test_a_quarter_position_turns_by_the_published_angles():
 
 
 @pytest.mark.parametrize("delta", [1, 1 / 2, 1 / 4, 1 / 256])
-def test_each_row_of_a_batch_turns_by_its_own_positions(delta):
+def test_each_sequence_of_a_batch_rotates_by_its_own_positions(delta):
     draw = np.random.default_rng(5)
     x = draw.normal(size=(2, 7, 3, 10)).astype(np.float32)
     positions = np.cumsum(draw.choice([1, delta], size=(2, 7)), axis=1).astype(np.float32)
@@ -36,7 +36,7 @@ def test_each_row_of_a_batch_turns_by_its_own_positions(delta):
     np.testing.assert_allclose(turned, plain_rotation(x, positions, QWEN_BASE), atol=5e-6)
 
 
-def test_one_row_of_positions_serves_the_whole_batch():
+def test_one_row_of_positions_applies_to_the_whole_batch():
     x = mx.random.normal((2, 5, 3, 8), key=mx.random.key(2))
     row = mx.array([0, 1, 1.25, 1.5, 2])
     both = mx.broadcast_to(row, (2, 5))
@@ -44,14 +44,14 @@ def test_one_row_of_positions_serves_the_whole_batch():
 
 
 @pytest.mark.parametrize("start", [0, 3, 40000])
-def test_whole_positions_equal_the_fused_path_from_their_start(start):
+def test_integer_positions_equal_the_fused_path_from_their_start(start):
     x = mx.random.normal((2, 6, 3, 16), key=mx.random.key(3))
     places = mx.arange(start, start + 6).astype(mx.float32)
     explicit, fused = Rotary(16, QWEN_BASE, places)(x), Rotary(16, QWEN_BASE, start)(x)
     np.testing.assert_allclose(np.array(explicit), np.array(fused), atol=1e-6)
 
 
-def test_a_256th_is_still_told_apart_beyond_the_trained_window():
+def test_a_256th_is_still_resolved_beyond_the_trained_window():
     x = mx.ones((1, 2, 1, 16))
     turned = np.array(Rotary(16, QWEN_BASE, mx.array([60000.0, 60000 + 1 / 256]))(x))[0, 0]
     step = np.linalg.norm(turned[1] - turned[0])
@@ -62,6 +62,6 @@ def test_a_256th_is_still_told_apart_beyond_the_trained_window():
     ("head_dim", "length", "stretched"),
     [(128, 65536, 3_052_774), (64, 65536, 3_108_224), (64, 32768, 1_000_000), (128, 9, 1_000_000)],
 )
-def test_dynamic_ntk_stretches_the_base_as_published(head_dim, length, stretched):
+def test_dynamic_ntk_scales_the_base_as_published(head_dim, length, stretched):
     base = ntk_base(QWEN_BASE, head_dim, 2.0, length, 32768)
     assert base == pytest.approx(stretched, abs=1)

@@ -35,8 +35,8 @@ def test_answers_that_share_a_prompt_attend_as_if_each_had_its_own(layout, count
     for seed in range(3):
         new = [rows(1, seed=seed + n, batch=count) for n in (10, 20)]
         q = rows(1, HEADS, seed=seed, batch=count)
-        wanted = whole.attend(q, *new)
-        assert relative_error(np.array(shared.attend(q, *new)), np.array(wanted)) < 1e-4
+        expected = whole.attend(q, *new)
+        assert relative_error(np.array(shared.attend(q, *new)), np.array(expected)) < 1e-4
     assert shared.offset == whole.offset == 40
     if count > 1:
         some = mx.array([3, 1])
@@ -44,12 +44,12 @@ def test_answers_that_share_a_prompt_attend_as_if_each_had_its_own(layout, count
         whole.select(some)
         new = [rows(1, seed=n, batch=2) for n in (30, 40)]
         q = rows(1, HEADS, seed=5, batch=2)
-        wanted = whole.attend(q, *new)
-        assert relative_error(np.array(shared.attend(q, *new)), np.array(wanted)) < 1e-4
+        expected = whole.attend(q, *new)
+        assert relative_error(np.array(shared.attend(q, *new)), np.array(expected)) < 1e-4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.bits} bits")
-def test_a_shared_cache_is_packed_on_the_way(layout):
+def test_a_shared_cache_can_be_quantized_midway(layout):
     prompt = KVCache()
     prompt.update_and_fetch(rows(9, batch=1), rows(9, seed=1, batch=1))
     shared = SharedPrefixKVCache(prompt, layout)

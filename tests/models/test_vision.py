@@ -1,4 +1,4 @@
-"""The tower against transformers, both architectures, and the rearrangements that must not show."""
+"""InternViT against transformers, both architectures, and folding, which changes nothing."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +16,7 @@ TOLERANCE = 2e-5  # float32, largest difference over largest magnitude
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("style", ["300m", "6b"])
-def test_tower_equals_transformers(style, folded):
+def test_vision_states_equal_transformers(style, folded):
     model, checkpoint = bare_model(style, folded=folded)
     pixels = random_pixels(checkpoint, tiles=3)
     ours = numbers(model.vision_model(mx.array(pixels)))
@@ -24,7 +24,7 @@ def test_tower_equals_transformers(style, folded):
 
 
 @pytest.mark.parametrize("style", ["300m", "6b"])
-def test_every_tower_weight_takes_part(style):
+def test_every_vision_weight_is_used(style):
     model, checkpoint = bare_model(style)
     pixels = mx.array(random_pixels(checkpoint, tiles=1))
     mix = mx.random.normal((checkpoint.recipe.vision["hidden_size"],), key=mx.random.key(1))
@@ -34,7 +34,7 @@ def test_every_tower_weight_takes_part(style):
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_raw_bytes_give_what_normalised_floats_give(folded):
+def test_raw_bytes_equal_normalized_floats(folded):
     model, checkpoint = bare_model("300m", folded=folded)
     size = checkpoint.recipe.tile_size
     raw = np.random.default_rng(3).integers(0, 256, size=(2, size, size, 3), dtype=np.uint8)
@@ -51,7 +51,7 @@ def test_select_layer_gives_that_hidden_state(layer):
     assert relative_error(ours, checkpoint.reference.tower_states(pixels)[layer]) < TOLERANCE
 
 
-def test_patches_run_row_by_row_and_keep_row_column_colour_order():
+def test_patches_run_row_by_row_and_keep_row_column_color_order():
     tile = np.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
     patches = np.array(to_patches(mx.array(tile), 2))
     assert patches.shape == (2, 4, 12)
@@ -85,7 +85,7 @@ def test_patches_run_row_by_row_and_keep_row_column_colour_order():
         ),
     ],
 )
-def test_published_towers_have_their_published_parameter_count(config, parameters):
+def test_published_vision_models_have_their_published_parameter_count(config, parameters):
     sizes = [
         value.size for _, value in tree_flatten(VisionModel(config).parameters())
     ]  # lazy: nothing is allocated

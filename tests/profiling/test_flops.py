@@ -1,4 +1,4 @@
-"""What is counted is what the model has: products by its weights, bytes by its arrays."""
+"""Counted operations and bytes equal those of the model's weights and arrays."""
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,7 @@ def model(request):
     return bare_model(request.param)[0]
 
 
-def test_a_token_multiplies_with_every_weight_and_looks_at_every_other_token(model):
+def test_a_token_multiplies_with_every_weight_and_attends_to_every_token(model):
     text, language = model.config.text, model.language_model
     found, far = decode_cost(model, 0, 16), decode_cost(model, 100, 16)
     assert found.flops == 2 * weights(language, without=("embed_tokens",))
@@ -50,11 +50,11 @@ def test_a_prompt_is_counted_token_by_token(model, context, count):
     products = 2 * (count * (each + kept) + weights(last) - kept + weights(language.lm_head))
     pairs = 4 * text.num_attention_heads * text.head_dim
     seen = sum(context + at + 0.5 for at in range(count)) * (text.num_hidden_layers - 1)
-    wanted = products + pairs * (seen + context + count)
-    assert prefill_cost(model, context, count).flops == pytest.approx(wanted)
+    expected = products + pairs * (seen + context + count)
+    assert prefill_cost(model, context, count).flops == pytest.approx(expected)
 
 
-def test_a_tile_passes_every_matrix_of_the_tower_once_a_row(model):
+def test_a_tile_passes_every_vision_matrix_once_per_row(model):
     vision, config = model.vision_model, model.config.vision
     rows, layers = config.grid**2 + 1, vision.encoder.layers
     patch = 3 * config.patch_size**2 * config.hidden_size * config.grid**2

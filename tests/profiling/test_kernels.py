@@ -1,4 +1,4 @@
-"""From measured times follows where a kernel pays; without Metal MLX's own way is measured."""
+"""Thresholds follow from measured times; without Metal, MLX's operations are measured."""
 
 import pytest
 
@@ -30,16 +30,16 @@ def figures(*times):
         ([(1, 1.0, 2.0), (2, 1.0, 2.0)], 1),
         ([(1, 2.0, 1.0), (2, 1.0, 2.0), (4, 1.0, 2.0)], 2),
         ([(4, 1.0, 2.0), (1, 1.0, 2.0), (2, 2.0, 1.0)], 4),  # in any order; 1 was luck
-        ([(1, 1.0, 2.0), (2, 1.0, 1.04)], None),  # less than can be told from chance
+        ([(1, 1.0, 2.0), (2, 1.0, 1.04)], None),  # less than can be reported from chance
         ([(1, None, 2.0)], None),
         ([], None),
     ],
 )
-def test_a_kernel_pays_where_it_is_faster_from_there_on(times, start):
+def test_a_threshold_is_where_the_kernel_stays_faster(times, start):
     assert faster_from(figures(*times)) == start
 
 
-def test_the_table_holds_single_tokens():
+def test_thresholds_are_for_single_tokens():
     wins = figures((1, 1.0, 2.0))
     found = {
         AttentionTrial(*SHAPE, 8): wins,
@@ -52,7 +52,7 @@ def test_the_table_holds_single_tokens():
     ]
 
 
-def test_every_published_shape_is_tried_with_every_cache():
+def test_every_published_shape_is_measured_with_every_cache():
     whole, quick = attention_trials(), attention_trials(quick=True)
     assert {(trial.size, trial.bits) for trial in whole} == {
         (shape[0], bits) for shape in PUBLISHED_SHAPES for bits in (16, 8, 4)

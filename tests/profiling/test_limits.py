@@ -1,4 +1,4 @@
-"""A step is timed as often as it takes, and limits are what was reached."""
+"""Steps are repeated as often as needed, and limits are measured."""
 
 import mlx.core as mx
 import pytest
@@ -10,7 +10,7 @@ from internvl3_mlx.profiling.results import Measurement
 MADE_UP = MachineLimits(bandwidth=100.0, rate=1000.0, launch_s=1e-6, dtype="float32")
 
 
-def test_each_step_takes_what_the_one_before_gave(monkeypatch):
+def test_each_step_takes_the_output_of_the_one_before(monkeypatch):
     monkeypatch.setattr(timing, "repeat_count", lambda once: 4)
     seen = []
 
@@ -32,12 +32,12 @@ def test_the_slower_of_bytes_and_operations_is_the_limit():
     assert MADE_UP.min_seconds(nbytes=200, flops=5000) == 5
 
 
-def test_a_figure_says_how_near_it_came():
+def test_a_measurement_has_its_share_of_the_limit():
     figure = Measurement("decode", "a", 7, seconds=4.0, nbytes=200, flops=10, peer=6.0)
     assert figure.share_of_limit(MADE_UP) == 0.5
     assert figure.intensity == 0.05
-    told = figure.to_dict(MADE_UP)
-    assert (told["share"], told["limit_s"], told["ratio"]) == (0.5, 2.0, 1.5)
+    reported = figure.to_dict(MADE_UP)
+    assert (reported["share"], reported["limit_s"], reported["ratio"]) == (0.5, 2.0, 1.5)
     missing = Measurement("decode", "a", 7, None, 200, 10, why="no room").to_dict(MADE_UP)
     assert (missing["share"], missing["ratio"], missing["why"]) == (None, None, "no room")
 
@@ -50,7 +50,8 @@ def test_the_limits_of_this_machine_are_measured():
 
 
 @pytest.mark.parametrize(
-    ("value", "told"), [(0.5, "0.5 B"), (999, "999.0 B"), (3.8e11, "380.0 GB"), (2.6e13, "26.0 TB")]
+    ("value", "text"),
+    [(0.5, "0.5 B"), (999, "999.0 B"), (3.8e11, "380.0 GB"), (2.6e13, "26.0 TB")],
 )
-def test_large_numbers_have_prefixes(value, told):
-    assert format_si(value, "B") == told
+def test_large_numbers_have_prefixes(value, text):
+    assert format_si(value, "B") == text

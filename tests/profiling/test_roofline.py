@@ -1,4 +1,4 @@
-"""The picture holds every figure at its place under the roof."""
+"""The chart shows every measurement at its place under the roof."""
 
 from xml.etree import ElementTree as ET
 
@@ -42,7 +42,7 @@ def dots(picture):
     return [dot for dot in found if dot[0] < WIDTH - RIGHT]
 
 
-def test_every_measured_time_is_a_dot_and_every_peer_a_ring(picture):
+def test_every_time_is_a_dot_and_every_peer_a_ring(picture):
     titles = [(title, fill) for _, _, title, fill in dots(picture)]
     assert titles == [
         ("decode, 8-bit cache at 1,024 tokens: 2 ms", None),
@@ -53,7 +53,7 @@ def test_every_measured_time_is_a_dot_and_every_peer_a_ring(picture):
     ]
 
 
-def test_dots_lie_inside_the_frame_and_under_the_roof(picture):
+def test_dots_lie_inside_the_axes_and_under_the_roof(picture):
     frame = ChartAxes.fit(FIGURES, LIMITS)
     for x, y, title, _ in dots(picture):
         assert LEFT <= x <= WIDTH - RIGHT, title
@@ -71,7 +71,7 @@ def test_the_roof_bends_where_both_limits_meet(picture):
     assert bend == pytest.approx([frame.x(ridge), frame.y(LIMITS.rate)], abs=0.06)
 
 
-def test_the_words_name_machine_limits_and_groups(picture):
+def test_the_captions_name_machine_limits_and_groups(picture):
     words = [text.text for text in picture.iter(f"{SVG}text")]
     assert "M<9> & more" in words
     assert "memory 400.0 GB/s · float16 products 20.0 TFLOP/s, both measured here" in words

@@ -1,4 +1,4 @@
-"""The checks of the plain operations pass here, and each notices its own operation going wrong."""
+"""The operation checks pass, and each detects its own operation going wrong."""
 
 import mlx.core as mx
 import pytest
@@ -7,7 +7,7 @@ from internvl3_mlx.profiling import self_check
 from internvl3_mlx.profiling.self_check import CHECKS, run_operation_checks
 
 
-def test_all_is_well_here():
+def test_all_checks_pass():
     assert [(check.name, check.passed) for check in run_operation_checks()] == [
         (name, True) for name in CHECKS
     ]
@@ -31,12 +31,12 @@ def wrong(function):
         ("merge_attention", {"attention in two segments"}),
     ],
 )  # fmt: skip
-def test_a_wrong_operation_is_noticed(monkeypatch, name, noticed):
+def test_a_wrong_operation_is_detected(monkeypatch, name, noticed):
     monkeypatch.setattr(self_check, name, wrong(getattr(self_check, name)))
     assert {check.name for check in run_operation_checks() if not check.passed} == noticed
 
 
-def test_rotary_at_rounded_positions_is_noticed(monkeypatch):
+def test_rotary_at_rounded_positions_is_detected(monkeypatch):
     rotary = self_check.Rotary
     monkeypatch.setattr(self_check, "Rotary", lambda d, b, at: rotary(d, b, mx.round(at)))
     from_base = self_check.RopeParams.from_base
@@ -47,7 +47,7 @@ def test_rotary_at_rounded_positions_is_noticed(monkeypatch):
     assert failed == {"rotary at V2PE positions", "new keys rotated and quantized"}
 
 
-def test_what_does_not_even_run_is_a_result(monkeypatch):
+def test_an_exception_is_a_result(monkeypatch):
     monkeypatch.setitem(CHECKS, "attention in two segments", lambda: 1 / 0)
     (failed,) = [check for check in run_operation_checks() if not check.passed]
     assert (failed.name, failed.detail) == (

@@ -1,4 +1,4 @@
-"""A model's stages are measured one by one, and leave what they measure as it was."""
+"""The stages of a model are measured one by one and leave the model as it was."""
 
 import pytest
 from fixtures.loaded_models import bare_model
@@ -31,7 +31,7 @@ def test_every_stage_is_measured_at_every_context(model):
     assert all(figure.seconds > 0 for figure in found)
 
 
-def test_a_context_stays_as_long_as_it_is(model):
+def test_measuring_does_not_lengthen_the_context(model):
     stages = StageBenchmark(model, [9], chunk=4, runs=2)
     engine = stages.filled_engine(9, 8)
     caches = []
@@ -50,7 +50,7 @@ def test_a_context_stays_as_long_as_it_is(model):
     assert engine.kv_quantization.bits == 8
 
 
-def test_a_cache_without_room_is_left_out_and_says_so(model, monkeypatch):
+def test_a_cache_too_large_for_the_memory_is_skipped_with_a_reason(model, monkeypatch):
     monkeypatch.setattr(stages, "gpu_memory_limit", lambda: 1000)
     measured = StageBenchmark(model, [64], chunk=7, runs=1)
     for figure in (measured.measure_prefill(64), measured.measure_decode(64, 8)):
@@ -58,7 +58,7 @@ def test_a_cache_without_room_is_left_out_and_says_so(model, monkeypatch):
         assert figure.why == "the cache would take more than half of the memory"
 
 
-def test_what_was_measured_stays_when_it_is_broken_off(model):
+def test_measurements_remain_after_an_interrupt(model):
     run = BenchmarkSuite(model, [33, 3], quick=True)
     assert run.contexts == [3, 33]
     steps = run.run()
@@ -71,5 +71,5 @@ def test_what_was_measured_stays_when_it_is_broken_off(model):
     assert len(run) > 4
 
 
-def test_contexts_that_suit_are_taken_without_any(model):
+def test_default_contexts_suit_the_device(model):
     assert len(BenchmarkSuite(model).contexts) > len(BenchmarkSuite(model, quick=True).contexts) > 0
