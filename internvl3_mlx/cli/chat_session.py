@@ -84,9 +84,12 @@ class ChatSession:
 
     def ask(self, question: str) -> None:
         """Ask a question with the pending attachments; they stay pending if that fails."""
+        from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo
+
         sent, self.pending = self.pending, []
-        images = [item.content for item in sent if not item.is_video]
-        videos = tuple(item.content for item in sent if item.is_video)
+        contents = [item.content for item in sent]
+        images = [content for content in contents if isinstance(content, ProcessedImage)]
+        videos = [content for content in contents if isinstance(content, ProcessedVideo)]
         try:
             stream = self.conversation.stream(question, images, video=videos)
             if not self.stream_answer(stream):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
 import mlx.core as mx
 import numpy as np
@@ -73,8 +73,6 @@ class ProcessedVideo:
 
 
 InputImage = ImageSource | ProcessedImage
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,11 +260,11 @@ def make_user_message(
     return message, [image for index in media_order(message) for image in shown[index]]
 
 
-def as_sequence(images: Item | Sequence[Item]) -> Sequence[Item]:
+def as_sequence(images: InputImage | Sequence[InputImage]) -> Sequence[InputImage]:
     """Return a sequence as it is, and a single image as a list of one."""
     if isinstance(images, str | bytes) or not isinstance(images, Sequence):
         return [images]
-    return cast(Sequence[Item], images)
+    return images
 
 
 def video_name(source: str | Path | bytes) -> str:

@@ -105,7 +105,7 @@ def test_the_first_generated_token_stands_on_a_whole_number():
 
 
 def test_as_many_steps_as_images_are_wanted():
-    with pytest.raises(PromptError, match="3 V2PE steps for 2 images; give one for all, or one per"):
+    with pytest.raises(PromptError, match="3 V2PE steps for 2 images; give one for all, or"):
         visual_positions(TOY, IMG, [1, 1, 1])
 
 
