@@ -2,4 +2,4 @@
 
 # A checkout has the repository root on its path; a bare import would make a second copy.
 if __name__ != "internvl3_mlx.metal_kernels":
-    raise ImportError(f"import this room as internvl3_mlx.metal_kernels, not as {__name__}")
+    raise ImportError(f"import this package as internvl3_mlx.metal_kernels, not as {__name__}")

@@ -111,7 +111,7 @@ def test_a_room_at_the_root_refuses_a_second_name(room):
     done = subprocess.run(
         [sys.executable, "-c", f"import {room}"], cwd=ROOT, capture_output=True, text=True
     )
-    advice = f"ImportError: import this room as internvl3_mlx.{room}, not as {room}"
+    advice = f"ImportError: import this package as internvl3_mlx.{room}, not as {room}"
     assert done.stderr.splitlines()[-1] == advice
 
 
