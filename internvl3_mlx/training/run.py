@@ -166,7 +166,7 @@ def run_session(
 
 
 @contextmanager
-def limited_memory() -> Iterator[None]:
+def limited_memory() -> Generator[None, None, None]:
     """Reset the peak memory, limit MLX's cache of freed buffers, and wire a GPU's weights.
 
     Batches differ in length, so freed buffers rarely fit again and would accumulate.
