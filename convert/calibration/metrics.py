@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import exp, prod
+from math import exp
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.checkpoints.remap import plan_remap
-from internvl3_mlx.config import WORD_BITS, read_config
+from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
+from internvl3_mlx.config import read_config
 from internvl3_mlx.convert.calibration.data import CalibrationSample
 from internvl3_mlx.models.internvl import InternVL
 
@@ -101,19 +100,5 @@ def compute_metrics(
 
 def bits_per_part(folder: Path) -> dict[str, float]:
     """Return the mean bits per parameter of each part of the model, scales and biases included."""
-    checkpoint = open_checkpoint(folder)
-    config, rules = plan_remap(checkpoint, read_config(folder))
-    totals = {name: [0, 0] for name in PARTS}
-    for rule in rules:
-        module, _, kind = rule.targets[0].rpartition(".")
-        total = totals[module.split(".", 1)[0]]
-        for info in (checkpoint.tensors[source] for source in rule.sources):
-            total[1] += info.nbytes
-            if kind in ("scales", "biases"):
-                continue
-            words = info.dtype == "U32" and config.quantization is not None
-            count = prod(info.shape)
-            if words and config.quantization is not None:
-                count = count * WORD_BITS // config.quantization.for_module(module).bits
-            total[0] += count
-    return {PARTS[name]: 8 * nbytes / count for name, (count, nbytes) in totals.items() if count}
+    sizes = parameters_by_part(open_checkpoint(folder), read_config(folder))
+    return {PARTS[part]: size.bits for part, size in sizes.items() if size.parameters}

@@ -206,7 +206,8 @@ def run_convert(request: CheckpointRequest) -> None:
 def conversion_progress(*, quiet: bool) -> Iterator[Callable[["ConversionProgress"], None]]:
     """Show a note for a download and a bar for every other stage of a conversion."""
     with ExitStack() as stack:
-        stage, advance = "", _ignore
+        stage = ""
+        advance: Callable[[str, int, int], None] = _ignore
 
         def show(event: "ConversionProgress") -> None:
             nonlocal stage, advance
