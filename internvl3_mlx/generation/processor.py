@@ -264,7 +264,7 @@ def as_sequence(images: InputImage | Sequence[InputImage]) -> Sequence[InputImag
     """Return a sequence as it is, and a single image as a list of one."""
     if isinstance(images, str | bytes) or not isinstance(images, Sequence):
         return [images]
-    return images
+    return cast(Sequence[InputImage], images)
 
 
 def video_name(source: str | Path | bytes) -> str:
