@@ -207,7 +207,7 @@ def conversion_progress(*, quiet: bool) -> Iterator[Callable[["ConversionProgres
     """Show a note for a download and a bar for every other stage of a conversion."""
     with ExitStack() as stack:
         stage = ""
-        advance: Callable[[str, int, int], None] = _ignore
+        advance: progress.ProgressCallback = _ignore
 
         def show(event: "ConversionProgress") -> None:
             nonlocal stage, advance

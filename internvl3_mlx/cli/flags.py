@@ -79,9 +79,12 @@ class SectionedCommand(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            if suggested := self.suggestions.get(error.option_name):
-                error.possibilities = [suggested]
-            raise
+            suggested = self.suggestions.get(error.option_name)
+            if suggested is None:
+                raise
+            raise click.NoSuchOption(
+                error.option_name, possibilities=[suggested], ctx=error.ctx
+            ) from error
 
 
 def flag(section: str, *names: str, **kwargs: Any) -> Decorator:

@@ -154,7 +154,7 @@ def set_option(session: ChatSession, argument: str) -> None:
     if not text.strip():
         raise UserError("/set needs NAME VALUE, such as /set temp 0.7; /show lists what is set")
     field, value = parse_option(name, text.strip())
-    session.conversation.configure(**{field: value})  # type: ignore[misc]
+    session.conversation.configure(**{field: value})
     console.hint(f"{field} = {getattr(session.conversation.generation_config, field)}")
 
 

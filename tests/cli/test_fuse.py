@@ -227,7 +227,10 @@ def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
             ("--model", "{model}", "--adapter-path", "{a}", "-o", "{out}", "--adapter-only", "-d"),
             "--adapter-only writes an adapter; leave out --dequantize",
         ),
-        (("--model", "{other}", "--adapter-path", "{a}", "-o", "{out}"), "layers this model does not have"),
+        (
+            ("--model", "{other}", "--adapter-path", "{a}", "-o", "{out}"),
+            "layers this model does not have",
+        ),
         (
             ("--model", "{packed}", "--adapter-path", "{a}", "-o", "{out}", "--to", "hf"),
             "also dequantize it (--dequantize)",

@@ -12,8 +12,9 @@ from fixtures.terminal import TerminalProgram
 from fixtures.train_sessions import SMALL, write_data
 
 from internvl3_mlx.cli import options
+from internvl3_mlx.cli.flags import format_default
 from internvl3_mlx.cli.main import main
-from internvl3_mlx.cli.train import format_field_value, train_command
+from internvl3_mlx.cli.train import train_command
 from internvl3_mlx.option_fields import field_info
 from internvl3_mlx.training.checkpoint import list_checkpoints
 from internvl3_mlx.training.config import PRESETS, TrainConfig
@@ -63,12 +64,8 @@ def test_the_help_names_the_default_that_is_used(name):
     shown, entry = FLAGS[name].show_default, FIELDS[name]
     if name == "model":
         return
-    own = (
-        field_info(entry).default_text
-        if entry.default is None
-        else format_field_value(entry.default)
-    )
-    presets = [f"{m} {format_field_value(p[name])}" for m, p in PRESETS.items() if name in p]
+    own = field_info(entry).default_text if entry.default is None else format_default(entry.default)
+    presets = [f"{m} {format_default(p[name])}" for m, p in PRESETS.items() if name in p]
     assert (shown or "") == "; ".join(filter(None, [own, *presets]))
 
 
