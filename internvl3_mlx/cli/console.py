@@ -60,9 +60,9 @@ def write_escape_sequence(sequence: str) -> None:
 
 # how the parts of a training sample are printed: colored on a terminal, between marks elsewhere
 SEGMENT_STYLES: Mapping[str, tuple[dict[str, Any], str, str]] = {
-    "read": ({"dim": True}, "", ""),
+    "context": ({"dim": True}, "", ""),
     "image": ({"fg": "cyan"}, "", ""),
-    "learned": ({"fg": "green", "bold": True}, "»", "«"),
+    "in_loss": ({"fg": "green", "bold": True}, "»", "«"),
     "rejected": ({"fg": "red"}, "›", "‹"),
 }
 
@@ -77,7 +77,7 @@ def write_segments(parts: Sequence[tuple[str, str]]) -> None:
     print(flush=True)
     used = {style for _, style in parts}
     legend = {
-        "learned": "green is in the loss" if colored else "»in the loss«",
+        "in_loss": "green is in the loss" if colored else "»in the loss«",
         "rejected": "red is the rejected answer" if colored else "›rejected answer‹",
     }
     hint(" · ".join(text for style, text in legend.items() if style in used))

@@ -1,4 +1,4 @@
-"""``internvl3 train --check``: every fault of the data, and one sample with its labels."""
+"""``internvl3 train --check``: all errors in the data, and one sample with its loss mask."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,101 +14,99 @@ IMAGE_STYLE = "image"
 Json = dict[str, Any]
 
 
-def show_data_check(ground: "RunSetup", *, as_json: bool) -> int:
-    """Tell what was found in the rows; return the exit code."""
-    splits = {"train": ground.train} | ({"valid": ground.valid} if ground.valid else {})
-    faulty = any(rows.report.errors for rows in splits.values())
+def show_data_check(setup: "RunSetup", *, as_json: bool) -> int:
+    """Print what validating the data found; return the exit code."""
+    splits = {"train": setup.train} | ({"valid": setup.valid} if setup.valid else {})
+    has_errors = any(split.report.errors for split in splits.values())
     if as_json:
         found = {
-            name: split_counts(rows) | findings_json(rows.report) for name, rows in splits.items()
+            name: split_counts(split) | findings_json(split.report)
+            for name, split in splits.items()
         }
-        console.print_json(
-            {"event": "check", **found, "sample": None if faulty else sample_json(ground)}
-        )
-        return INVALID_DATA if faulty else 0
-    for rows in splits.values():
-        show_findings(rows.report)
-    console.print_table({name: split_counts(rows) for name, rows in splits.items()})
-    if faulty:
+        sample = None if has_errors else sample_json(setup)
+        console.print_json({"event": "check", **found, "sample": sample})
+        return INVALID_DATA if has_errors else 0
+    for split in splits.values():
+        show_findings(split.report)
+    console.print_table({name: split_counts(split) for name, split in splits.items()})
+    if has_errors:
         return INVALID_DATA
-    show_sample(ground)
+    show_sample(setup)
     return 0
 
 
-def show_findings(survey: "DataReport") -> None:
-    """Write faults and notes, one a line."""
-    for fault in survey.errors:
-        console.error(str(fault))
-    if survey.more_errors:
-        console.error(f"and {survey.more_errors:,} more")
-    for told in survey.warnings:
-        console.note(str(told))
-    if survey.more_warnings:
-        console.note(f"and {survey.more_warnings:,} more")
+def show_findings(report: "DataReport") -> None:
+    """Write errors and warnings, one per line."""
+    for finding in report.errors:
+        console.error(str(finding))
+    if report.more_errors:
+        console.error(f"and {report.more_errors:,} more")
+    for finding in report.warnings:
+        console.note(str(finding))
+    if report.more_warnings:
+        console.note(f"and {report.more_warnings:,} more")
 
 
-def split_counts(rows: "DataSplit") -> Json:
-    survey, sizes = rows.report, rows.report.sizes
+def split_counts(split: "DataSplit") -> Json:
+    report, sizes = split.report, split.report.sizes
     usable = len(sizes.indices)
     return {
-        "rows": survey.num_records,
-        "faulty": len(survey.errors) + survey.more_errors,
-        "left_out": survey.skipped,
-        "cut": survey.truncated,
-        "with_pictures": int((sizes.tiles > 0).sum()),
+        "records": report.num_records,
+        "invalid": len(report.errors) + report.more_errors,
+        "skipped": report.skipped,
+        "truncated": report.truncated,
+        "with_images": int((sizes.tiles > 0).sum()),
         "tiles": int(sizes.tiles.sum()),
         "tokens": int(sizes.tokens.sum()),
         "longest": int(sizes.tokens.max()) if usable else 0,
     }
 
 
-def findings_json(survey: "DataReport") -> Json:
+def findings_json(report: "DataReport") -> Json:
     return {
-        "faults": [{"place": told.location, "text": told.message} for told in survey.errors],
-        "notes": [{"place": told.location, "text": told.message} for told in survey.warnings],
+        "errors": [{"location": f.location, "message": f.message} for f in report.errors],
+        "warnings": [{"location": f.location, "message": f.message} for f in report.warnings],
     }
 
 
-def load_first_sample(ground: "RunSetup") -> "SamplePreview":
+def load_first_sample(setup: "RunSetup") -> "SamplePreview":
     from internvl3_mlx.training.data.preview import preview_sample
 
-    return preview_sample(ground.train_dataset)
+    return preview_sample(setup.train_dataset)
 
 
-def sample_json(ground: "RunSetup") -> Json:
-    found = load_first_sample(ground)
+def sample_json(setup: "RunSetup") -> Json:
+    sample = load_first_sample(setup)
     parts = [
-        {"text": s.text, "learned": s.in_loss, "kind": s.kind, "tokens": s.tokens}
-        for s in found.spans
+        {"text": span.text, "in_loss": span.in_loss, "kind": span.kind, "tokens": span.tokens}
+        for span in sample.spans
     ]
     return {
-        "place": found.location,
-        "tokens": found.tokens,
-        "learned": found.loss_tokens,
+        "location": sample.location,
+        "tokens": sample.tokens,
+        "loss_tokens": sample.loss_tokens,
         "parts": parts,
     }
 
 
-def show_sample(ground: "RunSetup") -> None:
-    """Write one sample out: learned parts in colour on a terminal, between marks elsewhere."""
-    found = load_first_sample(ground)
+def show_sample(setup: "RunSetup") -> None:
+    """Print one sample: what is in the loss in color on a terminal, between marks elsewhere."""
+    sample = load_first_sample(setup)
+    counts = f"{sample.tokens:,} tokens, {sample.loss_tokens:,} of them in the loss"
     console.write_line()
-    console.write_line(
-        f"{found.location}: {found.tokens:,} tokens, {found.loss_tokens:,} of them learned"
-    )
+    console.write_line(f"{sample.location}: {counts}")
     console.write_line()
-    console.write_segments(
-        [(segment_text(stretch), segment_style(stretch)) for stretch in found.spans]
-    )
+    console.write_segments([(segment_text(span), segment_style(span)) for span in sample.spans])
 
 
-def segment_text(stretch: "PreviewSpan") -> str:
-    return f"[image: {stretch.text}]" if stretch.kind == IMAGE_STYLE else stretch.text
+def segment_text(span: "PreviewSpan") -> str:
+    return f"[image: {span.text}]" if span.kind == IMAGE_STYLE else span.text
 
 
-def segment_style(stretch: "PreviewSpan") -> str:
-    if stretch.kind == IMAGE_STYLE:
+def segment_style(span: "PreviewSpan") -> str:
+    """Return the style of a span, a key of ``console.SEGMENT_STYLES``."""
+    if span.kind == IMAGE_STYLE:
         return IMAGE_STYLE
-    if stretch.kind == "rejected":
+    if span.kind == "rejected":
         return "rejected"
-    return "learned" if stretch.in_loss else "read"
+    return "in_loss" if span.in_loss else "context"

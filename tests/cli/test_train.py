@@ -12,7 +12,7 @@ from fixtures.terminal import TerminalProgram
 from fixtures.train_sessions import SMALL, write_data
 
 from internvl3_mlx.cli import options
-from internvl3_mlx.cli.flags import format_default
+from internvl3_mlx.cli.flags import SectionedOption, format_default
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.train import train_command
 from internvl3_mlx.option_fields import field_info
@@ -77,7 +77,7 @@ def test_a_flag_that_is_not_given_has_no_value_of_its_own(monkeypatch):
 
 def test_every_flag_stands_under_a_heading_and_says_what_it_does():
     for param in train_command.params:
-        assert isinstance(param, options.SectionedOption)
+        assert isinstance(param, SectionedOption)
         assert param.help
         assert param.section in options.SECTIONS
 
@@ -122,7 +122,7 @@ def test_the_adapter_of_a_run_changes_answers(folder):
     assert CliRunner().invoke(main, [*ask, "--adapter-path", str(step)]).stdout == adapted.stdout
 
 
-def test_a_recipe_from_a_file_with_flags_over_it(folder):
+def test_a_config_file_with_flags_over_it(folder):
     lines = [f"{name}: {value}" for name, value in SMALL.items()]
     (folder / "mine.yaml").write_text("\n".join([*lines, "data: data", "iters: 5", "seed: 1"]))
     result = invoke("-c", "mine.yaml", "--iters", 2, "--json")
@@ -158,7 +158,7 @@ def test_a_dry_run_writes_nothing(folder):
     assert not (folder / "adapters").exists()
 
 
-def test_a_run_goes_on_by_its_folder_alone(folder):
+def test_a_run_resumes_by_its_folder_alone(folder):
     assert begin().exit_code == 0
     result = invoke("--resume")
     assert result.exit_code == 0, result.stderr
@@ -171,7 +171,7 @@ def test_a_run_goes_on_by_its_folder_alone(folder):
     assert list_checkpoints(folder / "adapters")[-1].name == "step-000004"
 
 
-def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
+def test_an_earlier_run_is_not_overwritten_by_default(folder):
     assert begin().exit_code == 0
     (folder / "adapters" / "mine.txt").write_text("mine")
     again = begin()
@@ -188,7 +188,7 @@ def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no data to learn from: pass --data with a folder or a JSONL file"),
+        ([], "no training data; pass --data with a folder or a JSONL file"),
         (["--data", "none"], "no data at none"),
         (["--data", "data", "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
         (["--data", "data", "--batch-size", "x"], "'x' is not a valid integer"),
@@ -201,7 +201,7 @@ def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
             ["--data", "data", "--resume", "--model", "demo"],
             "no checkpoint in adapters to resume from",
         ),
-        (["--resume"], "no run in adapters; name its folder: --adapter-path"),
+        (["--resume"], "no run in adapters; name its folder with --adapter-path"),
         (["--data", "data", "--adapter-path", "data/train.jsonl"], "train.jsonl is a file; choose"),
         (["--data", "data", "--v2pe-delta", "auto"], "v2pe_delta auto is for generation only"),
         (["-c", "none.yaml"], "cannot read none.yaml"),
@@ -211,7 +211,7 @@ def test_an_earlier_run_is_not_written_over_unless_that_is_wanted(folder):
         ),
     ],
 )
-def test_a_mistake_is_told_and_nothing_is_left_behind(folder, words, message):
+def test_a_mistake_is_reported_and_nothing_is_left_behind(folder, words, message):
     result = invoke(*words)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -219,29 +219,29 @@ def test_a_mistake_is_told_and_nothing_is_left_behind(folder, words, message):
     assert not (folder / "adapters").exists()
 
 
-def test_check_shows_a_sample_with_what_is_learned_of_it(folder):
+def test_check_shows_a_sample_with_its_loss_mask(folder):
     result = invoke("--data", "data", "--model", "demo", "--check", "--max-tiles", 1)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert lines[:3] == ["train", "  rows           6", "  faulty         0"]
-    assert re.search(r"data/train.jsonl:1: \d+ tokens, \d+ of them learned", result.stdout)
+    assert lines[:3] == ["train", "  records      6", "  invalid      0"]
+    assert re.search(r"data/train.jsonl:1: \d+ tokens, \d+ of them in the loss", result.stdout)
     assert "[image: 16 tokens]" in result.stdout
     assert lines[-1] == "»cat<|im_end|>«"
-    assert result.stderr == "»learned«\n"
+    assert result.stderr == "»in the loss«\n"
     assert not (folder / "adapters").exists()
 
 
-def test_check_tells_every_fault_by_file_and_line(folder):
+def test_check_tells_every_error_by_file_and_line(folder):
     rows = [chat_record(), {"messages": []}, "{", chat_record(images=["gone.png"])]
     write_jsonl(folder / "data" / "train.jsonl", rows)
     result = invoke("--data", "data", "--model", "demo", "--check")
     assert result.exit_code == 2
-    told = result.stderr.splitlines()
-    assert [line[: len("error: data/train.jsonl:2: ")] for line in told] == [
+    lines = result.stderr.splitlines()
+    assert [line[: len("error: data/train.jsonl:2: ")] for line in lines] == [
         f"error: data/train.jsonl:{n}: " for n in (2, 3, 4)
     ]
     as_json = json.loads(invoke("--data", "data", "--model", "demo", "--check", "--json").stdout)
-    assert len(as_json["train"]["faults"]) == 3
+    assert len(as_json["train"]["errors"]) == 3
     assert as_json["sample"] is None
     assert begin().exit_code == 2
 
@@ -249,10 +249,10 @@ def test_check_tells_every_fault_by_file_and_line(folder):
 def test_check_in_json_holds_the_sample(folder):
     result = invoke("--data", "data", "--model", "demo", "--check", "--json")
     sample = json.loads(result.stdout)["sample"]
-    assert [part["text"] for part in sample["parts"] if part["learned"]] == ["cat<|im_end|>"]
+    assert [part["text"] for part in sample["parts"] if part["in_loss"]] == ["cat<|im_end|>"]
 
 
-def test_both_answers_of_a_pair_are_told_apart(folder):
+def test_both_answers_of_a_pair_are_marked_apart(folder):
     write_data(folder / "pairs", 2, pairs=True)
     result = invoke("--data", "pairs", "--model", "demo", "--check", "--method", "mpo")
     assert result.exit_code == 0, result.stderr
@@ -273,22 +273,22 @@ def terminal(folder):
         program.close()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(folder, terminal):
+def test_ctrl_c_saves_and_says_how_to_resume(folder, terminal):
     program = terminal("--data", "data", *SHORT, "--iters", "400", "--save-every", "300")
     program.wait_for(r"3 · loss")
     program.type("\x03")
     screen = program.wait_for("chat --model demo --adapter-path adapters")
     assert program.wait() == 130
-    assert "stopping after this update, then saving; Ctrl-C again stops at once" in screen
+    assert "stopping after this update, then saving; press Ctrl-C again to stop at once" in screen
     assert "note: stopped: interrupted" in screen
     assert "resume with: internvl3 train --resume --adapter-path adapters" in screen
     assert len(list_checkpoints(folder / "adapters")) == 1
     assert (folder / "adapters" / "adapter_model.safetensors").exists()
 
 
-def test_on_a_terminal_what_is_learned_has_a_colour(terminal):
+def test_on_a_terminal_the_loss_mask_is_colored(terminal):
     program = terminal("--data", "data", "--model", "demo", "--check", "--max-tiles", "1")
-    program.wait_for("green is learned")
+    program.wait_for("green is in the loss")
     assert program.wait() == 0
     assert re.search(r"\x1b\[32m\x1b\[1mcat<\|im_end\|>\x1b\[0m", program.raw)
     assert "»" not in program.raw
