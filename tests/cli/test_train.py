@@ -11,8 +11,7 @@ from fixtures.records import chat_record, write_jsonl
 from fixtures.terminal import TerminalProgram
 from fixtures.train_sessions import SMALL, write_data
 
-from internvl3_mlx.cli import options
-from internvl3_mlx.cli.flags import SectionedOption, format_default
+from internvl3_mlx.cli.flags import SECTIONS, SectionedOption, format_default
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.train import train_command
 from internvl3_mlx.option_fields import field_info
@@ -75,11 +74,11 @@ def test_a_flag_that_is_not_given_has_no_value_of_its_own(monkeypatch):
     assert {name for name in FIELDS if context.params[name] is not None} == set()
 
 
-def test_every_flag_stands_under_a_heading_and_says_what_it_does():
+def test_every_flag_has_a_heading_and_a_help_text():
     for param in train_command.params:
         assert isinstance(param, SectionedOption)
         assert param.help
-        assert param.section in options.SECTIONS
+        assert param.section in SECTIONS
 
 
 def test_a_run_from_the_first_word_to_the_last(folder):
