@@ -82,9 +82,8 @@ class SectionedCommand(click.Command):
             suggested = self.suggestions.get(error.option_name)
             if suggested is None:
                 raise
-            raise click.NoSuchOption(
-                error.option_name, possibilities=[suggested], ctx=error.ctx
-            ) from error
+            message = f"no such option {error.option_name!r}; did you mean {suggested}?"
+            raise click.UsageError(message, error.ctx) from error
 
 
 def flag(section: str, *names: str, **kwargs: Any) -> Decorator:
