@@ -11,7 +11,7 @@ from internvl3_mlx.errors import UserError
 
 # flags of other commands, and former ones -> ours
 SUGGESTIONS = {
-    "--samples": "--measure-data",
+    "--samples": "--measure-images",
     "--recipe": "--quant-predicate",
     "--proof": "--verify",
     "--no-proof": "--no-verify",

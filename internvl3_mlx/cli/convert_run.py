@@ -148,7 +148,7 @@ class ConvertRequest(CheckpointRequest):
     measure: bool = config_field(
         False, "Quality", "Compare the answers with the source's.", flags=("--measure",)
     )
-    measure_data: str | None = config_field(
+    measure_images: str | None = config_field(
         None,
         "Quality",
         "Images for --measure.",
@@ -174,7 +174,7 @@ class ConvertRequest(CheckpointRequest):
             "target_bpw": self.target_bpw,
             "gptq": self.gptq,
             "measure": self.measure,
-            "measure_images": self.measure_data,
+            "measure_images": self.measure_images,
             "dry_run": self.dry_run,
         }
 

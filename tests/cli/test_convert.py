@@ -56,7 +56,7 @@ def test_json_tells_everything(source, tmp_path):
         "--mlx-path",
         tmp_path / "out",
         "--measure",
-        "--measure-data",
+        "--measure-images",
         samples,
         "--json",
     )

@@ -328,8 +328,5 @@ def test_the_models_text_is_never_markup(vlm):
 )
 def test_a_flag_of_another_command_suggests_ours(typed, flag):
     result = generate("-p", "?", typed, "4")
-    assert (
-        f"No such option '{typed}'" in result.stderr or f"No such option: {typed}" in result.stderr
-    )
-    assert f"Did you mean {flag}?" in result.stderr or f"Did you mean '{flag}'?" in result.stderr
+    assert result.stderr.splitlines()[0] == f"error: no such option {typed!r}; did you mean {flag}?"
     assert result.exit_code == 2
