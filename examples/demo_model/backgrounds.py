@@ -5,7 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from examples.demo_model.painting import backdrop_color
+from examples.demo_model.painting import CLEAR, backdrop_color
+from examples.demo_model.vocabulary import COLORS
 
 Random = np.random.Generator
 FAINT = 0.3  # contrast of a background behind flat shapes and writing
@@ -22,6 +23,15 @@ def varied_background(random: Random, width: int, height: int, used: list[str]) 
     if used:
         whole = backdrop_color(random, used) + FAINT * (whole - whole.mean((0, 1)))
     return np.clip(whole, 0, 255).astype(np.uint8)
+
+
+def light_background(random: Random, width: int, height: int, used: list[str]) -> np.ndarray:
+    """Lay everything on plain paper, light unless something light lies on it."""
+    whole = np.empty((height, width, 3), np.uint8)
+    colors = [random.uniform(225, 256, 3) for _ in range(8)]
+    clear = [c for c in colors if all(np.linalg.norm(c - COLORS[n]) > CLEAR for n in used)]
+    whole[:] = clear[0] if clear else backdrop_color(random, used)
+    return whole
 
 
 def paper(random: Random, width: int, height: int) -> np.ndarray:

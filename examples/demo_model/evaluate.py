@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from examples.demo_model.batches import POLICY
-from examples.demo_model.heldout import COLUMNS, TASKS, Item, items
+from examples.demo_model.heldout import ALL_COLUMNS, COLUMNS, TASKS, Item, items
 from examples.demo_model.model import DemoConfig, InternVL
 from examples.demo_model.rows import DELTAS, RowBuilder, visual_positions
 from examples.demo_model.tokenizer import open_tokenizer
@@ -33,7 +33,7 @@ def main() -> None:
     table: dict[str, Any] = {"items": options.items}
     said: list[str] = []
     for name in options.columns:
-        column = COLUMNS[name]
+        column = ALL_COLUMNS[name]
         control = column.control and not options.no_control
         table[name] = {
             task: measure(ask, items(task, column, options.items), control, said)
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     source.add_argument("--run", type=Path, help="a training folder (PyTorch)")
     source.add_argument("--model", help="a model the library can load (MLX)")
     parser.add_argument("--items", type=int, default=200, help="questions per task and column")
-    parser.add_argument("--columns", nargs="*", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--columns", nargs="*", choices=ALL_COLUMNS, default=list(COLUMNS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--no-control", action="store_true", help="leave swapped pictures out")
     parser.add_argument(

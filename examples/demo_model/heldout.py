@@ -1,18 +1,25 @@
 """Make the held-out questions from seeds that training never uses, with balanced answers."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from examples.demo_model.drawings import load_drawings
+from examples.demo_model.icon_sets import DEVELOPMENT_SETS, HELD_OUT_SETS
 from examples.demo_model.questions import Question, ask
-from examples.demo_model.scenes import SEEN, UNSEEN_PLACE, UNSEEN_STYLE, Look, compose
+from examples.demo_model.scenes import LIGHT, SEEN, UNSEEN_PLACE, UNSEEN_STYLE, Look, compose
 from examples.demo_model.sprites import draw_sprite, drawn_in
+from examples.demo_model.stylize import is_one_color, with_alpha
 from examples.demo_model.vocabulary import OBJECTS, WORDS
 
+DRAWINGS_VARIABLE = "DEMO_DRAWINGS"  # where drawings.py wrote, for the columns of icon sets
 EVALUATION_SEED = 2  # first word of every evaluation seed; training uses another
 # Task -> how many different answers share the questions evenly (0: too many to balance).
 TASKS = {
@@ -25,7 +32,8 @@ TASKS = {
 class Column:
     """Describe a column of the evaluation: what its pictures are drawn from, and their size.
 
-    ``control`` says whether the questions are also put to swapped pictures.
+    ``control`` says whether the questions are also put to swapped pictures. ``icon_set`` names the
+    set that objects come from; without one they come from the atlas, in the styles of ``look``.
     """
 
     seed: int
@@ -33,6 +41,7 @@ class Column:
     size: tuple[int, int] = (112, 112)
     scale: int = 1
     control: bool = False
+    icon_set: str | None = None
 
 
 COLUMNS = {
@@ -46,6 +55,16 @@ COLUMNS = {
     "phone 9:19": Column(7, size=(112, 236), scale=3),
     "panorama 3:1": Column(8, size=(336, 112), scale=3),
 }
+# Icon sets that no training saw: those for choices, and those measured at the very end.
+DEVELOPMENT_COLUMNS = {
+    f"{kind} for choices": Column(20 + number, look=LIGHT, icon_set=source, control=True)
+    for number, (kind, source) in enumerate(DEVELOPMENT_SETS.items())
+}
+HELD_OUT_COLUMNS = {
+    f"{name}, held out": Column(30 + number, look=LIGHT, icon_set=source, control=True)
+    for number, (name, source) in enumerate(HELD_OUT_SETS.items())
+}
+ALL_COLUMNS = COLUMNS | DEVELOPMENT_COLUMNS | HELD_OUT_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,8 @@ class Item:
 
 def items(task: str, column: Column, number: int) -> list[Item]:
     """Make ``number`` items of a task; the same call always makes the same items."""
-    limit = -(-number // TASKS[task]) if TASKS[task] else number
+    answers = len(known_names(column)) if task == "name" else TASKS[task]
+    limit = -(-number // answers) if answers else number
     found: list[Item] = []
     used: Counter[str] = Counter()
     for item in stream(task, column):
@@ -77,12 +97,15 @@ def items(task: str, column: Column, number: int) -> list[Item]:
 
 def stream(task: str, column: Column) -> Iterator[Item]:
     """Yield a task's items without end, at most one per picture."""
-    draw = drawer(column.look)
+    draw = drawer(column.look) if column.icon_set is None else icon_drawer(column.icon_set)
     for number in count():
         random = np.random.default_rng(
             (EVALUATION_SEED, column.seed, list(TASKS).index(task), number)
         )
-        scene = compose(random, column.size, column.look, draw)
+        try:
+            scene = compose(random, column.size, column.look, draw)
+        except KeyError:  # the icon set does not draw one of the objects
+            continue
         fitting = [question for question in ask(scene.items, random) if fits(task, question)]
         if fitting:
             yield Item(scene.pixels, column.scale, fitting[random.integers(len(fitting))])
@@ -93,6 +116,41 @@ def drawer(look: Look):
 
     def draw(random: np.random.Generator, name: str, side: int) -> np.ndarray:
         return draw_sprite(random, drawn_in(random, look.styles, name), name, side, vary=False)
+
+    return draw
+
+
+@cache
+def icons(icon_set: str) -> dict[str, list[np.ndarray]]:
+    """Give the drawings of one icon set by object."""
+    path = os.environ.get(DRAWINGS_VARIABLE, "drawings.npz")
+    found: dict[str, list[np.ndarray]] = {}
+    for drawing in load_drawings(Path(path)):
+        if drawing.source == icon_set:
+            found.setdefault(drawing.name, []).append(drawing.pixels)
+    return found
+
+
+def known_names(column: Column) -> list[str]:
+    """List the objects that a column's pictures can show."""
+    return list(OBJECTS) if column.icon_set is None else list(icons(column.icon_set))
+
+
+def icon_drawer(icon_set: str):
+    """Give the function that draws an object as an icon set has it, only mirrored and resized.
+
+    Icons of one color get a dark one.
+    """
+
+    def draw(random: np.random.Generator, name: str, side: int) -> np.ndarray:
+        choices = icons(icon_set)[name]
+        pixels = choices[random.integers(len(choices))]
+        if is_one_color(pixels):
+            pixels = with_alpha(random.uniform(0, 90, 3), pixels[..., 3])
+        sprite = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
+        if random.random() < 0.5:
+            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(sprite)
 
     return draw
 

@@ -1,12 +1,13 @@
 """Put a converted model into the package: its card, with measured figures, and sample pictures.
 
-``python -m examples.demo_model.publish --table table.json --out internvl3_mlx/demo``
+``python -m examples.demo_model.publish --model converted --table table.json --out DEMO_FOLDER``
 
 Several tables that were measured side by side, each with its own columns or tasks, become one.
 """
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ import numpy as np
 from PIL import Image
 
 from examples.demo_model.batches import POLICY, tile_total
-from examples.demo_model.heldout import COLUMNS, TASKS, Column, drawer, enlarge
+from examples.demo_model.heldout import (
+    COLUMNS,
+    HELD_OUT_COLUMNS,
+    TASKS,
+    Column,
+    drawer,
+    enlarge,
+)
 from examples.demo_model.questions import TEMPLATES
 from examples.demo_model.scenes import SEEN, Cell, Thing, draw
 from examples.demo_model.vocabulary import CATEGORIES, COLORS, NAMES, SHAPES
@@ -23,6 +31,7 @@ SAMPLE_SEED = 3  # training uses 1, evaluation 2
 SCALE = 2
 GATE, LEAD = 0.90, 0.40  # held-out accuracy, and its distance to the control, for a task to be told
 ROOM = (0.50, 0.85)  # between these a task is named as one that more training can still improve
+ON_ICON_SETS = ("name", "where", "at", "exists", "count_all")
 CARD_PATH = Path(__file__).parent / "card.md"
 Plan = list[tuple[Thing, Cell]]
 
@@ -88,11 +97,26 @@ def main() -> None:
     parser.add_argument(
         "--table", type=Path, nargs="+", required=True, help="what evaluate wrote with --out"
     )
+    parser.add_argument("--abilities", type=Path, help="what abilities wrote with --out")
+    parser.add_argument("--model", type=Path, help="converted checkpoint to copy into --out")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.model:
+        copy_checkpoint(options.model, options.out)
     write_samples(options.out / "samples")
     table = joined([json.loads(path.read_text()) for path in options.table])
-    (options.out / "README.md").write_text(card(table))
+    found = json.loads(options.abilities.read_text()) if options.abilities else {}
+    (options.out / "README.md").write_text(card(table, found))
+    if options.model:
+        (options.model.parent / "published").touch()  # recipe.py looks for it
+
+
+def copy_checkpoint(source: Path, out: Path) -> None:
+    """Copy configuration, weights and tokenizer, each put in place whole."""
+    for path in (*source.glob("*.json"), *source.glob("*.safetensors")):
+        aside = out / f"{path.name}.new"
+        shutil.copyfile(path, aside)
+        aside.replace(out / path.name)
 
 
 def joined(tables: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,8 +150,8 @@ def sample(random: np.random.Generator, size: tuple[int, int], plan: Plan) -> Im
     return enlarge(draw(random, size, plan, SEEN, drawer(SEEN)).pixels, SCALE)
 
 
-def card(table: dict[str, Any]) -> str:
-    """Write the model card from the measured table."""
+def card(table: dict[str, Any], abilities: dict[str, Any] | None = None) -> str:
+    """Write the model card from the measured table and the measured abilities."""
     square = table["square"]
     told = [task for task in TASKS if passes(square[task])]
     room = [task for task in TASKS if ROOM[0] <= square[task]["right"] <= ROOM[1]]
@@ -138,6 +162,8 @@ def card(table: dict[str, Any]) -> str:
         room=", ".join(f"*{task}* ({percent(square[task]['right'])})" for task in room),
         columns=columns(told, table),
         deltas=deltas(told, table),
+        icon_sets=icon_sets(table),
+        abilities=ability_rows(abilities or {}),
         number=table["items"],
         delta_number=table["deltas"]["items"],
         names=", ".join(NAMES),
@@ -181,6 +207,33 @@ def columns(told: list[str], table: dict[str, Any]) -> str:
             shares = [table[name][task]["right"] for task in told]
             cells = [percent(share) for share in [*shares, sum(shares) / len(shares)]]
             lines.append(f"| {name} | {tiles(COLUMNS[name])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def icon_sets(table: dict[str, Any]) -> str:
+    """Write accuracy on the icon sets that no training saw, the controls in brackets."""
+    measured = [name for name in HELD_OUT_COLUMNS if name in table]
+    if not measured:
+        return "Not measured for these weights."
+    lines = [
+        "| icon set | " + " | ".join(ON_ICON_SETS) + " | mean |",
+        "|---" * (len(ON_ICON_SETS) + 2) + "|",
+    ]
+    for name in measured:
+        scores = [table[name][task] for task in ON_ICON_SETS]
+        cells = [f"{percent(s['right'])} ({percent(s['swapped'])})" for s in scores]
+        mean = percent(sum(s["right"] for s in scores) / len(scores))
+        lines.append(f"| {name.split(',')[0]} | " + " | ".join(cells) + f" | {mean} |")
+    return "\n".join(lines)
+
+
+def ability_rows(abilities: dict[str, Any]) -> str:
+    """Write accuracy of what goes beyond one question about one image."""
+    if not abilities:
+        return "Not measured for these weights."
+    lines = ["| ability | right | control |", "|---|---|---|"]
+    for name, score in abilities.items():
+        lines.append(f"| {name} | {percent(score['right'])} | {percent(score['swapped'])} |")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from examples.demo_model.backgrounds import varied_background
+from examples.demo_model.backgrounds import light_background, varied_background
 from examples.demo_model.painting import (
     TRAIN_FACES,
     Typeface,
@@ -40,7 +40,7 @@ class Look:
     """Say what scenes are drawn from: here training and the held-out columns differ.
 
     ``faces`` number the typefaces of the glyph atlas; ``typefaces`` are used instead where given.
-    ``varied`` scenes have backgrounds of every kind.
+    ``varied`` scenes have backgrounds of every kind, ``light`` ones lie on plain light paper.
     """
 
     styles: tuple[str, ...] = TRAIN_STYLES
@@ -48,10 +48,12 @@ class Look:
     faces: tuple[int, ...] = tuple(range(TRAIN_FACES))
     typefaces: tuple[Typeface, ...] = ()
     varied: bool = False
+    light: bool = False
 
 
 SEEN = Look()
 UNSEEN_STYLE = Look(styles=(HELD_OUT_STYLE,))
+LIGHT = Look(light=True)
 UNSEEN_PLACE = Look(unseen_background=True, faces=(TRAIN_FACES,))
 
 
@@ -132,7 +134,9 @@ def draw(
 ) -> Scene:
     """Paint a plan: a list of things and their places."""
     used = [thing.color for thing, _ in plan if thing.color]
-    if look.varied and random.random() < VARIED:
+    if look.light:
+        pixels = light_background(random, *size, used)
+    elif look.varied and random.random() < VARIED:
         pixels = varied_background(random, *size, used)
     else:
         pixels = background(random, *size, used, unseen=look.unseen_background)

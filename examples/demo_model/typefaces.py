@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, required=True, help="what fetch.py filled")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    files = {path.stem: path for path in options.packages.rglob("*.[ot]tf")}
+    files = {
+        path.stem: path for path in (options.packages / "usr" / "share" / "fonts").rglob("*.[ot]tf")
+    }
     saved = {}
     for part, names in PACKAGES.items():
         missing = [name for name in names if name not in files]

@@ -32,6 +32,15 @@ def test_what_misses_the_gate_is_not_told():
     assert "What is at the top left?" not in told
 
 
+def test_icon_sets_and_abilities_are_in_the_card_once_measured():
+    assert "Not measured for these weights." in publish.card(table())
+    measured = table() | {"tabler, held out": table(right=0.83)["square"]}
+    card = publish.card(measured, {"box": {"right": 0.61, "swapped": 0.07}})
+    assert "| tabler | 83% (20%) | 83% (20%) | 83% (20%) | 83% (20%) | 83% (20%) | 83% |" in card
+    assert "| box | 61% | 7% |" in card
+    assert "Not measured" not in card
+
+
 def test_tables_measured_side_by_side_become_one():
     parts = [
         {"items": 200, "square": {"name": 1}},

@@ -1,0 +1,78 @@
+"""Write the easy-VQA data set as records that ``internvl3 train`` reads.
+
+    pip install --no-deps easy-vqa
+    python -m examples.easy_vqa.prepare --out easy_vqa
+
+The PyPI package easy-vqa (MIT) holds 5,000 images of one shape each and 48,248 questions with 13
+answers. Images are copied once; every question is a record of its own.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+SEED = 0
+VALIDATION = 200  # questions kept aside of the training part
+Rows = Iterable[tuple[str, str, int]]  # question, answer, number of the image
+
+
+def main() -> None:
+    """Write train.jsonl, valid.jsonl and test.jsonl with their images."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("easy_vqa"), help="folder to write")
+    parser.add_argument("--train", type=int, default=38375, help="training questions")
+    parser.add_argument("--test", type=int, default=9673, help="test questions")
+    options = parser.parse_args()
+    try:
+        import easy_vqa
+    except ImportError:
+        sys.exit("easy-vqa is not installed: pip install --no-deps easy-vqa")
+    trained = shuffle(zip(*easy_vqa.get_train_questions(), strict=True))
+    tested = shuffle(zip(*easy_vqa.get_test_questions(), strict=True))
+    trained_images = easy_vqa.get_train_image_paths()
+    parts = {
+        "valid": (trained[:VALIDATION], trained_images),
+        "train": (trained[VALIDATION:][: options.train], trained_images),
+        "test": (tested[: options.test], easy_vqa.get_test_image_paths()),
+    }
+    for part, (rows, images) in parts.items():
+        write_part(options.out, part, rows, images)
+        print(f"{options.out / part}.jsonl: {len(rows)} questions")
+
+
+def shuffle(rows: Rows) -> list[tuple[str, str, int]]:
+    """Put rows into an order that is random and always the same."""
+    listed = list(rows)
+    random.Random(SEED).shuffle(listed)
+    return listed
+
+
+def write_part(folder: Path, part: str, rows: Rows, images: dict[int, str]) -> None:
+    """Write one part's records, and copy the images that they name."""
+    source = "test" if part == "test" else "train"
+    (folder / source).mkdir(parents=True, exist_ok=True)
+    with (folder / f"{part}.jsonl").open("w") as file:
+        for question, answer, number in rows:
+            name = f"{source}/{number}.png"
+            if not (folder / name).exists():
+                shutil.copyfile(images[number], folder / name)
+            file.write(json.dumps(record(name, question, answer)) + "\n")
+
+
+def record(image: str, question: str, answer: str) -> dict:
+    """Give one question in the form of LLaVA's and InternVL's own data."""
+    return {
+        "image": image,
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main()
