@@ -66,7 +66,7 @@ def test_an_empty_question_is_still_a_prompt(vlm, images):
 
 def test_a_prompt_longer_than_the_context_is_refused_with_its_length(narrow):
     question = "word " * 2000
-    with pytest.raises(PromptError, match=rf"prompt takes [\d,]+ positions.* holds .*{WINDOW}"):
+    with pytest.raises(PromptError, match=rf"prompt takes [\d,]+ positions.* context has {WINDOW}"):
         narrow.ask(question)
     with pytest.raises(PromptError):
         narrow.prepare_inputs(question)
@@ -74,7 +74,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_its_length(narrow):
 
 def test_too_many_pictures_are_refused_with_a_way_out(narrow):
     images = [picture(160, 120, seed) for seed in range(40)]
-    with pytest.raises(PromptError, match=r"2,080 tokens are pictures.*(max_tiles|v2pe_delta)"):
+    with pytest.raises(PromptError, match=r"2,080 image tokens.*(max_tiles|v2pe_delta)"):
         narrow.ask("Compare them.", images)
 
 

@@ -45,8 +45,8 @@ def test_each_stage_equals_transformers(case, images):
     if images:
         assert len(pixels) == sum(inputs.num_tiles)
         tower = numbers(vlm.model.vision_model(inputs.pixel_values))
-        assert relative_error(tower, checkpoint.reference.measure_vision(pixels)) < TOLERANCE
-        seen = numbers(vlm.model.see(inputs.pixel_values))
+        assert relative_error(tower, checkpoint.reference.tower(pixels)) < TOLERANCE
+        seen = numbers(vlm.model.get_image_features(inputs.pixel_values))
         assert relative_error(seen, checkpoint.reference.features(pixels)) < TOLERANCE
     ours = numbers(vlm.model(inputs.input_ids[None], inputs.pixel_values, inputs.position_ids))
     assert relative_error(ours, checkpoint.reference.logits(ids, pixels)) < TOLERANCE
