@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
+from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.convert.tokenizer_export import build_fast_tokenizer
 from internvl3_mlx.prompt.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def write_aux_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) ->
     """Copy everything but weights and configs, and make a ``tokenizer.json`` if there is none."""
     patterns = (*COPIED_PATTERNS, CODE_PATTERN) if plan.layout == "original" else COPIED_PATTERNS
     for pattern in patterns:
-        for file in plan.source.glob(pattern):
+        for file in visible_files(plan.source, pattern):
             if should_copy(file):
                 shutil.copyfile(file, target / file.name)
     if not (target / "tokenizer.json").exists() and (

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from internvl3_mlx.config import ModelConfig, Quantization
+from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -79,7 +80,7 @@ def original_config(own: Json, plan: ConversionPlan, _: Tokenizer) -> Json:
     if "llm_config" not in content and "text_config" in content:
         content["llm_config"] = content.pop("text_config")
     content["template"] = content.get("template") or "internvl2_5"
-    has_code = any(plan.source.glob("modeling_*.py"))
+    has_code = bool(visible_files(plan.source, "modeling_*.py"))
     if "auto_map" not in content or not has_code:
         repo = REMOTE_CODE_REPOS[plan.config.text.family]
         content["auto_map"] = {kind: f"{repo}--{name}" for kind, name in AUTO_MAP.items()}

@@ -13,6 +13,12 @@ import numpy as np
 
 from internvl3_mlx.checkpoints.keymap import KeyMap
 from internvl3_mlx.config import WORD_BITS, ModelConfig
+from internvl3_mlx.config.foreign import (
+    check_tensor_names,
+    describe_folder,
+    is_lfs_pointer,
+    visible_files,
+)
 from internvl3_mlx.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -118,6 +124,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 )
             tensors[info.name] = info
     check_index(folder, tensors)
+    check_tensor_names({name: info.dtype for name, info in tensors.items()}, folder)
     return Checkpoint(folder, tensors)
 
 
@@ -133,15 +140,16 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return files
     for pattern in ("*.safetensors", TORCH_WEIGHTS):
-        if files := sorted(
-            file for file in folder.glob(pattern) if not file.name.startswith("adapter")
-        ):
+        files = visible_files(folder, pattern)
+        if files := [file for file in files if not file.name.startswith("adapter")]:
             return files
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{folder} is an adapter, not a model; name its model with --model and this folder "
             "with --adapter-path"
         )
+    if foreign := describe_folder(folder):
+        raise CheckpointError(foreign)
     raise CheckpointError(
         f"no weights in {folder}; a model folder holds *.safetensors files beside config.json"
     )
@@ -191,6 +199,8 @@ METADATA = "__metadata__"
 
 def read_header(file: Path) -> list[TensorInfo]:
     """Read a file's header and check that the file holds all the bytes it describes."""
+    if is_lfs_pointer(file):
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run git lfs pull")
     if file.suffix == ".bin":
         from internvl3_mlx.checkpoints.torch_pickle import read_tensor_infos
 

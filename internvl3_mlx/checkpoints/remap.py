@@ -8,6 +8,7 @@ import mlx.core as mx
 from internvl3_mlx.checkpoints.keymap import KeyMap, ResolvedRule, summarize_names
 from internvl3_mlx.checkpoints.reader import Checkpoint
 from internvl3_mlx.config import ModelConfig, TextConfig
+from internvl3_mlx.config.foreign import check_layout_names
 from internvl3_mlx.errors import KeyMapError
 
 PATCH_WEIGHT = "vision_model.embeddings.patch_embedding.weight"
@@ -20,6 +21,7 @@ def plan_remap(
     checkpoint: Checkpoint, config: ModelConfig
 ) -> tuple[ModelConfig, list[ResolvedRule]]:
     """Resolve the rules of a checkpoint, and complete its config from the shapes of its tensors."""
+    check_layout_names(config.layout, checkpoint.tensors)
     moves = KeyMap(config.layout).resolve(checkpoint.tensors)
     names = {target for move in moves for target in move.targets}
     text = replace(

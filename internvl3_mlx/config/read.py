@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl3_mlx.config.foreign import (
+    check_quantization_method,
+    describe_folder,
+)
 from internvl3_mlx.config.model import (
     ModelConfig,
     Quantization,
@@ -36,6 +40,8 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if foreign := describe_folder(folder):
+            raise CheckpointError(foreign)
         raise CheckpointError(
             f"no config.json in {folder}; a model folder holds config.json and *.safetensors files"
         )
@@ -45,6 +51,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise ConfigError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a JSON object; download it again")
+    check_quantization_method(content, folder)
     return parse_config(content)
 
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl3_mlx.config.foreign import describe_file
 from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.files import did_you_mean
 
@@ -67,7 +68,8 @@ def resolve_model(model: str) -> ModelLocation:
         return ModelLocation(folder=path)
     if path.is_file():
         raise CheckpointError(
-            f"{model} is a file; name the folder with config.json and the weights"
+            describe_file(path)
+            or f"{model} is a file; name the folder with config.json and the weights"
         )
     if size := PUBLISHED_SIZES.get(model.lower()):
         return ModelLocation(repo=size.repo, size=model.lower())

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from internvl3_mlx.config import read_config
+from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.processor import Processor
 from internvl3_mlx.generation.vlm import ignore_message
@@ -87,7 +88,7 @@ class RunSetup:
         """Digests of the model and data, independent of their paths."""
         files = self.train.files
         uses = [(len(f.selected), f.repeats, f.augment, f.max_tiles) for f in files]
-        weights = sorted(self.model_folder.glob("*.safetensors*"))
+        weights = visible_files(self.model_folder, "*.safetensors*")
         return {
             "model": files_digest(weights, full=False),
             "data": files_digest([file.lines.path for file in files], full=True),

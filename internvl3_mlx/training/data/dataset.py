@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.training.config import TrainConfig
@@ -139,7 +140,7 @@ def open_dataset(
 def check_data_folder(folder: Path) -> None:
     """Raise ``DataError`` if a folder has no train split."""
     if not (folder / "train.jsonl").is_file():
-        candidates = sorted(entry.name for entry in folder.glob("*.json*"))[:5]
+        candidates = [entry.name for entry in visible_files(folder, "*.json*")][:5]
         hint = f"; it has {', '.join(candidates)}, pass one of them" if candidates else ""
         raise DataError(f"no train.jsonl in {folder}{hint}")
 
