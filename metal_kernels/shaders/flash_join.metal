@@ -1,6 +1,6 @@
     // Join the splits of each query row: parts (rows, splits, D), tops and sums (rows, splits)
-    // float32 -> out (rows, D), lse (rows). Grid: (32, rows), one simdgroup a row. A row that saw
-    // nothing gets 0 and LOWEST.
+    // float32 -> out (rows, D), lse (rows). Grid: (32, rows), one simdgroup per row. A row without
+    // keys gets 0 and LOWEST.
     uint lane = thread_index_in_simdgroup;
     uint row = threadgroup_position_in_grid.y;
     int splits = tops_shape[1];

@@ -1,6 +1,6 @@
     // Attention of one to three query rows over one key-value head; arguments as in flash_tiles.
-    // Eight lanes hold a token, four tokens stand side by side and keep a maximum of their own, so
-    // that eight tokens are scored before anything is rescaled. Grid: (32 * SG, splits, B*KV).
+    // Eight lanes hold a token, and four tokens side by side have a maximum of their own, so that
+    // eight tokens are scored before anything is rescaled. Grid: (32 * SG, splits, B*KV).
     typedef Row<T, BITS, D, GS> Store;
     constexpr int N = D / 8;
     constexpr int DEEP = 8;

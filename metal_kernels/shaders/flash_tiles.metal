@@ -1,16 +1,16 @@
     // Attention of M query rows over one key-value head, in 8 x 8 matrix tiles; float32 throughout.
     // q (B*KV, M, D), M = R * L rows, row m being new token m % L; keys, values (B*KV, capacity,
-    // WIDTH), the same rows if packed. Grid: (32 * SG, splits, B*KV), one threadgroup a split.
-    // out (B*KV, M, splits, D), unnormalised; top (the maximum) and sum (of weights), both
+    // WIDTH), the same rows if quantized. Grid: (32 * SG, splits, B*KV), one threadgroup per split.
+    // out (B*KV, M, splits, D), unnormalized; top (the maximum) and sum (of weights), both
     // (B*KV, M, splits).
     typedef Row<T, BITS, D, GS> Store;
     typedef typename Store::word word_t;
     constexpr int TILES = (M + 7) / 8;
-    constexpr bool SHARED = TILES > 1;  // one tile: a simdgroup's own tokens; more: its own rows
+    constexpr bool SHARED = TILES > 1;  // one tile: each simdgroup has its own tokens; more: its own rows
     constexpr int PARTS = SHARED ? 1 : SG;
     constexpr int ROW_PAIRS = Store::WIDTH * sizeof(word_t) / sizeof(uint2);
     constexpr int STAGED = SHARED ? BLOCK * ROW_PAIRS : 2;
-    constexpr int ROUNDS = D > 64 ? 2 : 1;  // outputs change hands in halves: room for more groups
+    constexpr int ROUNDS = D > 64 ? 2 : 1;  // outputs are exchanged in halves: space for more groups
     constexpr int WIDTH = D / ROUNDS;
     threadgroup uint4 key_stage[STAGED / 2];  // as uint4 for its alignment
     threadgroup uint4 value_stage[BITS == 16 ? STAGED / 2 : 1];

@@ -1,8 +1,8 @@
-    // Turn and pack one token's key and value: one simdgroup for each (token, key-value head).
+    // Rotate one token's key, quantize it and the value: one simdgroup for each (token, key-value head).
     // keys, values (B, L, KV, D); bias (KV, D) if BIASED; positions (B, L); freqs (D/2)
     // -> rows (B, KV, L, WIDTH). Grid: (32, L, B*KV). Lanes 0 to 15 hold the key, others the value.
     typedef Row<T, BITS, D, GS> Store;
-    constexpr int N = D / 16;           // neighbouring numbers of a lane
+    constexpr int N = D / 16;           // adjacent elements of a lane
     constexpr int LANES = GS / N;       // lanes of a group
     constexpr int USED = N * BITS;      // bits of a lane
     constexpr int SHARING = USED >= 32 ? 1 : 32 / USED;  // lanes of a word
@@ -30,7 +30,7 @@
         if (BIASED) {
           one += static_cast<float>(bias[kv * D + dim]);
           other += static_cast<float>(bias[kv * D + across]);
-          one = static_cast<float>(static_cast<T>(one));  // as a sum in the model's type
+          one = static_cast<float>(static_cast<T>(one));  // rounded as a sum in the dtype of the model
           other = static_cast<float>(static_cast<T>(other));
         }
         float angle = positions[b * length + token] / freqs[dim % (D / 2)];
@@ -51,7 +51,7 @@
       low = metal::min(low, simd_shuffle_xor(low, step));
       high = metal::max(high, simd_shuffle_xor(high, step));
     }
-    // As mx.quantize: the end farther from zero is met exactly, and zero too where it lies inside.
+    // As mx.quantize: the end farther from zero is exact, and so is zero if it is in the range.
     float step = metal::max((high - low) / LEVELS, LEAST);
     bool side = metal::abs(low) > metal::abs(high);
     step = side ? step : -step;

@@ -1,10 +1,10 @@
-// Header: how a row of the store is laid out and read. Shapes are those of metal_kernels/kv_layout.py.
+// Header: the layout of a row of keys and values, and how to read it (metal_kernels/kv_layout.py).
 #include <metal_simdgroup_matrix>
 
 // Before loops over arrays in registers: only an unrolled index keeps them there.
 #define UNROLLED _Pragma("clang loop unroll(full)")
 
-// Stands for minus infinity and keeps its order under fast maths; differences of it are never NaN.
+// In place of minus infinity: ordered under fast math too, and differences of it are never NaN.
 constant constexpr float LOWEST = -3.0e38f;
 
 inline int length_of(const constant int& length, uint) { return length; }
@@ -72,7 +72,7 @@ struct Pair<float> {
   }
 };
 
-// A row of uint32 words: packed keys, packed values, the keys' scales, the values' scales.
+// A row of uint32 words: quantized keys, quantized values, scales of the keys, of the values.
 template <typename T, int BITS, int D, int GS>
 struct Row {
   typedef uint32_t word;
@@ -89,7 +89,7 @@ struct Row {
     }
   }
 
-  // The chunk-th N numbers of a part, still unscaled: pairs of words, one word or half a word.
+  // The chunk-th N numbers of a part, not scaled yet: pairs of words, one word or half a word.
   template <int N, typename P>
   static void read(P part, uint chunk, thread float* x) {
     constexpr int PER = 32 / BITS;
@@ -110,7 +110,7 @@ struct Row {
   static float2 pair(P pairs, uint group) { return Pair<T>::at(pairs, group); }
 };
 
-// A row of numbers as they are: keys and values lie in arrays of their own, nothing is scaled.
+// A row of dense numbers: keys and values are separate arrays, nothing is scaled.
 template <typename T, int D, int GS>
 struct Row<T, 16, D, GS> {
   typedef T word;
@@ -132,7 +132,7 @@ struct Row<T, 16, D, GS> {
   static float2 pair(P, uint) { return float2(1.0f, 0.0f); }
 };
 
-// Weigh simdgroups that saw different tokens against each other: PARTS of M rows -> one of M rows.
+// Merge the results of simdgroups that read different tokens: PARTS of M rows -> one of M rows.
 // outs (PARTS, M, W): the four quarters of a row of D, W / 4 numbers of each, from ``start`` on.
 template <int PARTS, int M, int D, int W, int THREADS>
 inline void join_parts(const threadgroup float* tops, const threadgroup float* sums,

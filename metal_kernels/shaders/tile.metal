@@ -1,6 +1,6 @@
 // Header of flash_tiles: eight query rows in the registers of one simdgroup.
 
-// Rows of the store begin at 8 bytes, so blocks of them are moved two words at a time.
+// Rows are aligned to 8 bytes, so blocks of them are moved two words at a time.
 inline threadgroup uint2* pairs_of(threadgroup uint4* stage) {
   return reinterpret_cast<threadgroup uint2*>(stage);
 }
@@ -9,7 +9,7 @@ inline const device uint2* pairs_of(const device W* rows) {
   return reinterpret_cast<const device uint2*>(rows);
 }
 
-// Where a lane's two neighbouring elements stand in an 8 x 8 matrix: its row and its first column.
+// Where the two adjacent elements of a lane are in an 8 x 8 matrix: its row and first column.
 inline uint lane_row(uint lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
 inline uint lane_column(uint lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
 
@@ -22,8 +22,8 @@ inline float2 multiply_add(float2 a, float2 b, float2 c) {
   return reinterpret_cast<thread float2&>(C.thread_elements());
 }
 
-// q and o: a lane's two elements of D/8 matrices. The dimensions are dealt out so that every lane
-// reads whole words: of a key an eighth, of a value a quarter. A sum over dimensions has no order.
+// q and o: a lane's two elements of D/8 matrices. Dimensions are assigned so that every lane reads
+// whole words: an eighth of a key, a quarter of a value. A sum over dimensions has no order.
 template <int D>
 struct Tile {
   float2 q[D / 8];
@@ -39,7 +39,7 @@ struct Tile {
     lane = my_lane;
   }
 
-  // Take in BLOCK tokens, of which ``live`` exist and this lane's row may see ``seen``.
+  // Add BLOCK tokens, of which ``live`` exist and the row of this lane may see ``seen``.
   template <typename Store, int BLOCK, int GS, typename P>
   void attend(P keys, P values, int live, int seen) thread {
     if (live == BLOCK) {
@@ -49,7 +49,7 @@ struct Tile {
     }
   }
 
-  // FULL: every guard of a read is true, and the compiler knows, so that reads need not wait.
+  // FULL: every guard of a read is true at compile time, so that reads do not wait for it.
   template <typename Store, int BLOCK, int GS, bool FULL, typename P>
   void take(P keys, P values, int live, int seen) thread {
     live = FULL ? BLOCK : live;
@@ -82,7 +82,7 @@ struct Tile {
   template <typename Store, int GS, typename P>
   float2 score(P keys, int live) thread {
     constexpr int N = D / 8;
-    constexpr int PIECE = N < 8 ? N : 8;  // few at a time: registers decide how many groups run
+    constexpr int PIECE = N < 8 ? N : 8;  // few at a time: registers limit how many groups run
     uint row = lane_row(lane), column = lane_column(lane);
     float2 pair = one_pair<Store>(keys + Store::KEY_PAIRS, live);
     uint group = row * N / GS;
@@ -128,7 +128,7 @@ struct Tile {
     }
   }
 
-  // Each lane fetches one scale and bias of these eight tokens, to be handed round.
+  // Each lane loads one scale and bias of these eight tokens, to be shuffled.
   template <typename Store, typename P>
   float2 one_pair(P pairs, int live) thread {
     uint token = lane / Store::GROUPS;
@@ -141,7 +141,7 @@ struct Tile {
     return whole + simd_shuffle_xor(whole, 8);
   }
 
-  // Hand out WIDTH numbers of each quarter, from ``start`` on.
+  // Write WIDTH numbers of each quarter, from ``start`` on.
   template <int WIDTH, typename P>
   void write(P row, uint start) thread {
     UNROLLED for (uint i = 0; i < WIDTH; i++) {

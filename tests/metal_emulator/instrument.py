@@ -165,7 +165,7 @@ class Sites:
         }
 
     def number(self, location: str) -> int:
-        """Give the number of the site that a ``!dbg`` location stands for."""
+        """Return the number of the site of a ``!dbg`` location."""
         if location not in self._numbers:
             self._numbers[location] = len(self.names)
             line, column, scope = self._places.get(location, ("?", "?", ""))

@@ -1,6 +1,6 @@
 """The Metal text that MLX makes of a kernel's body: our restatement, and MLX's own.
 
-The restatement knows which buffer is which. MLX's own text comes out of a verbose call inside
+The rewritten kernel names its buffers. MLX's own text comes out of a verbose call inside
 ``mx.export_function``, which records custom kernels where no Metal device exists.
 """
 

@@ -58,7 +58,7 @@ def _function_constants(
 
 
 def _instantiations(tokens: Sequence[Token], instances: dict[str, str]) -> Iterator[Token]:
-    """Take out ``template [[host_name("n")]] ... f<T>;`` and note what the name stands for."""
+    """Take out ``template [[host_name("n")]] ... f<T>;`` and record what the name means."""
     index = 0
     while index < len(tokens):
         starts = index == 0 or tokens[index - 1].text in {";", "}", "{"}

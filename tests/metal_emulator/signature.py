@@ -45,7 +45,7 @@ class Parameter:
 
 
 def read_parameters(tokens: Sequence[Token]) -> list[Parameter]:
-    """Read what stands between the parentheses; buffers without a number get the lowest free."""
+    """Read the parameters between the parentheses; unnumbered buffers get the lowest free index."""
     described = [_describe(part) for part in split_at(tokens, ",")]
     taken = {index for _, is_buffer, index, _ in described if is_buffer and index is not None}
     free = (index for index in range(len(described) + len(taken)) if index not in taken)

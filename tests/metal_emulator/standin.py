@@ -1,4 +1,4 @@
-"""What stands in for ``mx.fast.metal_kernel`` where there is no GPU."""
+"""Replace ``mx.fast.metal_kernel`` where there is no GPU."""
 
 import contextlib
 import functools

@@ -37,7 +37,7 @@ def _declaration_end(tokens: Sequence[Token], index: int) -> int | None:
 
 
 def _is_pointer(declaration: Sequence[Token]) -> bool:
-    """Tell whether a ``*`` or ``&`` stands outside every bracket, ahead of an initialiser."""
+    """Return whether a ``*`` or ``&`` is outside every bracket, before an initializer."""
     depth = 0
     for token in declaration:
         depth += {"<": 1, "(": 1, "[": 1, ">": -1, ")": -1, "]": -1}.get(token.text, 0)
@@ -57,7 +57,7 @@ def _references(declaration: Sequence[Token], numbers: Iterator[int]) -> str:
 
 
 def _declarator(tokens: list[Token]) -> tuple[str, str, str]:
-    """Give type, name and array sizes. Metal accepts an initialiser and does not run it."""
+    """Give type, name and array sizes. Metal accepts an initializer and does not run it."""
     tokens = split_at(tokens, "=")[0]
     sizes = next((i for i, token in enumerate(tokens) if token.text == "["), len(tokens))
     kind = [token for token in tokens[: sizes - 1] if token.text != "const"]

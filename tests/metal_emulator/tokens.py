@@ -52,7 +52,7 @@ def tokenize(text: str) -> list[Token]:
 
 
 def refusal(token: Token, message: str) -> KernelRefused:
-    """Make an error that says where the token stands."""
+    """Return an error that names the position of the token."""
     return KernelRefused(f"{token.file}:{token.line}: error: {message}")
 
 

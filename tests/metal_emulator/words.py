@@ -29,7 +29,7 @@ REFUSED = {
     ),
 }
 BFLOAT = re.compile(r"([\d.][\d.eE+-]*)(?:bf|BF)$")
-# where vec<T, n> stands behind these nothing is deduced from it, and T may be bool
+# where vec<T, n> follows these, nothing is deduced from it, and T may be bool
 BEFORE_A_TYPE = {"typedef", "=", ";", "{", "}", "const", "constexpr", ""}
 BEFORE_A_CONSTRUCTOR = {")", "constexpr", "{", "}", ";", ":", "explicit", "inline", ""}
 

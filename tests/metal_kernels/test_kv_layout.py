@@ -53,11 +53,11 @@ def test_a_row_takes_little_more_than_its_bits():
 @pytest.mark.parametrize(
     ("given", "reported"),
     [
-        ({"head_dim": 80}, "head_dim 80 is not one of 32, 64, 128"),
-        ({"head_dim": 64, "bits": 3}, "bits 3 is not one of 4, 8"),
-        ({"head_dim": 64, "group_size": 128}, "group_size 128 is not one of 32, 64"),
-        ({"head_dim": 64, "dtype": mx.int32}, "is not one of mlx.core.float16"),
-        ({"head_dim": 32}, "groups of 64 do not fit head_dim 32; take group_size 32"),
+        ({"head_dim": 80}, "unknown head_dim 80; choose from 32, 64, 128"),
+        ({"head_dim": 64, "bits": 3}, "unknown bits 3; choose from 4, 8"),
+        ({"head_dim": 64, "group_size": 128}, "unknown group_size 128; choose from 32, 64"),
+        ({"head_dim": 64, "dtype": mx.int32}, "int32; choose from mlx.core.float16"),
+        ({"head_dim": 32}, "groups of 64 do not fit head_dim 32; use group_size 32"),
     ],
 )
 def test_an_unknown_layout_is_refused_with_the_choices(given, reported):

@@ -84,5 +84,5 @@ def test_a_rate_is_read_and_a_rate_of_one_is_refused():
     for rate in (1, 1.5):
         with pytest.raises(ConfigError, match=f"drop_path_rate is {rate}; expected a rate below 1"):
             VisionConfig(**SIZES, drop_path_rate=rate)
-    with pytest.raises(ConfigError, match="drop_path_rate is -0.1; a positive number"):
+    with pytest.raises(ConfigError, match="drop_path_rate is -0.1; expected a positive number"):
         VisionConfig(**SIZES, drop_path_rate=-0.1)

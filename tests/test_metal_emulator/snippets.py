@@ -12,7 +12,7 @@ REFUSED, CONSTANT = "not supported in Metal", "must be constant"
 
 @dataclass(frozen=True)
 class Snippet:
-    """A kernel's body, what stands before the kernel, and its parameters."""
+    """A kernel's body, the text before the kernel, and its parameters."""
 
     body: str
     says: str = ""  # for wrong ones: a part of the message

@@ -17,7 +17,7 @@ MATRIX = (
     "if (CONDITION) { simdgroup_multiply_accumulate(c, a, a, c); } y[i] = c.thread_elements()[0];"
 )
 
-# promise -> (what is found, wrong, right): 64 threads in one threadgroup, x and y of 64 floats
+# promise -> (the message, wrong, right): 64 threads in one threadgroup, x and y of 64 floats
 CHECKS = {
     "a read past the end": ("out of bounds: read", "y[i] = x[i + 1];", "y[i] = x[i];"),
     "a read before the start": ("at byte -4 of 'x'", "y[i] = x[int(i) - 1];", "y[i] = x[i / 2];"),
@@ -137,7 +137,7 @@ def result(body: str, schedule: int = 0):
 
 
 @pytest.mark.parametrize("promise", CHECKS)
-def test_a_check_trips_on_the_wrong_kernel_and_leaves_its_twin_alone(promise):
+def test_a_check_fails_on_the_wrong_kernel_and_passes_on_the_right_one(promise):
     message, wrong, right = CHECKS[promise]
     findings = result(wrong).findings
     assert any(message in finding for finding in findings), findings

@@ -174,7 +174,7 @@ def test_atomics_on_device_and_threadgroup_memory_lose_nothing():
     np.testing.assert_array_equal(got, want)
 
 
-def test_a_lane_holds_two_neighbours_of_one_matrix_row():
+def test_a_lane_holds_two_adjacent_elements_of_one_matrix_row():
     body = "simdgroup_float8x8 m; simdgroup_load(m, x, 8); y[2 * i] = m.thread_elements()[0];"
     body += " y[2 * i + 1] = m.thread_elements()[1];"
     parts = run(body, x=np.arange(64, dtype=np.float32), y=np.zeros(64, np.float32))

@@ -60,7 +60,7 @@ def row_sums(x, contiguous):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_a_wrapper_runs_as_it_stands(dtype):
+def test_a_wrapper_runs_unchanged(dtype):
     x = (mx.arange(2 * 51) / 7).reshape(2, 51).astype(dtype)
     with emulated_metal() as metal:
         y = scaled(x, 0.5)

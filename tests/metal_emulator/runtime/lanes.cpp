@@ -71,7 +71,7 @@ static Value combine(u32 operation, u32 type, Value a, Value b) {
   return get(&rounded, type);
 }
 
-// pairwise: which order Apple's hardware adds in is not known
+// pairwise: the order in which Apple's hardware adds is not known
 static void reduce(Fiber** lanes, u32 width, u8 in[][LARGEST_VALUE]) {
   Fiber* first = *lanes;
   for (u32 i = 0; !first; i++) first = lanes[i];

@@ -12,7 +12,7 @@
 #include "numbers.h"
 #include "integers.h"
 #include "mathematics.h"
-#include "synchronisation.h"
+#include "synchronization.h"
 #include "lanes.h"
 #include "matrices.h"
 #include "atomics.h"

@@ -1,4 +1,4 @@
-// Barriers, fences, threadgroup variables; and where in the text a call stands.
+// Barriers, fences, threadgroup variables; and the source position of a call.
 struct __msl_place { const __constant char* file; uint line, column; };
 #define MSL_PLACE __msl_place{__builtin_FILE(), __builtin_LINE(), __builtin_COLUMN()}
 extern "C" {
