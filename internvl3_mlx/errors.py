@@ -7,6 +7,10 @@ class InternVL3Error(Exception):
     exit_code = 1
 
 
+class UnforeseenError(InternVL3Error):
+    """A fault that nobody foresaw, in one line; ``__cause__`` has its traceback."""
+
+
 class UserError(InternVL3Error):
     """A mistake in the request."""
 

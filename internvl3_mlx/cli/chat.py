@@ -11,7 +11,7 @@ import click
 from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.flags import SectionedCommand, flag
-from internvl3_mlx.cli.generate import IMAGE_FLAG, load_vlm
+from internvl3_mlx.cli.generate import IMAGE_FLAG, SOME_FAILED, load_vlm
 from internvl3_mlx.cli.input_line import MediaSource, display_path, media_kind
 from internvl3_mlx.cli.line_reader import open_line_reader
 from internvl3_mlx.cli.slash_commands import ALIASES, COMMANDS, handle_line
@@ -73,6 +73,7 @@ def chat_command(
         vlm.conversation(**generation_options),
         encoder if console.is_interactive(sys.stdout) else None,
         quiet,
+        debug=bool(click.get_current_context().meta.get(options.DEBUG_KEY)),
     )
     keyboard = sys.stdin is not None and sys.stdin.isatty()
     if console.is_interactive(sys.stderr) and keyboard and not quiet:
@@ -80,6 +81,8 @@ def chat_command(
     for item in media:
         session.attach(item)
     run_chat(session)
+    if session.num_failed and not keyboard:
+        raise SystemExit(SOME_FAILED)  # a script must learn that a question was not answered
 
 
 def check_sources_exist(media: list[MediaSource]) -> None:

@@ -12,6 +12,7 @@ from internvl3_mlx.cli import console
 from internvl3_mlx.cli.input_line import MediaSource, open_media, parse_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
 from internvl3_mlx.cli.thumbnails import ThumbnailEncoder
+from internvl3_mlx.errors import ImageError
 
 if TYPE_CHECKING:
     from internvl3_mlx import Answer, AnswerChunk, Conversation
@@ -36,13 +37,19 @@ class Attachment:
 
 @dataclass(eq=False)
 class ChatSession:
-    """One chat. ``pending``: attachments that are sent with the next question."""
+    """One chat.
+
+    ``pending``: attachments that are sent with the next question. ``num_failed``: lines that ended
+    in an error. ``debug``: show tracebacks.
+    """
 
     conversation: "Conversation"
     encode_thumbnail: ThumbnailEncoder | None = None
     quiet: bool = False
     pending: list[Attachment] = field(default_factory=list)
     is_finished: bool = False
+    num_failed: int = 0
+    debug: bool = False
 
     def handle_question(self, text: str) -> None:
         """Attach the files that a line names and ask its question.
@@ -51,9 +58,10 @@ class ChatSession:
         """
         line = parse_line(text)
         if line.problems:
-            for problem in line.problems:
+            *others, last = line.problems
+            for problem in others:
                 console.error(problem)
-            return
+            raise ImageError(last)
         for media in line.media:
             self.attach(media)
         if line.question.strip():
@@ -90,13 +98,12 @@ class ChatSession:
         contents = [item.content for item in sent]
         images = [content for content in contents if isinstance(content, ProcessedImage)]
         videos = [content for content in contents if isinstance(content, ProcessedVideo)]
+        before = self.conversation.exchanges
         try:
-            stream = self.conversation.stream(question, images, video=videos)
-            if not self.stream_answer(stream):
+            self.stream_answer(self.conversation.stream(question, images, video=videos))
+        finally:
+            if self.conversation.exchanges is before:
                 self.pending = sent
-        except Exception:
-            self.pending = sent
-            raise
 
     def retry(self) -> None:
         self.stream_answer(self.conversation.stream_retry(), if_empty=ANSWER_UNCHANGED)
@@ -111,8 +118,8 @@ class ChatSession:
 
     def stream_answer(
         self, stream: "Iterator[AnswerChunk]", if_empty: str = QUESTION_WITHDRAWN
-    ) -> bool:
-        """Write an answer as it is generated; return False if it was stopped before a token."""
+    ) -> None:
+        """Write an answer as it is generated."""
         before, answer = self.conversation.exchanges, None
         writer = make_answer_writer()
         try:
@@ -125,11 +132,10 @@ class ChatSession:
             recorded = self.conversation.exchanges is not before
             console.end_line()
             console.hint(STOPPED if recorded else if_empty)
-            return recorded
+            return
         writer.finish()
         if answer is not None:
             self.show_stats(answer)
-        return True
 
     def show_spinner_until_first(self, stream: "Iterator[AnswerChunk]") -> "Iterator[AnswerChunk]":
         with console.spinner("processing the prompt", quiet=self.quiet):

@@ -109,7 +109,7 @@ def hint(text: str) -> None:
     print(_paint(text, dim=True), file=sys.stderr)
 
 
-def print_traceback(fault: Exception) -> None:
+def print_traceback(fault: BaseException) -> None:
     """Write the full traceback, for --debug."""
     print("".join(tracebacks.format_exception(fault)).rstrip(), file=sys.stderr)
 

@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.cli.input_line import MediaSource, media_kind, open_media
 from internvl3_mlx.cli.options import STDIN, OutputOptions
@@ -175,27 +177,16 @@ def answer_one_by_one(request: GenerateRequest) -> int:
     vlm: VLM | None = None
     failed = 0
     for source in request.sources:
-        opened = try_open(source, request)
+        opened = attempt(partial(open_source, source, request))
         if isinstance(opened, InternVL3Error):
             error: InternVL3Error | None = opened
         else:
             vlm = vlm or load_vlm(request.load_options, quiet=request.output.quiet)
-            error = try_answer(vlm, opened, source, request)
+            error = attempt(partial(_answer_image, vlm, opened, source, request))
         if error is not None:
             failed += 1
             report_failure(source, error, request.output)
     return exit_code(failed, any_read=vlm is not None)
-
-
-def try_answer(
-    vlm: "VLM", image: "LoadedImage", source: str, request: GenerateRequest
-) -> InternVL3Error | None:
-    """Answer about one image; return the error if that fails."""
-    try:
-        _answer_image(vlm, image, source, request)
-    except InternVL3Error as error:
-        return error
-    return None
 
 
 def exit_code(failed: int, *, any_read: bool) -> int:
@@ -271,7 +262,7 @@ def answer_in_batches(request: GenerateRequest) -> int:
     failed = 0
     for start in range(0, len(request.sources), request.batch_size):
         sources = request.sources[start : start + request.batch_size]
-        opened = [try_open(source, request) for source in sources]
+        opened = [attempt(partial(open_source, source, request)) for source in sources]
         if vlm is None and any(not isinstance(item, InternVL3Error) for item in opened):
             vlm = load_vlm(request.load_options, quiet=request.output.quiet)
         for source, found in zip(sources, batch_answers(vlm, opened, request), strict=True):
@@ -283,40 +274,35 @@ def answer_in_batches(request: GenerateRequest) -> int:
     return exit_code(failed, any_read=vlm is not None)
 
 
-def try_open(source: str, request: GenerateRequest) -> "LoadedImage | InternVL3Error":
-    try:
-        return open_source(source, request)
-    except InternVL3Error as error:
-        return error
-
-
 def batch_answers(
     vlm: "VLM | None", opened: "Sequence[LoadedImage | InternVL3Error]", request: GenerateRequest
 ) -> "Iterator[Answer | InternVL3Error]":
     """Yield an answer for every image, and every error as it is."""
-    from internvl3_mlx.generation.batch_generate import batch_generate
-
     if vlm is None:  # there are only errors
         yield from (item for item in opened if isinstance(item, InternVL3Error))
         return
     config = request.config
-    prepared = [try_prepare(vlm, item, request.question, config) for item in opened]
+    build = partial(vlm.runner.build_inputs, request.question, generation_config=config)
+    prepared = [
+        item if isinstance(item, InternVL3Error) else attempt(partial(build, images=[item]))
+        for item in opened
+    ]
     inputs = [item for item in prepared if not isinstance(item, InternVL3Error)]
-    answers = batch_generate(vlm.runner, inputs, config, request.batch_size)
+    answers = iter(answer_together(vlm, inputs, config))
     for item in prepared:
         yield item if isinstance(item, InternVL3Error) else next(answers)
 
 
-def try_prepare(
-    vlm: "VLM", item: "LoadedImage | InternVL3Error", question: str, config: "GenerationConfig"
-) -> "ModelInputs | InternVL3Error":
-    """Build the inputs for one image; a prompt that is too long is returned as an error."""
-    if isinstance(item, InternVL3Error):
-        return item
-    try:
-        return vlm.runner.build_inputs(question, [item], config)
-    except InternVL3Error as error:
-        return error
+def answer_together(
+    vlm: "VLM", inputs: "Sequence[ModelInputs]", config: "GenerationConfig"
+) -> "Sequence[Answer | InternVL3Error]":
+    """Answer a batch; if it fails, answer one by one, so that only what is at fault fails."""
+    from internvl3_mlx.generation.batch_generate import batch_generate
+
+    together = attempt(lambda: [*batch_generate(vlm.runner, inputs, config, max(len(inputs), 1))])
+    if not isinstance(together, InternVL3Error):
+        return together
+    return [attempt(partial(vlm.runner.answer, one, config)) for one in inputs]
 
 
 def _show_answer(

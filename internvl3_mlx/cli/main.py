@@ -1,6 +1,5 @@
 """The command group: imports commands when they are used and reports errors in one line."""
 
-import errno
 import sys
 from importlib import import_module
 from typing import NoReturn
@@ -8,6 +7,7 @@ from typing import NoReturn
 import click
 
 from internvl3_mlx.cli import console
+from internvl3_mlx.cli.faults import describe_fault, is_disk_full
 from internvl3_mlx.cli.options import DEBUG_KEY
 from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.files import did_you_mean
@@ -60,12 +60,14 @@ class LazyGroup(click.Group):
         except (KeyboardInterrupt, click.Abort):
             console.end_line()
             code = INTERRUPTED
-        except Exception as error:  # noqa: BLE001  nobody should see a traceback
+        except SystemExit:
+            raise
+        except BaseException as error:  # noqa: BLE001  nobody should see a traceback
             code = _report_failure(error, debug=ctx.meta.get(DEBUG_KEY, False))
         ctx.exit(code)
 
 
-def _report_failure(error: Exception, *, debug: bool) -> int:
+def _report_failure(error: BaseException, *, debug: bool) -> int:
     """Report an error in one line; return the exit code."""
     if debug:
         console.print_traceback(error)
@@ -77,10 +79,10 @@ def _report_failure(error: Exception, *, debug: bool) -> int:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             console.hint(f"see {error.ctx.command_path} --help")
         return error.exit_code
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        console.error("cannot write the output: no space left on the disk; free some and run again")
+    about = describe_fault(error)
+    if is_disk_full(error):
+        console.error(about)
         return FAILED
-    about = f"{type(error).__name__}: {error}".removesuffix(": ")
     console.error(about if debug else f"{about} (run again with --debug for the traceback)")
     return FAILED
 

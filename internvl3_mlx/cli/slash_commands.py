@@ -7,9 +7,10 @@ from pathlib import Path
 
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.chat_session import ChatSession
+from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.input_line import MediaSource, media_kind, parse_line, split_words
 from internvl3_mlx.cli.options import DEFAULT_WORDS, parse_option
-from internvl3_mlx.errors import InternVL3Error, UserError
+from internvl3_mlx.errors import UnforeseenError, UserError
 from internvl3_mlx.files import did_you_mean
 
 COMMAND_PATTERN = re.compile(r"/([A-Za-z]+|\?)(?=\s|$)")
@@ -30,18 +31,21 @@ class SlashCommand:
 
 def handle_line(session: ChatSession, text: str) -> None:
     """Handle one input line: a command or a question. Errors are shown and the chat goes on."""
-    try:
-        found = find_command(text)
-        if found is not None:
-            run_command(session, *found)
-        elif text.strip():
-            session.handle_question(text)
-    except InternVL3Error as error:
-        console.error(str(error))
-    except BrokenPipeError:  # nobody reads the answers any more
-        raise
-    except Exception as error:  # noqa: BLE001  no fault may end a conversation
-        console.error(f"{type(error).__name__}: {error}; the conversation is unharmed")
+    fault = attempt(lambda: dispatch_line(session, text))
+    if fault is not None:
+        session.num_failed += 1
+        if session.debug:
+            console.print_traceback(fault)
+        unforeseen = isinstance(fault, UnforeseenError)
+        console.error(f"{fault}{'; the conversation is unharmed' if unforeseen else ''}")
+
+
+def dispatch_line(session: ChatSession, text: str) -> None:
+    found = find_command(text)
+    if found is not None:
+        run_command(session, *found)
+    elif text.strip():
+        session.handle_question(text)
 
 
 def find_command(text: str) -> tuple[SlashCommand, str] | None:

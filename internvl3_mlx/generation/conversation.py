@@ -4,8 +4,10 @@ Each answer is what a fresh run over the same history would give.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.errors import PromptError, UserError
@@ -35,20 +37,23 @@ if TYPE_CHECKING:
 
     from internvl3_mlx.generation.generation_config import GenerationOptions
 
+STILL_ANSWERING = "an answer is still being generated; finish or close it first"
+
 
 @dataclass(eq=False)
 class Conversation:
     """Questions, images and answers, with the prompt cache of what the model has read.
 
-    One answer at a time. When generation is interrupted, by closing the stream or by an exception,
-    the tokens so far become the answer; if there are none, nothing has changed.
+    One answer at a time, also where several threads ask: the second one gets PromptError. When
+    generation is interrupted, by closing the stream or by an exception, the tokens so far become
+    the answer; if there are none, nothing has changed.
     """
 
     runner: ModelRunner
     generation_config: GenerationConfig
     exchanges: list[Exchange] = field(default_factory=list[Exchange])
     prompt_cache: PromptCache = field(default_factory=PromptCache)
-    busy: bool = False
+    answering: Lock = field(default_factory=Lock, repr=False)
 
     def __post_init__(self) -> None:
         self.check_config(self.generation_config)
@@ -212,11 +217,29 @@ class Conversation:
             raise UserError(
                 "a conversation has its own history; start another with vlm.conversation()"
             )
-        if self.busy:
-            raise PromptError("an answer is still being generated; finish or close it first")
+        if self.answering.locked():
+            raise PromptError(STILL_ANSWERING)
+        base = self.exchanges
         inputs = self.build_inputs(before, exchange, config)
         self.runner.check_context_length(inputs, config)
-        return self.record_stream(before, exchange, inputs, config)
+        return self.stream_exclusively(base, self.record_stream(before, exchange, inputs, config))
+
+    def stream_exclusively(
+        self, base: Sequence[Exchange], stream: Iterator[AnswerChunk]
+    ) -> Iterator[AnswerChunk]:
+        """Yield ``stream`` while no other answer is generated, and only if it still fits.
+
+        base: the exchanges when the prompt was built. An answer recorded since would be lost.
+        """
+        if not self.answering.acquire(blocking=False):
+            raise PromptError(STILL_ANSWERING)
+        try:
+            if self.exchanges is not base:
+                raise PromptError("the conversation has changed since this question; ask it again")
+            with closing(stream):  # type: ignore[type-var]
+                yield from stream
+        finally:
+            self.answering.release()
 
     def record_stream(
         self,
@@ -227,19 +250,17 @@ class Conversation:
     ) -> Iterator[AnswerChunk]:
         """Yield the answer's chunks, and record what was generated however it ends."""
         text, ids, complete = "", list[int](), False
-        self.busy = True
         try:
             for chunk in self.runner.stream(inputs, config, self.prompt_cache):
                 text, complete = text + chunk.text, chunk.answer is not None
                 ids += [] if chunk.token_id is None else [chunk.token_id]
                 yield chunk
         finally:
-            self.busy = False
             if ids or complete:
                 answered = replace(exchange, answer=text.strip(), complete=complete)
+                self.exchanges = recorded = [*before, answered]  # before anything else can fail
                 if self.ids_match_text(ids, text, config):
-                    answered = replace(answered, token_ids=tuple(ids))
-                self.exchanges = [*before, answered]
+                    recorded[-1] = replace(answered, token_ids=tuple(ids))
 
     def ids_match_text(self, ids: Sequence[int], text: str, config: GenerationConfig) -> bool:
         """Tell whether ids may represent an answer in the history.

@@ -294,3 +294,11 @@ def test_a_draft_model_that_cannot_be_is_reported_before_the_first_question(vlm,
     assert done.returncode == 2
     assert "it has a different vocabulary" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_pipe_whose_question_failed_exits_with_1(vlm, session, tmp_path):
+    text = "nope.png hi\nOne?\n"
+    done = piped(text, "--model", str(vlm.loaded.folder), "-m", "2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: no file at nope.png" in done.stderr
+    assert done.stdout.strip()
