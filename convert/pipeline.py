@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from internvl3_mlx.adapters.adapter_files import check_adapter_tokens
 from internvl3_mlx.checkpoints.reader import Checkpoint, mlx_dtype, safetensors_dtype
 from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT, RowRange, channels_first, channels_last
 from internvl3_mlx.checkpoints.verify import verify_checkpoint
@@ -110,6 +111,8 @@ def convert_checkpoint(
         adapter=options.adapter,
     )
     tokenizer = Tokenizer.from_folder(source)
+    if options.adapter is not None:
+        check_adapter_tokens(options.adapter, tokenizer)
     calibrated = options.calibrated_weights
     entries = [entry for tensor in plan.tensors for entry in tensor_entries(tensor, calibrated)]
     total = sum(entry.nbytes for entry in entries)

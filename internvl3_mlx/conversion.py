@@ -22,6 +22,7 @@ from internvl3_mlx.convert.recipes import (
 )
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading import hub
+from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 from internvl3_mlx.loading.resolve import resolve_model
 
 Layout = Literal["mlx", "original", "hf"]
@@ -82,7 +83,7 @@ def convert_model(
         gptq: Whether calibration rounds weights with GPTQ's error feedback.
         dtype: Data type of the weights that are not quantized; by default they keep theirs.
         dequantize: Whether to dequantize a quantized source.
-        adapter: A PEFT adapter folder to merge into the weights.
+        adapter: A PEFT adapter to merge into the weights: a folder or OWNER/NAME on the hub.
         overwrite: Whether to replace ``target`` if it exists.
         verify: Whether to compare source and target on one generated question before the target
             is kept.
@@ -120,7 +121,7 @@ def convert_model(
             dequantize=dequantize,
             overwrite=overwrite,
             check_output=verify,
-            adapter=expand(adapter),
+            adapter=None if adapter is None else fetch_adapter(str(adapter)),
         ),
         recipe=quantizing.choose_recipe(),
         calibration=quantizing.choose_calibration(dtype),

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from internvl3_mlx.adapters.adapter_files import explain_grown_vocabulary
 from internvl3_mlx.adapters.peft import Adapter
 from internvl3_mlx.checkpoints.keymap import summarize_names
 from internvl3_mlx.errors import KeyMapError
@@ -67,11 +68,10 @@ def check_compatible(adapter: Adapter, shapes: Shapes) -> None:
         raise KeyMapError(
             f"the adapter targets layers this model does not have: {summarize_names(absent)}"
         )
-    wrong = [
-        f"{name} is {shapes[name]}, the adapter's {shape}"
-        for name, shape in wanted.items()
-        if shape != shapes[name]
-    ]
+    different = [(n, shapes[n], shape) for n, shape in wanted.items() if shape != shapes[n]]
+    if grown := explain_grown_vocabulary(different):
+        raise KeyMapError(grown)
+    wrong = [f"{name} is {own}, the adapter's {shape}" for name, own, shape in different]
     if wrong:
         raise KeyMapError(f"the adapter belongs to another model: {summarize_names(wrong)}")
 
@@ -114,6 +114,7 @@ def replace_tensor(
     """Set a tensor of modules_to_save; a quantized layer becomes a dense one."""
     path, key = name.rpartition(".")[::2]
     module = modules[path]
+    module = module.base if isinstance(module, LoRALinear) else module
     if isinstance(module, nn.QuantizedLinear) and key == "weight":
         rows, columns = linear_shape(module)
         dense = nn.Linear(columns, rows, bias="bias" in module)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.adapters.peft import ADAPTER_CONFIG, LORA_TENSOR, lora_scale, read_adapter_config
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
+from internvl3_mlx.adapters.peft import LORA_TENSOR, LoRAScales, read_adapter_config
 from internvl3_mlx.checkpoints.reader import TensorInfo
 from internvl3_mlx.errors import KeyMapError
 
@@ -43,12 +44,13 @@ def split_embedded_adapters(
             own[name] = info
             continue
         found = sides.setdefault(match["module"], {})
-        if match["side"] in found:
+        side = match["side"] or match["magnitude"]
+        if side in found:
             raise KeyMapError(
-                f"{match['module']} has two adapters, {found[match['side']]} and {name}; "
+                f"{match['module']} has two adapters, {found[side]} and {name}; "
                 "merge one of them first"
             )
-        found[match["side"]] = name
+        found[side] = name
     if not sides:
         return own, {}
     settings = embedded_config(folder)
@@ -95,7 +97,7 @@ def embedded_scale(module: str, rank: int, settings: Mapping[str, Any]) -> float
     The latter is what InternVL's training code writes.
     """
     if "lora_alpha" in settings and "r" in settings:
-        return lora_scale(module, rank, settings)
+        return LoRAScales.from_settings(settings).scale(module, rank)
     flag = next((flag for name, flag in RANK_FLAGS.items() if name in module), "use_llm_lora")
     if settings.get(flag):
         return PUBLISHED_SCALE

@@ -8,6 +8,7 @@ holds ranks and alphas.
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +16,40 @@ from typing import Any
 
 import mlx.core as mx
 
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, find_adapter_files
+from internvl3_mlx.adapters.patterns import PatternTable
 from internvl3_mlx.checkpoints.keymap import KeyMap, ResolvedRule, normalize_name
-from internvl3_mlx.checkpoints.reader import Checkpoint, read_header
+from internvl3_mlx.checkpoints.reader import Checkpoint
 from internvl3_mlx.checkpoints.remap import apply_rule, resolve_rows
 from internvl3_mlx.config import ModelConfig, TextConfig
 from internvl3_mlx.errors import CheckpointError, KeyMapError, UserError
 from internvl3_mlx.models.lora import LoRAWeights, concatenate_lora
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-MLX_ADAPTER_WEIGHTS = "adapters.safetensors"  # mlx-lm's and mlx-vlm's format
 ADAPTER_LAYOUTS = ("original", "hf")
 LORA_TENSOR = re.compile(
-    r"(?P<module>.+)\.lora_(?P<side>A|B|magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
+    r"(?P<module>.+)\.(?:lora_(?P<side>A|B)(?:\.(?P<adapter>[^.]+))?\.weight"
+    r"|lora_(?P<magnitude>magnitude_vector)(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(?:\.weight)?)"
 )
-SAVED_TENSOR = re.compile(r"base_model\.model\.(?P<name>.+\.(?:weight|bias))")
+SAVED_TENSOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?"
+    r"\.(?P<kind>weight|bias|class_embedding|position_embedding|ls[12])"
+)
+TIED = ("lm_head", "model.embed_tokens")
 # these also change the base weights when training starts, so A and B alone are not enough
+# settings whose effect is none of a LoRA or DoRA adapter's -> what PEFT calls them
+UNSUPPORTED_SETTINGS = {
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QA-LoRA",
+    "lora_bias": "biases of lora_B",
+    "trainable_token_indices": "trainable tokens",
+    "target_parameters": "LoRA on parameters instead of layers",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}
 BASE_MODIFYING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -49,16 +68,9 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
     Raises CheckpointError or KeyMapError if the folder is not an adapter of an InternVL3 model,
     UserError if it changes nothing or is of an unsupported kind.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"no folder {folder}; an adapter is a folder saved by PEFT")
-    if (folder / MLX_ADAPTER_WEIGHTS).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} is an adapter in mlx-lm's format; expected PEFT's")
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"no {name} in {folder}; an adapter is a folder saved by PEFT")
-    peft_config = read_adapter_config(folder / ADAPTER_CONFIG)
-    tensors = {info.name: info for info in read_header(folder / ADAPTER_WEIGHTS)}
-    lora, saved = split_tensors(Checkpoint(folder, tensors), peft_config)
+    files = find_adapter_files(folder)
+    peft_config = read_adapter_config(files.config)
+    lora, saved = split_tensors(Checkpoint(folder, files.tensors()), peft_config)
     keymap = detect_keymap([*lora, *saved])
     if not saved and not any(bool(mx.any(f.lora_b != 0)) for f in lora.values()):
         raise UserError(
@@ -70,7 +82,25 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
         for move in keymap.resolve(saved)
         for target, x in apply_rule({name: saved[name] for name in move.sources}, move, config)
     }
-    return Adapter(deltas, replaced, peft_config)
+    check_single_use(deltas, replaced)
+    return Adapter(deltas, without_tied_head(replaced, config.text), peft_config)
+
+
+def check_single_use(deltas: Mapping[str, Any], replaced: Mapping[str, Any]) -> None:
+    """Raise KeyMapError for a weight that the adapter both changes and replaces."""
+    if both := sorted(deltas.keys() & replaced.keys()):
+        raise KeyMapError(
+            f"the adapter has both LoRA and a whole tensor for {both[0]}; merge it in PEFT first"
+        )
+
+
+def without_tied_head(replaced: Mapping[str, mx.array], text: TextConfig) -> dict[str, mx.array]:
+    """Drop a head that repeats the embedding of a model that has no other; PEFT saves both."""
+    head, embedding = (replaced.get(f"language_model.{name}.weight") for name in TIED)
+    same = head is not None and embedding is not None and head.shape == embedding.shape
+    if text.tie_word_embeddings and same and bool(mx.array_equal(head, embedding)):
+        return {name: x for name, x in replaced.items() if x is not head}
+    return dict(replaced)
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
@@ -92,36 +122,71 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
             f"the adapter in {path.parent} was initialized by {start}, which also changes the base "
             "model; save it from PEFT with path_initial_model_for_weight_conversion"
         )
+    check_settings(content, path)
     return dict(content)
+
+
+def check_settings(content: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError for a setting that has no effect here but changes the result in PEFT."""
+    for key, name in UNSUPPORTED_SETTINGS.items():
+        if content.get(key):
+            raise UserError(
+                f"{path} asks for {name} ({key}), which is not supported; merge the adapter in PEFT"
+            )
 
 
 def split_tensors(
     adapter: Checkpoint, peft_config: Mapping[str, Any]
 ) -> tuple[dict[str, LoRAWeights], dict[str, mx.array]]:
-    """Split a file into LoRA weights, by the weight they change, and tensors of modules_to_save."""
+    """Split a file into LoRA weights, by the weight they change, and tensors that replace others.
+
+    Raises KeyMapError for a name that is not understood, two adapters, or a slot written twice.
+    """
     sides: dict[str, dict[str, str]] = {}
     saved: dict[str, mx.array] = {}
+    origin: dict[str, str] = {}
+    adapters: set[str] = set()
     for name in adapter.tensors:
         if match := LORA_TENSOR.fullmatch(name):
-            sides.setdefault(match["module"], {})[match["side"]] = name
-        elif (match := SAVED_TENSOR.fullmatch(name)) and peft_config.get("modules_to_save"):
-            saved[match["name"]] = adapter.read(name)
+            adapters.add(match["adapter"] or match["name"] or "")
+            side = match["side"] or match["magnitude"]
+            slot = normalize_name(f"{match['module']}.lora_{side}")
+            sides.setdefault(match["module"], {})[side] = name
+        elif (match := SAVED_TENSOR.fullmatch(name)) and "lora_" not in name:
+            slot = normalize_name(f"{match['module']}.{match['kind']}")
+            saved[f"{match['module']}.{match['kind']}"] = adapter.read(name)
         else:
             raise KeyMapError(
                 f"{name!r} is not a LoRA tensor; merge adapters of this kind in PEFT first"
             )
+        check_slot(origin, slot, name)
+    if len(adapters) > 1:
+        raise KeyMapError(
+            f"{adapter.folder} holds several adapters, {', '.join(sorted(adapters - {''}))}; "
+            "save one of them by itself"
+        )
+    patterns = LoRAScales.from_settings(peft_config)
     deltas = {
-        normalize_name(f"{module}.weight"): read_lora_weights(module, found, adapter, peft_config)
+        normalize_name(f"{module}.weight"): read_lora_weights(module, found, adapter, patterns)
         for module, found in sides.items()
     }
     return deltas, saved
 
 
+def check_slot(origin: dict[str, str], slot: str, name: str) -> None:
+    """Note which tensor a slot was read from. Raises KeyMapError for the second one."""
+    if slot in origin:
+        raise KeyMapError(
+            f"{origin[slot]} and {name} are the same tensor of the model; keep one of them"
+        )
+    origin[slot] = name
+
+
 def read_lora_weights(
-    module: str, found: Mapping[str, str], adapter: Checkpoint, peft_config: Mapping[str, Any]
+    module: str, found: Mapping[str, str], adapter: Checkpoint, scales: "LoRAScales"
 ) -> LoRAWeights:
     missing = {"A", "B"} - found.keys()
-    if peft_config.get("use_dora"):
+    if scales.settings.get("use_dora"):
         missing |= {"magnitude_vector"} - found.keys()
     if missing:
         raise KeyMapError(
@@ -138,32 +203,57 @@ def read_lora_weights(
         raise CheckpointError(
             f"the adapter of {module} has NaN or infinite values; use another copy"
         )
-    scale = lora_scale(module, lora_a.shape[0], peft_config)
+    scale = scales.scale(module, lora_a.shape[0])
     return LoRAWeights(lora_a, lora_b, scale, parts.get("magnitude_vector"))
 
 
-def lora_scale(module: str, rank: int, peft_config: Mapping[str, Any]) -> float:
-    """Return a module's scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+@dataclass(frozen=True)
+class LoRAScales:
+    """The ranks and alphas of an adapter_config.json, by module."""
 
-    rank: the r of its tensors, which must be the one in the config.
-    """
-    expected = pattern_value(module, peft_config.get("rank_pattern"), peft_config.get("r"))
-    alpha = pattern_value(module, peft_config.get("alpha_pattern"), peft_config.get("lora_alpha"))
-    if expected is None or alpha is None:
-        raise KeyMapError(f"{ADAPTER_CONFIG} has no r or lora_alpha for {module}; save it again")
-    if rank != expected:
-        raise KeyMapError(
-            f"the adapter of {module} has rank {rank} but {expected} in {ADAPTER_CONFIG}; "
-            "save it again"
+    settings: Mapping[str, Any]
+    ranks: PatternTable
+    alphas: PatternTable
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "LoRAScales":
+        """Compile the patterns. Raises UserError for one that may take forever to match."""
+        ranks, alphas = (
+            PatternTable(name, settings.get(name)) for name in ("rank_pattern", "alpha_pattern")
         )
-    return float(alpha) / (rank**0.5 if peft_config.get("use_rslora") else rank)
+        return cls(settings, ranks, alphas)
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return a module's scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+        rank: the r of its tensors, which must be the one in the config.
+        """
+        expected = self.ranks.find(module, self.settings.get("r"))
+        alpha = self.alphas.find(module, self.settings.get("lora_alpha"))
+        if expected is None or alpha is None:
+            raise KeyMapError(
+                f"{ADAPTER_CONFIG} has no r or lora_alpha for {module}; save it again"
+            )
+        if not is_finite_number(alpha) or not is_finite_number(expected) or rank < 1:
+            raise KeyMapError(
+                f"{ADAPTER_CONFIG} has r {str(expected)[:20]} and lora_alpha {str(alpha)[:20]} for "
+                f"{module}, expected finite numbers; save it again"
+            )
+        if rank != expected:
+            raise KeyMapError(
+                f"the adapter of {module} has rank {rank} but {expected} in {ADAPTER_CONFIG}; "
+                "save it again"
+            )
+        return float(alpha) / (rank**0.5 if self.settings.get("use_rslora") else rank)
 
 
-def pattern_value(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """Return the value of the first pattern that a module's name ends with, as PEFT does."""
-    matching = (p for p in patterns or {} if re.match(rf"(.*\.)?({p})$", module))
-    key = next(matching, None)
-    return default if key is None else (patterns or {})[key]
+def is_finite_number(value: object) -> bool:
+    """Return whether a value of a JSON file is a number that a float can hold."""
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )
 
 
 def detect_keymap(names: list[str]) -> KeyMap:

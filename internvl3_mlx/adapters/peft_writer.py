@@ -9,9 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from internvl3_mlx.adapters.peft import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     Adapter,
     load_adapter,
     rename_deltas,

@@ -94,8 +94,9 @@ def export_adapter(request: FuseRequest) -> None:
     """Write the adapter under the names of another layout's model."""
     from internvl3_mlx.adapters.peft_writer import convert_adapter_layout
     from internvl3_mlx.conversion import find_source
+    from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 
-    folder, target = Path(request.adapter).expanduser(), Path(request.target or "").expanduser()
+    folder, target = fetch_adapter(request.adapter), Path(request.target or "").expanduser()
     source = find_source(request.source, request.revision)
     modules = convert_adapter_layout(
         folder, target, source, request.to, overwrite=request.overwrite

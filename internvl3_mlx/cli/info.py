@@ -1,5 +1,6 @@
 """``internvl3 info``: describes the installation, or a model from its files."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,7 +21,7 @@ SHOWN_CONFIG_KEYS = ("template", "max_dynamic_patch", "use_thumbnail")
 
 @click.command(
     cls=SectionedCommand,
-    short_help="Describe the installation, or a model.",
+    short_help="Describe the installation, a model, or an adapter.",
     examples=(
         ("internvl3 info", "versions, device, memory limits, cached models"),
         ("internvl3 info 2b", "layout, parameters and bits of a model"),
@@ -31,7 +32,7 @@ SHOWN_CONFIG_KEYS = ("template", "max_dynamic_patch", "use_thumbnail")
 @options.JSON_FLAG
 @options.debug_flag
 def info_command(model: str | None, as_json: bool) -> None:
-    """Describe the installation and the cached models, or one model.
+    """Describe the installation and the cached models, or one model or adapter.
 
     The weights of a model are not loaded, and nothing is downloaded.
     """
@@ -43,9 +44,12 @@ def info_command(model: str | None, as_json: bool) -> None:
 
 
 def describe_model_files(model: str) -> dict[str, Any]:
-    """Read a model's facts: layout, parts with parameters and bits, files, stop tokens."""
+    """Read the facts of a model (layout, parts, bits, files, stop tokens) or of an adapter."""
     from internvl3_mlx.loading.inspect import inspect_model
+    from internvl3_mlx.loading.inspect_adapter import inspect_adapter, is_adapter
 
+    if is_adapter(folder := Path(model).expanduser()):
+        return inspect_adapter(folder).to_dict()
     return inspect_model(model).to_dict()
 
 

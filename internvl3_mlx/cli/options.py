@@ -136,8 +136,8 @@ LOAD_FLAGS: Mapping[str, Decorator] = {
     "adapter": make_flag(
         "adapter",
         FieldInfo(
-            "Model", "Folder of a LoRA or DoRA adapter, as train and PEFT write it.",
-            metavar="FOLDER", flags=("--adapter-path",),
+            "Model", "Folder or repository of a LoRA or DoRA adapter, as train and PEFT write it.",
+            metavar="PATH|REPO", flags=("--adapter-path",),
         ),
         str,
         None,

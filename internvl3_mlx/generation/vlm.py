@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.checkpoints.build_model import LoadedModel
@@ -21,6 +20,7 @@ from internvl3_mlx.generation.parallel_samples import generate_samples
 from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processor
 from internvl3_mlx.generation.runner import ModelRunner, final_answer
 from internvl3_mlx.loading.build import load_local_model
+from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 from internvl3_mlx.loading.fetch_model import Notify, fetch_model
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, load_template
@@ -49,7 +49,8 @@ def load(
 
     quantize: bits of the language model. Published sizes default to 4, quantized once and cached;
     16 keeps them unquantized. Other models are loaded as they are stored unless bits are given.
-    adapter: folder of a LoRA or DoRA adapter in PEFT's layout, merged into unquantized weights and
+    adapter: folder or repository of a LoRA or DoRA adapter in PEFT's layout, merged into
+    unquantized weights and
     applied at run time to quantized ones.
     dtype: compute type, "float32", "bfloat16" or "float16"; by default the checkpoint's own, or
     float32 on a CPU.
@@ -59,7 +60,7 @@ def load(
     """
     started = time.perf_counter()
     local = fetch_model(model, quantize, revision=revision, notify=notify)
-    adapter_folder = Path(adapter).expanduser() if adapter else None
+    adapter_folder = fetch_adapter(adapter, notify=notify) if adapter else None
     loaded = load_local_model(
         local.folder, quantize=local.recipe, adapter=adapter_folder, dtype=dtype
     )

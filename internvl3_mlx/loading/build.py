@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from internvl3_mlx.adapters.adapter_files import check_adapter_tokens
 from internvl3_mlx.adapters.attach import attach_adapter
 from internvl3_mlx.adapters.merge import merge_adapter
 from internvl3_mlx.adapters.peft import load_adapter
@@ -44,6 +45,8 @@ def load_local_model(
     config, model = loaded.config, loaded.model
     separate = for_training or quantize is not None or config.quantization is not None
     lora = load_adapter(adapter, config) if adapter is not None else None
+    if adapter is not None:
+        check_adapter_tokens(adapter, loaded.tokenizer)
     if lora is not None and not separate:
         load_weights(model, merge_adapter(dict(tree_flatten(model.parameters())), lora))
     if quantize is not None:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.adapters.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from internvl3_mlx.checkpoints.reader import mlx_dtype
 from internvl3_mlx.convert.pipeline import (
     ConvertedCheckpoint,

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.build import load_local_model
+from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.checkpoint import (
     RunProgress,
@@ -114,7 +115,7 @@ def add_configured_lora(model: InternVL, config: TrainConfig) -> tuple[str, ...]
         return ()
     names = add_lora(model, lora_config(config))
     if config.resume_adapter_file is not None:
-        load_adapter_into_model(model, Path(config.resume_adapter_file).expanduser())
+        load_adapter_into_model(model, fetch_adapter(config.resume_adapter_file))
     return names
 
 
