@@ -19,6 +19,7 @@ from internvl3_mlx.prompt.messages import (
     MessageMedia,
     Segment,
     TextSegment,
+    message_segments,
 )
 from internvl3_mlx.prompt.template import MESSAGE_START, Template
 from internvl3_mlx.prompt.tokenizer import IM_END, Tokenizer
@@ -27,7 +28,7 @@ from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_fields import RANDOM
 from internvl3_mlx.training.data.dataset import Record
 from internvl3_mlx.training.data.media import MediaLoader, MediaShape
-from internvl3_mlx.training.data.schema import ParsedRecord, RecordError, parse_record
+from internvl3_mlx.training.data.schema import ParsedRecord, RecordError, fill_boxes, parse_record
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,13 +131,13 @@ class Preprocessor:
             )
             return PreferencePair(prompt, chosen, rejected)
 
-    def measure(self, record: Record) -> RecordSize:
-        """Measure a record without decoding its images.
+    def measure(self, record: Record, parsed: ParsedRecord | None = None) -> RecordSize:
+        """Measure a record without decoding its images. parsed: what ``parse`` returned for it.
 
         Raises ``RecordError`` or ``DataError`` for a bad record, ``SampleTooLongError`` for one
         that cannot be truncated.
         """
-        parsed = self.parse(record)
+        parsed = parsed or self.parse(record)
         media = self.media_loader.measure(parsed, record.file)
         if parsed.answers is None:
             input_ids, loss_mask = self.encoder.encode_conversation(parsed, media)
@@ -162,6 +163,9 @@ class Preprocessor:
                 f"a preference pair, but --method {self.config.method} needs conversations; "
                 "expected 'messages' or 'conversations', or use --method mpo"
             )
+        if parsed.objects is not None:
+            sizes = self.media_loader.image_sizes(parsed, record.file)
+            parsed = fill_boxes(parsed, sizes)
         return parsed
 
     def random_generator(self, record: Record, epoch: int) -> np.random.Generator:
@@ -242,9 +246,31 @@ class RecordEncoder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode a conversation up to its last <|im_end|>: ids (L,) int32, loss mask (L,) bool."""
         messages = self.build_messages(record, media)
+        if record.is_text:
+            return self.encode_text(messages[0])
         segments = self.render(messages[:-1], record)
         answer = GeneratedAnswer(messages[-1].token_ids)
-        return self.encode_segments([*segments, answer, TextSegment(IM_END)])
+        in_loss = [message.in_loss for message in record.messages if message.role == "assistant"]
+        return self.encode_segments([*segments, answer, TextSegment(IM_END)], in_loss)
+
+    def encode_text(self, message: Message) -> tuple[np.ndarray, np.ndarray]:
+        """Encode plain text without a chat template; all but image tokens carry loss.
+
+        Special tokens in the text count as such, as in mlx-lm, and <|im_end|> is added at its end.
+        """
+        segments = [
+            TextSegment(segment.text) if isinstance(segment, TextSegment) else segment
+            for segment in message_segments(message)
+        ]
+        found = self.tokenizer.encode(segments, self.tokens_per_tile)
+        if found[-1:] != [self.tokenizer.im_end_id]:
+            found.append(self.tokenizer.im_end_id)
+        input_ids, tokenizer = np.array(found, np.int32), self.tokenizer
+        expected = sum(sum(medium.tiles) for medium in message.media) * self.tokens_per_tile
+        if int((input_ids == tokenizer.image_id).sum()) != expected:
+            raise RecordError("the text contains image tokens; write <image> where images belong")
+        image_tokens = (tokenizer.image_start_id, tokenizer.image_id, tokenizer.image_end_id)
+        return input_ids, ~np.isin(input_ids, image_tokens)
 
     def encode_preference(
         self, record: ParsedRecord, media: MediaShape
@@ -291,22 +317,30 @@ class RecordEncoder:
             return together[len(opening) :]
         return encode([answer], 0, bos=False)
 
-    def encode_segments(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode segments: ids (L,) int32, and (L,) bool on each answer and its <|im_end|>."""
+    def encode_segments(
+        self, segments: Sequence[Segment], in_loss: Sequence[bool] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode segments: ids (L,) int32, and (L,) bool on each answer and its <|im_end|>.
+
+        in_loss: whether each answer is trained on; by default all are.
+        """
         input_ids: list[int] = []
         loss_mask: list[bool] = []
+        flags = iter(in_loss)
+        after_answer: bool | None = None  # whether the answer that ends here is trained on
         for part, is_answer in split_at_answers(segments):
             new_ids = self.tokenizer.encode(part, self.tokens_per_tile, bos=not input_ids)
-            follows_answer = bool(loss_mask) and loss_mask[-1]
-            if follows_answer and new_ids[:1] != [self.tokenizer.im_end_id]:
+            if after_answer is not None and new_ids[:1] != [self.tokenizer.im_end_id]:
                 raise PromptError(
                     f"the chat template does not end an answer with {IM_END}; "
                     'put "template": "internvl2_5" into config.json'
                 )
+            trained = is_answer and next(flags, True)
             input_ids += new_ids
-            loss_mask += [is_answer] * len(new_ids)
-            if follows_answer:
+            loss_mask += [trained] * len(new_ids)
+            if after_answer:
                 loss_mask[len(input_ids) - len(new_ids)] = True
+            after_answer = trained if is_answer else None
         return np.array(input_ids, np.int32), np.array(loss_mask, bool)
 
 

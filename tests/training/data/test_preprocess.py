@@ -46,7 +46,7 @@ def test_images_and_frames_are_in_the_order_of_their_tokens(images):
         {"role": "assistant", "content": "Yes."},
     ]
     record = {"messages": turns, "images": ["tall.png", "wide.png"], "video": "v.mp4"}
-    sample = build_sample(images, record, num_frames=3)
+    sample = build_sample(images, record, num_frames=3, multi_image_tiles="each")
     tiles = [len(image.tiles) for image in sample.images]
     runs = image_spans(sample.input_ids, make_processor().tokenizer.image_id)
     assert tiles == [3, 1, 1, 1, 4]
@@ -60,7 +60,7 @@ def test_images_before_the_question_are_encoded_as_in_a_chat(images):
     settings = GenerationConfig(video=(str(images / "v.mp4"),), num_frames=2)
     chat = make_processor()("Which?", paths, settings)
     record = chat_record("Which?", images=["wide.png", "tall.png"], video="v.mp4")
-    sample = build_sample(images, record, num_frames=2)
+    sample = build_sample(images, record, num_frames=2, multi_image_tiles="each")
     assert sample.input_ids[: len(chat.token_ids)].tolist() == chat.token_ids
     shown = zip(sample.images, chat.processed_images, strict=True)
     assert all(np.array_equal(a.tiles, b.tiles) for a, b in shown)

@@ -74,7 +74,7 @@ def test_the_loss_mask_is_that_of_the_published_training_code(tmp_path, system):
         CHAT[0],
     ]
     record = make_record(plain, system, image=["wide.png", "small.png"])
-    sample = make_sample(tmp_path, record)
+    sample = make_sample(tmp_path, record, multi_image_tiles="each")
     told = [part for q, a in plain for part in (("user", q), ("assistant", a))]
     ids, loss_mask = encode_turn_by_turn(told, system or DEFAULT_SYSTEM, [4, 1])
     assert loss_mask[-1] is False

@@ -118,7 +118,7 @@ ERRORS = {
         "foo": 1,
         "bar": 2,
     },
-    "both 'messages' and 'chosen' with 'rejected'; use one format per record": {
+    "both 'question', 'chosen', 'rejected' and 'messages', 'chosen', 'rejected'; use one": {
         **chat_record(),
         **pair_record(),
     },

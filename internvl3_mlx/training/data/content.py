@@ -1,0 +1,180 @@
+"""Parse the content of a message and the images and videos that a record names."""
+
+import re
+from base64 import b64decode
+from binascii import Error as Base64Error
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from internvl3_mlx.prompt.messages import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from internvl3_mlx.training.data.json_values import (
+    RecordError,
+    decode_structured,
+    describe_json,
+    pluralize,
+)
+
+MediaRef = str | bytes  # a path, a data or file URL, or the bytes of the file
+MediaRefs = tuple[MediaRef, ...]
+MEDIA_MARKS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
+# type of a content part -> what it is; its path is under any key of PATH_KEYS, or in the record
+PART_TYPES = {
+    "text": "text",
+    "input_text": "text",
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+}
+PATH_KEYS = ("path", "url", "image", "image_url", "video", "video_url")
+ContentPart = tuple[str, MediaRef | None]  # "text", "image" or "video"; its text or its file
+# How the base64 of JPEG, PNG, GIF, WebP, BMP and TIFF files begins.
+BASE64_IMAGE = re.compile(
+    r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0AKg)[A-Za-z0-9+/\s]{40,}=*\s*"
+)
+
+
+@dataclass(frozen=True)
+class MessageContent:
+    """The text of a message, and the media it names itself.
+
+    An entry is None where a content part names no file and takes the next one of the record's list.
+    """
+
+    text: str
+    images: tuple[MediaRef | None, ...] = ()
+    videos: tuple[MediaRef | None, ...] = ()
+
+
+def parse_message_content(message: Mapping[str, Any], number: int) -> MessageContent:
+    """Parse the content of message ``number`` with the media that the message itself lists."""
+    content = message.get("content", message.get("value"))
+    parsed = parse_content(content, number)
+    listed = {what: read_media(message, what) for what in MEDIA_MARKS}
+    if not any(listed.values()):
+        return parsed
+    if parsed.images or parsed.videos:
+        raise RecordError(
+            f"message {number} has both content parts with media and a list of media; use one"
+        )
+    for what, files in listed.items():
+        marks = parsed.text.count(MEDIA_MARKS[what])
+        if marks and marks != len(files):
+            raise RecordError(
+                f"message {number} has {pluralize(marks, f'<{what}> placeholder')} but "
+                f"{pluralize(len(files), what)}; write one for each, or none"
+            )
+    return MessageContent(parsed.text, listed["image"], listed["video"])
+
+
+def parse_content(content: Any, number: int) -> MessageContent:
+    """Parse the content of message ``number``: text, or a list of content parts.
+
+    Media before all text are left to the chat template, which numbers several of them. Other media
+    become placeholders in the text, each on a line of its own.
+    """
+    if isinstance(content, str):
+        return MessageContent(content)
+    if not isinstance(content, list):
+        raise RecordError(
+            f"the content of message {number} is {describe_json(content)}; expected text or a list "
+            "of parts"
+        )
+    parts = [_parse_part(part, number) for part in content]
+    is_media = [what != "text" for what, _ in parts]
+    if any(is_media) and any(what == "text" and _has_media_mark(value) for what, value in parts):
+        raise RecordError(
+            f"message {number} has both {IMAGE_PLACEHOLDER} placeholders and image parts; use "
+            "one of them"
+        )
+    media_first = is_media == sorted(is_media, reverse=True)
+    texts = [str(value or "") for what, value in parts if what == "text"]
+    text = "".join(texts) if media_first else _join_with_marks(parts)
+    images, videos = (tuple(path for what, path in parts if what == kind) for kind in MEDIA_MARKS)
+    return MessageContent(text, images, videos)
+
+
+def _parse_part(part: Any, number: int) -> ContentPart:
+    """Parse one content part: what it is, and its text or its file."""
+    what = PART_TYPES.get(str(part.get("type"))) if isinstance(part, dict) else None
+    if what is None:
+        is_object = isinstance(part, dict)
+        given = f"has type {part.get('type')!r}" if is_object else f"is {describe_json(part)}"
+        raise RecordError(
+            f"a content part of message {number} {given}; expected {', '.join(PART_TYPES)}"
+        )
+    if what == "text":
+        if not isinstance(part.get("text"), str):
+            raise RecordError(f"a text part of message {number} has no text; put it under 'text'")
+        return what, part["text"]
+    source = next((part[key] for key in PATH_KEYS if part.get(key)), None)
+    if source is None:
+        return what, None
+    file = parse_media_ref(source)
+    if file is None:
+        raise RecordError(
+            f"a content part of message {number} has {describe_json(source)} for its path; "
+            "expected text"
+        )
+    return what, file
+
+
+def _has_media_mark(text: MediaRef | None) -> bool:
+    return any(mark in str(text or "") for mark in MEDIA_MARKS.values())
+
+
+def _join_with_marks(parts: Sequence[ContentPart]) -> str:
+    texts = [
+        str(value or "") if what == "text" else f"{MEDIA_MARKS[what]}\n" for what, value in parts
+    ]
+    joined = "".join(texts)
+    return joined if parts[-1][0] == "text" else joined.removesuffix("\n")
+
+
+def read_media(record: Mapping[str, Any], key: str) -> MediaRefs:
+    """Read ``image`` or ``images`` (or the video keys): one file, a list of files, or nothing."""
+    given = {
+        name: record[name] for name in (key, f"{key}s") if record.get(name) not in (None, "", [])
+    }
+    if len(given) > 1:
+        raise RecordError(f"both '{key}' and '{key}s'; put all paths into one list")
+    for name, value in given.items():
+        value = decode_structured(value)
+        files = []
+        for entry in value if isinstance(value, list) else [value]:
+            file = parse_media_ref(entry)
+            if file is None:
+                raise RecordError(f"{name!r} contains {describe_json(entry)}; expected file paths")
+            files.append(file)
+        return tuple(files)
+    return ()
+
+
+def parse_media_ref(value: Any) -> MediaRef | None:
+    """Return the file that a value names, or None if it names none.
+
+    Read are paths, URLs, bytes, base64, and objects with any of these under ``bytes``, ``path``,
+    ``url`` or ``image``, as the ``datasets`` library and ms-swift write them.
+    """
+    if isinstance(value, bytes | bytearray):
+        return bytes(value) or None
+    if isinstance(value, str):
+        return (_decode_base64(value) if BASE64_IMAGE.fullmatch(value) else value) or None
+    if isinstance(value, dict):
+        if isinstance(value.get("bytes"), str) and value["bytes"]:
+            return _decode_base64(value["bytes"])
+        if value.get("bytes"):
+            return parse_media_ref(value["bytes"])
+        return next((parse_media_ref(value[key]) for key in PATH_KEYS if value.get(key)), None)
+    return None
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        return b64decode(text, validate=False)
+    except (Base64Error, ValueError) as error:
+        raise RecordError(
+            f"an image in base64 cannot be decoded ({error}); export it again"
+        ) from error

@@ -1,0 +1,279 @@
+"""Published record formats: each is read as what it means, or refused by its name."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pytest
+from fixtures.image_files import noise
+from fixtures.records import chat_record, make_preprocessor, open_records, write_image, write_jsonl
+
+from internvl3_mlx.training.data.formats import FORMATS, PRM_SYSTEM_PROMPT
+from internvl3_mlx.training.data.json_values import RecordError
+from internvl3_mlx.training.data.schema import parse_record
+from internvl3_mlx.training.data.validate import validation_report
+
+HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}
+USER, ASSISTANT = (
+    {"role": "user", "content": "<image>\nWhat?"},
+    {"role": "assistant", "content": "A cat."},
+)
+WORSE = {"role": "assistant", "content": "A dog."}
+PART = {"type": "image_url", "image_url": {"url": "a.png"}}
+PARTS = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+
+# name of the format -> records that mean: a.png is shown, "What?" is asked, "A cat." is right
+CHATS = {
+    "OpenAI messages": [
+        {"messages": [USER, ASSISTANT], "images": ["a.png"]},
+        {"messages": [USER, ASSISTANT], "images": [{"path": "a.png", "bytes": None}]},
+        {"messages": [USER, ASSISTANT], "image": {"url": "a.png"}},
+        {"messages": [{**USER, "images": ["a.png"]}, ASSISTANT]},
+        {"messages": [{"role": "user", "content": PARTS}, ASSISTANT], "images": ["a.png"]},
+        {
+            "messages": [
+                {"role": "user", "content": [PART, {"type": "text", "text": "What?"}]},
+                ASSISTANT,
+            ]
+        },
+        {"messages": json.dumps([USER, ASSISTANT]), "images": "['a.png']"},
+    ],
+    "LLaVA / ShareGPT conversations": [
+        {"id": "7", "image": "a.png", "conversations": [HUMAN, GPT]},
+        {"images": ["a.png"], "conversations": [HUMAN, GPT]},
+    ],
+    "ms-swift query/response": [
+        {"query": "<image>\nWhat?", "response": "A cat.", "images": ["a.png"]}
+    ],
+    "prompt/completion": [
+        {"prompt": "<image>\nWhat?", "completion": "A cat.", "image": "a.png"},
+        {"prompt": [USER], "completion": [ASSISTANT], "images": ["a.png"]},
+    ],
+    "question/answer": [{"question": "What?", "answer": "A cat.", "image": "a.png"}],
+    "Alpaca": [{"instruction": "What?", "input": "", "output": "A cat.", "images": ["a.png"]}],
+    "Cauldron texts": [
+        {"texts": [{"user": "What?", "assistant": "A cat.", "source": "s"}], "images": ["a.png"]}
+    ],
+}
+PAIRS = {
+    "MMPR pair": [{"question": "What?", "chosen": "A cat.", "rejected": "A dog."}],
+    "TRL pair": [
+        {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog."},
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [WORSE]},
+    ],
+    "TRL pair with implicit prompt": [{"chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]}],
+    "LLaMA-Factory Alpaca pair": [
+        {"instruction": "What?", "input": "", "chosen": "A cat.", "rejected": "A dog."}
+    ],
+    "LLaMA-Factory ShareGPT pair": [
+        {
+            "conversations": [HUMAN],
+            "chosen": GPT,
+            "rejected": {"from": "gpt", "value": "A dog."},
+        }
+    ],
+    "ms-swift RLHF": [
+        {"messages": [USER, ASSISTANT], "rejected_response": "A dog."},
+        {"messages": [USER, ASSISTANT], "rejected_messages": [USER, WORSE]},
+        {"messages": [USER, ASSISTANT], "rejected_messages": [WORSE]},
+    ],
+    "ms-swift RLHF query/response": [
+        {"query": "What?", "response": "A cat.", "rejected_response": "A dog."}
+    ],
+}
+
+
+def cases(table):
+    return [
+        pytest.param(name, record, id=f"{name} {number}")
+        for name, records in table.items()
+        for number, record in enumerate(records)
+    ]
+
+
+@pytest.mark.parametrize(("name", "record"), cases(CHATS))
+def test_a_format_of_conversations_is_named_and_read(name, record):
+    parsed = parse_record(record)
+    assert parsed.format == name
+    question, answer = parsed.messages
+    assert question.text.removeprefix("<image>\n") == "What?"
+    assert (question.num_images, parsed.images, answer.text) == (1, ("a.png",), "A cat.")
+    assert (parsed.answers, parsed.system) == (None, None)
+
+
+@pytest.mark.parametrize(("name", "record"), cases(PAIRS))
+def test_a_format_of_pairs_is_named_and_read(name, record):
+    parsed = parse_record({**record, "image": "a.png"})
+    assert parsed.format == name
+    [question] = parsed.messages
+    assert question.text.removeprefix("<image>\n") == "What?"
+    assert (question.num_images, parsed.answers) == (1, ("A cat.", "A dog."))
+
+
+def test_every_format_of_the_table_is_tested():
+    tested = {*CHATS, *PAIRS, "messages pair", "plain text", "VisualPRM steps"}
+    assert {form.name for form in FORMATS if not form.refused} == tested
+
+
+def test_the_guide_lists_every_format_with_its_keys():
+    guide = (Path(__file__).parents[3] / "docs" / "guide" / "training.md").read_text("utf-8")
+    listed = {row.split("|")[1].strip(): row for row in guide.splitlines() if row[:2] == "| "}
+    for form in FORMATS:
+        if not form.refused:
+            keys = [key for key in form.fields if f"`{key}`" not in listed[form.name]]
+            assert keys in ([], ["history"])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"query": "Why?", "response": "So.", "history": [["Who?", "Me."]]},
+        {"instruction": "Why?", "output": "So.", "history": [["Who?", "Me."]]},
+        {"instruction": "Why?", "output": "So.", "history": '[["Who?", "Me."]]'},
+    ],
+)
+def test_history_comes_before_the_question(record):
+    texts = [message.text for message in parse_record(record).messages]
+    assert texts == ["Who?", "Me.", "Why?", "So."]
+
+
+def test_the_input_of_an_alpaca_record_follows_its_instruction():
+    record = parse_record({"instruction": "Add.", "input": "2 + 3", "output": "5"})
+    assert [message.text for message in record.messages] == ["Add.\n2 + 3", "5"]
+
+
+@pytest.mark.parametrize("key", ["query", "instruction", "prompt", "question"])
+def test_the_system_key_of_a_record_is_its_system_message(key):
+    answer = {"query": "response", "instruction": "output", "prompt": "completion"}
+    record = {"system": "Be brief.", key: "What?", answer.get(key, "answer"): "A cat."}
+    assert parse_record(record).system == "Be brief."
+    turns = {"system": "Be brief.", "conversations": [{**HUMAN, "value": "What?"}, GPT]}
+    assert parse_record(turns).system == "Be brief."
+    same = [{"role": "system", "content": "Be brief."}, {**USER, "content": "What?"}, ASSISTANT]
+    assert parse_record({"system": "Be brief.", "messages": same}).system == "Be brief."
+    with pytest.raises(RecordError, match="both a 'system' key and a system message"):
+        parse_record({"system": "Be long.", "messages": same})
+
+
+def test_steps_with_scores_become_the_conversation_of_a_critic():
+    steps = [{"step": "One.", "score": 0.5}, {"step": "Two.", "score": 0.0}]
+    record = {"image": "a.png", "question": "How many?", "steps_with_score": steps}
+    parsed = parse_record(record)
+    assert (parsed.format, parsed.system) == ("VisualPRM steps", PRM_SYSTEM_PROMPT)
+    assert [message.text for message in parsed.messages] == [
+        "### Question:\n<image>\nHow many?\n\n### Solution Process:\nOne.", "+", "Two.", "-",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["loss", "weight", "loss_scale"])
+def test_an_answer_can_be_kept_out_of_the_loss(tmp_path, key):
+    turns = [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "bad", key: 0},
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "good", key: True},
+    ]
+    dataset, preprocessor = open_records(write_jsonl(tmp_path / "r.jsonl", [{"messages": turns}]))
+    sample = preprocessor.build_sample(dataset[0])
+    trained = preprocessor.tokenizer.decode(sample.input_ids[sample.loss_mask])
+    assert trained.strip() == "good"
+    assert preprocessor.measure(dataset[0]).loss_tokens == int(sample.loss_mask.sum())
+    assert sample.loss_mask[-1]
+    assert sample.input_ids.tolist().count(preprocessor.tokenizer.im_end_id) == 5
+
+
+def test_plain_text_is_trained_on_whole_with_its_images(tmp_path):
+    write_image(tmp_path / "a.png", 90, 90)
+    text = "Look: <image>\nA red crab<|im_end|>"
+    path = write_jsonl(tmp_path / "r.jsonl", [{"text": text, "image": "a.png"}, {"text": "abc"}])
+    dataset, preprocessor = open_records(path)
+    tokenizer = preprocessor.tokenizer
+    image, plain = (preprocessor.build_sample(record) for record in dataset)
+    assert plain.input_ids.tolist() == [*tokenizer.encode_text("abc"), tokenizer.im_end_id]
+    assert plain.loss_mask.all()
+    outside = ~image.loss_mask
+    assert {*image.input_ids[outside].tolist()} == {
+        tokenizer.image_start_id, tokenizer.image_id, tokenizer.image_end_id,
+    }  # fmt: skip
+    assert outside.sum() == 16 + 2
+    assert image.input_ids.tolist().count(tokenizer.im_end_id) == 1
+    assert validation_report(dataset, preprocessor).formats == {"plain text": 2}
+
+
+def png_bytes():
+    file = io.BytesIO()
+    noise(60, 50, 3).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        base64.b64encode(png_bytes()).decode(),
+        "data:image/png;base64," + base64.b64encode(png_bytes()).decode(),
+        {"bytes": base64.b64encode(png_bytes()).decode(), "path": "gone.png"},
+        {"bytes": png_bytes(), "path": None},
+        png_bytes(),
+    ],
+    ids=["base64", "data address", "object of base64", "object of bytes", "bytes"],
+)
+def test_an_image_inside_a_record_is_read(tmp_path, image):
+    write_jsonl(tmp_path / "r.jsonl", [chat_record("?")])
+    dataset, _ = open_records(tmp_path / "r.jsonl")
+    parsed = parse_record(chat_record("What?", images=[image]))
+    loader = make_preprocessor().media_loader
+    loader.decode(parsed, dataset.files[0])
+    assert loader.image_sizes(parsed, dataset.files[0]) == [(60, 50)]
+
+
+ERRORS = {
+    "the record has 'tools', which training does not read: tool use is not": chat_record(tools=[1]),
+    "the record has 'loss_scale', which training does not read": chat_record(loss_scale=0.5),
+    "the record has 'margin'": {**PAIRS["MMPR pair"][0], "margin": 0.3},
+    "TRL unpaired preference: unpaired preferences (KTO) cannot be trained on": {
+        "prompt": "a", "completion": "b", "label": True,
+    },
+    "prompt only: a prompt without an answer": {"prompt": "a"},
+    "'response' is missing; expected text": {"query": "a"},
+    "'history' is not a list of [question, answer]": {
+        "query": "a", "response": "b", "history": ["c"],
+    },
+    "message 2 has 'tool_calls': tool use is not supported": {
+        "messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]
+    },
+    "message 2 has 'reasoning_content': write it into the content": {
+        "messages": [USER, {**ASSISTANT, "reasoning_content": "hm"}]
+    },
+    "message 2 has loss 0.5; expected 0 or 1": {"messages": [USER, {**ASSISTANT, "loss": 0.5}]},
+    "message 1 (user) has loss True; only answers are trained on": {
+        "messages": [{**USER, "loss": True}, ASSISTANT]
+    },
+    "message 2 has loss and weight that contradict each other": {
+        "messages": [USER, {**ASSISTANT, "loss": False, "weight": 1}], "image": "a.png",
+    },
+    "no answer is trained on": {"messages": [USER, {**ASSISTANT, "loss": False}], "image": "a"},
+    "differ in more than their last answer": {
+        "chosen": [USER, ASSISTANT], "rejected": [{"role": "user", "content": "Other?"}, WORSE],
+    },
+    "'system' is 3; expected text": chat_record(system=3),
+    "'steps_with_score' contains a step without a score": {
+        "question": "a", "steps_with_score": [{"step": "b", "score": None}],
+    },
+    "message 1 has 2 <image> placeholders but 1 image": {
+        "messages": [{"role": "user", "content": "<image><image>", "images": ["a"]}, ASSISTANT]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("expected", ERRORS)
+def test_what_would_change_the_loss_is_refused_by_name(expected):
+    with pytest.raises(RecordError) as caught:
+        parse_record(ERRORS[expected])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_column_beside_messages_is_unused_rather_than_ambiguous():
+    record = parse_record({**chat_record("Who?"), "text": "Who?A cat.", "prompt_id": 3})
+    assert (record.format, record.unused) == ("OpenAI messages", ("text", "prompt_id"))
