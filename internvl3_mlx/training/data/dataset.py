@@ -1,14 +1,10 @@
-"""Training records on disk: a folder with train.jsonl, one JSONL file, or InternVL's meta JSON.
-
-Opening a file only indexes where its lines begin, 16 bytes a line. A record is read when it is
-needed, so the size of a file does not matter.
-"""
+"""Training records on disk: files and folders in any published form, and InternVL's meta JSON."""
 
 import json
-from array import array
+import re
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -16,43 +12,41 @@ from typing import Any
 
 import numpy as np
 
-from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.data.arrow_tables import (
+    dataset_files,
+    dataset_splits,
+    is_dataset_folder,
+    open_arrow,
+    open_parquet,
+)
+from internvl3_mlx.training.data.formats import FORMATS
+from internvl3_mlx.training.data.hub_datasets import DATASET_NAME, download_dataset
+from internvl3_mlx.training.data.record_sources import RecordSource, open_text_source
 
-
-@dataclass(frozen=True, eq=False)
-class LineIndex:
-    """Random access to the non-blank lines of a file.
-
-    offsets: (R,) int64, the byte at which each line begins. line_numbers: (R,) int32, from 1.
-    """
-
-    path: Path
-    offsets: np.ndarray
-    line_numbers: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, index: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(int(self.offsets[index]))
-            return file.readline()
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "validation", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+PARQUET_MAGIC, ARROW_MAGIC = b"PAR1", b"ARROW1"
+RATIO = re.compile(r"(.+):(\d+(?:\.\d+)?)")  # PATH:RATIO
 
 
 @dataclass(frozen=True, eq=False)
 class DataFile:
     """One file of records.
 
-    root: the folder that image paths are relative to. selected: the lines that are used, in order.
+    root: the folder that image paths are relative to. selected: the records used, in order.
     repeats: how many times an epoch reads them. augment, max_tiles: what a meta JSON sets, if it
     does.
     """
 
     name: str
-    lines: LineIndex
+    source: RecordSource
     root: Path
     selected: np.ndarray
     repeats: int = 1
@@ -65,24 +59,23 @@ class DataFile:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One unparsed line. index: its position in the dataset. location: file and line number."""
+    """One unparsed record. index: its position in the dataset. location: file and line or row.
+
+    number: its position in the file.
+    """
 
     index: int
     location: str
-    raw: bytes
+    number: int
     file: DataFile
 
     @property
     def value(self) -> Any:
-        """The line as JSON; raises DataError."""
+        """The record as JSON; raises DataError."""
         try:
-            return json.loads(self.raw.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.location}: not UTF-8; save the file as UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{self.location}: not valid JSON ({error}); expected one JSON object per line"
-            ) from error
+            return self.file.source[self.number]
+        except ValueError as error:
+            raise DataError(f"{self.location}: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +95,8 @@ class Dataset:
         which = bisect_right(self.cumulative_lengths, index)
         file = self.files[which]
         within = index - (self.cumulative_lengths[which - 1] if which else 0)
-        line = int(file.selected[within % len(file.selected)])
-        location = f"{file.name}:{file.lines.line_numbers[line]}"
-        return Record(index, location, file.lines[line], file)
+        number = int(file.selected[within % len(file.selected)])
+        return Record(index, f"{file.name}:{file.source.number(number)}", number, file)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
@@ -115,73 +107,198 @@ def open_dataset(
 ) -> Dataset | None:
     """Open the records of a split; return None if the data does not have that split.
 
-    A single file, or a meta JSON, is a train split only. ``config`` decides which lines a meta
-    JSON's ``repeat_time`` below 1 selects. Raises ``DataError``.
+    path: a folder, a file, the name of a dataset on the Hub, or several of them with ratios,
+    ``a.jsonl,b.parquet:0.5``. A single file, or a meta JSON, is a train split only. ``config``
+    decides which records a ratio below 1 selects. Raises ``DataError``.
     """
     config = config or TrainConfig()
-    target = Path(path).expanduser()
-    if target.is_dir():
-        file = target / f"{split}.jsonl"
-        if not file.is_file():
-            check_data_folder(target)
-            return None
-        return Dataset((open_jsonl(file),))
-    if not target.is_file():
+    files = [
+        file
+        for name, ratio in split_sources(str(path))
+        for file in open_source(name, ratio, split, config)
+    ]
+    return Dataset(tuple(files)) if files else None
+
+
+def split_sources(text: str) -> list[tuple[str, float]]:
+    """Split ``a.jsonl,b.parquet:0.5`` into paths with ratios; a path that exists is one source."""
+    if Path(text).expanduser().exists():
+        return [(text, 1.0)]
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = None if Path(part).expanduser().exists() else RATIO.fullmatch(part)
+        found.append((match[1], float(match[2])) if match else (part, 1.0))
+    return found
+
+
+def open_source(name: str, ratio: float, split: str, config: TrainConfig) -> list[DataFile]:
+    """Open the files of one source for a split; none if it does not have that split."""
+    if ratio <= 0 or (ratio > 1 and ratio != int(ratio)):
         raise DataError(
-            f"no data at {path}: expected a folder with train.jsonl, or a file; check the path"
+            f"{name}: the ratio is {ratio:g}; expected a fraction below 1 or an integer"
         )
-    if split != "train":
-        return None
-    if target.suffix.lower() == ".json":
-        return Dataset(tuple(open_meta_file(target, config)))
-    return Dataset((open_jsonl(target),))
+    target = Path(name).expanduser()
+    if not target.exists():
+        if not DATASET_NAME.fullmatch(name):
+            raise DataError(
+                f"no data at {name}: expected a folder with train.jsonl, or a file; check the path"
+            )
+        target = download_dataset(name)
+    if target.is_dir():
+        files = open_folder(target, split)
+    elif split != "train":
+        return []
+    elif is_meta_file(target):
+        files = [*open_meta_file(target, config)]
+    else:
+        files = [open_data_file([target])]
+    if config.image_folder is not None:
+        root = Path(config.image_folder).expanduser()
+        files = [replace(file, root=root) for file in files]
+    return [scale_file(file, ratio, config, name) for file in files]
 
 
-def check_data_folder(folder: Path) -> None:
-    """Raise ``DataError`` if a folder has no train split."""
-    if not (folder / "train.jsonl").is_file():
-        candidates = [entry.name for entry in visible_files(folder, "*.json*")][:5]
+def scale_file(file: DataFile, ratio: float, config: TrainConfig, name: str) -> DataFile:
+    """Use a random fraction of the records, or repeat them."""
+    if ratio >= 1:
+        return replace(file, repeats=file.repeats * int(ratio))
+    count = int(len(file.selected) * ratio)
+    if not count:
+        raise DataError(f"{name}: the ratio {ratio:g} selects no record of {file.name}; raise it")
+    chosen = np.random.default_rng(config.seed).permutation(file.selected)[:count]
+    return replace(file, selected=np.sort(chosen))
+
+
+def open_folder(folder: Path, split: str) -> list[DataFile]:
+    """Open the files of a split in a folder of data files or a folder of ``datasets``."""
+    if is_dataset_folder(folder):
+        return [open_saved_dataset(folder)] if split == "train" else []
+    if splits := [*dataset_splits(folder)]:
+        found = [name for name in splits if name in SPLIT_NAMES[split]]
+        if not found and split == "train":
+            raise DataError(f"{folder} has no train split, only {', '.join(splits)}; pass one")
+        return [open_saved_dataset(folder / name) for name in found[:1]]
+    if paths := find_split_files(folder, split):
+        return [open_data_file(paths)]
+    if not find_split_files(folder, "train"):
+        candidates = sorted(
+            entry.name
+            for entry in folder.iterdir()
+            if entry.name[0] != "." and (is_data_file(entry) or entry.is_dir())
+        )[:5]
         hint = f"; it has {', '.join(candidates)}, pass one of them" if candidates else ""
         raise DataError(f"no train.jsonl in {folder}{hint}")
+    return []
 
 
-def open_jsonl(path: Path) -> DataFile:
-    """Select all lines of a file; image paths are relative to its folder."""
-    lines = index_lines(path)
-    return DataFile(str(path), lines, path.parent, np.arange(len(lines), dtype=np.int32))
+def open_saved_dataset(folder: Path) -> DataFile:
+    """Open what ``save_to_disk`` of the ``datasets`` library wrote."""
+    source = open_arrow(dataset_files(folder), "datasets folder")
+    return DataFile(str(folder), source, folder, np.arange(len(source), dtype=np.int32))
 
 
-def index_lines(path: Path) -> LineIndex:
-    """Find where the non-blank lines of a file begin, in one pass."""
-    offsets, line_numbers, offset = array("q"), array("i"), 0
+def find_split_files(folder: Path, split: str) -> list[Path]:
+    """Find ``train.jsonl``, ``train-00000-of-00002.parquet`` and the like, also in ``data``."""
+    names = SPLIT_NAMES[split]
+    for place in (folder, folder / "data", *(folder / name for name in names)):
+        entries = sorted(place.iterdir()) if place.is_dir() else []
+        found = [
+            entry
+            for entry in entries
+            if is_data_file(entry)
+            and (place.name in names or re.split(r"[-_.]", entry.stem.lower())[0] in names)
+        ]
+        exact = [entry for entry in found if entry.stem.lower() in names]
+        found = exact or found
+        kinds = {entry.suffix.lower() for entry in found}
+        if len(kinds) > 1 or (len(found) > 1 and kinds.isdisjoint({".parquet", ".arrow"})):
+            listed = ", ".join(entry.name for entry in found[:5])
+            raise DataError(f"{place} has several files of the {split} split: {listed}; pass one")
+        if found:
+            return found
+    return []
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a name is that of a file of records; what a Mac leaves on other disks is not."""
+    return (
+        path.suffix.lower() in SUFFIXES
+        and not path.name.startswith(".")
+        and path.name not in ("dataset_info.json", "dataset_infos.json")
+        and path.is_file()
+    )
+
+
+def open_data_file(paths: Sequence[Path]) -> DataFile:
+    """Open one file, or the Parquet or Arrow files of a split; its folder has the images."""
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    offsets.append(offset)
-                    line_numbers.append(number)
-                offset += len(line)
+        with paths[0].open("rb") as file:
+            head = file.read(len(ARROW_MAGIC))
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check the file") from error
-    if not offsets:
-        raise DataError(f"no records in {path}: it is empty; expected one JSON object per line")
-    return LineIndex(path, np.frombuffer(offsets, np.int64), np.frombuffer(line_numbers, np.int32))
+        raise DataError(f"cannot read {paths[0]}: {error.strerror}; check the file") from error
+    source: RecordSource
+    if head.startswith(PARQUET_MAGIC):
+        source = open_parquet(paths)
+    elif head == ARROW_MAGIC or paths[0].suffix.lower() == ".arrow":
+        source = open_arrow(paths)
+    else:
+        source = open_text_source(paths[0])
+    selected = np.arange(len(source), dtype=np.int32)
+    return DataFile(str(paths[0]), source, paths[0].parent, selected)
+
+
+def split_off_share(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """Split a random ``config.valid_share`` of each file off for validation: (train, valid)."""
+    assert config.valid_share is not None
+    train, valid = [], []
+    for number, file in enumerate(dataset.files):
+        count = round(len(file.selected) * config.valid_share)
+        generator = np.random.default_rng((config.seed, number))
+        order = generator.permutation(len(file.selected))
+        train.append(replace(file, selected=file.selected[np.sort(order[count:])]))
+        valid.append(replace(file, selected=file.selected[np.sort(order[:count])], repeats=1))
+    valid = [file for file in valid if len(file)]
+    train = [file for file in train if len(file)]
+    if not valid or not train:
+        raise DataError(
+            f"valid_share {config.valid_share:g} of {len(dataset)} records leaves one split empty; "
+            "change it"
+        )
+    return Dataset(tuple(train)), Dataset(tuple(valid))
 
 
 META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
+
+
+def is_meta_file(path: Path) -> bool:
+    """Whether a .json file is one object that is not itself a record."""
+    if path.suffix.lower() != ".json":
+        return False
+    with path.open("rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        first = next((line for line in file if line.strip()), b"")
+        more = any(line.strip() for line in file)
+    if not start.startswith(b"{"):
+        return False
+    try:
+        value = json.loads(first)
+    except ValueError:
+        return True
+    keys = {key for form in FORMATS for key in form.required}
+    return not (more or (isinstance(value, dict) and keys & value.keys()))
 
 
 def open_meta_file(path: Path, config: TrainConfig) -> Iterator[DataFile]:
     """Open every file that a meta JSON names; paths are relative to the meta JSON."""
     try:
         entries = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}; expected a meta JSON") from error
     if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
-        what = "a list of records" if isinstance(entries, list) else "not a meta JSON"
         raise DataError(
-            f"{path} is {what}; expected a .jsonl file with one record per line, or a meta JSON "
-            "that names such files"
+            f"{path} is not a meta JSON; expected a .jsonl file with one record per line, a JSON "
+            "array of records, or a meta JSON that names such files"
         )
     if not entries:
         raise DataError(
@@ -198,23 +315,21 @@ def open_meta_entry(path: Path, name: str, entry: dict[str, Any], config: TrainC
     annotation = path.parent / Path(entry["annotation"]).expanduser()
     if not annotation.is_file():
         raise DataError(f"{location}: no file at {annotation}; correct 'annotation'")
-    lines = index_lines(annotation)
-    repeat = entry.get("repeat_time", 1)
-    selected = np.arange(len(lines))
+    file = open_data_file([annotation])
+    repeat, selected = entry.get("repeat_time", 1), file.selected
     if repeat < 1:
-        selected = select_fraction(selected, int(len(lines) * repeat), config)
+        selected = select_fraction(selected, int(len(selected) * repeat), config)
         if not len(selected):
             raise DataError(
-                f"{location}: 'repeat_time' {repeat} selects none of {len(lines)} records; raise it"
+                f"{location}: 'repeat_time' {repeat} selects none of {len(file)} records; raise it"
             )
-    return DataFile(
-        str(annotation),
-        lines,
-        path.parent / Path(entry.get("root") or "").expanduser(),
-        selected,
-        max(1, int(repeat)),
-        entry.get("data_augment", False),
-        entry.get("max_dynamic_patch"),
+    return replace(
+        file,
+        root=path.parent / Path(entry.get("root") or "").expanduser(),
+        selected=selected,
+        repeats=max(1, int(repeat)),
+        augment=entry.get("data_augment", False),
+        max_tiles=entry.get("max_dynamic_patch"),
     )
 
 

@@ -148,10 +148,10 @@ def test_unusable_data_is_reported_with_what_to_do(tmp_path):
         tmp_path
     )
     assert "no records in" in error_message(tmp_path / "rows.jsonl")
-    (tmp_path / "list.json").write_text("[{}]")
-    assert "is a list of records; expected a .jsonl file with one record per line" in error_message(
-        tmp_path / "list.json"
-    )
+    (tmp_path / "list.json").write_text("[]")
+    assert "the array has no objects" in error_message(tmp_path / "list.json")
+    (tmp_path / "cut.json").write_text('[{"text": "a"},')
+    assert "is not valid JSON: the array does not end" in error_message(tmp_path / "cut.json")
     (tmp_path / "bad.json").write_text("{")
     assert "expected a meta JSON" in error_message(tmp_path / "bad.json")
     (tmp_path / "empty.json").write_text("{}")
