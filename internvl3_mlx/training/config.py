@@ -20,17 +20,17 @@ from internvl3_mlx.training.config_fields import (
     MODEL_PARTS,
     OPTIMIZERS,
     RANDOM,
-    REDUCTIONS,
     REWARD_SHIFTS,
     SCHEDULES,
     TRAINABLE_PARTS,
 )
+from internvl3_mlx.training.data_config import DataConfig, check_data_conflicts
 
 PREFERENCE_METHOD = "mpo"  # the method that reads preference pairs; the others read conversations
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(DataConfig):
     """Everything that decides what a training run computes and where it writes.
 
     A setting that is not given takes the preset of its ``method`` (``PRESETS``), and without one
@@ -63,65 +63,6 @@ class TrainConfig:
     )
     resume_adapter_file: str | None = config_field(
         None, "Model", "Start from the weights of this adapter.", metavar="FOLDER"
-    )
-    data: str | None = config_field(
-        None,
-        "Data",
-        "Folder with train.jsonl and valid.jsonl, a JSONL file, or a meta JSON.",
-        metavar="PATH",
-    )
-    valid_data: str | None = config_field(
-        None, "Data", "Validation data.", metavar="PATH", default_text="valid.jsonl of the folder"
-    )
-    max_seq_length: int = config_field(
-        16384, "Data", "Maximum length in tokens of a sample, or of a packed sequence.", low=8
-    )
-    packing: bool = config_field(
-        False, "Data", "Pack samples into sequences of --max-seq-length tokens."
-    )
-    max_tiles: int | None = config_field(
-        None, "Data", "Maximum number of tiles per image.", low=1, default_text="the model's own"
-    )
-    max_packed_tiles: int = config_field(
-        48, "Data", "Maximum number of tiles per packed sequence.", low=1
-    )
-    num_frames: int = config_field(8, "Data", "Number of frames sampled from each video.", low=1)
-    augment: bool | None = config_field(
-        None,
-        "Data",
-        "Augment tiles by re-encoding them as JPEG of quality 75 to 100.",
-        default_text="as set in a meta JSON",
-    )
-    grouping: bool = config_field(True, "Data", "Batch samples of similar length together.")
-    system: str | None = config_field(
-        None,
-        "Data",
-        "System prompt for records without one.",
-        metavar="TEXT",
-        default_text="the model's own",
-    )
-    v2pe_delta: str = config_field(
-        "1",
-        "Data",
-        "V2PE position increment per image token: 1, 1/2 ... 1/256, random.",
-        metavar="STEP",
-    )
-    loss_reduction: str = config_field(
-        "token",
-        "Data",
-        "Loss weight of a token in an answer of n tokens: 1, 1/n or 1/sqrt(n).",
-        choices=REDUCTIONS,
-    )
-    text_ratio: float | None = config_field(
-        None,
-        "Data",
-        "Fraction of text-only samples; the smaller kind is repeated as needed.",
-        low=0,
-        high=1,
-        default_text="as in the data",
-    )
-    cache_features: bool = config_field(
-        True, "Data", "Cache the features of a frozen vision encoder on disk."
     )
     method: str = config_field("sft", "Training", "Training method.", choices=METHODS)
     iters: int | None = config_field(
@@ -356,6 +297,7 @@ def check_conflicts(config: TrainConfig) -> None:
         )
     if config.compile and "lm_head" in config.lora_keys:
         raise UserError("compile cannot be combined with an adapted lm_head; drop one")
+    check_data_conflicts(config)
     if config.reads_pairs:
         check_preference(config)
 
@@ -375,6 +317,11 @@ def check_preference(config: TrainConfig) -> None:
         raise UserError(
             "v2pe_delta random changes the prompts, and the reference is computed before training; "
             "train lora only, or set a number"
+        )
+    if config.needs_reference and not config.adapters_only and config.min_frames is not None:
+        raise UserError(
+            "min_frames changes the prompts, and the reference is computed before training; train "
+            "lora only, or drop min_frames"
         )
     if config.augment:
         check_fixed_images(config)

@@ -18,6 +18,7 @@ from internvl3_mlx.option_fields import parse_value
 from internvl3_mlx.training.config import TrainConfig
 
 CONFIG_FILE = "train_config.yaml"  # where a run keeps its own configuration
+SOURCES = ("data", "valid_data", "test_data")  # may be lists in YAML
 ALL_SETTINGS = "run internvl3 train --help for all settings"
 
 
@@ -51,4 +52,11 @@ def parse_values(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
         if key not in known:
             hint = did_you_mean(str(key).replace("-", "_"), known, otherwise=ALL_SETTINGS)
             raise UserError(f"{where}: unknown setting {key!r}; {hint}")
-    return {key: parse_value(TrainConfig, key, value, where) for key, value in content.items()}
+    joined = {key: join_sources(key, value) for key, value in content.items()}
+    return {key: parse_value(TrainConfig, key, value, where) for key, value in joined.items()}
+
+
+def join_sources(key: Any, value: Any) -> Any:
+    """Write a list of data sources in YAML as the flag has it: ``a.jsonl,b.jsonl:0.5``."""
+    is_list = key in SOURCES and isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return ",".join(value) if is_list else value

@@ -12,12 +12,14 @@ from internvl3_mlx.errors import ImageError, UserError
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ProcessedImage, Processor
 from internvl3_mlx.images.fetch import URL_PATTERN, shorten_name
-from internvl3_mlx.images.load import image_size
+from internvl3_mlx.images.load import image_size, open_image
 from internvl3_mlx.images.tiling import TilePolicy, jpeg_roundtrip
 from internvl3_mlx.prompt.messages import Message, MessageMedia, media_order
 from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.data.content import MediaRef
 from internvl3_mlx.training.data.dataset import DataFile
-from internvl3_mlx.training.data.schema import ParsedRecord, RecordError
+from internvl3_mlx.training.data.json_values import RecordError
+from internvl3_mlx.training.data.schema import ParsedRecord
 
 ONE_IMAGE, ONE_VIDEO = MessageMedia((1,)), MessageMedia((1,), "video")  # to ask for their order
 MIN_JPEG_QUALITY, MAX_JPEG_QUALITY = 75, 100  # integers, both ends included
@@ -70,19 +72,26 @@ class MediaLoader:
         self, record: ParsedRecord, file: DataFile, generator: np.random.Generator
     ) -> LoadedMedia:
         """Decode and tile images and frames. ``generator`` draws JPEG qualities if augmenting."""
-        options = self.processing_config(file)
+        options = self.processing_config(file, len(record.images))
+        frames = self.draw_num_frames(len(record.videos), generator)
         images = [
             self.processor.process_image(resolve_media_path(name, file), options)
             for name in record.images
         ]
         if file.augment if self.config.augment is None else self.config.augment:
             images = [augment_jpeg(image, generator) for image in images]
-        videos = [self.load_video(name, file, record.clip) for name in record.videos]
+        videos = [
+            self.load_video(resolve_media_path(name, file), count, record.clip)
+            for name, count in zip(record.videos, frames, strict=True)
+        ]
         return LoadedMedia(tuple(images), tuple(videos))
 
     def measure(self, record: ParsedRecord, file: DataFile) -> MediaShape:
-        """Count tiles and frames from file headers; raise ``RecordError`` naming all bad files."""
-        policy = self.processor.tile_policy(self.processing_config(file))
+        """Count tiles and frames from file headers; raise ``RecordError`` naming all bad files.
+
+        Where the number of frames is drawn, this is the largest one.
+        """
+        policy = self.processor.tile_policy(self.processing_config(file, len(record.images)))
         errors: list[str] = []
         tiles: list[int] = []
         for name in record.images:
@@ -90,35 +99,69 @@ class MediaLoader:
                 tiles.append(policy.count(*image_size(resolve_media_path(name, file))))
         for name in record.videos:
             with collect_errors(errors):
-                check_video(resolve_media_path(name, file), record.clip)
+                read_video(resolve_media_path(name, file), 1, record.clip)
         if errors:
             raise RecordError("; ".join(errors))
         return MediaShape(tuple(tiles), (self.config.num_frames,) * len(record.videos))
 
-    def processing_config(self, file: DataFile) -> GenerationConfig:
-        """Combine the tile limits of the run and of the meta JSON: the lower one counts."""
+    def image_sizes(self, record: ParsedRecord, file: DataFile) -> list[tuple[int, int]]:
+        """Return (width, height) of each image, upright, from the headers."""
+        return [image_size(resolve_media_path(name, file)) for name in record.images]
+
+    def decode(self, record: ParsedRecord, file: DataFile) -> None:
+        """Decode all media as the run will; raise ``RecordError`` naming all damaged files."""
+        errors: list[str] = []
+        for name in record.images:
+            with collect_errors(errors):
+                open_image(resolve_media_path(name, file))
+        for name in record.videos:
+            with collect_errors(errors):
+                read_video(resolve_media_path(name, file), self.config.num_frames, record.clip)
+        if errors:
+            raise RecordError("; ".join(errors))
+
+    def processing_config(self, file: DataFile, num_images: int = 1) -> GenerationConfig:
+        """Combine the tile limits of the run and of the meta JSON: the lower one counts.
+
+        The images of a record share the limit, as in the published training code, unless
+        ``multi_image_tiles`` is "each".
+        """
         limits = [n for n in (self.config.max_tiles, file.max_tiles) if n is not None]
-        return GenerationConfig(
-            max_tiles=min(limits, default=None), num_frames=self.config.num_frames
-        )
+        limit, least = min(limits, default=None), None
+        model_config = self.processor.config
+        shared = num_images > 1 and self.config.multi_image_tiles == "shared"
+        if shared and (limit is not None or model_config.dynamic_image_size):
+            limit = max(1, (limit or model_config.max_dynamic_patch) // num_images)
+            least = min(limit, model_config.min_dynamic_patch)
+        return GenerationConfig(max_tiles=limit, min_tiles=least, num_frames=self.config.num_frames)
+
+    def draw_num_frames(self, videos: int, generator: np.random.Generator) -> list[int]:
+        """Return how many frames to read of each video: fixed, or drawn from the range."""
+        least, most = self.config.min_frames, self.config.num_frames
+        if least is None or not videos:
+            return [most] * videos
+        drawn: list[int] = generator.integers(least, most + 1, size=videos).tolist()
+        return drawn
 
     def load_video(
-        self, name: str, file: DataFile, clip: tuple[float, float] | None
+        self, video: str | Path | bytes, num_frames: int, clip: tuple[float, float] | None
     ) -> tuple[ProcessedImage, ...]:
         """Read the frames of a video, one tile each. Frames are never augmented."""
         from internvl3_mlx.images.video import read_frames
 
-        frames = read_frames(resolve_media_path(name, file), self.config.num_frames, bound=clip)
+        frames = read_frames(video, num_frames, bound=clip)
         model_config = self.processor.config
         policy = TilePolicy(tile_size=model_config.force_image_size, max_tiles=1, dynamic=False)
         return tuple(self.processor.tile_image(frame.loaded_image, policy) for frame in frames)
 
 
-def resolve_media_path(name: str, file: DataFile) -> str | Path:
-    """Return where an image is: relative to its JSONL file, or to the root that a meta JSON sets.
+def resolve_media_path(name: MediaRef, file: DataFile) -> str | Path | bytes:
+    """Return where an image is: relative to its data file, or to the root that a meta JSON sets.
 
-    Data and file URLs are returned as they are; raises ``ImageError`` for other URLs.
+    Bytes, data and file URLs are returned as they are; raises ``ImageError`` for other URLs.
     """
+    if isinstance(name, bytes):
+        return name
     if url := URL_PATTERN.match(name):
         if (url[1] or url[2]).lower() not in ("data", "file"):
             raise ImageError(
@@ -126,14 +169,20 @@ def resolve_media_path(name: str, file: DataFile) -> str | Path:
                 "download it and use its path"
             )
         return name
-    return file.root / Path(name).expanduser()
+    path = file.root / Path(name).expanduser()
+    if not path.exists() and file.root != Path() and Path(name).is_file():
+        raise ImageError(
+            f"no file at {shorten_name(str(path))}: paths are relative to {file.root}, and there "
+            f"is one at ./{shorten_name(name)}; pass --image-folder . to read from this folder"
+        )
+    return path
 
 
-def check_video(video: str | Path, clip: tuple[float, float] | None) -> None:
-    """Check that a video can be read and is long enough for the clip."""
+def read_video(video: str | Path | bytes, frames: int, clip: tuple[float, float] | None) -> None:
+    """Check that some frames of a video, or of the clip, can be read."""
     from internvl3_mlx.images.video import read_frames
 
-    read_frames(video, 1, bound=clip)
+    read_frames(video, frames, bound=clip)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def same(first, second):
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
 def test_a_batch_is_its_samples_concatenated(records, reduction):
-    dataset = open_batches(records)
+    dataset = open_batches(records, multi_image_tiles="each")
     samples = [dataset.preprocessor.build_sample(dataset.dataset[n]) for n in (2, 0, 1)]
     batch = collate(samples, reduction)
     at, targets = 0, []
