@@ -6,7 +6,7 @@ from internvl3_mlx.cli import console
 
 if TYPE_CHECKING:
     from internvl3_mlx.training.data.preview import PreviewSpan, SamplePreview
-    from internvl3_mlx.training.data.validate import DataReport
+    from internvl3_mlx.training.data.validate import DataReport, Finding
     from internvl3_mlx.training.setup import DataSplit, RunSetup
 
 INVALID_DATA = 2
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 def show_data_check(setup: "RunSetup", *, as_json: bool) -> int:
     """Print what validating the data found; return the exit code."""
-    splits = {"train": setup.train} | ({"valid": setup.valid} if setup.valid else {})
+    splits = setup.splits
     has_errors = any(split.report.errors for split in splits.values())
     if as_json:
         found = {
@@ -36,7 +36,7 @@ def show_data_check(setup: "RunSetup", *, as_json: bool) -> int:
 
 
 def show_findings(report: "DataReport") -> None:
-    """Write errors and warnings, one per line."""
+    """Write errors, warnings and notes, one per line."""
     for finding in report.errors:
         console.error(str(finding))
     if report.more_errors:
@@ -45,27 +45,50 @@ def show_findings(report: "DataReport") -> None:
         console.note(str(finding))
     if report.more_warnings:
         console.note(f"and {report.more_warnings:,} more")
+    for note in report.notes:
+        console.note(note)
 
 
 def split_counts(split: "DataSplit") -> Json:
     report, sizes = split.report, split.report.sizes
     usable = len(sizes.indices)
-    return {
+    counts = {
         "records": report.num_records,
-        "invalid": len(report.errors) + report.more_errors,
+        "invalid": report.num_errors,
         "skipped": report.skipped,
         "truncated": report.truncated,
+        "format": describe_formats(report),
         "with_images": int((sizes.tiles > 0).sum()),
+        "decoded": report.decoded,
         "tiles": int(sizes.tiles.sum()),
         "tokens": int(sizes.tokens.sum()),
         "longest": int(sizes.tokens.max()) if usable else 0,
     }
+    return {name: value for name, value in counts.items() if value is not None}
+
+
+def describe_formats(report: "DataReport") -> str:
+    """Name the formats of the records and files: ``ms-swift query/response (JSON Lines)``."""
+    named = [*report.formats.items()]
+    formats = ", ".join(name if len(named) == 1 else f"{name} {count:,}" for name, count in named)
+    return f"{formats or 'unknown'} ({', '.join(report.kinds)})"
 
 
 def findings_json(report: "DataReport") -> Json:
     return {
-        "errors": [{"location": f.location, "message": f.message} for f in report.errors],
-        "warnings": [{"location": f.location, "message": f.message} for f in report.warnings],
+        "errors": [finding_json(error) for error in report.errors],
+        "warnings": [finding_json(warning) for warning in report.warnings],
+        "notes": [*report.notes],
+        "formats": {**report.formats},
+    }
+
+
+def finding_json(finding: "Finding") -> Json:
+    return {
+        "location": finding.location,
+        "message": finding.message,
+        "count": finding.count,
+        "more": [*finding.more],
     }
 
 

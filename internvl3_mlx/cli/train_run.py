@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from internvl3_mlx.training.events import (
         CheckpointSaved,
         DataChecked,
+        RecordLeftOut,
         TaskProgress,
+        TestEvaluated,
         TrainEnd,
         TrainEvent,
         TrainPlan,
@@ -62,7 +64,7 @@ def check_only(request: TrainRequest) -> int:
     from internvl3_mlx.training.run import check_data
 
     with progress.progress_bar(quiet=request.quiet) as advance:
-        for event in check_data(request.config, notify=note_callback(request)):
+        for event in check_data(request.config, notify=note_callback(request), decode=True):
             if isinstance(event, TaskProgress):
                 advance(event.task, event.done, event.total)
             elif isinstance(event, DataChecked):
@@ -163,7 +165,9 @@ class TrainDisplay:
             "DataChecked": self.show_data,
             "TrainPlan": self.show_plan,
             "UpdateDone": self.show_update,
+            "RecordLeftOut": self.show_left_out,
             "ValidationDone": self.show_validation,
+            "TestEvaluated": self.show_test,
             "TrainEnd": self.show_end,
         }
 
@@ -177,6 +181,8 @@ class TrainDisplay:
                 f"{event.train.skipped:,} records are skipped and {event.train.truncated:,} "
                 f"truncated to {self.request.config.max_seq_length:,} tokens; --check lists them"
             )
+        for note in event.train.notes:
+            console.note(note)
 
     def show_plan(self, plan: "TrainPlan") -> None:
         """Print what is about to be trained, and note what may surprise."""
@@ -201,6 +207,13 @@ class TrainDisplay:
 
     def show_validation(self, done: "ValidationDone") -> None:
         self.show_line(done.update, describe_validation(done))
+
+    def show_left_out(self, event: "RecordLeftOut") -> None:
+        """Name a record that could not be read."""
+        console.note(f"left out {event.location}: {event.error}")
+
+    def show_test(self, done: "TestEvaluated") -> None:
+        self.show_line(self.updates, describe_test(done))
 
     def show_line(self, update: int, text: str) -> None:
         console.hint(f"{update:>{len(str(self.updates))}} · {text}")
@@ -261,6 +274,16 @@ def describe_validation(done: "ValidationDone") -> str:
     return " · ".join([*parts, *(["best so far"] if done.is_best else [])])
 
 
+def describe_test(done: "TestEvaluated") -> str:
+    """Describe the evaluation on the test data in one line."""
+    parts = [f"test loss {done.loss:.4f}"]
+    if "accuracy" in done.metrics:
+        parts.append(f"test accuracy {done.metrics['accuracy']:.4f}")
+    if done.exact_match is not None:
+        parts.append(f"test exact match {done.exact_match:.4f}")
+    return " · ".join(parts)
+
+
 def format_speed(done: "UpdateDone") -> list[str]:
     """Format tokens per second and peak memory."""
     return [f"{done.tokens / done.seconds:,.0f} tok/s", console.format_size(done.peak_memory)]
@@ -304,6 +327,17 @@ def validation_values(done: "ValidationDone") -> dict[str, Any]:
     return without_none({"update": done.update, **named})
 
 
+def left_out_values(event: "RecordLeftOut") -> dict[str, Any]:
+    """Take the JSON of a record that could not be read."""
+    return asdict(event)
+
+
+def test_values(done: "TestEvaluated") -> dict[str, Any]:
+    """Take the JSON of the evaluation on the test data."""
+    values = {"loss": done.loss, "exact": done.exact_match, **done.metrics}
+    return without_none({f"test_{name}": value for name, value in values.items()})
+
+
 def saved_values(saved: "CheckpointSaved") -> dict[str, Any]:
     """Take the JSON of a saved checkpoint."""
     return {"update": saved.update, "saved": str(saved.folder)}
@@ -319,6 +353,7 @@ def end_values(end: "TrainEnd") -> dict[str, Any]:
         "best_update": end.best_update,
         "best_loss": end.best_loss,
         "seconds": round(end.seconds),
+        "left_out": end.left_out or None,
         "stopped": end.stop_reason or None,
     }
 
@@ -329,5 +364,7 @@ EVENTS_AS_JSON: "Mapping[str, tuple[str, Callable[[Any], dict[str, Any]]]]" = {
     "UpdateDone": ("update", update_values),
     "ValidationDone": ("validation", validation_values),
     "CheckpointSaved": ("checkpoint", saved_values),
+    "RecordLeftOut": ("left_out", left_out_values),
+    "TestEvaluated": ("test", test_values),
     "TrainEnd": ("end", end_values),
 }

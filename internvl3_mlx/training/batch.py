@@ -8,6 +8,14 @@ from internvl3_mlx.generation.processor import ProcessedImage
 from internvl3_mlx.models.packed_sequences import Span
 
 
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that could not be read and was left out. location: file and line. error: why."""
+
+    location: str
+    error: str
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One sequence of L tokens, cut into spans, with N target tokens that carry loss.
@@ -18,7 +26,8 @@ class Batch:
     target belongs to, from 0 to num_answers - 1: one per sample for SFT; for preferences 2i is the
     chosen and 2i + 1 the rejected answer of pair i. loss_weights: (N,) float32, the weight of each
     target in the SFT loss (token, sample or square averaging). images: in the order of their
-    tokens. locations: where in the data each sample comes from, as "file:line".
+    tokens. locations: where in the data each sample comes from, as "file:line". left_out: records
+    that belong here and could not be read.
     """
 
     input_ids: np.ndarray
@@ -31,3 +40,4 @@ class Batch:
     num_answers: int
     images: tuple[ProcessedImage, ...]
     locations: tuple[str, ...]
+    left_out: tuple[BadRecord, ...] = ()

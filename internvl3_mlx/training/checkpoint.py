@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ FORMAT_VERSION = 2  # of state.json: raised when older ones can no longer be rea
 # settings that change nothing of what is computed from one update to the next
 CHANGEABLE = frozenset({
     "model", "data", "valid_data", "adapter_path", "resume_adapter_file", "cache_features",
-    "cache_reference", "memory_limit", "compile", "grad_checkpoint", "steps_per_report",
+    "cache_reference", "image_folder", "max_bad_rows", "test", "test_data", "memory_limit",
+    "compile",
+    "grad_checkpoint", "steps_per_report",
     "steps_per_eval", "val_batches", "eval_accuracy", "patience", "save_every", "keep_last",
     "report_to",
 })  # fmt: skip
@@ -38,13 +40,18 @@ CHANGEABLE = frozenset({
 
 @dataclass(frozen=True)
 class RunProgress:
-    """What a run knows besides its weights. identity: fingerprints of the model and the data."""
+    """What a run knows besides its weights.
+
+    identity: fingerprints of the model and the data. bad_records: location -> error of records that
+    could not be read.
+    """
 
     identity: Mapping[str, str]
     best_loss: float | None = None
     best_update: int = 0
     validations_since_best: int = 0
     seconds: float = 0.0
+    bad_records: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(

@@ -1,17 +1,19 @@
 """Data loader: adds cached vision features and reference log-probabilities to each batch."""
 
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import TypeVar
 
 import mlx.core as mx
 
+from internvl3_mlx.errors import DataError
 from internvl3_mlx.files import cache_folder
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.training.batch import Batch
+from internvl3_mlx.training.batch import BadRecord, Batch
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.collate import BatchedDataset
 from internvl3_mlx.training.distributed import ProcessGroup
@@ -27,12 +29,51 @@ FEATURES_FOLDER, REFERENCES_FOLDER = "features", "references"  # in the cache fo
 ReferenceFunction = Callable[[Batch, mx.array | None], mx.array]
 
 
+MIN_TOLERATED = 10  # records that may be unreadable however few there are
+
+
+@dataclass(eq=False)
+class BadRecords:
+    """The records that could not be read, each counted once. limit: more of them end the run.
+
+    found: location -> what is wrong. unreported: those that no event has named yet.
+    """
+
+    limit: float = math.inf
+    found: dict[str, str] = field(default_factory=dict)
+    unreported: list[BadRecord] = field(default_factory=list)
+
+    def add(self, records: Iterable[BadRecord]) -> None:
+        """Count records; raises ``DataError`` above the limit."""
+        for record in records:
+            if record.location not in self.found:
+                self.found[record.location] = record.error
+                self.unreported.append(record)
+        if len(self.found) > self.limit:
+            place, error = next(reversed(self.found.items()))
+            raise DataError(
+                f"{place}: {error}; that is {len(self.found):,} records that cannot be read, more "
+                "than max_bad_rows allows. Find them with --check, or raise --max-bad-rows"
+            )
+
+    def take_unreported(self) -> list[BadRecord]:
+        """Return the records that were not returned before."""
+        found, self.unreported = self.unreported, []
+        return found
+
+
+def tolerated_bad_records(config: TrainConfig, records: int, ranks: int) -> float:
+    """Return how many unreadable records one rank may meet."""
+    return max(MIN_TOLERATED, config.max_bad_rows * records / ranks)
+
+
 @dataclass(eq=False)
 class DataLoader:
     """Yields the micro-batches of one rank.
 
     feature_cache: None if the vision encoder is trained. compute_reference: None without one.
-    reference_cache: what ``compute_reference`` caches on disk, if it does.
+    reference_cache: what ``compute_reference`` caches on disk, if it does. bad_records: those left
+    out so far.
     """
 
     train_dataset: BatchedDataset
@@ -41,6 +82,8 @@ class DataLoader:
     feature_cache: FeatureCache | None = None
     compute_reference: ReferenceFunction | None = None
     reference_cache: ReferenceLogProbs | None = None
+    test_dataset: BatchedDataset | None = None
+    bad_records: BadRecords = field(default_factory=BadRecords)
 
     def iter_train(self, done: int) -> Iterator[MicroBatch]:
         """Yield this rank's training micro-batches without end, after the first ``done`` ones."""
@@ -50,14 +93,26 @@ class DataLoader:
                 batches = self.train_dataset.iter_epoch(
                     epoch, start=done, rank=self.ranks.rank, ranks=self.ranks.size
                 )
-                yield from map(self.build_micro_batch, prefetch(batches))
+                for batch in prefetch(batches):
+                    self.bad_records.add(batch.left_out)
+                    yield self.build_micro_batch(batch)
             done = max(done - in_epoch, 0)
 
     def iter_valid(self, max_batches: int | None) -> Iterator[MicroBatch]:
         """Yield this rank's validation micro-batches once, or the first ``max_batches``."""
         assert self.valid_dataset is not None
-        batches = self.valid_dataset.iter_once(rank=self.ranks.rank, ranks=self.ranks.size)
-        return map(self.build_micro_batch, prefetch(islice(batches, max_batches)))
+        return self.iter_once(self.valid_dataset, max_batches)
+
+    def iter_test(self) -> Iterator[MicroBatch]:
+        """Yield this rank's test micro-batches once."""
+        assert self.test_dataset is not None
+        return self.iter_once(self.test_dataset, None)
+
+    def iter_once(self, dataset: BatchedDataset, max_batches: int | None) -> Iterator[MicroBatch]:
+        batches = dataset.iter_once(rank=self.ranks.rank, ranks=self.ranks.size)
+        for batch in prefetch(islice(batches, max_batches)):
+            self.bad_records.add(batch.left_out)
+            yield self.build_micro_batch(batch)
 
     def build_micro_batch(self, batch: Batch) -> MicroBatch:
         features = self.feature_cache.get(batch.images) if self.feature_cache else None

@@ -2,7 +2,8 @@
 
 ``TaskProgress`` while data is checked and reference log-probabilities are computed, ``DataChecked``
 and ``TrainPlan`` once each, then for every update an ``UpdateDone``, followed by ``ValidationDone``
-and ``CheckpointSaved`` where they are due, and ``TrainEnd`` last.
+and ``CheckpointSaved`` where they are due, ``TestEvaluated`` where there is test data, and
+``TrainEnd`` last. ``RecordLeftOut`` names a record that could not be read, after its update.
 """
 
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from internvl3_mlx.training.trainer import UpdateDone
 __all__ = [
     "CheckpointSaved",
     "DataChecked",
+    "RecordLeftOut",
     "StopCause",
     "TaskProgress",
+    "TestEvaluated",
     "TrainEnd",
     "TrainEvent",
     "TrainPlan",
@@ -32,11 +35,12 @@ StopCause = Literal["interrupted", "patience", "memory"]
 class DataChecked:
     """All data has been checked. After this event ``train`` raises DataError if there are errors.
 
-    train, valid: what was found in each split. setup: the model's folder and the opened data.
+    train, valid, test: what was found in each split. setup: the model's folder and the opened data.
     """
 
     train: DataReport
     valid: DataReport | None
+    test: DataReport | None
     setup: RunSetup = field(repr=False)
 
 
@@ -62,6 +66,27 @@ class TrainPlan:
     samples_per_update: int | None
     processes: int
     completed_updates: int
+
+
+@dataclass(frozen=True)
+class RecordLeftOut:
+    """A record could not be read during the run and was left out. total: so many so far.
+
+    location: file and line.
+    """
+
+    location: str
+    error: str
+    total: int
+
+
+@dataclass(frozen=True)
+class TestEvaluated:
+    """The model was evaluated on the test data after the last update."""
+
+    loss: float
+    metrics: dict[str, float]
+    exact_match: float | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,7 @@ class TrainEnd:
 
     loss: of the last update. result: the adapter or the model. best: the one of the lowest
     validation loss. seconds: of all updates, before a resume as well. stop_cause, stop_reason: why
-    it stopped early, in one word and in a sentence.
+    it stopped early, in one word and in a sentence. left_out: records that could not be read.
     """
 
     updates: int
@@ -105,6 +130,7 @@ class TrainEnd:
     seconds: float
     stop_cause: StopCause | None = None
     stop_reason: str = ""
+    left_out: int = 0
 
 
 TrainEvent = (
@@ -112,7 +138,9 @@ TrainEvent = (
     | DataChecked
     | TrainPlan
     | UpdateDone
+    | RecordLeftOut
     | ValidationDone
     | CheckpointSaved
+    | TestEvaluated
     | TrainEnd
 )

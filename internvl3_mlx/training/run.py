@@ -21,8 +21,10 @@ from internvl3_mlx.training.evaluate import evaluate_loss, exact_match_rate
 from internvl3_mlx.training.events import (
     CheckpointSaved,
     DataChecked,
+    RecordLeftOut,
     StopCause,
     TaskProgress,
+    TestEvaluated,
     TrainEnd,
     TrainEvent,
     UpdateDone,
@@ -90,7 +92,7 @@ def train(
         check_run_folder(config, resume=resume, overwrite=overwrite)
         check_loggers(config)
     setup = yield from check_data(config, notify=notify)
-    for split in filter(None, (setup.train, setup.valid)):
+    for split in setup.splits.values():
         split.report.raise_errors()
     session = yield from open_train_session(setup, ranks)
     if resume:
@@ -102,11 +104,18 @@ def train(
 
 
 def check_data(
-    config: TrainConfig, *, notify: Callable[[str], None] = ignore_message
+    config: TrainConfig,
+    *,
+    notify: Callable[[str], None] = ignore_message,
+    decode: bool = False,
 ) -> Generator[TaskProgress | DataChecked, None, RunSetup]:
-    """Check all data of a run without loading the model; the last event holds the reports."""
-    setup = yield from prepare_run(config, notify)
-    yield DataChecked(setup.train.report, setup.valid.report if setup.valid else None, setup)
+    """Check all data of a run without loading the model; the last event holds the reports.
+
+    decode: decode all images and videos; without it only their headers are read.
+    """
+    setup = yield from prepare_run(config, notify, decode=decode)
+    reports = {name: split.report for name, split in setup.splits.items()}
+    yield DataChecked(reports["train"], reports.get("valid"), reports.get("test"), setup)
     return setup
 
 
@@ -155,6 +164,7 @@ def run_session(
             for done in make_updates(state, session.remaining_batches()):
                 yield done
                 loss = done.loss
+                yield from report_left_out(session)
                 stop = yield from finish_update(session, done, loggers, stop_requested)
                 if stop:
                     break
@@ -162,7 +172,28 @@ def run_session(
             with suppress(InternVL3Error, OSError, RuntimeError):  # the first error matters
                 save_run(session, final=True)
             raise
+        if stop is None and session.setup.test:
+            yield run_test(session)
+    yield from report_left_out(session)
     yield describe_end(session, loss, stop)
+
+
+def report_left_out(session: TrainSession) -> Iterator[RecordLeftOut]:
+    """Yield the records that could not be read since the last call, and note them for resuming."""
+    bad = session.dataloader.bad_records
+    new = bad.take_unreported()
+    session.progress = replace(session.progress, bad_records=dict(bad.found))
+    for number, record in enumerate(new, start=len(bad.found) - len(new) + 1):
+        yield RecordLeftOut(record.location, record.error, number)
+
+
+def run_test(session: TrainSession) -> TestEvaluated:
+    """Evaluate on the test data with the final weights."""
+    loss, metrics = evaluate_loss(session.state, session.test_batches())
+    exact_match = None
+    if session.config.eval_accuracy:
+        exact_match = exact_match_rate(session.state, session.test_batches())
+    return TestEvaluated(loss, metrics, exact_match)
 
 
 @contextmanager
@@ -273,4 +304,5 @@ def describe_end(session: TrainSession, loss: float | None, stop: Stop | None) -
         seconds=progress.seconds,
         stop_cause=cause,
         stop_reason=reason,
+        left_out=len(session.dataloader.bad_records.found),
     )

@@ -24,10 +24,12 @@ from internvl3_mlx.training.checkpoint import (
 from internvl3_mlx.training.compiled_step import CompiledStep
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.dataloader import (
+    BadRecords,
     DataLoader,
     online_reference,
     open_feature_cache,
     open_reference_cache,
+    tolerated_bad_records,
 )
 from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup
 from internvl3_mlx.training.events import TrainPlan
@@ -71,6 +73,10 @@ class TrainSession:
         """Yield the micro-batches of one validation."""
         return self.dataloader.iter_valid(self.config.val_batches)
 
+    def test_batches(self) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of the test data."""
+        return self.dataloader.iter_test()
+
 
 def open_train_session(
     setup: RunSetup, ranks: ProcessGroup = SINGLE_PROCESS
@@ -96,6 +102,8 @@ def open_train_session(
         ranks,
         open_feature_cache(model, config, images_vary=setup.images_vary),
         reference_cache=references,
+        test_dataset=setup.test_dataset,
+        bad_records=BadRecords(tolerated_bad_records(config, total_records(setup), ranks.size)),
     )
     if config.needs_reference:
         loader.compute_reference = references.get if references else online_reference(model)
@@ -107,6 +115,11 @@ def open_train_session(
     if config.compile:
         state.compiled_step = CompiledStep(state)
     return TrainSession(setup, state, loader, RunProgress(setup.identity), adapted)
+
+
+def total_records(setup: RunSetup) -> int:
+    """Count the records of all splits."""
+    return sum(split.report.num_records for split in setup.splits.values())
 
 
 def add_configured_lora(model: InternVL, config: TrainConfig) -> tuple[str, ...]:
@@ -196,6 +209,7 @@ def resume_session(session: TrainSession, *, accept_changes: bool) -> None:
             differences = find_differences(metadata, state.config, identity, state.ranks.size)
             check_same_run(differences, found[-1])
         session.progress = load_checkpoint(state, found[-1])
+        session.dataloader.bad_records.found |= session.progress.bad_records
     session.progress = broadcast_state(state, session.progress)
 
 

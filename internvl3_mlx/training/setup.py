@@ -16,9 +16,14 @@ from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.training.config import TrainConfig, check_fixed_images
 from internvl3_mlx.training.data.collate import BatchedDataset, batch_dataset
-from internvl3_mlx.training.data.dataset import DataFile, Dataset, open_dataset
+from internvl3_mlx.training.data.dataset import (
+    DataFile,
+    Dataset,
+    open_dataset,
+    split_off_share,
+)
 from internvl3_mlx.training.data.preprocess import Preprocessor
-from internvl3_mlx.training.data.validate import DataReport, validate_dataset
+from internvl3_mlx.training.data.validate import DataReport, ValidationProgress, validate_dataset
 
 DIGEST_BYTES = 16
 CHUNK_BYTES = 1 << 20
@@ -54,6 +59,13 @@ class RunSetup:
     preprocessor: Preprocessor
     train: DataSplit
     valid: DataSplit | None
+    test: DataSplit | None = None
+
+    @property
+    def splits(self) -> dict[str, DataSplit]:
+        """The splits that there are, by name."""
+        named = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: split for name, split in named.items() if split}
 
     @property
     def model_folder(self) -> Path:
@@ -84,6 +96,13 @@ class RunSetup:
         return batch_dataset(self.valid.dataset, self.preprocessor, self.valid.report)
 
     @cached_property
+    def test_dataset(self) -> BatchedDataset | None:
+        """The test data in batches, if it is to be evaluated; raises ``DataError``."""
+        if self.test is None:
+            return None
+        return batch_dataset(self.test.dataset, self.preprocessor, self.test.report)
+
+    @cached_property
     def identity(self) -> dict[str, str]:
         """Digests of the model and data, independent of their paths."""
         files = self.train.files
@@ -91,33 +110,46 @@ class RunSetup:
         weights = visible_files(self.model_folder, "*.safetensors*")
         return {
             "model": files_digest(weights, full=False),
-            "data": files_digest([file.lines.path for file in files], full=True),
+            "data": files_digest([path for f in files for path in f.source.paths], full=True),
             "use of the data": repr(uses),  # the selections and limits of a meta JSON
         }
 
 
 def prepare_run(
-    config: TrainConfig, notify: Notify = ignore_message
+    config: TrainConfig, notify: Notify = ignore_message, *, decode: bool = False
 ) -> Generator[TaskProgress, None, RunSetup]:
     """Resolve the model and validate all data. Errors in the data are in the reports.
 
-    Yields progress and returns the setup. Raises ``UserError`` for a configuration that the data
-    cannot serve.
+    decode: decode all images and videos, rather than read their headers. Yields progress and
+    returns the setup. Raises ``UserError`` for a configuration that the data cannot serve.
     """
     if config.data is None:
         raise UserError("no training data; set data to a folder or a JSONL file")
     train = open_dataset(config.data, "train", config=config)
-    valid = open_valid_split(config)
     if train is None:
         raise UserError(f"no training data in {config.data}; pass a folder with train.jsonl")
+    valid: Dataset | None
+    if config.valid_share is not None:
+        train, valid = split_off_share(train, config)
+    else:
+        valid = open_valid_split(config)
+    test = open_test_split(config)
     check_validation_data(config, valid)
     local_model = fetch_model(config.model, config.q_bits or DENSE_BITS, notify=notify)
     preprocessor = Preprocessor(load_processor(local_model.folder), config)
-    train_split = yield from validate_split(train, preprocessor, "checking training data")
-    valid_split = None
-    if valid is not None:
-        valid_split = yield from validate_split(valid, preprocessor, "checking validation data")
-    setup = RunSetup(config, local_model, preprocessor, train_split, valid_split)
+    splits: dict[str, DataSplit] = {}
+    for name, dataset in (("training", train), ("validation", valid), ("test", test)):
+        if dataset is not None:
+            progress = validate_dataset(dataset, preprocessor, decode=decode)
+            splits[name] = yield from validate_split(dataset, progress, f"checking {name} data")
+    setup = RunSetup(
+        config,
+        local_model,
+        preprocessor,
+        splits["training"],
+        splits.get("validation"),
+        splits.get("test"),
+    )
     if setup.images_vary:
         check_fixed_images(config)
     return setup
@@ -131,12 +163,25 @@ def open_valid_split(config: TrainConfig) -> Dataset | None:
     return open_dataset(config.data, "valid", config=config)
 
 
+def open_test_split(config: TrainConfig) -> Dataset | None:
+    """Open the test data, if it is to be evaluated. Raises ``UserError`` if there is none."""
+    if config.test_data is not None:
+        return open_dataset(config.test_data, "train", config=config)
+    if not config.test:
+        return None
+    assert config.data is not None
+    found = open_dataset(config.data, "test", config=config)
+    if found is None:
+        raise UserError(f"no test data in {config.data}; add test.jsonl or set test_data")
+    return found
+
+
 def check_validation_data(config: TrainConfig, valid: Dataset | None) -> None:
     """Raise ``UserError`` if a setting needs validation data and there is none."""
     if valid is None and (config.patience or config.eval_accuracy):
         raise UserError(
             f"patience and eval_accuracy need validation data, and {config.data} has none; "
-            "add valid.jsonl or set valid_data"
+            "add valid.jsonl, or set valid_data or valid_share"
         )
 
 
@@ -147,11 +192,11 @@ def load_processor(folder: Path) -> Processor:
 
 
 def validate_split(
-    dataset: Dataset, preprocessor: Preprocessor, task: str
+    dataset: Dataset, steps: Iterator[ValidationProgress], task: str
 ) -> Generator[TaskProgress, None, DataSplit]:
     """Validate all records of a split, yielding progress."""
     report: DataReport | None = None
-    for progress in validate_dataset(dataset, preprocessor):
+    for progress in steps:
         yield TaskProgress(task, progress.done, progress.total)
         report = progress.report
     assert report is not None

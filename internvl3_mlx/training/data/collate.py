@@ -1,21 +1,24 @@
 """Concatenate samples or preference pairs into the batch of one micro-step, without padding."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
+from internvl3_mlx.errors import DataError
 from internvl3_mlx.generation.processor import ProcessedImage
 from internvl3_mlx.models.packed_sequences import Span
 from internvl3_mlx.prompt.v2pe import next_position
-from internvl3_mlx.training.batch import Batch
+from internvl3_mlx.training.batch import BadRecord, Batch
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.batch_sampler import SampleSizes, rank_batches
 from internvl3_mlx.training.data.dataset import Dataset
 from internvl3_mlx.training.data.preprocess import PreferencePair, Preprocessor, TrainingSample
 from internvl3_mlx.training.data.validate import DataReport
 
+Sample = TrainingSample | PreferencePair
+MAX_REPLACEMENTS = 50  # records that are tried in place of a batch that cannot be read
 # loss_reduction -> what each token of an answer of n loss tokens weighs
 TOKEN_WEIGHTS = {
     "token": lambda n: 1.0,
@@ -58,11 +61,49 @@ class BatchedDataset:
             yield self.build_batch(share[start : start + self.config.batch_size].tolist(), 0)
 
     def build_batch(self, members: Sequence[int], epoch: int) -> Batch:
-        records = [self.dataset[int(self.sizes.indices[member])] for member in members]
-        if self.config.reads_pairs:
-            return collate_pairs([self.preprocessor.build_pair(r, epoch) for r in records])
-        samples = [self.preprocessor.build_sample(r, epoch) for r in records]
-        return collate(samples, self.config.loss_reduction)
+        """Build the batch of some records, leaving out those that cannot be read.
+
+        If none of them can, the next record that can takes their place, so that every batch has
+        one. What is left out depends on the files alone. Raises ``DataError`` if the configuration
+        says to stop, or if no record can be read.
+        """
+        left_out: list[BadRecord] = []
+        samples = [*self.read_samples(members, epoch, left_out)]
+        following = (
+            (members[-1] + step) % len(self.sizes) for step in range(1, MAX_REPLACEMENTS + 1)
+        )
+        while not samples:
+            member = next(following, None)
+            if member is None:
+                raise DataError(
+                    f"{left_out[0].location}: {left_out[0].error}; so are those after it"
+                )
+            samples = [*self.read_samples([member], epoch, left_out)]
+        return replace(self.collate(samples), left_out=tuple(dict.fromkeys(left_out)))
+
+    def read_samples(
+        self, members: Sequence[int], epoch: int, left_out: list[BadRecord]
+    ) -> Iterator[Sample]:
+        """Yield the samples of records that can be read; append the others to ``left_out``."""
+        preprocessor = self.preprocessor
+        build = preprocessor.build_pair if self.config.reads_pairs else preprocessor.build_sample
+        for member in members:
+            record = self.dataset[int(self.sizes.indices[member])]
+            try:
+                yield build(record, epoch)
+            except DataError as error:
+                if self.config.on_bad_row == "stop":
+                    raise
+                message = str(error).removeprefix(f"{record.location}: ")
+                left_out.append(BadRecord(record.location, message))
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Concatenate samples or pairs."""
+        pairs = [sample for sample in samples if isinstance(sample, PreferencePair)]
+        if pairs:
+            return collate_pairs(pairs)
+        single = [sample for sample in samples if isinstance(sample, TrainingSample)]
+        return collate(single, self.config.loss_reduction)
 
 
 def batch_dataset(
@@ -148,7 +189,7 @@ class BatchBuilder:
             image for sample in samples for image in sample.images
         )
         return Batch(
-            **arrays,
+            **arrays,  # type: ignore[arg-type]  # the names of the arrays alone
             spans=tuple(self.spans),
             num_answers=self.num_answers,
             images=images,

@@ -1,29 +1,51 @@
 """Validate every record before the model loads, and report all errors at once by file and line."""
 
+import re
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from internvl3_mlx.errors import DataError
+from internvl3_mlx.errors import DataError, ImageError
+from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.training.data.batch_sampler import SampleSizes
 from internvl3_mlx.training.data.dataset import Dataset, Record
-from internvl3_mlx.training.data.preprocess import Preprocessor, SampleTooLongError
-from internvl3_mlx.training.data.schema import RecordError
+from internvl3_mlx.training.data.decode_check import DecodeCheck, map_in_order
+from internvl3_mlx.training.data.formats import COMMON_KEYS, FORMATS, format_name
+from internvl3_mlx.training.data.json_values import RecordError
+from internvl3_mlx.training.data.preprocess import Preprocessor, RecordSize, SampleTooLongError
+from internvl3_mlx.training.data.schema import ParsedRecord
 
-MAX_FINDINGS = 100  # errors, and warnings, that are kept; more are only counted
+MAX_FINDINGS = 100  # different errors, and warnings, that are kept; more are only counted
+MAX_LOCATIONS = 5  # of records with the same error that are named
+KNOWN_KEYS = (*COMMON_KEYS, *dict.fromkeys(key for form in FORMATS for key in form.fields))
+SIMILAR_KEY = 0.75  # how alike a key must be to a known one to be taken for a misspelling
+MAX_UNUSED = 12  # keys that are named
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An error or warning about one record. location: file and line."""
+    """An error or warning about one record, or about several with the same one.
+
+    location: file and line of the first. more: the next few. count: how many records there are.
+    """
 
     location: str
     message: str
+    count: int = 1
+    more: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.location}: {self.message}"
+        text = f"{self.location}: {self.message}"
+        if self.count == 1:
+            return text
+        file = self.location.rpartition(":")[0]
+        others = [name.removeprefix(file) for name in self.more]
+        dots = ", ..." if self.count - 1 > len(others) else ""
+        return f"{text} (and {self.count - 1:,} more like it: {', '.join(others)}{dots})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +54,9 @@ class DataReport:
 
     errors: must be fixed. warnings: records that were truncated or skipped because of their length.
     more_errors, more_warnings: how many are not listed. skipped, truncated: numbers of records.
-    sizes: of the usable records.
+    sizes: of the usable records. formats: name of a record format -> number of records. kinds: the
+    forms of the files. notes: what was converted, and keys that nothing reads. decoded: how many
+    images and videos were decoded; None if only their headers were read.
     """
 
     num_records: int
@@ -43,6 +67,15 @@ class DataReport:
     skipped: int
     truncated: int
     sizes: SampleSizes
+    formats: Mapping[str, int] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    decoded: int | None = None
+
+    @property
+    def num_errors(self) -> int:
+        """The number of records with an error."""
+        return sum(error.count for error in self.errors) + self.more_errors
 
     def raise_errors(self) -> None:
         """Raise ``DataError`` with all errors, or because no record is usable."""
@@ -65,74 +98,143 @@ class ValidationProgress:
     report: DataReport | None = None
 
 
-def validate_dataset(dataset: Dataset, preprocessor: Preprocessor) -> Iterator[ValidationProgress]:
+def validate_dataset(
+    dataset: Dataset, preprocessor: Preprocessor, *, decode: bool = False
+) -> Iterator[ValidationProgress]:
     """Validate every record and the headers of its media; yield progress after each.
 
-    A file that a meta JSON repeats is read once. The last progress has the report.
+    A file that a meta JSON repeats is read once. The last progress has the report. decode: decode
+    all images and videos too, in threads.
     """
-    validator, total, first = DataValidator(preprocessor), len(dataset), 0
+    check = DecodeCheck(preprocessor.media_loader) if decode else None
+    validator, total, first = DataValidator(preprocessor, check), len(dataset), 0
     for file in dataset.files:
         known = len(validator.indices)
-        for index in range(first, first + len(file.selected)):
-            validator.check(dataset[index])
+        records = (dataset[index] for index in range(first, first + len(file.selected)))
+        examine = partial(examine_record, preprocessor, check)
+        outcomes = map_in_order(examine, records) if check else map(examine, records)
+        for index, outcome in enumerate(outcomes, start=first):
+            validator.log(outcome)
             yield ValidationProgress(index + 1, total)
         validator.repeat_file(known, len(file.selected), file.repeats)
         first += len(file)
-    yield ValidationProgress(total, total, validator.build_report(total))
+    if check:
+        check.save()
+    kinds = tuple(dict.fromkeys(file.source.kind for file in dataset.files))
+    yield ValidationProgress(total, total, validator.build_report(total, kinds))
 
 
-def validation_report(dataset: Dataset, preprocessor: Preprocessor) -> DataReport:
+def validation_report(
+    dataset: Dataset, preprocessor: Preprocessor, *, decode: bool = False
+) -> DataReport:
     """Validate every record and return the report."""
-    *_, last = validate_dataset(dataset, preprocessor)
+    *_, last = validate_dataset(dataset, preprocessor, decode=decode)
     assert last.report is not None
     return last.report
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What was found about one record. error: of a bad one; too_long: why it is skipped.
+
+    format: its name, of a bad record too if its keys tell.
+    """
+
+    record: Record
+    parsed: ParsedRecord | None = None
+    size: RecordSize | None = None
+    error: str | None = None
+    too_long: str | None = None
+
+    @property
+    def format(self) -> str | None:
+        if self.parsed:
+            return self.parsed.format
+        try:
+            return format_name(self.record.value)
+        except DataError:
+            return None
+
+
+def examine_record(
+    preprocessor: Preprocessor, check: DecodeCheck | None, record: Record
+) -> Outcome:
+    """Parse and measure a record, and decode its media if they are to be checked."""
+    parsed = None
+    try:
+        parsed = preprocessor.parse(record)
+        size = preprocessor.measure(record, parsed)
+        if check:
+            check.check(parsed, record.file)
+    except SampleTooLongError as error:
+        return Outcome(record, parsed, too_long=str(error))
+    except (RecordError, DataError, ImageError) as error:
+        return Outcome(record, parsed, error=str(error).removeprefix(f"{record.location}: "))
+    return Outcome(record, parsed, size)
+
+
 class FindingLog:
-    """Keeps the first findings and counts the rest."""
+    """Keeps the first findings and counts the rest; the same one of several records is one.
+
+    Messages that differ in numbers only are the same.
+    """
 
     def __init__(self) -> None:
-        self.findings: list[Finding] = []
+        self.groups: dict[str, tuple[str, list[str], int]] = {}
         self.num_more = 0
 
     def add(self, location: str, message: str) -> None:
-        if len(self.findings) < MAX_FINDINGS:
-            self.findings.append(Finding(location, message))
+        key = re.sub(r"\d[\d,.]*", "#", message)
+        if key in self.groups:
+            first, locations, count = self.groups[key]
+            locations += [location] if len(locations) <= MAX_LOCATIONS else []
+            self.groups[key] = first, locations, count + 1
+        elif len(self.groups) < MAX_FINDINGS:
+            self.groups[key] = message, [location], 1
         else:
             self.num_more += 1
 
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        return tuple(
+            Finding(locations[0], message, count, tuple(locations[1:]))
+            for message, locations, count in self.groups.values()
+        )
+
 
 class DataValidator:
-    """Checks records and remembers their sizes, 16 bytes a record."""
+    """Collects what was found about records, and their sizes: 16 bytes a record."""
 
-    def __init__(self, preprocessor: Preprocessor) -> None:
-        self.preprocessor, self.config = preprocessor, preprocessor.config
+    def __init__(self, preprocessor: Preprocessor, check: DecodeCheck | None = None) -> None:
+        self.config, self.decode_check = preprocessor.config, check
         self.errors, self.warnings = FindingLog(), FindingLog()
+        self.formats, self.unused, self.notes = Counter[str](), Counter[str](), Counter[str]()
         self.indices, self.tokens, self.tiles = array("q"), array("i"), array("i")
         self.skipped = self.truncated = 0
 
-    def check(self, record: Record) -> None:
-        """Check one record; log what is wrong and remember the size of a usable one."""
-        limit = self.config.max_seq_length
-        try:
-            size = self.preprocessor.measure(record)
-        except SampleTooLongError as error:
+    def log(self, outcome: Outcome) -> None:
+        """Log what is wrong with a record, and remember the size of a usable one."""
+        limit, location = self.config.max_seq_length, outcome.record.location
+        if outcome.format:
+            self.formats[outcome.format] += 1
+        if outcome.parsed:
+            self.unused.update(outcome.parsed.unused)
+            self.notes.update(outcome.parsed.notes)
+        if outcome.too_long is not None:
             self.skipped += 1
-            self.warnings.add(record.location, f"skipped: {error}")
+            self.warnings.add(location, f"skipped: {outcome.too_long}")
             return
-        except RecordError as error:
-            self.errors.add(record.location, str(error))
+        if outcome.size is None:
+            self.errors.add(location, outcome.error or "")
             return
-        except DataError as error:
-            self.errors.add(record.location, str(error).removeprefix(f"{record.location}: "))
-            return
+        size = outcome.size
         if size.truncated_tokens:
             self.truncated += 1
             self.warnings.add(
-                record.location,
+                location,
                 f"truncated to {limit:,} tokens, losing {size.truncated_tokens:,} of its answers",
             )
-        self.indices.append(record.index)
+        self.indices.append(outcome.record.index)
         self.tokens.append(size.tokens)
         self.tiles.append(size.tiles)
 
@@ -144,15 +246,35 @@ class DataValidator:
             self.tokens.extend(tokens)
             self.tiles.extend(tiles)
 
-    def build_report(self, num_records: int) -> DataReport:
+    def describe_notes(self) -> Iterator[str]:
+        """Yield what was converted, and which keys nothing reads."""
+        for note, count in self.notes.items():
+            yield f"{count:,} {'record' if count == 1 else 'records'}: {note}"
+        others = []
+        for key, count in self.unused.most_common():
+            hint = did_you_mean(key, KNOWN_KEYS, otherwise="", cutoff=SIMILAR_KEY)
+            if hint:
+                have = "record has" if count == 1 else "records have"
+                yield f"{count:,} {have} {key!r}, which nothing reads; {hint}"
+            else:
+                others.append(f"{key} ({count:,})")
+        if others:
+            more = f" and {len(others) - MAX_UNUSED} more" if len(others) > MAX_UNUSED else ""
+            yield f"keys that nothing reads: {', '.join(others[:MAX_UNUSED])}{more}"
+
+    def build_report(self, num_records: int, kinds: tuple[str, ...] = ()) -> DataReport:
         columns = (self.indices, self.tokens, self.tiles)
         return DataReport(
             num_records,
-            tuple(self.errors.findings),
+            self.errors.findings,
             self.errors.num_more,
-            tuple(self.warnings.findings),
+            self.warnings.findings,
             self.warnings.num_more,
             self.skipped,
             self.truncated,
             SampleSizes(*(np.array(column) for column in columns)),
+            dict(self.formats.most_common()),
+            kinds,
+            tuple(self.describe_notes()),
+            self.decode_check.num_media if self.decode_check else None,
         )

@@ -50,7 +50,7 @@ def test_all_errors_are_reported_with_file_and_line(folder):
     assert messages[1].startswith("data/train.jsonl:3: not valid JSON (Expecting property name")
     assert messages[1].endswith("; expected one JSON object per line")
     assert messages[2].startswith("data/train.jsonl:5: no file at data/c.png: did you mean data/")
-    assert "; cannot read data/broken.png: it is not a picture we know" in messages[2]
+    assert "; cannot read data/broken.png: its image format is unknown" in messages[2]
     assert "data/train.jsonl:6: cannot train on https://example.com/cat.png" in messages[3]
     assert "data/train.jsonl:7: a preference pair, but --method sft" in messages[4]
     assert messages[5].startswith("data/train.jsonl:8: message 2 is an empty answer")
@@ -71,10 +71,22 @@ def test_conversations_are_refused_where_pairs_are_needed(folder):
 
 
 def test_the_list_of_errors_is_bounded_and_the_rest_is_counted(folder):
-    report = validate([chat_record(answer="")] * (MAX_FINDINGS + 1234))
-    assert (len(report.errors), report.more_errors) == (MAX_FINDINGS, 1234)
-    with pytest.raises(DataError, match="and 1,234 more"):
+    words = [f"{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(MAX_FINDINGS + 123)]
+    report = validate([chat_record(image=f"{word}.png") for word in words])
+    assert (len(report.errors), report.more_errors) == (MAX_FINDINGS, 123)
+    assert report.num_errors == MAX_FINDINGS + 123
+    with pytest.raises(DataError, match="and 123 more"):
         report.raise_errors()
+
+
+def test_the_same_error_in_many_records_is_one_line(folder):
+    report = validate([chat_record(answer="") for _ in range(20)] + [chat_record()])
+    [error] = report.errors
+    assert str(error) == (
+        "data/train.jsonl:1: message 2 is an empty answer; fill it in or drop the record "
+        "(and 19 more like it: :2, :3, :4, :5, :6, ...)"
+    )
+    assert (report.num_errors, report.sizes.indices.tolist()) == (20, [20])
 
 
 def test_other_encodings_than_utf8_are_reported(folder):
@@ -89,8 +101,10 @@ def test_sizes_measured_from_headers_are_those_of_the_samples(folder):
         chat_record("<image> or <image>?", "cat " * 300, images=["b.png", "a.png"]),
         chat_record("Just text"),
     ]
-    report = validate(records, max_seq_length=200, system="")
-    dataset, preprocessor = open_records("data", max_seq_length=200, system="")
+    report = validate(records, max_seq_length=200, system="", multi_image_tiles="each")
+    dataset, preprocessor = open_records(
+        "data", max_seq_length=200, system="", multi_image_tiles="each"
+    )
     samples = [preprocessor.build_sample(record) for record in dataset]
     assert report.sizes.tokens.tolist() == [len(sample.input_ids) for sample in samples]
     tiles = [sum(len(image.tiles) for image in sample.images) for sample in samples]
