@@ -84,7 +84,11 @@ class BatchedDataset:
     def read_samples(
         self, members: Sequence[int], epoch: int, left_out: list[BadRecord]
     ) -> Iterator[Sample]:
-        """Yield the samples of records that can be read; append the others to ``left_out``."""
+        """Yield the samples of records that can be read; append the others to ``left_out``.
+
+        Files that have disappeared since the data was validated, as with a disk that is no longer
+        mounted, raise ``DataError``: a resumed run would find them again and differ.
+        """
         preprocessor = self.preprocessor
         build = preprocessor.build_pair if self.config.reads_pairs else preprocessor.build_sample
         for member in members:
@@ -92,7 +96,7 @@ class BatchedDataset:
             try:
                 yield build(record, epoch)
             except DataError as error:
-                if self.config.on_bad_row == "stop":
+                if self.config.on_bad_row == "stop" or not preprocessor.has_all_files(record):
                     raise
                 message = str(error).removeprefix(f"{record.location}: ")
                 left_out.append(BadRecord(record.location, message))

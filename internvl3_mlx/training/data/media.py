@@ -108,6 +108,11 @@ class MediaLoader:
         """Return (width, height) of each image, upright, from the headers."""
         return [image_size(resolve_media_path(name, file)) for name in record.images]
 
+    def has_all_files(self, record: ParsedRecord, file: DataFile) -> bool:
+        """Whether all media that are named by a path are there."""
+        sources = [resolve_media_path(name, file) for name in (*record.images, *record.videos)]
+        return all(source.is_file() for source in sources if isinstance(source, Path))
+
     def decode(self, record: ParsedRecord, file: DataFile) -> None:
         """Decode all media as the run will; raise ``RecordError`` naming all damaged files."""
         errors: list[str] = []

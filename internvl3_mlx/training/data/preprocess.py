@@ -168,6 +168,14 @@ class Preprocessor:
             parsed = fill_boxes(parsed, sizes)
         return parsed
 
+    def has_all_files(self, record: Record) -> bool:
+        """Whether the files of a record's images and videos are there, damaged or not."""
+        try:
+            parsed = parse_record(record.value)
+        except RecordError:
+            return True
+        return self.media_loader.has_all_files(parsed, record.file)
+
     def random_generator(self, record: Record, epoch: int) -> np.random.Generator:
         """Return a generator that depends on the record and epoch, not on what was read before."""
         return np.random.default_rng((self.config.seed, epoch, record.index))
