@@ -14,6 +14,7 @@ from typing import Any, Literal
 from internvl3_mlx import demo
 from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.config import Quantization
+from internvl3_mlx.convert.aux_files import replaceable_files
 from internvl3_mlx.convert.calibration.calibrate import (
     Calibration,
     CalibrationConfig,
@@ -24,6 +25,7 @@ from internvl3_mlx.convert.calibration.metrics import QualityMetrics, bits_per_p
 from internvl3_mlx.convert.model_card import (
     CardData,
     find_base_model,
+    model_card,
     read_license,
     write_model_card,
 )
@@ -35,7 +37,7 @@ from internvl3_mlx.convert.pipeline import (
 )
 from internvl3_mlx.convert.plan import plan_conversion
 from internvl3_mlx.convert.recipes import QuantizationRecipe
-from internvl3_mlx.files import check_unused
+from internvl3_mlx.files import atomic_write, check_unused
 from internvl3_mlx.prompt.tokenizer_files import read_optional_json
 
 LIBRARIES = ("internvl3-mlx", "mlx", "huggingface-hub")
@@ -121,7 +123,11 @@ class Conversion:
     def check_target(self) -> None:
         """Refuse a target that must not be written, before any work is done for it."""
         check_overlap(self.source, self.target)
-        check_unused(self.target, overwrite=self.options.overwrite)
+        check_unused(
+            self.target,
+            overwrite=self.options.overwrite,
+            replaceable=replaceable_files(self.source),
+        )
 
     def plan(self) -> ConversionResult:
         """Return what would be written, from the headers alone."""
@@ -155,30 +161,48 @@ class Conversion:
             calibration = yield from calibration_progress(self.source, self.calibration)
             recipe = calibration.recipe
             options = replace(options, calibrated_weights=calibration.weights)
-        converted = yield from writing_progress(self.source, self.target, recipe, options)
-        quality = None
+        results: list[ConversionResult] = []  # filled before the target takes its name
+
+        def write_extra(folder: Path, converted: ConvertedCheckpoint) -> None:
+            result = self.describe(folder, converted, calibration)
+            results.append(result)
+            write_model_card(folder, *self.card(result))
+
+        yield from writing_progress(
+            self.source, self.target, recipe, replace(options, write_extra=write_extra)
+        )
+        result = results[0]
         if self.measure:
             yield ConversionProgress("measure", "comparing source and target")
             images = self.measure_images or DEMO_SAMPLES
             quality = compare_checkpoints(self.source, self.target, images)
-        result = ConversionResult(
+            result = replace(result, quality=quality)
+            with atomic_write(self.target / "README.md") as part:
+                part.write_text(model_card(*self.card(result)), encoding="utf-8")
+        return replace(result, seconds=time.perf_counter() - started)
+
+    def describe(
+        self, folder: Path, converted: ConvertedCheckpoint, calibration: Calibration | None
+    ) -> ConversionResult:
+        """Return the result of a conversion whose files are still in ``folder``."""
+        return ConversionResult(
             source=self.source,
             target=self.target,
             layout=converted.layout,
             num_bytes=converted.nbytes,
-            num_tensors=len(open_checkpoint(self.target).tensors),
+            num_tensors=len(open_checkpoint(folder).tensors),
             num_files=converted.num_files,
             quantized=converted.quantized,
             skipped_modules=converted.skipped_modules,
-            bits_per_part=bits_per_part(self.target),
-            adapter=options.adapter,
+            bits_per_part=bits_per_part(folder),
+            adapter=self.options.adapter,
             calibration=calibration,
             output_check=converted.output_check,
-            quality=quality,
-            seconds=time.perf_counter() - started,
         )
-        write_card(result, self.command)
-        return result
+
+    def card(self, result: ConversionResult) -> tuple[CardData, dict[str, Any]]:
+        """Return what the model card says, and the license fields of the source's own card."""
+        return card_data(result, self.command), read_license(result.source)
 
 
 def calibration_progress(
@@ -209,10 +233,10 @@ def writing_progress(
         yield ConversionProgress("write", f"writing {step.name}", step.bytes_done, step.bytes_total)
 
 
-def write_card(result: ConversionResult, command: str) -> str:
-    """Write the target's model card and return its text."""
+def card_data(result: ConversionResult, command: str) -> CardData:
+    """Collect what the model card says."""
     adapter = result.adapter
-    card = CardData(
+    return CardData(
         name=result.target.name,
         base=find_base_model(result.source, read_optional_json(result.source / "config.json")),
         layout=result.layout,
@@ -227,7 +251,6 @@ def write_card(result: ConversionResult, command: str) -> str:
         output_check=result.output_check,
         adapter=None if adapter is None else adapter.resolve().name,
     )
-    return write_model_card(result.target, card, read_license(result.source))
 
 
 def count_quantizations(quantized: Mapping[str, Quantization]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Auxiliary files of a checkpoint: tokenizers, chat templates, processor configs, licenses."""
 
+import glob
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.convert.tokenizer_export import build_fast_tokenizer
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.prompt.tokenizer_files import read_optional_json
+from internvl3_mlx.write_guards import MODEL_FILES
 
 COPIED_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 CODE_PATTERN = "*.py"  # copied for the original layout only; never run here
@@ -44,6 +46,19 @@ HF_CHAT_TEMPLATE = """\
 {{ '<|im_start|>assistant\\n' }}
 {%- endif -%}
 """
+
+
+def replaceable_files(source: Path) -> tuple[str, ...]:
+    """List the names that an older target may hold: a model's, and what is copied from ``source``.
+
+    The names are patterns for ``atomic_folder``.
+    """
+    copied = (
+        glob.escape(file.name)
+        for pattern in (*COPIED_PATTERNS, CODE_PATTERN)
+        for file in visible_files(source, pattern)
+    )
+    return (*MODEL_FILES, *copied)
 
 
 def write_aux_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> None:

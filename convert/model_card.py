@@ -39,9 +39,14 @@ class CardData:
 
 def write_model_card(folder: Path, card: CardData, license_fields: Mapping[str, Any]) -> str:
     """Write README.md and return its text."""
-    text = front_matter(card, license_fields) + card_body(card)
+    text = model_card(card, license_fields)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return text
+
+
+def model_card(card: CardData, license_fields: Mapping[str, Any]) -> str:
+    """Return the text of the model card."""
+    return front_matter(card, license_fields) + card_body(card)
 
 
 def read_license(folder: Path) -> dict[str, Any]:

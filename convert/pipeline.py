@@ -2,7 +2,7 @@
 a few rows at a time."""
 
 import json
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from internvl3_mlx.checkpoints.writer import (
     check_disk_space,
 )
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.aux_files import write_aux_files
+from internvl3_mlx.convert.aux_files import replaceable_files, write_aux_files
 from internvl3_mlx.convert.calibration.calibrate import compare_outputs
 from internvl3_mlx.convert.calibration.metrics import QualityMetrics
 from internvl3_mlx.convert.config_writer import build_config
@@ -62,6 +62,8 @@ class ConvertOptions:
     check_output: bool = False
     calibrated_weights: Mapping[str, mx.array] = field(default_factory=dict)
     adapter: Path | None = None
+    # adds files, such as the model card, before the folder takes its name
+    write_extra: "Callable[[Path, ConvertedCheckpoint], None] | None" = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def convert_checkpoint(
     entries = [entry for tensor in plan.tensors for entry in tensor_entries(tensor, calibrated)]
     total = sum(entry.nbytes for entry in entries)
     check_disk_space(target, total)
-    with atomic_folder(target, overwrite=options.overwrite) as folder:
+    with atomic_folder(
+        target, overwrite=options.overwrite, replaceable=replaceable_files(source)
+    ) as folder:
         writer = ShardWriter(folder, entries, METADATA[plan.layout])
         try:
             yield from write_tensors(plan, writer, calibrated, total)
@@ -134,15 +138,18 @@ def convert_checkpoint(
         output_check = None
         if options.check_output:
             output_check = compare_outputs(source, folder, same=same, adapter=options.adapter)
-    return ConvertedCheckpoint(
-        target=target,
-        layout=plan.layout,
-        nbytes=total,
-        num_files=len(writer.shards),
-        quantized=plan.quantized,
-        skipped_modules=plan.skipped_modules,
-        output_check=output_check,
-    )
+        converted = ConvertedCheckpoint(
+            target=target,
+            layout=plan.layout,
+            nbytes=total,
+            num_files=len(writer.shards),
+            quantized=plan.quantized,
+            skipped_modules=plan.skipped_modules,
+            output_check=output_check,
+        )
+        if options.write_extra is not None:
+            options.write_extra(folder, converted)
+    return converted
 
 
 def check_overlap(source: Path, target: Path) -> None:

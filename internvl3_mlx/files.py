@@ -12,8 +12,8 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import count
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.errors import UserError, WriteError
+from internvl3_mlx.write_guards import MODEL_FILES, check_replaceable_folder, is_locked, lock_folder
 
 CACHE_VARIABLE = "INTERNVL3_CACHE"
 CACHE_NAME = "internvl3-mlx"
@@ -68,25 +69,34 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, *, overwrite: bool = False, replaceable: Sequence[str] = MODEL_FILES
+) -> Iterator[Path]:
     """Yield an empty folder to write into; it becomes ``target`` when the block ends without error.
 
-    An existing ``target`` is refused, or with ``overwrite`` replaced at the very end; a file is
-    never replaced. Raises WriteError.
+    An existing ``target`` is refused, or with ``overwrite`` replaced at the very end, if it holds
+    only files that match ``replaceable``; a file is never replaced. A target that another process
+    is writing is refused. Raises WriteError.
     """
     target = Path(os.path.realpath(target))
     part = _temporary(target, "part")
+    stack = ExitStack()
     try:
-        recover_folder(target)
-        check_unused(target, overwrite=overwrite)
-        part.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lock_folder(target.parent):  # of two processes at once, one is first
+            recover_folder(target)
+            check_unused(target, overwrite=overwrite, replaceable=replaceable)
+            _refuse_second_writer(target)
+            part.mkdir()
+            stack.enter_context(lock_folder(part))  # released by the system, however we end
         yield part
-        check_unused(target, overwrite=overwrite)
+        check_unused(target, overwrite=overwrite, replaceable=replaceable)
         _flush_tree(part)
         _swap_in(part, target)
     except OSError as error:
         raise _write_error(target, error) from error
     finally:
+        stack.close()
         shutil.rmtree(part, ignore_errors=True)
         _unfinished.discard(part)
 
@@ -113,10 +123,14 @@ def remove_partial_files(folder: Path) -> None:
             path.unlink()
 
 
-def check_unused(target: Path, *, overwrite: bool = False) -> None:
+def check_unused(
+    target: Path, *, overwrite: bool = False, replaceable: Sequence[str] = MODEL_FILES
+) -> None:
     """Raise WriteError if ``target`` exists and may not be replaced."""
     if target.is_dir() and not overwrite:
         raise WriteError(f"{target} exists; name another folder, or pass --overwrite")
+    if target.is_dir():
+        check_replaceable_folder(target, replaceable)
     if target.exists() and not target.is_dir():
         raise WriteError(f"{target} exists; name another folder")
 
@@ -216,6 +230,17 @@ def _leftovers(target: Path, kind: str) -> list[Path]:
     """
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-\d+\.{kind}(\.[^.]*)?")
     return _find_leftovers(target.parent, pattern)
+
+
+def _refuse_second_writer(target: Path) -> None:
+    """Raise WriteError if another process is writing ``target`` now."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-\d+\.part")
+    for name in os.listdir(target.parent):
+        match = pattern.fullmatch(name)
+        if match and is_locked(target.with_name(name)):
+            raise WriteError(
+                f"process {match[1]} is writing {target} now; wait for it, or name another folder"
+            )
 
 
 def _find_leftovers(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

@@ -51,7 +51,7 @@ with files.atomic_write(target) as part:
     part.write_text("new")
 """
 WRITE_FOLDER = """
-with files.atomic_folder(target, overwrite=True) as part:
+with files.atomic_folder(target, overwrite=True, replaceable=("*",)) as part:
     (part / "inner").mkdir()
     (part / "inner" / "a.txt").write_text("new")
     (part / "b.txt").write_text("new")
@@ -156,7 +156,7 @@ def write_file_and_fail(target: Path) -> None:
 
 
 def write_folder_and_fail(target: Path) -> None:
-    with atomic_folder(target, overwrite=True) as part:
+    with atomic_folder(target, overwrite=True, replaceable=("*",)) as part:
         (part / "b.txt").write_text("half")
         raise OSError(5, "Input/output error")
 
@@ -174,7 +174,7 @@ def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", refuse_part)
     with (
         pytest.raises(WriteError, match="Input/output error"),
-        atomic_folder(target, overwrite=True),
+        atomic_folder(target, overwrite=True, replaceable=("*",)),
     ):
         pass
     assert tree(target) == {"a.txt": "old"}

@@ -16,6 +16,7 @@ ROOMS_AT_THE_ROOT = ("convert", "metal_kernels")
 ORDER = (
     ("install_hint", "demo"),
     ("errors",),
+    ("write_guards",),
     ("files", "device", "option_fields"),
     ("config",),
     ("images", "prompt", "metal_kernels"),

@@ -9,6 +9,7 @@ from internvl3_mlx.cli import console, options, progress, system_info
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import atomic_write
+from internvl3_mlx.write_guards import check_replaceable_file, starts_with
 
 if TYPE_CHECKING:
     from internvl3_mlx.profiling.limits import MachineLimits
@@ -165,5 +166,8 @@ def format_ms(seconds: float | None) -> str | None:
 
 
 def write_svg(path: Path, text: str) -> None:
+    from internvl3_mlx.profiling.roofline import SVG_START
+
+    check_replaceable_file(path, lambda file: starts_with(file, SVG_START), "a plot of bench")
     with atomic_write(path) as part:
         part.write_text(text, "utf-8")

@@ -10,37 +10,44 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zlib import error as ZlibError
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import atomic_write
+from internvl3_mlx.generation.conversation_archive import (
+    CONVERSATION_ENTRY,
+    READ_ERRORS,
+    ConversationArchive,
+    checked_options,
+    is_conversation_file,
+    read_content,
+    text,
+)
 from internvl3_mlx.generation.engine import kv_quantization_for
 from internvl3_mlx.generation.exchange import Exchange
 from internvl3_mlx.generation.generation_config import (
     GenerationConfig,
-    GenerationOptions,
     with_overrides,
 )
-from internvl3_mlx.generation.processor import ImageInfo, ProcessedImage, ProcessedVideo
+from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import (
+    is_prompt_cache,
     load_prompt_cache,
     model_fingerprint,
     save_prompt_cache,
 )
 from internvl3_mlx.generation.runner import ModelRunner
+from internvl3_mlx.write_guards import check_replaceable_file
 
 FORMAT_VERSION = 1
-CONVERSATION_ENTRY = "conversation.json"
 CACHE_SUFFIX = ".safetensors"
 # Options that shape the prompt are saved; sampling is up to whoever loads the conversation.
 SAVED_FIELDS = (
     "system", "v2pe_delta", "ntk", "max_tiles", "min_tiles", "thumbnail", "upright"
 )  # fmt: skip
-READ_ERRORS = (OSError, zipfile.BadZipFile, ZlibError, ValueError, KeyError, TypeError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,9 @@ def write_conversation(
 
     Raises WriteError.
     """
+    check_replaceable_file(path, is_conversation_file, "a saved conversation")
+    if prompt_cache is not None:
+        check_replaceable_file(cache_path(path), is_prompt_cache, "the cache of a conversation")
     fingerprint = model_fingerprint(runner.model)
     content = conversation_to_json(exchanges, config, runner, fingerprint)
     # The cache first: a conversation is complete without its cache, but not the other way.
@@ -83,28 +93,38 @@ def read_conversation(
     config: the options to start from; those that were saved replace them.
     """
     fingerprint = model_fingerprint(runner.model)
+    check_regular_file(path)
     try:
         with zipfile.ZipFile(path) as file:
-            content = json.loads(file.read(CONVERSATION_ENTRY))
+            content = read_content(file)
             check_tiling(content, runner, path)
-            exchanges = [exchange_from_json(entry, file) for entry in content["exchanges"]]
-            overrides: Any = {name: content["generation_config"][name] for name in SAVED_FIELDS}
-            same_model = content["fingerprint"] == fingerprint
-    except FileNotFoundError as error:
-        raise UserError(f"no file at {path}; check the path") from error
+            same_model = text(content["fingerprint"]) == fingerprint
+            archive = ConversationArchive(
+                file,  # another model's vocabulary may differ: its answers are kept as text only
+                vocab_size=runner.config.text.vocab_size if same_model else None,
+                tokens_per_tile=runner.config.num_image_token,
+                tile_size=runner.config.force_image_size,
+            )
+            exchanges = [archive.exchange(entry) for entry in content["exchanges"]]
+            options: Any = checked_options(content["generation_config"])
+            restored = with_overrides(config, options)
     except READ_ERRORS as error:
         raise UserError(
             f"cannot read {path}: it is damaged or not a saved conversation; check the path"
         ) from error
-    if not same_model:  # the vocabulary may differ: keep the text of answers, not their ids
-        exchanges = [exchange.without_token_ids() for exchange in exchanges]
-    options: GenerationOptions = overrides
-    restored = with_overrides(config, options)
     loaded = same_model and load_prompt_cache(cache_path(path), prompt_cache, fingerprint)
     quantization = kv_quantization_for(restored, runner.config.text.head_dim)
     return SavedConversation(
         exchanges, restored, loaded and prompt_cache.is_compatible(quantization)
     )
+
+
+def check_regular_file(path: Path) -> None:
+    """Raise UserError unless ``path`` is a regular file: a pipe would be waited for."""
+    if not path.exists():
+        raise UserError(f"no file at {path}; check the path")
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file; name a saved conversation")
 
 
 def cache_path(path: Path) -> Path:
@@ -177,28 +197,3 @@ def check_tiling(content: dict[str, Any], runner: ModelRunner, path: Path) -> No
             f"{path} was saved with {content['model']}, whose tiles are {saved[0]} pixels wide; "
             f"this model's are {config.force_image_size}; load that model"
         )
-
-
-def exchange_from_json(entry: dict[str, Any], file: zipfile.ZipFile) -> Exchange:
-    """Restore one exchange; raise ValueError where an image is not the one that was saved."""
-
-    def image(saved: dict[str, Any]) -> ProcessedImage:
-        tiles = np.load(BytesIO(file.read(f"{saved['hash']}.npy")), allow_pickle=False)
-        info = ImageInfo(**{name: value for name, value in saved.items() if name != "hash"})
-        restored = ProcessedImage(tiles, info)
-        if restored.content_hash.hex() != saved["hash"] or len(tiles) != info.tiles:
-            raise ValueError("an image is not the one that was saved")
-        return restored
-
-    def video(saved: dict[str, Any]) -> ProcessedVideo:
-        times = None if saved["times"] is None else tuple(saved["times"])
-        return ProcessedVideo(saved["name"], tuple(map(image, saved["frames"])), times)
-
-    return Exchange(
-        question=str(entry["question"]),
-        images=tuple(map(image, entry["images"])),
-        videos=tuple(map(video, entry["videos"])),
-        answer=str(entry["answer"]),
-        token_ids=tuple(map(int, entry["token_ids"])),
-        complete=bool(entry["complete"]),
-    )

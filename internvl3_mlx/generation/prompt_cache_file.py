@@ -19,13 +19,20 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from internvl3_mlx.checkpoints.reader import read_header
+from internvl3_mlx.errors import CheckpointError
 from internvl3_mlx.generation.prompt_cache import HASH_WORDS, CacheKey, PromptCache
 from internvl3_mlx.models.cache import KVCache, LayerCache
 from internvl3_mlx.models.lora import lora_layers
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache, RowQuantizedKVCache
 
 METADATA_KEY = "internvl3_mlx"  # our entry in the metadata
+MAX_HEADER_BYTES = 100 * 2**20  # what safetensors allows
 VALUES_PER_TENSOR = 16  # sampled from each tensor to tell models apart
+CACHE_ERRORS = (
+    CheckpointError, OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError,
+    RecursionError, MemoryError, AttributeError,
+)  # fmt: skip
 QUANTIZED_PARTS = 3  # weights, scales, biases
 
 
@@ -72,9 +79,23 @@ def save_prompt_cache(path: Path, cache: PromptCache, fingerprint: str) -> None:
     mx.save_safetensors(str(path), arrays or {"none": mx.zeros(1)}, metadata)
 
 
+def is_prompt_cache(path: Path) -> bool:
+    """Return whether the file's header says that we wrote it."""
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(size, MAX_HEADER_BYTES)))
+        return f"0.{METADATA_KEY}" in header["__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def load_prompt_cache(path: Path, cache: PromptCache, fingerprint: str) -> bool:
     """Fill ``cache`` from ``path``; return False and change nothing when it does not fit."""
+    if not path.is_file():
+        return False
     try:
+        read_header(path)  # MLX trusts the sizes in it
         loaded: Any = mx.load(str(path), return_metadata=True)
         arrays, metadata = loaded
         content = json.loads(metadata[f"0.{METADATA_KEY}"])
@@ -86,7 +107,7 @@ def load_prompt_cache(path: Path, cache: PromptCache, fingerprint: str) -> bool:
             for index in range(sum(name.startswith("1.") for name in metadata))
         ]
         mx.eval([layer.state for layer in layers])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError):
+    except CACHE_ERRORS:
         return False
     if not layers or any(layer.offset != len(key) for layer in layers):
         return False

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl3_mlx.convert.pipeline import convert_checkpoint
+from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.convert.pipeline import ConvertOptions, convert_checkpoint
 from internvl3_mlx.convert.recipes import QuantizationRecipe, uniform_recipe
-from internvl3_mlx.errors import DownloadError
+from internvl3_mlx.errors import DownloadError, InternVL3Error
 from internvl3_mlx.files import cache_folder, recover_folder
 from internvl3_mlx.loading.hub import cached_snapshot, check_fits, download, repo_info
 from internvl3_mlx.loading.resolve import (
@@ -17,6 +18,7 @@ from internvl3_mlx.loading.resolve import (
     ModelLocation,
     resolve_model,
 )
+from internvl3_mlx.write_guards import hold_lock
 
 DEFAULT_BITS = 4
 DENSE_BITS = 16
@@ -90,11 +92,22 @@ def quantized_copy(
             None, [location.repo.split("/")[-1], wanted.name, (revision or "").replace("/", "_")]
         )
     )
-    recover_folder(target)
-    if (target / "config.json").is_file():
-        return target
-    source = download_if_missing(location, revision, quantized=True, notify=notify)
-    notify(f"quantizing {location.repo} to {wanted.name} once, into {target}")
-    for _ in convert_checkpoint(source, target, wanted):
-        pass
+    lock = target.with_name(f".{target.name}.lock")
+    with hold_lock(lock, lambda: notify(f"another process prepares {target.name}; waiting for it")):
+        recover_folder(target)
+        if is_complete(target):
+            return target
+        source = download_if_missing(location, revision, quantized=True, notify=notify)
+        notify(f"quantizing {location.repo} to {wanted.name} once, into {target}")
+        options = ConvertOptions(overwrite=True)  # of a copy that is not complete
+        for _ in convert_checkpoint(source, target, wanted, options):
+            pass
     return target
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder holds a config and all weights that its index names."""
+    try:
+        return (folder / "config.json").is_file() and bool(open_checkpoint(folder).tensors)
+    except InternVL3Error:
+        return False

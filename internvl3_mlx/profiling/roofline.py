@@ -34,8 +34,10 @@ def draw_roofline(measurements: Sequence[Measurement], limits: MachineLimits, ma
     return "\n".join([SVG_HEADER, *parts, "</svg>", ""])
 
 
-SVG_HEADER = (
+SVG_START = (  # by which a plot of ours is recognized
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+).encode()
+SVG_HEADER = SVG_START.decode() + (
     f'height="{HEIGHT}" font-family="{FONT}" font-size="12" fill="{INK}">\n'
     f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{PAPER}"/>'
 )

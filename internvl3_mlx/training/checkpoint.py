@@ -72,7 +72,7 @@ def save_checkpoint(
         "config": state.config.to_dict(),
         **{name: getattr(progress, name) for name in RunProgress.__dataclass_fields__},
     }
-    with atomic_folder(target, overwrite=True) as aside:
+    with atomic_folder(target, overwrite=True, replaceable=("*",)) as aside:
         mx.save_safetensors(str(aside / ARRAYS), state_arrays(state))
         (aside / METADATA).write_text(json.dumps(metadata, indent=2, default=dict) + "\n", "utf-8")
         if write_extra is not None:

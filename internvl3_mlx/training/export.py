@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -135,8 +136,12 @@ def write_model(session: TrainSession, target: Path) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what an earlier run wrote, and nothing else in its folder."""
-    for name in (BEST, LATEST, MODEL, CHECKPOINTS):
+    """Remove what an earlier run wrote, and nothing else in its folder or in a folder of it."""
+    for name in (BEST, LATEST, MODEL):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for path in (folder / CHECKPOINTS).glob("step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # other files are in it, or it is not there
+        (folder / CHECKPOINTS).rmdir()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, METRICS_FILE, PLOT_FILE, CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)

@@ -76,10 +76,10 @@ def test_an_existing_target_is_refused_and_left_alone(tmp_path):
 
 
 def test_overwrite_replaces_the_whole_folder(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
+    run_conversion(tiny(Recipe()).folder, tmp_path / "out")
+    (tmp_path / "out" / "merges.txt").write_text("old")
     run_conversion(tiny(Recipe()).folder, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "old.txt").exists()
+    assert not (tmp_path / "out" / "merges.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -8,9 +8,9 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import convert_model
-from internvl3_mlx.convert.api import default_target_name, write_card
+from internvl3_mlx.convert.api import card_data, default_target_name
 from internvl3_mlx.convert.calibration.metrics import QualityMetrics
-from internvl3_mlx.convert.model_card import find_base_model, read_license
+from internvl3_mlx.convert.model_card import find_base_model, model_card, read_license
 
 LICENSE = (
     "---\nlicense: other\nlicense_name: qwen\nlicense_link: https://x.org\ntags: [a]\n---\nText\n"
@@ -21,7 +21,9 @@ COMMAND = "internvl3 convert OpenGVLab/InternVL3-2B -q"
 def card(tmp_path, **keywords):
     result = convert_model(tiny(Recipe()).folder, tmp_path / "out", verify=False, **keywords)
     quality = QualityMetrics(0.0123, 0.97, 3.2, 3.1, 456)
-    text = write_card(replace(result, quality=quality), COMMAND)
+    text = model_card(
+        card_data(replace(result, quality=quality), COMMAND), read_license(result.source)
+    )
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == text
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body

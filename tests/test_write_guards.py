@@ -1,0 +1,146 @@
+"""Nothing that we did not write is replaced, and of two writers at once one is first."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from internvl3_mlx import files
+from internvl3_mlx.errors import WriteError
+from internvl3_mlx.files import atomic_folder
+from internvl3_mlx.write_guards import (
+    check_replaceable_file,
+    check_replaceable_folder,
+    hold_lock,
+    starts_with,
+)
+
+
+def make_model(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "model-00001-of-00002.safetensors", "LICENSE.txt", ".DS_Store"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_a_model_and_an_empty_folder_may_be_replaced(tmp_path):
+    check_replaceable_folder(make_model(tmp_path / "model"))
+    (tmp_path / "empty").mkdir()
+    check_replaceable_folder(tmp_path / "empty")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        (adapter / name).write_text("x")
+    check_replaceable_folder(adapter)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["thesis.txt"], r"holds files that are not part of a model: thesis\.txt; move them away"),
+        (["a.txt", "b.txt", "c.txt", "d.json"], r"a\.txt, b\.txt, c\.txt and 1 more"),
+        (["photos/"], "photos/"),
+        (["my_config.json"], "my_config.json"),
+        (["my.safetensors"], "my.safetensors"),
+    ],
+)
+def test_a_foreign_file_in_a_model_folder_is_named_and_stays(tmp_path, extra, named):
+    model = make_model(tmp_path / "model")
+    for name in extra:
+        (model / name).mkdir() if name.endswith("/") else (model / name).write_text("mine")
+    before = sorted(path.name for path in model.iterdir())
+    with pytest.raises(WriteError, match=named), atomic_folder(model, overwrite=True):
+        pass
+    assert sorted(path.name for path in model.iterdir()) == before
+
+
+def test_a_folder_without_a_whole_model_stays(tmp_path):
+    (tmp_path / "README.md").write_text("my project")
+    with pytest.raises(WriteError, match=r"holds README\.md but no complete model; remove it"):
+        check_replaceable_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("home/u", "your home folder"),
+        ("home", "your home folder or a parent"),
+        ("work", "the current folder or a parent"),
+        ("work/here", "the current folder"),
+        ("repo", "a git work tree"),
+    ],
+)
+def test_places_of_the_user_are_never_replaced(tmp_path, monkeypatch, place, why):
+    for folder in ("home/u", "work/here", "repo/.git"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home/u"))
+    monkeypatch.chdir(tmp_path / "work/here")
+    with pytest.raises(WriteError, match=f"{why}.*never replaced; name another folder"):
+        check_replaceable_folder(tmp_path / place)
+
+
+def test_a_mount_point_is_never_replaced():
+    with pytest.raises(WriteError, match="/ is .*never replaced"):
+        check_replaceable_folder(Path("/"))
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path):
+    path = tmp_path / "photo.jpg"
+
+    def is_ours(file: Path) -> bool:
+        return starts_with(file, b"PK", b"ours")
+
+    check_replaceable_file(path, is_ours, "a saved conversation")
+    for content in (b"", b"PK\x03\x04", b"ours!"):
+        path.write_bytes(content)
+        check_replaceable_file(path, is_ours, "a saved conversation")
+    path.write_bytes(b"\xff\xd8")
+    with pytest.raises(WriteError, match=r"jpg exists and is not a saved conversation; name an"):
+        check_replaceable_file(path, is_ours, "a saved conversation")
+
+
+def test_a_target_that_another_process_writes_is_refused(tmp_path):
+    code = (
+        "import sys, pathlib\nfrom internvl3_mlx.files import atomic_folder\n"
+        "with atomic_folder(pathlib.Path(sys.argv[1])) as part:\n"
+        "    print('writing', flush=True)\n    sys.stdin.read()\n"
+        "    (part / 'config.json').write_text('other')\n"
+    )
+    target = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(target)],
+        cwd=Path(files.__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdin
+        assert other.stdout
+        assert other.stdout.readline() == b"writing\n"
+        with (
+            pytest.raises(WriteError, match=rf"process {other.pid} is writing .*out now; wait"),
+            atomic_folder(target),
+        ):
+            pass
+        other.stdin.close()
+        assert other.wait() == 0
+    assert os.listdir(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == "other"
+
+
+def test_a_lock_is_waited_for_with_one_call(tmp_path):
+    waited, order = threading.Event(), []
+
+    def second() -> None:
+        with hold_lock(tmp_path / "cache" / ".lock", waited.set):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with hold_lock(tmp_path / "cache" / ".lock", lambda: order.append("waited")):
+        thread.start()
+        assert waited.wait(20)
+        order.append("first")
+    thread.join(20)
+    assert order == ["first", "second"]
