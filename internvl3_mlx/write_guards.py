@@ -91,17 +91,32 @@ def hold_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     supported, as on some network disks, the block runs without one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = _open_locked(path, on_wait)
     try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # still locked: whoever waits for this file notices that it is gone
+        os.close(descriptor)
+
+
+def _open_locked(path: Path, on_wait: Callable[[], None]) -> int:
+    """Open and lock the file that has the name ``path`` once it is locked."""
+    waited = False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            on_wait()
+            if not waited:
+                on_wait()
+            waited = True
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:
-            pass
-        yield
-    finally:
+            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
         os.close(descriptor)
 
 

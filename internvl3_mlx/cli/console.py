@@ -1,6 +1,5 @@
 """All output. Answers go to stdout, everything else to stderr; no other module prints."""
 
-import json
 import os
 import sys
 import threading
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from internvl3_mlx.cli.visible import json_text, visible, visible_name, without_controls
+
 if TYPE_CHECKING:
     from internvl3_mlx.generation.vlm import Answer
 
@@ -20,8 +21,6 @@ SPINNER_DELAY_S = 0.5  # a wait shorter than this shows nothing
 SPINNER_INTERVAL_S = 0.1
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 CLEAR_LINE = "\r\x1b[2K"
-# A terminal executes control characters, so a model's text may contain only tabs and newlines.
-CONTROL_CHARACTERS = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 def is_interactive(stream: TextIO) -> bool:
@@ -36,13 +35,13 @@ def supports_color(stream: TextIO) -> bool:
 
 def write_answer(text: str) -> None:
     """Write generated text to stdout: unchanged when piped, never interpreted as markup."""
-    sys.stdout.write(text.translate(CONTROL_CHARACTERS) if sys.stdout.isatty() else text)
+    sys.stdout.write(without_controls(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def write_line(text: str = "") -> None:
     """Write one line of output to stdout."""
-    print(text, flush=True)
+    print(visible(text), flush=True)
 
 
 def show_transient(text: str) -> None:
@@ -72,7 +71,7 @@ def write_segments(parts: Sequence[tuple[str, str]]) -> None:
     colored = supports_color(sys.stdout)
     for text, style in parts:
         look, opening, closing = SEGMENT_STYLES[style]
-        shown = text.translate(CONTROL_CHARACTERS)
+        shown = visible(text)
         sys.stdout.write(click.style(shown, **look) if colored else opening + shown + closing)
     print(flush=True)
     used = {style for _, style in parts}
@@ -85,23 +84,23 @@ def write_segments(parts: Sequence[tuple[str, str]]) -> None:
 
 def write_heading(name: str) -> None:
     """Write the heading of one of several answers."""
-    print(f"== {name}", flush=True)
+    print(f"== {visible_name(name)}", flush=True)
 
 
 def print_json(content: object, *, indent: int | None = None) -> None:
     """Write ``content`` to stdout as JSON: on one line, or indented for reading."""
-    sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
+    sys.stdout.write(json_text(content, indent=indent) + "\n")
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """Write a note that needs no action."""
-    print(f"{_paint('note:', fg='yellow')} {text}", file=sys.stderr)
+    print(f"{_paint('note:', fg='yellow')} {visible(text)}", file=sys.stderr)
 
 
 def error(text: str) -> None:
     """Write why something failed."""
-    print(f"{_paint('error:', fg='red', bold=True)} {text}", file=sys.stderr)
+    print(f"{_paint('error:', fg='red', bold=True)} {visible(text)}", file=sys.stderr)
 
 
 def hint(text: str) -> None:
@@ -111,7 +110,7 @@ def hint(text: str) -> None:
 
 def print_traceback(fault: BaseException) -> None:
     """Write the full traceback, for --debug."""
-    print("".join(tracebacks.format_exception(fault)).rstrip(), file=sys.stderr)
+    print(visible("".join(tracebacks.format_exception(fault)).rstrip()), file=sys.stderr)
 
 
 def end_line() -> None:
@@ -160,9 +159,13 @@ def format_size(nbytes: float) -> str:
 
 def print_table(table: Mapping[str, object], *, margin: str = "") -> None:
     """Print names and values in two columns; nested tables are indented below their name."""
-    width = max((len(name) for name, value in table.items() if not _is_table(value)), default=0)
+    width = max(
+        (len(visible_name(name)) for name, value in table.items() if not _is_table(value)),
+        default=0,
+    )
     for name, value in table.items():
-        label = name.replace("_", " ") if name.isidentifier() else name  # a token stays as it is
+        # a token stays as it is
+        label = name.replace("_", " ") if name.isidentifier() else visible_name(name)
         if not _is_table(value):
             print(f"{margin}{label:<{width}}  {_format_cell(value)}", flush=True)
         elif isinstance(value, Mapping):
@@ -207,7 +210,9 @@ def _spin(text: str, over: threading.Event) -> None:
         return
     while not over.wait(SPINNER_INTERVAL_S):
         seconds = time.monotonic() - start
-        sys.stderr.write(f"{CLEAR_LINE}{SPINNER[count % len(SPINNER)]} {text} · {seconds:.0f} s")
+        sys.stderr.write(
+            f"{CLEAR_LINE}{SPINNER[count % len(SPINNER)]} {visible_name(text)} · {seconds:.0f} s"
+        )
         sys.stderr.flush()
         count += 1
     sys.stderr.write(CLEAR_LINE)
@@ -215,6 +220,7 @@ def _spin(text: str, over: threading.Event) -> None:
 
 
 def _paint(text: str, *, fg: str | None = None, bold: bool = False, dim: bool = False) -> str:
+    text = visible(text)
     if not supports_color(sys.stderr):
         return text
     return click.style(text, fg=fg, bold=bold or None, dim=dim or None)
@@ -230,9 +236,12 @@ def _print_columns(rows: Sequence[Mapping[str, object]], margin: str) -> None:
     """Print rows with the same keys as columns, numbers right-aligned."""
     names = list(rows[0])
     cells = [[_format_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(name), *(len(row[at]) for row in cells)) for at, name in enumerate(names)]
+    widths = [
+        max(len(visible_name(name)), *(len(row[at]) for row in cells))
+        for at, name in enumerate(names)
+    ]
     right = [all(isinstance(row.get(name), (int, float)) for row in rows) for name in names]
-    for row in [[name.replace("_", " ") for name in names], *cells]:
+    for row in [[visible_name(name.replace("_", " ")) for name in names], *cells]:
         padded = [
             cell.rjust(width) if is_right else cell.ljust(width)
             for cell, width, is_right in zip(row, widths, right, strict=True)
@@ -252,4 +261,4 @@ def _format_cell(value: object) -> str:
         return f"{value:,.2f}".rstrip("0").rstrip(".")
     if isinstance(value, (list, tuple, set, frozenset)):
         return ", ".join(_format_cell(item) for item in value)
-    return str(value)
+    return visible_name(str(value))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from internvl3_mlx.cli import console
+from internvl3_mlx.cli.visible import without_controls
 
 if TYPE_CHECKING:
     from rich.markdown import Markdown
@@ -77,7 +78,7 @@ class MarkdownWriter:
         )
 
     def add(self, text: str) -> None:
-        for block in self.blocks.add(text.translate(console.CONTROL_CHARACTERS)):
+        for block in self.blocks.add(without_controls(text)):
             self.write_block(block)
         if time.monotonic() - self.last_preview > PREVIEW_INTERVAL_S:
             self.last_preview = time.monotonic()

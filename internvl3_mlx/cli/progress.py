@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from internvl3_mlx.cli import console
+from internvl3_mlx.cli.visible import visible_name
 
 ProgressCallback = Callable[[str, int, int], None]  # task, done, total (0: unknown)
 
@@ -37,6 +38,8 @@ def progress_bar(*, quiet: bool = False, counts_bytes: bool = False) -> Iterator
         task = progress.add_task("", total=None)
 
         def advance(text: str, done: int, total: int) -> None:
-            progress.update(task, description=text, completed=done, total=total or None)
+            progress.update(
+                task, description=visible_name(text), completed=done, total=total or None
+            )
 
         yield advance
