@@ -7,7 +7,7 @@ import typing
 import mlx.core as mx
 import pytest
 from fixtures.conversions import run_conversion, tensors
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -64,7 +64,7 @@ def test_the_target_is_named_after_the_model_and_the_recipe(source, tmp_path, mo
 
 def test_calibration_measurement_and_progress(source, tmp_path):
     (tmp_path / "images").mkdir()
-    picture(80, 60).save(tmp_path / "images" / "a.png")
+    random_image(80, 60).save(tmp_path / "images" / "a.png")
     events = []
     result = convert_model(
         source,

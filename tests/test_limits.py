@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fixtures.inputs import picture, relative_error, write_video
+from fixtures.inputs import random_image, relative_error, write_video
 from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Recipe
 
@@ -27,7 +27,7 @@ def image_tokens(vlm, inputs):
 
 @pytest.mark.parametrize("count", [20, 40])
 def test_no_picture_of_many_is_cut_off(vlm, count):
-    images = [picture(100, 50, seed) for seed in range(count)]
+    images = [random_image(100, 50, seed) for seed in range(count)]
     inputs = vlm.prepare_inputs("Compare them.", images)
     assert inputs.num_tiles == [3] * count
     assert inputs.pixel_values.shape[0] == 3 * count
@@ -41,7 +41,9 @@ def test_no_picture_of_many_is_cut_off(vlm, count):
 def test_twenty_fully_tiled_photos_equal_transformers():
     checkpoint = tiny(Recipe())
     vlm = load(str(checkpoint.folder))
-    inputs = vlm.prepare_inputs("Compare them.", [picture(160, 120, seed) for seed in range(20)])
+    inputs = vlm.prepare_inputs(
+        "Compare them.", [random_image(160, 120, seed) for seed in range(20)]
+    )
     assert inputs.num_tiles == [13] * 20
     ours = numbers(vlm.model(inputs.input_ids[None], inputs.pixel_values)[:, -1])
     pixels = np.array(inputs.pixel_values)
@@ -59,7 +61,7 @@ def test_sixty_four_frames_are_sixty_four_tiles(vlm, tmp_path):
     assert len(answer.token_ids) == 2
 
 
-@pytest.mark.parametrize("images", [[], [picture(100, 50)]], ids=["text", "picture"])
+@pytest.mark.parametrize("images", [[], [random_image(100, 50)]], ids=["text", "picture"])
 def test_an_empty_question_is_still_a_prompt(vlm, images):
     assert len(vlm.ask("", images, max_tokens=3).token_ids) == 3
 
@@ -73,13 +75,13 @@ def test_a_prompt_longer_than_the_context_is_refused_with_its_length(narrow):
 
 
 def test_too_many_pictures_are_refused_with_a_way_out(narrow):
-    images = [picture(160, 120, seed) for seed in range(40)]
+    images = [random_image(160, 120, seed) for seed in range(40)]
     with pytest.raises(PromptError, match=r"2,080 image tokens.*(max_tiles|v2pe_delta)"):
         narrow.ask("Compare them.", images)
 
 
 def test_a_smaller_v2pe_step_makes_many_pictures_fit(narrow):
-    images = [picture(160, 120, seed) for seed in range(12)]
+    images = [random_image(160, 120, seed) for seed in range(12)]
     with pytest.raises(PromptError):
         narrow.prepare_inputs("Compare.", images)
     inputs = narrow.prepare_inputs("Compare.", images, v2pe_delta=1 / 256)
@@ -88,7 +90,7 @@ def test_a_smaller_v2pe_step_makes_many_pictures_fit(narrow):
 
 
 def test_v2pe_holds_a_prompt_to_the_trained_window_that_ntk_would_stretch(narrow):
-    images, question = [picture(100, 50)], "0" * (WINDOW - 60)
+    images, question = [random_image(100, 50)], "0" * (WINDOW - 60)
     length = len(narrow.prepare_inputs(question, images).input_ids.tolist())
     assert WINDOW + 20 < length < 2 * WINDOW
     with pytest.raises(PromptError):

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.inputs import picture, relative_error
+from fixtures.inputs import random_image, relative_error
 from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Recipe
 
@@ -15,8 +15,8 @@ STYLES = ["300m", "6b", "9b"]
 STEPS = 32
 CASES = {
     "no picture": [],
-    "one picture": [picture(120, 41)],
-    "three pictures": [picture(50, 100, 1), picture(40, 39, 2), picture(31, 15, 3)],
+    "one picture": [random_image(120, 41)],
+    "three pictures": [random_image(50, 100, 1), random_image(40, 39, 2), random_image(31, 15, 3)],
 }
 QUESTION = "What is in the picture? 图片中有什么？"
 
@@ -138,7 +138,7 @@ def test_answers_beyond_the_trained_window_equal_transformers(case, spare, image
 
 def test_v2pe_beyond_the_trained_window_leaves_the_base_alone(plain):
     checkpoint, roomy = plain
-    images = [picture(400, 300)]
+    images = [random_image(400, 300)]
     inputs = roomy.prepare_inputs("A", images, v2pe_delta=1 / 16)
     places = np.array(inputs.position_ids)
     window = int(places[-1]) + STEPS + 1

@@ -6,7 +6,7 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.inputs import picture, random_pixels, relative_error, token_row, write_video
+from fixtures.inputs import random_image, random_pixels, relative_error, token_row, write_video
 from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Recipe
 from tokenizers import Tokenizer
@@ -45,7 +45,7 @@ def test_one_turn_is_chatml_with_the_published_system_text(vlm):
 
 
 def test_one_picture_stands_before_the_question(vlm):
-    prompt = written(vlm.prepare_inputs("Why?", [picture(100, 50)]))
+    prompt = written(vlm.prepare_inputs("Why?", [random_image(100, 50)]))
     assert prompt == SYSTEM + ASK.format("<3>\nWhy?")
 
 
@@ -63,7 +63,7 @@ def test_three_turns_leave_the_picture_where_it_was_shown(vlm):
         Message("assistant", "Yes."),
     )
     prompt = written(
-        vlm.prepare_inputs("Why?", [picture(40, 39), picture(50, 100)], history=history)
+        vlm.prepare_inputs("Why?", [random_image(40, 39), random_image(50, 100)], history=history)
     )
     said = SAID.format("<1>\nWho?", "A cat.") + SAID.format("Sure?", "Yes.")
     assert prompt == SYSTEM + said + ASK.format("<3>\nWhy?")
@@ -79,13 +79,13 @@ def test_no_system_text_means_no_system_turn(vlm):
 
 
 def test_several_pictures_are_numbered_as_the_model_card_does(vlm):
-    prompt = written(vlm.prepare_inputs("Same?", [picture(40, 39), picture(50, 100)]))
+    prompt = written(vlm.prepare_inputs("Same?", [random_image(40, 39), random_image(50, 100)]))
     assert prompt == SYSTEM + ASK.format("Image-1: <1>\nImage-2: <3>\nSame?")
 
 
 def test_interleaved_pictures_stay_between_the_words(vlm):
     question = "Before <image> between <image> after"
-    prompt = written(vlm.prepare_inputs(question, [picture(50, 100), picture(40, 39)]))
+    prompt = written(vlm.prepare_inputs(question, [random_image(50, 100), random_image(40, 39)]))
     assert prompt == SYSTEM + ASK.format("Before <3> between <1> after")
 
 
@@ -120,7 +120,7 @@ def test_the_tile_grid_is_the_published_one_over_a_sweep_of_sizes(limit):
 def test_float32_logits_of_a_tiled_photo_are_within_1e_5(style):
     checkpoint = tiny(Recipe(style=style))
     vlm = load(str(checkpoint.folder))
-    inputs = vlm.prepare_inputs("Describe the image in detail.", [picture(134, 90)])
+    inputs = vlm.prepare_inputs("Describe the image in detail.", [random_image(134, 90)])
     ours = numbers(vlm.model(inputs.input_ids[None], inputs.pixel_values))
     pixels = np.array(inputs.pixel_values)
     theirs = checkpoint.reference.logits(np.array(inputs.input_ids), pixels)
@@ -141,7 +141,7 @@ def test_rows_of_a_batch_see_their_own_picture(vlm):
 
 
 def test_another_picture_of_as_many_tiles_is_another_question(vlm):
-    first, second = picture(100, 50, seed=1), picture(100, 50, seed=2)
+    first, second = random_image(100, 50, seed=1), random_image(100, 50, seed=2)
     answers = [vlm.ask("What?", [image], max_tokens=8).token_ids for image in (first, second)]
     fresh = load(str(tiny(Recipe()).folder)).ask("What?", [second], max_tokens=8)
     assert answers[1] == fresh.token_ids != answers[0]
@@ -149,7 +149,7 @@ def test_another_picture_of_as_many_tiles_is_another_question(vlm):
 
 def test_a_picture_may_be_asked_about_from_another_thread(vlm):
     answers = []
-    images = [picture(100, 50)]
+    images = [random_image(100, 50)]
     worker = threading.Thread(
         target=lambda: answers.append(vlm.ask("What?", images, max_tokens=8).token_ids)
     )
@@ -173,7 +173,7 @@ def test_a_converted_folder_loads_and_answers_as_before(recipe, tmp_path):
     source = tiny(recipe).folder
     for _ in convert_checkpoint(source, tmp_path / "converted", None):
         pass
-    question, images = "What is in the picture?", [picture(100, 50)]
+    question, images = "What is in the picture?", [random_image(100, 50)]
     before, after = load(str(source)), load(str(tmp_path / "converted"))
     asked = [model.prepare_inputs(question, images).input_ids.tolist() for model in (before, after)]
     assert asked[0] == asked[1]
@@ -186,7 +186,7 @@ def test_a_converted_folder_loads_and_answers_as_before(recipe, tmp_path):
 def test_the_9b_and_the_hf_repositories_load_and_answer(recipe):
     checkpoint = tiny(recipe)
     vlm = load(str(checkpoint.folder))
-    inputs = vlm.prepare_inputs("What is it?", [picture(100, 50)])
+    inputs = vlm.prepare_inputs("What is it?", [random_image(100, 50)])
     pixels = np.array(inputs.pixel_values)
     greedy = checkpoint.reference.greedy(inputs.input_ids.tolist(), pixels, 8)
-    assert vlm.ask("What is it?", [picture(100, 50)], max_tokens=8).token_ids == greedy
+    assert vlm.ask("What is it?", [random_image(100, 50)], max_tokens=8).token_ids == greedy

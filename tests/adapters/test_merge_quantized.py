@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fixtures.inputs import picture, random_pixels, relative_error, token_row
+from fixtures.inputs import random_image, random_pixels, relative_error, token_row
 from fixtures.loaded_models import numbers, tiny
 from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.tiny import Bits, Recipe
@@ -79,7 +79,7 @@ def test_generate_over_a_packed_model_speaks_as_the_adapted_one(tmp_path):
     case = packed()
     model, settings = adapted(case, keys=("all",))
     save_model_adapter(model, tmp_path / "a", settings, "hf")
-    picture(90, 60).save(tmp_path / "p.png")
+    random_image(90, 60).save(tmp_path / "p.png")
     words = ["generate", str(tmp_path / "p.png"), "-p", "What?", "-m", "5", "--json"]
     words += ["--model", str(case.folder)]
     plain = CliRunner().invoke(main, words, prog_name="internvl3")

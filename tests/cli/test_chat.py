@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fixtures.documents import write_pdf
-from fixtures.inputs import picture, write_video
+from fixtures.inputs import random_image, write_video
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -30,8 +30,8 @@ def vlm():
 def session(vlm, tmp_path, monkeypatch):
     """A chat in a folder of two images."""
     monkeypatch.chdir(tmp_path)
-    picture(130, 70).save(tmp_path / "cat.png")
-    picture(60, 60, 1).save(tmp_path / "dog.png")
+    random_image(130, 70).save(tmp_path / "cat.png")
+    random_image(60, 60, 1).save(tmp_path / "dog.png")
     return ChatSession(vlm.conversation(max_tokens=4))
 
 
@@ -179,7 +179,7 @@ def test_help_names_every_command(send, word):
 
 
 def test_paste_takes_the_image_in_the_clipboard(session, send, monkeypatch):
-    monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: picture(60, 60))
+    monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: random_image(60, 60))
     assert "60×60 · 1 tile · 4 tokens" in send("/paste")
     monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: None)
     assert "no image in the clipboard: copy one first" in send("/paste")
@@ -203,7 +203,7 @@ def test_the_pages_of_a_pdf_are_images(session, send, tmp_path):
 def test_what_is_too_long_is_rejected_and_its_images_are_kept(send, tmp_path, monkeypatch):
     short = load(str(tiny(Recipe(max_positions=96)).folder))
     monkeypatch.chdir(tmp_path)
-    picture(60, 60).save("dog.png")
+    random_image(60, 60).save("dog.png")
     session = ChatSession(short.conversation(system=""))
     handle_line(session, "dog.png")
     handle_line(session, "word " * 300)
@@ -246,9 +246,9 @@ def test_an_interrupted_retry_keeps_the_last_answer(session, send, monkeypatch):
 
 
 def test_statistics_tell_what_was_kept_and_how_many_draft_tokens_were_right(vlm):
-    talk = vlm.conversation(max_tokens=20, draft_model=vlm)
-    talk.ask("What is it?", [picture(60, 60)])
-    text = console.format_stats(talk.ask("Why?"))
+    conversation = vlm.conversation(max_tokens=20, draft_model=vlm)
+    conversation.ask("What is it?", [random_image(60, 60)])
+    text = console.format_stats(conversation.ask("Why?"))
     assert re.search(
         r"prompt \d+ \(4 image, \d+ cached\) in .* · 100% of \d+ draft tokens accepted$", text
     )
@@ -265,10 +265,10 @@ def test_in_a_pipe_only_answers_are_written_and_nothing_hangs(session, vlm, tmp_
     done = piped(text, "--model", str(vlm.loaded.folder), "-m", "4", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr == "cat.png 130×70 · 3 tiles · 12 tokens\n"
-    talk = vlm.conversation(max_tokens=4)
+    conversation = vlm.conversation(max_tokens=4)
     answers = [
-        talk.ask("What is it?", [tmp_path / "cat.png"]).text,
-        talk.ask("Two\nlines").text,
+        conversation.ask("What is it?", [tmp_path / "cat.png"]).text,
+        conversation.ask("Two\nlines").text,
     ]
     assert done.stdout == "".join(answer + "\n" for answer in answers)
 

@@ -4,7 +4,7 @@ import io
 import re
 
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.terminal import TerminalProgram
 from fixtures.tiny import Recipe
@@ -25,7 +25,7 @@ BOX = """\
 def folder(tmp_path):
     """A folder with a model and a image, each by a short name."""
     (tmp_path / "internvl3-tiny").symlink_to(tiny(Recipe()).folder)
-    picture(130, 70).save(tmp_path / "my cat.png")
+    random_image(130, 70).save(tmp_path / "my cat.png")
     return tmp_path
 
 
@@ -72,7 +72,7 @@ def test_a_conversation_from_the_first_screen_to_the_last(open_chat, folder):
     chat.wait_for(STATS)
     screen = chat.wait_for("›", 2)
     vlm = load(str(folder / "internvl3-tiny"))
-    answer = vlm.ask("What is it?", [picture(130, 70)], max_tokens=4)
+    answer = vlm.ask("What is it?", [random_image(130, 70)], max_tokens=4)
     shown = lines(screen)[:-1]
     assert shown[3] == "› my\\ cat.png What is it?"
     assert shown[4] == "my cat.png 130×70 · 3 tiles · 12 tokens"

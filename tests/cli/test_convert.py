@@ -44,9 +44,9 @@ def test_the_names_of_other_converters_are_understood(source, tmp_path, name):
 def test_json_tells_everything(source, tmp_path):
     samples = tmp_path / "pictures"
     samples.mkdir()
-    from fixtures.inputs import picture
+    from fixtures.inputs import random_image
 
-    picture(80, 60).save(samples / "a.png")
+    random_image(80, 60).save(samples / "a.png")
     result = invoke(
         source,
         "--q-bits",
@@ -69,10 +69,10 @@ def test_json_tells_everything(source, tmp_path):
 
 
 def test_calibration_from_the_command_line(source, tmp_path):
-    from fixtures.inputs import picture
+    from fixtures.inputs import random_image
 
     (tmp_path / "pictures").mkdir()
-    picture(80, 60).save(tmp_path / "pictures" / "a.png")
+    random_image(80, 60).save(tmp_path / "pictures" / "a.png")
     result = invoke(
         source,
         "--calibrate",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -120,7 +120,7 @@ def test_paths_are_left_out_and_nothing_else(text, shown):
 
 
 def ask(monkeypatch, tmp_path, switch, *words):
-    picture(60, 60).save(tmp_path / "a.png")
+    random_image(60, 60).save(tmp_path / "a.png")
     monkeypatch.setenv(dispatch.MODE_VARIABLE, switch)
     model = str(tiny(Recipe()).folder)
     words = [*words, "-p", "?", "--model", model, "-m", "3", "--kv-bits", "8"]

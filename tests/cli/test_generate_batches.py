@@ -4,7 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -16,7 +16,7 @@ def sources(tmp_path):
     """Three images and a file that is none, in the middle."""
     paths = [tmp_path / name for name in ("a.png", "b.png", "bad.png", "c.png")]
     for number, path in enumerate(paths):
-        picture(60 + 40 * number, 60, number).save(path)
+        random_image(60 + 40 * number, 60, number).save(path)
     paths[2].write_bytes(b"no picture")
     return [str(path) for path in paths]
 
@@ -57,7 +57,7 @@ def test_nothing_but_errors_loads_no_model(sources):
 def test_an_image_too_large_for_the_window_is_an_error_of_its_own(tmp_path):
     sizes = {"small.png": (56, 56), "large.png": (2000, 1500)}
     for name, size in sizes.items():
-        picture(*size).save(tmp_path / name)
+        random_image(*size).save(tmp_path / name)
     model = str(tiny(Recipe(max_positions=96)).folder)
     words = ["-p", "?", "--each", "--batch-size", "2", "--system", "", "-m", "3", "--jsonl"]
     words += ["--max-tiles", "99"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -20,12 +20,12 @@ def answers():
     """What Python returns for the same question and seed."""
     vlm = load(str(tiny(Recipe()).folder))
     sampled = {"temperature": 1.0, "seed": 4, "max_tokens": 5}
-    return [answer.text for answer in vlm.ask_many("What?", [picture(60, 60)], n=3, **sampled)]
+    return [answer.text for answer in vlm.ask_many("What?", [random_image(60, 60)], n=3, **sampled)]
 
 
 @pytest.fixture
 def run(tmp_path):
-    picture(60, 60).save(tmp_path / "a.png")
+    random_image(60, 60).save(tmp_path / "a.png")
     model = str(tiny(Recipe()).folder)
     question = ["generate", str(tmp_path / "a.png"), "-p", "What?", "--model", model, "-m", "5"]
     return lambda *words: CliRunner().invoke(main, [*question, *words])

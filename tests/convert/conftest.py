@@ -1,7 +1,7 @@
 """A tiny model, images, and its answers to questions about them."""
 
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -15,7 +15,7 @@ TINY = Recipe()
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     for number in range(4):
-        picture(90 + 40 * number, 70, seed=number).save(folder / f"{number}.png")
+        random_image(90 + 40 * number, 70, seed=number).save(folder / f"{number}.png")
     return folder
 
 

@@ -152,7 +152,7 @@ def test_questions_that_share_a_picture_are_answered_as_if_asked_alone(tokenizer
 
 def hidden(model, rows, visual, questions):
     """Give each question's hidden states at its answer's tokens."""
-    ids, targets, positions, owners = rows.row(1, questions, 0.25, talk=False)
+    ids, targets, positions, owners = rows.row(1, questions, 0.25, conversation=False)
     built = torch.tensor(owners)
     seen = (built[None, :] == 0) | (built[None, :] == built[:, None])
     mask = torch.zeros(seen.shape).masked_fill_(~(seen & torch.ones_like(seen).tril()), -torch.inf)
@@ -164,7 +164,7 @@ def hidden(model, rows, visual, questions):
 def test_conversations_are_plain_causal_rows(tokenizer):
     rows = RowBuilder(tokenizer, 16)
     asked = [Question("name", "What is this?", "dog"), Question("count", "How many dogs?", "1")]
-    ids, targets, positions, owners = rows.row(1, asked, 1.0, talk=True)
+    ids, targets, positions, owners = rows.row(1, asked, 1.0, conversation=True)
     assert not owners.any()
     assert positions.tolist() == list(range(len(ids)))
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)

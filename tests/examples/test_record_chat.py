@@ -1,4 +1,4 @@
-"""The README's talk is recorded from the program itself."""
+"""The README's conversation is recorded from the program itself."""
 
 import re
 from xml.etree import ElementTree as ET
@@ -6,16 +6,16 @@ from xml.etree import ElementTree as ET
 from examples.record_chat.record import draw_screen, join_wrapped, main
 
 
-def test_a_talk_is_recorded_as_text_and_as_svg(tmp_path):
-    main([str(tmp_path / "talk"), "--max-tokens", "3"])
-    text = (tmp_path / "talk.txt").read_text("utf-8")
+def test_a_conversation_is_recorded_as_text_and_as_svg(tmp_path):
+    main([str(tmp_path / "conversation"), "--max-tokens", "3"])
+    text = (tmp_path / "conversation.txt").read_text("utf-8")
     lines = text.splitlines()
     assert lines[0].startswith("╭─ internvl3 chat")
     assert "› dog.jpg What is this?" in lines
     assert any(line.startswith("dog.jpg 448×448 · 5 tiles") for line in lines)
     assert len(re.findall(r"tokens? · .*prompt \d", text)) == text.count("\n›") == 6
     assert "try " not in text
-    root = ET.fromstring((tmp_path / "talk.svg").read_text("utf-8"))
+    root = ET.fromstring((tmp_path / "conversation.svg").read_text("utf-8"))
     shown = [row.text for row in root if row.tag.endswith("text")]
     assert shown == [line for line in lines if line]
 

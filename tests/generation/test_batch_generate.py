@@ -1,7 +1,7 @@
 """Answers written together are those written one by one."""
 
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -9,7 +9,8 @@ from internvl3_mlx import load
 from internvl3_mlx.generation import batch_generate
 
 PICTURES = [
-    picture(w, h, n) for n, (w, h) in enumerate([(60, 60), (130, 70), (70, 150), (200, 60), (9, 9)])
+    random_image(w, h, n)
+    for n, (w, h) in enumerate([(60, 60), (130, 70), (70, 150), (200, 60), (9, 9)])
 ]
 
 

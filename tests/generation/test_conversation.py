@@ -1,8 +1,8 @@
-"""A talk costs only its new tokens, and answers as a fresh run of the same history does."""
+"""A conversation costs only its new tokens, and answers as a fresh run of the same history does."""
 
 import mlx.core as mx
 import pytest
-from fixtures.inputs import picture, write_video
+from fixtures.inputs import random_image, write_video
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -10,7 +10,7 @@ from internvl3_mlx import Message, PromptError, UserError, load
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.prompt.v2pe import DELTAS
 
-CAT, DOG, SIGN = picture(130, 70), picture(60, 60, 1), picture(70, 150, 2)
+CAT, DOG, SIGN = random_image(130, 70), random_image(60, 60, 1), random_image(70, 150, 2)
 SHORT = {"max_tokens": 5}
 
 
@@ -32,23 +32,23 @@ def towers(vlm, monkeypatch):
     return calls
 
 
-def fresh(talk, question, images=(), **settings):
+def fresh(conversation, question, images=(), **settings):
     """Ask the same with nothing remembered: exactly the ids of the rendered history."""
-    past = [seen for exchange in talk.exchanges for seen in exchange.images]
+    past = [seen for exchange in conversation.exchanges for seen in exchange.images]
     wanted = {
-        "system": talk.generation_config.system,
-        "v2pe_delta": talk.generation_config.v2pe_delta,
+        "system": conversation.generation_config.system,
+        "v2pe_delta": conversation.generation_config.v2pe_delta,
         **settings,
     }
-    config = GenerationConfig(history=talk.history, **wanted)
-    inputs = talk.runner.build_inputs(question, [*past, *images], config)
-    return talk.runner.answer(inputs, config)
+    config = GenerationConfig(history=conversation.history, **wanted)
+    inputs = conversation.runner.build_inputs(question, [*past, *images], config)
+    return conversation.runner.answer(inputs, config)
 
 
-def same(talk, question, images=(), **settings):
-    """Ask the talk and a fresh run; return the talk's answer if they agree to the token."""
-    expected = fresh(talk, question, images, **settings)
-    answer = talk.ask(question, images, **settings)
+def same(conversation, question, images=(), **settings):
+    """Ask here and in a fresh run; return the answer if both agree to the token."""
+    expected = fresh(conversation, question, images, **settings)
+    answer = conversation.ask(question, images, **settings)
     assert answer.token_ids == expected.token_ids
     assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
     return answer
@@ -56,38 +56,38 @@ def same(talk, question, images=(), **settings):
 
 @pytest.mark.parametrize("delta", DELTAS)
 def test_every_answer_equals_a_fresh_run_at_every_delta(vlm, delta):
-    talk = vlm.conversation(v2pe_delta=delta)
-    same(talk, "What is it?", [CAT], **SHORT)
-    same(talk, "And which is larger?", [DOG], **SHORT)
-    same(talk, "Why?", **SHORT)
-    talk.undo()
-    same(talk, "How many?", **SHORT)
-    assert talk.retry(**SHORT).token_ids == list(talk.exchanges[-1].token_ids)
+    conversation = vlm.conversation(v2pe_delta=delta)
+    same(conversation, "What is it?", [CAT], **SHORT)
+    same(conversation, "And which is larger?", [DOG], **SHORT)
+    same(conversation, "Why?", **SHORT)
+    conversation.undo()
+    same(conversation, "How many?", **SHORT)
+    assert conversation.retry(**SHORT).token_ids == list(conversation.exchanges[-1].token_ids)
 
 
 def test_ten_turns_over_three_pictures_read_nothing_twice(vlm, towers):
-    talk = vlm.conversation()
+    conversation = vlm.conversation()
     shown = {0: [CAT], 3: [DOG], 6: [SIGN]}
     read_so_far = 0
     for number in range(10):
-        answer = talk.ask(f"Question {number}?", shown.get(number, []), max_tokens=4)
+        answer = conversation.ask(f"Question {number}?", shown.get(number, []), max_tokens=4)
         new = answer.usage.prompt_tokens - answer.usage.cached_tokens
         # the last token of an answer that ran out was never read: it belongs to the new ones
         assert answer.usage.cached_tokens == read_so_far
         assert new == answer.usage.prompt_tokens - read_so_far
         read_so_far = answer.usage.prompt_tokens + answer.usage.completion_tokens - 1
     assert len(towers) == 3
-    assert len(talk.images) == 3
-    final = talk.exchanges[-1]
-    talk.undo()
-    assert fresh(talk, "Question 9?", max_tokens=4).token_ids == list(final.token_ids)
+    assert len(conversation.images) == 3
+    final = conversation.exchanges[-1]
+    conversation.undo()
+    assert fresh(conversation, "Question 9?", max_tokens=4).token_ids == list(final.token_ids)
 
 
 def test_another_picture_of_the_same_size_is_never_mistaken_for_the_first(vlm):
-    talk = vlm.conversation()
-    talk.ask("What is it?", [picture(60, 60, 7)], **SHORT)
-    talk.undo()
-    answer = same(talk, "What is it?", [picture(60, 60, 8)], **SHORT)
+    conversation = vlm.conversation()
+    conversation.ask("What is it?", [random_image(60, 60, 7)], **SHORT)
+    conversation.undo()
+    answer = same(conversation, "What is it?", [random_image(60, 60, 8)], **SHORT)
     ids = vlm.prepare_inputs("What is it?", [DOG]).token_ids
     assert answer.usage.cached_tokens == ids.index(vlm.tokenizer.image_id)
 
@@ -95,101 +95,105 @@ def test_another_picture_of_the_same_size_is_never_mistaken_for_the_first(vlm):
 def test_the_same_picture_under_another_name_is_known(vlm, towers, tmp_path):
     CAT.save(tmp_path / "a.png")
     CAT.save(tmp_path / "b.png")
-    talk = vlm.conversation()
-    talk.ask("One?", tmp_path / "a.png", **SHORT)
-    talk.ask("Two?", [tmp_path / "b.png"], **SHORT)
+    conversation = vlm.conversation()
+    conversation.ask("One?", tmp_path / "a.png", **SHORT)
+    conversation.ask("Two?", [tmp_path / "b.png"], **SHORT)
     assert len(towers) == 1
-    assert [info.source for info in talk.images] == [
+    assert [info.source for info in conversation.images] == [
         str(tmp_path / "a.png"),
         str(tmp_path / "b.png"),
     ]
 
 
 def test_what_was_generated_is_kept_even_where_its_text_cuts_differently(vlm):
-    talk = vlm.conversation()
-    answer = talk.ask("Say something odd.", temperature=3.0, seed=6, max_tokens=12)
-    assert talk.history[-1].token_ids == tuple(answer.token_ids)
+    conversation = vlm.conversation()
+    answer = conversation.ask("Say something odd.", temperature=3.0, seed=6, max_tokens=12)
+    assert conversation.history[-1].token_ids == tuple(answer.token_ids)
     recut = vlm.prepare_inputs(
-        "Go on.", history=(talk.history[0], Message("assistant", answer.text))
+        "Go on.", history=(conversation.history[0], Message("assistant", answer.text))
     )
-    exact = vlm.prepare_inputs("Go on.", history=talk.history)
+    exact = vlm.prepare_inputs("Go on.", history=conversation.history)
     assert exact.token_ids != recut.token_ids
-    after = same(talk, "Go on.", **SHORT)
+    after = same(conversation, "Go on.", **SHORT)
     assert after.usage.cached_tokens == answer.usage.prompt_tokens + 11
 
 
 def test_an_image_token_that_the_model_made_up_is_no_picture(vlm):
-    talk = vlm.conversation()
-    answer = talk.ask("Say something odd.", temperature=3.0, seed=5, max_tokens=12)
+    conversation = vlm.conversation()
+    answer = conversation.ask("Say something odd.", temperature=3.0, seed=5, max_tokens=12)
     assert vlm.tokenizer.image_id in answer.token_ids
-    assert talk.history[-1].token_ids == ()
-    same(talk, "Go on.", **SHORT)
+    assert conversation.history[-1].token_ids == ()
+    same(conversation, "Go on.", **SHORT)
 
 
 def test_a_stop_string_keeps_what_was_shown_not_what_was_made(vlm):
-    talk = vlm.conversation()
-    long = talk.ask("Tell me.", max_tokens=12)
-    talk.undo()
+    conversation = vlm.conversation()
+    long = conversation.ask("Tell me.", max_tokens=12)
+    conversation.undo()
     mark = long.text[2:4]
-    short = talk.ask("Tell me.", max_tokens=12, stop=mark)
+    short = conversation.ask("Tell me.", max_tokens=12, stop=mark)
     assert mark not in short.text
-    assert talk.exchanges[-1].answer == short.text
-    same(talk, "Go on.", **SHORT)
+    assert conversation.exchanges[-1].answer == short.text
+    same(conversation, "Go on.", **SHORT)
 
 
 def test_dropping_a_picture_rebuilds_from_there(vlm, towers):
-    talk = vlm.conversation()
-    talk.ask("One?", [CAT, DOG], **SHORT)
-    talk.ask("Compare <image> with the rest.", [SIGN], **SHORT)
-    assert talk.drop_image(2).width == 60
-    assert [info.width for info in talk.images] == [130, 70]
-    same(talk, "And now?", **SHORT)
-    talk.drop_image(2)
-    assert talk.exchanges[1].question == "Compare  with the rest."
-    same(talk, "And now?", **SHORT)
+    conversation = vlm.conversation()
+    conversation.ask("One?", [CAT, DOG], **SHORT)
+    conversation.ask("Compare <image> with the rest.", [SIGN], **SHORT)
+    assert conversation.drop_image(2).width == 60
+    assert [info.width for info in conversation.images] == [130, 70]
+    same(conversation, "And now?", **SHORT)
+    conversation.drop_image(2)
+    assert conversation.exchanges[1].question == "Compare  with the rest."
+    same(conversation, "And now?", **SHORT)
     with pytest.raises(UserError, match="no image 5; this conversation has 1"):
-        talk.drop_image(5)
+        conversation.drop_image(5)
 
 
 def test_editing_the_system_text_begins_the_prompt_anew(vlm, towers):
-    talk = vlm.conversation()
-    talk.ask("One?", [CAT], **SHORT)
-    talk.configure(system="Be brief.")
+    conversation = vlm.conversation()
+    conversation.ask("One?", [CAT], **SHORT)
+    conversation.configure(system="Be brief.")
     seen = len(towers)
-    answer = same(talk, "Two?", **SHORT)
+    answer = same(conversation, "Two?", **SHORT)
     assert answer.usage.cached_tokens < 8  # the beginning of the template
-    assert len(towers) == seen + 1  # the fresh run's; the talk knows the picture
+    assert len(towers) == seen + 1  # the fresh run's; the conversation knows the picture
 
 
 def test_forgetting_the_oldest_makes_room(vlm):
-    talk = vlm.conversation()
+    conversation = vlm.conversation()
     for number in range(3):
-        talk.ask(f"{number}?", [picture(60, 60, number)], **SHORT)
-    before = talk.budget.positions
-    talk.drop_oldest(2)
-    assert talk.budget.positions < before
-    assert len(talk.images) == 1
-    same(talk, "Well?", **SHORT)
+        conversation.ask(f"{number}?", [random_image(60, 60, number)], **SHORT)
+    before = conversation.budget.positions
+    conversation.drop_oldest(2)
+    assert conversation.budget.positions < before
+    assert len(conversation.images) == 1
+    same(conversation, "Well?", **SHORT)
     with pytest.raises(UserError, match="cannot drop 9 questions of 2"):
-        talk.drop_oldest(9)
+        conversation.drop_oldest(9)
 
 
 def test_retry_takes_the_place_of_the_last_answer(vlm):
-    talk = vlm.conversation()
-    first = talk.ask("One?", [CAT], **SHORT)
-    again = talk.retry(temperature=3.0, seed=1, **SHORT)
-    assert len(talk.exchanges) == 1
+    conversation = vlm.conversation()
+    first = conversation.ask("One?", [CAT], **SHORT)
+    again = conversation.retry(temperature=3.0, seed=1, **SHORT)
+    assert len(conversation.exchanges) == 1
     assert again.token_ids != first.token_ids
     assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
-    assert talk.retry(**SHORT).token_ids == first.token_ids
+    assert conversation.retry(**SHORT).token_ids == first.token_ids
 
 
 def test_clearing_gives_the_memory_back_and_still_knows_the_pictures(vlm, towers):
-    talk = vlm.conversation()
-    first = talk.ask("One?", [CAT], **SHORT)
-    talk.clear()
-    assert (talk.history, talk.images, talk.prompt_cache.nbytes) == ((), (), 0)
-    again = talk.ask("One?", [CAT], **SHORT)
+    conversation = vlm.conversation()
+    first = conversation.ask("One?", [CAT], **SHORT)
+    conversation.clear()
+    assert (conversation.history, conversation.images, conversation.prompt_cache.nbytes) == (
+        (),
+        (),
+        0,
+    )
+    again = conversation.ask("One?", [CAT], **SHORT)
     assert again.token_ids == first.token_ids
     assert again.usage.cached_tokens == 0
     assert len(towers) == 1
@@ -202,22 +206,22 @@ def test_nothing_to_undo_is_said(vlm):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_caches_answer_as_a_fresh_packed_run(vlm, bits):
-    talk = vlm.conversation(kv_bits=bits)
-    same(talk, "What is it?", [CAT], kv_bits=bits, **SHORT)
-    same(talk, "And this?", [DOG], kv_bits=bits, **SHORT)
-    talk.undo()
-    same(talk, "Why?", kv_bits=bits, prefill_step_size=3, **SHORT)
+    conversation = vlm.conversation(kv_bits=bits)
+    same(conversation, "What is it?", [CAT], kv_bits=bits, **SHORT)
+    same(conversation, "And this?", [DOG], kv_bits=bits, **SHORT)
+    conversation.undo()
+    same(conversation, "Why?", kv_bits=bits, prefill_step_size=3, **SHORT)
 
 
-def test_a_dense_cache_can_be_packed_in_the_middle_of_a_talk(vlm):
-    talk = vlm.conversation()
-    talk.ask("What is it?", [CAT], **SHORT)
-    talk.configure(kv_bits=8)
-    answer = talk.ask("Why?", **SHORT)
+def test_a_dense_cache_can_be_packed_in_the_middle_of_a_conversation(vlm):
+    conversation = vlm.conversation()
+    conversation.ask("What is it?", [CAT], **SHORT)
+    conversation.configure(kv_bits=8)
+    answer = conversation.ask("Why?", **SHORT)
     assert answer.usage.cached_tokens > 0
-    assert talk.prompt_cache.is_quantized
-    talk.configure(kv_bits=None)
-    assert talk.ask("Why?", **SHORT).usage.cached_tokens == 0
+    assert conversation.prompt_cache.is_quantized
+    conversation.configure(kv_bits=None)
+    assert conversation.ask("Why?", **SHORT).usage.cached_tokens == 0
 
 
 def test_a_group_wider_than_a_head_is_made_to_fit(vlm):
@@ -226,75 +230,85 @@ def test_a_group_wider_than_a_head_is_made_to_fit(vlm):
 
 def test_beyond_the_window_stretched_keys_are_never_reused():
     short = load(str(tiny(Recipe(max_positions=96)).folder))
-    talk = short.conversation(system="")
+    conversation = short.conversation(system="")
     for question in ("word " * 9, "some more words here", "and again", "and"):
-        same(talk, question, max_tokens=9)
-    assert talk.prompt_cache.uses_dynamic_ntk
+        same(conversation, question, max_tokens=9)
+    assert conversation.prompt_cache.uses_dynamic_ntk
 
 
 def test_auto_moves_every_position_when_the_step_changes():
     short = load(str(tiny(Recipe(max_positions=120)).folder))
-    talk = short.conversation(system="", v2pe_delta="auto")
+    conversation = short.conversation(system="", v2pe_delta="auto")
     for number in range(3):
-        same(talk, "Hi", [picture(130, 60, number)], max_tokens=4)
+        same(conversation, "Hi", [random_image(130, 60, number)], max_tokens=4)
 
 
-def test_a_talk_too_long_for_the_window_is_refused_and_kept(vlm):
+def test_a_conversation_too_long_for_the_window_is_refused_and_kept(vlm):
     short = load(str(tiny(Recipe(max_positions=96)).folder))
-    talk = short.conversation(system="")
-    talk.ask("Hi", max_tokens=3)
+    conversation = short.conversation(system="")
+    conversation.ask("Hi", max_tokens=3)
     with pytest.raises(PromptError, match="the model's context has 96"):
-        talk.ask("word " * 300)
-    assert len(talk.exchanges) == 1
+        conversation.ask("word " * 300)
+    assert len(conversation.exchanges) == 1
 
 
 def test_the_budget_warns_before_the_window_is_full():
     short = load(str(tiny(Recipe(max_positions=96)).folder))
-    talk = short.conversation(system="")
-    assert talk.budget.warning is None
-    talk.ask("word " * 14, max_tokens=12)
-    assert "of 96 positions; to free some: forget the oldest" in talk.budget.warning
-    talk.clear()
-    talk.ask("Hi", [picture(260, 60, number) for number in range(3)], max_tokens=2)
-    assert "a smaller v2pe-delta, fewer tiles, drop an image" in talk.budget.warning
+    conversation = short.conversation(system="")
+    assert conversation.budget.warning is None
+    conversation.ask("word " * 14, max_tokens=12)
+    assert "of 96 positions; to free some: forget the oldest" in conversation.budget.warning
+    conversation.clear()
+    conversation.ask("Hi", [random_image(260, 60, number) for number in range(3)], max_tokens=2)
+    assert "a smaller v2pe-delta, fewer tiles, drop an image" in conversation.budget.warning
 
 
 def test_the_budget_knows_the_memory(vlm, monkeypatch):
-    talk = vlm.conversation()
-    talk.ask("Hi", **SHORT)
-    room = mx.get_active_memory() - talk.prompt_cache.nbytes + int(1.2 * talk.budget.nbytes)
+    conversation = vlm.conversation()
+    conversation.ask("Hi", **SHORT)
+    room = (
+        mx.get_active_memory()
+        - conversation.prompt_cache.nbytes
+        + int(1.2 * conversation.budget.nbytes)
+    )
     monkeypatch.setattr("internvl3_mlx.generation.context_budget.gpu_memory_limit", lambda: room)
-    assert "kv-bits 8" in talk.budget.warning
-    talk.configure(kv_bits=4)
-    assert talk.budget.warning is None
+    assert "kv-bits 8" in conversation.budget.warning
+    conversation.configure(kv_bits=4)
+    assert conversation.budget.warning is None
 
 
 def test_features_are_bounded_and_the_least_used_go_first(vlm, towers):
-    talk = vlm.conversation()
-    one = talk.process_image(CAT)
-    talk.prompt_cache.features.limit_bytes = one.info.tokens * 128 * 4 + 1
-    talk.ask("One?", [one], **SHORT)
-    talk.ask("Two?", [DOG], **SHORT)
-    assert [*talk.prompt_cache.features.entries] == [talk.process_image(DOG).content_hash]
-    talk.configure(system="Other.")
-    same(talk, "Three?", **SHORT)
+    conversation = vlm.conversation()
+    one = conversation.process_image(CAT)
+    conversation.prompt_cache.features.limit_bytes = one.info.tokens * 128 * 4 + 1
+    conversation.ask("One?", [one], **SHORT)
+    conversation.ask("Two?", [DOG], **SHORT)
+    assert [*conversation.prompt_cache.features.entries] == [
+        conversation.process_image(DOG).content_hash
+    ]
+    conversation.configure(system="Other.")
+    same(conversation, "Three?", **SHORT)
 
 
-def test_a_video_stays_in_the_talk(vlm, tmp_path):
+def test_a_video_stays_in_the_conversation(vlm, tmp_path):
     clip = write_video(tmp_path / "clip.mp4", frames=9)
-    talk = vlm.conversation(num_frames=3, frame_times=True)
-    first = talk.ask("What happens in <video> and <image>?", [DOG], video=clip, **SHORT)
+    conversation = vlm.conversation(num_frames=3, frame_times=True)
+    first = conversation.ask("What happens in <video> and <image>?", [DOG], video=clip, **SHORT)
     assert [info.source for info in first.images][-1] == "image"
-    prompt = talk.build_inputs([], talk.exchanges[0], talk.generation_config)
+    prompt = conversation.build_inputs(
+        [], conversation.exchanges[0], conversation.generation_config
+    )
     assert "Frame1 (0." in vlm.tokenizer.decode(prompt.token_ids)
-    second = talk.ask("And then?", **SHORT)
+    second = conversation.ask("And then?", **SHORT)
     assert second.usage.cached_tokens > first.usage.image_tokens
-    inputs = talk.build_inputs(talk.exchanges[:1], talk.exchanges[1], talk.generation_config)
-    *_, last = vlm.runner.stream(inputs, talk.generation_config)
+    inputs = conversation.build_inputs(
+        conversation.exchanges[:1], conversation.exchanges[1], conversation.generation_config
+    )
+    *_, last = vlm.runner.stream(inputs, conversation.generation_config)
     assert last.answer.token_ids[:5] == second.token_ids
 
 
-def test_what_belongs_to_a_question_is_refused_for_the_talk(vlm):
+def test_what_belongs_to_a_question_is_refused_for_the_conversation(vlm):
     with pytest.raises(UserError, match="history and video belong to one question"):
         vlm.conversation(video="clip.mp4")
     with pytest.raises(UserError, match="a conversation has its own history"):

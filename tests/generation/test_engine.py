@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -11,7 +11,7 @@ from internvl3_mlx import PromptError, UserError, load
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 QUESTION = "Which is larger?"
-PICTURES = [picture(130, 70), picture(60, 60, 1)]
+PICTURES = [random_image(130, 70), random_image(60, 60, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,11 @@ def test_a_prompt_beyond_the_window_is_refused_with_its_length(short):
 
 def test_pictures_that_do_not_fit_are_told_apart_from_words(short):
     with pytest.raises(PromptError, match="fewer tiles"):
-        short.ask("Hi", [picture(400, 300)] * 5, system="")
+        short.ask("Hi", [random_image(400, 300)] * 5, system="")
 
 
 def test_auto_takes_the_largest_step_that_fits(short):
-    inputs = short.prepare_inputs("Hi", [picture(300, 200)] * 3, system="", v2pe_delta="auto")
+    inputs = short.prepare_inputs("Hi", [random_image(300, 200)] * 3, system="", v2pe_delta="auto")
     assert inputs.deltas[0] < 1
     assert inputs.positions.max() < 96
 
@@ -121,7 +121,7 @@ def test_one_step_for_each_picture(vlm):
 
 
 def test_fewer_tiles_when_asked(vlm):
-    assert vlm.prepare_inputs(QUESTION, [picture(200, 100)], max_tiles=1).num_tiles == [1]
+    assert vlm.prepare_inputs(QUESTION, [random_image(200, 100)], max_tiles=1).num_tiles == [1]
     with pytest.raises(UserError, match="min_tiles 3 is more than max_tiles 2"):
         vlm.prepare_inputs(QUESTION, PICTURES, min_tiles=3, max_tiles=2)
 

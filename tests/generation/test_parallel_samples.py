@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -11,7 +11,7 @@ from internvl3_mlx.generation import parallel_samples
 from internvl3_mlx.models.quantized_cache import RowQuantizedKVCache
 from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
 
-CAT, DOG = picture(130, 70), picture(60, 60, 1)
+CAT, DOG = random_image(130, 70), random_image(60, 60, 1)
 ASKED = ("Which is larger?", [CAT, DOG])
 CACHES = [{}, {"kv_bits": 8, "kv_group_size": 32}, {"kv_bits": 4, "kv_group_size": 32}]
 

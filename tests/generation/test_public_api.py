@@ -3,13 +3,13 @@
 import inspect
 
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import VLM, Conversation, UserError, generate, load, stream_generate
 
-IMAGE = picture(130, 70)
+IMAGE = random_image(130, 70)
 
 
 @pytest.fixture(scope="module")

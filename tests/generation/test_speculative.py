@@ -1,14 +1,14 @@
 """Guessing ahead changes the time an answer takes, never the answer."""
 
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.generation.speculative import PromptLookup, common_prefix_length
 
-CAT, DOG = picture(130, 70), picture(60, 60, 1)
+CAT, DOG = random_image(130, 70), random_image(60, 60, 1)
 LONG = {"max_tokens": 40}
 
 
@@ -86,7 +86,7 @@ def test_models_with_one_tower_look_once(vlm, twin, small, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["lookup", "draft"])
-def test_a_talk_with_guesses_equals_one_without(vlm, twin, small, how):
+def test_a_conversation_with_guesses_equals_one_without(vlm, twin, small, how):
     settings = {"lookup": True} if how == "lookup" else {"draft_model": small}
     plain, fast = vlm.conversation(max_tokens=12), vlm.conversation(max_tokens=12, **settings)
     for question, images in (("What is it?", [CAT]), ("And?", [DOG]), ("Why the the?", [])):
@@ -97,17 +97,17 @@ def test_a_talk_with_guesses_equals_one_without(vlm, twin, small, how):
         assert len(fast.prompt_cache.draft.key) > answer.usage.prompt_tokens
 
 
-def test_a_talk_cut_off_between_guesses_is_whole(vlm, twin):
-    talk = vlm.conversation(max_tokens=12, draft_model=twin)
+def test_a_conversation_cut_off_between_guesses_is_whole(vlm, twin):
+    conversation = vlm.conversation(max_tokens=12, draft_model=twin)
     for stop in range(1, 7):
-        pieces = talk.stream("What is it?", [CAT])
+        pieces = conversation.stream("What is it?", [CAT])
         for _ in range(stop):
             next(pieces)
         pieces.close()
-        talk.undo()
-        answer = talk.ask("Why?", [DOG])
+        conversation.undo()
+        answer = conversation.ask("Why?", [DOG])
         assert answer.token_ids == vlm.ask("Why?", [DOG], max_tokens=12).token_ids
-        talk.undo()
+        conversation.undo()
 
 
 def test_beyond_the_window_nothing_is_guessed_and_the_answer_is_the_same(twin):

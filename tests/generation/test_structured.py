@@ -5,14 +5,14 @@ import json
 import re
 
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.errors import MissingExtraError
 
-CAT = picture(130, 70)
+CAT = random_image(130, 70)
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -55,12 +55,12 @@ def test_drawn_answers_have_the_form_too(vlm):
         assert answer.text in ("yes", "no")
 
 
-def test_a_talk_goes_on_after_an_answer_of_a_form(vlm):
-    talk = vlm.conversation()
-    first = talk.ask("Which?", [CAT], choice=["yes", "no"])
-    assert list(talk.exchanges[0].token_ids) == first.token_ids
-    wanted = vlm.ask("Why?", [CAT], history=talk.history, max_tokens=6)
-    answer = talk.ask("Why?", max_tokens=6)
+def test_a_conversation_goes_on_after_an_answer_of_a_form(vlm):
+    conversation = vlm.conversation()
+    first = conversation.ask("Which?", [CAT], choice=["yes", "no"])
+    assert list(conversation.exchanges[0].token_ids) == first.token_ids
+    wanted = vlm.ask("Why?", [CAT], history=conversation.history, max_tokens=6)
+    answer = conversation.ask("Why?", max_tokens=6)
     assert answer.token_ids == wanted.token_ids
     assert answer.usage.cached_tokens >= first.usage.prompt_tokens
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from fixtures.image_files import encoded, noise
-from fixtures.videos import blanked, film, numbers, shade, sound
+from fixtures.videos import blanked, make_video, numbers, shade, sound
 from PIL import Image
 
 from internvl3_mlx.errors import ImageError, MissingExtraError, UserError
@@ -67,7 +67,7 @@ def test_a_bound_outside_the_video_is_told():
     with pytest.raises(
         UserError, match=r"no frames between 5 and 9 seconds: the video ends at 3\.9"
     ):
-        read_frames(film(), 4, bound=(5, 9))
+        read_frames(make_video(), 4, bound=(5, 9))
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_an_animation_without_durations_runs_at_ten_frames_a_second():
         (encoded(noise(), "PNG"), "it is a still image; ask about it as an image"),
         (encoded(noise(), "GIF"), "it is a still image"),
         (encoded(noise(), "WEBP")[:60], "the file is"),
-        (film()[:400], "it is damaged or its video format is unknown"),
+        (make_video()[:400], "it is damaged or its video format is unknown"),
         (sound(kind="matroska", empty_track=True), "the video has no frames; export it again"),
-        (blanked(film()), "no frame can be decoded; export it again"),
+        (blanked(make_video()), "no frame can be decoded; export it again"),
         (sound(cover=True), "it has no video stream"),
         (sound(), "it has no video stream"),
     ],
@@ -119,7 +119,7 @@ def test_a_text_file_is_not_drawn_as_a_terminal(tmp_path):
 
 
 def test_without_pyav_the_extra_is_named(monkeypatch):
-    data = film(count=2)
+    data = make_video(count=2)
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingExtraError) as caught:
         read_frames(data, 2)

@@ -1,7 +1,7 @@
-"""A film must give exactly the frames asked for, upright, however little of it is decoded."""
+"""A make_video must give exactly the frames asked for, upright, however little of it is decoded."""
 
 import pytest
-from fixtures.videos import RATE, film, numbers, turned
+from fixtures.videos import RATE, make_video, numbers, turned
 
 from internvl3_mlx.images import video as reader
 from internvl3_mlx.images.video import frame_indices, read_frames
@@ -18,7 +18,7 @@ from internvl3_mlx.images.video import frame_indices, read_frames
     ],
 )
 def test_frames_are_the_chosen_ones_at_their_times(kind, codec):
-    frames = read_frames(film(kind, codec), 5)
+    frames = read_frames(make_video(kind, codec), 5)
     wanted = frame_indices(5, RATE, 39)
     assert numbers(frames) == wanted
     assert [frame.seconds for frame in frames] == pytest.approx([n / RATE for n in wanted])
@@ -31,7 +31,7 @@ def test_frames_are_the_chosen_ones_at_their_times(kind, codec):
     "options", [{}, {"x264-params": "open-gop=1:b-pyramid=normal"}, {"g": "99"}]
 )
 def test_skipping_groups_changes_no_pixel(monkeypatch, options):
-    data = film(count=50, **options)
+    data = make_video(count=50, **options)
     for bound in (None, (0.7, 0.8), (2.3, 4.0)):
         for count in (1, 2, 7, 60):
             quick = read_frames(data, count, bound=bound)
@@ -53,19 +53,19 @@ def test_only_groups_with_a_chosen_frame_are_decoded(monkeypatch):
     monkeypatch.setattr(
         reader._PacketIndex, "packets_to_decode", lambda *given: fed.append(real(*given)) or fed[-1]
     )
-    read_frames(film(count=40), 1, bound=(1.8, 1.9))
+    read_frames(make_video(count=40), 1, bound=(1.8, 1.9))
     assert 1 <= sum(fed[0]) <= 8
 
 
 def test_a_short_video_gives_frames_twice():
-    frames = read_frames(film(count=3), 8)
+    frames = read_frames(make_video(count=3), 8)
     assert numbers(frames) == frame_indices(8, RATE, 2)
     assert frames[0].loaded_image.image is frames[1].loaded_image.image
 
 
 def test_a_path_and_an_address_open(tmp_path):
     path = tmp_path / "my clip.mp4"
-    path.write_bytes(film(count=4))
+    path.write_bytes(make_video(count=4))
     for source in (path, str(path), path.as_uri()):
         assert read_frames(source, 1)[0].loaded_image.name == f"{path} at 0.1 s"
 
@@ -85,7 +85,7 @@ HALF = (-ONE, 0, 0, 0, -ONE, 0, 0, 0, 1 << 30)
     ],
 )
 def test_a_turned_camera_gives_upright_frames(matrix, size, corner):
-    data = turned(film(count=4), matrix)
+    data = turned(make_video(count=4), matrix)
     image = read_frames(data, 1)[0].loaded_image.image
     assert image.size == size
     assert min(image.getpixel(corner)) > 220
@@ -96,12 +96,12 @@ def test_only_chosen_frames_become_pictures(monkeypatch):
     turned_up = []
     real = reader._upright
     monkeypatch.setattr(reader, "_upright", lambda frame: turned_up.append(1) or real(frame))
-    read_frames(film(count=40), 3)
+    read_frames(make_video(count=40), 3)
     assert len(turned_up) == 3
 
 
 def test_a_damaged_middle_costs_its_frames_only():
-    data = bytearray(film("mpegts"))
+    data = bytearray(make_video("mpegts"))
     middle = len(data) // 2
     data[middle : middle + 376] = bytes(376)
     assert len(read_frames(bytes(data), 8)) == 8

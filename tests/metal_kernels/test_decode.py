@@ -1,7 +1,7 @@
 """Complete answers through the emulated kernels equal those of MLX's operations."""
 
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import TEXT, Recipe
 
@@ -10,7 +10,7 @@ from internvl3_mlx.metal_kernels import dispatch
 from internvl3_mlx.metal_kernels.registry import KernelThreshold, write_thresholds
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache, RowQuantizedKVCache
 
-CAT, DOG = picture(130, 70), picture(60, 60, 1)
+CAT, DOG = random_image(130, 70), random_image(60, 60, 1)
 ASKED = ("the the the image the the image", [CAT])
 LENGTH, LAYERS = 32, TEXT["300m"]["num_hidden_layers"]
 CACHES = [None, 8, 4]
