@@ -5,26 +5,25 @@ import io
 import os
 import re
 import sys
-import time
 import unicodedata
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from http.client import HTTPException, HTTPMessage
 from pathlib import Path
-from typing import IO, BinaryIO
-from urllib.error import HTTPError, URLError
-from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from typing import BinaryIO
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from internvl3_mlx.errors import ImageError
+from internvl3_mlx.images.download import DownloadRefused, DownloadTooLarge, download
 
 MAX_BYTES = 100 * 2**20  # of one download, data URI or pipe
 MAX_NAME_LENGTH = 200  # characters of a name in a message
 MAX_PATH_LENGTH = 1024  # characters; PATH_MAX of macOS
 STDIN = "-"
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 LOCAL_HOSTS = ("", "localhost")
+SECRET_PARTS = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)
 URL_PATTERN = re.compile(r"(?i)(data):|([a-z][a-z0-9+.-]+)://")
 
 
@@ -69,7 +68,7 @@ def locate(source: str | Path | bytes) -> ImageBytes:
 
 def shorten_name(name: str) -> str:
     """Shorten a name for messages: escape control characters, omit the middle of a long one."""
-    name = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], name)
+    name = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], name)
     half = MAX_NAME_LENGTH // 2
     return name if len(name) <= MAX_NAME_LENGTH else f"{name[:half]}…{name[-half:]}"
 
@@ -107,13 +106,12 @@ def _from_address(text: str, address: re.Match[str]) -> ImageBytes:
     try:
         return SCHEMES[scheme](text)
     except ValueError as error:  # what urllib raises for an invalid URL
-        raise ImageError(f"cannot read {shorten_name(text)}: {error}; check the URL") from error
+        name = shorten_name(without_secrets(text))
+        raise ImageError(f"cannot read {name}: the URL is not valid; check it") from error
 
 
 def _from_web(text: str) -> ImageBytes:
-    parts = urlsplit(text)
-    # No query or password in messages and logs: signed URLs carry secrets there.
-    name = shorten_name(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
+    name = shorten_name(without_secrets(text))
     return ImageBytes(name, download_image(text, name))
 
 
@@ -212,73 +210,19 @@ def _hint(text: str) -> str:
     )
 
 
-WEB_SCHEMES = ("http", "https")
-READ_TIMEOUT_S = 20  # for the next bytes
-DOWNLOAD_TIMEOUT_S = 120  # for the whole download
-MAX_REDIRECTS = 5
-CHUNK_BYTES = 2**16
-# Characters that are left as they are; others, such as spaces, are escaped.
-URL_SAFE_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
-# Some hosts reject Python's default user agent.
-REQUEST_HEADERS = {"User-Agent": "internvl3-mlx", "Accept": "image/*,*/*;q=0.5"}
-
-
-class _Redirects(HTTPRedirectHandler):
-    """Follow a few redirects, and only to http and https."""
-
-    max_redirections = max_repeats = MAX_REDIRECTS
-
-    def redirect_request(
-        self,
-        req: Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: HTTPMessage,
-        newurl: str,
-    ) -> Request | None:
-        if urlsplit(newurl).scheme.lower() not in WEB_SCHEMES:
-            raise HTTPError(req.full_url, code, msg, headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 def download_image(url: str, name: str) -> bytes:
     """Download ``url``; ``name`` is what messages call it. Raises ImageError."""
     try:
-        request = Request(quote(url, safe=URL_SAFE_CHARACTERS), headers=REQUEST_HEADERS)
-        with build_opener(_Redirects).open(request, timeout=READ_TIMEOUT_S) as response:
-            return _read(response, name)
-    except HTTPError as error:
-        error.close()
-        lost = error.code in range(300, 400)
-        what = "it redirects in circles or away from http" if lost else f"status {error.code}"
-        raise _download_error(name, what) from error
-    except TimeoutError as error:
-        raise _download_error(name, "the server is too slow") from error
-    except URLError as error:
-        slow = isinstance(error.reason, TimeoutError)
-        raise _download_error(
-            name, "the server is too slow" if slow else str(error.reason)
+        return download(url, MAX_BYTES)
+    except DownloadTooLarge as error:
+        raise too_large_error(name) from error
+    except DownloadRefused as error:
+        raise ImageError(
+            f"cannot download {name}: {' '.join(str(error).split())}; "
+            "check the URL, or save the image and give its path"
         ) from error
-    except (HTTPException, OSError, ValueError) as error:
-        raise _download_error(name, str(error) or type(error).__name__) from error
 
 
-def _read(response: IO[bytes], name: str) -> bytes:
-    """Read the body in chunks, with a limit on its size and on the time it takes."""
-    deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
-    data = bytearray()
-    while piece := response.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
-        data += piece
-        if len(data) > MAX_BYTES:
-            raise too_large_error(name)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    return bytes(data)
-
-
-def _download_error(name: str, what: str) -> ImageError:
-    return ImageError(
-        f"cannot download {name}: {' '.join(what.split())}; "
-        "check the URL, or save the image and give its path"
-    )
+def without_secrets(url: str) -> str:
+    """Return a URL without its user, password, query and fragment: they may be secrets."""
+    return SECRET_PARTS.sub("", url)

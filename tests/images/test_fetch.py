@@ -93,7 +93,7 @@ def test_an_unreadable_file_is_told(tmp_path, monkeypatch):
     [
         ("ftp://x.org/a.png", "ftp URLs are not supported; use http, https, file or data"),
         ("file://nas/a.png", r"the file is on another computer \(nas\); copy it here"),
-        ("http://[::1/a.png", "Invalid IPv6 URL; check the URL"),
+        ("http://[::1/a.png", "the URL is not valid; check the URL"),
         ("data:image/png;base64", "a data URI needs a comma before its data"),
         ("data:image/png;base64,@@@", "its data is not valid base64; encode the file again"),
         ("data:image/png;base64,QUJDR", "its data is not valid base64; encode the file again"),
