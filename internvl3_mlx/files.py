@@ -24,7 +24,8 @@ from internvl3_mlx.errors import UserError, WriteError
 from internvl3_mlx.write_guards import MODEL_FILES, check_replaceable_folder, is_locked, lock_folder
 
 CACHE_VARIABLE = "INTERNVL3_CACHE"
-CACHE_NAME = "internvl3-mlx"
+DATA_VARIABLE = "INTERNVL3_DATA"
+CACHE_NAME = "internvl3-mlx"  # also of the data folder
 DIGEST_BYTES = 16  # 128 bits: no two contents share a digest by accident
 CHUNK_BYTES = 2**20
 NEAREST_CUTOFF = 0.6  # difflib's own default
@@ -141,6 +142,14 @@ def cache_folder(name: str = "") -> Path:
         return Path(configured).expanduser() / name
     base = Path(os.environ.get("XDG_CACHE_HOME") or "")
     return (base if base.is_absolute() else Path.home() / ".cache") / CACHE_NAME / name
+
+
+def data_folder(name: str = "") -> Path:
+    """Return folder ``name`` of $INTERNVL3_DATA, or of the user's data. It may not exist."""
+    if configured := os.environ.get(DATA_VARIABLE):
+        return Path(os.path.expanduser(configured)) / name
+    base = Path(os.environ.get("XDG_DATA_HOME") or "")
+    return (base if base.is_absolute() else Path.home() / ".local" / "share") / CACHE_NAME / name
 
 
 def read_yaml(path: Path, expected: str) -> Mapping[str, Any]:

@@ -7,4 +7,5 @@ import pytest
 def own_cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INTERNVL3_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("INTERNVL3_DATA", str(tmp_path_factory.mktemp("data")))
         yield

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +15,15 @@ from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.cli.generate import IMAGE_FLAG, SOME_FAILED, load_vlm
 from internvl3_mlx.cli.input_line import MediaSource, display_path, media_kind
-from internvl3_mlx.cli.line_reader import open_line_reader
+from internvl3_mlx.cli.line_reader import open_line_reader, without_echo
+from internvl3_mlx.cli.past_chats import continue_past_chat, find_past_chat, new_log
 from internvl3_mlx.cli.slash_commands import ALIASES, COMMANDS, handle_line
 from internvl3_mlx.cli.thumbnails import choose_thumbnail_encoder
 from internvl3_mlx.errors import UserError
 
 if TYPE_CHECKING:
     from internvl3_mlx import VLM
+    from internvl3_mlx.generation.conversation_log import LoggedConversation
 
 BANNER_TITLE, BANNER_HINT = "internvl3 chat", "drop an image or type · /help · Ctrl-D leaves"
 MAX_SUGGESTIONS = 3
@@ -32,7 +36,7 @@ BANNER_WIDTH = 66  # without its corners
     examples=(
         ("internvl3 chat", "start with the default model"),
         ("internvl3 chat report.pdf --model 8b", "attach a PDF to the first question"),
-        ("internvl3 chat scan.png --lookup --v2pe-delta auto", "faster answers, more images"),
+        ("internvl3 chat --continue", "the last conversation again"),
     ),
     suggestions={"-q": "--quiet", "--quantize": "--q-bits", "-p": "generate -p"},
 )
@@ -42,6 +46,37 @@ BANNER_WIDTH = 66  # without its corners
     "Images", "--preview/--no-preview", "preview", default=None,
     help="Display attached images in the terminal; by default where this is known to work.",
 )  # fmt: skip
+@flag(
+    "Run",
+    "--continue",
+    "continue_last",
+    is_flag=True,
+    help="Continue the last conversation, with its model.",
+)
+@flag(
+    "Run",
+    "--conversation",
+    "resume",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Continue conversation N of internvl3 history.",
+)
+@flag(
+    "Run",
+    "--history/--no-history",
+    "history",
+    default=True,
+    envvar="INTERNVL3_HISTORY",
+    help="Keep the conversation and the typed lines, readable by you alone.",
+    show_default="on",
+)
+@flag(
+    "Run",
+    "--keep-images",
+    "keep_images",
+    is_flag=True,
+    help="Copy images into the history; by default it names their paths.",
+)
 @flag("Output", "--quiet", "quiet", is_flag=True, help="No notes and no statistics.")
 @options.generation_flags
 @options.load_flags
@@ -53,6 +88,7 @@ def chat_command(
     quiet: bool,
     generation_options: dict[str, Any],
     load_options: dict[str, Any],
+    **history: Any,
 ) -> None:
     """Chat about images, videos and PDF pages.
 
@@ -67,6 +103,9 @@ def chat_command(
     media = [MediaSource(name, media_kind(name) or "image") for name in sources]
     check_sources_exist(media)
     options.make_config(generation_options)  # reports an invalid option before a model loads
+    past = find_past(history)
+    if past is not None and not is_given("model"):
+        load_options = {**load_options, **past.start.get("load", {})}
     vlm = load_chat_model(load_options, generation_options.get("draft_model"), quiet=quiet)
     encoder = choose_thumbnail_encoder(os.environ, wanted=preview)
     session = ChatSession(
@@ -74,15 +113,41 @@ def chat_command(
         encoder if console.is_interactive(sys.stdout) else None,
         quiet,
         debug=bool(click.get_current_context().meta.get(options.DEBUG_KEY)),
+        load_model=partial(load_other_model, load_options, quiet=quiet),
     )
+    session.conversation.configure()  # reports what this model cannot follow
+    if history["history"]:
+        session.log = new_log(
+            session.conversation, load_options, keep_images=history["keep_images"]
+        )
     keyboard = sys.stdin is not None and sys.stdin.isatty()
     if console.is_interactive(sys.stderr) and keyboard and not quiet:
         show_banner(vlm)
+    if past is not None:
+        continue_past_chat(session, past)
     for item in media:
         session.attach(item)
-    run_chat(session)
+    run_chat(session, keep_lines=history["history"])
     if session.num_failed and not keyboard:
         raise SystemExit(SOME_FAILED)  # a script must learn that a question was not answered
+
+
+def is_given(name: str) -> bool:
+    """Return whether a flag was given, not taken from the environment."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def find_past(history: dict[str, Any]) -> "LoggedConversation | None":
+    if history["continue_last"]:
+        return find_past_chat(1)
+    return find_past_chat(history["resume"]) if history["resume"] else None
+
+
+def load_other_model(load_options: dict[str, Any], name: str, *, quiet: bool) -> "VLM":
+    """Load the model for /model; revision and adapter belong to the one before."""
+    kept = {key: value for key, value in load_options.items() if key == "quantize"}
+    return load_vlm({**kept, "model": name}, quiet=quiet)
 
 
 def check_sources_exist(media: list[MediaSource]) -> None:
@@ -104,16 +169,20 @@ def load_chat_model(load_options: dict[str, Any], draft: str | None, *, quiet: b
     return load_vlm(load_options, quiet=quiet, prepare=load_draft)
 
 
-def run_chat(session: ChatSession) -> None:
+def run_chat(session: ChatSession, *, keep_lines: bool = False) -> None:
     """Handle line after line until the user leaves or the pipe ends."""
-    reader = open_line_reader([*(command.name for command in COMMANDS), *ALIASES])
+    names = [*(command.name for command in COMMANDS), *ALIASES]
+    reader = open_line_reader(names, keep_lines=keep_lines)
+    for number in (signal.SIGHUP, signal.SIGTERM):  # a closed window: what was said is kept
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     while not session.is_finished:
         try:
             text = reader.read()
         except EOFError:
             break
         try:
-            handle_line(session, text)
+            with without_echo():
+                handle_line(session, text)
         except KeyboardInterrupt:  # outside of an answer: while a large image opens, for example
             console.end_line()
 

@@ -2,20 +2,22 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.input_line import MediaSource, open_media, parse_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
+from internvl3_mlx.cli.past_chats import describe_model
 from internvl3_mlx.cli.thumbnails import ThumbnailEncoder
-from internvl3_mlx.errors import ImageError
+from internvl3_mlx.errors import ImageError, UserError
 
 if TYPE_CHECKING:
-    from internvl3_mlx import Answer, AnswerChunk, Conversation
+    from internvl3_mlx import VLM, Answer, AnswerChunk, Conversation
+    from internvl3_mlx.generation.conversation_log import ConversationLog
     from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo
 
 STOPPED = "stopped; the text so far is part of the conversation"
@@ -40,7 +42,8 @@ class ChatSession:
     """One chat.
 
     ``pending``: attachments that are sent with the next question. ``num_failed``: lines that ended
-    in an error. ``debug``: show tracebacks.
+    in an error. ``debug``: show tracebacks. ``log``: where the conversation is kept, if it is.
+    ``load_model``: loads another model by name.
     """
 
     conversation: "Conversation"
@@ -50,6 +53,8 @@ class ChatSession:
     is_finished: bool = False
     num_failed: int = 0
     debug: bool = False
+    log: "ConversationLog | None" = None
+    load_model: "Callable[[str], VLM] | None" = None
 
     def handle_question(self, text: str) -> None:
         """Attach the files that a line names and ask its question.
@@ -92,6 +97,7 @@ class ChatSession:
 
     def ask(self, question: str) -> None:
         """Ask a question with the pending attachments; they stay pending if that fails."""
+        from internvl3_mlx.generation.exchange import Exchange
         from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo
 
         sent, self.pending = self.pending, []
@@ -99,6 +105,9 @@ class ChatSession:
         images = [content for content in contents if isinstance(content, ProcessedImage)]
         videos = [content for content in contents if isinstance(content, ProcessedVideo)]
         before = self.conversation.exchanges
+        if self.log is not None:
+            exchange = Exchange(question, tuple(images), tuple(videos))
+            self.log.add_question(exchange, self.conversation.generation_config)
         try:
             self.stream_answer(self.conversation.stream(question, images, video=videos))
         finally:
@@ -106,7 +115,35 @@ class ChatSession:
                 self.pending = sent
 
     def retry(self) -> None:
+        if self.log is not None and self.conversation.exchanges:
+            last = replace(self.conversation.exchanges[-1], answer="", token_ids=())
+            self.log.add_question(last, self.conversation.generation_config)
         self.stream_answer(self.conversation.stream_retry(), if_empty=ANSWER_UNCHANGED)
+
+    def change_model(self, name: str) -> None:
+        """Continue the conversation with another model; raise UserError where that cannot be."""
+        if self.load_model is None:
+            raise UserError("this chat cannot change its model; start another with --model")
+        vlm = self.load_model(name)
+        self.conversation = self.conversation.with_runner(
+            vlm.runner, [item.content for item in self.pending]
+        )
+        if self.log is not None:
+            self.log.change_start(describe_model(self.conversation, {"model": name}))
+        console.hint(f"the conversation continues with {vlm.name}")
+
+    def update_log(self) -> None:
+        """Log what has changed; a fault ends the log with a note, not the conversation."""
+        if self.log is None:
+            return
+        self.log.update(self.conversation.exchanges, self.conversation.generation_config)
+        if self.log.fault is not None:
+            console.note(f"this conversation is no longer kept: {self.log.fault}")
+            self.log = None
+
+    def start_new_log(self) -> None:
+        if self.log is not None:
+            self.log.start_over()
 
     def reopen_last_question(self) -> str:
         """Undo the last question, make its attachments pending again, and return its text."""
@@ -125,6 +162,8 @@ class ChatSession:
         try:
             with closing(stream):  # type: ignore[type-var]
                 for chunk in self.show_spinner_until_first(stream):
+                    if self.log is not None:
+                        self.log.add_text(chunk.text)
                     writer.add(chunk.text)
                     answer = chunk.answer
         except KeyboardInterrupt:

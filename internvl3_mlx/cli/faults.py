@@ -21,8 +21,8 @@ def attempt(action: Callable[[], T]) -> T | InternVL3Error:
     """
     try:
         return action()
-    except InternVL3Error as error:
-        return error
+    except InternVL3Error as expected:
+        return expected
     except LEAVING:
         raise
     except BaseException as fault:  # noqa: BLE001  no fault may end a conversation or a batch

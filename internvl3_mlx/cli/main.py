@@ -14,7 +14,8 @@ from internvl3_mlx.files import did_you_mean
 
 # each is the function NAME_command in cli/NAME.py
 COMMANDS = (
-    "bench", "chat", "completion", "convert", "doctor", "fuse", "generate", "info", "train",
+    "bench", "chat", "completion", "convert", "doctor", "fuse", "generate", "history", "info",
+    "train",
 )  # fmt: skip
 # commands of mlx-lm, ollama and LM Studio whose job another command does here
 OTHER_PROGRAMS = {

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -16,10 +17,8 @@ from click.shell_completion import CompletionItem
 
 from internvl3_mlx.cli.flags import Decorator, Function, apply_flags, flag, make_flag
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.generation.generation_config import GenerationConfig
-from internvl3_mlx.option_fields import PARSERS as VALUE_PARSERS
-from internvl3_mlx.option_fields import FieldInfo, describe_type
+from internvl3_mlx.option_fields import FieldInfo
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -28,8 +27,6 @@ DEBUG_KEY = "internvl3_mlx.debug"  # where --debug is stored while a command run
 STDIN = "-"  # as an image or as the question: read standard input
 FAMILY = "internvl3"  # part of the names of the family's repositories
 MODEL_DEFAULT = "the model's own"
-DEFAULT_WORDS = ("none", "default")  # of /set
-SHORT_NAMES = {"temp": "temperature"}  # flags whose name is not that of their field
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,23 @@ def list_model_completions(
     from internvl3_mlx.loading.resolve import DEMO, PUBLISHED_SIZES
 
     names = [*PUBLISHED_SIZES, DEMO, *cached_repositories()]
-    found = [CompletionItem(name) for name in names if name.startswith(typed)]
-    return [*found, CompletionItem(typed, type="dir")]
+    return [CompletionItem(name) for name in [*names, *folders(typed)] if name.startswith(typed)]
+
+
+def folders(typed: str) -> list[str]:
+    """List the folders whose path begins with ``typed``, as names: bash drops every name where an
+    item asks for its own completion of folders.
+    """
+    parent, name = os.path.split(typed)
+    try:
+        found = [
+            entry.name
+            for entry in os.scandir(os.path.expanduser(parent) or ".")
+            if entry.name.startswith(name) and (name or entry.name[0] != ".") and entry.is_dir()
+        ]
+    except OSError:
+        return []
+    return sorted(os.path.join(parent, entry) for entry in found)
 
 
 def cached_repositories() -> list[str]:
@@ -258,27 +270,6 @@ OUTPUT_FLAGS: Mapping[str, Decorator] = {
 def make_config(options: Mapping[str, Any]) -> GenerationConfig:
     """Return a ``GenerationConfig`` with some options set; raises UserError for an invalid one."""
     return GenerationConfig(**options)
-
-
-def parse_option(name: str, text: str) -> tuple[str, Any]:
-    """Parse a generation option as ``/set`` takes it; return its field and its value."""
-    field = name.lstrip("-").replace("-", "_")
-    field = SHORT_NAMES.get(field, field)
-    if field not in GENERATION_FIELDS:
-        known = [known.replace("_", "-") for known in GENERATION_FIELDS]
-        raise UserError(f"unknown option {name!r}; {did_you_mean(name, known)}")
-    if text.lower() in DEFAULT_WORDS:
-        return field, GENERATION_DEFAULTS.get(field)
-    kind, info = GENERATION_FIELDS[field]
-    if info.choices and text not in info.choices:
-        raise UserError(f"{name} cannot be {text}; choose from {', '.join(info.choices)}")
-    if parse := PARSERS.get(field):
-        return field, parse(text)
-    try:
-        value = VALUE_PARSERS[kind](text)
-    except (ValueError, KeyError, OverflowError) as error:
-        raise UserError(f"{name} cannot be {text}; expected {describe_type(kind)}") from error
-    return field, (value,) if field == "stop" else value
 
 
 def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

@@ -9,7 +9,20 @@ from internvl3_mlx.cli import console
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.input_line import MediaSource, media_kind, parse_line, split_words
-from internvl3_mlx.cli.options import DEFAULT_WORDS, parse_option
+from internvl3_mlx.cli.past_chats import (
+    NONE_YET,
+    continue_past_chat,
+    find_past_chat,
+    list_past_chats,
+)
+from internvl3_mlx.cli.settings import (
+    DEFAULT_WORDS,
+    format_setting,
+    list_settings,
+    parse_setting,
+    shown_name,
+    unquote_all,
+)
 from internvl3_mlx.errors import UnforeseenError, UserError
 from internvl3_mlx.files import did_you_mean
 
@@ -31,7 +44,10 @@ class SlashCommand:
 
 def handle_line(session: ChatSession, text: str) -> None:
     """Handle one input line: a command or a question. Errors are shown and the chat goes on."""
-    fault = attempt(lambda: dispatch_line(session, text))
+    try:
+        fault = attempt(lambda: dispatch_line(session, text))
+    finally:
+        session.update_log()
     if fault is not None:
         session.num_failed += 1
         if session.debug:
@@ -112,6 +128,7 @@ def drop_image(session: ChatSession, argument: str) -> None:
 
 def clear_conversation(session: ChatSession, _: str) -> None:
     session.conversation.clear()
+    session.start_new_log()
     session.pending.clear()
     console.hint("started a new conversation")
 
@@ -154,12 +171,44 @@ def set_system(session: ChatSession, argument: str) -> None:
 
 
 def set_option(session: ChatSession, argument: str) -> None:
+    """Set an option and check it at once, or list all."""
+    if not argument:
+        print_settings(session)
+        return
     name, _, text = argument.partition(" ")
-    if not text.strip():
-        raise UserError("/set needs NAME VALUE, such as /set temp 0.7; /show lists what is set")
-    field, value = parse_option(name, text.strip())
-    session.conversation.configure(**{field: value})
-    console.hint(f"{field} = {getattr(session.conversation.generation_config, field)}")
+    field, value = parse_setting(name, text.strip())
+    with console.spinner(f"checking {name}", quiet=session.quiet):
+        session.conversation.configure(**{field: value})
+    config = session.conversation.generation_config
+    console.hint(f"{shown_name(field)} = {format_setting(field, getattr(config, field))}")
+
+
+def print_settings(session: ChatSession) -> None:
+    rows = list_settings(session.conversation.generation_config)
+    name_width = max(len(name) for name, _, _ in rows)
+    value_width = max(len(value) for _, value, default in rows if value == default)
+    for name, value, default in rows:
+        changed = f"  (default: {default})" if value != default else ""
+        console.hint(f"{name:<{name_width}}  {value:<{value_width}}{changed}".rstrip())
+
+
+def change_model(session: ChatSession, argument: str) -> None:
+    """Load another model and continue the conversation with it."""
+    session.change_model(unquote_all(argument)[0])
+
+
+def show_past_chats(session: ChatSession, argument: str) -> None:
+    """List past conversations, or continue one."""
+    if argument:
+        if not argument.isdecimal():
+            raise UserError(f"/history needs a number of its list, not {argument}")
+        continue_past_chat(session, find_past_chat(int(argument)))
+        return
+    rows = list_past_chats()
+    for row in rows:
+        count = console.format_count(row["questions"], "question")
+        console.hint(f"{row['number']}  {row['started']} · {count} · {row['first question']}")
+    console.hint("/history N continues one" if rows else NONE_YET)
 
 
 def show_state(session: ChatSession, _: str) -> None:
@@ -196,6 +245,7 @@ def save_conversation(session: ChatSession, argument: str) -> None:
 def load_conversation(session: ChatSession, argument: str) -> None:
     path, _ = parse_filename(argument)
     with_cache = session.conversation.load(path)
+    session.start_new_log()
     session.pending.clear()
     count = console.format_count(len(session.conversation.exchanges), "question")
     cost = "the prompt cache was restored" if with_cache else "the next question processes it again"
@@ -239,8 +289,11 @@ COMMANDS = (
         "/system", "set the system prompt; default restores it", set_system, required="TEXT"
     ),
     SlashCommand(
-        "/set", "set temp, max-tokens, v2pe-delta …; the names of the flags", set_option,
-        required="NAME VALUE",
+        "/set", "set an option, by the names of the flags; alone, list all", set_option,
+        optional="[NAME VALUE]",
+    ),
+    SlashCommand(
+        "/model", "change the model and keep the conversation", change_model, required="NAME"
     ),
     SlashCommand("/show", "show the model, the space left and what is set", show_state),
     SlashCommand(
@@ -248,6 +301,9 @@ COMMANDS = (
         required="FILE [cache]",
     ),
     SlashCommand("/load", "continue a saved conversation", load_conversation, required="FILE"),
+    SlashCommand(
+        "/history", "list past conversations, or continue one", show_past_chats, optional="[N]"
+    ),
     SlashCommand("/help", "list the commands", show_help),
     SlashCommand("/exit", "leave, like Ctrl-D", leave_chat),
 )  # fmt: skip

@@ -29,6 +29,7 @@ from internvl3_mlx.generation.processor import (
     as_sequence,
 )
 from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.runner import ModelRunner, final_answer
 from internvl3_mlx.prompt.messages import Message
 
@@ -128,7 +129,31 @@ class Conversation:
         """Change options from the next question on, such as ``system`` or ``v2pe_delta``."""
         config = with_overrides(self.generation_config, options)
         self.check_config(config)
+        self.runner.check_config(config)
         self.generation_config = config
+
+    def with_runner(
+        self, runner: ModelRunner, pending: Sequence[ProcessedImage | ProcessedVideo] = ()
+    ) -> "Conversation":
+        """Return this conversation with another model, which reads it anew at the next question.
+
+        pending: images and videos that are still to be sent. Raises UserError where the tiles of
+        the images are not those of the other model.
+        """
+        ours, theirs = (
+            (one.config.force_image_size, one.config.num_image_token)
+            for one in (self.runner, runner)
+        )
+        has_media = bool(pending) or any(past.processed_images for past in self.exchanges)
+        if has_media and ours != theirs:
+            raise UserError(
+                f"{runner.name} cuts images into tiles of {theirs[0]} pixels, this model of "
+                f"{ours[0]}; start a new conversation with /clear, or drop the images"
+            )
+        runner.check_config(self.generation_config)
+        same = model_fingerprint(runner.model) == model_fingerprint(self.runner.model)
+        exchanges = [past if same else past.without_token_ids() for past in self.exchanges]
+        return Conversation(runner, self.generation_config, exchanges)
 
     def process_image(self, image: InputImage) -> ProcessedImage:
         """Open and tile an image now, with this conversation's options; pass the result to ``ask``.

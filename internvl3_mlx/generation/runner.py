@@ -8,13 +8,14 @@ from typing import cast
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.answer import Answer, AnswerChunk
-from internvl3_mlx.generation.engine import remaining_context
+from internvl3_mlx.generation.engine import kv_quantization_for, remaining_context
 from internvl3_mlx.generation.generate import Generation, MakeDrafter
 from internvl3_mlx.generation.generation_config import DraftSource, GenerationConfig
 from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processor, as_sequence
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.speculative import DraftModel, PromptLookup, check_greedy
+from internvl3_mlx.generation.structured import is_structured, make_constraint
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -64,6 +65,20 @@ class ModelRunner:
         ntk = generation_config.ntk and inputs.uses_unit_positions
         if remaining_context(inputs.next_position, self.config.text, ntk=ntk) < 0:
             raise PromptError(context_overflow_message(inputs, self.config))
+
+    def check_config(self, config: GenerationConfig) -> None:
+        """Raise UserError for options that this model or this installation cannot follow.
+
+        Compiles a constraint and loads a draft model, so that a mistake shows before a question.
+        """
+        if is_structured(config):
+            make_constraint(config, self.tokenizer, self.config.text.vocab_size)
+        kv_quantization_for(config, self.config.text.head_dim)
+        self.processor.tile_policy(config)
+        if config.lookup or config.draft_model is not None:
+            check_greedy(config)
+        if config.draft_model is not None:
+            self.load_draft_model(config.draft_model)
 
     def open_generation(
         self,

@@ -80,8 +80,10 @@ def test_a_missing_image_is_reported_and_the_question_is_not_asked(session, send
         ("/hlep", "no such command or image: /hlep; did you mean /help?"),
         ("/cat.png", "no such command or image: /cat.png; /help lists the commands"),
         ("/image", "/image needs an argument: /image PATH…"),
-        ("/set", "/set needs an argument: /set NAME VALUE"),
-        ("/set temperature", "/set needs NAME VALUE, such as /set temp 0.7"),
+        ("/model", "/model needs an argument: /model NAME"),
+        ("/model 2b", "this chat cannot change its model"),
+        ("/history 3", "no past conversations"),
+        ("/history x", "/history needs a number of its list"),
         ("/set temperture 1", "unknown option 'temperture'; did you mean temperature?"),
         ("/set temperature hot", "temperature cannot be hot; expected a number"),
         ("/set v2pe_delta 1/3", "V2PE step 1/3"),
@@ -121,9 +123,9 @@ def test_retry_answers_in_the_place_of_the_last_answer(session, send):
 
 
 def test_options_apply_from_the_next_question_on(session, send):
-    assert send("/set temp 0.5") == "temperature = 0.5\n"
-    assert send("/set v2pe-delta 1/4") == "v2pe_delta = 0.25\n"
-    assert send("/set temperature default") == "temperature = 0.0\n"
+    assert send("/set temp 0.5") == "temp = 0.5\n"
+    assert send("/set v2pe-delta 1/4") == "v2pe-delta = 0.25\n"
+    assert send("/set temperature default") == "temp = 0\n"
     send("/system Be brief.")
     assert session.conversation.generation_config.system == "Be brief."
     shown = send("/show")

@@ -132,7 +132,7 @@ def test_commands_are_completed_and_mistyped_ones_named(open_chat):
     chat.wait_for("›", 2)
     chat.type("/?\r")
     screen = chat.wait_for("Ctrl-C stops an answer")  # the last line
-    for name in ("/image PATH…", "/paste", "/undo", "/set NAME VALUE", "/exit"):
+    for name in ("/image PATH…", "/paste", "/undo", "/set [NAME VALUE]", "/exit"):
         assert name in screen
 
 

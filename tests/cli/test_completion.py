@@ -26,4 +26,15 @@ def test_models_are_completed_from_sizes_the_cache_and_folders(tmp_path, monkeyp
     assert [item.value for item in list_model_completions(None, None, "Open")][
         0
     ] == "OpenGVLab/InternVL3-2B"
-    assert list_model_completions(None, None, "x")[-1].type == "dir"
+    monkeypatch.chdir(tmp_path)
+    for name in ("my model", ".hidden", "x/inside"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "mine.txt").touch()
+    assert [item.value for item in list_model_completions(None, None, "m")] == [
+        "models--OpenGVLab--InternVL3-2B",
+        "models--other--thing",
+        "my model",
+    ]
+    assert [item.value for item in list_model_completions(None, None, "x/")] == ["x/inside"]
+    # an item of another type makes bash drop the names
+    assert {item.type for item in list_model_completions(None, None, "")} == {"plain"}
