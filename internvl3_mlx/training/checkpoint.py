@@ -26,7 +26,7 @@ from internvl3_mlx.training.trainer import TrainState, sync_weights
 
 FOLDER, ARRAYS, METADATA = "checkpoints", "state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
-FORMAT_VERSION = 2  # of state.json: raised when older ones can no longer be read
+FORMAT_VERSION = 3  # of state.json: raised when older ones can no longer be read
 # settings that change nothing of what is computed from one update to the next
 CHANGEABLE = frozenset({
     "model", "data", "valid_data", "adapter_path", "resume_adapter_file", "cache_features",

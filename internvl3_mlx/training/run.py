@@ -172,7 +172,7 @@ def run_session(
             with suppress(InternVL3Error, OSError, RuntimeError):  # the first error matters
                 save_run(session, final=True)
             raise
-        if stop is None and session.setup.test:
+        if session.setup.test and (stop is None or stop[0] == "patience"):
             yield run_test(session)
     yield from report_left_out(session)
     yield describe_end(session, loss, stop)

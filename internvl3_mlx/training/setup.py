@@ -128,11 +128,14 @@ def prepare_run(
     train = open_dataset(config.data, "train", config=config)
     if train is None:
         raise UserError(f"no training data in {config.data}; pass a folder with train.jsonl")
-    valid: Dataset | None
+    valid = open_valid_split(config)
     if config.valid_share is not None:
+        if valid is not None:
+            raise UserError(
+                f"{config.data} has validation data, and valid_share would split off more; drop "
+                "valid_share, or name the training file alone"
+            )
         train, valid = split_off_share(train, config)
-    else:
-        valid = open_valid_split(config)
     test = open_test_split(config)
     check_validation_data(config, valid)
     local_model = fetch_model(config.model, config.q_bits or DENSE_BITS, notify=notify)

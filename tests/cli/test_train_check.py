@@ -89,6 +89,9 @@ def test_a_share_for_validation_and_a_test_split(folder):
     assert events["test"]["test_loss"] > 0
     assert 0 <= events["test"]["test_exact"] <= 1
     assert "val_loss" in events["validation"]
+    write_jsonl(folder / "data" / "valid.jsonl", [chat_record()])
+    twice = check("data", "--valid-share", 0.34)
+    assert "data has validation data, and valid_share would split off more" in twice.stderr
     splits = json.loads(check("data", "--test", "--json").stdout)
     assert (splits["test"]["records"], splits["test"]["invalid"]) == (2, 0)
     (folder / "data" / "test.jsonl").unlink()

@@ -180,10 +180,10 @@ def test_resuming_needs_a_checkpoint(tmp_path):
 def test_a_damaged_checkpoint_is_reported(tmp_path):
     here, folder = saved(tmp_path)
     metadata = folder / "state.json"
-    metadata.write_text(metadata.read_text().replace('"format": 2', '"format": 99'))
+    metadata.write_text(metadata.read_text().replace('"format": 3', '"format": 99'))
     with pytest.raises(
         CheckpointError,
-        match="has checkpoint format 99, but .* reads format 2; resume with the version",
+        match="has checkpoint format 99, but .* reads format 3; resume with the version",
     ):
         load_checkpoint(here.state, folder)
     metadata.write_text("{")

@@ -1,6 +1,7 @@
 """Training records on disk: files and folders in any published form, and InternVL's meta JSON."""
 
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 PARQUET_MAGIC, ARROW_MAGIC = b"PAR1", b"ARROW1"
+MAX_REPEATS = 1000  # of a file in an epoch
 RATIO = re.compile(r"(.+):(\d+(?:\.\d+)?)")  # PATH:RATIO
 
 
@@ -122,22 +124,23 @@ def open_dataset(
 
 def split_sources(text: str) -> list[tuple[str, float]]:
     """Split ``a.jsonl,b.parquet:0.5`` into paths with ratios; a path that exists is one source."""
-    if Path(text).expanduser().exists():
+    if expand_user(text).exists():
         return [(text, 1.0)]
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = None if Path(part).expanduser().exists() else RATIO.fullmatch(part)
+        match = None if expand_user(part).exists() else RATIO.fullmatch(part)
         found.append((match[1], float(match[2])) if match else (part, 1.0))
     return found
 
 
 def open_source(name: str, ratio: float, split: str, config: TrainConfig) -> list[DataFile]:
     """Open the files of one source for a split; none if it does not have that split."""
-    if ratio <= 0 or (ratio > 1 and ratio != int(ratio)):
+    if ratio <= 0 or ratio > MAX_REPEATS or (ratio > 1 and ratio != int(ratio)):
         raise DataError(
-            f"{name}: the ratio is {ratio:g}; expected a fraction below 1 or an integer"
+            f"{name}: the ratio is {ratio:g}; expected a fraction below 1, or an integer up to "
+            f"{MAX_REPEATS}"
         )
-    target = Path(name).expanduser()
+    target = expand_user(name)
     if not target.exists():
         if not DATASET_NAME.fullmatch(name):
             raise DataError(
@@ -146,6 +149,8 @@ def open_source(name: str, ratio: float, split: str, config: TrainConfig) -> lis
         target = download_dataset(name)
     if target.is_dir():
         files = open_folder(target, split)
+    elif not target.is_file():
+        raise DataError(f"{name} is not a regular file; pass a file or a folder")
     elif split != "train":
         return []
     elif is_meta_file(target):
@@ -153,8 +158,10 @@ def open_source(name: str, ratio: float, split: str, config: TrainConfig) -> lis
     else:
         files = [open_data_file([target])]
     if config.image_folder is not None:
-        root = Path(config.image_folder).expanduser()
+        root = expand_user(config.image_folder)
         files = [replace(file, root=root) for file in files]
+    if split != "train":  # the ratios are those of the training data
+        return files
     return [scale_file(file, ratio, config, name) for file in files]
 
 
@@ -247,6 +254,11 @@ def open_data_file(paths: Sequence[Path]) -> DataFile:
     return DataFile(str(paths[0]), source, paths[0].parent, selected)
 
 
+def expand_user(path: str | Path) -> Path:
+    """Expand ``~``; a name such as ``~photo.jpg`` that is nobody's home is a path as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def split_off_share(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
     """Split a random ``config.valid_share`` of each file off for validation: (train, valid)."""
     assert config.valid_share is not None
@@ -312,7 +324,7 @@ def open_meta_entry(path: Path, name: str, entry: dict[str, Any], config: TrainC
     """Open the file of one meta JSON entry and select its lines."""
     location = f"{path}: {name!r}"
     check_meta_entry(location, entry)
-    annotation = path.parent / Path(entry["annotation"]).expanduser()
+    annotation = path.parent / expand_user(entry["annotation"])
     if not annotation.is_file():
         raise DataError(f"{location}: no file at {annotation}; correct 'annotation'")
     file = open_data_file([annotation])
@@ -325,7 +337,7 @@ def open_meta_entry(path: Path, name: str, entry: dict[str, Any], config: TrainC
             )
     return replace(
         file,
-        root=path.parent / Path(entry.get("root") or "").expanduser(),
+        root=path.parent / expand_user(entry.get("root") or ""),
         selected=selected,
         repeats=max(1, int(repeat)),
         augment=entry.get("data_augment", False),
@@ -349,9 +361,10 @@ def check_meta_entry(location: str, entry: dict[str, Any]) -> None:
         raise DataError(f"{location}: no 'annotation'; expected the path of a JSONL file")
     repeat = entry.get("repeat_time", 1)
     is_number = isinstance(repeat, int | float) and not isinstance(repeat, bool)
-    if not is_number or repeat <= 0 or (repeat > 1 and repeat != int(repeat)):
+    if not is_number or not 0 < repeat <= MAX_REPEATS or (repeat > 1 and repeat != int(repeat)):
         raise DataError(
-            f"{location}: 'repeat_time' is {repeat!r}; expected a fraction below 1 or an integer"
+            f"{location}: 'repeat_time' is {repeat!r}; expected a fraction below 1 or an integer "
+            f"up to {MAX_REPEATS}"
         )
     tiles = entry.get("max_dynamic_patch")
     if tiles is not None and (type(tiles) is not int or tiles < 1):

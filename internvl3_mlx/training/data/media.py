@@ -17,7 +17,7 @@ from internvl3_mlx.images.tiling import TilePolicy, jpeg_roundtrip
 from internvl3_mlx.prompt.messages import Message, MessageMedia, media_order
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.content import MediaRef
-from internvl3_mlx.training.data.dataset import DataFile
+from internvl3_mlx.training.data.dataset import DataFile, expand_user
 from internvl3_mlx.training.data.json_values import RecordError
 from internvl3_mlx.training.data.schema import ParsedRecord
 
@@ -174,7 +174,9 @@ def resolve_media_path(name: MediaRef, file: DataFile) -> str | Path | bytes:
                 "download it and use its path"
             )
         return name
-    path = file.root / Path(name).expanduser()
+    path = file.root / expand_user(name)
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise ImageError(f"cannot read {shorten_name(name)}: it is not a regular file")
     if not path.exists() and file.root != Path() and Path(name).is_file():
         raise ImageError(
             f"no file at {shorten_name(str(path))}: paths are relative to {file.root}, and there "

@@ -121,6 +121,9 @@ META_ERRORS = {
     "'x': no 'annotation'; expected the path of a JSONL file": {"annotation": None},
     "'repeat_time' is 1.5; expected a fraction below 1 or an integer": {"repeat_time": 1.5},
     "'repeat_time' is 0;": {"repeat_time": 0},
+    "'repeat_time' is 1e+300; expected a fraction below 1 or an integer up to 1000": {
+        "repeat_time": 1e300
+    },
     "'repeat_time' 0.1 selects none of 3 records; raise it": {"repeat_time": 0.1},
     "'max_dynamic_patch' is 'many'; expected a positive integer": {"max_dynamic_patch": "many"},
     "'data_augment' is 'yes'; expected true or false": {"data_augment": "yes"},

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_several_sources_are_joined_by_their_ratios(folder):
     again = open_dataset("a.jsonl:0.3,b.json:2")
     assert [r.value for r in data] == [r.value for r in again]
     assert split_sources("c,d:2") == [("c,d:2", 1.0)]
-    for wrong in ("a.jsonl:1.5", "a.jsonl:0", "b.json:0.1"):
+    for wrong in ("a.jsonl:1.5", "a.jsonl:0", "b.json:0.1", "a.jsonl:1000000000"):
         with pytest.raises(DataError, match="the ratio"):
             open_dataset(wrong)
 
@@ -171,6 +172,17 @@ def test_a_large_array_is_indexed_without_reading_it_into_memory(folder):
     tracemalloc.stop()
     assert (folder / "rows.json").stat().st_size > 12e6
     assert peak < 3e6
+
+
+def test_a_table_is_mapped_rather_than_read_into_memory(folder):
+    values = [{"question": f"{n} " + "x" * 400, "answer": str(n)} for n in range(20_000)]
+    write_parquet(folder / "rows.parquet", values, row_group=5_000)
+    before = pyarrow.total_allocated_bytes()
+    data = open_dataset("rows.parquet")
+    assert [data[n].value["answer"] for n in (19_999, 0, 7_000)] == ["19999", "0", "7000"]
+    assert pyarrow.total_allocated_bytes() - before < 1e6
+    [table] = (folder / "cache" / "tables").iterdir()
+    assert table.stat().st_size > 8e6
 
 
 def test_a_table_is_cached_once_and_again_when_it_changes(folder):
@@ -227,6 +239,22 @@ def test_several_files_of_one_split_are_refused(folder):
     write_json(folder / "two" / "train.json", rows())
     with pytest.raises(DataError, match=r"several files of the train split: train\.json, train"):
         open_dataset("two")
+
+
+def test_ratios_are_those_of_the_training_data_alone(folder):
+    write_jsonl(folder / "data" / "train.jsonl", rows(4))
+    write_jsonl(folder / "data" / "valid.jsonl", rows(3))
+    assert (len(open_dataset("data:2")), len(open_dataset("data:2", "valid"))) == (8, 3)
+
+
+def test_pipes_are_refused_rather_than_waited_for(folder):
+    os.mkfifo(folder / "pipe.jsonl")
+    with pytest.raises(DataError, match="pipe.jsonl is not a regular file"):
+        open_dataset("pipe.jsonl")
+    write_jsonl(folder / "r.jsonl", [chat_record(image="pipe.jsonl"), chat_record(image="~a.png")])
+    first, second = validation_report(open_dataset("r.jsonl"), make_preprocessor()).errors
+    assert "cannot read pipe.jsonl: it is not a regular file" in first.message
+    assert "no file at ~a.png" in second.message
 
 
 def test_a_path_relative_to_the_current_folder_is_explained(folder):
