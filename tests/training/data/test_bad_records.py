@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fixtures.records import chat_record, open_batches, open_records, write_image, write_jsonl
 from fixtures.train_sessions import finish, select, small_config, small_session
-from fixtures.videos import film
+from fixtures.videos import make_video
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.training.checkpoint import list_checkpoints
@@ -76,7 +76,7 @@ def test_a_damaged_memory_of_the_check_counts_as_empty(tmp_path):
 
 def test_the_deep_check_reads_videos(tmp_path):
     video = tmp_path / "v.mp4"
-    video.write_bytes(film(count=12))
+    video.write_bytes(make_video(count=12))
     (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:-400])
     path = write_jsonl(
         tmp_path / "r.jsonl", [chat_record("?", video=name) for name in ("v.mp4", "cut.mp4")]

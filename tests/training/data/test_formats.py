@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fixtures.image_files import noise
 from fixtures.records import chat_record, make_preprocessor, open_records, write_image, write_jsonl
@@ -109,6 +110,26 @@ def test_a_format_of_pairs_is_named_and_read(name, record):
     [question] = parsed.messages
     assert question.text.removeprefix("<image>\n") == "What?"
     assert (question.num_images, parsed.answers) == (1, ("A cat.", "A dog."))
+
+
+@pytest.mark.parametrize(("table", "method"), [(CHATS, "sft"), (PAIRS, "mpo")])
+def test_files_of_all_formats_become_the_same_sample(tmp_path, table, method):
+    write_image(tmp_path / "a.png", 300, 100)
+    records = [{"image": "a.png", **record} for rows in table.values() for record in rows]
+    if method == "sft":
+        records = [record for rows in table.values() for record in rows]
+    dataset, preprocessor = open_records(
+        write_jsonl(tmp_path / "r.jsonl", records), method=method, batch_size=1
+    )
+    report = validation_report(dataset, preprocessor)
+    assert report.errors == ()
+    assert {*report.formats} == {*table}
+    assert {*report.sizes.tokens.tolist()} == {report.sizes.tokens[0]}
+    build = preprocessor.build_sample if method == "sft" else preprocessor.build_pair
+    samples = [build(record) for record in dataset]
+    first, *others = [s if method == "sft" else s.prompt for s in samples]
+    assert all(np.array_equal(first.input_ids, other.input_ids) for other in others)
+    assert all(np.array_equal(first.loss_mask, other.loss_mask) for other in others)
 
 
 def test_every_format_of_the_table_is_tested():

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from fixtures.records import chat_record, open_records, write_image, write_jsonl
-from fixtures.videos import film
+from fixtures.videos import make_video
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.config import TrainConfig
@@ -58,7 +58,7 @@ def test_each_image_may_have_the_whole_limit(tmp_path):
 
 @pytest.fixture
 def video(tmp_path):
-    (tmp_path / "v.mp4").write_bytes(film(count=12))
+    (tmp_path / "v.mp4").write_bytes(make_video(count=12))
     return write_jsonl(tmp_path / "r.jsonl", [chat_record("?", video="v.mp4")] * 3)
 
 
