@@ -10,8 +10,8 @@ from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.convert.tokenizer_export import build_fast_tokenizer
+from internvl3_mlx.files import read_optional_json
 from internvl3_mlx.prompt.tokenizer import Tokenizer
-from internvl3_mlx.prompt.tokenizer_files import read_optional_json
 from internvl3_mlx.write_guards import MODEL_FILES
 
 COPIED_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")

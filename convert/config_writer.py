@@ -1,6 +1,5 @@
 """``config.json`` with the keys of the layout that is written."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from typing import Any
 from internvl3_mlx.config import ModelConfig, Quantization
 from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
+from internvl3_mlx.files import read_json
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -43,7 +43,7 @@ DTYPE_KEYS = ("torch_dtype", "dtype")
 def build_config(plan: ConversionPlan, tokenizer: Tokenizer, dtype: str | None) -> Json:
     """Build the config of the plan's layout. Unknown keys of the source are kept where the layout
     stays."""
-    own = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
+    own = read_json(plan.source / "config.json")
     writers = {"mlx": mlx_config, "original": original_config, "hf": hf_config}
     content = writers[plan.layout](own, plan, tokenizer)
     if any(key in content for key in LORA_KEYS):
@@ -90,11 +90,10 @@ def original_config(own: Json, plan: ConversionPlan, _: Tokenizer) -> Json:
 def original_from_hf(config: ModelConfig) -> Json:
     """Translate a config of the hf layout to the keys of the original layout."""
     vision, text = asdict(config.vision), asdict(config.text)
-    factor = text.pop("rope_dynamic_factor")
+    text["rope_scaling"] = config.text.rope_scaling.to_dict()
     family = text.pop("family")
     text["architectures"] = [ARCHITECTURES[family]]
     text["model_type"] = {"qwen2": "qwen2", "internlm3": "internlm2"}[family]
-    text["rope_scaling"] = {"type": "dynamic", "factor": factor} if factor else None
     text["torch_dtype"] = config.dtype
     top = asdict(config)
     return {
@@ -164,15 +163,14 @@ def hf_text_config(config: ModelConfig, tokenizer: Tokenizer) -> Json:
     """Build the Qwen2 or Llama config of the language model."""
     text = asdict(config.text)
     kind = HF_TEXT_TYPES[text.pop("family")]
-    factor, bias = text.pop("rope_dynamic_factor"), text.pop("qkv_bias")
-    scaling = {"rope_type": "dynamic", "type": "dynamic", "factor": factor} if factor else None
+    bias = text.pop("qkv_bias")
     return {
         **text,
         **({"attention_bias": bias} if kind == "llama" else {}),
         "model_type": kind,
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "hidden_act": "silu",
-        "rope_scaling": scaling,
+        "rope_scaling": config.text.rope_scaling.to_dict(),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.im_end_id,
         "torch_dtype": config.dtype,

@@ -4,7 +4,6 @@ PEFT stores ``X.base_layer.weight``, ``X.lora_A.default.weight`` (r, in) and
 ``X.lora_B.default.weight`` (out, r); the merged weight is base + scale * B A.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
 from internvl3_mlx.adapters.peft import LORA_TENSOR, LoRAScales, read_adapter_config
 from internvl3_mlx.checkpoints.reader import TensorInfo
 from internvl3_mlx.errors import KeyMapError
+from internvl3_mlx.files import read_optional_json
 
 BASE_WEIGHT = ".base_layer.weight"
 PUBLISHED_SCALE = 2.0  # InternVL's training code sets lora_alpha to twice the rank
@@ -86,9 +86,7 @@ def embedded_config(folder: Path) -> dict[str, Any]:
     """Read the adapters' settings: adapter_config.json, or else config.json."""
     if (folder / ADAPTER_CONFIG).is_file():
         return read_adapter_config(folder / ADAPTER_CONFIG)
-    path = folder / "config.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    return read_optional_json(folder / "config.json")
 
 
 def embedded_scale(module: str, rank: int, settings: Mapping[str, Any]) -> float:

@@ -6,7 +6,6 @@
 holds ranks and alphas.
 """
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from internvl3_mlx.checkpoints.reader import Checkpoint
 from internvl3_mlx.checkpoints.remap import apply_rule, resolve_rows
 from internvl3_mlx.config import ModelConfig, TextConfig
 from internvl3_mlx.errors import CheckpointError, KeyMapError, UserError
+from internvl3_mlx.files import read_json
 from internvl3_mlx.models.lora import LoRAWeights, concatenate_lora
 
 ADAPTER_LAYOUTS = ("original", "hf")
@@ -108,13 +108,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
     Raises UserError if it is not LoRA or DoRA, or if its A and B alone do not define the model.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind, start = content.get("peft_type", "LORA"), content.get("init_lora_weights")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is not a valid adapter_config.json; save the adapter again"
-        ) from error
+    content = read_json(path)
+    kind, start = content.get("peft_type", "LORA"), content.get("init_lora_weights")
     if kind != "LORA":
         raise UserError(f"{path.parent} is an adapter of type {kind}; expected LoRA or DoRA")
     if isinstance(start, str) and start.lower().startswith(BASE_MODIFYING_INITS):
@@ -123,7 +118,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
             "model; save it from PEFT with path_initial_model_for_weight_conversion"
         )
     check_settings(content, path)
-    return dict(content)
+    return content
 
 
 def check_settings(content: Mapping[str, Any], path: Path) -> None:

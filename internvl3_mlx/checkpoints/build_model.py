@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from internvl3_mlx.checkpoints.agreement import check_vocabulary
 from internvl3_mlx.checkpoints.keymap import ResolvedRule
 from internvl3_mlx.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
 from internvl3_mlx.checkpoints.remap import check_tensors, plan_remap, remap
@@ -57,22 +58,13 @@ def assemble_model(
     checkpoint = open_checkpoint(folder)
     config, rules = plan_remap(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
-    check_image_token(tokenizer, config)
+    check_vocabulary(tokenizer, config)
     model = empty_model(config, rules, tokenizer.image_id)
     compute = compute_dtype(dtype, config.dtype, for_training=for_training)
     load_weights(
         model, {name: cast_floats(x, compute) for name, x in remap(checkpoint, config, rules)}
     )
     return LoadedModel(folder, config, tokenizer, model)
-
-
-def check_image_token(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Raise ConfigError if the id of <IMG_CONTEXT> is outside the model's vocabulary."""
-    if tokenizer.image_id >= config.text.vocab_size:
-        raise ConfigError(
-            f"<IMG_CONTEXT> is token {tokenizer.image_id} but the model has "
-            f"{config.text.vocab_size} tokens; the tokenizer belongs to another model"
-        )
 
 
 def empty_model(config: ModelConfig, rules: list[ResolvedRule], image_id: int) -> InternVL:

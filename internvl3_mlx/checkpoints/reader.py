@@ -1,8 +1,7 @@
 """Read checkpoints: safetensors files, or an old PyTorch file."""
 
-import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from internvl3_mlx.config.foreign import (
     visible_files,
 )
 from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.files import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -157,11 +157,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_index(index: Path) -> dict[str, str]:
     try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table = read_json(index)["weight_map"]
         files = {str(name): str(file) for name, file in table.items()}
         if any(Path(file).name != file for file in files.values()):
             raise ValueError("a file outside the folder")
         return files
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index} is not an index of safetensors files; download it again"
@@ -195,6 +197,7 @@ def load_tensor_file(file: Path) -> dict[str, mx.array]:
 LENGTH_BYTES = 8  # a safetensors file begins with its header's length, little-endian
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 METADATA = "__metadata__"
+MAX_DIMENSIONS = 8  # of a tensor; an image patch's filter has 4
 
 
 def read_header(file: Path) -> list[TensorInfo]:
@@ -215,10 +218,24 @@ def read_header(file: Path) -> list[TensorInfo]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise header_error(file, error) from error
-    end = max((info.start + info.nbytes for info in entries if info.start is not None), default=0)
+    check_every_byte(file, entries, begin, size)
+    return entries
+
+
+def check_every_byte(file: Path, entries: Sequence[TensorInfo], begin: int, size: int) -> None:
+    """Raise CheckpointError unless each byte behind the header belongs to exactly one tensor."""
+    end, last = begin, None
+    for info in sorted(entries, key=lambda info: (info.start or 0, info.nbytes)):
+        start = info.start or 0
+        if start < end and last is not None:
+            raise header_error(file, f"{last!r} and {info.name!r} overlap")
+        if start > end:
+            raise header_error(file, f"{start - end:,} bytes before {info.name!r} are no tensor's")
+        end, last = start + info.nbytes, info.name
     if size < end:
         raise CheckpointError(f"{file} is truncated: {size:,} of {end:,} bytes; download it again")
-    return entries
+    if size > end:
+        raise header_error(file, f"{size - end:,} bytes at its end are no tensor's")
 
 
 def read_json_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
@@ -232,11 +249,9 @@ def read_json_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
                 f"{file} is not a safetensors file, or its header is corrupt; download it again"
             )
         try:
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
         except ValueError as error:
             raise header_error(file, error) from error
-    if not isinstance(header, dict):
-        raise header_error(file, "not an object")
     return header, LENGTH_BYTES + length
 
 
@@ -246,16 +261,23 @@ def header_error(file: Path, why: object) -> CheckpointError:
 
 def parse_header_entry(name: str, entry: Mapping[str, Any], file: Path, begin: int) -> TensorInfo:
     """Parse one tensor's entry. Raises ValueError if its parts contradict each other."""
-    first, last = (int(offset) for offset in entry["data_offsets"])
-    shape, dtype = tuple(entry["shape"]), entry["dtype"]
-    if dtype not in ELEMENT_TYPES:
-        raise ValueError(f"{name} has the unknown data type {dtype}")
-    if any(not isinstance(side, int) or side < 0 for side in shape):
-        raise ValueError(f"{name} has the shape {list(shape)}")
+    offsets, shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in ELEMENT_TYPES:
+        raise ValueError(f"{name!r} has the unknown data type {str(dtype)[:40]!r}")
+    if len(shape) > MAX_DIMENSIONS or not all(is_count(side) for side in shape):
+        raise ValueError(f"{name!r} has the shape {str(list(shape))[:80]}")
+    if len(offsets) != 2 or not all(is_count(offset) for offset in offsets):
+        raise ValueError(f"{name!r} has the offsets {str(offsets)[:80]}")
+    first, last = offsets
     expected = prod(shape) * ELEMENT_TYPES[dtype].nbytes
-    if first < 0 or last - first != expected:
-        raise ValueError(f"{name} has {last - first:,} bytes, its shape needs {expected:,}")
+    if last - first != expected:
+        raise ValueError(f"{name!r} has {last - first:,} bytes, its shape needs {expected:,}")
     return TensorInfo(name, shape, dtype, expected, file, begin + first)
+
+
+def is_count(value: object) -> bool:
+    """Tell whether a value of a header is a size or an offset."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,12 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from internvl3_mlx.checkpoints.agreement import (
+    LM_HEAD,
+    check_dtypes,
+    check_head,
+    check_layer_counts,
+)
 from internvl3_mlx.checkpoints.keymap import KeyMap, ResolvedRule, summarize_names
 from internvl3_mlx.checkpoints.reader import Checkpoint
 from internvl3_mlx.config import ModelConfig, TextConfig
@@ -12,7 +18,6 @@ from internvl3_mlx.config.foreign import check_layout_names
 from internvl3_mlx.errors import KeyMapError
 
 PATCH_WEIGHT = "vision_model.embeddings.patch_embedding.weight"
-LM_HEAD = "language_model.lm_head.weight"
 FIRST_QUERY = "language_model.model.layers.0.self_attn.q_proj"
 CHANNELS = 3
 
@@ -20,14 +25,21 @@ CHANNELS = 3
 def plan_remap(
     checkpoint: Checkpoint, config: ModelConfig
 ) -> tuple[ModelConfig, list[ResolvedRule]]:
-    """Resolve the rules of a checkpoint, and complete its config from the shapes of its tensors."""
+    """Resolve the rules of a checkpoint, and complete its config from the shapes of its tensors.
+
+    Raises KeyMapError where config and tensors are of two models.
+    """
     check_layout_names(config.layout, checkpoint.tensors)
     moves = KeyMap(config.layout).resolve(checkpoint.tensors)
     names = {target for move in moves for target in move.targets}
+    check_dtypes(moves, checkpoint.tensors)
+    check_layer_counts(names, config)
+    check_head(names, config)
+    stated = config.text.qkv_bias
     text = replace(
         config.text,
         tie_word_embeddings=LM_HEAD not in names,
-        qkv_bias=f"{FIRST_QUERY}.bias" in names,
+        qkv_bias=f"{FIRST_QUERY}.bias" in names if stated is None else stated,
         head_dim=head_dim(checkpoint, moves, config.text),
     )
     return replace(config, text=text), moves

@@ -12,6 +12,7 @@ from internvl3_mlx.config.model import (
     VisionConfig,
 )
 from internvl3_mlx.config.read import parse_config, read_config
+from internvl3_mlx.config.rope import RopeScaling
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -21,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "Quantization",
     "QuantizationPlan",
+    "RopeScaling",
     "TextConfig",
     "VisionConfig",
     "parse_config",

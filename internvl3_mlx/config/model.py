@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from internvl3_mlx.config.rope import RopeScaling
 from internvl3_mlx.errors import ConfigError
 
 Layout = Literal["original", "hf", "mlx"]
@@ -68,7 +69,11 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The decoder. ``family`` is our own field: qwen2 (all sizes but the 9B) or internlm3 (9B)."""
+    """The decoder. ``family`` is our own field: qwen2 (all sizes but the 9B) or internlm3 (9B).
+
+    ``tie_word_embeddings``: the checkpoint may lack an output head of its own. ``qkv_bias``: it
+    must have these biases; None where the published code leaves it to the file.
+    """
 
     family: str
     hidden_size: int
@@ -80,10 +85,27 @@ class TextConfig:
     vocab_size: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_dynamic_factor: float | None = None
+    rope_scaling: RopeScaling = RopeScaling()
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
-    qkv_bias: bool = True
+    qkv_bias: bool | None = True
+
+    @property
+    def rope_dynamic_factor(self) -> float | None:
+        """The factor of dynamic NTK, which alone depends on the length; None for other methods."""
+        scaling = self.rope_scaling
+        return scaling.factor if scaling.rope_type == "dynamic" else None
+
+    @property
+    def static_context(self) -> int:
+        """Positions that the model can use without dynamic NTK."""
+        scaling, window = self.rope_scaling, self.max_position_embeddings
+        factor = scaling.factor or 1.0
+        if scaling.rope_type == "linear":
+            return int(window * factor)
+        if scaling.rope_type == "yarn":
+            return max(window, int((scaling.original_max_position_embeddings or window) * factor))
+        return window
 
     def __post_init__(self) -> None:
         check_positive_numbers(self, "text config")
@@ -135,6 +157,7 @@ class ModelConfig:
     quantization: QuantizationPlan | None = None
     trained: bool = True
     dtype: str = "bfloat16"
+    image_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.ps_version not in ("v1", "v2"):

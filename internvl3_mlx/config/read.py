@@ -1,13 +1,21 @@
 """Read ``config.json`` of any layout into a ``ModelConfig``."""
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from internvl3_mlx.config.foreign import (
     check_quantization_method,
     describe_folder,
+)
+from internvl3_mlx.config.keys import (
+    CHAT_TABLE,
+    HF_TABLE,
+    QUANTIZATION_TABLE,
+    TEXT_TABLE,
+    VISION_TABLE,
+    check_values,
 )
 from internvl3_mlx.config.model import (
     ModelConfig,
@@ -16,7 +24,10 @@ from internvl3_mlx.config.model import (
     TextConfig,
     VisionConfig,
 )
+from internvl3_mlx.config.processor import read_tile_limits
+from internvl3_mlx.config.rope import read_rope
 from internvl3_mlx.errors import CheckpointError, ConfigError
+from internvl3_mlx.files import read_json
 
 Json = Mapping[str, Any]
 
@@ -30,13 +41,14 @@ TEXT_FAMILIES = {  # the name of the decoder in config.json -> our implementatio
     "llama": "internlm3",
     "LlamaForCausalLM": "internlm3",
 }
-FAMILY_HAS_QKV_BIAS = {"qwen2": True, "internlm3": False}
+FAMILY_HAS_QKV_BIAS = {"qwen2": True, "internlm3": None}
 
 
 def read_config(folder: Path) -> ModelConfig:
     """Read and normalize ``config.json`` of a checkpoint folder.
 
-    Raises CheckpointError if there is none, ConfigError if it is not an InternVL3 model's.
+    In the hf layout the tile limits are in the processor's files. Raises CheckpointError if there
+    is no config, ConfigError if it is not an InternVL3 model's.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -46,13 +58,14 @@ def read_config(folder: Path) -> ModelConfig:
             f"no config.json in {folder}; a model folder holds config.json and *.safetensors files"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a JSON object; download it again")
+        content = read_json(path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
     check_quantization_method(content, folder)
-    return parse_config(content)
+    config = parse_config(content)
+    if config.layout == "hf":
+        return replace(config, **read_tile_limits(folder, config.force_image_size))
+    return config
 
 
 def parse_config(content: Json) -> ModelConfig:
@@ -70,28 +83,40 @@ def parse_config(content: Json) -> ModelConfig:
     except TypeError as error:
         raise ConfigError(f"config.json has a value of the wrong type: {error}") from error
     raise ConfigError(
-        f"model_type is {kind!r}; expected internvl_chat or internvl, as in InternVL3 checkpoints"
+        f"config.json: model_type is {str(kind)[:60]!r}; expected internvl_chat or internvl, as in "
+        "InternVL3 checkpoints"
     )
 
 
 def _chat_config(content: Json) -> ModelConfig:
-    vision = _select_fields(content["vision_config"], VisionConfig)
-    text = content.get("llm_config") or content.get("text_config") or {}
+    check_values(content, CHAT_TABLE, "")
+    given, text = content["vision_config"], _chat_text(content)
+    check_values(given, VISION_TABLE, "vision_config")
+    vision = _select_fields(given, VisionConfig)
+    vision |= _square_sides(vision)
     plan = _parse_quantization(content)
     converted = plan is not None or content.get("format") == "mlx"
     named = _select_fields(
-        content, ModelConfig, skip={"layout", "vision", "text", "quantization", "dtype", "trained"}
+        content,
+        ModelConfig,
+        skip={"layout", "vision", "text", "quantization", "dtype", "trained", "image_token_id"},
     )
+    named["force_image_size"] = _square_side(
+        named.get("force_image_size", vision.get("image_size", 448))
+    )
+    named["select_layer"] = _only_layer(named.get("select_layer", -1))
     system = content.get("system_message")
     return ModelConfig(
-        **{**named, "system_message": system if isinstance(system, str) and system else None},
-        **{}
-        if "force_image_size" in named
-        else {"force_image_size": vision.get("image_size", 448)},
+        **{**named, "system_message": system or None},
         layout="mlx" if converted else "original",
         vision=VisionConfig(**vision),
-        text=_text_config(text, tied=bool(content.get("tie_word_embeddings", False))),
+        text=_text_config(
+            text,
+            "llm_config" if "llm_config" in content else "text_config",
+            tied=_tied(content, text),
+        ),
         quantization=plan,
+        image_token_id=_image_token_id(content, ("img_context_token_id", "image_token_index")),
         trained=content.get("demo_trained", True),
         dtype=_dtype(content, text),
     )
@@ -99,18 +124,21 @@ def _chat_config(content: Json) -> ModelConfig:
 
 def _hf_config(content: Json) -> ModelConfig:
     """Read the transformers layout, which always uses up to 12 tiles and a thumbnail."""
-    vision = content["vision_config"]
-    mapped = {ours: vision[theirs] for ours, theirs in HF_VISION_FIELDS.items() if theirs in vision}
-    mapped |= {
-        key: _square_side(mapped[key]) for key in ("image_size", "patch_size") if key in mapped
+    check_values(content, HF_TABLE, "")
+    vision, text = content["vision_config"], content["text_config"]
+    check_values(vision, VISION_TABLE, "vision_config")
+    mapped = {
+        ours: vision[theirs]
+        for ours, theirs in HF_VISION_FIELDS.items()
+        if vision.get(theirs) is not None
     }
-    text = content["text_config"]
-    layer = content.get("vision_feature_layer", -1)
-    return ModelConfig(
+    mapped |= _square_sides(mapped)
+    config = ModelConfig(
         layout="hf",
         vision=VisionConfig(**(HF_VISION_DEFAULTS | mapped)),
-        text=_text_config(text, tied=bool(content.get("tie_word_embeddings", False))),
-        select_layer=layer[0] if isinstance(layer, list) else layer,
+        # the class default of transformers is True at the top, whatever the text part says
+        text=_text_config(text, "text_config", tied=bool(content.get("tie_word_embeddings", True))),
+        select_layer=_only_layer(content.get("vision_feature_layer", -1)),
         downsample_ratio=content.get("downsample_ratio", 0.5),
         ps_version="v2",
         force_image_size=mapped.get("image_size", 448),
@@ -119,7 +147,15 @@ def _hf_config(content: Json) -> ModelConfig:
         max_dynamic_patch=12,
         quantization=_parse_quantization(content),
         dtype=_dtype(content, text),
+        image_token_id=_image_token_id(content, ("image_token_id", "image_token_index")),
     )
+    stated = content.get("image_seq_length")
+    if stated not in (None, config.num_image_token):
+        raise ConfigError(
+            f"config.json: image_seq_length is {stated}, but tiles of {config.force_image_size} "
+            f"pixels have {config.num_image_token} visual tokens; correct one of them"
+        )
+    return config
 
 
 HF_VISION_FIELDS = {  # our field -> transformers'
@@ -141,31 +177,89 @@ HF_VISION_DEFAULTS: dict[str, Any] = {
 }
 
 
-def _text_config(text: Json, *, tied: bool) -> TextConfig:
+def _text_config(text: Json, where: str, *, tied: bool) -> TextConfig:
     name = (text.get("architectures") or [None])[0] or text.get("model_type")
-    family = TEXT_FAMILIES.get(str(name)) or TEXT_FAMILIES.get(text.get("model_type", ""))
+    family = TEXT_FAMILIES.get(str(name)) or TEXT_FAMILIES.get(str(text.get("model_type", "")))
     if family is None:
-        raise ConfigError(f"the language model is {name!r}; expected Qwen2, InternLM2 or InternLM3")
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        raise ConfigError(
+            f"the language model is {str(name)[:60]!r}; expected Qwen2, InternLM2 or InternLM3"
+        )
+    check_values(text, TEXT_TABLE, where)
+    _check_attention(text, where)
+    theta, scaling = read_rope(text, where)
     heads, width = text["num_attention_heads"], text["hidden_size"]
     natural = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
     known = _select_fields(
-        text, TextConfig, skip={"family", "tie_word_embeddings", "rope_dynamic_factor", "qkv_bias"}
+        text,
+        TextConfig,
+        skip={"family", "tie_word_embeddings", "rope_theta", "rope_scaling", "qkv_bias"},
     )
-    filled = {
-        "head_dim": natural,
-        "num_key_value_heads": heads,
-        "rope_theta": rope.get("rope_theta", 10000.0),
-    }
-    dynamic = (rope.get("rope_type") or rope.get("type")) == "dynamic"
+    filled = {"head_dim": natural, "num_key_value_heads": heads}
     return TextConfig(
         **{**filled, **{key: value for key, value in known.items() if value is not None}},
         family=family,
-        rope_dynamic_factor=float(rope.get("factor", 1.0)) if dynamic else None,
+        rope_theta=10000.0 if theta is None else theta,
+        rope_scaling=scaling,
         tie_word_embeddings=tied,
-        qkv_bias=FAMILY_HAS_QKV_BIAS[family]
-        or bool(text.get("attention_bias") or text.get("qkv_bias")),
+        qkv_bias=_qkv_bias(text, family),
     )
+
+
+def _qkv_bias(text: Json, family: str) -> bool | None:
+    """Tell whether q, k and v have biases; None where only InternLM2's files say it."""
+    for key in ("qkv_bias", "attention_bias"):
+        if text.get(key) is not None:
+            return bool(text[key])
+    return FAMILY_HAS_QKV_BIAS[family]
+
+
+def _check_attention(text: Json, where: str) -> None:
+    """Raise ConfigError where a layer does not see all tokens before it."""
+    window, first = text.get("sliding_window"), text.get("max_window_layers", 28)
+    layers, context = text.get("num_hidden_layers", 0), text.get("max_position_embeddings", 32768)
+    kinds = text.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ConfigError(
+            f"{where}.layer_types is {str(kinds)[:60]!r}; this package computes full_attention only"
+        )
+    slides = text.get("use_sliding_window") and not kinds
+    if slides and window and first < layers and window < context:
+        raise ConfigError(
+            f"{where}.use_sliding_window is true: layers from {first} on see {window:,} tokens; "
+            "this package computes full attention only"
+        )
+
+
+def _chat_text(content: Json) -> Json:
+    """Return the language model's part. Raises ConfigError where its two spellings disagree."""
+    ours, other = content.get("llm_config"), content.get("text_config")
+    if ours and other:
+        differing = [
+            key for key in TEXT_TABLE if key in ours and key in other and ours[key] != other[key]
+        ]
+        if differing:
+            raise ConfigError(
+                f"config.json: llm_config and text_config disagree about {differing[0]}: "
+                f"{str(ours[differing[0]])[:60]!r} and {str(other[differing[0]])[:60]!r}; "
+                "remove one of the two"
+            )
+    text = ours or other
+    if not text:
+        raise KeyError("llm_config")
+    return text  # type: ignore[no-any-return]
+
+
+def _tied(content: Json, text: Json) -> bool:
+    """Tell whether a config allows the output head to be the embedding, at either level."""
+    return bool(content.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+
+
+def _image_token_id(content: Json, keys: tuple[str, ...]) -> int | None:
+    """Return the id of <IMG_CONTEXT> that a config states, under any of its names."""
+    stated = {content[key] for key in keys if isinstance(content.get(key), int)} - {-1}
+    if len(stated) > 1:
+        raise ConfigError(f"config.json: {' and '.join(keys)} disagree; remove one of them")
+    return next(iter(stated), None)
 
 
 def _parse_quantization(content: Json) -> QuantizationPlan | None:
@@ -178,6 +272,10 @@ def _parse_quantization(content: Json) -> QuantizationPlan | None:
             f"config.json has a quantization without bits or group_size, {dict(table)}; only "
             "checkpoints quantized by MLX can be loaded"
         )
+    check_values(table, QUANTIZATION_TABLE, "quantization")
+    for path, entry in table.items():
+        if isinstance(entry, Mapping):
+            check_values(entry, QUANTIZATION_TABLE, f"quantization.{path}")
     modules: dict[str, Quantization | Literal[False]] = {
         path: _parse_quantization_entry(entry, table) if isinstance(entry, Mapping) else False
         for path, entry in table.items()
@@ -198,7 +296,19 @@ def _select_fields(
 ) -> dict[str, Any]:
     """Select the fields of ``kind`` that the file has; published configs hold many others."""
     names = set(kind.__dataclass_fields__) - set(skip)  # type: ignore[attr-defined]
-    return {name: content[name] for name in names if name in content}
+    return {name: content[name] for name in names if content.get(name) is not None}
+
+
+def _square_sides(vision: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        key: _square_side(vision[key])
+        for key in ("image_size", "patch_size")
+        if vision.get(key) is not None
+    }
+
+
+def _only_layer(layer: int | list[int]) -> int:
+    return layer[0] if isinstance(layer, list) else layer
 
 
 def _square_side(size: int | list[int]) -> int:
@@ -209,10 +319,12 @@ def _square_side(size: int | list[int]) -> int:
 
 
 def _dtype(content: Json, text: Json) -> str:
-    name = (
-        content.get("torch_dtype")
-        or content.get("dtype")
-        or text.get("torch_dtype")
-        or text.get("dtype")
-    )
-    return str(name or "bfloat16").removeprefix("torch.")
+    found = (part.get(key) for part in (content, text) for key in ("dtype", "torch_dtype"))
+    for name in found:
+        if isinstance(name, Mapping):  # one for each part of the model
+            name = next(
+                (name[key] for key in ("text_config", "llm_config", "") if key in name), None
+            )
+        if name not in (None, "auto"):
+            return str(name).removeprefix("torch.")
+    return "bfloat16"

@@ -192,4 +192,4 @@ def kv_quantization_for(config: GenerationConfig, head_dim: int) -> KVQuantizati
 def remaining_context(length: float, config: TextConfig, *, ntk: bool) -> int:
     """Return how many positions are left after ``length``, in a window that NTK may extend."""
     stretch = config.rope_dynamic_factor if ntk and config.rope_dynamic_factor else 1.0
-    return int(config.max_position_embeddings * stretch - length)
+    return int(config.static_context * stretch - length)

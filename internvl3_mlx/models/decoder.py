@@ -17,7 +17,13 @@ from internvl3_mlx.models.attention import ALL_ROWS, RowSelection
 from internvl3_mlx.models.cache import NO_CACHE, AttentionContext
 from internvl3_mlx.models.fused_linear import fuse_linears
 from internvl3_mlx.models.layers import BlockRunner, run_block, swiglu
-from internvl3_mlx.models.rope import Positions, Rotary, ntk_base, ntk_frequencies
+from internvl3_mlx.models.rope import (
+    Positions,
+    Rotary,
+    ntk_base,
+    ntk_frequencies,
+    scaled_frequencies,
+)
 
 
 class Attention(nn.Module):
@@ -45,9 +51,11 @@ class Attention(nn.Module):
         if context.accepts_pre_rope(x.shape[1]):
             q, k = mx.split(qk, [self.heads], axis=2)
             rope = rotary.rope_params(x.shape[1])
-            out = context.attend_pre_rope(rotary(q), k, v, rope, rows)
+            q = scale_scores(rotary(q), rotary)
+            out = context.attend_pre_rope(q, k, v, rope, rows)
         else:
             q, k = mx.split(rotary(qk), [self.heads], axis=1)
+            q = scale_scores(q, rotary)
             out = context.attend(q, k, v.transpose(0, 2, 1, 3), rows)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
@@ -62,6 +70,11 @@ class Attention(nn.Module):
 
     def fuse(self) -> None:
         fuse_linears(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+
+
+def scale_scores(q: mx.array, rotary: Rotary) -> mx.array:
+    """Scale rotated queries by the factor of their scores."""
+    return q if rotary.score_scale == 1 else q * rotary.score_scale
 
 
 class MLP(nn.Module):
@@ -153,12 +166,13 @@ class LanguageModel(nn.Module):
 
         ``length``: tokens of the sequence, these included. Beyond the trained window, plain
         positions 0, 1, 2 ... are scaled by the checkpoint's dynamic NTK unless ``ntk`` is off;
-        V2PE's positions never are.
+        V2PE's positions never are. Scalings that do not depend on the length apply to all.
         """
         config = self.config
         base, dim, trained = config.rope_theta, config.head_dim, config.max_position_embeddings
         if not ntk or config.rope_dynamic_factor is None or length <= trained:
-            return Rotary(dim, base, positions)
+            scaled, score_scale = scaled_frequencies(config)
+            return Rotary(dim, scaled, positions, score_scale)
         stretched = ntk_base(base, dim, config.rope_dynamic_factor, length, trained)
         if isinstance(positions, int):
             return Rotary(dim, stretched, positions)

@@ -1,14 +1,19 @@
-"""Rotary embedding from whole or fractional positions, and dynamic NTK.
+"""Rotary embedding from whole or fractional positions, and the scalings of its frequencies.
 
 V2PE places image tokens at multiples of 1/256. MLX's fused rotary takes integer offsets and a
 scale, so a position p is passed as the offset 256*p with scale 1/256, one offset for each token:
 fractional positions need no kernel of our own.
 """
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
+from internvl3_mlx.config import RopeScaling, TextConfig
 from internvl3_mlx.metal_kernels.kv_append import RopeParams
 
 POSITIONS_PER_UNIT = 256  # the finest V2PE step is 1/256 (paper section 2.2)
@@ -19,11 +24,16 @@ Positions = int | mx.array
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotates queries and keys. ``base``: rope_theta, or frequencies (D/2,) under dynamic NTK."""
+    """Rotates queries and keys. ``base``: rope_theta, or scaled frequencies (D/2,).
+
+    ``score_scale``: a factor of the attention scores, to be applied to the queries. YaRN scales
+    rotated queries and keys alike; the keys in a cache stay unscaled here.
+    """
 
     head_dim: int
     base: float | mx.array
     positions: Positions
+    score_scale: float = 1.0
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotate pairs (i, i + D/2), as Qwen2 and Llama do. x: (B, L, H, D) -> (B, H, L, D)."""
@@ -54,6 +64,78 @@ class Rotary:
         return mx.fast.rope(
             x, self.head_dim, traditional=False, base=base, scale=scale, offset=offset, freqs=freqs
         )
+
+
+@lru_cache(maxsize=64)
+def scaled_frequencies(config: TextConfig) -> tuple[float | mx.array, float]:
+    """Return the base, or the scaled frequencies (D/2,) float32, and the factor of the scores.
+
+    A frequency here is what a position is divided by, as in mx.fast.rope. Dynamic NTK depends on
+    the length and is computed where it applies.
+    """
+    scaling, base, dim = config.rope_scaling, config.rope_theta, config.head_dim
+    scale = SCALINGS.get(scaling.rope_type)
+    if scale is None:
+        return base, 1.0
+    inverse = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    scaled = scale(inverse, scaling, base)
+    factor = yarn_attention_factor(scaling) if scaling.rope_type == "yarn" else 1.0
+    return mx.array((1 / scaled).astype(np.float32)), factor**2
+
+
+def scale_linear(
+    inverse: NDArray[np.float64], scaling: RopeScaling, base: float
+) -> NDArray[np.float64]:
+    """Divide all positions by one factor (position interpolation, arXiv 2306.15595)."""
+    return inverse / scaling.factor
+
+
+def scale_yarn(
+    inverse: NDArray[np.float64], scaling: RopeScaling, base: float
+) -> NDArray[np.float64]:
+    """Interpolate slow rotations, keep fast ones, and ramp between (YaRN, arXiv 2309.00071)."""
+    dim, trained = 2 * len(inverse), scaling.original_max_position_embeddings or 1
+
+    def dimension(rotations: float) -> float:
+        """Return the dimension that rotates so often within the trained window."""
+        return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(scaling.beta_fast or 32), dimension(scaling.beta_slow or 1)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # transformers avoids the singularity so
+    kept = 1 - np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    return inverse / scaling.factor * (1 - kept) + inverse * kept
+
+
+def scale_llama3(
+    inverse: NDArray[np.float64], scaling: RopeScaling, base: float
+) -> NDArray[np.float64]:
+    """Divide long wavelengths, keep short ones, and blend between, as Llama 3.1 does."""
+    trained = scaling.original_max_position_embeddings or 1
+    low, high = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 4.0
+    rotations = trained * inverse / (2 * math.pi)  # within the trained window
+    kept = np.clip((rotations - low) / (high - low), 0, 1)
+    return inverse / scaling.factor * (1 - kept) + inverse * kept
+
+
+def yarn_attention_factor(scaling: RopeScaling) -> float:
+    """Return the factor of rotated queries and of rotated keys."""
+
+    def temperature(weight: float) -> float:
+        factor = scaling.factor or 1.0
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return temperature(scaling.mscale) / temperature(scaling.mscale_all_dim)
+    return temperature(1.0)
+
+
+SCALINGS = {"linear": scale_linear, "yarn": scale_yarn, "llama3": scale_llama3}
 
 
 def ntk_base(base: float, head_dim: int, factor: float, length: int, trained: int) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from internvl3_mlx.errors import CheckpointError, PromptError
+from internvl3_mlx.files import read_optional_json
 from internvl3_mlx.prompt.messages import (
     ImageSegment,
     Message,
@@ -17,7 +18,7 @@ from internvl3_mlx.prompt.messages import (
     message_segments,
     system_segment,
 )
-from internvl3_mlx.prompt.tokenizer_files import read_optional_json, read_optional_text, token_text
+from internvl3_mlx.prompt.tokenizer_files import read_optional_text, token_text
 
 if TYPE_CHECKING:
     import jinja2

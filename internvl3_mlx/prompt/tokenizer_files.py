@@ -1,12 +1,12 @@
 """The JSON files of a tokenizer: added tokens, BOS and EOS."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.files import read_optional_json
 
 # Tags of grounding prompts and answers: the only special tokens a user may type.
 GROUNDING_TOKENS = frozenset(
@@ -26,20 +26,6 @@ class AddedToken:
 
     id: int
     special: bool
-
-
-def read_optional_json(path: Path) -> dict[str, Any]:
-    """Read an optional JSON object: empty when there is no such file."""
-    text = read_optional_text(path)
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download it again")
-    return value
 
 
 def read_optional_text(path: Path) -> str | None:
