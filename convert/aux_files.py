@@ -11,6 +11,9 @@ from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.convert.tokenizer_export import build_fast_tokenizer
 from internvl3_mlx.files import read_optional_json
+from internvl3_mlx.prompt.jinja_template import JinjaTemplate
+from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM
+from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.write_guards import MODEL_FILES
 
@@ -25,6 +28,9 @@ HF_SPECIAL_TOKENS = {
     "video_token": VIDEO_TOKEN,
 }
 HF_CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' and add_default_system | default(true) -%}
+{{ '<|im_start|>system\\n' + SYSTEM + '<|im_end|>\\n' }}
+{%- endif -%}
 {%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['content'] is string -%}
@@ -99,8 +105,8 @@ def write_hf_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> 
     }
     tiles = {
         "crop_to_patches": True,
-        "min_patches": plan.config.min_dynamic_patch,
-        "max_patches": plan.config.max_dynamic_patch,
+        "min_patches": plan.config.min_dynamic_patch if plan.config.dynamic_image_size else 1,
+        "max_patches": plan.config.max_dynamic_patch if plan.config.dynamic_image_size else 1,
     }
     image = {"image_processor_type": "GotOcr2ImageProcessorFast", **pixels, **tiles}
     write_json(target / "preprocessor_config.json", image)
@@ -111,9 +117,21 @@ def write_hf_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> 
         "image_seq_length": plan.config.num_image_token,
     }
     write_json(target / "processor_config.json", processor)
-    (target / "chat_template.jinja").write_text(HF_CHAT_TEMPLATE, encoding="utf-8")
+    write_chat_template(plan, target)
     write_json(target / "generation_config.json", {"eos_token_id": tokenizer.im_end_id})
     add_video_token(target)
+
+
+def write_chat_template(plan: ConversionPlan, target: Path) -> None:
+    """Write the prompt that the source has: its own template, or the published one, system turn
+    included, which transformers would not add."""
+    template = load_template(plan.config, plan.source)
+    if isinstance(template, JinjaTemplate) and not plan.config.system_message:
+        source = template.source
+    else:
+        system = json.dumps(plan.config.system_message or DEFAULT_SYSTEM, ensure_ascii=False)
+        source = HF_CHAT_TEMPLATE.replace("SYSTEM", system)
+    (target / "chat_template.jinja").write_text(source, encoding="utf-8")
 
 
 def add_video_token(target: Path) -> None:

@@ -1,5 +1,6 @@
 """``config.json`` with the keys of the layout that is written."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,6 +10,8 @@ from internvl3_mlx.config import ModelConfig, Quantization
 from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.files import read_json
+from internvl3_mlx.prompt.messages import Message, TextSegment
+from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -34,6 +37,7 @@ TOP_KEYS = (
     "template",
     "system_message",
 )
+SYSTEM_TURN = re.compile(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", re.DOTALL)
 LORA_KEYS = ("use_llm_lora", "use_backbone_lora")
 MLX_KEYS = ("quantization", "quantization_config", "format")
 PART_KEYS = ("vision_config", "llm_config", "text_config")
@@ -79,12 +83,22 @@ def original_config(own: Json, plan: ConversionPlan, _: Tokenizer) -> Json:
     content = {key: value for key, value in content.items() if key not in MLX_KEYS}
     if "llm_config" not in content and "text_config" in content:
         content["llm_config"] = content.pop("text_config")
-    content["template"] = content.get("template") or "internvl2_5"
+    if not content.get("template"):
+        content["template"] = "internvl2_5"
+        content["system_message"] = content.get("system_message") or own_system_text(plan)
     has_code = bool(visible_files(plan.source, "modeling_*.py"))
     if "auto_map" not in content or not has_code:
         repo = REMOTE_CODE_REPOS[plan.config.text.family]
         content["auto_map"] = {kind: f"{repo}--{name}" for kind, name in AUTO_MAP.items()}
     return content
+
+
+def own_system_text(plan: ConversionPlan) -> str | None:
+    """Return the system text that the source's own chat template writes, if any."""
+    segments = load_template(plan.config, plan.source).render([Message("user", "?")], None)
+    first = segments[0]
+    found = SYSTEM_TURN.match(first.text) if isinstance(first, TextSegment) else None
+    return found[1] if found else None
 
 
 def original_from_hf(config: ModelConfig) -> Json:

@@ -49,6 +49,10 @@ class DownloadError(InternVL3Error):
     """A repository that cannot be downloaded: no network, no such name, no disk space."""
 
 
+class NumericError(InternVL3Error):
+    """The model computed NaN or an infinity: damaged weights, or a range too small for them."""
+
+
 class TrainingError(InternVL3Error):
     """Training cannot continue: the loss is NaN, or memory ran out."""
 

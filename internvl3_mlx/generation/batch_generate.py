@@ -13,7 +13,7 @@ from typing import cast
 import mlx.core as mx
 
 from internvl3_mlx.generation.answer import Answer
-from internvl3_mlx.generation.engine import Engine
+from internvl3_mlx.generation.engine import Engine, check_finite
 from internvl3_mlx.generation.generate import Generation, StageTimer
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
@@ -119,4 +119,6 @@ def batch_step(
     states = language.model(runner.model.embed(tokens), rotary, caches)
     for one in sequences:
         one.engine.next_position += 1
-    return cast(list[int], mx.argmax(language.head(states[:, -1]), axis=-1).tolist())
+    logits = language.head(states[:, -1])
+    check_finite(logits)
+    return cast(list[int], mx.argmax(logits, axis=-1).tolist())

@@ -8,7 +8,7 @@ import numpy as np
 
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.device import on_gpu
-from internvl3_mlx.errors import UserError
+from internvl3_mlx.errors import NumericError, UserError
 from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, GenerationConfig
 from internvl3_mlx.generation.sampler import Sampler
 from internvl3_mlx.metal_kernels.flash_decode import prefers_row_layout
@@ -71,16 +71,17 @@ class Engine:
     def decode(self, ids: mx.array, logits: mx.array, limit: int) -> Iterator[int]:
         """Yield up to ``limit`` tokens; the next is computed while the caller handles this one."""
         history = ids.reshape(-1)
-        token = self.sampler(history, logits)
+        token = mark_not_finite(self.sampler(history, logits), logits)
         mx.async_eval(token)
         for left in range(limit - 1, -1, -1):
             following = token
             if left:
                 if self.track_ids:
                     history = mx.concatenate([history, token])
-                following = self.sampler(history, self.step(token))
+                logits = self.step(token)
+                following = mark_not_finite(self.sampler(history, logits), logits)
                 mx.async_eval(following)
-            yield int(token.item())  # type: ignore[arg-type]
+            yield check_token(int(token.item()))  # type: ignore[arg-type]
             token = following
 
     def step(self, token: mx.array) -> mx.array:
@@ -129,6 +130,39 @@ class Engine:
         if not isinstance(self.cache[-1], RowQuantizedKVCache):
             layout = preferred_row_layout(self.model, quantization, self.cache[-1].offset)
             self.cache[:] = [quantize_layer(layer, quantization, layout) for layer in self.cache]
+
+
+NOT_FINITE = -1  # in place of a token that was chosen from logits that are not numbers
+
+
+def mark_not_finite(token: mx.array, logits: mx.array) -> mx.array:
+    """Replace a token by NOT_FINITE where its logits are not finite. token: (1,), logits: (1, V).
+
+    A part of the graph, so that nothing waits for the host.
+    """
+    signed = token.astype(mx.int32)
+    return mx.where(mx.all(mx.isfinite(logits)), signed, mx.array(NOT_FINITE, mx.int32))
+
+
+def check_token(token: int) -> int:
+    """Return the token. Raises NumericError for NOT_FINITE."""
+    if token == NOT_FINITE:
+        raise not_finite_error()
+    return token
+
+
+def check_finite(logits: mx.array) -> None:
+    """Raise NumericError unless all logits are finite numbers."""
+    if not mx.all(mx.isfinite(logits)).item():
+        raise not_finite_error()
+
+
+def not_finite_error() -> NumericError:
+    return NumericError(
+        "the model's numbers are not finite (NaN or infinity), so it has no answer: its weights "
+        "are damaged, or too large for float16; try --dtype bfloat16 or float32, or download the "
+        "model again"
+    )
 
 
 def slice_positions(positions: np.ndarray | None, start: int, stop: int) -> Positions:

@@ -16,6 +16,7 @@ from internvl3_mlx.generation.answer import Answer
 from internvl3_mlx.generation.engine import (
     CACHE_HEADROOM,
     Engine,
+    check_finite,
     kv_quantization_for,
     supported_row_layout,
 )
@@ -179,4 +180,6 @@ def sample_step(
     if engine.kv_quantization is not None and length > engine.kv_quantization.start:
         for cache in caches:
             cache.quantize()
-    return language.head(states[:, -1])
+    logits = language.head(states[:, -1])
+    check_finite(logits)
+    return logits

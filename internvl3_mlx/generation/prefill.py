@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from internvl3_mlx.generation.engine import Engine, remaining_context
+from internvl3_mlx.generation.engine import Engine, check_finite, remaining_context
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import CacheKey, PromptCache
 from internvl3_mlx.generation.sampler import make_sampler, needs_history
-from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.internvl import InternVL, check_token_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +40,17 @@ class Prefill:
     def run(self, features: mx.array | None) -> mx.array:
         """Read the uncached part and return the logits (1, vocab) of the first new token.
 
-        features: the result of ``encode_images``.
+        features: the result of ``encode_images``. Raises NumericError unless they are finite.
         """
         positions = None if self.inputs.uses_unit_positions else self.inputs.positions
-        return self.engine.prefill(
+        logits = self.engine.prefill(
             self.inputs.input_ids[None],
             features,
             positions,
             self.generation_config.prefill_step_size,
         )
+        check_finite(logits)
+        return logits
 
     def commit(self, generated_ids: list[int], num_cached: int | None = None) -> None:
         """Make the prompt cache describe what its layers hold, also after an interruption.
@@ -65,6 +67,7 @@ def open_prefill(
     model: InternVL, inputs: ModelInputs, config: GenerationConfig, cache: PromptCache
 ) -> Prefill:
     """Prepare to read ``inputs``: trim ``cache`` to the common prefix, or start it anew."""
+    check_token_ids(inputs.token_ids, model.config.text.vocab_size)
     ntk = config.ntk and inputs.uses_unit_positions
     key = CacheKey.from_inputs(inputs, model.image_id)
     text = model.config.text

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.generation.engine import Engine
+from internvl3_mlx.generation.engine import Engine, check_finite
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prefill import Prefill, open_prefill
 from internvl3_mlx.generation.processor import ModelInputs
@@ -94,7 +94,9 @@ class SpeculativeDecoder:
         if engine.uses_dynamic_ntk(self.num_draft_tokens):
             count = 0
         draft = self.drafter.propose(known, count) if count else []
-        best = mx.argmax(engine.verify([known[-1], *draft]), axis=-1)[0]
+        logits = engine.verify([known[-1], *draft])
+        check_finite(logits)
+        best = mx.argmax(logits, axis=-1)[0]
         return draft, cast(list[int], best.tolist())
 
 

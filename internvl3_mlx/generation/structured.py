@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.errors import MissingExtraError, UserError
-from internvl3_mlx.generation.engine import Engine
+from internvl3_mlx.generation.engine import Engine, check_finite
 from internvl3_mlx.generation.generation_config import CONSTRAINTS, GenerationConfig
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -79,6 +79,7 @@ class Constraint:
             if left:
                 history = mx.concatenate([history, chosen]) if engine.track_ids else history
                 logits = engine.step(chosen)
+                check_finite(logits)
 
 
 class TokenTable:

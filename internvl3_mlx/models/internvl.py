@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.device import on_gpu
+from internvl3_mlx.errors import PromptError
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.decoder import LanguageModel
 from internvl3_mlx.models.projector import build_projector, pixel_shuffle
@@ -95,6 +96,7 @@ class InternVL(nn.Module):
         1/256; or the first of consecutive integers, which is faster. Raises ValueError when the
         numbers of image tokens and of visual tokens differ.
         """
+        check_token_ids(ids, self.config.text.vocab_size)
         features = None if pixels is None else self.get_image_features(pixels)
         check_image_token_count(
             ids, self.image_id, 0 if features is None else features.shape[0] * features.shape[1]
@@ -116,6 +118,26 @@ def eval_unless_traced(array: mx.array) -> mx.array:
     with contextlib.suppress(ValueError):
         mx.eval(array)
     return array
+
+
+def check_token_ids(ids: mx.array | Sequence[int], vocab_size: int) -> None:
+    """Raise PromptError for an id without an embedding; while tracing, nothing is checked.
+
+    MLX does not check the bounds of a gather: such an id would read memory behind the table.
+    """
+    try:
+        least, most = (
+            (int(mx.min(ids).item()), int(mx.max(ids).item()))  # type: ignore[arg-type]
+            if isinstance(ids, mx.array)
+            else (min(ids), max(ids))
+        )
+    except ValueError:  # ids are being traced, or there are none
+        return
+    if least < 0 or most >= vocab_size:
+        raise PromptError(
+            f"token id {least if least < 0 else most} is outside this model's vocabulary of "
+            f"{vocab_size:,}; use the ids of its own tokenizer"
+        )
 
 
 def check_image_token_count(ids: mx.array, image_id: int, features: int) -> None:

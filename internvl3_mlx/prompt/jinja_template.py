@@ -16,7 +16,6 @@ from internvl3_mlx.prompt.messages import (
     check_messages,
     merge_segments,
     message_segments,
-    system_segment,
 )
 from internvl3_mlx.prompt.tokenizer_files import read_optional_text, token_text
 
@@ -31,25 +30,34 @@ SENTINEL_PATTERN = re.compile(
     r"(?:<IMG_CONTEXT>|<image>|<\|image(?:_pad)?\|>)"
     r"(?:</img>|<\|vision_end\|>)?"
 )
+# The variable by which a template that we write leaves out its own system turn.
+NO_DEFAULT_SYSTEM = "add_default_system"
 BUILT_IN_HINT = 'put "template": "internvl2_5" into config.json to use the built-in template'
 
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A compiled chat template; ``origin`` is the file it came from, for messages."""
+    """A compiled chat template; ``origin`` is the file it came from, ``source`` its text."""
 
     compiled: "jinja2.Template"
     origin: str
+    source: str
     system_message: str | None
-    variables: dict[str, str]
+    variables: dict[str, Any]
 
     def render(self, messages: Sequence[Message], system: str | None) -> list[Segment]:
-        """Render the prompt. system: None for the model's own text, "" for none.
+        """Render the prompt. system: None for the repository's own prompt, "" for no system turn.
 
-        Raises PromptError where the template fails.
+        Its own prompt has a system turn only where the template writes one or config.json has a
+        system_message. Raises PromptError where the template fails.
         """
         check_messages(messages)
-        instruction = system_segment(system, self.system_message)
+        instruction = (
+            TextSegment(self.system_message or "")
+            if system is None
+            else TextSegment(system, untrusted=True)
+        )
+        without = {NO_DEFAULT_SYSTEM: False} if system == "" else {}
         told: list[tuple[str, list[Segment]]] = []
         if instruction.text:
             told.append(("system", [instruction]))
@@ -58,7 +66,8 @@ class JinjaTemplate:
         problem: Exception | None = None
         for plain in (False, True):  # some templates read lists, some only plain strings
             try:
-                segments = _substitute(self._write(_template_messages(told, plain)), given)
+                rendered = self._write(_template_messages(told, plain), without)
+                segments = _substitute(rendered, given)
             except _template_failures() as error:
                 problem = problem or error
                 continue
@@ -69,8 +78,10 @@ class JinjaTemplate:
             f"{self.origin} cannot render this conversation: {fault}; {BUILT_IN_HINT}"
         )
 
-    def _write(self, messages: list[dict[str, Any]]) -> str:
-        return self.compiled.render(messages=messages, add_generation_prompt=True, **self.variables)
+    def _write(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        return self.compiled.render(
+            messages=messages, add_generation_prompt=True, **self.variables, **options
+        )
 
 
 def read_jinja(folder: Path, system_message: str | None) -> JinjaTemplate | None:
@@ -90,15 +101,17 @@ def read_jinja(folder: Path, system_message: str | None) -> JinjaTemplate | None
     ):
         if isinstance(source, str) and "image" in source.lower():
             names = ("bos_token", "eos_token", "pad_token", "unk_token")
-            variables = {name: token_text(config.get(name)) or "" for name in names}
-            return JinjaTemplate(_compile(source, origin), origin, system_message, variables)
+            variables: dict[str, Any] = {name: token_text(config.get(name)) or "" for name in names}
+            compiled = _compile(source, origin)
+            return JinjaTemplate(compiled, origin, source, system_message, variables)
     return None
 
 
 def _default_template(entry: Any) -> Any:
     """Take the template named "default" where the file lists several."""
     if isinstance(entry, list):
-        return next((item.get("template") for item in entry if item.get("name") == "default"), None)
+        named = (item for item in entry if isinstance(item, dict))
+        return next((item.get("template") for item in named if item.get("name") == "default"), None)
     return entry
 
 

@@ -1,7 +1,7 @@
 """Tokenizer: text to ids and back, from any of the tokenizer files a repository may have."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from tokenizers import models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import Metaspace
 
 from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.files import JSON_LIMIT
 from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer, visible_added_tokens
 from internvl3_mlx.prompt.messages import GeneratedAnswer, ImageSegment, Segment, TextSegment
 from internvl3_mlx.prompt.tokenizer_files import (
+    CONTROL_TOKENS,
     GROUNDING_TOKENS,
     IGNORED_ADDED_TOKENS,
     AddedToken,
@@ -64,8 +66,11 @@ class Tokenizer:
             n for n in named if isinstance(n, int) and 0 <= n < self.vocab_size
         )
         self.llguidance_tokenizer: Any = None  # llguidance's wrapper of this tokenizer, once built
+        control = {t for t, a in self.added.items() if t in CONTROL_TOKENS or a.id in self.stop_ids}
         self._any_token = _pattern(self.added)
-        self._typed_token = _pattern(GROUNDING_TOKENS & self.added.keys())
+        self._typed_token = _pattern(
+            {t: a for t, a in self.added.items() if t not in control and a.id != self.bos_id}
+        )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -79,8 +84,9 @@ class Tokenizer:
     ) -> list[int]:
         """Encode a rendered prompt, with ``num_image_token`` context tokens per tile.
 
-        Adjacent texts are encoded as one, so the ids are those of the whole prompt as text. Special
-        tokens are recognized in the template's text; in untrusted text only those of grounding.
+        Adjacent texts are encoded as one, so the ids are those of the whole prompt as text. All
+        added tokens are recognized in the template's text; in untrusted text all but those that
+        give a prompt its structure.
         """
         ids: list[int] = []
         waiting = ""
@@ -132,7 +138,11 @@ class Tokenizer:
                 continue
             pattern = self._typed_token if segment.untrusted else self._any_token
             for index, part in enumerate(pattern.split(segment.text)):
-                yield [self.added[part].id] if index % 2 else part
+                yield [self._added_id(part)] if index % 2 else part
+
+    def _added_id(self, matched: str) -> int:
+        """Return the id of a matched token, which may have whitespace around it."""
+        return (self.added.get(matched) or self.added[matched.strip()]).id
 
     def _encode_plain(self, text: str, *, at_start: bool) -> list[int]:
         # surrogates, which no tokenizer accepts, come from broken file names and JSON escapes
@@ -140,9 +150,14 @@ class Tokenizer:
         return self._vocabulary.encode(clean, at_start) if clean else []
 
 
-def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+def _pattern(tokens: Mapping[str, AddedToken]) -> re.Pattern[str]:
     """Compile a pattern for any of the tokens, longest first; it never matches without tokens."""
-    alternatives = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    alternatives = "|".join(
+        (r"\s*" if tokens[text].lstrip else "")
+        + re.escape(text)
+        + (r"\s*" if tokens[text].rstrip else "")
+        for text in sorted(tokens, key=len, reverse=True)
+    )
     return re.compile(f"({alternatives})" if alternatives else "((?!))")
 
 
@@ -162,12 +177,17 @@ def _read_vocabulary(folder: Path) -> Vocabulary:
 
 def _read_tokenizer_json(folder: Path) -> Vocabulary:
     path = folder / "tokenizer.json"
+    if path.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{path} is too large for a tokenizer; download it again")
     try:
         whole = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
+    except BaseException as error:  # its Rust code also panics, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} cannot be read ({why}); download it again") from error
     added = read_added_tokens(folder) | {
-        token.content: AddedToken(number, token.special)
+        token.content: AddedToken(number, token.special, token.lstrip, token.rstrip)
         for number, token in whole.get_added_tokens_decoder().items()
     }
     bos = _named_bos(folder, whole, added)

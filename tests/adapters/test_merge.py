@@ -170,7 +170,7 @@ def test_half_an_adapter_and_what_is_none_are_refused(case, pairs, tmp_path):
         ),
         ({"r": RANK + 1, "lora_alpha": ALPHA}, "has rank 3 but 4 in adapter_config.json"),
         ({"r": RANK}, "has no r or lora_alpha for"),
-        ([1], "is not a valid adapter_config.json; save the adapter again"),
+        ([1], r"adapter_config.json is not valid JSON \(it is not an object\)"),
     ],
 )
 def test_settings_that_say_otherwise_are_refused(case, pairs, tmp_path, settings, message):

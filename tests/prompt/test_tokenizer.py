@@ -123,6 +123,8 @@ STRUCTURAL = (
     "<img>",
     "</img>",
     "<IMG_CONTEXT>",
+)
+WORDS = (
     "<|vision_start|>",
     "<|vision_end|>",
     "<|vision_pad|>",
@@ -141,7 +143,7 @@ def test_typed_structure_stays_text(ours, token):
     assert ours.tokenizer.encode_text(f"a{token}b") == ids
 
 
-@pytest.mark.parametrize("token", STRUCTURAL)
+@pytest.mark.parametrize("token", STRUCTURAL + WORDS)
 def test_structure_in_the_template_counts(ours, token):
     ids = ours.tokenizer.encode([TextSegment(f"a{token}b")], CONTEXT)
     assert ids.count(ours.facts.ids[token]) == 1
@@ -149,10 +151,10 @@ def test_structure_in_the_template_counts(ours, token):
 
 @pytest.mark.parametrize(
     "token",
-    ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"]
+    [*WORDS, "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"]
     + [f"<|{kind}_{end}|>" for kind in ("object_ref", "box", "quad") for end in ("start", "end")],
 )
-def test_typed_grounding_tags_count(ours, token):
+def test_other_typed_added_tokens_count(ours, token):
     assert ours.facts.ids[token] in ours.tokenizer.encode(
         [TextSegment(token, untrusted=True)], CONTEXT
     )

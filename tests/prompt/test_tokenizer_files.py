@@ -68,9 +68,14 @@ def test_another_models_tokenizer_is_refused(tmp_path):
     ("write", "name", "content", "message"),
     [
         (write_qwen_tokenizer, "tokenizer.json", b"{", "tokenizer.json cannot be read"),
-        (write_qwen_tokenizer, "tokenizer_config.json", b"{", "is not JSON .*; download it again"),
-        (write_qwen_tokenizer, "tokenizer_config.json", b"[]", "is not a JSON object"),
-        (write_qwen_tokenizer, "tokenizer_config.json", b"\xff", "is not UTF-8 text"),
+        (
+            write_qwen_tokenizer,
+            "tokenizer_config.json",
+            b"{",
+            "is not valid JSON .*; download it again",
+        ),
+        (write_qwen_tokenizer, "tokenizer_config.json", b"[]", "is not an object"),
+        (write_qwen_tokenizer, "tokenizer_config.json", b"\xff", "is not UTF-8"),
         (
             write_internlm_tokenizer,
             "tokenizer.model",
