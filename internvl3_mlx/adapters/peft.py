@@ -111,10 +111,12 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     content = read_json(path)
     kind, start = content.get("peft_type", "LORA"), content.get("init_lora_weights")
     if kind != "LORA":
-        raise UserError(f"{path.parent} is an adapter of type {kind}; expected LoRA or DoRA")
+        raise UserError(
+            f"{path.parent} is an adapter of type {str(kind)[:60]}; expected LoRA or DoRA"
+        )
     if isinstance(start, str) and start.lower().startswith(BASE_MODIFYING_INITS):
         raise UserError(
-            f"the adapter in {path.parent} was initialized by {start}, which also changes the base "
+            f"the adapter in {path.parent} was initialized by {start[:60]}, which also changes the base "
             "model; save it from PEFT with path_initial_model_for_weight_conversion"
         )
     check_settings(content, path)

@@ -197,6 +197,7 @@ def load_tensor_file(file: Path) -> dict[str, mx.array]:
 LENGTH_BYTES = 8  # a safetensors file begins with its header's length, little-endian
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 METADATA = "__metadata__"
+LONGEST_NAME = 400  # characters
 MAX_DIMENSIONS = 8  # of a tensor; an image patch's filter has 4
 
 
@@ -261,6 +262,8 @@ def header_error(file: Path, why: object) -> CheckpointError:
 
 def parse_header_entry(name: str, entry: Mapping[str, Any], file: Path, begin: int) -> TensorInfo:
     """Parse one tensor's entry. Raises ValueError if its parts contradict each other."""
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a tensor's name has {len(name):,} characters")
     offsets, shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
     if not isinstance(dtype, str) or dtype not in ELEMENT_TYPES:
         raise ValueError(f"{name!r} has the unknown data type {str(dtype)[:40]!r}")

@@ -90,7 +90,7 @@ def parse_config(content: Json) -> ModelConfig:
 
 def _chat_config(content: Json) -> ModelConfig:
     check_values(content, CHAT_TABLE, "")
-    given, text = content["vision_config"], _chat_text(content)
+    given, text = _part(content, "vision_config"), _chat_text(content)
     check_values(given, VISION_TABLE, "vision_config")
     vision = _select_fields(given, VisionConfig)
     vision |= _square_sides(vision)
@@ -125,7 +125,7 @@ def _chat_config(content: Json) -> ModelConfig:
 def _hf_config(content: Json) -> ModelConfig:
     """Read the transformers layout, which always uses up to 12 tiles and a thumbnail."""
     check_values(content, HF_TABLE, "")
-    vision, text = content["vision_config"], content["text_config"]
+    vision, text = _part(content, "vision_config"), _part(content, "text_config")
     check_values(vision, VISION_TABLE, "vision_config")
     mapped = {
         ours: vision[theirs]
@@ -228,6 +228,13 @@ def _check_attention(text: Json, where: str) -> None:
             f"{where}.use_sliding_window is true: layers from {first} on see {window:,} tokens; "
             "this package computes full attention only"
         )
+
+
+def _part(content: Json, name: str) -> Json:
+    """Return a part of a config. Raises KeyError where it is absent, null or empty."""
+    if not content.get(name):
+        raise KeyError(name)
+    return content[name]  # type: ignore[no-any-return]
 
 
 def _chat_text(content: Json) -> Json:
