@@ -183,17 +183,11 @@ def read_json(path: Path) -> dict[str, Any]:
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(f"{path} is not a regular file; download it again")
         if found.st_size > JSON_LIMIT:
-            raise CheckpointError(
-                f"{path} has {found.st_size:,} bytes, too many for a JSON file of a model; "
-                "download it again"
-            )
-        data = path.read_bytes()
+            raise CheckpointError(f"{path} has {found.st_size:,} bytes, too many for a JSON file")
+        return parse_json(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror or error}; check the path"
-        ) from error
-    try:
-        return parse_json(data)
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot read {path}: {reason}; check the path") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
 

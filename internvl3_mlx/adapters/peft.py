@@ -116,8 +116,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         )
     if isinstance(start, str) and start.lower().startswith(BASE_MODIFYING_INITS):
         raise UserError(
-            f"the adapter in {path.parent} was initialized by {start[:60]}, which also changes the base "
-            "model; save it from PEFT with path_initial_model_for_weight_conversion"
+            f"the adapter in {path.parent} was initialized by {start[:60]}, which also changes "
+            "the base model; save it from PEFT with path_initial_model_for_weight_conversion"
         )
     check_settings(content, path)
     return content

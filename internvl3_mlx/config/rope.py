@@ -75,13 +75,14 @@ def read_rope(text: Mapping[str, Any], where: str) -> tuple[float | None, RopeSc
     unknown = [key for key in table if key not in NUMBERS and key not in NAMES]
     if unknown:
         raise ConfigError(
-            f"{where} has the key {unknown[0]!r}, which this package cannot follow; "
+            f"{where} has the key {str(unknown[0])[:60]!r}, which this package cannot follow; "
             "use a model whose positions it can compute"
         )
     kind = table.get("rope_type", table.get("type", "default"))
     if not isinstance(kind, str) or kind not in REQUIRED:
         raise ConfigError(
-            f"{where} is of the type {kind!r}; this package computes {', '.join(REQUIRED)}"
+            f"{where} is of the type {str(kind)[:60]!r}; this package computes "
+            f"{', '.join(REQUIRED)}"
         )
     for holder in (table, text):
         if holder.get("partial_rotary_factor") not in (None, 1, 1.0):

@@ -128,8 +128,8 @@ def _compile(source: str, origin: str) -> "jinja2.Template":
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
-            f"{origin} is not a valid chat template (line {error.lineno}: {str(error.message)[:200]}); "
-            f"{BUILT_IN_HINT}"
+            f"{origin} is not a valid chat template (line {error.lineno}: "
+            f"{str(error.message)[:200]}); {BUILT_IN_HINT}"
         ) from error
     except RecursionError as error:
         raise CheckpointError(

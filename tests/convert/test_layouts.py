@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
 from internvl3_mlx.convert.recipes import uniform_recipe
+from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 STYLES = ("300m", "6b", "9b")
@@ -113,7 +114,8 @@ def test_hf_output_has_the_tokenizer_its_processor_needs(tmp_path, style):
     assert (theirs.start_image_token, theirs.video_token) == ("<img>", "<video>")
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
     prompt = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert prompt == "<|im_start|>user\n<IMG_CONTEXT>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    asked = "<|im_start|>user\n<IMG_CONTEXT>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt == f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n{asked}"
     for text in ("Read the text. 请描述", "  two  spaces\n\tx "):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode_text(text)
 
