@@ -6,7 +6,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from fixtures.faults import ALONE, BATCHED, STAGES, PanicException, fault_at
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -36,7 +36,7 @@ def vlm():
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(("a.png", "b.png", "c.png")):
-        picture(60 + 40 * number, 60, number).save(tmp_path / name)
+        random_image(60 + 40 * number, 60, number).save(tmp_path / name)
     return tmp_path
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from fixtures.documents import write_pdf
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -36,7 +36,7 @@ def vlm():
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL3_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
-    picture(130, 70).save(tmp_path / "cat.png")
+    random_image(130, 70).save(tmp_path / "cat.png")
     return tmp_path
 
 
@@ -95,7 +95,7 @@ def test_an_image_that_has_changed_is_named_and_the_conversation_continues(
     first = open_session()
     ask(first, "cat.png What is it?")
     first.log.close()
-    picture(130, 70, 5).save(folder / "cat.png")
+    random_image(130, 70, 5).save(folder / "cat.png")
     second = open_session()
     ask(second, "/history 1")
     assert "cat.png is missing or has changed" in capsys.readouterr().err

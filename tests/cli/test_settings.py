@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -151,7 +151,7 @@ def test_names_and_values_are_completed(tmp_path, monkeypatch):
 def test_another_model_keeps_the_conversation(vlm, send):
     other = load(str(tiny(Recipe(seed=5)).folder))
     send.session.load_model = lambda name: other
-    picture(130, 70).save("cat.png")
+    random_image(130, 70).save("cat.png")
     send("cat.png What is it?")
     asked = send.session.conversation.exchanges
     assert "the conversation continues with" in send("/model other")

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from fixtures.faults import ALONE, STAGES, PanicException, fault_at
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -21,7 +21,7 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def expected(vlm):
-    return vlm.ask("What is it?", [picture(130, 70)], max_tokens=5).text
+    return vlm.ask("What is it?", [random_image(130, 70)], max_tokens=5).text
 
 
 @pytest.mark.parametrize("stage", EVERY_STAGE)
@@ -29,16 +29,16 @@ def expected(vlm):
 def test_after_a_fault_the_same_conversation_answers(vlm, expected, stage, fault):
     conversation = vlm.conversation(max_tokens=5)
     with fault_at(EVERY_STAGE[stage], fault), pytest.raises(fault):
-        conversation.ask("What is it?", [picture(130, 70)])
+        conversation.ask("What is it?", [random_image(130, 70)])
     conversation.exchanges = []  # what a fault in mid-answer left is part of the conversation
-    assert conversation.ask("What is it?", [picture(130, 70)]).text == expected
+    assert conversation.ask("What is it?", [random_image(130, 70)]).text == expected
 
 
 @pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_after_a_fault_the_model_answers(vlm, expected, stage):
     with fault_at(EVERY_STAGE[stage]), pytest.raises(ZeroDivisionError):
-        vlm.ask("What is it?", [picture(130, 70)], max_tokens=5)
-    assert vlm.ask("What is it?", [picture(130, 70)], max_tokens=5).text == expected
+        vlm.ask("What is it?", [random_image(130, 70)], max_tokens=5)
+    assert vlm.ask("What is it?", [random_image(130, 70)], max_tokens=5).text == expected
 
 
 def test_a_fault_that_hides_the_ids_loses_no_answer(vlm):
