@@ -1,34 +1,35 @@
 """Find an adapter on this machine, or download it from the hub."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from internvl3_mlx.adapters.adapter_files import FILES
 from internvl3_mlx.errors import DownloadError, UserError
 from internvl3_mlx.loading.hub import first_line, is_network_error
-from internvl3_mlx.loading.resolve import REPOSITORY
+from internvl3_mlx.loading.resolve import repository_name
 
 TOKEN_FILES = ("tokenizer_config.json", "added_tokens.json")  # tell whether the vocabulary grew
 OTHER_FILES = ("README.md", "trainer_state.json", "args.json")  # for ``internvl3 info``
 
 
 def fetch_adapter(name: str, *, notify: Callable[[str], None] | None = None) -> Path:
-    """Return the folder of an adapter: ``name`` itself, or the repository OWNER/NAME.
+    """Return the folder of an adapter: ``name`` itself, or the repository OWNER/NAME
+    or its address on the hub.
 
     A path that does not exist and cannot be a repository is returned as it is. Raises UserError if
     the hub has no such adapter, DownloadError without a network.
     """
-    path = Path(name).expanduser()
-    if path.exists() or path.is_absolute() or not REPOSITORY.fullmatch(name):
+    path = Path(os.path.expanduser(name))
+    repo = None if path.exists() or path.is_absolute() else repository_name(name)
+    if repo is None:
         return path
-    if name.startswith("."):
-        return path
-    cached = snapshot(name, local=True)
+    cached = snapshot(repo, local=True)
     if cached is not None:
         return cached
     if notify is not None:
-        notify(f"downloading the adapter {name}")
-    found = snapshot(name, local=False)
+        notify(f"downloading the adapter {repo}")
+    found = snapshot(repo, local=False)
     assert found is not None
     return found
 

@@ -64,6 +64,8 @@ def fetch_model(
             download_if_missing(location, revision, quantized=asked is not None, notify=notify),
             asked,
         )
+    if Path(location.size).is_dir():
+        notify(f"{model} is the published size; the folder of that name is ./{location.size}")
     wanted = None if bits == DENSE_BITS else asked or uniform_recipe(DEFAULT_BITS)
     if wanted is None:
         return LocalModel(download_if_missing(location, revision, quantized=False, notify=notify))
