@@ -5,8 +5,11 @@ The format is a ZIP archive: ``*/data.pkl`` describes tensors by storage, shape 
 needs and refuses all others.
 """
 
+import io
+import lzma
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +42,13 @@ MALFORMED = (  # raised by the unpickler for a corrupt file
     EOFError,
     OverflowError,
     OSError,
+    zlib.error,
+    RuntimeError,  # an encrypted entry, or nesting without end
+    NotImplementedError,
+    MemoryError,
+    lzma.LZMAError,
 )
+MAX_PICKLE_BYTES = 64 * 2**20  # of the description; 78B has some 2,000 tensors
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,10 @@ def open_archive(file: Path) -> Iterator[zipfile.ZipFile]:
 def list_tensors(archive: zipfile.ZipFile, file: Path) -> dict[str, StoredTensor]:
     [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
     with archive.open(name) as stream:
-        content = TensorUnpickler(stream).load()
+        data = stream.read(MAX_PICKLE_BYTES + 1)
+    if len(data) > MAX_PICKLE_BYTES:
+        raise pickle.UnpicklingError("its description of the tensors is larger than 64 MB")
+    content = TensorUnpickler(io.BytesIO(data)).load()
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
     if not tensors:
@@ -112,12 +124,19 @@ def list_tensors(archive: zipfile.ZipFile, file: Path) -> dict[str, StoredTensor
     return tensors
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Rebuilds descriptions of tensors and refuses any other object."""
+class TensorUnpickler(pickle._Unpickler):
+    """Rebuilds descriptions of tensors and refuses any other object.
+
+    Keys must be strings or numbers: nested tuples that share their parts take for ever to hash.
+    The unpickler written in Python lets us look at a key before it is hashed; a description is
+    small enough for it.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return make_ordered_dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return rebuild_tensor
         if module == "torch" and name in STORAGES:
@@ -128,7 +147,38 @@ class TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> tuple[str, str]:
         _, storage, key, *_ = pid
-        return storage, key
+        if not isinstance(storage, str) or not isinstance(key, str | int):
+            raise pickle.UnpicklingError("its pickle names a storage that is none")
+        return storage, str(key)
+
+    def load_setitem(self) -> None:
+        check_key(self.stack[-2])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:  # what lies above the mark: keys and values by turns
+            check_key(key)
+        super().load_setitems()
+
+    def refuse(self) -> None:
+        raise pickle.UnpicklingError("its pickle holds a set or a dictionary of an old kind")
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    for opcode in (pickle.DICT, pickle.EMPTY_SET, pickle.FROZENSET, pickle.ADDITEMS):
+        dispatch[opcode[0]] = refuse
+
+
+def check_key(key: object) -> None:
+    if not isinstance(key, str | int):
+        raise pickle.UnpicklingError(f"its pickle has a {type(key).__name__} as a key")
+
+
+def make_ordered_dict(*given: object) -> OrderedDict[Any, Any]:
+    """Make an empty OrderedDict; its items follow one by one."""
+    if given:
+        raise pickle.UnpicklingError("its pickle makes an OrderedDict in a way PyTorch does not")
+    return OrderedDict()
 
 
 def rebuild_tensor(
@@ -136,11 +186,13 @@ def rebuild_tensor(
 ) -> StoredTensor:
     kind, key = storage
     numbers = (start, *shape, *stride)
-    if kind not in STORAGES or not all(type(n) is int and n >= 0 for n in numbers):
-        raise pickle.UnpicklingError(f"a tensor of shape {shape}, stride {stride}, start {start}")
+    if not isinstance(kind, str) or kind not in STORAGES or not isinstance(key, str):
+        raise pickle.UnpicklingError("a tensor in a storage of an unknown kind")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise pickle.UnpicklingError("a tensor whose shape, stride or start is not a number")
     if len(shape) != len(stride):
-        raise pickle.UnpicklingError(f"a tensor of shape {shape} but stride {stride}")
-    return StoredTensor(kind, str(key), start, tuple(shape), tuple(stride))
+        raise pickle.UnpicklingError(f"a tensor of {len(shape)} sides but {len(stride)} strides")
+    return StoredTensor(kind, key, start, tuple(shape), tuple(stride))
 
 
 def storage_path(archive: zipfile.ZipFile, key: str) -> str:

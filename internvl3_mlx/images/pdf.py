@@ -37,6 +37,8 @@ def read_pages(source: str | Path | bytes, *, longer_side: int = PAGE_PIXELS) ->
 
 def render_pages(document: Any, located: ImageBytes, longer_side: int) -> Iterator[LoadedImage]:
     """Yield the pages of a ``PdfDocument`` one by one."""
+    import pypdfium2
+
     count = len(document)
     if not 1 <= count <= MAX_PAGES:
         raise ImageError(
@@ -44,11 +46,18 @@ def render_pages(document: Any, located: ImageBytes, longer_side: int) -> Iterat
             "read at once; split the document"
         )
     for number in range(count):
-        page = document[number]
-        scale = longer_side / max(page.get_size())
-        image = page.render(scale=scale).to_pil().convert("RGB")
-        page.close()
-        yield LoadedImage(image, f"{located.name} page {number + 1}")
+        name = f"{located.name} page {number + 1}"
+        try:
+            page = document[number]
+            scale = longer_side / max(page.get_size())
+            image = page.render(scale=scale).to_pil().convert("RGB")
+            page.close()
+        except (pypdfium2.PdfiumError, ValueError, ArithmeticError, MemoryError) as error:
+            raise ImageError(
+                f"cannot read {name}: the page is damaged; save the document again, or give its "
+                "pages as images"
+            ) from error
+        yield LoadedImage(image, name)
 
 
 def pdfium_error_text(words: str) -> str:

@@ -198,7 +198,9 @@ def _open_video(located: ImageBytes) -> Iterator[tuple[Any, Any]]:
     try:
         with (
             located.open() as file,
-            av.open(file, options={"format_whitelist": CONTAINERS}) as container,
+            av.open(
+                file, options={"format_whitelist": CONTAINERS}, metadata_errors="replace"
+            ) as container,
         ):
             cover = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & cover]
@@ -206,9 +208,14 @@ def _open_video(located: ImageBytes) -> Iterator[tuple[Any, Any]]:
                 raise ImageError(
                     f"cannot read {located.name}: it has no video stream; choose another file"
                 )
+            if streams[0].codec_context is None:
+                raise ImageError(
+                    f"cannot read {located.name}: there is no decoder for its video; "
+                    "export it as H.264 in MP4"
+                )
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, *DAMAGE) as error:
         raise _unreadable_error(located) from error
 
 
@@ -249,6 +256,8 @@ def _upright(frame: Any) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+# what a damaged video raises besides FFmpeg's own errors
+DAMAGE = (UnicodeError, ValueError, ArithmeticError, EOFError, MemoryError, AttributeError)
 DEFAULT_FRAME_MS = 100  # what browsers use for a frame without a duration
 
 

@@ -79,6 +79,8 @@ class JinjaTemplate:
         )
 
     def _write(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        environment: Any = self.compiled.environment
+        environment.start()
         return self.compiled.render(
             messages=messages, add_generation_prompt=True, **self.variables, **options
         )
@@ -117,23 +119,18 @@ def _default_template(entry: Any) -> Any:
 
 def _compile(source: str, origin: str) -> "jinja2.Template":
     """Compile in the sandbox, with the settings chat templates are written for."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from internvl3_mlx.prompt.template_sandbox import COMPILE_FAILURES, BoundedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = BoundedEnvironment()
     environment.globals["raise_exception"] = _raise_exception
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
+        return environment.compile_bounded(source)
+    except COMPILE_FAILURES as error:
+        line = getattr(error, "lineno", None)
+        where = "" if line is None else f"line {line}: "
+        words = getattr(error, "message", None) or "it is nested too deeply or holds huge numbers"
         raise CheckpointError(
-            f"{origin} is not a valid chat template (line {error.lineno}: "
-            f"{str(error.message)[:200]}); {BUILT_IN_HINT}"
-        ) from error
-    except RecursionError as error:
-        raise CheckpointError(
-            f"{origin} is nested too deeply for a chat template; {BUILT_IN_HINT}"
+            f"{origin} is not a valid chat template ({where}{str(words)[:200]}); {BUILT_IN_HINT}"
         ) from error
 
 
@@ -147,7 +144,10 @@ def _template_failures() -> tuple[type[Exception], ...]:
     """List what rendering a template can raise; a template is a program."""
     import jinja2
 
-    return (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError)
+    return (
+        jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError,
+        MemoryError, AttributeError,
+    )  # fmt: skip
 
 
 def _template_messages(

@@ -50,3 +50,16 @@ def test_without_the_library_the_line_to_paste_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match="a PDF needs pypdfium2; run pip install"):
         read_pages(path)
+
+
+MISSING_PAGE = b"""%PDF-1.4
+1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj
+2 0 obj<</Type/Pages/Count 2/Kids[3 0 R 9 0 R]>>endobj
+3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 30 20]>>endobj
+trailer<</Root 1 0 R>>
+"""
+
+
+def test_a_page_that_cannot_be_loaded_is_named():
+    with pytest.raises(ImageError, match="image bytes page 2: the page is damaged; save the doc"):
+        read_pages(MISSING_PAGE)

@@ -105,3 +105,10 @@ def test_a_damaged_middle_costs_its_frames_only():
     middle = len(data) // 2
     data[middle : middle + 376] = bytes(376)
     assert len(read_frames(bytes(data), 8)) == 8
+
+
+def test_metadata_in_another_encoding_does_not_matter():
+    data = make_video("matroska", "libx264")
+    at = data.index(b"Lavf")  # the name of the program that wrote the file
+    latin = data[:at] + b"\xe9\xfc\xff\x80" + data[at + 4 :]
+    assert numbers(read_frames(latin, 3)) == numbers(read_frames(data, 3))
