@@ -1,5 +1,7 @@
 """``internvl3 generate``: answer one question, about all images together or about each of them."""
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 UNTRAINED_NOTE = "this model has random weights; its answers are noise and only show that it runs"
 GREEDY_SAMPLES_NOTE = "without --temp all answers are the same; try --temp 0.8"
+FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,4}$")
 SOME_FAILED, ALL_FAILED = 1, 2
 MAX_SAMPLES = 256  # generated in parallel; more would run out of memory
 IMAGE_FLAG = flag(
@@ -56,7 +59,7 @@ class GenerateRequest:
     cls=SectionedCommand,
     short_help="Answer one question about images or videos.",
     examples=(
-        ('internvl3 generate photo.jpg -p "What is this?"', "ask about an image"),
+        ('internvl3 generate photo.jpg "What is this?"', "ask about an image"),
         ('internvl3 generate *.jpg --each --jsonl -p "Read the total."', "one answer per image"),
         (
             'internvl3 generate --video walk.mp4 -p "What happens?" --model 8b',
@@ -68,7 +71,7 @@ class GenerateRequest:
 @click.argument("images", nargs=-1)
 @flag(
     "Question", "-p", "--prompt", "prompt", metavar="TEXT",
-    help="The question; read from standard input if absent or -.",
+    help="The question; else the words after the images, or standard input.",
 )  # fmt: skip
 @IMAGE_FLAG
 @flag(
@@ -99,6 +102,8 @@ def generate_command(
     some images failed, 2 if none could be read.
     """
     generation_options, output = dict(flags["generation_options"]), flags["output"]
+    if flags["prompt"] is None:
+        images, flags["prompt"] = split_question(images)
     sources = (*images, *more_images)
     _check_output(output, sources, videos)
     if output.each and flags["num_samples"]:
@@ -111,6 +116,26 @@ def generate_command(
     request = GenerateRequest(question, sources, generation_options, load_options, output, *counts)
     options.make_config(generation_options)  # reports an invalid option before a model loads
     run_generate(request)
+
+
+def split_question(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+    """Split off the question that follows the images: trailing words that are no file or URL.
+
+    A word that looks like a file, with a folder or a suffix, stays one: its error says what is
+    wrong with it.
+    """
+    count = len(words)
+    while count and not _names_image(words[count - 1]):
+        count -= 1
+    return tuple(words[:count]), " ".join(words[count:]) or None
+
+
+def _names_image(word: str) -> bool:
+    if word in (STDIN, "clipboard") or "://" in word or word.startswith("data:"):
+        return True
+    if os.path.exists(os.path.expanduser(word)):
+        return True
+    return bool(FILE_SUFFIX.search(word)) or ("/" in word and not any(map(str.isspace, word)))
 
 
 def run_generate(request: GenerateRequest) -> None:

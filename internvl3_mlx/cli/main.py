@@ -15,15 +15,17 @@ from internvl3_mlx.files import did_you_mean
 # each is the function NAME_command in cli/NAME.py
 COMMANDS = (
     "bench", "chat", "completion", "convert", "doctor", "fuse", "generate", "history", "info",
-    "train",
+    "models", "train",
 )  # fmt: skip
 # commands of mlx-lm, ollama and LM Studio whose job another command does here
 OTHER_PROGRAMS = {
     "lora": "internvl3 train fine-tunes",
     "run": "internvl3 chat starts a conversation",
-    "pull": "internvl3 generate downloads a model on first use",
-    "list": "internvl3 info lists the cached models",
-    "ls": "internvl3 info lists the cached models",
+    "serve": "there is no server yet; internvl3 chat starts a conversation",
+    "pull": "internvl3 models pull downloads a model",
+    "list": "internvl3 models lists the models on this machine",
+    "ls": "internvl3 models lists the models on this machine",
+    "rm": "internvl3 models rm removes a model",
     "show": "internvl3 info MODEL describes a model",
 }
 FAILED, INTERRUPTED = 1, 130

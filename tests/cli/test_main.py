@@ -67,6 +67,8 @@ def test_version_is_one_line():
         ("genrate", "did you mean generate?"),
         ("xyz", f"choose from {', '.join(COMMANDS)}"),
         ("lora", "internvl3 train fine-tunes"),
+        ("serve", "there is no server yet; internvl3 chat starts a conversation"),
+        ("pull", "internvl3 models pull downloads a model"),
     ],
 )
 def test_unknown_command_gets_the_nearest_name(typed, advice):
