@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 from internvl3_mlx.generation.processor import ImageInfo
+from internvl3_mlx.prompt.boxes import COORDINATE_SCALE, BoxForm, BoxUnit, read_boxes
 
 FinishReason = Literal["stop", "length"]
 DECIMALS = 4
@@ -45,7 +46,8 @@ class Box:
     """A region that the answer names.
 
     x1 to y2: pixels of image number ``image``. ``relative``: the model's own coordinates, in
-    thousandths of the image's width and height.
+    thousandths of the image's width and height. ``form``: how the answer wrote the box: ``tags``,
+    ``json`` or ``list``. ``unit``: ``thousandths``, or ``fractions`` where the answer wrote those.
     """
 
     label: str | None
@@ -54,7 +56,9 @@ class Box:
     y1: float
     x2: float
     y2: float
-    relative: tuple[int, int, int, int]
+    relative: tuple[float, float, float, float]
+    form: BoxForm = "tags"
+    unit: BoxUnit = "thousandths"
 
 
 @dataclass(frozen=True)
@@ -99,20 +103,20 @@ def round_floats(value: object) -> object:
 
 def locate_boxes(text: str, images: tuple[ImageInfo, ...]) -> tuple[Box, ...]:
     """Find the boxes in an answer and scale them to the first image, the one asked about."""
-    from internvl3_mlx.prompt.boxes import COORDINATE_SCALE, parse_boxes
-
     if not images:
         return ()
     width, height = images[0].width, images[0].height
     return tuple(
         Box(
-            label=label,
+            label=found.label,
             image=0,
-            x1=x1 * width / COORDINATE_SCALE,
-            y1=y1 * height / COORDINATE_SCALE,
-            x2=x2 * width / COORDINATE_SCALE,
-            y2=y2 * height / COORDINATE_SCALE,
-            relative=(x1, y1, x2, y2),
+            x1=found.corners[0] * width / COORDINATE_SCALE,
+            y1=found.corners[1] * height / COORDINATE_SCALE,
+            x2=found.corners[2] * width / COORDINATE_SCALE,
+            y2=found.corners[3] * height / COORDINATE_SCALE,
+            relative=found.corners,
+            form=found.form,
+            unit=found.unit,
         )
-        for label, (x1, y1, x2, y2) in parse_boxes(text)
+        for found in read_boxes(text)
     )
