@@ -282,6 +282,9 @@ READ_ELSEWHERE = {  # keys that are read by name where they are needed, whatever
 }
 HARMLESS = {
     "_name_or_path",
+    "bos_token_id",
+    "dtype",
+    "torch_dtype",
     "_commit_hash",
     "_from_model_config",
     "auto_map",

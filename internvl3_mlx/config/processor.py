@@ -1,6 +1,7 @@
 """The image processor's files of an hf repository: tile limits, and values we must agree with."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,16 @@ NESTED = "image_processor"  # transformers 5 keeps the image processor inside of
 TOLERANCE = 1e-4  # files round the constants
 
 
-def read_tile_limits(folder: Path, tile_size: int) -> dict[str, int]:
-    """Read the fewest and the most tiles per image, as fields of ``ModelConfig``.
+@dataclass(frozen=True)
+class TileLimits:
+    """The fewest and the most tiles per image; the defaults are transformers'."""
+
+    least: int = 1
+    most: int = 12
+
+
+def read_tile_limits(folder: Path, tile_size: int) -> TileLimits:
+    """Read the tile limits of an hf repository.
 
     ``crop_to_patches`` is not looked at: transformers' InternVLProcessor sets it to true for every
     call. Raises ConfigError for a processor that prepares pixels in another way than ours.
@@ -24,18 +33,12 @@ def read_tile_limits(folder: Path, tile_size: int) -> dict[str, int]:
     name, table = read_image_processor(folder)
     check_values(table, PROCESSOR_TABLE, name)
     check_pixels(table, name, tile_size)
-    limits = {
-        ours: table[theirs]
-        for ours, theirs in (
-            ("min_dynamic_patch", "min_patches"),
-            ("max_dynamic_patch", "max_patches"),
-        )
-        if table.get(theirs) is not None
-    }
-    if limits.get("min_dynamic_patch", 1) > limits.get("max_dynamic_patch", 12):
+    least, most = table.get("min_patches"), table.get("max_patches")
+    limits = TileLimits(1 if least is None else least, 12 if most is None else most)
+    if limits.least > limits.most:
         raise ConfigError(
-            f"{name}: min_patches {limits['min_dynamic_patch']} is more than max_patches "
-            f"{limits.get('max_dynamic_patch', 12)}; correct one of them"
+            f"{name}: min_patches {limits.least} is more than max_patches {limits.most}; correct "
+            "one of them"
         )
     return limits
 

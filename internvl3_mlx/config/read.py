@@ -64,7 +64,8 @@ def read_config(folder: Path) -> ModelConfig:
     check_quantization_method(content, folder)
     config = parse_config(content)
     if config.layout == "hf":
-        return replace(config, **read_tile_limits(folder, config.force_image_size))
+        limits = read_tile_limits(folder, config.force_image_size)
+        return replace(config, min_dynamic_patch=limits.least, max_dynamic_patch=limits.most)
     return config
 
 
@@ -234,7 +235,8 @@ def _part(content: Json, name: str) -> Json:
     """Return a part of a config. Raises KeyError where it is absent, null or empty."""
     if not content.get(name):
         raise KeyError(name)
-    return content[name]  # type: ignore[no-any-return]
+    part: Json = content[name]
+    return part
 
 
 def _chat_text(content: Json) -> Json:
@@ -250,10 +252,10 @@ def _chat_text(content: Json) -> Json:
                 f"{str(ours[differing[0]])[:60]!r} and {str(other[differing[0]])[:60]!r}; "
                 "remove one of the two"
             )
-    text = ours or other
+    text: Json | None = ours or other
     if not text:
         raise KeyError("llm_config")
-    return text  # type: ignore[no-any-return]
+    return text
 
 
 def _tied(content: Json, text: Json) -> bool:

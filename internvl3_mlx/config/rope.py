@@ -113,8 +113,8 @@ def complete_scaling(
         numbers["factor"] = window / numbers["original_max_position_embeddings"]
     if missing := [key for key in REQUIRED[kind] if key not in numbers]:
         raise ConfigError(f"{where} is of the type {kind} but has no {missing[0]!r}")
-    low, high = numbers.get("low_freq_factor"), numbers.get("high_freq_factor")
-    if kind == "llama3" and not low < high:
+    low, high = numbers.get("low_freq_factor", 1.0), numbers.get("high_freq_factor", 4.0)
+    if kind == "llama3" and low >= high:
         raise ConfigError(f"{where}: low_freq_factor {low} is not below high_freq_factor {high}")
     if numbers.get("beta_fast", 32) < numbers.get("beta_slow", 1):
         raise ConfigError(f"{where}: beta_fast is below beta_slow")

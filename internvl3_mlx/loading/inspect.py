@@ -4,11 +4,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl3_mlx.checkpoints.agreement import check_vocabulary
 from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
 from internvl3_mlx.checkpoints.remap import plan_remap
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.hub import cached_snapshot
+from internvl3_mlx.loading.ignored import list_ignored_keys
 from internvl3_mlx.loading.resolve import resolve_model
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -42,6 +44,7 @@ class ModelInfo:
     files: int
     nbytes: int
     stop_tokens: dict[str, int]
+    ignored_keys: dict[str, list[str]]
 
     @property
     def parameters(self) -> int:
@@ -61,6 +64,7 @@ class ModelInfo:
             "context": self.config.text.max_position_embeddings,
             "tokens_per_tile": self.config.num_image_token,
             "stop_tokens": self.stop_tokens,
+            "ignored_keys": self.ignored_keys,
             "trained": self.config.trained,
             "config": config,
         }
@@ -75,6 +79,7 @@ def inspect_model(model: str) -> ModelInfo:
     checkpoint = open_checkpoint(folder)
     config, _ = plan_remap(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
+    check_vocabulary(tokenizer, config)
     return ModelInfo(
         folder=folder,
         config=config,
@@ -85,6 +90,7 @@ def inspect_model(model: str) -> ModelInfo:
         files=len({info.file for info in checkpoint.tensors.values()}),
         nbytes=checkpoint.nbytes,
         stop_tokens=stop_tokens(tokenizer),
+        ignored_keys=list_ignored_keys(folder, config.layout),
     )
 
 

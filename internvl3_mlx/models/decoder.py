@@ -34,9 +34,10 @@ class Attention(nn.Module):
         width, dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = dim
-        self.q_proj = nn.Linear(width, self.heads * dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
+        bias = bool(config.qkv_bias)
+        self.q_proj = nn.Linear(width, self.heads * dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
     def __call__(

@@ -87,7 +87,7 @@ def scale_linear(
     inverse: NDArray[np.float64], scaling: RopeScaling, base: float
 ) -> NDArray[np.float64]:
     """Divide all positions by one factor (position interpolation, arXiv 2306.15595)."""
-    return inverse / scaling.factor
+    return inverse / (scaling.factor or 1.0)
 
 
 def scale_yarn(
@@ -107,7 +107,7 @@ def scale_yarn(
     if low == high:
         high += 0.001  # transformers avoids the singularity so
     kept = 1 - np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
-    return inverse / scaling.factor * (1 - kept) + inverse * kept
+    return inverse / (scaling.factor or 1.0) * (1 - kept) + inverse * kept
 
 
 def scale_llama3(
@@ -118,7 +118,7 @@ def scale_llama3(
     low, high = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 4.0
     rotations = trained * inverse / (2 * math.pi)  # within the trained window
     kept = np.clip((rotations - low) / (high - low), 0, 1)
-    return inverse / scaling.factor * (1 - kept) + inverse * kept
+    return inverse / (scaling.factor or 1.0) * (1 - kept) + inverse * kept
 
 
 def yarn_attention_factor(scaling: RopeScaling) -> float:
