@@ -1,5 +1,6 @@
 """A loaded model with all that generation needs of it, below its public face (``vlm``)."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -33,6 +34,7 @@ class ModelRunner:
     load_runner: "Callable[[str], ModelRunner]"
     load_seconds: float = 0.0
     draft_models: "dict[str, ModelRunner]" = field(default_factory=dict[str, "ModelRunner"])
+    process_id: int = field(default_factory=os.getpid)  # of the process that loaded the model
 
     @property
     def config(self) -> ModelConfig:
@@ -54,9 +56,18 @@ class ModelRunner:
         generation_config: GenerationConfig,
     ) -> ModelInputs:
         """Turn a question and images into inputs; raise PromptError where they do not fit."""
+        self.check_process()
         inputs = self.processor(question, as_sequence(images), generation_config)
         self.check_context_length(inputs, generation_config)
         return inputs
+
+    def check_process(self) -> None:
+        """Raise UserError in a forked child, where MLX would wait for ever for its streams."""
+        if os.getpid() != self.process_id:
+            raise UserError(
+                "the model was loaded before this process was forked, and MLX cannot compute here; "
+                'load it in the child, or start processes by "spawn"'
+            )
 
     def check_context_length(
         self, inputs: ModelInputs, generation_config: GenerationConfig

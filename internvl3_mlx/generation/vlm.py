@@ -1,5 +1,6 @@
 """The public face: ``load`` a model, then call ``generate``, ``stream_generate`` or its methods."""
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ class VLM:
     loaded: LoadedModel = field(repr=False)
     template: Template
     load_seconds: float = 0.0
+    process_id: int = field(default_factory=os.getpid, repr=False)
 
     @property
     def model(self) -> InternVL:
@@ -139,7 +141,12 @@ class VLM:
     def runner(self) -> ModelRunner:
         """Give lower-level access: build inputs and generate from a ``GenerationConfig``."""
         return ModelRunner(
-            self.name, self.model, self.processor, load_runner, load_seconds=self.load_seconds
+            self.name,
+            self.model,
+            self.processor,
+            load_runner,
+            load_seconds=self.load_seconds,
+            process_id=self.process_id,
         )
 
     def ask(

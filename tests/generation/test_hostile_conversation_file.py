@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from fixtures.inputs import picture
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -27,7 +27,7 @@ def vlm():
 def saved(vlm, tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "talk.zip"
     conversation = vlm.conversation(v2pe_delta="1/4", system="Be brief.")
-    conversation.ask("What is it?", [picture(130, 70)], max_tokens=3)
+    conversation.ask("What is it?", [random_image(130, 70)], max_tokens=3)
     conversation.save(path, cache=True)
     return path
 
