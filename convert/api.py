@@ -21,7 +21,12 @@ from internvl3_mlx.convert.calibration.calibrate import (
     calibrate,
     compare_checkpoints,
 )
-from internvl3_mlx.convert.calibration.metrics import QualityMetrics, bits_per_part
+from internvl3_mlx.convert.calibration.metrics import (
+    OutputCheck,
+    QualityMetrics,
+    bits_per_part,
+    describe_quality,
+)
 from internvl3_mlx.convert.model_card import (
     CardData,
     find_base_model,
@@ -42,6 +47,10 @@ from internvl3_mlx.files import atomic_write, check_unused, read_optional_json
 LIBRARIES = ("internvl3-mlx", "mlx", "huggingface-hub")
 DEMO_SAMPLES = Path(demo.__file__).parent / "samples"
 REPORTED_UNITS = 8  # groups of modules named in a report, the most sensitive ones
+NOT_COMPARED = (
+    "not compared, since that would have taken longer than the conversion, or too much memory; "
+    "--measure takes the time it needs"
+)
 DIGITS = 6  # of a KL divergence in a report
 
 Stage = Literal["download", "calibrate", "write", "measure"]
@@ -64,7 +73,8 @@ class ConversionResult:
 
     ``quantized`` maps module paths to their quantization; ``skipped_modules`` maps those that could
     not be quantized to their widths, which no group size divides. ``output_check`` compares source
-    and target on one generated question; ``quality`` compares them on ``measure_images``.
+    and target on one generated question and on a passage of English; ``quality`` compares them on
+    ``measure_images``.
     """
 
     source: Path
@@ -79,9 +89,17 @@ class ConversionResult:
     bits_per_part: Mapping[str, float] = field(default_factory=dict)
     adapter: Path | None = None
     calibration: Calibration | None = None
-    output_check: QualityMetrics | None = None
+    verified: bool = False
+    output_check: OutputCheck | None = None
     quality: QualityMetrics | None = None
     seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str | None:
+        """Say how the target compares with the source on plain English; None if not asked for."""
+        if self.output_check is not None:
+            return describe_quality(self.output_check.text)
+        return NOT_COMPARED if self.verified and not self.dry_run else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON; what was not done is left out."""
@@ -98,6 +116,8 @@ class ConversionResult:
             "skipped_modules": dict(self.skipped_modules),
             "calibration": self.calibration and calibration_report(self.calibration),
             "verification_kl": self.output_check and round(self.output_check.kl, DIGITS),
+            "reading_kl": self.output_check and self.output_check.reading,
+            "verdict": self.verdict,
             "measured": self.quality
             and {name: round(value, DIGITS) for name, value in self.quality.to_dict().items()},
             "seconds": None if self.dry_run else round(self.seconds, 2),
@@ -196,6 +216,7 @@ class Conversion:
             bits_per_part=bits_per_part(folder),
             adapter=self.options.adapter,
             calibration=calibration,
+            verified=self.options.check_output,
             output_check=converted.output_check,
         )
 
@@ -215,7 +236,7 @@ def calibration_progress(
         except StopIteration as end:
             calibration: Calibration = end.value
             return calibration
-        yield ConversionProgress("calibrate", step.message, step.done)
+        yield ConversionProgress("calibrate", step.message, step.done, step.total)
 
 
 def writing_progress(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.calibration.metrics import QualityMetrics
+from internvl3_mlx.convert.calibration.metrics import OutputCheck, QualityMetrics, describe_quality
 from internvl3_mlx.prompt.tokenizer_files import read_optional_text
 
 GB, MB = 1e9, 1e6
@@ -33,7 +33,7 @@ class CardData:
     skipped_modules: Mapping[str, int]
     num_tensors: int
     quality: QualityMetrics | None = None
-    output_check: QualityMetrics | None = None
+    output_check: OutputCheck | None = None
     adapter: str | None = None  # name of the adapter that was merged
 
 
@@ -151,6 +151,7 @@ def list_checks(card: CardData) -> list[str]:
             f"one generated question, source against result: KL divergence "
             f"{card.output_check.kl:.5f} nats"
         )
+        lines.append(f"a passage of English: {describe_quality(card.output_check.text)}")
     if card.quality is not None:
         lines.append(quality_line(card.quality))
     return lines

@@ -2,8 +2,10 @@
 a few rows at a time."""
 
 import json
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +22,7 @@ from internvl3_mlx.checkpoints.writer import (
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.aux_files import replaceable_files, write_aux_files
 from internvl3_mlx.convert.calibration.calibrate import compare_outputs
-from internvl3_mlx.convert.calibration.metrics import QualityMetrics
+from internvl3_mlx.convert.calibration.metrics import OutputCheck
 from internvl3_mlx.convert.config_writer import build_config
 from internvl3_mlx.convert.plan import (
     FLOATS,
@@ -41,6 +43,8 @@ from internvl3_mlx.files import atomic_folder
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 METADATA = {"mlx": {"format": "mlx"}, "original": {"format": "pt"}, "hf": {"format": "pt"}}
+MIN_CHECK_SECONDS = 120.0  # else comparing outputs may take as long as the conversion did
+INDEPENDENT_AFTER_SECONDS = 30.0  # importing torch takes several; not worth it before
 CACHE_BYTES = 64_000_000  # of freed arrays that MLX may keep while tensors are streamed
 
 Slab = dict[str, tuple[mx.array, mx.array]]  # name -> what is written, whether it is finite
@@ -51,8 +55,9 @@ class ConvertOptions:
     """What a conversion does besides quantizing.
 
     ``layout`` is the target's: mlx, original or hf. ``check_output`` compares the outputs of source
-    and target before the target is kept. ``calibrated_weights`` are written as they are, by tensor
-    name. ``adapter`` is a PEFT adapter folder to merge.
+    and target before the target is kept; ``independent_check`` takes the time it needs, and also
+    compares our reading of the source with transformers'. ``calibrated_weights`` are written as
+    they are, by tensor name. ``adapter`` is a PEFT adapter folder to merge.
     """
 
     layout: str = "mlx"
@@ -60,6 +65,7 @@ class ConvertOptions:
     dequantize: bool = False
     overwrite: bool = False
     check_output: bool = False
+    independent_check: bool = False
     calibrated_weights: Mapping[str, mx.array] = field(default_factory=dict)
     adapter: Path | None = None
     # adds files, such as the model card, before the folder takes its name
@@ -88,7 +94,7 @@ class ConvertedCheckpoint:
     num_files: int
     quantized: Mapping[str, Quantization]
     skipped_modules: Mapping[str, int]
-    output_check: QualityMetrics | None = None
+    output_check: OutputCheck | None = None
 
 
 def convert_checkpoint(
@@ -102,6 +108,7 @@ def convert_checkpoint(
     Memory use stays at a few slabs, whatever the size of the model. The target appears once it is
     complete and verified; a conversion stopped before leaves nothing behind.
     """
+    started = time.monotonic()
     options = options or ConvertOptions()
     check_overlap(source, target)
     plan = plan_conversion(
@@ -135,9 +142,9 @@ def convert_checkpoint(
         write_aux_files(plan, tokenizer, folder)
         verify_checkpoint(folder, entries, writer.checksums)
         same = not calibrated and not any(tensor.quantization for tensor in plan.tensors)
-        output_check = None
+        check = None
         if options.check_output:
-            output_check = compare_outputs(source, folder, same=same, adapter=options.adapter)
+            check = check_outputs(source, folder, options, same, time.monotonic() - started)
         converted = ConvertedCheckpoint(
             target=target,
             layout=plan.layout,
@@ -145,11 +152,26 @@ def convert_checkpoint(
             num_files=len(writer.shards),
             quantized=plan.quantized,
             skipped_modules=plan.skipped_modules,
-            output_check=output_check,
+            output_check=check,
         )
         if options.write_extra is not None:
             options.write_extra(folder, converted)
     return converted
+
+
+def check_outputs(
+    source: Path, target: Path, options: ConvertOptions, same: bool, elapsed: float
+) -> OutputCheck | None:
+    """Compare the outputs of source and target, in no more time than the conversion has taken."""
+    thorough = options.independent_check
+    return compare_outputs(
+        source,
+        target,
+        same=same,
+        adapter=options.adapter,
+        seconds=inf if thorough else max(elapsed, MIN_CHECK_SECONDS),
+        independent=thorough or elapsed > INDEPENDENT_AFTER_SECONDS,
+    )
 
 
 def check_overlap(source: Path, target: Path) -> None:

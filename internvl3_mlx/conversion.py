@@ -1,11 +1,14 @@
 """``convert_model``: everything that ``internvl3 convert`` does, as one typed function."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
+from internvl3_mlx.checkpoints.remap import plan_remap
+from internvl3_mlx.config import read_config
 from internvl3_mlx.convert.api import (
     Conversion,
     ConversionProgress,
@@ -30,6 +33,8 @@ Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 OnProgress = Callable[[ConversionProgress], None]
 
+DEFAULT_BITS, SMALL_MODEL_BITS = 4, 6
+SMALL_MODEL_PARAMETERS = 3e8  # of the language model, embedding and head included
 YAML_SUFFIXES = (".yaml", ".yml")
 UNSHOWN = ("command", "on_progress", "overwrite")  # say nothing about what was written
 
@@ -71,7 +76,8 @@ def convert_model(
         target: The folder to write. By default it is named after the model and what is done to it,
             in the current directory.
         layout: ``"mlx"``, or ``"original"`` or ``"hf"`` for PyTorch.
-        bits: Bits of the language model: 2, 3, 4, 5, 6 or 8; 4 by default when quantizing.
+        bits: Bits of the language model: 2, 3, 4, 5, 6 or 8. By default 4 when quantizing, or 6 for
+            a language model of fewer than 0.3 billion parameters.
         group_size: Weights that share a scale: 32, 64 or 128; 64 by default.
         mode: MLX's quantization mode; ``"affine"`` by default.
         vision_bits: Bits of the vision tower, which is not quantized by default. With
@@ -112,6 +118,7 @@ def convert_model(
     )
     quantizing.check(dry_run=dry_run)
     folder = find_source(source, revision, quantize=quantizing.quantizes, on_progress=show)
+    quantizing = quantizing.with_default_bits(folder)
     conversion = Conversion(
         source=folder,
         target=expand(target) or Path(default_target_name(folder, quantizing.suffix(layout))),
@@ -121,6 +128,7 @@ def convert_model(
             dequantize=dequantize,
             overwrite=overwrite,
             check_output=verify,
+            independent_check=measure,
             adapter=None if adapter is None else fetch_adapter(str(adapter)),
         ),
         recipe=quantizing.choose_recipe(),
@@ -174,6 +182,14 @@ class QuantizationArguments:
         values = (self.bits, self.group_size, self.mode, self.vision_bits, self.recipe)
         return self.calibration_images is not None or any(value is not None for value in values)
 
+    def with_default_bits(self, folder: Path) -> "QuantizationArguments":
+        """Fill in the bits where none were given: few for most models, more for small language
+        models, which few bits ruin."""
+        free = self.bits is None and self.recipe is None and self.calibration_images is None
+        if not self.quantizes or not free or self.mode not in (None, "affine"):
+            return self
+        return replace(self, bits=default_bits(folder))
+
     def choose_recipe(self) -> QuantizationRecipe | None:
         """Build the recipe; None when nothing is quantized or calibration makes the recipe."""
         if not self.quantizes or self.calibration_images is not None:
@@ -205,6 +221,14 @@ class QuantizationArguments:
             return f"{self.target_bpw or TARGET_BPW:g}bpw"
         recipe = self.choose_recipe()
         return layout if recipe is None else recipe.name
+
+
+def default_bits(folder: Path) -> int:
+    """Return the bits to quantize a model to: ``DEFAULT_BITS``, or more for a small decoder."""
+    checkpoint = open_checkpoint(folder)
+    config, _ = plan_remap(checkpoint, read_config(folder))
+    parameters = parameters_by_part(checkpoint, config)["language_model"].parameters
+    return SMALL_MODEL_BITS if parameters < SMALL_MODEL_PARAMETERS else DEFAULT_BITS
 
 
 def find_source(

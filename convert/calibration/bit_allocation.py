@@ -21,6 +21,7 @@ from internvl3_mlx.convert.recipes import (
     BITS,
     PROJECTOR,
     PROJECTOR_BITS,
+    VISION,
     QuantizationRecipe,
     QuantizationRule,
 )
@@ -84,6 +85,37 @@ class SensitivityRun:
             total += float(kl.item())  # type: ignore[arg-type]
             tokens += actual.shape[0]
         return total / tokens
+
+
+def list_units(model: InternVL, vision_bits: int | None) -> list[Unit]:
+    """List the units to quantize: the vision tower's where that is allowed, then all others."""
+    vision = len(model.vision_model.encoder.layers) if vision_bits is not None else 0
+    language = model.language_model
+    units = [
+        tuple(f"vision_model.encoder.layers.{n}.{name}" for name in unit)
+        for n in range(vision)
+        for unit in VISION_UNITS
+    ]
+    units += [(path,) for path in PROJECTOR_LINEARS]
+    units.append((EMBEDDING,))
+    units += [
+        tuple(f"language_model.model.layers.{n}.{name}" for name in unit)
+        for n in range(len(language.model.layers))
+        for unit in LAYER_UNITS
+    ]
+    return units + ([(HEAD,)] if "lm_head" in language else [])
+
+
+def min_bits_of(units: Iterable[Unit], vision_bits: int | None = None) -> list[int]:
+    """Return the fewest bits that each unit may get."""
+    return [
+        PROJECTOR_BITS
+        if PROJECTOR.match(unit[0])
+        else (vision_bits or min(BITS))
+        if VISION.match(unit[0])
+        else min(BITS)
+        for unit in units
+    ]
 
 
 def measure_sensitivities(

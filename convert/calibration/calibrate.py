@@ -1,33 +1,45 @@
 """Calibration, measurement and verification by forward passes: what needs a model in memory."""
 
 import os
-from collections.abc import Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from internvl3_mlx.adapters.attach import attach_adapter
 from internvl3_mlx.adapters.peft import load_adapter
-from internvl3_mlx.checkpoints.build_model import LoadedModel, build_model
+from internvl3_mlx.checkpoints.build_model import LoadedModel, assemble_model, build_model
 from internvl3_mlx.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.bit_allocation import (
+    EMBEDDING,
     BitAllocation,
     Sensitivity,
     allocate_bits,
+    candidates,
     get_module,
+    list_units,
     measure_sensitivities,
+    min_bits_of,
 )
 from internvl3_mlx.convert.calibration.data import CalibrationSample, load_samples, split_samples
+from internvl3_mlx.convert.calibration.fisher import estimate_sensitivities
 from internvl3_mlx.convert.calibration.gptq import QuantizedWeight, gptq_quantize, is_affine
 from internvl3_mlx.convert.calibration.metrics import (
+    OutputCheck,
     QualityMetrics,
+    compare_log_probs,
     compute_metrics,
     reference_log_probs,
 )
+from internvl3_mlx.convert.calibration.passage import passage_sample
+from internvl3_mlx.convert.calibration.streaming import stream_log_probs
+from internvl3_mlx.convert.independent_check import check_reading
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import QUANTIZED_PARTS, dequantize_array, quantize_array
 from internvl3_mlx.device import on_cpu
@@ -37,7 +49,14 @@ from internvl3_mlx.models.internvl import InternVL
 TARGET_BPW = 4.5  # bits per weight, scales included: as much as plain 4-bit with groups of 64 takes
 SENSITIVITY_SAMPLES = 24  # enough to decide the bits
 GPTQ_SAMPLES = 128
-MEMORY_SHARE = 0.4  # of the machine's memory that a model may take for verification
+FLOPS_PER_WEIGHT = 2  # of a forward pass, for each token
+GPTQ_PASSES = 5  # through each layer
+# Costs that take minutes: on two CPU cores with a fast BLAS, and on a GPU
+MEASURED_FLOPS_CPU, MEASURED_FLOPS_GPU = 1e13, 1e15
+ESTIMATE_FLOPS = 1e12
+GPTQ_FLOPS_CPU = 3e12
+MEMORY_SHARE = 0.4  # of the machine's memory that the comparison may take
+LAYER_TENSORS = 4  # large tensors of one layer
 PROBE_TOKENS, PROBE_SEED = 24, 5
 MAX_COPY_KL = 1e-3  # nats; a dense copy in another 16-bit dtype stays below
 MAX_FUSED_KL = 1e-2  # a merged adapter, rounded to 16 bits with its weights, stays below
@@ -61,10 +80,11 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class CalibrationStep:
-    """One unit measured or one layer rounded; ``done`` counts them."""
+    """One quantization measured or one layer rounded; ``done`` of ``total`` counts them."""
 
     message: str
     done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -89,9 +109,10 @@ def calibrate(
     samples, _ = split_samples(load_samples(config.images, loaded))
     few = samples[:: max(len(samples) // SENSITIVITY_SAMPLES, 1)]
     sensitivities: list[Sensitivity] = []
-    for entry in measure_sensitivities(loaded.model, few, vision_bits=config.vision_bits):
+    measured, total = choose_measurement(loaded.model, few, config.vision_bits)
+    for entry in measured:
         sensitivities.append(entry)
-        yield CalibrationStep(f"measuring {entry.modules[0]}", len(sensitivities))
+        yield CalibrationStep(f"measuring {entry.modules[0]}", len(sensitivities), total)
     sizes = {
         path: get_module(loaded.model, path).weight.size
         for entry in sensitivities
@@ -102,6 +123,46 @@ def calibrate(
     quantizations = {path: q for path in sizes if (q := recipe.choose(path)) is not None}
     weights = yield from quantize_calibrated(loaded, samples, quantizations, config)
     return Calibration(recipe, weights, allocation, tuple(sensitivities), len(samples))
+
+
+def choose_measurement(
+    model: InternVL, samples: list[CalibrationSample], vision_bits: int | None
+) -> tuple[Iterator[Sensitivity], int]:
+    """Return the sensitivities to come and their number: measured, or estimated where measuring
+    each quantization by itself would take long."""
+    units = list_units(model, vision_bits)
+    fewest = min_bits_of(units, vision_bits)
+    counts = [
+        len(candidates(get_module(model, unit[0]).weight.shape[1], min_bits=bits))
+        for unit, bits in zip(units, fewest, strict=True)
+    ]
+    tokens = sum(len(sample.token_ids) for sample in samples)
+    flops = FLOPS_PER_WEIGHT * decoder_size(model) * tokens * sum(counts) / 2
+    if flops < (MEASURED_FLOPS_CPU if on_cpu() else MEASURED_FLOPS_GPU):
+        return measure_sensitivities(model, samples, vision_bits=vision_bits), sum(counts)
+    affordable = limit_tokens(
+        samples, ESTIMATE_FLOPS / (3 * FLOPS_PER_WEIGHT * decoder_size(model))
+    )
+    return estimate_sensitivities(model, affordable, dict(zip(units, fewest, strict=True))), sum(
+        counts
+    )
+
+
+def decoder_size(model: InternVL) -> int:
+    """Count the weights of the decoder's layers."""
+    layers = tree_flatten(model.language_model.model.layers)
+    return sum(x.size for _, x in layers)
+
+
+def limit_tokens(samples: list[CalibrationSample], tokens: float) -> list[CalibrationSample]:
+    """Return the first samples that have about ``tokens`` tokens together, at least one."""
+    taken: list[CalibrationSample] = []
+    for sample in samples:
+        if taken and tokens < len(sample.token_ids):
+            break
+        taken.append(sample)
+        tokens -= len(sample.token_ids)
+    return taken
 
 
 def quantize_calibrated(
@@ -123,9 +184,13 @@ def quantize_calibrated(
     rounded: dict[str, QuantizedWeight] = {}
     if config.gptq:
         some = samples[:: max(len(samples) // GPTQ_SAMPLES, 1)]
+        if on_cpu():
+            passes = GPTQ_PASSES * FLOPS_PER_WEIGHT * decoder_size(model)
+            some = limit_tokens(some, GPTQ_FLOPS_CPU / passes)
+        total = sum(path not in (EMBEDDING,) for path in decoder)
         for path, parts in gptq_quantize(model, some, decoder, dtype):
             rounded[path] = parts
-            yield CalibrationStep(f"rounding {path}", len(rounded))
+            yield CalibrationStep(f"rounding {path}", len(rounded), total)
     return written | quantize_decoder(model, decoder, rounded, dtype)
 
 
@@ -178,42 +243,89 @@ def compare_checkpoints(source: Path, target: Path, images: Path) -> QualityMetr
     return compute_metrics(build_model(target).model, held_out, reference)
 
 
-def compare_outputs(
-    source: Path, target: Path, *, same: bool, adapter: Path | None = None
-) -> QualityMetrics | None:
-    """Run source and target on one generated question; None when memory does not allow it.
+class OutOfTimeError(Exception):
+    """The comparison of source and target took longer than it may."""
 
-    ``adapter`` is attached to the source's layers. Raises CheckpointError when the target's outputs
-    are not finite or, with ``same``, differ from the source's.
+
+def compare_outputs(
+    source: Path,
+    target: Path,
+    *,
+    same: bool,
+    adapter: Path | None = None,
+    seconds: float = inf,
+    independent: bool = False,
+) -> OutputCheck | None:
+    """Run source and target on a generated question and on a passage, one layer at a time.
+
+    ``adapter`` is attached to the source's layers. ``independent`` also compares our reading of the
+    source with transformers'. None when it would take more memory than there is or more than
+    ``seconds``. Raises CheckpointError when the target's outputs are not finite or,
+    with ``same``, differ from the source's.
     """
     if not fits_in_memory(source):
         return None
-    loaded = build_model(source)
-    if adapter is not None:
-        attach_adapter(loaded.model, load_adapter(adapter, loaded.config))
-    sample = make_probe_sample(loaded)
-    reference = reference_log_probs(loaded.model, [sample])
-    del loaded
-    metrics = compute_metrics(build_model(target).model, [sample], reference)
-    if not isfinite(metrics.kl):
+    deadline = time.monotonic() + seconds
+
+    def tick() -> None:
+        if time.monotonic() > deadline:
+            raise OutOfTimeError
+
+    try:
+        check = run_both(source, target, adapter, tick, independent=independent)
+    except OutOfTimeError:
+        return None
+    if not isfinite(check.kl) or not isfinite(check.text.kl):
         raise CheckpointError(
             f"the outputs of {source} are NaN or infinite once converted; nothing was written; "
             "try another dtype"
         )
-    if same and metrics.kl > (MAX_COPY_KL if adapter is None else MAX_FUSED_KL):
+    differing = max(check.kl, check.text.kl)
+    if same and differing > (MAX_COPY_KL if adapter is None else MAX_FUSED_KL):
         raise CheckpointError(
-            f"the converted model answers differently from {source} (KL {metrics.kl:.4f}); "
+            f"the converted model answers differently from {source} (KL {differing:.4f}); "
             "nothing was written; the source may be damaged"
         )
-    return metrics
+    return check
+
+
+def run_both(
+    source: Path,
+    target: Path,
+    adapter: Path | None,
+    tick: Callable[[], None],
+    *,
+    independent: bool,
+) -> OutputCheck:
+    """Run both models on the same samples, one after the other."""
+    loaded = assemble_model(source)
+    if adapter is not None:
+        attach_adapter(loaded.model, load_adapter(adapter, loaded.config))
+    loaded.model.eval()
+    samples = [make_probe_sample(loaded), passage_sample(loaded)]
+    reference = stream_log_probs(loaded, samples, tick)
+    del loaded
+    converted = assemble_model(target)
+    converted.model.eval()
+    actual = stream_log_probs(converted, samples, tick)
+    probe, text = (
+        compare_log_probs([sample], [expected], [found])
+        for sample, expected, found in zip(samples, reference, actual, strict=True)
+    )
+    reading = None
+    if independent and adapter is None:
+        reading = check_reading(source, samples[1].token_ids, reference[1])
+    return OutputCheck(probe, text, reading)
 
 
 def fits_in_memory(folder: Path) -> bool:
-    """Return whether the model may be loaded for verification. On a CPU it is widened to 32
-    bits."""
+    """Return whether the model can be run one layer at a time: its embedding and head beside a few
+    layers. On a CPU weights are widened to 32 bits."""
     widening = 2 if on_cpu() else 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return open_checkpoint(folder).nbytes * widening < MEMORY_SHARE * memory
+    sizes = sorted(info.nbytes for info in open_checkpoint(folder).tensors.values())
+    largest = sum(sizes[-2:]) + LAYER_TENSORS * sizes[-3:][0]
+    return largest * widening < MEMORY_SHARE * memory
 
 
 def make_probe_sample(loaded: LoadedModel) -> CalibrationSample:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.checkpoints.build_model import LoadedModel
+from internvl3_mlx.config.foreign import APPLE_DOUBLE, visible_files
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.images.load import IMAGE_SUFFIXES, open_image
 from internvl3_mlx.images.tiling import TilePolicy, to_tiles
@@ -25,6 +26,8 @@ DEFAULT_QUESTIONS = (  # asked in turn when the folder has no questions of its o
 )
 MAX_TILES = 4  # more images matter more here than detail in each
 ANSWER_TOKENS = 32
+TEXT_TOKENS, MIN_TEXT_TOKENS = 256, 16  # of one sample of a text file
+QUESTION_FILES = ("*.jsonl", "samples.json")
 HELD_OUT_EVERY = 4  # one sample in this many is held out from calibration, to measure on
 
 
@@ -49,26 +52,42 @@ class CalibrationSample:
 def load_samples(
     folder: Path, loaded: LoadedModel, *, limit: int | None = None
 ) -> list[CalibrationSample]:
-    """Ask about every image in a folder and let the model itself answer.
+    """Ask about every image in a folder and let the model itself answer; add its texts.
 
     The folder may hold its own questions: a ``*.jsonl`` file with {"image", "question"} on each
-    line, or a ``samples.json`` with a list of them. Raises UserError when there are no images.
+    line, or a ``samples.json`` with a list of them. Of ``*.txt`` files every token is scored.
+    Raises UserError when there are neither images nor texts.
     """
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}; give a folder of images to calibrate or measure on"
         )
     questions = list(read_questions(folder))[:limit]
-    if not questions:
+    samples = list(text_samples(folder, loaded))[:limit]
+    if not questions and not samples:
         raise UserError(
-            f"there are no images in {folder}; add at least one to calibrate or measure on"
+            f"there are no images in {folder}; add at least one, or a .txt file, to calibrate or "
+            "measure on"
         )
-    samples = []
     for path, question in questions:
         sample = build_sample(loaded, path, question)
         answer = greedy_answer(loaded, sample, ANSWER_TOKENS)
         samples.append(replace(sample, token_ids=sample.token_ids + answer))
     return samples
+
+
+def text_samples(folder: Path, loaded: LoadedModel) -> Iterator[CalibrationSample]:
+    """Cut the text files of a folder into samples of ``TEXT_TOKENS`` tokens, all of them scored."""
+    for path in visible_files(folder, "*.txt"):
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
+        token_ids = list(loaded.tokenizer.encode_text(text))
+        for start in range(0, len(token_ids), TEXT_TOKENS):
+            chunk = token_ids[start : start + TEXT_TOKENS]
+            if len(chunk) >= MIN_TEXT_TOKENS:
+                yield CalibrationSample(chunk, None, 0)
 
 
 def split_samples(
@@ -88,7 +107,7 @@ def split_samples(
 def read_questions(folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield the images of a folder, each with a question about it. Raises UserError for a line that
     is not a question."""
-    files = sorted([*folder.glob("*.jsonl"), *folder.glob("samples.json")])
+    files = [path for name in QUESTION_FILES for path in visible_files(folder, name)]
     for file in files:
         text = file.read_text(encoding="utf-8")
         lines = text.splitlines() if file.suffix == ".jsonl" else map(json.dumps, json.loads(text))
@@ -103,7 +122,9 @@ def read_questions(folder: Path) -> Iterator[tuple[Path, str]]:
                 ) from error
     if not files:
         images = [
-            path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(APPLE_DOUBLE)
         ]
         yield from zip(images, cycle(DEFAULT_QUESTIONS), strict=False)
 

@@ -1,8 +1,8 @@
 """Metrics of a quantized model against its 16-bit source: KL divergence, agreement, perplexity."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from math import exp
+from math import exp, inf
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from internvl3_mlx.models.internvl import InternVL
 
 PARTS = {"vision_model": "vision tower", "mlp1": "projector", "language_model": "language model"}
 FLOAT_BYTES = 4
+MAX_EXPONENT = 700  # of e, in a float
 FLOAT32_LIMIT_BYTES = 2e9  # of log-probabilities; beyond that they are kept in float16
 
 
@@ -34,6 +35,22 @@ class QualityMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """How a target's outputs compare with its source's: on one generated question about an image,
+    and on a passage of plain English, which the verdict is about. ``reading`` is the KL divergence
+    of our reading of the source from that of transformers, None where that was not possible."""
+
+    probe: QualityMetrics
+    text: QualityMetrics
+    reading: float | None = None
+
+    @property
+    def kl(self) -> float:
+        """Return the KL divergence on the generated question."""
+        return self.probe.kl
 
 
 def answer_log_probs(model: InternVL, sample: CalibrationSample) -> mx.array:
@@ -73,10 +90,19 @@ def compute_metrics(
     model: InternVL, samples: Sequence[CalibrationSample], reference: Sequence[mx.array]
 ) -> QualityMetrics:
     """Compare a model with ``reference``, the 16-bit model's log-probabilities of each sample."""
+    return compare_log_probs(samples, reference, (answer_log_probs(model, s) for s in samples))
+
+
+def compare_log_probs(
+    samples: Sequence[CalibrationSample],
+    reference: Sequence[mx.array],
+    quantized: Iterable[mx.array],
+) -> QualityMetrics:
+    """Compare the log-probabilities of two models for each sample: (K, vocab)."""
     kl = agreed = loss = reference_loss = 0.0
     tokens = 0
-    for sample, stored in zip(samples, reference, strict=True):
-        expected, actual = log_softmax(stored), answer_log_probs(model, sample)
+    for sample, stored, actual in zip(samples, reference, quantized, strict=True):
+        expected = log_softmax(stored)
         following = mx.array(sample.token_ids[sample.first_scored + 1 :])[:, None]
         sums = (
             kl_divergence(expected, actual).sum(),
@@ -92,10 +118,47 @@ def compute_metrics(
     return QualityMetrics(
         kl=kl / tokens,
         top1=agreed / tokens,
-        perplexity=exp(loss / tokens),
-        reference_perplexity=exp(reference_loss / tokens),
+        perplexity=safe_exp(loss / tokens),
+        reference_perplexity=safe_exp(reference_loss / tokens),
         tokens=tokens,
     )
+
+
+def safe_exp(value: float) -> float:
+    """Return e to the power of ``value``, infinite where a float cannot hold it."""
+    return exp(value) if value < MAX_EXPONENT else inf
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a KL divergence and an agreement mean: at most ``kl`` nats and at least ``top1``."""
+
+    words: str
+    kl: float
+    top1: float
+    advice: str
+
+
+VERDICTS = (  # measured on a language model of 135M parameters, see docs/quantization.md
+    Verdict("as good as before", 0.01, 0.93, ""),
+    Verdict("noticeable", 0.15, 0.80, "for answers closer to the original, take more bits"),
+    Verdict("poor", 0.35, 0.65, "take more bits (--q-bits 6 or 8), or --calibrate"),
+    Verdict("ruined", inf, 0.0, "do not use this model; take --q-bits 6 or 8, or --calibrate"),
+)
+
+
+def judge(metrics: QualityMetrics) -> Verdict:
+    """Return the first verdict whose two thresholds are both kept."""
+    return next(
+        (v for v in VERDICTS if metrics.kl <= v.kl and metrics.top1 >= v.top1), VERDICTS[-1]
+    )
+
+
+def describe_quality(metrics: QualityMetrics) -> str:
+    """Say in one line what the metrics mean, and what to do."""
+    verdict = judge(metrics)
+    figures = f"KL {metrics.kl:.3f}, {metrics.top1:.0%} of the next tokens equal"
+    return f"{verdict.words} ({figures})" + (f": {verdict.advice}" if verdict.advice else "")
 
 
 def bits_per_part(folder: Path) -> dict[str, float]:

@@ -110,7 +110,10 @@ class ConvertRequest(CheckpointRequest):
         False, "Quantization", "Quantize the weights.", flags=("-q", "--quantize")
     )
     q_bits: int | None = config_field(
-        None, "Quantization", "Bits of the language model: 2, 3, 4, 5, 6 or 8.", default_text="4"
+        None,
+        "Quantization",
+        "Bits of the language model: 2, 3, 4, 5, 6 or 8.",
+        default_text="4; 6 below 0.3B parameters",
     )
     q_group_size: int | None = config_field(
         None, "Quantization", "Weights that share a scale: 32, 64 or 128.", default_text="64"
@@ -131,7 +134,7 @@ class ConvertRequest(CheckpointRequest):
     calibrate: str | None = config_field(
         None,
         "Quality",
-        "Allocate bits by measured sensitivity on the images in this folder.",
+        "Allocate bits by measured sensitivity on the images and texts in this folder.",
         metavar="FOLDER",
     )
     target_bpw: float | None = config_field(

@@ -29,7 +29,7 @@ def test_the_whole_screen_of_a_conversion(source, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert lines[0] == f"source {source}"
     assert lines[1:5] == [f"target {tmp_path / 'out'}", "layout mlx", lines[3], "files 1"]
-    assert "4 32 affine 23" in lines
+    assert "6 32 affine 23" in lines  # the default of a small language model
     assert "8 32 affine 2" in lines
     assert (tmp_path / "out" / "README.md").exists()
     assert result.stderr == ""

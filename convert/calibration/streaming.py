@@ -1,0 +1,68 @@
+"""Run a model one layer at a time: each layer is read, used for all samples, and dropped.
+
+Memory then holds one layer, the embedding and the states, whatever the size of the model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from internvl3_mlx.checkpoints.build_model import LoadedModel
+from internvl3_mlx.convert.calibration.data import CalibrationSample
+from internvl3_mlx.convert.calibration.metrics import log_softmax
+from internvl3_mlx.models.internvl import InternVL
+
+
+def stream_log_probs(
+    loaded: LoadedModel, samples: Sequence[CalibrationSample], tick: Callable[[], None]
+) -> list[mx.array]:
+    """Return the log-probabilities after each scored token of each sample: (K, vocab) float32.
+
+    The model is used up: its layers are dropped on the way. ``tick`` is called after every layer
+    and may raise to stop.
+    """
+    model, language = loaded.model, loaded.model.language_model
+    states = embed_samples(model, samples, tick)
+    rotary = [language.rotary(0, len(sample.token_ids)) for sample in samples]
+    layers: list[Any] = language.model.layers
+    for number, layer in enumerate(layers):
+        states = [layer(x, r) for x, r in zip(states, rotary, strict=True)]
+        mx.eval(states)
+        layers[number] = None
+        tick()
+    found = []
+    for x, sample in zip(states, samples, strict=True):
+        scored = language.model.norm(x)[0, sample.first_scored : -1]
+        found.append(log_softmax(language.head(scored)))
+        mx.eval(found[-1])
+        tick()
+    return found
+
+
+def embed_samples(
+    model: InternVL, samples: Sequence[CalibrationSample], tick: Callable[[], None]
+) -> list[mx.array]:
+    """Return the embeddings of every sample, image features included: (1, L, D) each."""
+
+    def run(block: Any, x: mx.array, *rest: Any) -> mx.array:
+        y: mx.array = block(x, *rest)
+        mx.eval(y)
+        block.clear()
+        tick()
+        return y
+
+    tiles = [sample.tiles for sample in samples if sample.tiles is not None]
+    features = None
+    if tiles:
+        pixels = mx.concatenate([mx.array(tile) for tile in tiles])
+        features = model.project(model.vision_model(pixels, model.config.select_layer, run=run))
+        mx.eval(features)
+    states, at = [], 0
+    for sample in samples:
+        count = 0 if sample.tiles is None else len(sample.tiles)
+        own = features[at : at + count] if features is not None and count else None
+        states.append(model.embed(sample.input_ids, own))
+        at += count
+    mx.eval(states)
+    return states
