@@ -21,7 +21,12 @@ from internvl3_mlx.models.vision import VisionModel
 
 # a tile has 1025 rows for each matrix product: more tiles at once mostly cost memory, and on a CPU
 # speed (docs/performance.md)
-TILES_PER_CHUNK = 2 if on_gpu() else 1
+GPU_TILES_PER_CHUNK, CPU_TILES_PER_CHUNK = 2, 1
+
+
+def tiles_per_chunk() -> int:
+    """Return how many tiles the vision model reads at a time on the device in use."""
+    return GPU_TILES_PER_CHUNK if on_gpu() else CPU_TILES_PER_CHUNK
 
 
 class InternVL(nn.Module):
@@ -40,12 +45,10 @@ class InternVL(nn.Module):
         pixels: (T, S, S, 3), normalized floats or raw bytes -> (T, V, D). Each chunk of tiles is
         evaluated before the next, so that memory does not grow with their number.
         """
-        chunks = range(0, pixels.shape[0], TILES_PER_CHUNK)
+        step = tiles_per_chunk()
+        chunks = range(0, pixels.shape[0], step)
         return mx.concatenate(
-            [
-                eval_unless_traced(self.encode_tiles(pixels[i : i + TILES_PER_CHUNK]))
-                for i in chunks
-            ],
+            [eval_unless_traced(self.encode_tiles(pixels[i : i + step])) for i in chunks],
             axis=0,
         )
 

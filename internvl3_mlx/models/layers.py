@@ -5,7 +5,8 @@ Activations compute in float32 inside, as PyTorch's kernels do.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,15 +15,22 @@ from internvl3_mlx.device import on_gpu
 
 INVERSE_SQRT_2 = 1 / math.sqrt(2)
 
-ElementwiseFunction = Callable[..., mx.array]
+Result = TypeVar("Result")
 
 
-def compile_on_gpu(function: ElementwiseFunction) -> ElementwiseFunction:
-    """Compile an elementwise function into one GPU kernel; on a CPU return it unchanged.
+def compile_on_gpu(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Compile an elementwise function into one GPU kernel; on a CPU call it unchanged.
 
-    There MLX would call a C++ compiler at run time, which a user's machine may lack.
+    There MLX would call a C++ compiler at run time, which a user's machine may lack. The device is
+    asked at every call, since it may be chosen after this module is imported.
     """
-    return mx.compile(function, shapeless=True) if on_gpu() else function
+    compiled: Callable[..., Result] = mx.compile(function, shapeless=True)
+
+    @wraps(function)
+    def call(*arguments: mx.array) -> Result:
+        return compiled(*arguments) if on_gpu() else function(*arguments)
+
+    return call
 
 
 @compile_on_gpu
@@ -45,4 +53,10 @@ BlockRunner = Callable[..., mx.array]  # (block, x, *arguments) -> the output of
 def run_block(block: nn.Module, x: mx.array, *arguments: Any) -> mx.array:
     """Call a block: the default BlockRunner."""
     out: mx.array = block(x, *arguments)
+    return out
+
+
+def after(x: mx.array, dependencies: list[mx.array]) -> mx.array:
+    """Return x, to be used only after ``dependencies`` have been computed."""
+    out: mx.array = mx.depends(x, dependencies) if dependencies else x
     return out

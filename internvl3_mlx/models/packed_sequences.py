@@ -2,15 +2,16 @@
 
 A sequence is a span of the row. It attends to itself alone, or behind the prefix that it continues:
 two answers can share a prompt that is computed once. Each span is one causal attention over views,
-so that no mask array exists.
+so that no mask over the whole row exists. It is the same attention inside and outside gradients.
 """
 
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from internvl3_mlx.models.attention import ALL_ROWS, RowSelection, causal_attention
+from internvl3_mlx.models.attention import ALL_ROWS, RowSelection
 from internvl3_mlx.models.cache import AttentionContext
+from internvl3_mlx.models.chunked_attention import chunked_attention
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PackedSequences(AttentionContext):
     ) -> mx.array:
         """Attend within each span. ``rows`` may lie in any spans, so they are selected last."""
         outputs = [
-            causal_attention(  # aligned to the lower right: a branch sees its whole prefix
+            chunked_attention(  # aligned to the lower right: a branch sees its whole prefix
                 q[:, :, span.start : span.stop], visible_keys(k, span), visible_keys(v, span)
             )
             for span in self.spans

@@ -4,6 +4,8 @@ Both sizes are one architecture; the fields of ``VisionConfig`` select LayerNorm
 norm and qkv bias. Attribute names are the checkpoint's.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -12,6 +14,8 @@ from internvl3_mlx.models.layers import BlockRunner, gelu, run_block
 
 RGB_CHANNELS = 3
 MAX_BYTE = 255.0
+
+TileAttention = Callable[[mx.array, mx.array, mx.array], mx.array]  # q, k, v (T, H, N, D) -> output
 
 
 class PatchEmbedding(nn.Module):
@@ -80,6 +84,11 @@ class Embeddings(nn.Module):
         return mx.concatenate([first, patches], axis=1) + self.position_embedding
 
 
+def fused_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Attend with MLX's fused attention: (T, H, N, D) -> (T, H, N, D)."""
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+
+
 class Attention(nn.Module):
     """Full attention inside one tile. InternViT-6B norms q and k over all heads together."""
 
@@ -93,12 +102,12 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(width, eps=config.layer_norm_eps)
             self.k_norm = nn.RMSNorm(width, eps=config.layer_norm_eps)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, attend: TileAttention = fused_attention) -> mx.array:
         q, k, v = mx.split(self.qkv(x), 3, axis=-1)
         if "q_norm" in self:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (self.split_heads(y) for y in (q, k, v))
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
+        out = attend(q, k, v)
         return self.proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
 
     def split_heads(self, x: mx.array) -> mx.array:
@@ -127,9 +136,11 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(config), MLP(config)
         self.ls1, self.ls2 = mx.ones(width), mx.ones(width)
 
-    def __call__(self, x: mx.array, drop: float = 0.0) -> mx.array:
+    def __call__(
+        self, x: mx.array, drop: float = 0.0, attend: TileAttention = fused_attention
+    ) -> mx.array:
         """x: (T, N, C) -> (T, N, C). ``drop``: stochastic-depth rate."""
-        x = x + drop_path(self.layer_scale("ls1", self.attn(self.norm1(x))), drop)
+        x = x + drop_path(self.layer_scale("ls1", self.attn(self.norm1(x), attend)), drop)
         return x + drop_path(self.layer_scale("ls2", self.mlp(self.norm2(x))), drop)
 
     def layer_scale(self, name: str, branch: mx.array) -> mx.array:
@@ -176,18 +187,19 @@ class VisionModel(nn.Module):
         select_layer: int = -1,
         drop_path_rate: float = 0.0,
         run: BlockRunner = run_block,
+        attend: TileAttention = fused_attention,
     ) -> mx.array:
         """pixels: (T, S, S, 3) -> (T, 1 + G*G, C), the class token first.
 
         ``select_layer`` counts the embeddings as state 0 and may be negative; layers above it are
         not computed. ``drop_path_rate``: that of the last block in training; it rises linearly
-        from 0. ``run`` calls each block.
+        from 0. ``run`` calls each block. ``attend``: the attention of all layers.
         """
         x = self.embeddings(pixels)
         layers = self.encoder.layers
         step = drop_path_rate / max(len(layers) - 1, 1)
         for depth, block in enumerate(layers[: range(len(layers) + 1)[select_layer]]):
-            x = run(block, x, step * depth)
+            x = run(block, x, step * depth, attend)
         return x
 
     def fold(self) -> None:

@@ -1,13 +1,13 @@
 """The stages of a model: encode tiles, prefill, decode; over growing contexts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import mlx.core as mx
 
 from internvl3_mlx.device import gpu_memory_limit
-from internvl3_mlx.generation.engine import PREFILL_STEP_SIZE, Engine, kv_quantization_for
+from internvl3_mlx.generation.engine import Engine, kv_quantization_for, prefill_step_size
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.sampler import greedy
 from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS
@@ -38,7 +38,7 @@ class StageBenchmark:
     contexts: Sequence[int]
     tiles: Sequence[int] = TILE_COUNTS
     bits: Sequence[int] = (DENSE_BITS, 8, 4)
-    chunk: int = PREFILL_STEP_SIZE
+    chunk: int = field(default_factory=prefill_step_size)
     runs: int = RUNS
 
     def tasks(self) -> list[MeasurementTask]:

@@ -12,7 +12,7 @@ import numpy as np
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.forward import target_states
 from internvl3_mlx.training.params import as_float
-from internvl3_mlx.training.token_log_probs import CHUNK
+from internvl3_mlx.training.token_log_probs import states_per_chunk
 from internvl3_mlx.training.trainer import MicroBatch, TrainState, add_metrics
 
 CHOSEN_STRIDE = 2  # answers of preference pairs alternate: chosen, rejected
@@ -61,9 +61,10 @@ def reproduced_exactly(model: InternVL, micro_batch: MicroBatch) -> np.ndarray:
     batch = micro_batch.batch
     states = target_states(model, batch, micro_batch.vision_features)
     matches = []
-    for start in range(0, len(batch.targets), CHUNK):
-        predicted = model.language_model.head(states[start : start + CHUNK]).argmax(axis=-1)
-        matches.append(np.array(predicted) == batch.targets[start : start + CHUNK])
+    step = states_per_chunk()
+    for start in range(0, len(batch.targets), step):
+        predicted = model.language_model.head(states[start : start + step]).argmax(axis=-1)
+        matches.append(np.array(predicted) == batch.targets[start : start + step])
     errors = np.bincount(
         batch.answer_ids, weights=~np.concatenate(matches), minlength=batch.num_answers
     )

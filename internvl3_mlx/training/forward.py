@@ -7,18 +7,21 @@ input_ids (L,) -> embeddings, with image features in place -> decoder over packe
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.errors import PromptError
-from internvl3_mlx.models.internvl import TILES_PER_CHUNK, InternVL
+from internvl3_mlx.models.chunked_attention import chunked_attention
+from internvl3_mlx.models.internvl import InternVL, tiles_per_chunk
 from internvl3_mlx.models.layers import BlockRunner, run_block
 from internvl3_mlx.models.packed_sequences import PackedSequences
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.grad_checkpoint import checkpointed_runner, is_trainable
 
+TRAINED_TOWER_ATTENTION = partial(chunked_attention, causal=False)
 TILE_NDIM = 4  # (T, S, S, 3)
 
 
@@ -83,11 +86,15 @@ def vision_states(
     """Run the vision tower on a few tiles at a time: (T, S, S, 3) -> (T, 1 + G*G, C).
 
     With a frozen tower, each chunk is evaluated before the next begins, since no gradient needs its
-    graph. Stochastic depth applies to a trained tower only.
+    graph. Stochastic depth applies to a trained tower only, and so does the attention that is the
+    same inside and outside gradients.
     """
     trained, layer = is_trainable(model.vision_model), model.config.select_layer
-    extra: tuple[Any, ...] = (current_drop_path_rate(model, options), run) if trained else ()
-    chunks = (tiles[i : i + TILES_PER_CHUNK] for i in range(0, tiles.shape[0], TILES_PER_CHUNK))
+    extra: tuple[Any, ...] = ()
+    if trained:
+        extra = (current_drop_path_rate(model, options), run, TRAINED_TOWER_ATTENTION)
+    step = tiles_per_chunk()
+    chunks = (tiles[i : i + step] for i in range(0, tiles.shape[0], step))
     states = (model.vision_model(chunk, layer, *extra) for chunk in chunks)
     return mx.concatenate([x if trained else evaluate_and_detach(x) for x in states])
 

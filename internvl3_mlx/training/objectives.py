@@ -18,7 +18,7 @@ from internvl3_mlx.models.packed_sequences import Span
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.forward import ForwardOptions, target_states
 from internvl3_mlx.training.losses import MPOTerms, PreferenceConfig, preference_terms
-from internvl3_mlx.training.token_log_probs import CHUNK, token_log_probs
+from internvl3_mlx.training.token_log_probs import token_log_probs
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SFT:
 
     name: str = "sft"
     forward: ForwardOptions = ForwardOptions()
-    chunk: int = CHUNK
+    chunk: int | None = None
     needs_reference: bool = False
 
     def __call__(
@@ -96,7 +96,7 @@ class MPO:
     sft_weight: float = 1.0
     preference: PreferenceConfig = PreferenceConfig()
     forward: ForwardOptions = ForwardOptions()
-    chunk: int = CHUNK
+    chunk: int | None = None
 
     @property
     def needs_reference(self) -> bool:
@@ -191,7 +191,7 @@ def target_log_probs(
     batch: Batch,
     vision_features: mx.array | None,
     forward: ForwardOptions | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> mx.array:
     """Compute the log-probability of every target of a batch: -> (N,) float32."""
     states = target_states(model, batch, vision_features, forward)

@@ -14,14 +14,15 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.checkpoints.reader import TensorInfo, read_header
+from internvl3_mlx.device import on_gpu
 from internvl3_mlx.errors import CheckpointError, TrainingError, WriteError
 from internvl3_mlx.files import atomic_write, content_digest
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
+from internvl3_mlx.models.chunked_attention import NUMERICS
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.lora_setup import adapters_disabled
 from internvl3_mlx.training.objectives import target_log_probs
-from internvl3_mlx.training.token_log_probs import CHUNK
 
 KEY_BYTES = 16
 ANSWERS_PER_FILE = 512  # the most that a killed run loses
@@ -37,7 +38,7 @@ def reference_log_probs(
     adapters has been trained.
     """
     with adapters_disabled(model):
-        scores = mx.stop_gradient(target_log_probs(model, batch, vision_features, chunk=CHUNK))
+        scores = mx.stop_gradient(target_log_probs(model, batch, vision_features))
         mx.eval(scores)
     return scores
 
@@ -110,9 +111,10 @@ class ReferenceLogProbs:
 
 
 def base_fingerprint(model: InternVL) -> str:
-    """Identify a model by its weights and its compute dtype; both affect the last digits."""
+    """Identify what affects the last digits: weights, compute dtype, device and attention."""
     dtype = str(model.language_model.model.norm.weight.dtype).rpartition(".")[2]
-    return f"{model_fingerprint(model)}-{dtype}"
+    device = "gpu" if on_gpu() else "cpu"
+    return f"{model_fingerprint(model)}-{dtype}-{device}-{NUMERICS}"
 
 
 def index_saved_answers(folder: Path) -> Iterator[tuple[str, TensorInfo]]:

@@ -13,12 +13,18 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.models.decoder import LanguageModel
+from internvl3_mlx.models.layers import after
 from internvl3_mlx.training.grad_checkpoint import draw_seed, is_trainable, seeded, swapped_weights
 
 DETERMINISTIC_HEADS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 # states per chunk: the logits of 128 states over 151674 tokens take 78 MB. A CPU allocates the
 # next chunks while one is computed, and gains little from larger products
-CHUNK = 128 if on_gpu() else 32
+GPU_CHUNK, CPU_CHUNK = 128, 32
+
+
+def states_per_chunk() -> int:
+    """Return how many states the head reads at a time on the device in use."""
+    return GPU_CHUNK if on_gpu() else CPU_CHUNK
 
 
 def token_log_probs(
@@ -26,14 +32,16 @@ def token_log_probs(
     states: mx.array,
     targets: mx.array,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     needs_grad: bool = False,
 ) -> mx.array:
     """Compute each target's log-probability from its state: (N, D), (N,) -> (N,) float32.
 
-    needs_grad: a hint that the gradient will be taken, which lets a frozen head compute its logits
-    only once. The gradient is correct either way.
+    chunk: states per chunk, None for what suits the device. needs_grad: a hint that the gradient
+    will be taken, which lets a frozen head compute its logits only once. The gradient is correct
+    either way.
     """
+    chunk = chunk or states_per_chunk()
     head = model.lm_head if "lm_head" in model else model.model.embed_tokens
     if needs_grad and not is_trainable(head):
         return log_probs_with_grads(model, states, targets, chunk)
@@ -106,12 +114,6 @@ def recomputed_log_probs(
         return mx.concatenate(state_grads), weight_grads
 
     out: Any = scored(states, list(trained.values()))
-    return out
-
-
-def after(x: mx.array, dependencies: list[mx.array]) -> mx.array:
-    """Return x, to be used only after ``dependencies`` have been computed."""
-    out: mx.array = mx.depends(x, dependencies) if dependencies else x
     return out
 
 

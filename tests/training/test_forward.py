@@ -9,7 +9,7 @@ from fixtures.loaded_models import bare_model, numbers
 from fixtures.training_samples import make_sample
 
 from internvl3_mlx.errors import PromptError
-from internvl3_mlx.models.internvl import TILES_PER_CHUNK
+from internvl3_mlx.models.internvl import tiles_per_chunk
 from internvl3_mlx.models.layers import run_block
 from internvl3_mlx.training.data.collate import collate
 from internvl3_mlx.training.forward import ForwardOptions, target_states, vision_states
@@ -52,7 +52,7 @@ def test_tiles_vision_states_and_features_give_the_same_states(case, trained):
         set_trainable(model, trained)
     model.eval()
     stages = [None, tiles, model.vision_model(tiles), model.get_image_features(tiles)]
-    assert tiles.shape[0] > TILES_PER_CHUNK
+    assert tiles.shape[0] > tiles_per_chunk()
     own, *others = (numbers(target_states(model, batch, stage)) for stage in stages)
     assert max(relative_error(other, own) for other in others) < TOLERANCE
 
