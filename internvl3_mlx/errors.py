@@ -53,6 +53,10 @@ class NumericError(InternVL3Error):
     """The model computed NaN or an infinity: damaged weights, or a range too small for them."""
 
 
+class GPUError(InternVL3Error):
+    """The GPU gave up: out of memory, stopped by macOS, or asked for too large an array."""
+
+
 class TrainingError(InternVL3Error):
     """Training cannot continue: the loss is NaN, or memory ran out."""
 

@@ -142,6 +142,7 @@ def format_stats(answer: "Answer") -> str:
         f"{timing.decode_tps:,.1f} tok/s" if timing.decode_tps else "",  # one token has no rate
         f"prompt {usage.prompt_tokens:,}{images} in {prompt_s:.1f} s",
         f"peak {format_size(answer.peak_memory_gb * GB)}",
+        f"held {format_size(answer.held_memory_gb * GB)}",
         accepted,
     ]
     return " · ".join(filter(None, parts_of_line))

@@ -63,7 +63,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Answer:
-    """One finished answer."""
+    """One finished answer.
+
+    ``peak_memory_gb``: the most that arrays took. ``held_memory_gb``: the most the system saw, with
+    the freed buffers that MLX had not returned.
+    """
 
     text: str
     token_ids: list[int]
@@ -74,12 +78,13 @@ class Answer:
     images: tuple[ImageInfo, ...] = ()
     boxes: tuple[Box, ...] = ()
     peak_memory_gb: float = 0.0
+    held_memory_gb: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the command line's ``--json`` prints them."""
         content = {key: round_floats(value) for key, value in asdict(self).items()}
         ordered = ("model", "text", "images", "boxes", "finish_reason", "usage", "timing")
-        return {key: content[key] for key in (*ordered, "peak_memory_gb")}
+        return {key: content[key] for key in (*ordered, "peak_memory_gb", "held_memory_gb")}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import cast
 import mlx.core as mx
 
 from internvl3_mlx.generation.answer import Answer
+from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
 from internvl3_mlx.generation.engine import Engine, check_finite
 from internvl3_mlx.generation.generate import Generation, StageTimer
 from internvl3_mlx.generation.generation_config import GenerationConfig
@@ -21,6 +22,8 @@ from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.generation.sampler import needs_history
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import is_structured
+from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
+from internvl3_mlx.memory import BufferCache, MemoryNeed, working_memory
 from internvl3_mlx.models.cache import BatchKVCache, KVCache
 
 
@@ -65,16 +68,30 @@ class BatchSequence:
         self.tokens_left -= 1
         return self.tokens_left > 0 and self.text.finish_reason != "stop"
 
-    def make_answer(self) -> Answer:
+    def make_answer(self, held_nbytes: int) -> Answer:
         self.timer.mark_token()
         self.text.flush()
-        return self.generation.make_answer(self.text, self.timer, num_reused=0)
+        return self.generation.make_answer(self.text, self.timer, 0, held_nbytes)
 
 
 def generate_together(
     runner: ModelRunner, batch: Sequence[ModelInputs], config: GenerationConfig
 ) -> list[Answer]:
     """Prefill one after another, then decode one token of each at every step."""
+    weights, owner = runner.weights_nbytes, id(runner.model)
+    tokens = sum(len(inputs.token_ids) + config.max_tokens for inputs in batch)
+    need = MemoryNeed(weights, tokens * kv_nbytes_per_token(runner.model, config), owner)
+    with explained_gpu_errors(Task.ANSWER), working_memory(need) as buffers:
+        return decode_together(runner, batch, config, buffers)
+
+
+def decode_together(
+    runner: ModelRunner,
+    batch: Sequence[ModelInputs],
+    config: GenerationConfig,
+    buffers: BufferCache,
+) -> list[Answer]:
+    """Decode a batch; ``buffers`` are cleared whenever the KV caches grow."""
     sequences = [start_sequence(runner, inputs, config) for inputs in batch]
     done: dict[int, Answer] = {}
     live = dict(enumerate(sequences))
@@ -82,8 +99,10 @@ def generate_together(
     layers = [[one.engine.cache[n] for one in sequences] for n in range(num_layers)]
     caches = [BatchKVCache(cast(list[KVCache], layer)) for layer in layers]
     while True:
+        buffers.end_token(sum(cache.nbytes for cache in caches))
         continuing = {index: one for index, one in live.items() if one.accept()}
-        done |= {index: one.make_answer() for index, one in live.items() if index not in continuing}
+        ended = [index for index in live if index not in continuing]
+        done |= {index: live[index].make_answer(buffers.measure()) for index in ended}
         if not continuing:
             return [done[index] for index in sorted(done)]
         if len(continuing) < len(live):

@@ -25,8 +25,13 @@ from internvl3_mlx.models.quantized_cache import (
 from internvl3_mlx.models.rope import Positions, Rotary
 
 # Tokens per chunk. A CPU computes the scores behind the causal mask too; short chunks have fewer.
-PREFILL_STEP_SIZE = 2048 if on_gpu() else 512
+GPU_PREFILL_STEP_SIZE, CPU_PREFILL_STEP_SIZE = 2048, 512
 CACHE_HEADROOM = 256  # tokens of an answer that the cache has capacity for before it grows
+
+
+def prefill_step_size() -> int:
+    """Return how many tokens of a prompt are read at a time on the device in use."""
+    return GPU_PREFILL_STEP_SIZE if on_gpu() else CPU_PREFILL_STEP_SIZE
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Engine:
         ids: (1, L) -> logits of the next token (1, vocab). features: visual tokens (N, D) of the
         uncached part. positions: (L,) float32, or None where they are 0, 1, 2 ...
         """
-        length, known, step = ids.shape[1], self.num_cached, step or PREFILL_STEP_SIZE
+        length, known, step = ids.shape[1], self.num_cached, step or prefill_step_size()
         embeds = self.model.embed(ids[:, known:], features)
         for start in range(known, length, step):
             stop = min(start + step, length)
@@ -130,6 +135,9 @@ class Engine:
         if not isinstance(self.cache[-1], RowQuantizedKVCache):
             layout = preferred_row_layout(self.model, quantization, self.cache[-1].offset)
             self.cache[:] = [quantize_layer(layer, quantization, layout) for layer in self.cache]
+            # No token depends on these arrays yet, and what is lazy belongs to this thread. This
+            # also frees the dense cache a step earlier.
+            mx.async_eval([layer.state for layer in self.cache])
 
 
 NOT_FINITE = -1  # in place of a token that was chosen from logits that are not numbers

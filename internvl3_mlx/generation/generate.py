@@ -5,11 +5,13 @@ An interruption at any point leaves the prompt cache consistent.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from internvl3_mlx.generation.answer import Answer, AnswerChunk, Timing, Usage, locate_boxes
+from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prefill import Prefill, open_prefill
 from internvl3_mlx.generation.processor import ModelInputs
@@ -17,10 +19,10 @@ from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.speculative import AcceptanceStats, Drafter, SpeculativeDecoder
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import is_structured, make_constraint
+from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
+from internvl3_mlx.memory import GB, BufferCache, MemoryNeed, working_memory
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokenizer import Tokenizer
-
-BYTES_PER_GB = 1_000_000_000
 
 MakeDrafter = Callable[[], Drafter]  # called after prefill, when drafting begins
 
@@ -30,6 +32,7 @@ class Generation:
     """The answer to ``inputs`` while it is generated.
 
     ``generated_ids``: every generated token, the one that ended the answer included.
+    ``weights_nbytes``: bytes of the model, with its draft model.
     """
 
     name: str
@@ -40,25 +43,54 @@ class Generation:
     prompt_cache: PromptCache
     load_seconds: float = 0.0
     make_drafter: MakeDrafter | None = None
+    weights_nbytes: int = 0
     acceptance: AcceptanceStats = field(default_factory=AcceptanceStats)
     generated_ids: list[int] = field(default_factory=list[int])
 
     def stream(self) -> Iterator[AnswerChunk]:
         """Yield the answer as it is generated; the last chunk carries the finished ``Answer``."""
+        with explained_gpu_errors(Task.ANSWER), working_memory(self.memory_need()) as buffers:
+            yield from self.stream_chunks(buffers)
+
+    def stream_chunks(self, buffers: BufferCache) -> Iterator[AnswerChunk]:
+        """Yield the answer's chunks; ``buffers`` are cleared whenever the KV cache grows."""
         timer = StageTimer(time.perf_counter())
         mx.reset_peak_memory()
         prefill, text = self.open_prefill(), self.make_text_stream()
-        try:
+        with self.committed(prefill):
             features = prefill.encode_images()
             timer.lap("vision_s")
             for token, new_text in text.decode(self.record(self.decode_tokens(prefill, features))):
+                buffers.end_token(self.prompt_cache.nbytes)
                 timer.mark_token()
                 yield AnswerChunk(new_text, token)
-        finally:
-            prefill.commit(self.generated_ids)
         timer.mark_token()
         rest = text.flush()
-        yield AnswerChunk(rest, None, self.make_answer(text, timer, prefill.num_reused))
+        held = buffers.measure()
+        yield AnswerChunk(rest, None, self.make_answer(text, timer, prefill.num_reused, held))
+
+    @contextmanager
+    def committed(self, prefill: Prefill) -> Iterator[None]:
+        """Make the prompt cache describe what its layers hold, also after an interruption.
+
+        After an error of the GPU it is emptied: its arrays may never have been computed.
+        """
+        try:
+            yield
+        except RuntimeError:
+            self.prompt_cache.reset()
+            raise
+        except BaseException:
+            prefill.commit(self.generated_ids)
+            raise
+        prefill.commit(self.generated_ids)
+
+    def memory_need(self) -> MemoryNeed:
+        """Return what prompt and answer take at most, beside the weights."""
+        config, num_tokens = self.generation_config, len(self.inputs.token_ids)
+        tokens = num_tokens + config.max_tokens
+        per_token = kv_nbytes_per_token(self.model, config)
+        return MemoryNeed(self.weights_nbytes, tokens * per_token, owner=id(self.model))
 
     def open_prefill(self) -> Prefill:
         return open_prefill(self.model, self.inputs, self.generation_config, self.prompt_cache)
@@ -95,8 +127,14 @@ class Generation:
         detokenizer = self.tokenizer.detokenizer(keep_boxes=config.keep_boxes)
         return TextStream(detokenizer, self.tokenizer.stop_ids, config.stop)
 
-    def make_answer(self, text: TextStream, timer: "StageTimer", num_reused: int) -> Answer:
-        """Put together the finished answer. num_reused: prompt tokens that were cached."""
+    def make_answer(
+        self, text: TextStream, timer: "StageTimer", num_reused: int, held_nbytes: int
+    ) -> Answer:
+        """Put together the finished answer.
+
+        num_reused: prompt tokens that were cached. held_nbytes: the most that was in use and in
+        MLX's cache of freed buffers.
+        """
         inputs = self.inputs
         usage = Usage(
             prompt_tokens=len(inputs.token_ids),
@@ -116,7 +154,8 @@ class Generation:
             model=self.name,
             images=inputs.images,
             boxes=locate_boxes(text_with_tags, inputs.images),
-            peak_memory_gb=mx.get_peak_memory() / BYTES_PER_GB,
+            peak_memory_gb=mx.get_peak_memory() / GB,
+            held_memory_gb=max(held_nbytes, mx.get_peak_memory()) / GB,
         )
 
 

@@ -20,7 +20,7 @@ from internvl3_mlx.generation.engine import (
     kv_quantization_for,
     supported_row_layout,
 )
-from internvl3_mlx.generation.generate import StageTimer
+from internvl3_mlx.generation.generate import Generation, StageTimer
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
@@ -28,6 +28,8 @@ from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.generation.sampler import Sampler, make_sampler, needs_history
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import is_structured
+from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
+from internvl3_mlx.memory import BufferCache, working_memory
 from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
 
 SEED_RANGE = 2**31  # a base seed is drawn from it when none is given
@@ -106,6 +108,17 @@ def sample_together(
 ) -> list[Answer]:
     """Prefill once, then decode one token of every answer at each step."""
     generation = runner.open_generation(inputs, config, cache)
+    need = generation.memory_need()
+    need = replace(need, cache=need.cache * len(seeds))
+    with explained_gpu_errors(Task.ANSWER), working_memory(need) as buffers:
+        return decode_together(generation, seeds, buffers)
+
+
+def decode_together(
+    generation: Generation, seeds: Sequence[int], buffers: BufferCache
+) -> list[Answer]:
+    """Decode one answer for each seed; ``buffers`` are cleared whenever the KV caches grow."""
+    inputs, config = generation.inputs, generation.generation_config
     timer = StageTimer(time.perf_counter())
     mx.reset_peak_memory()
     prefill, logits = generation.start(timer)
@@ -113,13 +126,15 @@ def sample_together(
         Candidate(generation.make_text_stream(), seed, prefill.max_tokens) for seed in seeds
     ]
     answers: dict[int, Answer] = {}
-    for ended in decode_samples(prefill.engine, candidates, config, inputs.token_ids, logits):
+    steps = decode_samples(prefill.engine, candidates, config, inputs.token_ids, logits)
+    for cache_nbytes, ended in steps:
+        buffers.end_token(cache_nbytes)
         timer.mark_token()
         for index in ended:
             text = candidates[index].text
             text.flush()
             num_reused = len(inputs.token_ids) if index else 0
-            answers[index] = generation.make_answer(text, timer, num_reused)
+            answers[index] = generation.make_answer(text, timer, num_reused, buffers.measure())
     return [answers[index] for index in sorted(answers)]
 
 
@@ -129,8 +144,10 @@ def decode_samples(
     config: GenerationConfig,
     prompt_ids: list[int],
     logits: mx.array,
-) -> Iterator[list[int]]:
-    """Decode all answers together; yield at each step the indices of those that ended.
+) -> Iterator[tuple[int, list[int]]]:
+    """Decode all answers together.
+
+    Yields at each step the bytes of the KV caches, and the indices of the answers that ended.
 
     logits: (1, vocab) of the first token.
     """
@@ -151,7 +168,8 @@ def decode_samples(
         keys = mx.stack([key for _, key in sampled])
         chosen = zip(live.items(), to_host(tokens, keys), strict=True)
         continuing = {index: one for (index, one), pair in chosen if one.accept(*pair)}
-        yield [index for index in live if index not in continuing]
+        nbytes = sum(cache.nbytes for cache in caches)
+        yield nbytes, [index for index in live if index not in continuing]
         if not continuing:
             return
         if len(continuing) < len(live):

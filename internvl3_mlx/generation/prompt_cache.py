@@ -101,7 +101,7 @@ class ImageFeatureCache:
         if new:
             features = encode(mx.array(np.concatenate([image.tiles for image in new.values()])))
             ends = np.cumsum([len(image.tiles) for image in new.values()])[:-1].tolist()
-            found |= dict(zip(new, mx.split(features, ends), strict=True))
+            found |= dict(zip(new, split_evaluated(features, ends), strict=True))
         for key in hashes:
             self.put(key, found[key])
         return [found[key] for key in hashes]
@@ -111,6 +111,13 @@ class ImageFeatureCache:
         self.entries.move_to_end(key)
         while len(self.entries) > 1 and self.nbytes > self.limit_bytes:
             self.entries.popitem(last=False)
+
+
+def split_evaluated(features: mx.array, ends: list[int]) -> list[mx.array]:
+    """Split along the first axis now: what is lazy could not be read in another thread."""
+    parts = list(mx.split(features, ends))
+    mx.eval(parts)
+    return parts
 
 
 @dataclass(eq=False)
@@ -144,6 +151,11 @@ class PromptCache:
         self.uses_dynamic_ntk = uses_dynamic_ntk
         self.truncate(key, num_reused)
         return num_reused, quantization
+
+    def reset(self) -> None:
+        """Drop all keys and values; image features stay cached."""
+        self.layers, self.key, self.draft = [], CacheKey.empty(), None
+        self.uses_dynamic_ntk = False
 
     def is_compatible(self, quantization: KVQuantization | None) -> bool:
         """Tell whether the cache can continue with this quantization.

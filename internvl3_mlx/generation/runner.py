@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import cast
+from typing import Any, cast
+
+from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import PromptError, UserError
@@ -43,6 +45,11 @@ class ModelRunner:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.processor.tokenizer
+
+    @cached_property
+    def weights_nbytes(self) -> int:
+        """Bytes of the model's parameters."""
+        return model_nbytes(self.model)
 
     @cached_property
     def vision_fingerprint(self) -> str:
@@ -107,7 +114,13 @@ class ModelRunner:
             prompt_cache=PromptCache() if prompt_cache is None else prompt_cache,
             load_seconds=self.load_seconds,
             make_drafter=make_drafter,
+            weights_nbytes=self.weights_nbytes + self.draft_nbytes(generation_config),
         )
+
+    def draft_nbytes(self, generation_config: GenerationConfig) -> int:
+        """Return the bytes of the draft model in use."""
+        draft = generation_config.draft_model
+        return 0 if draft is None else self.load_draft_model(draft).weights_nbytes
 
     def stream(
         self,
@@ -165,6 +178,12 @@ class ModelRunner:
                 "use a smaller size of the same family"
             )
         return small
+
+
+def model_nbytes(model: InternVL) -> int:
+    """Return the bytes of a model's parameters."""
+    parameters: Any = tree_flatten(model.parameters())
+    return sum(int(value.nbytes) for _, value in parameters)
 
 
 def final_answer(chunks: Iterator[AnswerChunk]) -> Answer:

@@ -19,10 +19,11 @@ from internvl3_mlx.generation.generation_config import (
 )
 from internvl3_mlx.generation.parallel_samples import generate_samples
 from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processor
-from internvl3_mlx.generation.runner import ModelRunner, final_answer
+from internvl3_mlx.generation.runner import ModelRunner, final_answer, model_nbytes
 from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 from internvl3_mlx.loading.fetch_model import Notify, fetch_model
+from internvl3_mlx.memory import tight_memory_warning
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def load(
     applied at run time to quantized ones.
     dtype: compute type, "float32", "bfloat16" or "float16"; by default the checkpoint's own, or
     float32 on a CPU.
-    notify: called with one line before anything that takes long.
+    notify: called with one line before anything that takes long, and when memory is tight.
     Raises UserError for an unknown name, CheckpointError for a damaged folder, DownloadError where
     the hub cannot be reached.
     """
@@ -65,6 +66,9 @@ def load(
     loaded = load_local_model(
         local.folder, quantize=local.recipe, adapter=adapter_folder, dtype=dtype
     )
+    warning = tight_memory_warning(model_nbytes(loaded.model))
+    if warning is not None:
+        notify(warning)
     template = load_template(loaded.config, local.folder)
     name = model if model is not None else local.folder.name
     return VLM(name, loaded, template, time.perf_counter() - started)

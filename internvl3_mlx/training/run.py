@@ -7,12 +7,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import mlx.core as mx
 
 from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.errors import InternVL3Error, UserError
 from internvl3_mlx.generation.vlm import ignore_message
+from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
+from internvl3_mlx.memory import MemoryNeed, working_memory
 from internvl3_mlx.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import CONFIG_FILE, write_config_file
@@ -169,9 +172,11 @@ def run_session(
                 if stop:
                     break
         except (InternVL3Error, OSError, RuntimeError):  # MLX and its ring raise RuntimeError
+            saved = None
             with suppress(InternVL3Error, OSError, RuntimeError):  # the first error matters
-                save_run(session, final=True)
-            raise
+                saved = save_run(session, final=True)
+            with explained_gpu_errors(Task.TRAINING, resume_advice(session, saved)):
+                raise
         if session.setup.test and (stop is None or stop[0] == "patience"):
             yield run_test(session)
     yield from report_left_out(session)
@@ -196,22 +201,27 @@ def run_test(session: TrainSession) -> TestEvaluated:
     return TestEvaluated(loss, metrics, exact_match)
 
 
+def resume_advice(session: TrainSession, saved: Path | None) -> str:
+    """Say how a run that broke off can go on; nothing where nothing could be saved."""
+    if saved is None:
+        return ""
+    folder = quote(str(session.folder))
+    return f"the run is saved: internvl3 train --resume --adapter-path {folder}"
+
+
 @contextmanager
 def limited_memory() -> Generator[None, None, None]:
-    """Reset the peak memory, limit MLX's cache of freed buffers, and wire a GPU's weights.
+    """Reset the peak memory, limit MLX's cache of freed buffers, and wire weights and optimizer.
 
     Batches differ in length, so freed buffers rarely fit again and would accumulate.
     """
     mx.reset_peak_memory()
-    on_metal = mx.metal.is_available()
     cache = mx.set_cache_limit(gpu_memory_limit() // CACHE_FRACTION)
-    wired = mx.set_wired_limit(gpu_memory_limit()) if on_metal else 0
     try:
-        yield
+        with working_memory(MemoryNeed(mx.get_active_memory())):
+            yield
     finally:
         mx.set_cache_limit(cache)
-        if on_metal:
-            mx.set_wired_limit(wired)
 
 
 def finish_update(

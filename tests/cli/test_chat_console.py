@@ -13,7 +13,7 @@ from internvl3_mlx import load
 from internvl3_mlx.cli.markdown import MarkdownWriter
 
 WIDTH = 110  # the figures of an answer stay on one line
-STATS = r"\d+ tokens? · [\d.,]+ tok/s · prompt \d+.* in [\d.]+ s · peak [\d.]+ .B"
+STATS = r"\d+ tokens? · [\d.,]+ tok/s · prompt \d+.* in [\d.]+ s · peak [\d.]+ .B · held [\d.]+ .B"
 BOX = """\
 ╭─ internvl3 chat ─────────────────────────────────────────────────╮
 │  model  MODEL · 32-bit · N MB MEMORY│

@@ -111,7 +111,8 @@ def test_statistics_leave_images_out_when_there_are_none():
     answer = FakeAnswer("yes", images=0)
     assert "(1,792 image)" in console.format_stats(answer)
     answer.usage = type(answer.usage)(prompt_tokens=17, image_tokens=0, completion_tokens=1)
-    assert console.format_stats(answer) == "1 token · 61.3 tok/s · prompt 17 in 0.9 s · peak 3.2 GB"
+    shown = "1 token · 61.3 tok/s · prompt 17 in 0.9 s · peak 3.2 GB · held 4.6 GB"
+    assert console.format_stats(answer) == shown
 
 
 def test_values_are_formatted(capsys):
