@@ -144,8 +144,12 @@ class RowReader:
 
 
 def quantize_array(x: mx.array, quantization: Quantization) -> tuple[mx.array, ...]:
-    """Quantize ``x`` (out, in) to words, scales and, in affine mode, biases."""
-    return tuple(mx.quantize(x, **asdict(quantization)))
+    """Quantize ``x`` (out, in) to words, scales and, in affine mode, biases.
+
+    On the CPU, so that a file has the same bytes wherever it was converted: Metal's kernel gives
+    groups of negative numbers another range.
+    """
+    return tuple(mx.quantize(x, **asdict(quantization), stream=mx.cpu))
 
 
 def dequantize_array(parts: Sequence[mx.array], quantization: Quantization) -> mx.array:

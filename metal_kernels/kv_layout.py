@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from internvl3_mlx.affine_quantize import quantize_exactly
 from internvl3_mlx.config import WORD_BITS
 from internvl3_mlx.errors import UserError
 
@@ -81,7 +82,7 @@ class KVRowLayout:
 def quantize_rows(keys: mx.array, values: mx.array, layout: KVRowLayout) -> mx.array:
     """Quantize into rows. keys, values: (B, KV, L, D) -> (B, KV, L, W) uint32."""
     one, other = (
-        mx.quantize(part.astype(layout.dtype), group_size=layout.group_size, bits=layout.bits)
+        quantize_exactly(part.astype(layout.dtype), group_size=layout.group_size, bits=layout.bits)
         for part in (keys, values)
     )
     return join_rows(one, other, layout)

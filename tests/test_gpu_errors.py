@@ -77,11 +77,12 @@ def test_an_unknown_error_is_left_alone(monkeypatch, image):
 def test_batches_and_samples_say_it_too(monkeypatch, image, options):
     vlm = load("demo")
     fail_from(monkeypatch, 1, OUT_OF_MEMORY)
-    ask = lambda: (
-        vlm.ask_many(QUESTION, image, **options)
-        if "n" in options
-        else list(vlm.ask_each(QUESTION, [image] * 2, **options))
-    )
+
+    def ask():
+        if "n" in options:
+            return vlm.ask_many(QUESTION, image, **options)
+        return list(vlm.ask_each(QUESTION, [image] * 2, **options))
+
     with pytest.raises(GPUError, match="out of memory"):
         ask()
 

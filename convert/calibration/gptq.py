@@ -20,7 +20,7 @@ from internvl3_mlx.convert.calibration.bit_allocation import (
     get_module,
 )
 from internvl3_mlx.convert.calibration.data import CalibrationSample
-from internvl3_mlx.convert.row_reader import dequantize_array
+from internvl3_mlx.convert.row_reader import dequantize_array, quantize_array
 from internvl3_mlx.models.internvl import InternVL
 
 DAMPING = 0.01  # of the mean diagonal: keeps the inverse stable when there are few samples
@@ -156,7 +156,7 @@ def group_scales(
 ) -> tuple[mx.array, mx.array]:
     """Return MLX's scales and biases for one group of channels: (out, group) -> (out,) each."""
     x = mx.array(weight.astype(np.float32)).astype(dtype)
-    _, scales, biases = mx.quantize(x, group_size=quantization.group_size, bits=quantization.bits)
+    _, scales, biases = quantize_array(x, quantization)
     return scales[:, 0], biases[:, 0]
 
 

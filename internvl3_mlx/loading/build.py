@@ -51,7 +51,8 @@ def load_local_model(
         load_weights(model, merge_adapter(dict(tree_flatten(model.parameters())), lora))
     if quantize is not None:
         check_not_quantized(config, f"{quantize.name} quantizes 16-bit weights")
-        nn.quantize(model, class_predicate=class_predicate(quantize.choose))
+        with mx.stream(mx.cpu):  # the numbers that convert writes, whatever the device
+            nn.quantize(model, class_predicate=class_predicate(quantize.choose))
     if lora is not None and separate:
         attach_adapter(model, lora)
     if not for_training:

@@ -1,12 +1,14 @@
 """Rotary embedding from whole or fractional positions, and the scalings of its frequencies.
 
-V2PE places image tokens at multiples of 1/256. MLX's fused rotary takes integer offsets and a
-scale, so a position p is passed as the offset 256*p with scale 1/256, one offset for each token:
-fractional positions need no kernel of our own.
+V2PE places image tokens at multiples of 1/256. MLX's fused rotary reduces angles in float32 on a
+Mac's GPU: at position 32,000 its error is half such a step. Explicit positions are therefore
+rotated by tables of cosines and sines, which MLX computes precisely on every device, once for all
+layers of a forward pass. Consecutive integers take the fused rotary; their steps are 256 times
+longer.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import mlx.core as mx
@@ -15,8 +17,7 @@ from numpy.typing import NDArray
 
 from internvl3_mlx.config import RopeScaling, TextConfig
 from internvl3_mlx.metal_kernels.kv_append import RopeParams
-
-POSITIONS_PER_UNIT = 256  # the finest V2PE step is 1/256 (paper section 2.2)
+from internvl3_mlx.models.layers import compile_on_gpu
 
 # the first of consecutive integer positions, or one position for each token: (L,) or (B, L) float32
 Positions = int | mx.array
@@ -34,18 +35,28 @@ class Rotary:
     base: float | mx.array
     positions: Positions
     score_scale: float = 1.0
+    tables: tuple[mx.array, mx.array] | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tables = None if isinstance(self.positions, int) else self.make_tables(self.positions)
+        object.__setattr__(self, "tables", tables)
+
+    def make_tables(self, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Return cosines and sines: positions (L,) or (B, L) -> (L, 1, D/2) or (B, L, 1, D/2)."""
+        if isinstance(self.base, mx.array):
+            inverse = 1 / self.base
+        else:
+            inverse = inverse_frequencies(self.head_dim, self.base)
+        angles = positions[..., None, None] * inverse
+        return mx.cos(angles), mx.sin(angles)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotate pairs (i, i + D/2), as Qwen2 and Llama do. x: (B, L, H, D) -> (B, H, L, D)."""
         if isinstance(self.positions, int):
-            return self.apply_rope(x.transpose(0, 2, 1, 3), self.positions, 1.0)
-        batch, length, heads, dim = x.shape
-        offsets = mx.broadcast_to(self.positions * POSITIONS_PER_UNIT, (batch, length)).astype(
-            mx.int32
-        )
-        rows = x.reshape(batch * length, heads, 1, dim)
-        rotated = self.apply_rope(rows, offsets.reshape(-1), 1 / POSITIONS_PER_UNIT)
-        return rotated.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
+            return self.apply_rope(x.transpose(0, 2, 1, 3), self.positions)
+        assert self.tables is not None
+        rotated = rotate_pairs(*mx.split(x, 2, axis=-1), *self.tables)
+        return mx.concatenate(list(rotated), axis=-1).transpose(0, 2, 1, 3)
 
     def rope_params(self, length: int) -> RopeParams:
         """Return the same rotation as arrays, for the ``kv_append`` kernel."""
@@ -58,11 +69,11 @@ class Rotary:
             return RopeParams(positions, base)
         return RopeParams.from_base(positions, self.head_dim, base)
 
-    def apply_rope(self, x: mx.array, offset: int | mx.array, scale: float) -> mx.array:
-        """Rotate x: (B, H, L, D) from ``offset`` on, one integer or one for each of B."""
+    def apply_rope(self, x: mx.array, offset: int) -> mx.array:
+        """Rotate x: (B, H, L, D), the first token by ``offset``."""
         base, freqs = (None, self.base) if isinstance(self.base, mx.array) else (self.base, None)
         return mx.fast.rope(
-            x, self.head_dim, traditional=False, base=base, scale=scale, offset=offset, freqs=freqs
+            x, self.head_dim, traditional=False, base=base, scale=1.0, offset=offset, freqs=freqs
         )
 
 
@@ -136,6 +147,25 @@ def yarn_attention_factor(scaling: RopeScaling) -> float:
 
 
 SCALINGS = {"linear": scale_linear, "yarn": scale_yarn, "llama3": scale_llama3}
+
+
+@lru_cache(maxsize=64)
+def inverse_frequencies(head_dim: int, base: float) -> mx.array:
+    """Return base ** (-2i / D) to the last bit as MLX's rotary has it on a CPU: (D/2,) float32."""
+    half = head_dim // 2
+    exponents = mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(base) / half)
+    inverse = mx.exp(exponents, stream=mx.cpu)
+    mx.eval(inverse)  # shared by all threads
+    return inverse
+
+
+@compile_on_gpu
+def rotate_pairs(
+    one: mx.array, other: mx.array, cos: mx.array, sin: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Rotate pairs in float32: (B, L, H, D/2) each, tables as in ``Rotary``."""
+    a, b = one.astype(mx.float32), other.astype(mx.float32)
+    return (a * cos - b * sin).astype(one.dtype), (b * cos + a * sin).astype(one.dtype)
 
 
 def ntk_base(base: float, head_dim: int, factor: float, length: int, trained: int) -> float:

@@ -65,3 +65,21 @@ def test_a_256th_is_still_resolved_beyond_the_trained_window():
 def test_dynamic_ntk_scales_the_base_as_published(head_dim, length, stretched):
     base = ntk_base(QWEN_BASE, head_dim, 2.0, length, 32768)
     assert base == pytest.approx(stretched, abs=1)
+
+
+def test_explicit_positions_never_use_a_back_ends_fast_trigonometry(monkeypatch):
+    x = mx.random.normal((1, 4, 3, 16), key=mx.random.key(6))
+    places = mx.array([31999, 32000, 32000 + 1 / 256, 32000.5])
+    monkeypatch.setattr(mx.fast, "rope", None)
+    turned = np.array(Rotary(16, QWEN_BASE, places)(x))
+    expected = plain_rotation(np.array(x), np.array(places)[None], QWEN_BASE)
+    np.testing.assert_allclose(turned, expected, atol=32000 * 2**-23)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_rotation_rounds_once_to_the_dtype_of_the_model(dtype):
+    x = mx.random.normal((1, 5, 2, 64), key=mx.random.key(7)).astype(dtype)
+    turned = Rotary(64, QWEN_BASE, mx.array([0, 1, 2.25, 7, 100]))(x)
+    wide = Rotary(64, QWEN_BASE, mx.array([0, 1, 2.25, 7, 100]))(x.astype(mx.float32))
+    assert turned.dtype == dtype
+    assert mx.array_equal(turned, wide.astype(dtype))
