@@ -134,10 +134,12 @@ class Engine:
             return
         if not isinstance(self.cache[-1], RowQuantizedKVCache):
             layout = preferred_row_layout(self.model, quantization, self.cache[-1].offset)
+            before = self.cache[-1]
             self.cache[:] = [quantize_layer(layer, quantization, layout) for layer in self.cache]
-            # No token depends on these arrays yet, and what is lazy belongs to this thread. This
-            # also frees the dense cache a step earlier.
-            mx.async_eval([layer.state for layer in self.cache])
+            if self.cache[-1] is not before:
+                # No token depends on these arrays yet, and what is lazy belongs to this thread.
+                # This also frees the dense cache a step earlier.
+                mx.async_eval([layer.state for layer in self.cache])
 
 
 NOT_FINITE = -1  # in place of a token that was chosen from logits that are not numbers
