@@ -105,7 +105,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def format_string(self, s: str, args: Any, kwargs: Any, *rest: Any, **named: Any) -> str:
         """Check what Jinja wraps so that its call is not seen: ``str.format``."""
         self._check_text_call("format", s, (*args, *kwargs.values()))
-        return str(self.bounded(super().format_string(s, args, kwargs, *rest, **named)))
+        older: Any = super()  # newer releases of Jinja have no such method, and never call it
+        return str(self.bounded(older.format_string(s, args, kwargs, *rest, **named)))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """Do the same in newer releases of Jinja, which wrap the method itself."""
