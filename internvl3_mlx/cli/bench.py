@@ -39,6 +39,10 @@ def parse_contexts(
     return tuple(found)
 
 
+MAX_SHARE = 1.02  # of a limit; what is above is not rounding
+LIMIT_IS_WRONG = "limit too low"
+
+
 @click.command(
     cls=SectionedCommand,
     short_help="Measure this machine, the kernels and a model.",
@@ -136,6 +140,7 @@ def bench_table(
     }
     missing = sorted({figure.why for figure in run.measurements if figure.why})
     return {
+        "verdict": bench_verdict(run, limits),
         "machine": system_info.format_sizes(
             {"system": system_info.system_name(), **device, "model": model}
         ),
@@ -157,8 +162,32 @@ def bench_row(figure: "Measurement", limits: "MachineLimits") -> dict[str, Any]:
         "ms": format_ms(figure.seconds),
         **built_in,
         "limit_ms": format_ms(limits.min_seconds(figure.nbytes, figure.flops)),
-        "of_limit": None if share is None else f"{share:.0%}",
+        "of_limit": None if share is None else format_share(share),
     }
+
+
+def format_share(share: float) -> str:
+    """Format the share of a limit; more than all of it means that the limit is wrong."""
+    return f"{share:.0%}" if share <= MAX_SHARE else f"{share:.0%} ({LIMIT_IS_WRONG})"
+
+
+def bench_verdict(run: "BenchmarkSuite", limits: "MachineLimits") -> str:
+    """Say in one line what the figures below mean."""
+    shares = {
+        figure.name: share
+        for figure in run.measurements
+        if (share := figure.share_of_limit(limits)) is not None
+    }
+    if not shares:
+        return "nothing was measured"
+    beaten = sum(share > MAX_SHARE for share in shares.values())
+    if beaten:
+        return (
+            f"{beaten} of {len(shares)} figures are above the measured limits, which are therefore "
+            "too low; measure again while nothing else runs, without --quick"
+        )
+    name = max(shares, key=shares.__getitem__)
+    return f"{name} reaches {shares[name]:.0%} of this machine's limit, more than anything else"
 
 
 def format_ms(seconds: float | None) -> str | None:

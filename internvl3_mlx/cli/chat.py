@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from functools import partial
@@ -14,7 +15,7 @@ from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.cli.generate import IMAGE_FLAG, SOME_FAILED, load_vlm
-from internvl3_mlx.cli.input_line import MediaSource, display_path, media_kind
+from internvl3_mlx.cli.input_line import SAMPLE_PREFIX, MediaSource, expand_sample, media_kind
 from internvl3_mlx.cli.line_reader import open_line_reader, without_echo
 from internvl3_mlx.cli.past_chats import continue_past_chat, find_past_chat, new_log
 from internvl3_mlx.cli.slash_commands import ALIASES, COMMANDS, handle_line
@@ -95,7 +96,7 @@ def chat_command(
     IMAGES are attached to the first question: files, http(s) addresses or clipboard. Without a
     terminal, every line of standard input is a question, and only the answers are written.
     """
-    sources = (*images, *more_images)
+    sources = tuple(map(expand_sample, (*images, *more_images)))
     if options.STDIN in sources:
         raise UserError(
             "a chat reads its questions from standard input; name a file, or use generate"
@@ -194,11 +195,20 @@ def show_banner(vlm: "VLM") -> None:
     gap = " " * max(2, BANNER_WIDTH - 4 - len(model) - len(memory))
     inner = f"  {model}{gap}{memory}  "
     width = max(BANNER_WIDTH, len(inner))
+    samples = demo_samples(vlm)[:MAX_SUGGESTIONS]
+    if width + 2 > shutil.get_terminal_size().columns:  # no box: it would break
+        for line in (model, memory, BANNER_HINT, *map(suggest_sample, samples)):
+            console.hint(line)
+        return
     console.hint(f"╭─ {BANNER_TITLE} {'─' * (width - len(BANNER_TITLE) - 3)}╮")
     console.hint(f"│{inner:<{width}}│")
     console.hint(f"╰─ {BANNER_HINT} {'─' * (width - len(BANNER_HINT) - 3)}╯")
-    for path, question in demo_samples(vlm)[:MAX_SUGGESTIONS]:
-        console.hint(f"try  {display_path(path)} {question}")
+    for sample in samples:
+        console.hint(suggest_sample(sample))
+
+
+def suggest_sample(sample: tuple[str, str]) -> str:
+    return f"try  {' '.join(sample)}"
 
 
 def describe_model(vlm: "VLM") -> str:
@@ -227,11 +237,10 @@ def format_memory_use() -> str:
 
 
 def demo_samples(vlm: "VLM") -> list[tuple[str, str]]:
-    """Return the demo's sample images with a question each; nothing for other models."""
+    """Return short names of the demo's sample images, each with a question; none for others."""
     from internvl3_mlx.loading.resolve import DEMO_FOLDER
 
     if vlm.loaded.folder != DEMO_FOLDER:
         return []
-    folder = DEMO_FOLDER / "samples"
-    table = json.loads((folder / "samples.json").read_text("utf-8"))
-    return [(str(folder / entry["file"]), entry["question"]) for entry in table]
+    table = json.loads((DEMO_FOLDER / "samples" / "samples.json").read_text("utf-8"))
+    return [(SAMPLE_PREFIX + entry["file"], entry["question"]) for entry in table]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.cli import console
+from internvl3_mlx.cli.endings import SETTING, describe_ending, require_complete
 from internvl3_mlx.cli.input_line import MediaSource, open_media, parse_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
 from internvl3_mlx.cli.past_chats import describe_model
@@ -175,6 +176,10 @@ class ChatSession:
         writer.finish()
         if answer is not None:
             self.show_stats(answer)
+            config = self.conversation.generation_config
+            ending = describe_ending(require_complete(answer, config, SETTING), config, SETTING)
+            if ending and not self.quiet:
+                console.note(ending)
 
     def show_spinner_until_first(self, stream: "Iterator[AnswerChunk]") -> "Iterator[AnswerChunk]":
         with console.spinner("processing the prompt", quiet=self.quiet):

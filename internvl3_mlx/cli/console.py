@@ -1,7 +1,10 @@
 """All output. Answers go to stdout, everything else to stderr; no other module prints."""
 
 import os
+import re
+import shutil
 import sys
+import textwrap
 import threading
 import time
 import traceback as tracebacks
@@ -23,9 +26,9 @@ SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 CLEAR_LINE = "\r\x1b[2K"
 
 
-def is_interactive(stream: TextIO) -> bool:
+def is_interactive(stream: TextIO | None) -> bool:
     """Return whether ``stream`` is a terminal that can be redrawn and colored."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def supports_color(stream: TextIO) -> bool:
@@ -95,17 +98,44 @@ def print_json(content: object, *, indent: int | None = None) -> None:
 
 def note(text: str) -> None:
     """Write a note that needs no action."""
-    print(f"{_paint('note:', fg='yellow')} {visible(text)}", file=sys.stderr)
+    _print_message(text, _paint("note:", fg="yellow"), "note: ")
 
 
 def error(text: str) -> None:
     """Write why something failed."""
-    print(f"{_paint('error:', fg='red', bold=True)} {visible(text)}", file=sys.stderr)
+    _print_message(text, _paint("error:", fg="red", bold=True), "error: ")
 
 
 def hint(text: str) -> None:
     """Write a dim line: advice, or details the user did not ask for."""
-    print(_paint(text, dim=True), file=sys.stderr)
+    for line in wrap_words(visible(text), sys.stderr):
+        print(_paint(line, dim=True), file=sys.stderr)
+
+
+def _print_message(text: str, label: str, plain_label: str) -> None:
+    """Write a message after its label, wrapped at words on a terminal."""
+    first, *rest = wrap_words(plain_label + visible(text), sys.stderr)
+    print("\n".join([f"{label} {first.removeprefix(plain_label)}", *rest]), file=sys.stderr)
+
+
+def wrap_words(text: str, stream: TextIO) -> list[str]:
+    """Split text into lines at words if ``stream`` is a terminal that is too narrow for it.
+
+    What follows two blanks, as the description of a command does, is indented where it begins, if
+    that leaves half of the width. A word that is longer than a line, such as a path, is not cut.
+    """
+    if not is_interactive(stream):
+        return [text]
+    width = shutil.get_terminal_size().columns
+    lines: list[str] = []
+    for line in text.split("\n"):
+        column = re.match(r"\S.*?\s{2,}(?=\S)", line)
+        indent = column.end() if column and column.end() <= width // 2 else 0
+        wrapper = textwrap.TextWrapper(
+            width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
+        lines += [line] if len(line) <= width else wrapper.wrap(line)
+    return lines
 
 
 def print_traceback(fault: BaseException) -> None:
@@ -121,7 +151,7 @@ def end_line() -> None:
 
 def print_stats(answer: "Answer") -> None:
     """Write the statistics of an answer on one dim line."""
-    print(_paint(format_stats(answer), dim=True), file=sys.stderr)
+    hint(format_stats(answer))
 
 
 def format_stats(answer: "Answer") -> str:

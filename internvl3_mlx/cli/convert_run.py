@@ -28,6 +28,10 @@ QUANTIZATION_FLAGS = (
     "target_bpw",
 )
 FIGURE_KEYS = {"measured", "calibration", "verification_kl"}  # shown with all their digits
+KL_VERDICTS = (  # nats per token at most, and our words for it
+    (0.001, "answers like its source"),
+    (0.1, "answers almost like its source"),
+)
 BYTE_STAGES = ("download", "write")
 
 
@@ -264,7 +268,9 @@ def show_convert_report(request: CheckpointRequest, report: dict[str, Any]) -> N
 
 def readable_report(report: dict[str, Any]) -> dict[str, Any]:
     """Give bytes a unit and small figures all their digits, for people to read."""
-    shown = {name: value for name, value in report.items() if value not in ({}, [])}
+    verdict = conversion_verdict(report)
+    shown: dict[str, Any] = {"verdict": verdict} if verdict else {}
+    shown |= {name: value for name, value in report.items() if value not in ({}, [])}
     for name in FIGURE_KEYS & shown.keys():
         shown[name] = format_figures(shown[name])
     return {
@@ -273,6 +279,20 @@ def readable_report(report: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in shown.items()
     }
+
+
+def conversion_verdict(report: dict[str, Any]) -> str:
+    """Say in one line how the result compares with its source; nothing if it was not compared."""
+    top1 = report.get("measured", {}).get("top1")
+    if top1 is not None:
+        return f"chooses the same token as the source in {100 * top1:.1f} of 100 cases"
+    kl = report.get("verification_kl")
+    if kl is None:
+        return ""
+    for limit, words in KL_VERDICTS:
+        if kl <= limit:
+            return f"{words} on one question; --measure compares more"
+    return "answers differently from its source on one question; check it with --measure"
 
 
 def format_figures(value: Any) -> Any:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli.endings import FLAG, describe_ending, require_complete
 from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.flags import SectionedCommand, flag
-from internvl3_mlx.cli.input_line import MediaSource, media_kind, open_media
+from internvl3_mlx.cli.input_line import MediaSource, expand_sample, media_kind, open_media
 from internvl3_mlx.cli.options import STDIN, OutputOptions
 from internvl3_mlx.cli.system_info import report_kernel_fallbacks
 from internvl3_mlx.errors import InternVL3Error, UserError
@@ -102,9 +103,10 @@ def generate_command(
     some images failed, 2 if none could be read.
     """
     generation_options, output = dict(flags["generation_options"]), flags["output"]
+    images = tuple(map(expand_sample, images))
     if flags["prompt"] is None:
         images, flags["prompt"] = split_question(images)
-    sources = (*images, *more_images)
+    sources = (*images, *map(expand_sample, more_images))
     _check_output(output, sources, videos)
     if output.each and flags["num_samples"]:
         raise UserError("--num-samples cannot be combined with --each; drop one of them")
@@ -195,6 +197,7 @@ def answer_once(request: GenerateRequest) -> None:
         answer = _stream(vlm, images, request)
     if output.stats:
         console.print_stats(answer)
+    show_ending(require_complete(answer, request.config), request)
 
 
 def answer_one_by_one(request: GenerateRequest) -> int:
@@ -224,12 +227,22 @@ def _answer_image(vlm: "VLM", image: "LoadedImage", source: str, request: Genera
     output = request.output
     if output.as_jsonl:
         answer = vlm.ask(request.question, [image], **request.generation_options)
+        require_complete(answer, request.config)
         console.print_json({"source": source, **answer.to_dict()})
     else:
         console.write_heading(source)
         answer = _stream(vlm, [image], request)
     if output.stats:
         console.print_stats(answer)
+    show_ending(require_complete(answer, request.config), request)
+
+
+def show_ending(answer: "Answer", request: GenerateRequest) -> None:
+    """Note that an answer was cut or is empty; JSON says so in ``finish_reason``."""
+    output = request.output
+    ending = describe_ending(answer, request.config, FLAG)
+    if ending and not (output.quiet or output.as_json or output.as_jsonl):
+        console.note(ending)
 
 
 def report_failure(source: str, error: InternVL3Error, output: OutputOptions) -> None:
@@ -291,11 +304,14 @@ def answer_in_batches(request: GenerateRequest) -> int:
         if vlm is None and any(not isinstance(item, InternVL3Error) for item in opened):
             vlm = load_vlm(request.load_options, quiet=request.output.quiet)
         for source, found in zip(sources, batch_answers(vlm, opened, request), strict=True):
+            if not isinstance(found, InternVL3Error):
+                found = attempt(partial(require_complete, found, request.config))
             if isinstance(found, InternVL3Error):
                 failed += 1
                 report_failure(source, found, request.output)
             else:
                 _show_answer(source, {"source": source}, found, request.output)
+                show_ending(found, request)
     return exit_code(failed, any_read=vlm is not None)
 
 
@@ -354,6 +370,9 @@ def answer_samples(request: GenerateRequest) -> None:
         )
     if output.as_json:
         console.print_json([answer.to_dict() for answer in answers], indent=2)
-        return
-    for number, answer in enumerate(answers, start=1):
-        _show_answer(str(number), {"sample": number}, answer, output)
+    else:
+        for number, answer in enumerate(answers, start=1):
+            _show_answer(str(number), {"sample": number}, answer, output)
+            show_ending(answer, request)
+    for answer in answers:
+        require_complete(answer, request.config)

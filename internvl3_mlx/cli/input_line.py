@@ -28,6 +28,7 @@ OTHER_SUFFIXES: dict[str, MediaKind] = {  # images have a table of their own
 }
 WEB_PREFIXES = ("http://", "https://")
 FILE_PREFIX = "file://"
+SAMPLE_PREFIX = "demo:"  # of the demo's sample images
 DATA_URI_PREFIX = "data:image/"
 TRAILING_PUNCTUATION = ".,;:!?)"  # may follow a file name in a sentence
 
@@ -74,7 +75,18 @@ def split_words(text: str) -> Iterator[tuple[str, int, int]]:
     """Yield each word, unquoted and unescaped, with its start and end."""
     for match in WORD_PATTERN.finditer(text):
         word = match["single"] or match["double"] or re.sub(r"\\(.)", r"\1", match["bare"])
-        yield word, match.start(), match.end()
+        yield expand_sample(word), match.start(), match.end()
+
+
+def expand_sample(word: str) -> str:
+    """Return the path of a sample image of the demo, ``demo:dog.jpg``; other words as they are."""
+    if not word.startswith(SAMPLE_PREFIX):
+        return word
+    from internvl3_mlx.loading.resolve import DEMO_FOLDER
+
+    name = word.removeprefix(SAMPLE_PREFIX)
+    found = DEMO_FOLDER / "samples" / name
+    return str(found) if PurePath(name).name == name and found.is_file() else word
 
 
 def media_kind(word: str) -> MediaKind | None:

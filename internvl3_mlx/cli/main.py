@@ -1,5 +1,6 @@
 """The command group: imports commands when they are used and reports errors in one line."""
 
+import os
 import sys
 from importlib import import_module
 from typing import NoReturn
@@ -123,5 +124,14 @@ def run() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without a character must not end us
-    main(prog_name="internvl3")
+    if sys.stderr is None:  # closed, as some daemons do; print would fall back to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+    try:
+        main(prog_name="internvl3")
+    except OSError as error:  # what click itself writes, such as the help
+        if not is_disk_full(error):
+            raise
+        console.error(describe_fault(error))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it once more
+        raise SystemExit(FAILED) from None
     raise SystemExit(0)

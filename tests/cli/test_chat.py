@@ -266,7 +266,8 @@ def test_in_a_pipe_only_answers_are_written_and_nothing_hangs(session, vlm, tmp_
     text = 'cat.png What is it?\n"""Two\nlines"""\n/exit\nnever read\n'
     done = piped(text, "--model", str(vlm.loaded.folder), "-m", "4", cwd=tmp_path)
     assert done.returncode == 0
-    assert done.stderr == "cat.png 130×70 · 3 tiles · 12 tokens\n"
+    cut = "note: the answer was cut at 4 tokens; /set max-tokens N allows more\n"
+    assert done.stderr == "cat.png 130×70 · 3 tiles · 12 tokens\n" + 2 * cut
     conversation = vlm.conversation(max_tokens=4)
     answers = [
         conversation.ask("What is it?", [tmp_path / "cat.png"]).text,

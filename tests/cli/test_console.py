@@ -1,4 +1,5 @@
 import io
+import os
 import time
 from types import SimpleNamespace
 
@@ -122,3 +123,22 @@ def test_values_are_formatted(capsys):
     assert capsys.readouterr().out == (
         "metal    yes\nbits     4.5\nsize gb  12\nsystem   –\nids      1, 20\n"
     )
+
+
+def test_words_wrap_at_words_on_a_narrow_terminal(monkeypatch):
+    class Terminal:
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((40, 20)))
+    text = "/image PATH…   attach images, videos or PDFs to the next question"
+    assert console.wrap_words(text, Terminal()) == [
+        "/image PATH…   attach images, videos or",
+        "               PDFs to the next question",
+    ]
+    path = "/a/path/that/is/longer/than/the/whole/line.png"
+    assert console.wrap_words(f"cannot read {path}", Terminal()) == ["cannot read", path]
+    assert console.wrap_words("short\n\nlines", Terminal()) == ["short", "", "lines"]
+    monkeypatch.setenv("TERM", "dumb")
+    assert console.wrap_words(text, Terminal()) == [text]
