@@ -149,20 +149,21 @@ def decode(
     sequences = [rows.prefix(tiles.shape[1]) + rows.question(text) for text in questions]
     starts = [len(ids) for ids in sequences]
     end = rows.tokenizer.token_to_id("<|im_end|>")
-    running = set(range(len(sequences)))
+    visual = visual.unflatten(0, (len(sequences), -1))
+    running = list(range(len(sequences)))
     for _ in range(LONGEST):
-        longest = max(map(len, sequences))
-        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
-        positions = torch.tensor(
-            [visual_positions(ids, rows.image_id, delta) for ids in ids.tolist()]
-        )
+        longest = max(len(sequences[index]) for index in running)
+        lengths = torch.tensor([len(sequences[index]) for index in running])
+        padded = [sequences[i] + [0] * (longest - len(sequences[i])) for i in running]
+        positions = torch.tensor([visual_positions(ids, rows.image_id, delta) for ids in padded])
         mask = torch.full((longest, longest), -torch.inf).triu(1)
-        hidden = model.read(ids, visual, rows.image_id, positions, mask)
-        last = hidden[torch.arange(len(ids)), torch.tensor([len(ids) - 1 for ids in sequences])]
-        for index, token in enumerate(model.language_model.lm_head(last).argmax(-1).tolist()):
-            if index in running:
-                sequences[index].append(token)
-                running -= {index} if token == end else set()
+        seen = visual[running]
+        hidden = model.read(torch.tensor(padded), seen, rows.image_id, positions, mask)
+        last = hidden[torch.arange(len(running)), lengths - 1]
+        said = model.language_model.lm_head(last).argmax(-1).tolist()
+        for index, token in zip(running, said, strict=True):
+            sequences[index].append(token)
+        running = [index for index in running if sequences[index][-1] != end]
         if not running:
             break
     return [

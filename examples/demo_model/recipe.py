@@ -25,7 +25,8 @@ TRAINING = {
     "widen": ("ask", 2000),
     "broaden": ("widen", 6000),
 }
-LAST = "broaden"
+START, LAST = "widen", "broaden"  # their weights are averaged
+SHARE = 0.75  # of the last
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,11 @@ def steps(work: Path, out: Path, workers: int) -> Iterator[Step]:
         if stage == LAST:
             arguments += ["--drawings", drawings, "--typefaces", faces]
         yield module("train", arguments, work / stage / "state.pt")
-    exported, converted = work / "exported", work / "converted"
+    mixed, exported, converted = (work / name for name in ("mixed", "exported", "converted"))
+    ends = ["--start", work / START, "--run", work / LAST, "--share", SHARE]
+    yield module("average", [*ends, "--out", mixed], mixed / "tokenizer.json")
     weights = "model.safetensors"
-    yield module("export", ["--run", work / LAST, "--out", exported], exported / weights)
+    yield module("export", ["--run", mixed, "--out", exported], exported / weights)
     convert = ("-m", "internvl3_mlx", "convert", str(exported), "-o", str(converted))
     yield Step(convert, converted / weights)
     table, abilities = work / "table.json", work / "abilities.json"
