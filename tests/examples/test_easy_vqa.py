@@ -1,0 +1,73 @@
+"""The easy-VQA lesson writes records that training reads, and its configuration is valid."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from PIL import Image
+
+from examples.easy_vqa import prepare
+from internvl3_mlx.training.data.schema import parse_record
+
+RECIPE = Path(prepare.__file__).parent / "recipe.yaml"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Stand in for the PyPI package: 300 questions for training, nine for the test, three images."""
+    paths = {}
+    for number in range(3):
+        paths[number] = str(tmp_path / f"{number}.png")
+        Image.new("RGB", (64, 60), (number, 9, 9)).save(paths[number])
+
+    def questions(count):
+        return [f"is it {n}?" for n in range(count)], ["no"] * count, [n % 3 for n in range(count)]
+
+    fake = SimpleNamespace(
+        get_train_questions=lambda: questions(300),
+        get_test_questions=lambda: questions(9),
+        get_train_image_paths=lambda: paths,
+        get_test_image_paths=lambda: paths,
+    )
+    monkeypatch.setitem(sys.modules, "easy_vqa", fake)
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, words)])
+    prepare.main()
+
+
+def test_records_are_read_by_training_and_no_question_is_in_two_parts(
+    package, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    run(monkeypatch, "--out", out, "--train", 80, "--test", 5)
+    counts, questions = {}, {}
+    for part in ("train", "valid", "test"):
+        rows = [json.loads(line) for line in (out / f"{part}.jsonl").read_text().splitlines()]
+        counts[part] = len(rows)
+        questions[part] = {row["conversations"][0]["value"] for row in rows}
+        for row in rows:
+            record = parse_record(row)
+            assert record.messages[1].text == "no"
+            assert all((out / name).exists() for name in record.images)
+    assert counts == {"train": 80, "valid": prepare.VALIDATION, "test": 5}
+    assert not questions["train"] & questions["valid"]
+
+
+def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(SystemExit, match="pip install --no-deps easy-vqa"):
+        run(monkeypatch, "--out", tmp_path)
+
+
+def test_the_configuration_has_only_known_settings():
+    from dataclasses import fields
+
+    from internvl3_mlx.training.config import TrainConfig
+
+    known = {field.name for field in fields(TrainConfig)}
+    assert set(yaml.safe_load(RECIPE.read_text())) <= known
