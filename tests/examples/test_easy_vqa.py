@@ -17,7 +17,7 @@ RECIPE = Path(prepare.__file__).parent / "recipe.yaml"
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Stand in for the PyPI package: 300 questions for training, nine for the test, three images."""
+    """Stand in for the package: 300 questions for training, nine for the test, three images."""
     paths = {}
     for number in range(3):
         paths[number] = str(tmp_path / f"{number}.png")
