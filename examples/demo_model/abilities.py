@@ -99,10 +99,10 @@ def share_right(vlm, trials: list[Trial], shown: list[tuple[np.ndarray, ...]]) -
     """Give the share of right answers when each trial's questions are put to given images."""
     right = 0
     for trial, images in zip(trials, shown, strict=True):
-        talk = vlm.conversation(max_tokens=LONGEST)
+        conversation = vlm.conversation(max_tokens=LONGEST)
         pictures = [Image.fromarray(pixels) for pixels in images]
         for number, text in enumerate(trial.turns):
-            said = talk.ask(text, pictures if number == 0 else ()).text.strip()
+            said = conversation.ask(text, pictures if number == 0 else ()).text.strip()
         right += is_right(said, trial.answer)
     return right / len(trials)
 

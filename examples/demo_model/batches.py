@@ -112,7 +112,7 @@ class BatchMaker:
             tiles.shape[1],
             [asked.questions for asked in made.asked],
             whole=self.lessons.whole,
-            talk=made.talk,
+            conversation=made.conversation,
             images=images,
         )
         return Batch(tiles, label(scenes, made.grid, TILE), rows)

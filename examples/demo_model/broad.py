@@ -1,4 +1,4 @@
-"""Make the images of the stage ``broaden``: scenes, talks, writing, charts and pairs of images."""
+"""Make the images of the stage ``broaden``: scenes, conversations, writing, charts and pairs of images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,11 +35,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Made:
-    """Hold what a batch is made from: images of one grid. ``talk`` makes conversations of rows."""
+    """Hold what a batch is made from: images of one grid.
+
+    ``conversation`` makes every row one conversation.
+    """
 
     grid: Grid
     asked: list[Asked]
-    talk: bool | None = None
+    conversation: bool | None = None
 
 
 class Material:
@@ -81,7 +84,7 @@ def scenes(maker: Maker, random: Random, shared: Random) -> Made:
         if boxes and random.random() < maker.lessons.boxed:
             questions.append(boxes[random.integers(len(boxes))])
         asked.append(Asked([scene], questions))
-    return Made(grid, asked, talk=False)
+    return Made(grid, asked, conversation=False)
 
 
 def mosaics(maker: Maker, random: Random, shared: Random) -> Made:
@@ -105,7 +108,7 @@ def plan_mosaic(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell
 
 
 def conversations(maker: Maker, random: Random, shared: Random) -> Made:
-    """Compose scenes and talk about them; most second questions need the first."""
+    """Compose scenes and hold conversations; most second questions need the first."""
     grid = draw_grid(shared, maker.lessons.grids, one=1.0, several=0.6)
     asked = []
     for _ in range(image_count(maker, grid)):
@@ -116,7 +119,7 @@ def conversations(maker: Maker, random: Random, shared: Random) -> Made:
         if not questions:
             questions = choose(random, ask(scene.items, random), maker.lessons.tasks)[:3]
         asked.append(Asked([scene], questions))
-    return Made(grid, asked, talk=True)
+    return Made(grid, asked, conversation=True)
 
 
 def writing(maker: Maker, random: Random, shared: Random) -> Made:
@@ -128,7 +131,7 @@ def writing(maker: Maker, random: Random, shared: Random) -> Made:
         scene = compose(random, size, maker.material.look, maker.draw_object, {plan_line: 1.0})
         questions = choose(random, ask(scene.items, random), {"word": 9.0, "number": 9.0})[:3]
         asked.append(Asked([scene], questions))
-    return Made(grid, asked, talk=False)
+    return Made(grid, asked, conversation=False)
 
 
 def charts(maker: Maker, random: Random, shared: Random) -> Made:
@@ -138,7 +141,7 @@ def charts(maker: Maker, random: Random, shared: Random) -> Made:
     for _ in range(image_count(maker, grid)):
         chart, scene = chart_scene(random, picture_size(random, grid), maker.material.look)
         asked.append(Asked([scene], chart_questions(chart, random)))
-    return Made(grid, asked, talk=False)
+    return Made(grid, asked, conversation=False)
 
 
 def pairs(maker: Maker, random: Random, shared: Random) -> Made:
@@ -147,7 +150,7 @@ def pairs(maker: Maker, random: Random, shared: Random) -> Made:
     for _ in range(max(4, round(maker.pictures / 2**0.8))):
         before, after, questions = changed_pair(random, maker.material.look, maker.draw_object)
         asked.append(Asked([before, after], questions))
-    return Made(ONE, asked, talk=False)
+    return Made(ONE, asked, conversation=False)
 
 
 # ``shared`` draws the same in every worker: they wait for each other at the end of each step.

@@ -12,7 +12,7 @@ from examples.demo_model.tokenizer import SYSTEM
 
 IGNORE = -100
 DELTAS = tuple(2.0**-power for power in range(9))
-TALK = 0.1  # share of rows written as one conversation rather than as separate questions
+CONVERSATIONS = 0.1  # share of rows written as one conversation rather than as separate questions
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,18 @@ class RowBuilder:
         asked: list[list[Question]],
         *,
         whole: float = 0.0,
-        talk: bool | None = None,
+        conversation: bool | None = None,
         images: int = 1,
     ) -> Row:
         """Build the rows of pictures with the same number of tiles; each gets its own delta.
 
-        ``whole`` is the share of rows whose delta is 1; the others draw from all nine. ``talk``
-        makes the rows conversations (by chance unless given). ``images`` of one tile each, where
-        there are several, share the tiles.
+        ``whole`` is the share of rows whose delta is 1; the others draw from all nine.
+        ``conversation`` makes every row one conversation (by chance unless given). Several
+        ``images`` have one tile each.
         """
-        talk = random.random() < TALK if talk is None else talk
+        conversation = random.random() < CONVERSATIONS if conversation is None else conversation
         made = [
-            self.row(tiles, questions, draw_delta(random, whole), talk, images)
+            self.row(tiles, questions, draw_delta(random, whole), conversation, images)
             for questions in asked
         ]
         length = max(len(ids) for ids, *_ in made)
@@ -107,7 +107,12 @@ class RowBuilder:
         return Row(ids, targets, positions.astype(np.float32), past & same)
 
     def row(
-        self, tiles: int, questions: list[Question], delta: float, talk: bool, images: int = 1
+        self,
+        tiles: int,
+        questions: list[Question],
+        delta: float,
+        conversation: bool,
+        images: int = 1,
     ) -> tuple[np.ndarray, ...]:
         """Build one row: ids, targets, positions, and the question that each token belongs to."""
         ids = list(self.prefix(tiles) if images == 1 else self.prefix_of_several(images))
@@ -116,14 +121,14 @@ class RowBuilder:
         start = positions[-1] + 1
         for number, question in enumerate(questions, start=1):
             prompt = self.question(question.text)
-            if talk and number > 1:
+            if conversation and number > 1:
                 prompt = [*self.encode("\n<|im_start|>user\n"), *prompt]
             answer = self.encode(question.answer + "<|im_end|>")
             ids += prompt + answer
             targets += [IGNORE] * (len(prompt) - 1) + answer + [IGNORE]
             positions += [start + step for step in range(len(prompt) + len(answer))]
-            owners += [0 if talk else number] * (len(prompt) + len(answer))
-            start = positions[-1] + 1 if talk else start
+            owners += [0 if conversation else number] * (len(prompt) + len(answer))
+            start = positions[-1] + 1 if conversation else start
         return np.array(ids), np.array(targets), np.array(positions), np.array(owners)
 
 
