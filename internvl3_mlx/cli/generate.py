@@ -14,7 +14,13 @@ from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.endings import FLAG, describe_ending, require_complete
 from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.flags import SectionedCommand, flag
-from internvl3_mlx.cli.input_line import MediaSource, expand_sample, media_kind, open_media
+from internvl3_mlx.cli.input_line import (
+    MediaSource,
+    expand_sample,
+    media_kind,
+    note_unread_parts,
+    open_media,
+)
 from internvl3_mlx.cli.options import STDIN, OutputOptions
 from internvl3_mlx.cli.system_info import report_kernel_fallbacks
 from internvl3_mlx.errors import InternVL3Error, UserError
@@ -96,8 +102,8 @@ def generate_command(
 ) -> None:
     """Answer one question about images, videos or text.
 
-    IMAGES are files (of a PDF every page), http(s) addresses, data URIs, - for standard input, or
-    clipboard for the clipboard. Without any, the question is about text alone.
+    IMAGES are files (every page of a PDF or TIFF), http(s) addresses, data URIs, - for standard
+    input, or clipboard for the clipboard. Without any, the question is about text alone.
 
     Exit codes: 0 done, 1 failed, 2 a mistake in the request, 130 interrupted. With --each: 1 if
     some images failed, 2 if none could be read.
@@ -255,11 +261,13 @@ def report_failure(source: str, error: InternVL3Error, output: OutputOptions) ->
 def open_source(source: str, request: GenerateRequest) -> "LoadedImage":
     from internvl3_mlx.images.load import open_image
 
-    return open_image(source, upright=request.upright)
+    image = open_image(source, upright=request.upright)
+    note_unread_parts(image)
+    return image
 
 
 def open_sources(request: GenerateRequest) -> "list[LoadedImage]":
-    """Open every image, and every page of a PDF."""
+    """Open every image, and every page of a PDF or TIFF."""
     media = [MediaSource(source, media_kind(source) or "image") for source in request.sources]
     return [image for one in media for image in open_media(one, upright=request.upright)]
 

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+from internvl3_mlx.cli import console
 from internvl3_mlx.errors import ImageError
 
 if TYPE_CHECKING:
@@ -114,14 +115,26 @@ def path_problem(word: str) -> str | None:
 
 
 def open_media(dropped: MediaSource, *, upright: bool) -> "list[LoadedImage]":
-    """Open an image, or every page of a document."""
+    """Open an image, or every page of a PDF or TIFF; note what is not looked at."""
+    from internvl3_mlx.images.load import CLIPBOARD, open_image
+    from internvl3_mlx.images.pages import open_pages
+    from internvl3_mlx.images.pdf import read_pages
+
     if dropped.kind == "document":
-        from internvl3_mlx.images.pdf import read_pages
+        images = read_pages(dropped.source)
+    elif dropped.source == CLIPBOARD:
+        images = [open_image(dropped.source, upright=upright)]
+    else:
+        images = open_pages(dropped.source, upright=upright)
+    for image in images:
+        note_unread_parts(image)
+    return images
 
-        return read_pages(dropped.source)
-    from internvl3_mlx.images.load import open_image
 
-    return [open_image(dropped.source, upright=upright)]
+def note_unread_parts(image: "LoadedImage") -> None:
+    """Tell the user what of an image's file the model does not get to see."""
+    if image.note:
+        console.note(f"{image.name}: {image.note}")
 
 
 def join_words(before: str, after: str) -> str:

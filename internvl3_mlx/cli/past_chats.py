@@ -152,7 +152,7 @@ class MediaReader:
 
     def open_image(self, options: dict[str, Any], entry: dict[str, Any]) -> "ProcessedImage":
         from internvl3_mlx.generation.conversation_log import PDF_PAGE, read_copy
-        from internvl3_mlx.images.pdf import read_pages
+        from internvl3_mlx.images.pages import open_pages
 
         copy = read_copy(entry["hash"])
         if copy is not None:
@@ -164,11 +164,12 @@ class MediaReader:
         page = PDF_PAGE.fullmatch(str(entry["source"]))
         if page and not path.endswith(str(entry["source"])):
             if path not in self.pages:
-                self.pages[path] = read_pages(path)
-            number = int(str(entry["source"]).rsplit(" ", 1)[1])
-            return self.conversation.runner.processor.process_image(
-                self.pages[path][number - 1], config
-            )
+                self.pages[path] = open_pages(path, upright=config.upright)
+            ending = f" page {str(entry['source']).rsplit(' ', 1)[1]}"
+            for image in self.pages[path]:
+                if image.name.endswith(ending):
+                    return self.conversation.runner.processor.process_image(image, config)
+            raise UserError(f"{path} has no{ending}; put the file back as it was")
         return self.conversation.runner.processor.process_image(path, config)
 
     def read_video(self, options: dict[str, Any], entry: dict[str, Any]) -> "ProcessedVideo | None":

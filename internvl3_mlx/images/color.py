@@ -18,7 +18,9 @@ EXIF_TRANSPOSES = {
 # Modes that Pillow cannot convert to RGB directly, and the mode in between.
 INTERMEDIATE_MODES = {"La": "LA", "RGBa": "RGBA"}
 OUTPUT_BITS = 8
-INPUT_BIT_DEPTHS = (8, 16, 31)
+OPAQUE = 255
+MAX_COLORS = 4096  # of an image with a transparent color; one with more is taken to have it
+INPUT_BIT_DEPTHS = (8, 10, 12, 14, 16, 31)  # of cameras, scanners and X-rays; 31 is int32
 
 
 def apply_exif_orientation(image: Image.Image) -> Image.Image:
@@ -42,8 +44,9 @@ def _orientation(image: Image.Image) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert as ``Image.convert("RGB")`` does, dropping alpha, but scale what exceeds 8 bits.
 
-    Pillow clips 16-bit grayscale at 255, which leaves a white page; here the high byte is kept, as
-    Pillow itself does for 16-bit color. Floats within 0..1 are scaled to 0..255.
+    Pillow clips 16-bit grayscale at 255, which leaves a white page; here the top 8 bits of the
+    depth that holds the largest value are kept, so 12 bits in 16 are not black. Floats within 0..1
+    are scaled to 0..255.
     """
     if image.mode == "RGB":
         return image
@@ -57,11 +60,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
-    """Keep the top 8 bits of 16-bit grayscale; of 32-bit, those of the smallest depth that fits."""
+    """Keep the top 8 bits of the smallest depth that holds every value."""
     values = np.asarray(image)
-    deep = 16
-    if image.mode == "I":
-        deep = next(bits for bits in INPUT_BIT_DEPTHS if int(values.max()) < 2**bits)
+    deep = next(bits for bits in INPUT_BIT_DEPTHS if int(values.max()) < 2**bits)
     gray = np.right_shift(values.clip(0), deep - OUTPUT_BITS)
     return Image.fromarray(gray.astype(np.uint8))
 
@@ -71,3 +72,26 @@ def _from_float(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image), posinf=255.0, neginf=0.0)
     scale = 255.0 if values.max() <= 1.0 else 1.0
     return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+
+
+def hides_pixels(image: Image.Image) -> bool:
+    """Return whether any pixel of a loaded image is transparent, wholly or partly."""
+    if image.mode in INTERMEDIATE_MODES:
+        image = image.convert(INTERMEDIATE_MODES[image.mode])
+    if image.mode in ("RGBA", "LA", "PA"):
+        return int(image.getchannel("A").histogram()[OPAQUE]) < image.width * image.height
+    clear = image.info.get("transparency")
+    if clear is None or image.mode not in ("P", "L", "RGB"):
+        return False
+    if image.mode == "RGB":
+        return clear in {color for _, color in image.getcolors(MAX_COLORS) or [(0, clear)]}
+    alphas = clear if isinstance(clear, bytes) else {clear: 0}
+    counts = image.histogram()
+    return any(counts[index] for index in range(256) if alpha_at(alphas, index) < OPAQUE)
+
+
+def alpha_at(alphas: bytes | dict[int, int], index: int) -> int:
+    """Return the alpha of a palette's entry; entries beyond the table are opaque."""
+    if isinstance(alphas, bytes):
+        return alphas[index] if index < len(alphas) else OPAQUE
+    return alphas.get(index, OPAQUE)

@@ -21,6 +21,7 @@ MAX_BYTES = 100 * 2**20  # of one download, data URI or pipe
 MAX_NAME_LENGTH = 200  # characters of a name in a message
 MAX_PATH_LENGTH = 1024  # characters; PATH_MAX of macOS
 STDIN = "-"
+APPLE_DOUBLE = "._"  # macOS writes these beside every file on exFAT and network disks
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 LOCAL_HOSTS = ("", "localhost")
 SECRET_PARTS = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)
@@ -166,6 +167,11 @@ def _from_path(text: str) -> ImageBytes:
         raise ImageError(f"no file at {name or 'an empty path'}: {_hint(text)}")
     if path.is_dir():
         raise ImageError(f"cannot read {name}: it is a folder; name an image in it")
+    if path.name.startswith(APPLE_DOUBLE):
+        raise ImageError(
+            f"cannot read {name}: macOS keeps a file's attributes in it; "
+            f"name {shorten_name(path.name.removeprefix(APPLE_DOUBLE))} instead"
+        )
     if path.is_file():
         return ImageBytes(name, path)
     if not path.is_fifo():

@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,7 @@ from internvl3_mlx.images.color import (
     EXIF_TRANSPOSES,
     ORIENTATION_TAG,
     apply_exif_orientation,
+    hides_pixels,
     to_rgb,
 )
 from internvl3_mlx.images.fetch import ImageBytes, locate, shorten_name
@@ -59,10 +60,14 @@ IMAGE_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class LoadedImage:
-    """An RGB image, with the name the user gave for it."""
+    """An RGB image, with the name the user gave for it.
+
+    note: what of the file was not looked at (transparency, further frames or pages), if anything.
+    """
 
     image: Image.Image
     name: str
+    note: str | None = None
 
     @property
     def width(self) -> int:
@@ -92,10 +97,18 @@ def open_image(source: ImageSource, *, upright: bool = True) -> LoadedImage:
     if isinstance(source, Image.Image):
         name = shorten_name(str(getattr(source, "filename", "") or "image"))
         with one_line_errors(name):
-            return LoadedImage(_finish(source, name, upright), name)
-    located = locate(source)
+            return convert_upright(source, name, upright)
+    return open_located(locate(source), upright=upright)
+
+
+def open_located(located: ImageBytes, *, upright: bool = True) -> LoadedImage:
+    """Open bytes that were found or downloaded before, as ``open_image`` does."""
     with located.open() as file, one_line_errors(located.name):
-        return LoadedImage(_finish(_decode(file, located), located.name, upright), located.name)
+        image = _decode(file, located)
+        further = describe_frames(image)
+        loaded = convert_upright(image, located.name, upright)
+        notes = [note for note in (further, loaded.note) if note]
+        return replace(loaded, note="; ".join(notes) or None)
 
 
 def _clipboard() -> Image.Image | str:
@@ -167,16 +180,33 @@ def _describe_other_file(head: bytes) -> str:
     return f"its image format is unknown; {SUPPORTED_FORMATS}"
 
 
-def _finish(image: Image.Image, name: str, upright: bool) -> Image.Image:
+def convert_upright(image: Image.Image, name: str, upright: bool) -> LoadedImage:
     """Apply the orientation and convert to RGB, copying only where needed."""
     image.load()
     if image.width < 1 or image.height < 1:
         raise ImageError(
             f"cannot read {name}: it has no pixels ({image.width}x{image.height}); check the file"
         )
-    return to_rgb(apply_exif_orientation(image) if upright else image)
+    note = TRANSPARENCY_NOTE if hides_pixels(image) else None
+    rgb = to_rgb(apply_exif_orientation(image) if upright else image)
+    return LoadedImage(rgb, name, note)
 
 
+def describe_frames(image: Image.Image) -> str | None:
+    """Say which pages or frames of an open file are not looked at; None if there are no others."""
+    kind = FRAME_NAMES.get(image.format or "")
+    try:
+        if kind is None or not getattr(image, "is_animated", False):
+            return None
+        count = int(getattr(image, "n_frames", 1)) if image.format != "GIF" else None
+    except DECODE_ERRORS:
+        return None
+    return f"only the first of {count or 'several'} {kind} is looked at"
+
+
+TRANSPARENCY_NOTE = "transparency is ignored, so what it hides is visible to the model"
+# What the parts of a file are called. The second image of an MPO is a copy or a depth map.
+FRAME_NAMES = {"TIFF": "pages", **dict.fromkeys(("GIF", "PNG", "WEBP", "AVIF"), "frames")}
 SIPS_TIMEOUT_S = 60
 
 

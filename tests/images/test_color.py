@@ -76,7 +76,7 @@ def test_a_transparent_palette_raises_no_warning(transparency):
     assert same(picture, image)
 
 
-def test_sixteen_bit_grey_keeps_its_high_byte():
+def test_sixteen_bit_gray_keeps_its_high_byte():
     deep = Image.fromarray(np.array([[0, 255, 256, 0x8000, 65535]], dtype=np.uint16))
     for source in (deep, encoded(deep), encoded(deep, "TIFF")):
         grey = np.asarray(open_image(source).image)[0, :, 0]
@@ -89,6 +89,9 @@ def test_sixteen_bit_grey_keeps_its_high_byte():
     ("values", "wanted"),
     [
         ([0, 7, 255], [0, 7, 255]),
+        ([0, 512, 1023], [0, 128, 255]),
+        ([1, 2048, 4095], [0, 128, 255]),
+        ([0, 8192, 16383], [0, 128, 255]),
         ([-5, 0x1234, 65535], [0, 0x12, 255]),
         ([0, 2**30, 2**31 - 1], [0, 128, 255]),
     ],
@@ -109,3 +112,41 @@ def test_whole_numbers_are_scaled_by_the_depth_that_holds_them(values, wanted):
 def test_floats_are_scaled_or_clipped(values, wanted):
     image = Image.fromarray(np.array([values], dtype=np.float32))
     assert np.asarray(open_image(image).image)[0, :, 0].tolist() == wanted
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_gray_of_any_depth_in_sixteen_bits_equals_its_high_byte(bits, kind):
+    gray = np.arange(35, dtype=np.uint16).reshape(5, 7) * 7
+    deep = Image.fromarray(gray << (bits - 8))
+    assert (np.asarray(open_image(encoded(deep, kind)).image)[..., 1] == gray).all()
+
+
+def palette_with(index):
+    image = Image.new("P", (3, 2), 1)
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    image.putpixel((0, 1), index)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("source", "hidden"),
+    [
+        (Image.new("RGBA", (3, 2), (1, 2, 3, 254)), True),
+        (Image.new("RGBA", (3, 2), (1, 2, 3, 255)), False),
+        (Image.new("LA", (3, 2), (1, 0)), True),
+        (encoded(palette_with(0), transparency=0), True),
+        (encoded(palette_with(1), transparency=0), False),
+        (encoded(palette_with(0), transparency=bytes([128, 255])), True),
+        (encoded(palette_with(1), transparency=bytes([128, 255])), False),
+        (encoded(Image.new("L", (3, 2), 7), transparency=7), True),
+        (encoded(Image.new("RGB", (3, 2), (7, 8, 9)), transparency=(7, 8, 9)), True),
+        (encoded(Image.new("RGB", (3, 2), (7, 8, 9)), transparency=(7, 8, 0)), False),
+        (noise(9, 4), False),
+    ],
+)
+def test_transparency_is_noted_where_it_hides_something(source, hidden):
+    note = open_image(source).note
+    assert note == (
+        "transparency is ignored, so what it hides is visible to the model" * hidden or None
+    )
