@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 from html import escape
@@ -11,8 +12,7 @@ from examples.record_chat.terminal_program import TerminalProgram
 from internvl3_mlx.loading.resolve import DEMO_FOLDER
 
 WIDTH = 100
-CORNER = "╭"  # of the banner; notes about the model come before it
-STATS = r"\d+ tokens? · .*prompt \d"
+BANNER = "(?m)^(╭|model  )"  # its beginning; notes about the model come before it
 PROMPT = "› "
 CELL, LINE, MARGIN = 8.43, 19, 16  # pixels of a 14-pixel monospaced letter
 FONT = "ui-monospace,SFMono-Regular,Menlo,Consolas,monospace"
@@ -23,9 +23,10 @@ def main(words: list[str] | None = None) -> None:
     args = make_parser().parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         questions = copy_samples(Path(folder))
-        screen = run_chat(args.lines or questions, args.model, args.max_tokens, Path(folder))
+        lines = args.lines or questions
+        screen = run_chat(lines, args.model, args.max_tokens, Path(folder), args.columns)
     args.out.with_suffix(".txt").write_text("\n".join(screen) + "\n", encoding="utf-8")
-    args.out.with_suffix(".svg").write_text(draw_screen(screen), encoding="utf-8")
+    args.out.with_suffix(".svg").write_text(draw_screen(screen, args.columns), encoding="utf-8")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("lines", nargs="*", help="lines to type (default: demo questions)")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--columns", type=int, default=WIDTH, help="width of the terminal")
     return parser
 
 
@@ -45,37 +47,39 @@ def copy_samples(folder: Path) -> list[str]:
     return [f"{entry['file']} {entry['question']}" for entry in table]
 
 
-def run_chat(lines: list[str], model: str, max_tokens: int, folder: Path) -> list[str]:
+def run_chat(
+    lines: list[str], model: str, max_tokens: int, folder: Path, columns: int
+) -> list[str]:
     """Type the lines one after another, each at a new prompt; return the lines of the screen."""
-    words = ("chat", "--model", model, "--max-tokens", str(max_tokens))
-    program = TerminalProgram(*words, cwd=folder, columns=WIDTH, HF_HUB_OFFLINE="1", NO_COLOR="1")
+    words = ("chat", "--no-history", "--model", model, "--max-tokens", str(max_tokens))
+    program = TerminalProgram(*words, cwd=folder, columns=columns, HF_HUB_OFFLINE="1", NO_COLOR="1")
     try:
         for number, line in enumerate(lines, start=1):
             program.wait_for(f"(?m)^{PROMPT.strip()}", number)
             program.type(line + "\r")
-            program.wait_for(STATS, number)
+            program.wait_for(f"(?m)^{PROMPT.strip()}", number + 1)
         screen = program.wait_for(f"(?m)^{PROMPT.strip()}", len(lines) + 1)
     finally:
         program.close()
-    *shown, _ = screen[screen.index(CORNER) :].rstrip().split("\n")  # the last prompt is empty
-    return [line for line in join_wrapped(shown) if not line.startswith("try ")]
+    banner = re.search(BANNER, screen)
+    *shown, _ = screen[banner.start() if banner else 0 :].rstrip().split("\n")  # an empty prompt
+    return without_suggestions(shown)
 
 
-def join_wrapped(screen: list[str]) -> list[str]:
-    """Join suggestions that the terminal wrapped, so that they can be left out."""
-    found: list[str] = []
+def without_suggestions(screen: list[str]) -> list[str]:
+    """Leave out what the demo suggests to try, lines that it wraps included."""
+    found, suggests = list[str](), False
     for line in screen:
-        if found and found[-1].startswith("try ") and len(found[-1]) % WIDTH == 0:
-            found[-1] += line
-        else:
+        suggests = line.startswith("try ") or (suggests and line.startswith("     "))
+        if not suggests:
             found.append(line)
     return found
 
 
-def draw_screen(screen: list[str]) -> str:
+def draw_screen(screen: list[str], columns: int = WIDTH) -> str:
     """Draw the screen as SVG, with banner and statistics dimmed."""
     height = len(screen) * LINE + 2 * MARGIN
-    width = round(WIDTH * CELL) + 2 * MARGIN
+    width = round(columns * CELL) + 2 * MARGIN
     rows = [
         f'<text x="{MARGIN}" y="{MARGIN + LINE * number + 14}" fill="{line_color(line)}" '
         f'xml:space="preserve">{escape(line)}</text>'

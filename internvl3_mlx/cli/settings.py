@@ -11,6 +11,7 @@ from internvl3_mlx.cli.flags import flag_name, format_default
 from internvl3_mlx.cli.options import (
     GENERATION_DEFAULTS,
     GENERATION_FIELDS,
+    MODEL_DEFAULT,
     PARSERS,
     list_model_completions,
 )
@@ -113,11 +114,11 @@ def list_settings(config: "GenerationConfig") -> list[tuple[str, str, str]]:
 
 def format_setting(field: str, value: Any = ...) -> str:
     """Format a value, by default the default, as the flag would take it."""
-    _, info = GENERATION_FIELDS[field]
+    kind, info = GENERATION_FIELDS[field]
     if value is ...:
         value = GENERATION_DEFAULTS.get(field)
     if value is None or value == ():
-        return info.default_text or "none"
+        return info.default_text or (MODEL_DEFAULT if kind is bool else "none")
     return " ".join(str(getattr(value, "name", format_default(value))).split())
 
 

@@ -3,7 +3,7 @@
 import re
 from xml.etree import ElementTree as ET
 
-from examples.record_chat.record import draw_screen, join_wrapped, main
+from examples.record_chat.record import draw_screen, main
 
 
 def test_a_conversation_is_recorded_as_text_and_as_svg(tmp_path):
@@ -20,8 +20,12 @@ def test_a_conversation_is_recorded_as_text_and_as_svg(tmp_path):
     assert shown == [line for line in lines if line]
 
 
-def test_what_a_terminal_broke_is_joined():
-    assert join_wrapped(["try " + "a" * 96, "bc", "rest"]) == ["try " + "a" * 96 + "bc", "rest"]
+def test_a_narrow_terminal_has_no_broken_line(tmp_path):
+    main([str(tmp_path / "narrow"), "dog.jpg What is this?", "--columns", "40"])
+    lines = (tmp_path / "narrow.txt").read_text("utf-8").splitlines()
+    assert lines[0].startswith("model  demo")
+    assert max(map(len, lines)) <= 40
+    assert not any(line.startswith((" ", "╭", "│")) for line in lines)
 
 
 def test_svg_escapes_what_the_model_says():
