@@ -97,8 +97,9 @@ def check_single_use(deltas: Mapping[str, Any], replaced: Mapping[str, Any]) -> 
 def without_tied_head(replaced: Mapping[str, mx.array], text: TextConfig) -> dict[str, mx.array]:
     """Drop a head that repeats the embedding of a model that has no other; PEFT saves both."""
     head, embedding = (replaced.get(f"language_model.{name}.weight") for name in TIED)
-    same = head is not None and embedding is not None and head.shape == embedding.shape
-    if text.tie_word_embeddings and same and bool(mx.array_equal(head, embedding)):
+    if not text.tie_word_embeddings or head is None or embedding is None:
+        return dict(replaced)
+    if head.shape == embedding.shape and bool(mx.array_equal(head, embedding)):
         return {name: x for name, x in replaced.items() if x is not head}
     return dict(replaced)
 
