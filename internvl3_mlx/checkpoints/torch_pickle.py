@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -124,7 +124,10 @@ def list_tensors(archive: zipfile.ZipFile, file: Path) -> dict[str, StoredTensor
     return tensors
 
 
-class TensorUnpickler(pickle._Unpickler):
+PythonUnpickler: Any = pickle._Unpickler  # its parts are not in the type stubs
+
+
+class TensorUnpickler(PythonUnpickler):
     """Rebuilds descriptions of tensors and refuses any other object.
 
     Keys must be strings or numbers: nested tuples that share their parts take for ever to hash.
@@ -132,7 +135,7 @@ class TensorUnpickler(pickle._Unpickler):
     small enough for it.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(PythonUnpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
