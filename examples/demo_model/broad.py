@@ -1,4 +1,4 @@
-"""Make the images of the stage ``broaden``: scenes, conversations, writing, charts and pairs of images."""
+"""Make the images of the stage ``broaden``: scenes, writing, charts and pairs of images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
