@@ -34,7 +34,8 @@ SHOWN_CONFIG_KEYS = ("template", "max_dynamic_patch", "use_thumbnail")
 def info_command(model: str | None, as_json: bool) -> None:
     """Describe the installation and the cached models, or one model or adapter.
 
-    The weights of a model are not loaded, and nothing is downloaded.
+    The weights of a model are not loaded. Of a repository that is not on this machine only the
+    configs are downloaded, to tell what it is.
     """
     table = describe_model_files(model) if model else describe_installation()
     if as_json:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx.checkpoints.reader import weight_files
+from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.errors import CheckpointError, DownloadError, UserError
 from internvl3_mlx.loading.resolve import GB, PUBLISHED_SIZES
 
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 TORCH_MODEL_PATTERNS = (*MODEL_PATTERNS, "pytorch_model*.bin")
+CONFIG_PATTERNS = ("*config.json",)  # the few kB that tell whether a model can be used
 HTTP_LIBRARIES = ("requests", "httpx", "httpx2", "huggingface_hub")
 SPARE_BYTES = 1 * GB  # left free on the disk after a download
 
@@ -111,19 +113,42 @@ def suggest_size(limit: float) -> str:
 
 
 def download(remote: RepoInfo, revision: str | None = None) -> Path:
-    """Download what is missing into the hub's cache, with progress bars; resume if interrupted."""
+    """Download what is missing into the hub's cache, with progress bars; resume if interrupted.
+
+    The configs come first: raises CheckpointError or ConfigError for an unsupported model before
+    its weights are downloaded.
+    """
+    download_config(remote.repo, revision)
+    return download_files(remote.repo, remote.patterns, revision)
+
+
+def download_config(repo: str, revision: str | None = None) -> ModelConfig:
+    """Download only the configs of a repository and read them.
+
+    Raises CheckpointError or ConfigError if it is not a model that can be used.
+    """
+    folder = download_files(repo, CONFIG_PATTERNS, revision)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{repo} has no config.json, so it is not a model that can be used; "
+            "check the name, or name a folder"
+        )
+    try:
+        return read_config(folder)
+    except CheckpointError as error:
+        raise type(error)(f"{repo}: {error}") from error
+
+
+def download_files(repo: str, patterns: Sequence[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(remote.repo, revision=revision, allow_patterns=list(remote.patterns))
-        )
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
         if not is_network_error(error):
             raise
         raise DownloadError(
-            f"the download of {remote.repo} stopped: {first_line(error)}; "
-            "run the command again to resume"
+            f"the download of {repo} stopped: {first_line(error)}; run the command again to resume"
         ) from error
 
 

@@ -8,8 +8,7 @@ from internvl3_mlx.checkpoints.agreement import check_vocabulary
 from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
 from internvl3_mlx.checkpoints.remap import plan_remap
 from internvl3_mlx.config import ModelConfig, read_config
-from internvl3_mlx.errors import UserError
-from internvl3_mlx.loading.hub import cached_snapshot
+from internvl3_mlx.loading.hub import cached_snapshot, download_config, repo_info
 from internvl3_mlx.loading.ignored import list_ignored_keys
 from internvl3_mlx.loading.resolve import resolve_model
 from internvl3_mlx.prompt.tokenizer import Tokenizer
@@ -70,12 +69,36 @@ class ModelInfo:
         }
 
 
-def inspect_model(model: str) -> ModelInfo:
-    """Describe a folder, or a size or repository that is downloaded.
+@dataclass(frozen=True)
+class RepositoryInfo:
+    """What ``internvl3 info`` shows about a repository that is not on this machine."""
 
-    Raises UserError if it is not on this machine.
-    """
-    folder = find_local_folder(model)
+    repo: str
+    nbytes: int
+    config: ModelConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {
+            "repository": self.repo,
+            "downloaded": False,
+            "layout": self.config.layout,
+            "nbytes": self.nbytes,
+            "language_model": self.config.text.family,
+            "layers": self.config.text.num_hidden_layers,
+            "hidden_size": self.config.text.hidden_size,
+            "context": self.config.text.max_position_embeddings,
+            "tokens_per_tile": self.config.num_image_token,
+            "config": asdict(self.config),
+        }
+
+
+def inspect_model(model: str) -> ModelInfo | RepositoryInfo:
+    """Describe a folder, a size or a repository; one that is not downloaded by its configs."""
+    location = resolve_model(model)
+    folder = location.folder or cached_snapshot(location.repo or "")
+    if folder is None:
+        return inspect_repository(location.repo or "")
     checkpoint = open_checkpoint(folder)
     config, _ = plan_remap(checkpoint, read_config(folder))
     tokenizer = Tokenizer.from_folder(folder)
@@ -94,17 +117,16 @@ def inspect_model(model: str) -> ModelInfo:
     )
 
 
+def inspect_repository(repo: str) -> RepositoryInfo:
+    """Describe a repository on the hub from its configs alone, the only files downloaded.
+
+    Raises CheckpointError or ConfigError for a model that cannot be used, UserError for an unknown
+    name, DownloadError without a network.
+    """
+    nbytes = repo_info(repo).nbytes
+    return RepositoryInfo(repo, nbytes, download_config(repo))
+
+
 def stop_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     names = {entry.id: name for name, entry in tokenizer.added.items()}
     return {names.get(token, str(token)): token for token in sorted(tokenizer.stop_ids)}
-
-
-def find_local_folder(model: str) -> Path:
-    location = resolve_model(model)
-    folder = location.folder or cached_snapshot(location.repo or "")
-    if folder is None:
-        raise UserError(
-            f"{location.repo} is not on this machine; "
-            f"`internvl3 generate --model {model}` downloads it"
-        )
-    return folder

@@ -8,11 +8,15 @@ from types import SimpleNamespace
 import huggingface_hub
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from internvl3_mlx import DownloadError, UserError, load
+from internvl3_mlx.cli.main import main
+from internvl3_mlx.config import read_config
+from internvl3_mlx.errors import CheckpointError, ConfigError
 from internvl3_mlx.files import cache_folder
 from internvl3_mlx.loading import hub
 from internvl3_mlx.loading.resolve import DEMO_FOLDER, GB
@@ -68,7 +72,7 @@ def notes():
 def test_a_repository_is_fetched_once_and_without_its_code(repository, notes):
     for _ in range(2):
         load("someone/model", notify=notes.append, revision="main")
-    [(repo, revision, patterns)] = repository.asked
+    [_, (repo, revision, patterns)] = repository.asked
     assert (repo, revision) == ("someone/model", "main")
     assert not any(
         pattern.endswith((".py", "*")) and "LICENSE" not in pattern for pattern in patterns
@@ -193,6 +197,35 @@ def test_a_disk_too_small_is_told_before_the_download(repository, monkeypatch):
     with pytest.raises(DownloadError, match="needs 51 GB of disk space, 20 GB are free"):
         load("someone/model")
     assert repository.asked == []
+
+
+def test_an_unsupported_model_is_refused_before_its_weights(repository, notes, tmp_path):
+    content = json.loads((repository.folder / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    content.pop("quantization", None)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    repository.folder = tmp_path
+    with pytest.raises(ConfigError, match="someone/model: .*quantized with AWQ"):
+        load("someone/model", notify=notes.append)
+    [(_, _, patterns)] = repository.asked
+    assert patterns == ("*config.json",)
+
+
+def test_a_repository_without_a_config_is_refused_before_its_weights(repository, tmp_path):
+    repository.folder = tmp_path
+    with pytest.raises(CheckpointError, match="someone/model has no config.json"):
+        load("someone/model")
+    assert len(repository.asked) == 1
+
+
+def test_info_describes_a_repository_from_its_configs_alone(repository):
+    repository.nbytes = 3 * GB
+    result = CliRunner().invoke(main, ["info", "https://hf.co/someone/model", "--json"])
+    table = json.loads(result.stdout)
+    assert (table["repository"], table["downloaded"]) == ("someone/model", False)
+    assert table["nbytes"] == 3 * GB
+    assert table["layout"] == read_config(repository.folder).layout
+    assert repository.asked == [("someone/model", None, ("*config.json",))]
 
 
 def test_a_half_fetched_repository_is_fetched_again(repository, tmp_path):
