@@ -69,7 +69,7 @@ def fuse_command(model: str | None, adapter: str | None, **flags: Any) -> None:
     if model is None:
         raise UserError("name the model that the adapter was made for: --model PATH|REPO|SIZE")
     if adapter is None:
-        raise UserError("name the adapter to fuse: --adapter-path FOLDER")
+        raise UserError("name the adapter to fuse: --adapter-path PATH|REPO")
     if flags["target"] is None:
         raise UserError("name the folder for the result: --save-path FOLDER")
     given = {name: value for name, value in flags.items() if value is not None}

@@ -217,7 +217,7 @@ def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
     ("words", "message"),
     [
         ((), "name the model that the adapter was made for: --model"),
-        (("--model", "{model}"), "name the adapter to fuse: --adapter-path FOLDER"),
+        (("--model", "{model}"), "name the adapter to fuse: --adapter-path PATH|REPO"),
         (("--model", "{model}", "--adapter-path", "{a}"), "name the folder for the result"),
         (("--model", "{model}", "--adapter-path", "no", "-o", "{out}"), "no folder no"),
         (("--model", "{model}", "--adapter-path", "{model}", "-o", "{out}"), "adapter_config.json"),

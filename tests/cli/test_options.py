@@ -82,6 +82,10 @@ def test_a_flag_has_one_meaning_in_all_commands():
                 for spelling in [*param.opts, *param.secondary_opts]:
                     meanings.setdefault(spelling, set()).add((param.is_flag, takes))
     meanings["--q-bits"].discard((False, "N"))  # convert takes any bits, load those of a cache
+    # the adapter: train writes it to a folder, the others read it, from the hub as well
+    meanings["--adapter-path"].discard((False, "FOLDER"))
+    [written] = [param for param in train_command.params if "--adapter-path" in param.opts]
+    assert written.metavar == "FOLDER"
     assert {flag: found for flag, found in meanings.items() if len(found) > 1} == {}
 
 
