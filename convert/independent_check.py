@@ -9,7 +9,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -97,7 +97,7 @@ def check_reading(folder: Path, token_ids: list[int], ours: mx.array) -> float |
     if theirs is None or theirs.shape != ours.shape:
         return None
     per_token = (mx.exp(theirs) * (theirs - ours)).sum(axis=-1)
-    kl = float(mx.maximum(per_token, 0).mean().item())
+    kl = cast(float, mx.maximum(per_token, 0).mean().item())
     if not kl <= MAX_KL:
         raise CheckpointError(
             f"our reading of {folder} differs from that of transformers (KL {kl:.4f}); nothing was "

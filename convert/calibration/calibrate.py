@@ -150,8 +150,8 @@ def choose_measurement(
 
 def decoder_size(model: InternVL) -> int:
     """Count the weights of the decoder's layers."""
-    layers = tree_flatten(model.language_model.model.layers)
-    return sum(x.size for _, x in layers)
+    layers = dict(tree_flatten(model.language_model.model.layers))
+    return sum(x.size for x in layers.values())
 
 
 def limit_tokens(samples: list[CalibrationSample], tokens: float) -> list[CalibrationSample]:

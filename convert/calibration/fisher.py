@@ -114,8 +114,8 @@ def add_sample(
     """Add the information of one sample with one draw of its next tokens."""
     set_offsets(probes, {})
     labels = mx.random.categorical(scored_logits(model, sample), key=key)
-    reached = {path: probe for path, probe in probes.items() if probe._input is not None}
-    inputs = {path: probe._input for path, probe in reached.items()}
+    inputs = {path: probe._input for path, probe in probes.items() if probe._input is not None}
+    reached = {path: probes[path] for path in inputs}
     offsets = {
         path: mx.zeros(output_shape(path, inputs[path], probe.weight))
         for path, probe in reached.items()

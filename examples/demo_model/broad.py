@@ -1,4 +1,4 @@
-"""Make the images of the stage ``broaden``: scenes, writing, charts and pairs of images."""
+"""Make the images of the stage ``broaden``: scenes, conversations, writing, charts, image pairs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
