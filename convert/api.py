@@ -86,7 +86,7 @@ class ConversionResult:
     skipped_modules: Mapping[str, int]
     dry_run: bool = False
     num_files: int = 0
-    bits_per_part: Mapping[str, float] = field(default_factory=dict)
+    bits_per_part: Mapping[str, float] = field(default_factory=dict[str, float])
     adapter: Path | None = None
     calibration: Calibration | None = None
     verified: bool = False
