@@ -1,5 +1,7 @@
 """What every test starts from: a cache folder of its own; nothing of the user's is touched."""
 
+import os
+
 import pytest
 
 
@@ -8,4 +10,5 @@ def own_cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INTERNVL3_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("INTERNVL3_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.setenv("INTERNVL3_CONFIG", os.devnull)
         yield

@@ -20,6 +20,7 @@ from internvl3_mlx.cli.line_reader import open_line_reader, without_echo
 from internvl3_mlx.cli.past_chats import continue_past_chat, find_past_chat, new_log
 from internvl3_mlx.cli.slash_commands import ALIASES, COMMANDS, handle_line
 from internvl3_mlx.cli.thumbnails import choose_thumbnail_encoder
+from internvl3_mlx.cli.user_config import find_alias
 from internvl3_mlx.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def chat_command(
     options.make_config(generation_options)  # reports an invalid option before a model loads
     past = find_past(history)
     if past is not None and not is_given("model"):
-        load_options = {**load_options, **past.start.get("load", {})}
+        given = {name: value for name, value in load_options.items() if is_given(name)}
+        load_options = {**given, **past.start.get("load", {})}
     vlm = load_chat_model(load_options, generation_options.get("draft_model"), quiet=quiet)
     encoder = choose_thumbnail_encoder(os.environ, wanted=preview)
     session = ChatSession(
@@ -134,7 +136,7 @@ def chat_command(
 
 
 def is_given(name: str) -> bool:
-    """Return whether a flag was given, not taken from the environment."""
+    """Return whether a flag was given, not taken from the environment or the user's file."""
     source = click.get_current_context().get_parameter_source(name)
     return source is click.core.ParameterSource.COMMANDLINE
 
@@ -148,7 +150,9 @@ def find_past(history: dict[str, Any]) -> "LoggedConversation | None":
 def load_other_model(load_options: dict[str, Any], name: str, *, quiet: bool) -> "VLM":
     """Load the model for /model; revision and adapter belong to the one before."""
     kept = {key: value for key, value in load_options.items() if key == "quantize"}
-    return load_vlm({**kept, "model": name}, quiet=quiet)
+    alias = find_alias(name)
+    named = {key: alias[key] for key in ("model", "adapter") if key in alias}
+    return load_vlm({**kept, **named}, quiet=quiet)
 
 
 def check_sources_exist(media: list[MediaSource]) -> None:

@@ -15,8 +15,8 @@ from internvl3_mlx.files import did_you_mean
 
 # each is the function NAME_command in cli/NAME.py
 COMMANDS = (
-    "bench", "chat", "completion", "convert", "doctor", "fuse", "generate", "history", "info",
-    "models", "train",
+    "bench", "chat", "completion", "config", "convert", "doctor", "fuse", "generate", "history",
+    "info", "models", "train",
 )  # fmt: skip
 # commands of mlx-lm, ollama and LM Studio whose job another command does here
 OTHER_PROGRAMS = {

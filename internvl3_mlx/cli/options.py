@@ -16,6 +16,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from internvl3_mlx.cli.flags import Decorator, Function, apply_flags, flag, make_flag
+from internvl3_mlx.cli.user_config import alias_names, choose_model
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.option_fields import FieldInfo
@@ -43,10 +44,10 @@ class OutputOptions:
 def list_model_completions(
     _ctx: click.Context | None, _param: click.Parameter | None, typed: str
 ) -> list[CompletionItem]:
-    """Complete ``--model``: sizes, the demo, cached repositories of the family, folders."""
+    """Complete ``--model``: sizes, the demo, aliases, cached repositories, folders."""
     from internvl3_mlx.loading.resolve import DEMO, PUBLISHED_SIZES
 
-    names = [*PUBLISHED_SIZES, DEMO, *cached_repositories()]
+    names = [*PUBLISHED_SIZES, DEMO, *alias_names(), *cached_repositories()]
     return [CompletionItem(name) for name in [*names, *folders(typed)] if name.startswith(typed)]
 
 
@@ -128,6 +129,8 @@ LOAD_FLAGS: Mapping[str, Decorator] = {
         ),
         envvar="INTERNVL3_MODEL",
         show_envvar=True,
+        callback=choose_model,
+        is_eager=True,  # an alias sets the defaults of other flags
     ),
     "revision": make_flag(
         "revision",
