@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Generator
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,11 +24,13 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import atomic_folder
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear, lora_layers
+from internvl3_mlx.training.checkpoint import ARRAYS, METADATA
 from internvl3_mlx.training.checkpoint import FOLDER as CHECKPOINTS
 from internvl3_mlx.training.config_file import CONFIG_FILE
 from internvl3_mlx.training.loggers import METRICS_FILE, PLOT_FILE
 from internvl3_mlx.training.lora_setup import write_adapter_into
 from internvl3_mlx.training.session import TrainSession, lora_config
+from internvl3_mlx.write_guards import MODEL_FILES, SYSTEM_FILES
 
 BEST, LATEST, MODEL = "best", ".latest", "model"
 
@@ -135,12 +138,37 @@ def write_model(session: TrainSession, target: Path) -> None:
         pass
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """List the folders that a run makes in its own one, as far as they exist."""
+    steps = (folder / CHECKPOINTS).glob("step-*")
+    found = (folder / BEST, folder / LATEST, folder / MODEL, *sorted(steps))
+    return [path for path in found if os.path.lexists(path)]
+
+
+def is_written_file(path: Path) -> bool:
+    """Return whether a file has the name of one that a run, or the system, writes."""
+    names = (*MODEL_FILES, *SYSTEM_FILES, ARRAYS, METADATA)
+    return not path.is_dir() and any(fnmatch(path.name, pattern) for pattern in names)
+
+
+def check_removable_run(folder: Path) -> None:
+    """Raise UserError if the folders of an earlier run hold something that no run wrote."""
+    for part in run_folders(folder):
+        if part.is_symlink() or not part.is_dir():
+            raise UserError(f"{part} is not a folder of a run; move it away")
+        for path in sorted(part.iterdir()):
+            if not is_written_file(path):
+                raise UserError(f"{path} was not written by a run; move it away")
+
+
 def remove_run(folder: Path) -> None:
     """Remove what an earlier run wrote, and nothing else in its folder or in a folder of it."""
-    for name in (BEST, LATEST, MODEL):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (folder / CHECKPOINTS).glob("step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for part in run_folders(folder):
+        if not part.is_symlink() and part.is_dir():
+            for path in filter(is_written_file, [*part.iterdir()]):
+                path.unlink()
+            with suppress(OSError):  # it holds a file that came after the check
+                part.rmdir()
     with suppress(OSError):  # other files are in it, or it is not there
         (folder / CHECKPOINTS).rmdir()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, METRICS_FILE, PLOT_FILE, CONFIG_FILE):

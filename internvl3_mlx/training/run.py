@@ -35,6 +35,7 @@ from internvl3_mlx.training.events import (
 )
 from internvl3_mlx.training.export import (
     BEST,
+    check_removable_run,
     remove_run,
     result_folder,
     save_best,
@@ -131,6 +132,8 @@ def check_run_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> N
             "the other replaces it"
         )
     check_writable(folder)
+    if overwrite:
+        check_removable_run(folder)
     if resume or overwrite or not folder.exists() or not any(folder.iterdir()):
         return
     advice = "continue its run with --resume, " if list_checkpoints(folder) else ""

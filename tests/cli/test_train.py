@@ -18,6 +18,7 @@ from internvl3_mlx.option_fields import field_info
 from internvl3_mlx.training.checkpoint import list_checkpoints
 from internvl3_mlx.training.config import PRESETS, TrainConfig
 from internvl3_mlx.training.config_file import build_config
+from internvl3_mlx.training.export import remove_run
 
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 FLAGS = {param.name: param for param in train_command.params}
@@ -182,6 +183,36 @@ def test_an_earlier_run_is_not_overwritten_by_default(folder):
     assert begin("--overwrite", "--iters", 2).exit_code == 0
     assert [path.name for path in list_checkpoints(folder / "adapters")] == ["step-000002"]
     assert (folder / "adapters" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("place", ["best/mine.txt", "model/photos/cat.png", "checkpoints/step-9/x"])
+def test_overwrite_refuses_a_run_that_holds_other_files(folder, place):
+    mine = folder / "adapters" / place
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    ours = folder / "adapters" / "best" / "adapter_config.json"
+    ours.parent.mkdir(exist_ok=True)
+    ours.write_text("{}")
+    result = begin("--overwrite")
+    assert result.exit_code == 2
+    in_the_way = "adapters/model/photos" if "photos" in place else f"adapters/{place}"
+    assert result.stderr == f"error: {in_the_way} was not written by a run; move it away\n"
+    assert (mine.read_text(), ours.read_text()) == ("mine", "{}")
+
+
+def test_removing_a_run_keeps_what_came_after_the_check(tmp_path):
+    files = ["best/mine.txt", "best/adapter_config.json", "checkpoints/step-000002/state.json"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "config.json").write_text("x")
+    (tmp_path / "model").symlink_to(elsewhere)
+    remove_run(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"best/mine.txt", "elsewhere/config.json"}
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
