@@ -32,8 +32,10 @@ def test_greedy_text_is_equal_after_a_round_trip_through_every_layout(source, tm
     assert [greedy(tmp_path / name) for name in ("hf", "mlx", "back")] == [expected] * 3
 
 
-def test_the_default_keeps_a_small_model_usable(source, tmp_path):
-    result = convert_model(source, tmp_path / "out", mode="affine", measure=False)
+def test_the_default_keeps_a_small_model_usable(source, tmp_path, monkeypatch):
+    # a busy machine must not end the comparison
+    monkeypatch.setattr("internvl3_mlx.convert.pipeline.MIN_CHECK_SECONDS", float("inf"))
+    result = convert_model(source, tmp_path / "out", mode="affine")
     assert {q.bits for path, q in result.quantized.items() if "language" in path} == {6}
     assert result.output_check.text.kl < 0.15
     assert result.verdict.startswith(("noticeable", "as good as before"))
