@@ -42,7 +42,8 @@ from internvl3_mlx.convert.pipeline import (
 )
 from internvl3_mlx.convert.plan import plan_conversion
 from internvl3_mlx.convert.recipes import QuantizationRecipe
-from internvl3_mlx.files import atomic_write, check_unused, read_optional_json
+from internvl3_mlx.files import atomic_write, check_unused
+from internvl3_mlx.json_files import read_optional_json
 
 LIBRARIES = ("internvl3-mlx", "mlx", "huggingface-hub")
 DEMO_SAMPLES = Path(demo.__file__).parent / "samples"

@@ -10,7 +10,7 @@ from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.convert.tokenizer_export import build_fast_tokenizer
-from internvl3_mlx.files import read_optional_json
+from internvl3_mlx.json_files import read_optional_json
 from internvl3_mlx.prompt.jinja_template import JinjaTemplate
 from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM
 from internvl3_mlx.prompt.template import load_template

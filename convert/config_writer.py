@@ -9,7 +9,7 @@ from typing import Any
 from internvl3_mlx.config import ModelConfig, Quantization
 from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
-from internvl3_mlx.files import read_json
+from internvl3_mlx.json_files import read_json
 from internvl3_mlx.prompt.messages import Message, TextSegment
 from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Files shared by all packages: atomic writes, cache folders, JSON, YAML, name hints and digests.
+"""Files shared by all packages: atomic writes, cache folders, YAML, name hints and digests.
 
 ``atomic_write`` and ``atomic_folder`` write beside the target under a hidden name that carries the
 process id, flush to the disk, and rename. A reader sees the old content or the new, never a part,
@@ -7,23 +7,20 @@ write to the same target.
 """
 
 import errno
-import json
 import os
 import re
 import shutil
 import stat
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import count
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.errors import CheckpointError, UserError, WriteError
+from internvl3_mlx.errors import UserError, WriteError
 from internvl3_mlx.write_guards import MODEL_FILES, check_replaceable_folder, is_locked, lock_folder
 
 CACHE_VARIABLE = "INTERNVL3_CACHE"
@@ -32,8 +29,6 @@ CACHE_NAME = "internvl3-mlx"  # also of the data folder
 DIGEST_BYTES = 16  # 128 bits: no two contents share a digest by accident
 CHUNK_BYTES = 2**20
 NEAREST_CUTOFF = 0.6  # difflib's own default
-JSON_LIMIT = 256 * 2**20  # bytes; the largest tokenizer.json on the hub has about 35 MB
-MAX_DIGITS = 40  # of one number; the largest in a model's files, a byte offset, has 13
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)  # file systems that cannot flush a folder
 
 PARTIAL_FILE = re.compile(r"\..+\.(\d+)-\d+\.part(\.[^.]*)?")  # group 1: the process id
@@ -171,75 +166,6 @@ def read_yaml(path: Path, expected: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} is not a YAML mapping; expected {expected}")
     return content
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object, as every file of a model does.
-
-    Raises CheckpointError for a file that is missing, not a regular one, too large, not UTF-8, not
-    JSON, or that says a key twice: which of the two counts differs from program to program.
-    """
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(f"{path} is not a regular file; download it again")
-        if found.st_size > JSON_LIMIT:
-            raise CheckpointError(f"{path} has {found.st_size:,} bytes, too many for a JSON file")
-        return parse_json(path.read_bytes())
-    except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(f"cannot read {path}: {reason}; check the path") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
-
-
-def read_optional_json(path: Path) -> dict[str, Any]:
-    """Read an optional JSON object: empty when there is no such file."""
-    return read_json(path) if os.path.lexists(path) else {}
-
-
-def parse_json(data: bytes) -> dict[str, Any]:
-    """Parse one JSON object strictly. Raises ValueError with a reason in one line."""
-    try:
-        content = json.loads(
-            data.decode("utf-8-sig"),
-            object_pairs_hook=_unique_keys,
-            parse_int=_parse_int,
-            parse_float=_parse_float,
-            parse_constant=_refuse_constant,
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not UTF-8") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError("it is not an object")
-    return content
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice[:80]!r} occurs twice")
-    return table
-
-
-def _parse_int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number has {len(digits)} digits")
-    return int(digits)
-
-
-def _parse_float(digits: str) -> float:
-    value = float(digits)
-    if not isfinite(value):
-        raise ValueError(f"the number {digits[:40]} is too large")
-    return value
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 def check_keys(found: Iterable[object], known: Iterable[str], where: str) -> None:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from internvl3_mlx.errors import CheckpointError
-from internvl3_mlx.files import read_json, read_optional_json
+from internvl3_mlx.json_files import read_json, read_optional_json
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ ORDER = (
     ("install_hint", "demo"),
     ("errors",),
     ("write_guards",),
-    ("files", "device", "option_fields"),
+    ("files", "json_files", "device", "option_fields"),
     ("memory", "gpu_errors", "affine_quantize"),
     ("config",),
     ("images", "prompt", "metal_kernels"),

@@ -13,7 +13,7 @@ from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
 from internvl3_mlx.adapters.peft import LORA_TENSOR, LoRAScales, read_adapter_config
 from internvl3_mlx.checkpoints.reader import TensorInfo
 from internvl3_mlx.errors import KeyMapError
-from internvl3_mlx.files import read_optional_json
+from internvl3_mlx.json_files import read_optional_json
 
 BASE_WEIGHT = ".base_layer.weight"
 PUBLISHED_SCALE = 2.0  # InternVL's training code sets lora_alpha to twice the rank

@@ -22,7 +22,7 @@ from internvl3_mlx.checkpoints.reader import Checkpoint
 from internvl3_mlx.checkpoints.remap import apply_rule, resolve_rows
 from internvl3_mlx.config import ModelConfig, TextConfig
 from internvl3_mlx.errors import CheckpointError, KeyMapError, UserError
-from internvl3_mlx.files import read_json
+from internvl3_mlx.json_files import read_json
 from internvl3_mlx.models.lora import LoRAWeights, concatenate_lora
 
 ADAPTER_LAYOUTS = ("original", "hf")

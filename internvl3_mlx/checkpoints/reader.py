@@ -19,7 +19,7 @@ from internvl3_mlx.config.foreign import (
     visible_files,
 )
 from internvl3_mlx.errors import CheckpointError
-from internvl3_mlx.files import parse_json, read_json
+from internvl3_mlx.json_files import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"

@@ -8,7 +8,7 @@ from typing import Any
 from internvl3_mlx.config.keys import PROCESSOR_TABLE, check_values
 from internvl3_mlx.config.model import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.errors import ConfigError
-from internvl3_mlx.files import read_optional_json
+from internvl3_mlx.json_files import read_optional_json
 
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 PROCESSOR_CONFIG = "processor_config.json"

@@ -27,7 +27,7 @@ from internvl3_mlx.config.model import (
 from internvl3_mlx.config.processor import read_tile_limits
 from internvl3_mlx.config.rope import read_rope
 from internvl3_mlx.errors import CheckpointError, ConfigError
-from internvl3_mlx.files import read_json
+from internvl3_mlx.json_files import read_json
 
 Json = Mapping[str, Any]
 

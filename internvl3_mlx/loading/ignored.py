@@ -15,7 +15,7 @@ from internvl3_mlx.config.keys import (
     ignored_keys,
 )
 from internvl3_mlx.config.processor import read_image_processor
-from internvl3_mlx.files import read_optional_json
+from internvl3_mlx.json_files import read_optional_json
 
 
 def list_ignored_keys(folder: Path, layout: str) -> dict[str, list[str]]:

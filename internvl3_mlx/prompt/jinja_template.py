@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from internvl3_mlx.errors import CheckpointError, PromptError
-from internvl3_mlx.files import read_optional_json
+from internvl3_mlx.json_files import read_optional_json
 from internvl3_mlx.prompt.messages import (
     ImageSegment,
     Message,

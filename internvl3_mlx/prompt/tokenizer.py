@@ -10,7 +10,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import Metaspace
 
 from internvl3_mlx.errors import CheckpointError
-from internvl3_mlx.files import JSON_LIMIT
+from internvl3_mlx.json_files import JSON_LIMIT
 from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer, visible_added_tokens
 from internvl3_mlx.prompt.messages import GeneratedAnswer, ImageSegment, Segment, TextSegment
 from internvl3_mlx.prompt.tokenizer_files import (

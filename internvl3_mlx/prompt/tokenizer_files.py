@@ -8,7 +8,7 @@ from typing import Any
 
 from internvl3_mlx.config.keys import GENERATION_TABLE, TOKENIZER_TABLE, check_values
 from internvl3_mlx.errors import CheckpointError
-from internvl3_mlx.files import read_optional_json
+from internvl3_mlx.json_files import read_optional_json
 
 # Tags of grounding prompts and answers, which an answer can be asked to keep.
 GROUNDING_TOKENS = frozenset(
