@@ -151,7 +151,7 @@ def load_other_model(load_options: dict[str, Any], name: str, *, quiet: bool) ->
     """Load the model for /model; revision and adapter belong to the one before."""
     kept = {key: value for key, value in load_options.items() if key == "quantize"}
     alias = find_alias(name)
-    named = {key: alias[key] for key in ("model", "adapter") if key in alias}
+    named: dict[str, Any] = {key: alias[key] for key in ("model", "adapter") if key in alias}
     return load_vlm({**kept, **named}, quiet=quiet)
 
 
