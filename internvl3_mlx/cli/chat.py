@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli import console, generation_fields, options
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.cli.generate import IMAGE_FLAG, SOME_FAILED, load_vlm
@@ -104,7 +104,8 @@ def chat_command(
         )
     media = [MediaSource(name, media_kind(name) or "image") for name in sources]
     check_sources_exist(media)
-    options.make_config(generation_options)  # reports an invalid option before a model loads
+    # an invalid option is reported before a model loads
+    generation_fields.make_config(generation_options)
     past = find_past(history)
     if past is not None and not is_given("model"):
         given = {name: value for name, value in load_options.items() if is_given(name)}

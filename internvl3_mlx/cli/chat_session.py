@@ -12,7 +12,6 @@ from internvl3_mlx.cli import console
 from internvl3_mlx.cli.endings import SETTING, describe_ending, require_complete
 from internvl3_mlx.cli.input_line import MediaSource, open_media, parse_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
-from internvl3_mlx.cli.past_chats import describe_model
 from internvl3_mlx.cli.thumbnails import ThumbnailEncoder
 from internvl3_mlx.errors import ImageError, UserError
 
@@ -130,7 +129,9 @@ class ChatSession:
             vlm.runner, [item.content for item in self.pending]
         )
         if self.log is not None:
-            self.log.change_start(describe_model(self.conversation, {"model": name}))
+            from internvl3_mlx.generation.conversation_log import describe_model
+
+            self.log.change_start(describe_model(vlm.runner, {"model": name}))
         console.hint(f"the conversation continues with {vlm.name}")
 
     def update_log(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli import console, generation_fields, options
 from internvl3_mlx.cli.endings import FLAG, describe_ending, require_complete
 from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.flags import SectionedCommand, flag
@@ -59,7 +59,7 @@ class GenerateRequest:
 
     @property
     def config(self) -> "GenerationConfig":
-        return options.make_config(self.generation_options)
+        return generation_fields.make_config(self.generation_options)
 
 
 @click.command(
@@ -122,7 +122,8 @@ def generate_command(
     counts = (flags["batch_size"], flags["num_samples"] or 0)
     load_options = flags["load_options"]
     request = GenerateRequest(question, sources, generation_options, load_options, output, *counts)
-    options.make_config(generation_options)  # reports an invalid option before a model loads
+    # an invalid option is reported before a model loads
+    generation_fields.make_config(generation_options)
     run_generate(request)
 
 

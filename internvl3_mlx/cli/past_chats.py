@@ -55,27 +55,9 @@ def new_log(
     conversation: "Conversation", load_options: dict[str, Any], *, keep_images: bool
 ) -> "ConversationLog":
     """Return the log of a new conversation with the model that ``load_options`` name."""
-    from internvl3_mlx.generation.conversation_log import ConversationLog
+    from internvl3_mlx.generation.conversation_log import ConversationLog, describe_model
 
-    return ConversationLog(describe_model(conversation, load_options), keep_images)
-
-
-def describe_model(conversation: "Conversation", load_options: dict[str, Any]) -> dict[str, Any]:
-    """Return what a log says about the model, so that it can be loaded again."""
-    from internvl3_mlx.generation.conversation_log import absolute
-    from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
-
-    runner = conversation.runner
-    paths = {
-        name: absolute(str(load_options[name]))
-        for name in ("model", "adapter")
-        if load_options.get(name)
-    }
-    return {
-        "model": runner.name,
-        "load": {**load_options, **paths},
-        "fingerprint": model_fingerprint(runner.model),
-    }
+    return ConversationLog(describe_model(conversation.runner, load_options), keep_images)
 
 
 def continue_past_chat(session: "ChatSession", past: "LoggedConversation") -> None:

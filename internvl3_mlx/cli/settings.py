@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.cli.flags import flag_name, format_default
-from internvl3_mlx.cli.options import (
+from internvl3_mlx.cli.generation_fields import (
     GENERATION_DEFAULTS,
     GENERATION_FIELDS,
     MODEL_DEFAULT,
     PARSERS,
-    list_model_completions,
 )
+from internvl3_mlx.cli.options import list_model_completions
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.option_fields import BOOL_WORDS, describe_type

@@ -31,7 +31,7 @@ def config_path() -> Path:
 
 def setting_types() -> dict[str, type]:
     """Return the type of each setting by its key, which is the flag's long name."""
-    from internvl3_mlx.cli.options import GENERATION_FIELDS, PARSERS
+    from internvl3_mlx.cli.generation_fields import GENERATION_FIELDS, PARSERS
 
     simple = {
         name.replace("_", "-"): kind
@@ -108,7 +108,7 @@ def check_settings(
     content: Mapping[Any, Any], place: str, known: tuple[str, ...]
 ) -> dict[str, Any]:
     """Check that every key is known and every value is one that its flag takes."""
-    from internvl3_mlx.cli.options import make_config
+    from internvl3_mlx.cli.generation_fields import make_config
 
     types = setting_types()
     checked = {}

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
@@ -24,6 +24,8 @@ from internvl3_mlx.generation.conversation_file import SAVED_FIELDS, json_value,
 from internvl3_mlx.generation.exchange import Exchange
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ImageInfo, ProcessedImage, ProcessedVideo
+from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
+from internvl3_mlx.generation.runner import ModelRunner
 
 LOG_VERSION = 1
 SUFFIX = ".jsonl"
@@ -309,6 +311,20 @@ def absolute(source: str) -> str:
     page = PDF_PAGE.fullmatch(source)
     path = os.path.abspath(os.path.expanduser(page["path"] if page else source))
     return path if os.path.exists(path) else source
+
+
+def describe_model(runner: ModelRunner, load_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a log says about the model, so that it can be loaded again."""
+    paths = {
+        name: absolute(str(load_options[name]))
+        for name in ("model", "adapter")
+        if load_options.get(name)
+    }
+    return {
+        "model": runner.name,
+        "load": {**load_options, **paths},
+        "fingerprint": model_fingerprint(runner.model),
+    }
 
 
 def make_private_folder(folder: Path) -> None:

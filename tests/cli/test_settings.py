@@ -8,7 +8,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import load
-from internvl3_mlx.cli import options
+from internvl3_mlx.cli import generation_fields, options
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.generate import generate_command
 from internvl3_mlx.cli.line_reader import complete_argument
@@ -124,7 +124,7 @@ def test_set_alone_lists_all_with_values_and_defaults(send):
     shown = send("/set")
     assert "temp                0.7" in shown
     assert "(default: 0)" in shown
-    assert len(shown.splitlines()) == len(options.GENERATION_FIELDS)
+    assert len(shown.splitlines()) == len(generation_fields.GENERATION_FIELDS)
     assert [name for name, _, _ in list_settings(GenerationConfig())][:3] == [
         "system",
         "max-tokens",
@@ -136,7 +136,7 @@ def test_names_and_values_are_completed(tmp_path, monkeypatch):
     assert [*complete_setting("te")] == ["temp"]
     assert [*complete_setting("tempe")] == ["temperature"]
     assert [*complete_setting("max-")] == ["max-tiles", "max-tokens"]
-    assert len([*complete_setting("")]) == len(options.GENERATION_FIELDS)
+    assert len([*complete_setting("")]) == len(generation_fields.GENERATION_FIELDS)
     assert [*complete_setting("lookup o")] == ["on", "off"]
     assert [*complete_setting("kv-bits ")] == ["4", "8", "default"]
     assert "demo" in complete_setting("draft-model de")

@@ -167,7 +167,7 @@ def unused_keys(record: Mapping[str, Any], form: RecordFormat) -> tuple[str, ...
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ConversationRecord:
     """A record whatever its format: messages as JSON objects, and the last ones of a pair."""
 
     turns: list[Any]
@@ -180,15 +180,15 @@ class Conversation:
         return self.chosen is not None
 
 
-def read_conversation(record: Mapping[str, Any], form: RecordFormat) -> Conversation:
+def read_conversation(record: Mapping[str, Any], form: RecordFormat) -> ConversationRecord:
     """Read a record of a format as a conversation. Raises ``RecordError``."""
     keys = {role: key for key, role in form.fields.items()}
     if TEXT in keys:
-        return Conversation([_turn("user", _read_text(record, keys[TEXT]))], is_text=True)
+        return ConversationRecord([_turn("user", _read_text(record, keys[TEXT]))], is_text=True)
     if STEPS in keys:
-        return Conversation([*_read_steps(record, keys)])
+        return ConversationRecord([*_read_steps(record, keys)])
     if PAIRS in keys:
-        return Conversation([*_read_pairs(record[keys[PAIRS]], keys[PAIRS])])
+        return ConversationRecord([*_read_pairs(record[keys[PAIRS]], keys[PAIRS])])
     turns = _read_history(record, keys.get(HISTORY))
     if TURNS in keys:
         turns += _read_list(record, keys[TURNS])
@@ -197,13 +197,13 @@ def read_conversation(record: Mapping[str, Any], form: RecordFormat) -> Conversa
     if ANSWER in keys:
         turns += _read_turns(record, keys[ANSWER], "assistant")
     if REJECTED not in keys:
-        return Conversation(_with_system(record, turns))
+        return ConversationRecord(_with_system(record, turns))
     rejected = _read_turns(record, keys[REJECTED], "assistant")
     chosen = _read_turns(record, keys[CHOSEN], "assistant") if CHOSEN in keys else []
     if not chosen:  # the last message is the chosen answer, or both lists begin with the prompt
         turns, chosen = ([], turns) if len(rejected) > 1 else (turns[:-1], turns[-1:])
     shared, chosen, rejected = _split_prompt(chosen, rejected)
-    return Conversation(_with_system(record, [*turns, *shared]), chosen, rejected)
+    return ConversationRecord(_with_system(record, [*turns, *shared]), chosen, rejected)
 
 
 def _turn(role: str, content: Any) -> dict[str, Any]:
