@@ -18,7 +18,7 @@ from internvl3_mlx.convert.calibration.fisher import estimate_sensitivities
 
 def text_samples(count=4, length=41):
     rng = np.random.default_rng(3)
-    return [CalibrationSample(rng.integers(0, 600, length).tolist(), None, 0) for _ in range(count)]
+    return [CalibrationSample(rng.integers(0, 256, length).tolist(), None, 0) for _ in range(count)]
 
 
 def test_estimates_follow_measurements():
