@@ -27,7 +27,7 @@ from examples.demo_model.vocabulary import TRAIN_STYLES
 from internvl3_mlx.images.tiling import to_tiles
 
 TRAINING_SEED = 1  # first word of every training seed; evaluation uses another
-BANK_STEPS = 300  # steps after which sprites are drawn anew
+BANK_STEPS = 300  # steps after which sprites are redrawn
 
 
 @dataclass(frozen=True)

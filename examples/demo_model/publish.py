@@ -197,7 +197,7 @@ def rows(tasks: list[str], square: dict[str, dict[str, float]]) -> str:
 
 
 def columns(told: list[str], table: dict[str, Any]) -> str:
-    """Write the held-out columns, one line each, for the tasks that are told."""
+    """Write the held-out columns, one line each, for the reported tasks."""
     lines = [
         "| pictures | tiles | " + " | ".join(told) + " | mean |",
         "|---" * (len(told) + 3) + "|",

@@ -49,8 +49,8 @@ class AdapterFiles:
 def find_adapter_files(folder: Path) -> AdapterFiles:
     """Find the files of an adapter.
 
-    Raises CheckpointError for a folder that is no adapter, with the folder that may be meant, and
-    UserError for weights beside the adapter that are of an unknown purpose.
+    Raises CheckpointError for a folder that is not an adapter, with the folder that may be meant,
+    and UserError for weights beside the adapter that are of an unknown purpose.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}; an adapter is a folder saved by PEFT")

@@ -7,7 +7,6 @@ import click
 
 from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.flags import SectionedCommand
-from internvl3_mlx.cli.options import FAMILY
 from internvl3_mlx.cli.system_info import (
     device_info,
     format_sizes,
@@ -73,23 +72,24 @@ def describe_installation() -> dict[str, Any]:
 
 
 def _cached_models() -> list[dict[str, Any]]:
-    """List the family's repositories in the hub's cache, then our packed copies of them."""
+    """List the family's repositories in the hub's cache, then our quantized copies."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     from internvl3_mlx.files import cache_folder
+    from internvl3_mlx.loading.model_store import FAMILY
 
     try:
         repos = {repo.repo_id: repo for repo in scan_cache_dir().repos if repo.repo_type == "model"}
     except CacheNotFound:
         repos = {}
     hub = {name: repo.size_on_disk for name, repo in repos.items() if FAMILY in name.lower()}
-    packed = {
+    quantized = {
         str(config.parent): sum(file.stat().st_size for file in config.parent.iterdir())
         for config in cache_folder().glob("*/config.json")
     }
     return [
         {"model": name, "nbytes": nbytes}
-        for found in (hub, packed)
+        for found in (hub, quantized)
         for name, nbytes in sorted(found.items())
     ]

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 DEBUG_KEY = "internvl3_mlx.debug"  # where --debug is stored while a command runs
 STDIN = "-"  # as an image or as the question: read standard input
-FAMILY = "internvl3"  # part of the names of the family's repositories
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,8 @@ def folders(typed: str) -> list[str]:
 def cached_repositories() -> list[str]:
     """List the family's repositories in the hub's cache by the names of their folders."""
     from huggingface_hub.constants import HF_HUB_CACHE
+
+    from internvl3_mlx.loading.model_store import FAMILY
 
     folders = Path(HF_HUB_CACHE).glob("models--*--*")
     names = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]

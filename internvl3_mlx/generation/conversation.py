@@ -135,7 +135,7 @@ class Conversation:
     def with_runner(
         self, runner: ModelRunner, pending: Sequence[ProcessedImage | ProcessedVideo] = ()
     ) -> "Conversation":
-        """Return this conversation with another model, which reads it anew at the next question.
+        """Return this conversation with another model, which reads it again at the next question.
 
         pending: images and videos that are still to be sent. Raises UserError where the tiles of
         the images are not those of the other model.

@@ -66,7 +66,7 @@ class Prefill:
 def open_prefill(
     model: InternVL, inputs: ModelInputs, config: GenerationConfig, cache: PromptCache
 ) -> Prefill:
-    """Prepare to read ``inputs``: trim ``cache`` to the common prefix, or start it anew."""
+    """Prepare to read ``inputs``: trim ``cache`` to the common prefix, or clear it."""
     check_token_ids(inputs.token_ids, model.config.text.vocab_size)
     ntk = config.ntk and inputs.uses_unit_positions
     key = CacheKey.from_inputs(inputs, model.image_id)

@@ -137,7 +137,7 @@ class PromptCache:
     def reuse_prefix(
         self, model: InternVL, key: CacheKey, config: GenerationConfig, *, uses_dynamic_ntk: bool
     ) -> tuple[int, KVQuantization | None]:
-        """Trim the cache to the prefix it shares with ``key``, or start it anew.
+        """Trim the cache to the prefix it shares with ``key``, or clear it.
 
         Returns how many tokens are reused, at least one fewer than ``key`` has, and how the cache
         is quantized.

@@ -82,7 +82,7 @@ def generate(
 ) -> Answer:
     """Generate an answer to ``prompt`` about some images; its text is ``answer.text``.
 
-    model: what ``load`` returned. A name is loaded anew at every call.
+    model: what ``load`` returned. A name is loaded again at every call.
     images: paths, URLs, data URIs, bytes or PIL images; one or several.
     options: fields of ``GenerationConfig``, for example ``max_tokens`` or ``temperature``.
     """

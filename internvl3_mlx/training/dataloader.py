@@ -164,7 +164,7 @@ def open_feature_cache(
 
 
 def online_reference(model: InternVL) -> ReferenceFunction:
-    """Compute the reference of every batch anew, with the adapters disabled."""
+    """Compute the reference of every batch again, with the adapters disabled."""
     return lambda batch, vision_features: reference_log_probs(model, batch, vision_features)
 
 

@@ -10,7 +10,7 @@ from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 
 @pytest.fixture
 def emulated() -> Callable:
-    """Give ``emulated_metal``, inside which kernels are built anew."""
+    """Give ``emulated_metal``, inside which kernels are built again."""
 
     def fresh(*args, **kwargs):
         dispatch.build_kernel.cache_clear()
