@@ -4,7 +4,7 @@ The package is not published on an index, so a hint never names it there.
 """
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distributions
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -26,14 +26,15 @@ def install_command(extra: str, libraries: str) -> str:
 def installed_from() -> tuple[Path | None, bool]:
     """Return the folder that the package was installed from, and whether it is editable.
 
-    PEP 610: an installer records the address of anything that did not come from an index.
+    PEP 610: an installer records the address of anything that did not come from an index. The
+    metadata that a build leaves in a checkout has no such record and says nothing.
     """
+    found = [*distributions(name=DISTRIBUTION)]
+    records = [record for each in found if (record := each.read_text("direct_url.json"))]
+    if not records:
+        return (None if found else SOURCE_FOLDER), False
     try:
-        record = distribution(DISTRIBUTION).read_text("direct_url.json")
-    except PackageNotFoundError:
-        return SOURCE_FOLDER, False
-    try:
-        content = json.loads(record or "{}")
+        content = json.loads(records[0])
         address, details = urlsplit(content["url"]), content["dir_info"]
     except (ValueError, KeyError, TypeError):
         return None, False
