@@ -6,10 +6,10 @@ import pytest
 from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Bits, Recipe
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx import load
 
-TOLERANCE = 2e-5
 TILES = (2, 1)
 LAYOUTS = [
     Recipe(layout="original", shards=3),

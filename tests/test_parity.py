@@ -6,11 +6,11 @@ import pytest
 from fixtures.inputs import random_image, relative_error
 from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Recipe
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx import load
 from internvl3_mlx.models.rope import Rotary
 
-TOLERANCE = 2e-5  # float32, largest difference over largest magnitude
 STYLES = ["300m", "6b", "9b"]
 STEPS = 32
 CASES = {

@@ -9,6 +9,7 @@ import importlib.util
 import mlx.core as mx
 import numpy as np
 import pytest
+from fixtures.tolerances import TOLERANCE
 
 from benchmarks import smollm2
 from internvl3_mlx import load
@@ -27,7 +28,6 @@ QUESTIONS = (
     "Write one sentence about 12 horses, please!",
 )
 STEPS, END = 24, 2
-TOLERANCE = 2e-5  # largest difference over largest magnitude, in float32
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from fixtures.inputs import random_image, random_pixels, relative_error, token_r
 from fixtures.loaded_models import numbers, tiny
 from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.tiny import Bits, Recipe
+from fixtures.tolerances import TOLERANCE
 from mlx.utils import tree_flatten
 
 from internvl3_mlx import KeyMapError, load
@@ -27,7 +28,6 @@ from internvl3_mlx.training.lora_setup import (
 )
 from internvl3_mlx.training.trainable import set_trainable
 
-TOLERANCE = 2e-5
 BITS = (
     Bits(group_size=32),
     Bits(bits=8, group_size=32, tower=True),

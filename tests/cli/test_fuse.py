@@ -13,6 +13,7 @@ from fixtures.inputs import relative_error
 from fixtures.loaded_models import tiny
 from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.tiny import Bits, Recipe
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx import load
 from internvl3_mlx.checkpoints.build_model import build_model
@@ -21,7 +22,6 @@ from internvl3_mlx.models.lora import dequantized_weight, lora_layers
 from internvl3_mlx.training.lora_setup import save_model_adapter
 from internvl3_mlx.training.trainable import set_trainable
 
-TOLERANCE = 2e-5
 DENSE = Recipe(layout="mlx")
 PACKED = Recipe(layout="mlx", bits=Bits(bits=8, group_size=32, tower=True))
 

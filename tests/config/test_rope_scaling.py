@@ -7,6 +7,7 @@ import torch
 from fixtures.damaged_checkpoints import copied, edit_config, refusal
 from fixtures.loaded_models import numbers
 from fixtures.tiny import Recipe
+from fixtures.tolerances import TOLERANCE
 from transformers import InternVLForConditionalGeneration
 
 from internvl3_mlx import ConfigError, convert_model
@@ -14,7 +15,6 @@ from internvl3_mlx.config import read_config
 from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.models.cache import KVCache
 
-TOLERANCE = 2e-5
 IDS = np.random.default_rng(5).integers(3, 380, size=53).tolist()
 YARN = {"factor": 4.0, "original_max_position_embeddings": 24}
 LLAMA3 = {

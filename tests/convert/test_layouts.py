@@ -10,6 +10,7 @@ from fixtures.conversions import logits, run_conversion, tensors
 from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
+from fixtures.tolerances import TOLERANCE
 from safetensors import safe_open
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
@@ -20,7 +21,6 @@ from internvl3_mlx.prompt.tokenizer import Tokenizer
 STYLES = ("300m", "6b", "9b")
 SOURCES = ("original", "hf_a", "hf_b", "hf_saved", "mlx")
 TARGETS = ("mlx", "original", "hf")
-TOLERANCE = 2e-5
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -9,6 +9,7 @@ from fixtures.conversions import logits, run_conversion, tensors
 from fixtures.inputs import relative_error
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe as Tiny
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.recipes import (
@@ -65,7 +66,7 @@ def test_quantized_logits_equal_dequantized_logits(tmp_path, quantization):
     )
     run_conversion(tmp_path / "out", tmp_path / "dense", dequantize=True)
     error = relative_error(logits(tmp_path / "out", source), logits(tmp_path / "dense", source))
-    assert error < 2e-5
+    assert error < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 from fixtures.inputs import relative_error
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx.models.chunked_attention import chunked_attention
-
-TOLERANCE = 2e-5
 
 
 def draw(shape, seed):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from fixtures.inputs import relative_error, token_row
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx.models.attention import LAST_ROW
 from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
-TOLERANCE = 2e-5
 STYLES = ["300m", "6b", "9b"]
 
 

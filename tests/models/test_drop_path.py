@@ -6,6 +6,7 @@ import pytest
 import torch
 from fixtures.inputs import random_pixels, relative_error
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import TOLERANCE
 from fixtures.training_samples import make_sample
 
 from internvl3_mlx.config import VisionConfig
@@ -53,7 +54,7 @@ def test_nothing_is_dropped_by_default():
         relative_error(
             numbers(model.vision_model(pixels)), checkpoint.reference.tower(np.array(pixels))
         )
-        < 2e-5
+        < TOLERANCE
     )
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import GRADIENT_TOLERANCE
 from mlx.utils import tree_flatten
 
-TOLERANCE = 1e-4  # of the largest slope; two frameworks' sums in float32, twice through the model
 PARTS = {  # ours -> transformers' name of the same tensor
     "vision_model.embeddings.position_embedding": "vision_tower.embeddings.position_embeddings",
     "vision_model.encoder.layers.0.mlp.fc1.weight": "vision_tower.encoder.layer.0.mlp.fc1.weight",
@@ -49,7 +49,7 @@ def test_pixels_get_torchs_gradient(case):
     given = torch.tensor(pixels).permute(0, 3, 1, 2).contiguous().requires_grad_()
     torch_score(checkpoint, rows, given, mix).backward()
     theirs = given.grad.permute(0, 2, 3, 1).numpy()
-    assert relative_error(numbers(slope), theirs) < TOLERANCE
+    assert relative_error(numbers(slope), theirs) < GRADIENT_TOLERANCE
 
 
 def test_features_get_torchs_gradient(case):
@@ -77,5 +77,5 @@ def test_every_part_of_the_model_gets_torchs_gradient(case):
     torch_score(checkpoint, rows, given, mix).backward()
     theirs = dict(torch_model.model.named_parameters())
     errors = {a: relative_error(numbers(ours[a]), theirs[b].grad) for a, b in PARTS.items()}
-    assert max(errors.values()) < TOLERANCE, errors
+    assert max(errors.values()) < GRADIENT_TOLERANCE, errors
     assert not [name for name, slope in ours.items() if not mx.abs(slope).max() > 0]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error, token_row
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import TOLERANCE
 
-TOLERANCE = 2e-5
 STYLES = ["300m", "6b", "9b"]
 TILES = [(), (1,), (3,), (2, 1, 4)]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fixtures.inputs import relative_error
 from fixtures.loaded_models import numbers
+from fixtures.tolerances import TOLERANCE
 from mlx.utils import tree_flatten
 from peft import LoraConfig, get_peft_model
 
@@ -21,7 +22,6 @@ from internvl3_mlx.models.lora import (
     replace_module,
 )
 
-TOLERANCE = 2e-5
 OUT, WIDTH, RANK, ALPHA = 40, 96, 5, 12.0
 FORMS = ({}, {"use_rslora": True}, {"use_dora": True})
 each_form = pytest.mark.parametrize("form", FORMS, ids=str)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from fixtures.inputs import relative_error, token_row
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx.models.packed_sequences import PackedSequences, Span
 
-TOLERANCE = 2e-5
 ALONE = (Span(0, 1), Span(1, 8), Span(8, 9), Span(9, 20))
 BRANCHED = (
     Span(0, 7),

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import TOLERANCE
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import ModelConfig, TextConfig, VisionConfig
 from internvl3_mlx.models import internvl
 from internvl3_mlx.models.projector import build_projector, pixel_shuffle
 
-TOLERANCE = 2e-5
 GOLDEN = [  # a 4 x 4 grid of 2 channels, numbered 0..31 row by row
     [0, 1, 2, 3, 8, 9, 10, 11],
     [4, 5, 6, 7, 12, 13, 14, 15],

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import TOLERANCE
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 from internvl3_mlx.models.vision import VisionModel, to_patches
-
-TOLERANCE = 2e-5  # float32, largest difference over largest magnitude
 
 
 @pytest.mark.parametrize("folded", [False, True])

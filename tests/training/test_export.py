@@ -13,6 +13,7 @@ from fixtures.loaded_models import numbers, tiny
 from fixtures.lora_models import adapted, logits
 from fixtures.original_torch import torch_logits
 from fixtures.tiny import Bits, Recipe
+from fixtures.tolerances import TOLERANCE
 from mlx.utils import tree_flatten, tree_map
 from transformers import InternVLForConditionalGeneration
 
@@ -22,7 +23,6 @@ from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.training.export import export_model
 from internvl3_mlx.training.trainable import set_trainable
 
-TOLERANCE = 2e-5
 PARTS = ("vision_model", "mlp1", "language_model")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from fixtures.inputs import random_pixels, relative_error
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import TOLERANCE
 from fixtures.training_samples import make_sample
 
 from internvl3_mlx.errors import PromptError
@@ -14,8 +15,6 @@ from internvl3_mlx.models.layers import run_block
 from internvl3_mlx.training.data.collate import collate
 from internvl3_mlx.training.forward import ForwardOptions, target_states, vision_states
 from internvl3_mlx.training.trainable import set_trainable
-
-TOLERANCE = 2e-5
 
 
 @pytest.fixture

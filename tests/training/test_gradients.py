@@ -10,6 +10,7 @@ import torch
 from fixtures.inputs import relative_error
 from fixtures.layouts import to_layout
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from fixtures.training_samples import answer_alone, make_pair, make_sample
 from mlx.utils import tree_flatten
 
@@ -20,7 +21,6 @@ from internvl3_mlx.training.losses import PreferenceConfig
 from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
 from internvl3_mlx.training.trainable import set_trainable
 
-TOLERANCE = 1e-4  # of a tensor's largest gradient: two frameworks' float32, twice through the model
 SEEN = 1e-3  # of the largest gradient of all: a tensor below it is measured by that
 PARTS = {
     "full": ("vision_model", "mlp1", "language_model"),
@@ -69,7 +69,7 @@ def assert_close(ours, theirs):
     most = max(np.abs(gradient).max() for gradient in theirs.values())
     for name, gradient in ours.items():
         least = max(np.abs(theirs[name]).max(), SEEN * most)
-        assert np.abs(gradient - theirs[name]).max() < TOLERANCE * least, name
+        assert np.abs(gradient - theirs[name]).max() < GRADIENT_TOLERANCE * least, name
 
 
 @pytest.fixture(scope="module", params=["300m", "6b"])
@@ -103,7 +103,7 @@ def test_sft_has_transformers_gradients(sft, part, recompute):
         return micro.numerator / micro.denominator
 
     value, ours = our_gradients(model, step)
-    assert value == pytest.approx(loss, rel=1e-5)
+    assert value == pytest.approx(loss, rel=LOSS_TOLERANCE)
     assert ours.keys() == {name for name in theirs if name.startswith(PARTS[part])}
     assert_close(ours, theirs)
 
@@ -155,7 +155,7 @@ def test_mpo_has_the_gradients_of_pytorch():
     value, ours = our_gradients(
         model, lambda: method(model, batch, None, reference, ObjectiveState())[0].numerator
     )
-    assert value == pytest.approx(loss.item(), rel=1e-5)
+    assert value == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
     assert ours.keys() == theirs.keys()
     assert_close(ours, theirs)
 

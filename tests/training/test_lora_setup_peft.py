@@ -13,6 +13,7 @@ from fixtures.loaded_models import numbers, tiny
 from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.original_torch import OriginalInternVL, skeleton, torch_logits
 from fixtures.tiny import Recipe
+from fixtures.tolerances import TOLERANCE
 from mlx.utils import tree_flatten
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -22,7 +23,6 @@ from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.training.lora_setup import load_adapter_into_model, save_model_adapter
 from internvl3_mlx.training.trainable import set_trainable
 
-TOLERANCE = 2e-5
 NATIVE_TARGETS = [
     "model.language_model.layers.0.self_attn.k_proj",
     "model.language_model.layers.2.mlp.down_proj",

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures.tolerances import LOSS_TOLERANCE
 
 from internvl3_mlx.training.losses import PreferenceConfig, mpo_terms, preference_terms
 
-TOLERANCE = 1e-5
 WEIGHTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
 LENGTHS = {  # tokens of each answer, chosen and rejected; gaps are other turns
     "one pair": ((7,), (4,)),
@@ -119,7 +119,7 @@ def torch_terms(case):
 
 def close(ours, theirs):
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return (np.abs(ours - theirs) / np.maximum(1, np.abs(theirs))).max() < TOLERANCE
+    return (np.abs(ours - theirs) / np.maximum(1, np.abs(theirs))).max() < LOSS_TOLERANCE
 
 
 @pytest.mark.parametrize("form", [numpy_terms, torch_terms])

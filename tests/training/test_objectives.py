@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import LOSS_TOLERANCE
 from fixtures.training_samples import answer_alone, expected_log_probs, make_pair, make_sample
 from mlx.utils import tree_flatten
 
@@ -19,7 +20,6 @@ from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
 from internvl3_mlx.training.reference import reference_log_probs
 from internvl3_mlx.training.trainable import set_trainable
 
-TOLERANCE = 1e-5
 STILL = ForwardOptions(drop_path_rate=0.0)
 POWERS = {"token": 0, "sample": 1, "square": 0.5}
 
@@ -36,12 +36,12 @@ def gradients(model, loss):
 
 
 def assert_same(ours, theirs):
-    assert ours[0] == pytest.approx(theirs[0], rel=TOLERANCE)
+    assert ours[0] == pytest.approx(theirs[0], rel=LOSS_TOLERANCE)
     scale = max(np.abs(slope).max() for slope in theirs[1].values())
     for name, slope in theirs[1].items():
         # an embedding row or bias that hardly matters is measured by what does
         least = max(np.abs(slope).max(), 1e-3 * scale)
-        assert np.abs(ours[1][name] - slope).max() < TOLERANCE * least, name
+        assert np.abs(ours[1][name] - slope).max() < LOSS_TOLERANCE * least, name
 
 
 def three_samples(checkpoint):
@@ -174,7 +174,7 @@ def test_a_new_adapter_starts_at_the_known_loss(opened):
         expected_log_probs(model, answer_alone(one, "chosen")) for one in two_pairs(checkpoint)
     ]
     nll = -mx.concatenate(chosen).mean().item()
-    assert micro.metrics["sft"].item() == pytest.approx(nll, rel=TOLERANCE)
+    assert micro.metrics["sft"].item() == pytest.approx(nll, rel=LOSS_TOLERANCE)
     assert micro.metrics["margin"].item() == 0
     assert state.count.item() == 1
 

@@ -8,6 +8,7 @@ import pytest
 from fixtures.inputs import relative_error
 from fixtures.loaded_models import bare_model, numbers
 from fixtures.lora_models import stirred
+from fixtures.tolerances import TOLERANCE
 from fixtures.training_samples import answer_alone, expected_log_probs, make_pair
 
 from internvl3_mlx.errors import TrainingError
@@ -47,7 +48,7 @@ def refuse(*_):
 def test_the_reference_is_the_base_and_the_model_stays_in_training_mode(setup):
     model, _, pairs, expected = setup
     batch = collate_pairs(pairs)
-    assert relative_error(numbers(reference_log_probs(model, batch, None)), expected) < 2e-5
+    assert relative_error(numbers(reference_log_probs(model, batch, None)), expected) < TOLERANCE
     assert model.training
     moved = numbers(target_log_probs(model, batch, None))
     assert relative_error(moved, expected) > 1e-2
@@ -56,7 +57,7 @@ def test_the_reference_is_the_base_and_the_model_stays_in_training_mode(setup):
 def test_another_run_finds_the_reference_in_any_batch(setup, monkeypatch):
     model, references, pairs, expected = setup
     first = numbers(references.get(collate_pairs(pairs), None))
-    assert relative_error(first, expected) < 2e-5
+    assert relative_error(first, expected) < TOLERANCE
     references.flush()
     base, _ = bare_model("300m")
     again = ReferenceLogProbs(base, references.folder.parent)
@@ -105,7 +106,7 @@ def test_a_damaged_file_is_computed_again(setup):
     path.write_bytes(path.read_bytes()[:40])
     base, _ = bare_model("300m")
     again = ReferenceLogProbs(base, references.folder.parent)
-    assert relative_error(numbers(again.get(collate_pairs(pairs), None)), expected) < 2e-5
+    assert relative_error(numbers(again.get(collate_pairs(pairs), None)), expected) < TOLERANCE
 
 
 def test_nothing_is_computed_after_training_began(setup):

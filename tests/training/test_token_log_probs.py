@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from fixtures.inputs import relative_error
 from fixtures.loaded_models import bare_model, numbers
+from fixtures.tolerances import TOLERANCE
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.models.decoder import LanguageModel
 from internvl3_mlx.models.lora import LoRALinear
 from internvl3_mlx.training.token_log_probs import token_log_probs
 
-TOLERANCE = 2e-5
 VOCABULARY = 151_674  # InternVL3's
 STATES, CHUNK = 11, 4  # the last chunk is shorter
 HEADS = [
