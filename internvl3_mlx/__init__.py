@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from internvl3_mlx.generation.conversation import Conversation
     from internvl3_mlx.generation.generation_config import GenerationConfig, GenerationOptions
     from internvl3_mlx.generation.processor import ModelInputs
-    from internvl3_mlx.generation.vlm import VLM, generate, load, stream_generate
+    from internvl3_mlx.vlm import VLM, generate, load, stream_generate
     from internvl3_mlx.prompt.messages import Message, MessageMedia
     from internvl3_mlx.training.config import TrainConfig
     from internvl3_mlx.training.run import train
@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 HOMES = {
-    "VLM": "generation.vlm",
+    "VLM": "vlm",
     "Answer": "generation.answer",
     "Conversation": "generation.conversation",
     "ConversionProgress": "convert.api",
@@ -75,9 +75,9 @@ HOMES = {
     "GenerationOptions": "generation.generation_config",
     "Message": "prompt.messages",
     "convert_model": "conversion",
-    "generate": "generation.vlm",
-    "load": "generation.vlm",
-    "stream_generate": "generation.vlm",
+    "generate": "vlm",
+    "load": "vlm",
+    "stream_generate": "vlm",
     "TrainConfig": "training.config",
     "train": "training.run",
 }

@@ -27,6 +27,8 @@ ORDER = (
     ("convert",),
     ("loading",),
     ("generation", "conversion"),
+    ("test_time_scaling",),
+    ("vlm",),
     ("training", "evaluation", "profiling"),
     ("server",),
     ("cli",),
@@ -263,7 +265,7 @@ def test_imports_of_every_form_are_seen():
         "a.b",
         "c",
         "d.e",
-        "internvl3_mlx.generation.vlm",
+        "internvl3_mlx.vlm",
         "internvl3_mlx.config",
     ]
 

@@ -19,7 +19,7 @@ from examples.finetune_demo.kinds import picture, save, stream, write
 from internvl3_mlx import load
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prompt_cache import PromptCache
-from internvl3_mlx.generation.vlm import VLM
+from internvl3_mlx.vlm import VLM
 
 WORDINGS = ("At the {}, what kind of thing is it?", "At the {}: what kind of thing?")
 TRIES = 8  # answers to one question

@@ -17,7 +17,7 @@ import click
 from internvl3_mlx.cli.visible import json_text, visible, visible_name, without_controls
 
 if TYPE_CHECKING:
-    from internvl3_mlx.generation.vlm import Answer
+    from internvl3_mlx.vlm import Answer
 
 GB, MB = 1e9, 1e6
 SPINNER_DELAY_S = 0.5  # a wait shorter than this shows nothing

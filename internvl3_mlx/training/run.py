@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.errors import InternVL3Error, UserError
-from internvl3_mlx.generation.vlm import ignore_message
+from internvl3_mlx.vlm import ignore_message
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import MemoryNeed, working_memory
 from internvl3_mlx.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
