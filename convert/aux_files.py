@@ -118,8 +118,19 @@ def write_hf_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> 
     }
     write_json(target / "processor_config.json", processor)
     write_chat_template(plan, target)
-    write_json(target / "generation_config.json", {"eos_token_id": tokenizer.im_end_id})
+    write_generation_config(tokenizer, target)
     add_video_token(target)
+
+
+def write_generation_config(tokenizer: Tokenizer, target: Path) -> None:
+    """Keep the source's settings, and name every token that ends an answer.
+
+    transformers looks for them here alone, the other layouts also in the tokenizer's files.
+    """
+    path = target / "generation_config.json"
+    stops = sorted(tokenizer.stop_ids, key=lambda token: (token != tokenizer.im_end_id, token))
+    ends = stops[0] if len(stops) == 1 else stops
+    write_json(path, {**read_optional_json(path), "eos_token_id": ends})
 
 
 def write_chat_template(plan: ConversionPlan, target: Path) -> None:

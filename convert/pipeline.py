@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from internvl3_mlx.adapters.adapter_files import check_adapter_tokens
+from internvl3_mlx.checkpoints.finite import not_finite_error
 from internvl3_mlx.checkpoints.reader import Checkpoint, mlx_dtype, safetensors_dtype
 from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT, RowRange, channels_first, channels_last
 from internvl3_mlx.checkpoints.verify import verify_checkpoint
@@ -33,7 +34,6 @@ from internvl3_mlx.convert.plan import (
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import (
     QUANTIZED_PARTS,
-    not_finite_error,
     quantize_array,
     split_into_slabs,
     to_bytes,

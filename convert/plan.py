@@ -180,6 +180,23 @@ def check_conversion(
         )
     if dequantize and not is_quantized:
         raise UserError(f"{source} is not quantized; drop --dequantize")
+    if layout == "hf" and config.layout != "hf" and (setting := not_in_transformers(config)):
+        raise UserError(
+            f"{source} has {setting}, which transformers' InternVL cannot do; choose another "
+            "layout (--to original or mlx)"
+        )
+
+
+def not_in_transformers(config: ModelConfig) -> str | None:
+    """Name a setting that transformers' model and processor would compute in another way."""
+    cuts = config.dynamic_image_size and config.max_dynamic_patch > 1
+    biases = config.text.family == "internlm3" and config.text.qkv_bias
+    settings = {  # transformers always adds a thumbnail where an image has several tiles
+        "use_thumbnail false": cuts and not config.use_thumbnail,
+        "ps_version v1": config.ps_version != "v2",
+        "biases of q, k and v alone": biases,  # its Llama has one of o_proj as well
+    }
+    return next((name for name, found in settings.items() if found), None)
 
 
 def source_quantization(

@@ -14,6 +14,7 @@ import numpy as np
 
 from internvl3_mlx.adapters.embedded import EmbeddedLoRA
 from internvl3_mlx.adapters.merge import RowDelta, apply_row_deltas
+from internvl3_mlx.checkpoints.finite import FLOAT_BITS, check_finite, not_finite_error
 from internvl3_mlx.checkpoints.reader import ELEMENT_TYPES, Checkpoint
 from internvl3_mlx.checkpoints.remap import RowRange
 from internvl3_mlx.config import Quantization
@@ -23,13 +24,6 @@ from internvl3_mlx.models.lora import float32_unless_integer
 SLAB_BYTES = 4_000_000  # of source; MLX needs up to forty times that to quantize it on a CPU
 
 QUANTIZED_PARTS = ("weight", "scales", "biases")  # the mx formats have no biases
-
-# dtype -> the exponent bits, which are all ones when a value is NaN or infinite
-EXPONENT_MASKS = {
-    "F32": (np.uint32, 0x7F800000),
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-}
 
 
 @dataclass
@@ -143,6 +137,20 @@ class RowReader:
         return self.checkpoint.tensors[name].shape[0]
 
 
+def check_all_finite(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for the first tensor of a checkpoint that holds NaN or infinity."""
+    reader = RowReader(checkpoint)
+    try:
+        for name, info in checkpoint.tensors.items():
+            if info.dtype not in FLOAT_BITS or not info.nbytes:
+                continue
+            rows = info.shape[0] if info.shape else 1
+            for part in split_into_slabs([RowRange(name, 0, rows)], info.nbytes // rows):
+                reader.read_stored(part)
+    finally:
+        reader.close()
+
+
 def quantize_array(x: mx.array, quantization: Quantization) -> tuple[mx.array, ...]:
     """Quantize ``x`` (out, in) to words, scales and, in affine mode, biases.
 
@@ -168,21 +176,6 @@ def split_into_slabs(rows: Iterable[RowRange], row_bytes: int) -> Iterable[RowRa
     for part in rows:
         for start in range(part.start, part.stop, step):
             yield RowRange(part.name, start, min(start + step, part.stop))
-
-
-def check_finite(x: np.ndarray, dtype: str, name: str) -> None:
-    """Raise CheckpointError when ``x``, in the bits of ``dtype``, holds NaN or infinity."""
-    if dtype in EXPONENT_MASKS:
-        kind, mask = EXPONENT_MASKS[dtype]
-        if bool(((x.view(kind) & mask) == mask).any()):
-            raise not_finite_error(name)
-
-
-def not_finite_error(name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name} contains NaN or infinite values; the source is damaged or the dtype too narrow: "
-        "download the source again, or choose another dtype"
-    )
 
 
 def to_bytes(x: mx.array) -> memoryview:

@@ -197,3 +197,27 @@ def test_a_missing_folder_and_a_file_are_told_apart(tmp_path):
 def test_a_folder_without_a_tokenizer_says_so():
     message = refusal(tiny(Recipe(tokenizer=False)).folder, CheckpointError)
     assert "tokenizer" in message
+
+
+@pytest.mark.parametrize(
+    ("style", "tensor"),
+    [
+        ("300m", "language_model.model.layers.0.self_attn.q_proj.weight"),
+        ("9b", "language_model.model.layers.0.attention.wqkv.weight"),
+    ],
+)
+def test_a_head_dim_that_the_weights_contradict_is_refused_with_both(copy_of, style, tensor):
+    folder = copy_of(Recipe(style=style))
+    edit_config(folder, lambda config: config["llm_config"].update(head_dim=48))
+    message = refusal(folder, KeyMapError)
+    assert message.startswith(f"{tensor} has ")
+    assert "a head_dim of 32" in message
+    assert "config says 48" in message
+
+
+def test_heads_that_do_not_divide_the_rows_are_refused_with_both(copy_of):
+    folder = copy_of()
+    edit_config(
+        folder, lambda c: c["llm_config"].update(num_attention_heads=3, num_key_value_heads=1)
+    )
+    assert "config says 42" in refusal(folder, KeyMapError)

@@ -35,25 +35,33 @@ def plan_remap(
     check_dtypes(moves, checkpoint.tensors)
     check_layer_counts(names, config)
     check_head(names, config)
+    check_head_dim(checkpoint, moves, config.text)
     stated = config.text.qkv_bias
     text = replace(
         config.text,
         tie_word_embeddings=LM_HEAD not in names,
         qkv_bias=f"{FIRST_QUERY}.bias" in names if stated is None else stated,
-        head_dim=head_dim(checkpoint, moves, config.text),
     )
     return replace(config, text=text), moves
 
 
-def head_dim(checkpoint: Checkpoint, moves: list[ResolvedRule], text: TextConfig) -> int:
-    """Infer the head dimension from the first q_proj's rows, which quantization does not change."""
+def check_head_dim(checkpoint: Checkpoint, moves: list[ResolvedRule], text: TextConfig) -> None:
+    """Raise KeyMapError if the rows of the first q_proj are not those of the config's heads.
+
+    Quantization does not change the number of rows.
+    """
     target = f"{FIRST_QUERY}.weight"
-    for move in moves:
-        if target in move.targets:
-            heads = text.num_attention_heads + 2 * text.num_key_value_heads * move.grouped
-            rows = checkpoint.tensors[move.sources[0]].shape[0]
-            return rows // heads if rows % heads == 0 else text.head_dim
-    return text.head_dim
+    move = next((move for move in moves if target in move.targets), None)
+    if move is None:
+        return
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads * move.grouped
+    name, rows = move.sources[0], checkpoint.tensors[move.sources[0]].shape[0]
+    if rows != heads * text.head_dim:
+        raise KeyMapError(
+            f"{name} has {rows:,} rows, which is a head_dim of {rows / heads:g} for {heads} heads, "
+            f"but the language model's config says {text.head_dim} (head_dim, or else hidden_size "
+            "/ num_attention_heads); take config and weights from one repository"
+        )
 
 
 def remap(

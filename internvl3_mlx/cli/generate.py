@@ -83,7 +83,7 @@ class GenerateRequest:
 @IMAGE_FLAG
 @flag(
     "Images", "--video", "videos", multiple=True, metavar="PATH",
-    help="A video, read as frames; may be repeated.",
+    help="A video, or a folder of its frames; may be repeated.",
 )  # fmt: skip
 @flag(
     "Speed", "--batch-size", "batch_size", metavar="N", type=click.IntRange(min=1), default=1,
@@ -186,10 +186,10 @@ def _read_question(prompt: str | None, sources: tuple[str, ...]) -> str:
 
 def _check_video(video: str) -> str:
     """Raise ImageError for a video that does not exist, before a model loads."""
-    from internvl3_mlx.images.fetch import locate
+    from internvl3_mlx.images.video import check_video
 
     if "://" not in video and video != STDIN:
-        locate(video)
+        check_video(video)
     return video
 
 

@@ -110,6 +110,15 @@ LOAD_FLAGS: Mapping[str, Decorator] = {
         None,
         callback=lambda _ctx, _param, bits: bits and int(bits),
     ),
+    "dtype": make_flag(
+        "dtype",
+        FieldInfo(
+            "Model", "Data type to compute in; by default the model's own, float32 on a CPU.",
+            choices=("float32", "bfloat16", "float16"),
+        ),
+        str,
+        None,
+    ),
     "adapter": make_flag(
         "adapter",
         FieldInfo(

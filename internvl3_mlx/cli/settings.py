@@ -27,7 +27,13 @@ DEFAULT_WORDS = ("none", "default")  # restore the default
 QUOTED = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)')(?=\s|$)""")
 MODELS = ("draft_model",)  # options whose value is a model
 FILES = ("json_schema",)  # options whose value is a file
-MODEL_NAMES = ("model", "adapter-path", "revision", "q-bits")  # flags that /model stands for
+MODEL_NAMES = (
+    "model",
+    "adapter-path",
+    "revision",
+    "q-bits",
+    "dtype",
+)  # flags that /model stands for
 
 
 def setting_names() -> dict[str, tuple[str, bool]]:

@@ -1,4 +1,7 @@
-"""Choose frames of a video and decode them: video files with PyAV, animations with Pillow."""
+"""Choose frames of a video and decode them: video files with PyAV, animations with Pillow.
+
+A folder of images is a video, too (``frame_folder``).
+"""
 
 import re
 from bisect import bisect_right
@@ -15,10 +18,17 @@ from PIL import Image
 from internvl3_mlx.errors import ImageError, MissingExtraError, UserError
 from internvl3_mlx.images.color import to_rgb
 from internvl3_mlx.images.fetch import ImageBytes, locate
+from internvl3_mlx.images.frame_folder import (
+    FRAME_SECONDS,
+    find_frame_folder,
+    list_frames,
+    open_frame,
+)
 from internvl3_mlx.images.load import LoadedImage, one_line_errors
 
 MAX_FRAMES = 512  # 131,072 image tokens, four times the context the models were trained on
 UNBOUNDED_S = 100_000.0  # what the published code takes for no bound
+HEADER_BYTES = 16
 ANIMATION_HEADER = re.compile(rb"GIF8|RIFF....WEBP|\x89PNG", re.DOTALL)
 
 Bound = tuple[float, float]
@@ -41,22 +51,39 @@ def read_frames(
 ) -> list[VideoFrame]:
     """Read ``num_frames`` frames spread evenly over a video, or over ``bound`` (seconds).
 
-    A video with fewer frames repeats some. Only the groups of pictures that hold a chosen frame
+    source: a video file, an animation, or a folder of frames. A video with fewer frames repeats
+    some. Only the groups of pictures that hold a chosen frame
     are decoded, and only chosen frames are kept, at full size. Raises ImageError.
     """
     if not 1 <= num_frames <= MAX_FRAMES:
         raise UserError(f"cannot take {num_frames} frames of a video; choose 1 to {MAX_FRAMES}")
-    located = locate(source)
-    with located.open() as file:
-        animated = ANIMATION_HEADER.match(file.read(16))
 
     def choose(count: int, fps: float) -> list[int]:
         return frame_indices(num_frames, fps, count - 1, bound=bound)
+
+    folder = find_frame_folder(source)
+    if folder is not None:
+        return read_folder(folder, choose, upright)
+    located = locate(source)
+    with located.open() as file:
+        head = file.read(HEADER_BYTES)
+    if not head:
+        raise ImageError(f"cannot read {located.name}: it is empty; download it again")
+    animated = ANIMATION_HEADER.match(head)
 
     taken = (
         read_animation(located, choose) if animated else read_container(located, choose, upright)
     )
     return _frames(located.name, taken)
+
+
+def check_video(source: str | Path) -> None:
+    """Raise ImageError for a video that does not exist; its content is not looked at."""
+    folder = find_frame_folder(source)
+    if folder is None:
+        locate(source)
+    else:
+        list_frames(folder)
 
 
 def frame_indices(
@@ -96,6 +123,14 @@ def _frames(name: str, taken: DecodedFrames) -> list[VideoFrame]:
         picture = LoadedImage(taken.images[number], f"{name} at {seconds:.1f} s")
         frames.append(VideoFrame(picture, seconds))
     return frames
+
+
+def read_folder(folder: Path, choose: "ChooseFrames", upright: bool) -> list[VideoFrame]:
+    """Open the chosen images of a folder, each once."""
+    paths = list_frames(folder)
+    indices = choose(len(paths), 1 / FRAME_SECONDS)
+    opened = {n: open_frame(paths[n], upright=upright) for n in sorted(set(indices))}
+    return [VideoFrame(opened[n], n * FRAME_SECONDS) for n in indices]
 
 
 # FFmpeg's other readers are disabled: playlists and scripts make it open further files and URLs.
@@ -257,7 +292,7 @@ def _upright(frame: Any) -> Image.Image:
 
 
 # what a damaged video raises besides FFmpeg's own errors
-DAMAGE = (UnicodeError, ValueError, ArithmeticError, EOFError, MemoryError, AttributeError)
+DAMAGE = (OSError, UnicodeError, ValueError, ArithmeticError, EOFError, MemoryError, AttributeError)
 DEFAULT_FRAME_MS = 100  # what browsers use for a frame without a duration
 
 

@@ -1,6 +1,7 @@
 """Load a model folder for inference or for training, with an adapter or quantized on the way."""
 
 from pathlib import Path
+from typing import NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +18,12 @@ from internvl3_mlx.checkpoints.build_model import (
     compute_dtype,
     load_weights,
 )
+from internvl3_mlx.checkpoints.finite import all_finite
+from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.convert.recipes import QuantizationRecipe
-from internvl3_mlx.errors import UserError
+from internvl3_mlx.convert.row_reader import check_all_finite
+from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import lora_layers
 
@@ -61,7 +65,8 @@ def load_local_model(
         for _, layer in lora_layers(model):
             layer.finalize(compute)
     model.eval()
-    evaluate_by_layer(model, fused=not for_training)
+    if not evaluate_by_layer(model, fused=not for_training):
+        raise_not_finite(folder, compute_dtype(dtype, config.dtype, for_training=for_training))
     return loaded
 
 
@@ -73,10 +78,27 @@ def check_not_quantized(config: ModelConfig, why: str) -> None:
         )
 
 
-def evaluate_by_layer(model: InternVL, *, fused: bool) -> None:
-    """Evaluate one layer at a time, so that casting never holds two copies of the model."""
-    for block in [*model.vision_model.encoder.layers, *model.language_model.model.layers]:
-        mx.eval(block.parameters())
-    mx.eval(model.parameters())
+def evaluate_by_layer(model: InternVL, *, fused: bool) -> bool:
+    """Evaluate one layer at a time, so that casting never holds two copies of the model.
+
+    Return whether all weights are finite; each layer is checked while it is still in the caches.
+    """
+    finite = True
+    checked: set[int] = set()
+    for block in [*model.vision_model.encoder.layers, *model.language_model.model.layers, model]:
+        arrays = [x for _, x in tree_flatten(block.parameters()) if id(x) not in checked]
+        mx.eval(arrays)
+        finite = finite and all_finite(arrays)
+        checked |= {id(x) for x in arrays}
     if fused:
         mx.eval(model.vision_model.embeddings.patch_embedding.raw_pixel_weights)
+    return finite
+
+
+def raise_not_finite(folder: Path, dtype: mx.Dtype) -> NoReturn:
+    """Raise CheckpointError with the name of the stored tensor that is not finite."""
+    check_all_finite(open_checkpoint(folder))
+    raise CheckpointError(
+        f"the weights of {folder} are finite, but not as {str(dtype).removeprefix('mlx.core.')} "
+        "with what was merged into them; choose another --dtype, or use another adapter"
+    )

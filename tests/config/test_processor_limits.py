@@ -1,6 +1,7 @@
 """The processor's files of an hf repository: the tiles that transformers cuts, in every layout."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from fixtures.damaged_checkpoints import copied, edit_config, refusal
 from fixtures.tiny import Recipe
 from PIL import Image
 
-from internvl3_mlx import ConfigError, convert_model
+from internvl3_mlx import ConfigError, UserError, convert_model
 from internvl3_mlx.config import read_config
 from internvl3_mlx.images.tiling import TilePolicy, to_tiles
+from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 SIDE = 56  # of a tile
 IMAGE = Image.fromarray(
@@ -65,6 +67,44 @@ def test_limits_survive_every_layout(tmp_path):
     for name in ("hf", "mlx", "again"):
         config = read_config(tmp_path / name)
         assert (config.min_dynamic_patch, config.max_dynamic_patch) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"use_thumbnail": False}, "use_thumbnail false"), ({"ps_version": "v1"}, "ps_version v1")],
+)
+def test_what_transformers_cannot_do_is_refused_before_anything_is_written(
+    tmp_path, changes, named
+):
+    source = copied(Recipe(), tmp_path)
+    edit_config(source, lambda config: config.update(changes))
+    with pytest.raises(UserError, match=f"{named}.*--to original or mlx"):
+        convert_model(str(source), tmp_path / "hf", layout="hf")
+    assert not (tmp_path / "hf").exists()
+    convert_model(str(source), tmp_path / "mlx", verify=False)
+    assert asdict(read_config(tmp_path / "mlx")).items() >= changes.items()
+
+
+@pytest.mark.parametrize("changes", [{"dynamic_image_size": False}, {"max_dynamic_patch": 1}])
+def test_without_tiles_a_thumbnail_makes_no_difference(tmp_path, changes):
+    source = copied(Recipe(), tmp_path)
+    edit_config(source, lambda config: config.update(changes, use_thumbnail=False))
+    convert_model(str(source), tmp_path / "hf", layout="hf", verify=False)
+    assert read_config(tmp_path / "hf").max_dynamic_patch == 1
+
+
+def test_every_end_of_an_answer_and_the_other_settings_survive(tmp_path):
+    source = copied(Recipe(), tmp_path)
+    ends = sorted(Tokenizer.from_folder(source).stop_ids)
+    more = next(n for n in range(20) if n not in ends)
+    write_json(
+        source / "generation_config.json", {"eos_token_id": [*ends, more], "temperature": 0.3}
+    )
+    convert_model(str(source), tmp_path / "hf", layout="hf", verify=False)
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert sorted(written["eos_token_id"]) == sorted([*ends, more])
+    assert written["temperature"] == 0.3
+    assert Tokenizer.from_folder(tmp_path / "hf").stop_ids == {*ends, more}
 
 
 @pytest.mark.parametrize(

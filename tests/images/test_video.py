@@ -89,7 +89,7 @@ def test_an_animation_without_durations_runs_at_ten_frames_a_second():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "its video format is unknown; export it as MP4, MOV"),
+        (b"", "it is empty; download it again"),
         (b"hello, I am a text\n" * 50, "its video format is unknown"),
         (
             b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/hosts\n",
@@ -131,3 +131,40 @@ def test_without_pyav_the_extra_is_named(monkeypatch):
 def test_impossible_counts_are_refused(count):
     with pytest.raises(UserError, match=f"cannot take {count} frames of a video; choose 1 to 512"):
         read_frames(b"", count)
+
+
+@pytest.fixture
+def frames_folder(tmp_path):
+    """Write frames whose names sort otherwise as text, and what macOS and others put beside."""
+    folder = tmp_path / "my frames"
+    folder.mkdir()
+    for number in range(12):
+        Image.fromarray(shade(number)).save(folder / f"frame_{number}.png")
+    (folder / "._frame_3.png").write_bytes(b"\0\5\x16\7")
+    (folder / "notes.txt").write_text("x")
+    return folder
+
+
+@pytest.mark.parametrize("kind", [str, None])
+def test_a_folder_of_frames_is_a_video(frames_folder, kind):
+    frames = read_frames(kind(frames_folder) if kind else frames_folder, 5)
+    assert numbers(frames) == frame_indices(5, 1.0, 11)
+    assert [frame.seconds for frame in frames] == frame_indices(5, 1.0, 11)
+    assert frames[0].loaded_image.name == "my frames/frame_1.png"
+    assert numbers(read_frames(frames_folder, 2, bound=(4, 8))) == [5, 7]
+
+
+def test_a_damaged_frame_and_a_folder_without_frames_are_named(frames_folder, tmp_path):
+    (frames_folder / "frame_1.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ImageError, match=r"cannot read .*frame_1\.png"):
+        read_frames(frames_folder, 12)
+    with pytest.raises(ImageError, match=r"cannot read .* as a video: the folder has no images"):
+        read_frames(tmp_path, 3)
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_an_empty_video_is_called_empty(tmp_path, as_bytes):
+    path = tmp_path / "empty.mp4"
+    path.write_bytes(b"")
+    with pytest.raises(ImageError, match="it is empty; download it again"):
+        read_frames(b"" if as_bytes else path, 3)

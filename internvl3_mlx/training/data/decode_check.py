@@ -15,9 +15,14 @@ from typing import TypeVar
 
 from internvl3_mlx.errors import UserError, WriteError
 from internvl3_mlx.files import atomic_write, cache_folder, content_digest
+from internvl3_mlx.images.frame_folder import find_frame_folder, list_frames
 from internvl3_mlx.training.data.dataset import DataFile
 from internvl3_mlx.training.data.json_values import RecordError
-from internvl3_mlx.training.data.media import MediaLoader, resolve_media_path
+from internvl3_mlx.training.data.media import (
+    MediaLoader,
+    resolve_media_path,
+    resolve_video_path,
+)
 from internvl3_mlx.training.data.schema import ParsedRecord
 
 CHECKED_FOLDER, CHECKED_FILE = "checked-media", "digests-1"  # the number: of what is hashed
@@ -59,11 +64,14 @@ class DecodeCheck:
         """Return a digest of all media of a record, and of what is read of them."""
         frames = f"{self.loader.config.num_frames} {record.clip}" if record.videos else ""
         parts: list[str | bytes | Path] = [frames]
-        for name in (*record.images, *record.videos):
+        named = [(resolve_media_path, name) for name in record.images]
+        named += [(resolve_video_path, name) for name in record.videos]
+        for resolve, name in named:
             try:
-                source = resolve_media_path(name, file)
-                is_path = isinstance(source, Path)
-                parts.append(content_digest(source) if is_path else source)
+                source = resolve(name, file)
+                folder = find_frame_folder(source)
+                paths = [source] if folder is None else list_frames(folder)
+                parts += [content_digest(p) if isinstance(p, Path) else p for p in paths]
             except (UserError, OSError) as error:
                 raise RecordError(str(error)) from error
         return bytes.fromhex(content_digest(*parts))

@@ -81,7 +81,7 @@ class MediaLoader:
         if file.augment if self.config.augment is None else self.config.augment:
             images = [augment_jpeg(image, generator) for image in images]
         videos = [
-            self.load_video(resolve_media_path(name, file), count, record.clip)
+            self.load_video(resolve_video_path(name, file), count, record.clip)
             for name, count in zip(record.videos, frames, strict=True)
         ]
         return LoadedMedia(tuple(images), tuple(videos))
@@ -99,7 +99,7 @@ class MediaLoader:
                 tiles.append(policy.count(*image_size(resolve_media_path(name, file))))
         for name in record.videos:
             with collect_errors(errors):
-                read_video(resolve_media_path(name, file), 1, record.clip)
+                read_video(resolve_video_path(name, file), 1, record.clip)
         if errors:
             raise RecordError("; ".join(errors))
         return MediaShape(tuple(tiles), (self.config.num_frames,) * len(record.videos))
@@ -110,8 +110,11 @@ class MediaLoader:
 
     def has_all_files(self, record: ParsedRecord, file: DataFile) -> bool:
         """Whether all media that are named by a path are there."""
-        sources = [resolve_media_path(name, file) for name in (*record.images, *record.videos)]
-        return all(source.is_file() for source in sources if isinstance(source, Path))
+        images = [resolve_media_path(name, file) for name in record.images]
+        videos = [resolve_video_path(name, file) for name in record.videos]
+        return all(path.is_file() for path in images if isinstance(path, Path)) and all(
+            path.exists() for path in videos if isinstance(path, Path)
+        )
 
     def decode(self, record: ParsedRecord, file: DataFile) -> None:
         """Decode all media as the run will; raise ``RecordError`` naming all damaged files."""
@@ -121,7 +124,7 @@ class MediaLoader:
                 open_image(resolve_media_path(name, file))
         for name in record.videos:
             with collect_errors(errors):
-                read_video(resolve_media_path(name, file), self.config.num_frames, record.clip)
+                read_video(resolve_video_path(name, file), self.config.num_frames, record.clip)
         if errors:
             raise RecordError("; ".join(errors))
 
@@ -183,6 +186,15 @@ def resolve_media_path(name: MediaRef, file: DataFile) -> str | Path | bytes:
             f"is one at ./{shorten_name(name)}; pass --image-folder . to read from this folder"
         )
     return path
+
+
+def resolve_video_path(name: MediaRef, file: DataFile) -> str | Path | bytes:
+    """Return where a video is, as ``resolve_media_path``; it may be a folder of frames."""
+    if not isinstance(name, bytes) and not URL_PATTERN.match(name):
+        folder = file.root / expand_user(name)
+        if folder.is_dir():
+            return folder
+    return resolve_media_path(name, file)
 
 
 def read_video(video: str | Path | bytes, frames: int, clip: tuple[float, float] | None) -> None:

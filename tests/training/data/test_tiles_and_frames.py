@@ -101,3 +101,18 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(UserError) as caught:
         TrainConfig(**settings)
     assert message in str(caught.value)
+
+
+def test_a_folder_of_frames_is_a_video_in_records_too(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number in range(6):
+        write_image(tmp_path / "frames" / f"{number}.png", 20 + number, 30)
+    rows = write_jsonl(tmp_path / "r.jsonl", [chat_record("?", video="frames")])
+    dataset, preprocessor = open_records(rows, num_frames=3)
+    sample = preprocessor.build_sample(dataset[0], 0)
+    assert [image.info.source for image in sample.images] == [f"frames/{n}.png" for n in (0, 2, 3)]
+    report = validation_report(dataset, preprocessor, decode=True)
+    assert ([*report.errors], report.sizes.tiles.tolist()) == ([], [3])
+    (tmp_path / "frames" / "3.png").write_bytes(b"cut")
+    [error] = validation_report(dataset, preprocessor, decode=True).errors
+    assert "frames/3.png" in error.message
