@@ -54,7 +54,7 @@ NOT_COMPARED = (
 )
 DIGITS = 6  # of a KL divergence in a report
 
-Stage = Literal["download", "calibrate", "write", "measure"]
+Stage = Literal["download", "wait", "calibrate", "write", "measure"]
 
 
 @dataclass(frozen=True)

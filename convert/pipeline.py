@@ -39,7 +39,7 @@ from internvl3_mlx.convert.row_reader import (
     to_bytes,
 )
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.files import atomic_folder
+from internvl3_mlx.files import OnWait, atomic_folder, wait_silently
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 METADATA = {"mlx": {"format": "mlx"}, "original": {"format": "pt"}, "hf": {"format": "pt"}}
@@ -70,6 +70,8 @@ class ConvertOptions:
     adapter: Path | None = None
     # adds files, such as the model card, before the folder takes its name
     write_extra: "Callable[[Path, ConvertedCheckpoint], None] | None" = None
+    # called with one line before it waits for another process that writes the target
+    on_wait: OnWait = wait_silently
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,10 @@ def convert_checkpoint(
     total = sum(entry.nbytes for entry in entries)
     check_disk_space(target, total)
     with atomic_folder(
-        target, overwrite=options.overwrite, replaceable=replaceable_files(source)
+        target,
+        overwrite=options.overwrite,
+        replaceable=replaceable_files(source),
+        on_wait=options.on_wait,
     ) as folder:
         writer = ShardWriter(folder, entries, METADATA[plan.layout])
         try:

@@ -130,6 +130,7 @@ def convert_model(
             check_output=verify,
             independent_check=measure,
             adapter=None if adapter is None else fetch_adapter(str(adapter)),
+            on_wait=lambda message: show(ConversionProgress("wait", message)),
         ),
         recipe=quantizing.choose_recipe(),
         calibration=quantizing.choose_calibration(dtype),

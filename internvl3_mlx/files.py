@@ -12,16 +12,23 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
+from functools import partial
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.errors import UserError, WriteError
-from internvl3_mlx.write_guards import MODEL_FILES, check_replaceable_folder, is_locked, lock_folder
+from internvl3_mlx.write_guards import (
+    MODEL_FILES,
+    check_replaceable_folder,
+    is_locked,
+    lock_folder,
+    wait_for_lock,
+)
 
 CACHE_VARIABLE = "INTERNVL3_CACHE"
 DATA_VARIABLE = "INTERNVL3_DATA"
@@ -33,8 +40,14 @@ NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)  # file systems that cann
 
 PARTIAL_FILE = re.compile(r"\..+\.(\d+)-\d+\.part(\.[^.]*)?")  # group 1: the process id
 
+OnWait = Callable[[str], None]  # called with one line before a wait
+
 _serial = count()
 _unfinished: set[Path] = set()  # what this process is writing now
+
+
+def wait_silently(_: str) -> None:
+    """Say nothing before a wait."""
 
 
 @contextmanager
@@ -71,35 +84,72 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(
-    target: Path, *, overwrite: bool = False, replaceable: Sequence[str] = MODEL_FILES
+    target: Path,
+    *,
+    overwrite: bool = False,
+    replaceable: Sequence[str] = MODEL_FILES,
+    on_wait: OnWait = wait_silently,
 ) -> Iterator[Path]:
     """Yield an empty folder to write into; it becomes ``target`` when the block ends without error.
 
     An existing ``target`` is refused, or with ``overwrite`` replaced at the very end, if it holds
     only files that match ``replaceable``; a file is never replaced. A target that another process
-    is writing is refused. Raises WriteError.
+    is writing is waited for; what that process wrote stays where this one writes the same.
+    Raises WriteError.
+
+    on_wait: called with one line before waiting.
     """
     target = Path(os.path.realpath(target))
     part = _temporary(target, "part")
-    stack = ExitStack()
-    try:
-        _make_folder(target.parent)
+    check = partial(check_unused, target, overwrite=overwrite, replaceable=replaceable)
+    with ExitStack() as stack:
+        stack.callback(_unfinished.discard, part)
+        stack.callback(shutil.rmtree, part, ignore_errors=True)
+        try:
+            _make_folder(target.parent)
+            waited = _begin_folder(target, part, check, stack, on_wait)
+            yield part
+            if waited and not overwrite and _same_files(part, target):
+                return
+            check()
+            _flush_tree(part)
+            _swap_in(part, target)
+        except OSError as error:
+            raise _write_error(target, error) from error
+
+
+def _begin_folder(
+    target: Path, part: Path, check: Callable[[], None], stack: ExitStack, on_wait: OnWait
+) -> bool:
+    """Make ``part`` and lock it, once no other process writes ``target``; return whether one did.
+
+    The system releases the lock when the process ends, however it ends.
+    """
+    waited = False
+    while True:
         with lock_folder(target.parent):  # of two processes at once, one is first
             recover_folder(target)
-            check_unused(target, overwrite=overwrite, replaceable=replaceable)
-            _refuse_second_writer(target)
-            part.mkdir()
-            stack.enter_context(lock_folder(part))  # released by the system, however we end
-        yield part
-        check_unused(target, overwrite=overwrite, replaceable=replaceable)
-        _flush_tree(part)
-        _swap_in(part, target)
-    except OSError as error:
-        raise _write_error(target, error) from error
-    finally:
-        stack.close()
-        shutil.rmtree(part, ignore_errors=True)
-        _unfinished.discard(part)
+            if not waited:
+                check()
+            writer = _find_writer(target)
+            if writer is None:
+                part.mkdir()
+                stack.enter_context(lock_folder(part))
+                return waited
+        if not waited:
+            on_wait(f"another process is writing {target}; waiting for it")
+        waited = True
+        wait_for_lock(writer)
+
+
+def _same_files(folder: Path, other: Path) -> bool:
+    """Return whether two folders hold the same files with the same content."""
+
+    def contents(root: Path) -> dict[str, str]:
+        files = (path for path in root.rglob("*") if path.is_file())
+        return {str(path.relative_to(root)): content_digest(path) for path in files}
+
+    return other.is_dir() and contents(folder) == contents(other)
 
 
 def recover_folder(target: Path) -> None:
@@ -249,15 +299,18 @@ def _leftovers(target: Path, kind: str) -> list[Path]:
     return _find_leftovers(target.parent, pattern)
 
 
-def _refuse_second_writer(target: Path) -> None:
-    """Raise WriteError if another process is writing ``target`` now."""
+def _find_writer(target: Path) -> Path | None:
+    """Return the folder that another process fills to become ``target``, if one does.
+
+    Raises WriteError where this process itself does: it would wait for itself.
+    """
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-\d+\.part")
-    for name in os.listdir(target.parent):
-        match = pattern.fullmatch(name)
-        if match and is_locked(target.with_name(name)):
-            raise WriteError(
-                f"process {match[1]} is writing {target} now; wait for it, or name another folder"
-            )
+    for path in sorted(target.parent.iterdir()):
+        if pattern.fullmatch(path.name) and is_locked(path):
+            if path in _unfinished:
+                raise WriteError(f"{target} is being written already; name another folder")
+            return path
+    return None
 
 
 def _find_leftovers(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
@@ -268,7 +321,8 @@ def _find_leftovers(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
         match = pattern.fullmatch(path.name)
         if match and path not in _unfinished:
             pid = int(match[1])
-            if pid == os.getpid() or not is_running(pid):
+            gone = pid == os.getpid() or not is_running(pid)
+            if gone and not (path.is_dir() and is_locked(path)):  # by a process in a container
                 found.append(path)
     return found
 

@@ -132,6 +132,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def wait_for_lock(folder: Path) -> None:
+    """Wait until nobody holds ``lock_folder``; at once where the folder is gone."""
+    with suppress(FileNotFoundError), lock_folder(folder):
+        pass
+
+
 def is_locked(folder: Path) -> bool:
     """Return whether another process, or another part of this one, holds ``lock_folder``."""
     try:

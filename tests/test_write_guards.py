@@ -102,32 +102,97 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path):
         check_replaceable_file(path, is_ours, "a saved conversation")
 
 
-def test_a_target_that_another_process_writes_is_refused(tmp_path):
-    code = (
-        "import sys, pathlib\nfrom internvl3_mlx.files import atomic_folder\n"
-        "with atomic_folder(pathlib.Path(sys.argv[1])) as part:\n"
-        "    print('writing', flush=True)\n    sys.stdin.read()\n"
-        "    (part / 'config.json').write_text('other')\n"
-    )
-    target = tmp_path / "out"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(target)],
-        cwd=Path(files.__file__).parents[1],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as other:
-        assert other.stdin
-        assert other.stdout
-        assert other.stdout.readline() == b"writing\n"
-        with (
-            pytest.raises(WriteError, match=rf"process {other.pid} is writing .*out now; wait"),
-            atomic_folder(target),
-        ):
-            pass
+WRITER = """
+import sys, pathlib
+from internvl3_mlx.files import atomic_folder
+with atomic_folder(pathlib.Path(sys.argv[1])) as part:
+    print("writing", flush=True)
+    sys.stdin.read()
+    (part / "config.json").write_text(sys.argv[2])
+"""
+
+
+@pytest.fixture
+def start_writer():
+    """Start processes that write a folder until their input is closed."""
+    running = []
+
+    def start(target, content):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(target), content],
+            cwd=Path(files.__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        running.append(process)
+        assert process.stdout.readline() == b"writing\n"
+        return process
+
+    yield start
+    for process in running:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+def write(target, content, on_wait, **options):
+    with atomic_folder(target, on_wait=on_wait, **options) as part:
+        (part / "config.json").write_text(content)
+
+
+def test_a_target_that_another_process_writes_is_waited_for(start_writer, tmp_path):
+    target, said = tmp_path / "out", []
+    other = start_writer(target, "same")
+
+    def go_on(message):
+        said.append(message)
         other.stdin.close()
-        assert other.wait() == 0
+
+    write(target, "same", go_on)
+    assert said == [f"another process is writing {target}; waiting for it"]
     assert os.listdir(tmp_path) == ["out"]
-    assert (target / "config.json").read_text() == "other"
+    assert (target / "config.json").read_text() == "same"
+
+
+def test_what_another_process_has_just_written_is_not_replaced(start_writer, tmp_path):
+    target = tmp_path / "out"
+    other = start_writer(target, "theirs")
+    with pytest.raises(WriteError, match="out exists; name another folder, or pass --overwrite"):
+        write(target, "ours", lambda _: other.stdin.close())
+    assert os.listdir(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == "theirs"
+
+
+def test_with_overwrite_the_second_of_two_writers_replaces_the_first(start_writer, tmp_path):
+    target = tmp_path / "out"
+    other = start_writer(target, "theirs")
+    options = {"overwrite": True, "replaceable": ("*",)}
+    write(target, "ours", lambda _: other.stdin.close(), **options)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == "ours"
+
+
+def test_a_writer_that_is_killed_while_another_waits_leaves_nothing(start_writer, tmp_path):
+    target = tmp_path / "out"
+    other = start_writer(target, "theirs")
+
+    def kill(_):
+        other.kill()
+        other.wait()
+
+    write(target, "ours", kill)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == "ours"
+
+
+def test_a_process_does_not_wait_for_itself(tmp_path):
+    target = tmp_path / "out"
+    with (
+        atomic_folder(target),
+        pytest.raises(WriteError, match="out is being written already"),
+        atomic_folder(target),
+    ):
+        pass
 
 
 def test_a_lock_is_waited_for_with_one_call(tmp_path):

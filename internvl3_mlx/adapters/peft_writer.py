@@ -20,7 +20,7 @@ from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.checkpoints.remap import apply_rule, plan_remap
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.errors import KeyMapError, UserError
-from internvl3_mlx.files import atomic_folder, did_you_mean
+from internvl3_mlx.files import OnWait, atomic_folder, did_you_mean, wait_silently
 from internvl3_mlx.models.lora import LoRAWeights
 
 PEFT_PREFIX = "base_model.model."
@@ -46,7 +46,13 @@ class PeftOptions:
 
 
 def convert_adapter_layout(
-    source: Path, target: Path, model: Path, layout: str, *, overwrite: bool = False
+    source: Path,
+    target: Path,
+    model: Path,
+    layout: str,
+    *,
+    overwrite: bool = False,
+    on_wait: OnWait = wait_silently,
 ) -> list[str]:
     """Write an adapter with the names of another layout; return the modules it changes.
 
@@ -54,7 +60,7 @@ def convert_adapter_layout(
     """
     config, _ = plan_remap(open_checkpoint(model), read_config(model))
     adapter = load_adapter(source, config)
-    with atomic_folder(target, overwrite=overwrite) as part:
+    with atomic_folder(target, overwrite=overwrite, on_wait=on_wait) as part:
         save_adapter(adapter, part, config, PeftOptions.from_config(adapter.peft_config), layout)
         written: Json = json.loads((part / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return [str(name) for name in written["target_modules"]]

@@ -33,6 +33,7 @@ KL_VERDICTS = (  # nats per token at most, and our words for it
     (0.1, "answers almost like its source"),
 )
 BYTE_STAGES = ("download", "write")
+NOTED_STAGES = ("download", "wait")  # shown as a note, without a bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +212,7 @@ def run_convert(request: CheckpointRequest) -> None:
 
 @contextmanager
 def conversion_progress(*, quiet: bool) -> Iterator[Callable[["ConversionProgress"], None]]:
-    """Show a note for a download and a bar for every other stage of a conversion."""
+    """Show a note for a download or a wait and a bar for every other stage of a conversion."""
     with ExitStack() as stack:
         stage = ""
         advance: progress.ProgressCallback = _ignore
@@ -221,11 +222,12 @@ def conversion_progress(*, quiet: bool) -> Iterator[Callable[["ConversionProgres
             if event.stage != stage:
                 stack.close()
                 stage = event.stage
-                if stage == "download" and not quiet:
-                    console.note(f"{event.message}, {console.format_size(event.total)}")
+                if stage in NOTED_STAGES and not quiet:
+                    size = f", {console.format_size(event.total)}" if event.total else ""
+                    console.note(event.message + size)
                 counts_bytes = stage in BYTE_STAGES
                 bar = progress.progress_bar(quiet=quiet, counts_bytes=counts_bytes)
-                advance = _ignore if stage == "download" else stack.enter_context(bar)
+                advance = _ignore if stage in NOTED_STAGES else stack.enter_context(bar)
             advance(event.message, event.done, event.total)
 
         yield show

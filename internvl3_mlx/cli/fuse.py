@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from internvl3_mlx.cli import options
+from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.convert_run import (
     CheckpointRequest,
     check_upload_repo,
@@ -94,12 +94,18 @@ def export_adapter(request: FuseRequest) -> None:
     """Write the adapter under the names of another layout's model."""
     from internvl3_mlx.adapters.peft_writer import convert_adapter_layout
     from internvl3_mlx.conversion import find_source
+    from internvl3_mlx.files import wait_silently
     from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 
     folder, target = fetch_adapter(request.adapter), Path(request.target or "").expanduser()
     source = find_source(request.source, request.revision)
     modules = convert_adapter_layout(
-        folder, target, source, request.to, overwrite=request.overwrite
+        folder,
+        target,
+        source,
+        request.to,
+        overwrite=request.overwrite,
+        on_wait=wait_silently if request.quiet else console.note,
     )
     report = {"adapter": str(folder), "target": str(target), "layout": request.to}
     show_convert_report(request, {**report, "modules": len(modules)})

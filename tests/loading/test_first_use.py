@@ -14,10 +14,11 @@ import pytest
 from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.files import content_digest
 from internvl3_mlx.loading.resolve import DEMO_FOLDER
+from internvl3_mlx.write_guards import hold_lock
 
 ROOT = DEMO_FOLDER.parents[1]
 PROGRAM = [sys.executable, "-m", "internvl3_mlx"]
-KILLS = 8
+KILLS = 3  # of the whole command; test_kills.py has many of its steps
 
 
 @pytest.fixture
@@ -54,9 +55,17 @@ def start(*words: str, env: dict[str, str], cwd: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_three_first_uses_at_once_all_answer(environment, tmp_path):
     words = ["generate", "-p", "hi", "-m", "2", "--model", "1b"]
-    running = [start(*words, env=environment, cwd=tmp_path) for _ in range(3)]
+    lock = tmp_path / "cache" / ".InternVL3-1B-4bit.lock"
+    with hold_lock(lock, on_wait=lambda: None):
+        running = [start(*words, env=environment, cwd=tmp_path) for _ in range(3)]
+        for process in running:
+            while "another process prepares InternVL3-1B-4bit; waiting" not in (
+                line := process.stderr.readline()
+            ):
+                assert line, process.wait()
     outcomes = [(process.communicate()[1], process.returncode) for process in running]
     assert [code for _, code in outcomes] == [0, 0, 0], outcomes
+    assert sum("quantizing" in said for said, _ in outcomes) == 1
     assert os.listdir(tmp_path / "cache") == ["InternVL3-1B-4bit"]
     open_checkpoint(tmp_path / "cache" / "InternVL3-1B-4bit")
 
