@@ -18,7 +18,6 @@ from internvl3_mlx.cli.input_line import (
     MediaSource,
     expand_sample,
     media_kind,
-    note_unread_parts,
     open_media,
 )
 from internvl3_mlx.cli.options import STDIN, OutputOptions
@@ -230,15 +229,18 @@ def exit_code(failed: int, *, any_read: bool) -> int:
     return SOME_FAILED if any_read else ALL_FAILED
 
 
-def _answer_image(vlm: "VLM", image: "LoadedImage", source: str, request: GenerateRequest) -> None:
+def _answer_image(
+    vlm: "VLM", pages: "list[LoadedImage]", source: str, request: GenerateRequest
+) -> None:
+    """Answer about one source: an image, or all pages of a document together."""
     output = request.output
     if output.as_jsonl:
-        answer = vlm.ask(request.question, [image], **request.generation_options)
+        answer = vlm.ask(request.question, pages, **request.generation_options)
         require_complete(answer, request.config)
         console.print_json({"source": source, **answer.to_dict()})
     else:
         console.write_heading(source)
-        answer = _stream(vlm, [image], request)
+        answer = _stream(vlm, pages, request)
     if output.stats:
         console.print_stats(answer)
     show_ending(require_complete(answer, request.config), request)
@@ -259,18 +261,14 @@ def report_failure(source: str, error: InternVL3Error, output: OutputOptions) ->
         console.error(str(error) if source in str(error) else f"{source}: {error}")
 
 
-def open_source(source: str, request: GenerateRequest) -> "LoadedImage":
-    from internvl3_mlx.images.load import open_image
-
-    image = open_image(source, upright=request.upright)
-    note_unread_parts(image)
-    return image
+def open_source(source: str, request: GenerateRequest) -> "list[LoadedImage]":
+    """Open one image, or every page of a PDF or TIFF."""
+    media = MediaSource(source, media_kind(source) or "image")
+    return open_media(media, upright=request.upright, quiet=request.output.quiet)
 
 
 def open_sources(request: GenerateRequest) -> "list[LoadedImage]":
-    """Open every image, and every page of a PDF or TIFF."""
-    media = [MediaSource(source, media_kind(source) or "image") for source in request.sources]
-    return [image for one in media for image in open_media(one, upright=request.upright)]
+    return [image for source in request.sources for image in open_source(source, request)]
 
 
 def load_vlm(
@@ -325,16 +323,18 @@ def answer_in_batches(request: GenerateRequest) -> int:
 
 
 def batch_answers(
-    vlm: "VLM | None", opened: "Sequence[LoadedImage | InternVL3Error]", request: GenerateRequest
+    vlm: "VLM | None",
+    opened: "Sequence[list[LoadedImage] | InternVL3Error]",
+    request: GenerateRequest,
 ) -> "Iterator[Answer | InternVL3Error]":
-    """Yield an answer for every image, and every error as it is."""
+    """Yield an answer for every source, and every error as it is."""
     if vlm is None:  # there are only errors
         yield from (item for item in opened if isinstance(item, InternVL3Error))
         return
     config = request.config
     build = partial(vlm.runner.build_inputs, request.question, generation_config=config)
     prepared = [
-        item if isinstance(item, InternVL3Error) else attempt(partial(build, images=[item]))
+        item if isinstance(item, InternVL3Error) else attempt(partial(build, images=item))
         for item in opened
     ]
     inputs = [item for item in prepared if not isinstance(item, InternVL3Error)]

@@ -114,8 +114,8 @@ def path_problem(word: str) -> str | None:
     return None
 
 
-def open_media(dropped: MediaSource, *, upright: bool) -> "list[LoadedImage]":
-    """Open an image, or every page of a PDF or TIFF; note what is not looked at."""
+def open_media(dropped: MediaSource, *, upright: bool, quiet: bool = False) -> "list[LoadedImage]":
+    """Open an image, or every page of a PDF or TIFF; note what is not looked at unless quiet."""
     from internvl3_mlx.images.load import CLIPBOARD, open_image
     from internvl3_mlx.images.pages import open_pages
     from internvl3_mlx.images.pdf import read_pages
@@ -127,14 +127,9 @@ def open_media(dropped: MediaSource, *, upright: bool) -> "list[LoadedImage]":
     else:
         images = open_pages(dropped.source, upright=upright)
     for image in images:
-        note_unread_parts(image)
+        if image.note and not quiet:
+            console.note(f"{image.name}: {image.note}")
     return images
-
-
-def note_unread_parts(image: "LoadedImage") -> None:
-    """Tell the user what of an image's file the model does not get to see."""
-    if image.note:
-        console.note(f"{image.name}: {image.note}")
 
 
 def join_words(before: str, after: str) -> str:

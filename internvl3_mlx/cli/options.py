@@ -154,7 +154,13 @@ OUTPUT_FLAGS: Mapping[str, Decorator] = {
     "as_jsonl": flag(
         "Output", "--jsonl", "as_jsonl", is_flag=True, help="Print one line of JSON per answer."
     ),
-    "each": flag("Output", "--each", "each", is_flag=True, help="Ask about each image separately."),
+    "each": flag(
+        "Output",
+        "--each",
+        "each",
+        is_flag=True,
+        help="Ask about each image or document separately.",
+    ),
     "quiet": QUIET_FLAG,
     "stats": flag("Output", "--stats", "stats", is_flag=True, help="Show speed and memory."),
 }

@@ -47,7 +47,8 @@ class Box:
 
     x1 to y2: pixels of image number ``image``. ``relative``: the model's own coordinates, in
     thousandths of the image's width and height. ``form``: how the answer wrote the box: ``tags``,
-    ``json`` or ``list``. ``unit``: ``thousandths``, or ``fractions`` where the answer wrote those.
+    ``json``, ``list`` or ``pairs``. ``unit``: ``thousandths``, or ``fractions`` where the answer
+    wrote those.
     """
 
     label: str | None
@@ -83,6 +84,10 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the command line's ``--json`` prints them."""
         content = {key: round_floats(value) for key, value in asdict(self).items()}
+        content["images"] = [  # most have no note
+            {key: value for key, value in asdict(image).items() if value is not None}
+            for image in self.images
+        ]
         ordered = ("model", "text", "images", "boxes", "finish_reason", "usage", "timing")
         return {key: content[key] for key in (*ordered, "peak_memory_gb", "held_memory_gb")}
 

@@ -35,13 +35,17 @@ HASH_BYTES = 16  # 128 bits: no two images share a hash by accident
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Where one image or frame came from, its size in pixels, and its tiles and tokens."""
+    """Where one image or frame came from, its size in pixels, and its tiles and tokens.
+
+    note: what of the file the model does not see, if anything.
+    """
 
     source: str
     width: int
     height: int
     tiles: int
     tokens: int
+    note: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +220,8 @@ class Processor:
         """Tile an open image."""
         tiles = to_tiles(loaded.image, policy)
         num_tokens = len(tiles) * self.config.num_image_token
-        info = ImageInfo(loaded.name, loaded.width, loaded.height, len(tiles), num_tokens)
+        size = (loaded.width, loaded.height)
+        info = ImageInfo(loaded.name, *size, len(tiles), num_tokens, loaded.note)
         return ProcessedImage(tiles, info)
 
     def compute_positions(

@@ -1,7 +1,8 @@
-"""Boxes in an answer, in the forms that models write: tags, JSON, and plain lists.
+"""Boxes in an answer, in the forms that models write: tags, JSON, plain lists, and pairs.
 
-Tags are InternVL's own form, ``<ref>name</ref><box>[[x1, y1, x2, y2]]</box>``. Asked for JSON, the
-models write objects with ``bbox_2d`` or ``bbox`` and ``label``.
+Tags are InternVL's own form, ``<ref>name</ref><box>[[x1, y1, x2, y2]]</box>``, or those of
+Qwen2-VL. Asked for JSON, the models write objects with ``bbox_2d`` or ``bbox`` and ``label``.
+Pairs are the corners as Qwen-VL writes them: ``(x1, y1), (x2, y2)``.
 """
 
 import json
@@ -13,19 +14,31 @@ from typing import Any, Literal
 COORDINATE_SCALE = 1000  # coordinates are thousandths of the original image's width and height
 
 Corners = tuple[float, float, float, float]
-BoxForm = Literal["tags", "json", "list"]
+BoxForm = Literal["tags", "json", "list", "pairs"]
 BoxUnit = Literal["thousandths", "fractions"]
 
 BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box", "bounding_box", "bboxes", "boxes")
 LABEL_KEYS = ("label", "name", "ref", "category", "class", "object", "text", "description")
+CORNER_KEYS = (  # a box as an object
+    ("x1", "y1", "x2", "y2"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("x_min", "y_min", "x_max", "y_max"),
+    ("left", "top", "right", "bottom"),
+)
 MAX_JSON_STARTS = 1000  # brackets that are tried as the start of JSON; bounds the time
 
 _NUMBER = r"\s*[0-9]{1,4}(?:\.[0-9]{0,20})?\s*"
 _CORNERS = rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
 _GROUP = rf"(?:\[\s*{_CORNERS}(?:\s*,\s*{_CORNERS})*\s*\]|{_CORNERS})"
+_PAIR = rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)"
+_ANY_CORNERS = rf"{_CORNERS}|{_PAIR}"
+_OPEN, _CLOSE = r"(?:<box>|<\|box_start\|>)", r"(?:</box>|<\|box_end\|>)"
+_BOXES = rf"(?:{_GROUP}|{_PAIR})"
+# several boxes of one object follow one another, each in tags of its own
 _TAGGED = re.compile(
-    r"<ref>(?P<label>[^<]*)</ref>\s*(?:<box>\s*)?(?P<boxes>" + _GROUP + r")"
-    r"|<box>\s*(?P<unnamed>" + _GROUP + r")"
+    r"(?:<ref>|<\|object_ref_start\|>)(?P<label>[^<]*)(?:</ref>|<\|object_ref_end\|>)\s*"
+    rf"(?P<boxes>(?:{_OPEN}\s*)?{_BOXES}(?:\s*{_CLOSE}(?:\s*{_OPEN}\s*{_BOXES}\s*{_CLOSE})*)?)"
+    rf"|{_OPEN}\s*(?P<unnamed>{_BOXES})"
 )
 
 
@@ -55,7 +68,7 @@ def read_boxes(text: str) -> list[TextBox]:
     numbers of at most 1, of which one is not whole, are fractions of the image.
     """
     found: list[tuple[int, TextBox]] = []
-    for readers in (_tagged_boxes, _json_boxes, _listed_boxes):
+    for readers in (_tagged_boxes, _json_boxes, _listed_boxes, _paired_boxes):
         spans: list[tuple[int, int]] = []
         for start, end, boxes in readers(text):
             found += [(start, box) for box in boxes]
@@ -79,8 +92,13 @@ def _listed_boxes(text: str) -> Iterator[Span]:
         yield *match.span(), _boxes_in_list(match[0], None, "list")
 
 
+def _paired_boxes(text: str) -> Iterator[Span]:
+    for match in re.finditer(_PAIR, text):
+        yield *match.span(), _boxes_in_list(match[0], None, "pairs")
+
+
 def _boxes_in_list(text: str, label: str | None, form: BoxForm) -> list[TextBox]:
-    lists = (re.findall(r"[0-9.]+", corners) for corners in re.findall(_CORNERS, text))
+    lists = (re.findall(r"[0-9.]+", corners) for corners in re.findall(_ANY_CORNERS, text))
     boxes = (_to_box([float(number) for number in four], label, form) for four in lists)
     return [box for box in boxes if box is not None]
 
@@ -116,8 +134,19 @@ def _walk(value: Any, label: str | None) -> Iterator[TextBox]:
             for numbers in _number_lists(value[key]):
                 if box := _to_box(numbers, own, "json"):
                     yield box
-        for entry in value.values():
-            yield from _walk(entry, label)
+        if (numbers := _corner_object(value)) and (box := _to_box(numbers, label, "json")):
+            yield box
+        for key, entry in value.items():
+            named = key if key not in BOX_KEYS and _corner_object(entry) else None
+            yield from _walk(entry, label or named)
+
+
+def _corner_object(value: Any) -> list[float] | None:
+    """Return the corners of an object that names them one by one, such as {"x1": 10, ...}."""
+    if not isinstance(value, dict):
+        return None
+    found = ([value.get(key) for key in keys] for keys in CORNER_KEYS)
+    return next((four for four in found if all(type(x) in (int, float) for x in four)), None)
 
 
 def _number_lists(value: Any) -> list[Sequence[float]]:

@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from fixtures.documents import write_pdf
+from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
@@ -58,3 +59,33 @@ def test_the_pages_of_a_pdf_are_images_in_order(model, tmp_path):
     result = run("--model", model, str(path), "--json", "-m", "2", "--max-tiles", "1")
     names = [image["source"] for image in json.loads(result.output)["images"]]
     assert names == [f"{path} page 1", f"{path} page 2"]
+
+
+def test_each_answers_once_about_all_pages_of_a_file(model, tmp_path):
+    tiff = tmp_path / "scan.tif"
+    first, second = random_image(60, 70, 1), random_image(90, 50, 2)
+    first.save(tiff, save_all=True, append_images=[second])
+    files = [str(write_pdf(tmp_path / "report.pdf", (100, 200), (200, 100))), str(tiff)]
+    words = ("--model", model, *files, "--each", "--jsonl", "-m", "2", "--max-tiles", "1")
+    for batch in ("1", "2"):
+        lines = [
+            json.loads(line) for line in run(*words, "--batch-size", batch).stdout.splitlines()
+        ]
+        assert [line["source"] for line in lines] == files
+        pages = [[image["source"] for image in line["images"]] for line in lines]
+        assert pages == [[f"{file} page {n}" for n in (1, 2)] for file in files]
+
+
+def test_what_is_not_looked_at_is_in_the_json_too(model, tmp_path):
+    path = tmp_path / "a.gif"
+    frames = [random_image(60, 70, seed) for seed in (1, 2)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    plain = tmp_path / "b.png"
+    frames[0].save(plain)
+    result = run("--model", model, str(path), str(plain), "--json", "-m", "2")
+    images = json.loads(result.stdout)["images"]
+    assert images[0]["note"] == "only the first of several frames is looked at"
+    assert "note" not in images[1]
+    assert "a.gif: only the first" in result.stderr
+    quiet = run("--model", model, str(path), "--json", "-m", "2", "--quiet")
+    assert (quiet.stderr, "note" in quiet.stdout) == ("", True)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite end an answer with one line, where the weights hold them at load; ids without an embedding are refused."""
+"""Numbers that are not finite are refused at load, or end an answer; so are ids without a row."""
 
 import math
 
