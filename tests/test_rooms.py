@@ -30,7 +30,7 @@ ORDER = (
     ("test_time_scaling",),
     ("vlm",),
     ("training", "evaluation", "profiling"),
-    ("server",),
+    ("serving",),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
