@@ -1,7 +1,6 @@
 """Tokenizer: text to ids and back, from any of the tokenizer files a repository may have."""
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ from tokenizers.pre_tokenizers import Metaspace
 
 from internvl3_mlx.errors import CheckpointError
 from internvl3_mlx.json_files import JSON_LIMIT
+from internvl3_mlx.prompt.added_tokens import AddedTokenMatcher, keep
 from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer, visible_added_tokens
 from internvl3_mlx.prompt.messages import GeneratedAnswer, ImageSegment, Segment, TextSegment
 from internvl3_mlx.prompt.tokenizer_files import (
     CONTROL_TOKENS,
+    FLAGS,
     GROUNDING_TOKENS,
     IGNORED_ADDED_TOKENS,
     AddedToken,
@@ -67,10 +68,9 @@ class Tokenizer:
         )
         self.llguidance_tokenizer: Any = None  # llguidance's wrapper of this tokenizer, once built
         control = {t for t, a in self.added.items() if t in CONTROL_TOKENS or a.id in self.stop_ids}
-        self._any_token = _pattern(self.added)
-        self._typed_token = _pattern(
-            {t: a for t, a in self.added.items() if t not in control and a.id != self.bos_id}
-        )
+        typed = {t: a for t, a in self.added.items() if t not in control and a.id != self.bos_id}
+        self._any_token = AddedTokenMatcher(self.added, vocabulary.normalize)
+        self._typed_token = AddedTokenMatcher(typed, vocabulary.normalize)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -136,29 +136,18 @@ class Tokenizer:
             if isinstance(segment, GeneratedAnswer):
                 yield list(segment.token_ids)
                 continue
-            pattern = self._typed_token if segment.untrusted else self._any_token
-            for index, part in enumerate(pattern.split(segment.text)):
-                yield [self._added_id(part)] if index % 2 else part
-
-    def _added_id(self, matched: str) -> int:
-        """Return the id of a matched token, which may have whitespace around it."""
-        return (self.added.get(matched) or self.added[matched.strip()]).id
+            matcher = self._typed_token if segment.untrusted else self._any_token
+            for piece in matcher.split(_without_surrogates(segment.text)):
+                yield piece if isinstance(piece, str) else [piece]
 
     def _encode_plain(self, text: str, *, at_start: bool) -> list[int]:
-        # surrogates, which no tokenizer accepts, come from broken file names and JSON escapes
-        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        clean = _without_surrogates(text)
         return self._vocabulary.encode(clean, at_start) if clean else []
 
 
-def _pattern(tokens: Mapping[str, AddedToken]) -> re.Pattern[str]:
-    """Compile a pattern for any of the tokens, longest first; it never matches without tokens."""
-    alternatives = "|".join(
-        (r"\s*" if tokens[text].lstrip else "")
-        + re.escape(text)
-        + (r"\s*" if tokens[text].rstrip else "")
-        for text in sorted(tokens, key=len, reverse=True)
-    )
-    return re.compile(f"({alternatives})" if alternatives else "((?!))")
+def _without_surrogates(text: str) -> str:
+    """Replace what no tokenizer accepts; it comes from broken file names and JSON escapes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_vocabulary(folder: Path) -> Vocabulary:
@@ -187,7 +176,7 @@ def _read_tokenizer_json(folder: Path) -> Vocabulary:
         why = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} cannot be read ({why}); download it again") from error
     added = read_added_tokens(folder) | {
-        token.content: AddedToken(number, token.special, token.lstrip, token.rstrip)
+        token.content: AddedToken(number, token.special, *(getattr(token, flag) for flag in FLAGS))
         for number, token in whole.get_added_tokens_decoder().items()
     }
     bos = _named_bos(folder, whole, added)
@@ -253,6 +242,7 @@ def _bpe_vocabulary(
         added=added,
         bos_id=bos_id,
         leading_space=_leading_space(core) if strips else "none",
+        normalize=core.normalizer.normalize_str if core.normalizer is not None else keep,
     )
 
 

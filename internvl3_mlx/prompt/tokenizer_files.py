@@ -24,6 +24,7 @@ CONTROL_TOKENS = frozenset(
 # Plain text in our prompts, though hf repositories give it an id beyond the embedding's last row.
 IGNORED_ADDED_TOKENS = frozenset({"<video>"})
 # Qwen's added tokens that are shown in answers.
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 ID = re.compile("[0-9]{1,9}")
 VISIBLE_PREFIXES = ("tool_", "fim_", "repo_name", "file_sep")
 
@@ -32,13 +33,16 @@ VISIBLE_PREFIXES = ("tool_", "fim_", "repo_name", "file_sep")
 class AddedToken:
     """A token matched as a whole before the text around it; ``special`` ones are not shown.
 
-    ``lstrip`` and ``rstrip``: it takes the whitespace on that side with it.
+    ``lstrip`` and ``rstrip``: it takes the whitespace on that side with it. ``single_word``: it is
+    none inside of a word. ``normalized``: it is looked for in the normalized text.
     """
 
     id: int
     special: bool
     lstrip: bool = False
     rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
 
 
 def read_optional_text(path: Path) -> str | None:
@@ -66,8 +70,7 @@ def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
         entry["content"]: AddedToken(
             int(number),
             bool(entry.get("special", False)),
-            bool(entry.get("lstrip", False)),
-            bool(entry.get("rstrip", False)),
+            *(bool(entry.get(name, False)) for name in FLAGS),
         )
         for number, entry in table.items()
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.prompt.added_tokens import keep
 from internvl3_mlx.prompt.tokenizer_files import AddedToken, bos_token, read_added_tokens
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class Vocabulary:
     """``encode(text, at_start)`` turns text into ids, without looking for added tokens in it.
 
     ``token_bytes(id)`` returns the bytes of a plain id, which may be part of a character, and none
-    for ids that do not exist. ``size`` counts the plain ids.
+    for ids that do not exist. ``size`` counts the plain ids. ``normalize(text)`` is done to a text
+    before ``normalized`` added tokens are looked for.
     """
 
     encode: Callable[[str, bool], list[int]]
@@ -34,6 +36,7 @@ class Vocabulary:
     added: dict[str, AddedToken]
     bos_id: int | None = None
     leading_space: LeadingSpace = "none"
+    normalize: Callable[[str], str] = keep
 
 
 def byte_level_bytes(piece: str | None) -> bytes:

@@ -1,5 +1,6 @@
 """Added tokens are one id each in questions and answers; a prompt's structure cannot be typed."""
 
+import itertools
 import json
 
 import pytest
@@ -59,3 +60,55 @@ def test_typed_structure_stays_text(folder, token):
 def test_plain_added_tokens_are_shown_in_answers_and_special_ones_are_not(folder):
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.decode([tokenizer.added[text].id for text in NEW[:3]]) == "<loc_0><loc_1>"
+
+
+WORDS = ("<x>", "word", "é<y>")
+TEXTS = (
+    *(
+        "a <x> b",
+        "a<x>b",
+        "  <x>\n\n b",
+        "words word sword",
+        "word_ _word word",
+        "<x>word<x> é<y>word",
+    ),
+    *(
+        "e\u0301<y> z",
+        "a\u00a0<x>\u2003b",
+        "\uff41word",
+        "éword wordé",
+        "a <x> <x>  b",
+        "wo\u0301rd",
+    ),
+    *("word", "word\u200d word", "1word word1", "x<x>\t", "\u0416word \u4e2dword word\u0301"),
+)
+
+
+@pytest.mark.parametrize(
+    ("single_word", "lstrip", "rstrip", "normalized", "special"),
+    [*itertools.product([False, True], repeat=5)],
+)
+def test_every_flag_is_obeyed_as_by_the_tokenizers_library(
+    tmp_path, single_word, lstrip, rstrip, normalized, special
+):
+    flags = {"lstrip": lstrip, "rstrip": rstrip, "normalized": normalized, "special": special}
+    write_qwen_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    first = max(token["id"] for token in content["added_tokens"]) + 1
+    content["added_tokens"] += [
+        {"id": first + n, "content": text, "single_word": single_word, **flags}
+        for n, text in enumerate(WORDS)
+    ]
+    file.write_text(json.dumps(content))
+    ours, theirs = Tokenizer.from_folder(tmp_path), tokenizers.Tokenizer.from_file(str(file))
+    for text in TEXTS:
+        found = ours.encode([TextSegment(text, untrusted=True)], 1, bos=False)
+        assert found == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+def test_half_a_surrogate_pair_beside_an_added_token_is_replaced(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = tokenizer.encode([TextSegment("\ud83d<loc_0>", untrusted=True)], 1, bos=False)
+    assert ids[-1] == tokenizer.added["<loc_0>"].id
+    assert tokenizer.decode(ids[:-1]) == "\ufffd"
