@@ -18,6 +18,7 @@ ORDER = (
     ("errors",),
     ("write_guards",),
     ("files", "json_files", "device", "option_fields"),
+    ("metrics",),
     ("memory", "gpu_errors", "affine_quantize"),
     ("config",),
     ("images", "prompt", "metal_kernels"),
