@@ -18,7 +18,7 @@ ORDER = (
     ("errors",),
     ("write_guards",),
     ("files", "json_files", "device", "option_fields"),
-    ("metrics",),
+    ("metrics", "records"),
     ("memory", "gpu_errors", "affine_quantize"),
     ("config",),
     ("images", "prompt", "metal_kernels"),
@@ -30,7 +30,8 @@ ORDER = (
     ("generation", "conversion"),
     ("test_time_scaling",),
     ("vlm",),
-    ("training", "evaluation", "profiling"),
+    ("evaluation",),
+    ("training", "profiling"),
     ("serving",),
     ("cli",),
 )

@@ -15,17 +15,17 @@ import numpy as np
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.files import did_you_mean
-from internvl3_mlx.training.config import TrainConfig
-from internvl3_mlx.training.data.arrow_tables import (
+from internvl3_mlx.records.arrow_tables import (
     dataset_files,
     dataset_splits,
     is_dataset_folder,
     open_arrow,
-    open_parquet,
 )
+from internvl3_mlx.records.hub_datasets import DATASET_NAME, download_dataset
+from internvl3_mlx.records.open_records import open_records
+from internvl3_mlx.records.record_sources import RecordSource
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.formats import FORMATS
-from internvl3_mlx.training.data.hub_datasets import DATASET_NAME, download_dataset
-from internvl3_mlx.training.data.record_sources import RecordSource, open_text_source
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 SPLIT_NAMES = {
@@ -33,7 +33,6 @@ SPLIT_NAMES = {
     "valid": ("valid", "validation", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
-PARQUET_MAGIC, ARROW_MAGIC = b"PAR1", b"ARROW1"
 MAX_REPEATS = 1000  # of a file in an epoch
 RATIO = re.compile(r"(.+):(\d+(?:\.\d+)?)")  # PATH:RATIO
 
@@ -238,18 +237,7 @@ def is_data_file(path: Path) -> bool:
 
 def open_data_file(paths: Sequence[Path]) -> DataFile:
     """Open one file, or the Parquet or Arrow files of a split; its folder has the images."""
-    try:
-        with paths[0].open("rb") as file:
-            head = file.read(len(ARROW_MAGIC))
-    except OSError as error:
-        raise DataError(f"cannot read {paths[0]}: {error.strerror}; check the file") from error
-    source: RecordSource
-    if head.startswith(PARQUET_MAGIC):
-        source = open_parquet(paths)
-    elif head == ARROW_MAGIC or paths[0].suffix.lower() == ".arrow":
-        source = open_arrow(paths)
-    else:
-        source = open_text_source(paths[0])
+    source = open_records(paths)
     selected = np.arange(len(source), dtype=np.int32)
     return DataFile(str(paths[0]), source, paths[0].parent, selected)
 

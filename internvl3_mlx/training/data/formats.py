@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from internvl3_mlx.training.data.json_values import (
+from internvl3_mlx.records.json_values import (
     RecordError,
     decode_structured,
     describe_json,

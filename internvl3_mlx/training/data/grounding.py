@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internvl3_mlx.prompt.boxes import COORDINATE_SCALE
-from internvl3_mlx.training.data.json_values import (
+from internvl3_mlx.records.json_values import (
     RecordError,
     decode_structured,
     describe_json,

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from internvl3_mlx.records.json_values import RecordError, describe_json, pluralize
+from internvl3_mlx.records.media_refs import MediaRef, MediaRefs
 from internvl3_mlx.training.data.content import (
     MEDIA_MARKS,
-    MediaRef,
-    MediaRefs,
     MessageContent,
     parse_content,
     parse_message_content,
@@ -32,7 +32,6 @@ from internvl3_mlx.training.data.grounding import (
     fill_objects,
     parse_objects,
 )
-from internvl3_mlx.training.data.json_values import RecordError, describe_json, pluralize
 
 __all__ = ["ParsedMessage", "ParsedRecord", "RecordError", "parse_content", "parse_record"]
 

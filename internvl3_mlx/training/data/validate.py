@@ -11,11 +11,11 @@ import numpy as np
 
 from internvl3_mlx.errors import DataError, ImageError
 from internvl3_mlx.files import did_you_mean
+from internvl3_mlx.records.json_values import RecordError
 from internvl3_mlx.training.data.batch_sampler import SampleSizes
 from internvl3_mlx.training.data.dataset import Dataset, Record
 from internvl3_mlx.training.data.decode_check import DecodeCheck, map_in_order
 from internvl3_mlx.training.data.formats import COMMON_KEYS, FORMATS, format_name
-from internvl3_mlx.training.data.json_values import RecordError
 from internvl3_mlx.training.data.preprocess import Preprocessor, RecordSize, SampleTooLongError
 from internvl3_mlx.training.data.schema import ParsedRecord
 

@@ -10,8 +10,8 @@ import pytest
 from fixtures.image_files import noise
 from fixtures.records import chat_record, make_preprocessor, open_records, write_image, write_jsonl
 
+from internvl3_mlx.records.json_values import RecordError
 from internvl3_mlx.training.data.formats import FORMATS, PRM_SYSTEM_PROMPT
-from internvl3_mlx.training.data.json_values import RecordError
 from internvl3_mlx.training.data.schema import parse_record
 from internvl3_mlx.training.data.validate import validation_report
 

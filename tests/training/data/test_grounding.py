@@ -3,8 +3,8 @@
 import pytest
 from fixtures.records import chat_record, open_records, write_image, write_jsonl
 
+from internvl3_mlx.records.json_values import RecordError
 from internvl3_mlx.training.data.grounding import PIXELS_NOTE
-from internvl3_mlx.training.data.json_values import RecordError
 from internvl3_mlx.training.data.schema import parse_record
 from internvl3_mlx.training.data.validate import validation_report
 

@@ -1,0 +1,1 @@
+"""Records on disk, in files of any published form, and the values in them."""
