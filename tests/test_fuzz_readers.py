@@ -4,11 +4,11 @@ import json
 import random
 import struct
 import time
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
 from fixtures.damaged_checkpoints import copied
+from fixtures.mutants import mutate
 from fixtures.tiny import Recipe
 
 from internvl3_mlx.adapters.peft import read_adapter_config
@@ -24,61 +24,6 @@ from internvl3_mlx.prompt.tokenizer_files import (
 )
 
 MUTANTS, SECONDS, LONGEST_MESSAGE = 1500, 60, 10_000
-ODD = (
-    None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, -0.5, 1e308, 1e-320, "", "x", "x" * 3000,
-    "\x1b]0;x\x07", "\ud800", "nan", [], [None], [[[]]], {}, {"": {}}, {"type": "yarn"},
-    {"rope_type": "dynamic", "factor": 0}, {"a": {"a": {"a": 1}}}, [1, 2, 3], ["a", {"b": []}],
-)  # fmt: skip
-RAW = (
-    b"NaN",
-    b"-Infinity",
-    b"1e999",
-    b"9" * 5000,
-    b"[" * 5000,
-    b'"\xff"',
-    b"\x00",
-    b"{",
-    b'"a":1,',
-)
-
-
-def places(value, path=()):
-    """Yield the path of every value inside of nested JSON."""
-    yield path
-    children = value.items() if isinstance(value, dict) else ()
-    if isinstance(value, list):
-        children = enumerate(value)
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
-def mutate(content, rng):
-    """Return the bytes of one mutant: a value replaced, dropped or doubled, or bytes changed."""
-    value = json.loads(json.dumps(content))
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        path = rng.choice(list(places(value)))
-        if not path:
-            if rng.random() < 0.02:
-                return json.dumps(rng.choice(ODD)).encode()
-            continue
-        holder = value
-        for key in path[:-1]:
-            holder = holder[key]
-        if rng.random() < 0.2:
-            del holder[path[-1]]
-        else:
-            holder[path[-1]] = deepcopy(rng.choice(ODD))
-    data = bytearray(json.dumps(value).encode())
-    if rng.random() < 0.3 and data:
-        at = rng.randrange(len(data))
-        kind = rng.random()
-        if kind < 0.4:
-            data[at] = rng.randrange(256)
-        elif kind < 0.7:
-            del data[at:]
-        else:
-            data[at:at] = rng.choice(RAW)
-    return bytes(data)
 
 
 def header_of(file):

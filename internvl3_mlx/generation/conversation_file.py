@@ -112,8 +112,10 @@ def read_conversation(
         raise UserError(
             f"cannot read {path}: it is damaged or not a saved conversation; check the path"
         ) from error
-    loaded = same_model and load_prompt_cache(cache_path(path), prompt_cache, fingerprint)
     quantization = kv_quantization_for(restored, runner.config.text.head_dim)
+    loaded = same_model and load_prompt_cache(
+        cache_path(path), prompt_cache, fingerprint, runner.config.text
+    )
     return SavedConversation(
         exchanges, restored, loaded and prompt_cache.is_compatible(quantization)
     )

@@ -19,9 +19,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from internvl3_mlx.checkpoints.reader import read_header
+from internvl3_mlx.checkpoints.reader import (
+    METADATA,
+    TensorInfo,
+    read_header,
+    read_json_header,
+)
+from internvl3_mlx.config import TextConfig
 from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.generation.generation_config import KV_BITS, KV_GROUP_SIZES
 from internvl3_mlx.generation.prompt_cache import HASH_WORDS, CacheKey, PromptCache
+from internvl3_mlx.json_files import parse_json
 from internvl3_mlx.models.cache import KVCache, LayerCache
 from internvl3_mlx.models.lora import lora_layers
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache, RowQuantizedKVCache
@@ -31,9 +39,11 @@ MAX_HEADER_BYTES = 100 * 2**20  # what safetensors allows
 VALUES_PER_TENSOR = 16  # sampled from each tensor to tell models apart
 CACHE_ERRORS = (
     CheckpointError, OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError,
-    RecursionError, MemoryError, AttributeError,
+    RecursionError, MemoryError, AttributeError, ArithmeticError,
 )  # fmt: skip
 QUANTIZED_PARTS = 3  # weights, scales, biases
+SCALAR_TYPES, FLOAT_TYPES = ("I32",), ("F32", "F16", "BF16")
+WORD_BITS = 32  # of the integers that hold quantized values
 
 
 def model_fingerprint(model: nn.Module | Sequence[nn.Module]) -> str:
@@ -90,30 +100,65 @@ def is_prompt_cache(path: Path) -> bool:
         return False
 
 
-def load_prompt_cache(path: Path, cache: PromptCache, fingerprint: str) -> bool:
-    """Fill ``cache`` from ``path``; return False and change nothing when it does not fit."""
+def load_prompt_cache(path: Path, cache: PromptCache, fingerprint: str, config: TextConfig) -> bool:
+    """Fill ``cache`` from ``path``; return False and change nothing when it does not fit.
+
+    config: the language model's. Everything is checked in the header before any array is read.
+    """
     if not path.is_file():
         return False
     try:
-        read_header(path)  # MLX trusts the sizes in it
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        arrays, metadata = loaded
-        content = json.loads(metadata[f"0.{METADATA_KEY}"])
+        header, _ = read_json_header(path, path.stat().st_size)
+        content = parse_json(header[METADATA][f"0.{METADATA_KEY}"].encode())
         if content["model"] != fingerprint:
             return False
-        key = key_from_json(content)
+        key, uses_dynamic_ntk = key_from_json(content), content["uses_dynamic_ntk"]
+        quantized = is_quantized(header[METADATA], config)
+        check_arrays({info.name: info for info in read_header(path)}, quantized, len(key), config)
+        arrays: Any = mx.load(str(path))
         layers = [
-            layer_from_arrays(metadata[f"1.{index}"], index, arrays)
-            for index in range(sum(name.startswith("1.") for name in metadata))
+            layer_from_arrays(arrays, index, quantized) for index in range(config.num_hidden_layers)
         ]
+        if any(layer.offset != len(key) for layer in layers) or type(uses_dynamic_ntk) is not bool:
+            return False
         mx.eval([layer.state for layer in layers])
     except CACHE_ERRORS:
         return False
-    if not layers or any(layer.offset != len(key) for layer in layers):
-        return False
-    cache.layers, cache.key = layers, key
-    cache.uses_dynamic_ntk = bool(content["uses_dynamic_ntk"])
+    cache.layers, cache.key, cache.uses_dynamic_ntk = layers, key, uses_dynamic_ntk
     return True
+
+
+def is_quantized(metadata: dict[str, str], config: TextConfig) -> bool:
+    """Tell which class all layers have; raise ValueError for another class or a mixture."""
+    [kind] = {metadata[f"1.{index}"] for index in range(config.num_hidden_layers)}
+    if kind not in (KVCache.__name__, QuantizedKVCache.__name__):
+        raise ValueError(f"unknown cache class {kind}")
+    return kind == QuantizedKVCache.__name__
+
+
+def check_arrays(
+    found: dict[str, TensorInfo], quantized: bool, length: int, config: TextConfig
+) -> None:
+    """Raise ValueError unless a file holds just the arrays of ``length`` tokens of the model."""
+    heads, width = (1, config.num_key_value_heads, length), config.head_dim
+    expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]()
+    for layer in range(config.num_hidden_layers):
+        expected[f"{layer}.2"] = (), SCALAR_TYPES
+        if not quantized:
+            expected |= {f"{layer}.{side}": ((*heads, width), FLOAT_TYPES) for side in "01"}
+            continue
+        expected |= {f"{layer}.{number}": ((), SCALAR_TYPES) for number in "34"}
+        words, groups = found[f"{layer}.0.0"].shape[-1], found[f"{layer}.0.1"].shape[-1]
+        if words * WORD_BITS // width not in KV_BITS or width // groups not in KV_GROUP_SIZES:
+            raise ValueError(f"layer {layer} is quantized in an unknown way")
+        for side in "01":
+            expected[f"{layer}.{side}.0"] = (*heads, words), ("U32",)
+            expected |= {f"{layer}.{side}.{n}": ((*heads, groups), FLOAT_TYPES) for n in "12"}
+    if found.keys() != expected.keys():
+        raise ValueError("a cache holds other arrays than the model has layers")
+    for name, (shape, types) in expected.items():
+        if found[name].shape != shape or found[name].dtype not in types:
+            raise ValueError(f"{name} has the shape {found[name].shape}")
 
 
 def layer_arrays(layer: LayerCache) -> tuple[dict[str, mx.array], dict[str, int]]:
@@ -132,19 +177,19 @@ def layer_arrays(layer: LayerCache) -> tuple[dict[str, mx.array], dict[str, int]
     return parts, {"2": layer.offset, "3": layer.group_size, "4": layer.bits}
 
 
-def layer_from_arrays(kind: str, index: int, arrays: dict[str, Any]) -> LayerCache:
-    if kind == KVCache.__name__:
-        unquantized = KVCache()
-        unquantized.state = [arrays[f"{index}.0"], arrays[f"{index}.1"]]
-        return unquantized
-    if kind != QuantizedKVCache.__name__:
-        raise ValueError(f"unknown cache class {kind}")
+def layer_from_arrays(arrays: dict[str, Any], index: int, quantized: bool) -> LayerCache:
+    """Make a layer of arrays whose shapes have been checked."""
+    if not quantized:
+        plain = KVCache()
+        plain.state = [arrays[f"{index}.0"], arrays[f"{index}.1"]]
+        return plain
+    words, scales = (arrays[f"{index}.0.{n}"].shape[-1] for n in "01")
     group_size, bits = (int(arrays[f"{index}.{n}"].item()) for n in "34")
-    quantized = QuantizedKVCache(bits, group_size)
-    quantized.state = [
-        arrays[f"{index}.{side}.{n}"] for side in "01" for n in range(QUANTIZED_PARTS)
-    ]
-    return quantized
+    if words * WORD_BITS != scales * group_size * bits:
+        raise ValueError(f"layer {index} is not quantized as it says")
+    layer = QuantizedKVCache(bits, group_size)
+    layer.state = [arrays[f"{index}.{side}.{n}"] for side in "01" for n in range(QUANTIZED_PARTS)]
+    return layer
 
 
 def key_to_json(key: CacheKey, fingerprint: str, uses_dynamic_ntk: bool) -> dict[str, object]:

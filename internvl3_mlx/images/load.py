@@ -1,6 +1,7 @@
 """Load an image: whatever the user names becomes one upright RGB image."""
 
 import io
+import math
 import re
 import shutil
 import struct
@@ -8,7 +9,7 @@ import subprocess
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ DECODE_ERRORS = (
     *(AttributeError, NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
 HEADER_BYTES = 512
+MAX_SIDE = 2**18  # pixels
 # First bytes of a file that is not an image: what it is, and what to do.
 OTHER_FILE_TYPES = (
     (rb"\A\Z", "it is empty; save or download it again"),
@@ -161,7 +163,7 @@ def _decode(file: BinaryIO, located: ImageBytes) -> Image.Image:
     """Decode the file in its own mode and size."""
     Image.init()  # registers readers beyond the five common ones; cheap after the first time
     try:
-        image = Image.open(file, formats=[name for name in PILLOW_FORMATS if name in Image.OPEN])
+        image = open_header(file, located.name, PILLOW_FORMATS)
     except UnidentifiedImageError as error:
         file.seek(0)
         head = file.read(HEADER_BYTES)
@@ -170,6 +172,27 @@ def _decode(file: BinaryIO, located: ImageBytes) -> Image.Image:
         raise ImageError(f"cannot read {located.name}: {_describe_other_file(head)}") from error
     image.load()
     return image
+
+
+def open_header(file: BinaryIO, name: str, formats: Sequence[str]) -> Image.Image:
+    """Open an image of one of Pillow's ``formats`` without decoding it, and check its size."""
+    image = Image.open(file, formats=[known for known in formats if known in Image.OPEN])
+    check_size(image, name)
+    return image
+
+
+def check_size(image: Image.Image, name: str) -> None:
+    """Raise ImageError or Pillow's DecompressionBombError for an image, or a page, too large.
+
+    Pillow takes minutes for very long rows, and checks the first page only.
+    """
+    if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError
+    if max(image.size) > MAX_SIDE:
+        raise ImageError(
+            f"cannot read {name}: a side of {max(image.size):,} pixels is longer than "
+            f"{MAX_SIDE:,}; cut the image, or download it again if it should be smaller"
+        )
 
 
 def _describe_other_file(head: bytes) -> str:
@@ -271,9 +294,7 @@ def _from_header(located: ImageBytes, upright: bool) -> tuple[int, int] | None:
     Image.init()
     with located.open() as file, one_line_errors(located.name):
         try:
-            image = Image.open(
-                file, formats=[name for name in PILLOW_FORMATS if name in Image.OPEN]
-            )
+            image = open_header(file, located.name, PILLOW_FORMATS)
         except UnidentifiedImageError:
             return None
         width, height = image.size

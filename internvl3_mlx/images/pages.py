@@ -8,10 +8,18 @@ from PIL import Image
 
 from internvl3_mlx.errors import ImageError
 from internvl3_mlx.images.fetch import locate
-from internvl3_mlx.images.load import LoadedImage, convert_upright, one_line_errors, open_located
+from internvl3_mlx.images.load import (
+    LoadedImage,
+    check_size,
+    convert_upright,
+    one_line_errors,
+    open_header,
+    open_located,
+)
 from internvl3_mlx.images.pdf import MAX_PAGES, read_pages
 
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_PAGE_PIXELS = 600_000_000  # 64 scanned pages at 300 dpi; 1.8 GB
 PDF_SUFFIX = ".pdf"
 NEW_SUBFILE_TYPE, REDUCED_RESOLUTION = 254, 1  # TIFF 6.0, page 36
 
@@ -29,7 +37,8 @@ def open_pages(source: str | Path | bytes, *, upright: bool = True) -> list[Load
             return [open_located(located, upright=upright)]
         file.seek(0)
         with one_line_errors(located.name):
-            return [*_tiff_pages(Image.open(file, formats=["TIFF"]), located.name, upright)]
+            document = open_header(file, located.name, ["TIFF"])
+            return [*_tiff_pages(document, located.name, upright)]
 
 
 def _tiff_pages(document: Image.Image, name: str, upright: bool) -> Iterator[LoadedImage]:
@@ -40,11 +49,19 @@ def _tiff_pages(document: Image.Image, name: str, upright: bool) -> Iterator[Loa
             f"cannot read {name}: {count} pages, but only 1 to {MAX_PAGES} can be "
             "read at once; split the document"
         )
+    pixels = 0
     for number in range(count):
         document.seek(number)
         kind = getattr(document, "tag_v2", {}).get(NEW_SUBFILE_TYPE, 0)
         if number and kind & REDUCED_RESOLUTION:
             continue
+        check_size(document, name)
+        pixels += document.width * document.height
+        if pixels > MAX_PAGE_PIXELS and number:
+            raise ImageError(
+                f"cannot read {name}: its pages have more than {MAX_PAGE_PIXELS // 10**6} "
+                "megapixels together; split or shrink the document"
+            )
         page = f"{name} page {number + 1}" if count > 1 else name
         loaded = convert_upright(document, page, upright)
         if loaded.image is document:  # into which the next page is decoded

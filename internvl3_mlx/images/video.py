@@ -24,8 +24,9 @@ from internvl3_mlx.images.frame_folder import (
     list_frames,
     open_frame,
 )
-from internvl3_mlx.images.load import LoadedImage, one_line_errors
+from internvl3_mlx.images.load import LoadedImage, one_line_errors, open_header
 
+MAX_FRAME_PIXELS = 178_000_000  # as many as an image may have
 MAX_FRAMES = 512  # 131,072 image tokens, four times the context the models were trained on
 UNBOUNDED_S = 100_000.0  # what the published code takes for no bound
 HEADER_BYTES = 16
@@ -248,6 +249,11 @@ def _open_video(located: ImageBytes) -> Iterator[tuple[Any, Any]]:
                     f"cannot read {located.name}: there is no decoder for its video; "
                     "export it as H.264 in MP4"
                 )
+            if streams[0].width * streams[0].height > MAX_FRAME_PIXELS:
+                raise ImageError(
+                    f"cannot read {located.name}: its frames have {streams[0].width}x"
+                    f"{streams[0].height} pixels; export it smaller"
+                )
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except (av.error.FFmpegError, *DAMAGE) as error:
@@ -293,16 +299,22 @@ def _upright(frame: Any) -> Image.Image:
 
 # what a damaged video raises besides FFmpeg's own errors
 DAMAGE = (OSError, UnicodeError, ValueError, ArithmeticError, EOFError, MemoryError, AttributeError)
+MAX_ANIMATION_PIXELS = 10**10  # all frames are decoded: a minute or so
 DEFAULT_FRAME_MS = 100  # what browsers use for a frame without a duration
 
 
 def read_animation(located: ImageBytes, choose: ChooseFrames) -> DecodedFrames:
     """Read an animation with Pillow: once for the times, once for the frames."""
     with located.open() as file, one_line_errors(located.name):
-        image = Image.open(file, formats=["GIF", "WEBP", "PNG"])
+        image = open_header(file, located.name, ["GIF", "WEBP", "PNG"])
         count = getattr(image, "n_frames", 1)
         if count == 1:
             raise still_image_error(located.name)
+        if count * image.width * image.height > MAX_ANIMATION_PIXELS:
+            raise ImageError(
+                f"cannot read {located.name}: {count:,} frames of {image.width}x{image.height} "
+                "pixels are too many for an animation; export it as MP4"
+            )
         lengths = []
         for number in range(count):
             image.seek(number)

@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("fault", [ZeroDivisionError, PanicException])
+@pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError, PanicException])
 @pytest.mark.parametrize("stage", CHAT)
 def test_a_fault_in_the_chat_is_one_line_and_the_next_question_is_answered(
     vlm, folder, capsys, stage, fault
@@ -110,6 +110,19 @@ def test_a_fault_in_a_batch_costs_at_most_one_image(folder, stage, fault):
     for line, wanted in zip(lines, expected, strict=True):
         assert line["source"] == wanted["source"]
         assert line in failed or line["text"] == wanted["text"]
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError, PanicException])
+@pytest.mark.parametrize("stage", ["tile the image", "open the prefill", "detokenize"])
+def test_a_fault_in_samples_is_one_line_and_the_next_run_answers(folder, stage, fault):
+    words = ["generate", "a.png", "-p", "What?", "--num-samples", "2", "--quiet", "-m", "3"]
+    words += ["--model", str(tiny(Recipe()).folder)]
+    with fault_at(STAGES[stage], fault):
+        failed = CliRunner().invoke(main, words)
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith(f"error: {fault.__name__}: unforeseen (run again with --debug")
+    assert failed.stderr.count("\n") == 1
+    assert CliRunner().invoke(main, words).exit_code == 0
 
 
 def test_a_full_disk_is_called_that():

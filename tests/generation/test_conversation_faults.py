@@ -8,9 +8,10 @@ from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx import load
+from internvl3_mlx import generate, load, stream_generate
 from internvl3_mlx.errors import PromptError
 
+QUESTION, IMAGE = "What is it?", random_image(130, 70)
 EVERY_STAGE = {**STAGES, **ALONE}
 
 
@@ -21,24 +22,43 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def expected(vlm):
-    return vlm.ask("What is it?", [random_image(130, 70)], max_tokens=5).text
+    return vlm.ask(QUESTION, [IMAGE], max_tokens=5).text
 
 
 @pytest.mark.parametrize("stage", EVERY_STAGE)
-@pytest.mark.parametrize("fault", [ZeroDivisionError, PanicException])
+@pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError, PanicException])
 def test_after_a_fault_the_same_conversation_answers(vlm, expected, stage, fault):
     conversation = vlm.conversation(max_tokens=5)
     with fault_at(EVERY_STAGE[stage], fault), pytest.raises(fault):
-        conversation.ask("What is it?", [random_image(130, 70)])
+        conversation.ask(QUESTION, [IMAGE])
     conversation.exchanges = []  # what a fault in mid-answer left is part of the conversation
-    assert conversation.ask("What is it?", [random_image(130, 70)]).text == expected
+    assert conversation.ask(QUESTION, [IMAGE]).text == expected
 
 
 @pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_after_a_fault_the_model_answers(vlm, expected, stage):
     with fault_at(EVERY_STAGE[stage]), pytest.raises(ZeroDivisionError):
-        vlm.ask("What is it?", [random_image(130, 70)], max_tokens=5)
-    assert vlm.ask("What is it?", [random_image(130, 70)], max_tokens=5).text == expected
+        vlm.ask(QUESTION, [IMAGE], max_tokens=5)
+    assert vlm.ask(QUESTION, [IMAGE], max_tokens=5).text == expected
+
+
+ASKING = {
+    "generate": lambda vlm: generate(vlm, QUESTION, IMAGE, max_tokens=5).text,
+    "stream_generate": lambda vlm: (
+        [*stream_generate(vlm, QUESTION, IMAGE, max_tokens=5)][-1].answer.text
+    ),
+    "ask_each": lambda vlm: next(iter(vlm.ask_each(QUESTION, [IMAGE], max_tokens=5))).text,
+    "ask_many": lambda vlm: vlm.ask_many(QUESTION, [IMAGE], n=2, max_tokens=5)[0].text,
+}
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError, PanicException])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("asking", ASKING)
+def test_after_a_fault_every_python_function_answers(vlm, expected, asking, stage, fault):
+    with fault_at(STAGES[stage], fault), pytest.raises(fault):
+        ASKING[asking](vlm)
+    assert ASKING[asking](vlm) == expected
 
 
 def test_a_fault_that_hides_the_ids_loses_no_answer(vlm):

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import random
+import shutil
 import zipfile
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.inputs import random_image
@@ -204,3 +206,58 @@ def test_saving_replaces_only_saved_conversations(vlm, saved, tmp_path):
     conversation.save(tmp_path / "again.zip", cache=True)
     conversation.save(tmp_path / "again.zip", cache=True)
     assert vlm.conversation().load(tmp_path / "again.zip")
+
+
+def rewrite_cache(saved, target, change):
+    """Copy a conversation and change what its cache holds: arrays by name, and metadata."""
+    shutil.copy(saved, target)
+    cache = f"{saved}.safetensors"
+    arrays, metadata = mx.load(cache, return_metadata=True)
+    change(arrays, metadata)
+    mx.save_safetensors(f"{target}.safetensors", arrays, metadata)
+
+
+def double_heads(arrays, _):
+    arrays["1.0"] = mx.concatenate([arrays["1.0"], arrays["1.0"]], axis=1)
+
+
+def lengthen(arrays, _):
+    for side in ("0.0", "0.1"):
+        arrays[side] = mx.concatenate([arrays[side]] * 2, axis=2)
+
+
+def as_integers(arrays, _):
+    arrays["0.0"] = arrays["0.0"].astype(mx.int32)
+
+
+def drop_layer(arrays, metadata):
+    del metadata["1.1"]
+    for name in ("1.0", "1.1", "1.2"):
+        del arrays[name]
+
+
+def add_array(arrays, _):
+    arrays["9.0"] = mx.zeros((4, 4))
+
+
+def claim_quantized(_, metadata):
+    metadata["1.0"] = metadata["1.1"] = "QuantizedKVCache"
+
+
+def mix_classes(_, metadata):
+    metadata["1.0"] = "QuantizedKVCache"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [double_heads, lengthen, as_integers, drop_layer, add_array, claim_quantized, mix_classes],
+)
+def test_a_cache_of_other_shapes_is_not_even_read(vlm, saved, tmp_path, monkeypatch, change):
+    rewrite_cache(saved, tmp_path / "bad.zip", change)
+    conversation = vlm.conversation()
+    monkeypatch.setattr(mx, "load", lambda *_, **__: pytest.fail("read the arrays"))
+    assert conversation.load(tmp_path / "bad.zip") is False
+    assert conversation.prompt_cache.layers == []
+    monkeypatch.undo()
+    conversation.load(saved)
+    assert conversation.prompt_cache.layers

@@ -13,7 +13,7 @@ from fixtures.image_files import encoded, held, message, noise, png_claiming, sa
 from PIL import Image, ImageGrab
 
 from internvl3_mlx.errors import ImageError
-from internvl3_mlx.images.load import LoadedImage, open_image
+from internvl3_mlx.images.load import LoadedImage, image_size, open_image
 
 
 def test_every_way_in_gives_the_same_picture(tmp_path, monkeypatch):
@@ -160,6 +160,15 @@ def test_a_bomb_is_refused_before_it_is_unpacked():
     assert message(png_claiming(30000, 20000)) == (
         "cannot read image bytes: more than 178 megapixels; shrink it first"
     )
+
+
+def test_a_side_that_no_photo_has_is_refused_before_it_is_decoded():
+    said = "a side of 262,145 pixels is longer than 262,144; cut the image, or download it again"
+    for size in ((2**18 + 1, 2), (2, 2**18 + 1)):
+        data = encoded(Image.new("1", size))
+        assert said in message(data)
+        with pytest.raises(ImageError, match="a side of 262,145 pixels"):
+            image_size(data)
 
 
 PEAK = """

@@ -104,3 +104,19 @@ def test_what_macos_writes_beside_an_image_is_not_one(tmp_path):
     path.write_bytes(b"\0\x05\x16\x07" + bytes(40))
     with pytest.raises(ImageError, match=r"macOS keeps a file's attributes in it; name cat.png"):
         open_image(path)
+
+
+def test_pages_that_are_too_large_together_are_refused_before_they_are_decoded(
+    tmp_path, monkeypatch
+):
+    path = write_pages(tmp_path / "scan.tif", "TIFF", *[noise(20, 10)] * 4)
+    monkeypatch.setattr(pages, "MAX_PAGE_PIXELS", 750)
+    with pytest.raises(ImageError, match="scan.tif: its pages have more than 0 megapixels toge"):
+        open_pages(str(path))
+
+
+def test_a_later_page_is_no_bomb_either(tmp_path, monkeypatch):
+    path = write_pages(tmp_path / "scan.tif", "TIFF", noise(20, 10), noise(60, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match="more than 0 megapixels; shrink it first"):
+        open_pages(str(path))

@@ -10,6 +10,7 @@ from fixtures.videos import blanked, make_video, numbers, shade, sound
 from PIL import Image
 
 from internvl3_mlx.errors import ImageError, MissingExtraError, UserError
+from internvl3_mlx.images import video
 from internvl3_mlx.images.video import frame_indices, read_frames
 
 
@@ -80,6 +81,20 @@ def test_animations_are_videos(kind, options, monkeypatch):
     assert [frame.seconds for frame in frames] == pytest.approx([0.0, 0.4, 0.5])
     bounded = read_frames(animation(kind, duration=500, **options), 2, bound=(1.0, 2.0))
     assert numbers(bounded) == [2, 3]
+
+
+def test_an_animation_too_long_to_decode_is_refused(monkeypatch):
+    frames = [noise(20, 10, seed) for seed in range(3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(video, "MAX_ANIMATION_PIXELS", 599)
+    with pytest.raises(ImageError, match="3 frames of 20x10 pixels are too many for an animation"):
+        read_frames(data, 2)
+
+
+def test_a_video_of_huge_frames_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 64 * 48 - 1)
+    with pytest.raises(ImageError, match="its frames have 64x48 pixels; export it smaller"):
+        read_frames(make_video(count=3), 2)
 
 
 def test_an_animation_without_durations_runs_at_ten_frames_a_second():
