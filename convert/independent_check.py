@@ -37,6 +37,7 @@ def reference_log_probs_text(folder: Path, token_ids: list[int]) -> mx.array | N
     """
     if not all(map(importlib.util.find_spec, LIBRARIES)):
         return None
+    # not by our own reader, which this checks
     content = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     text = next((content[key] for key in TEXT_CONFIGS if content.get(key)), None)
     name = CLASSES.get((text or {}).get("model_type", ""))

@@ -1,4 +1,4 @@
-"""One strict reader for all JSON files of a model."""
+"""One strict reader for JSON files."""
 
 import json
 import os
@@ -20,18 +20,30 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises CheckpointError for a file that is missing, not a regular one, too large, not UTF-8, not
     JSON, or that says a key twice: which of the two counts differs from program to program.
     """
+    content = read_json_value(path)
+    if not isinstance(content, dict):
+        raise _invalid(path, "it is not an object")
+    return content
+
+
+def read_json_value(path: Path) -> Any:
+    """Read a file that holds one JSON value of any kind. Raises CheckpointError as ``read_json``."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(f"{path} is not a regular file; download it again")
         if found.st_size > JSON_LIMIT:
             raise CheckpointError(f"{path} has {found.st_size:,} bytes, too many for a JSON file")
-        return parse_json(path.read_bytes())
+        return parse_json_value(path.read_bytes())
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot read {path}: {reason}; check the path") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
+        raise _invalid(path, error) from error
+
+
+def _invalid(path: Path, why: object) -> CheckpointError:
+    return CheckpointError(f"{path} is not valid JSON ({why}); download it again")
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
@@ -39,10 +51,26 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if os.path.lexists(path) else {}
 
 
+def read_json_leniently(path: Path) -> dict[str, Any]:
+    """Read a JSON object that only informs: empty when it cannot be read."""
+    try:
+        return read_json(path)
+    except CheckpointError:
+        return {}
+
+
 def parse_json(data: bytes) -> dict[str, Any]:
     """Parse one JSON object strictly. Raises ValueError with a reason in one line."""
+    content = parse_json_value(data)
+    if not isinstance(content, dict):
+        raise ValueError("it is not an object")
+    return content
+
+
+def parse_json_value(data: bytes) -> Any:
+    """Parse one JSON value of any kind strictly. Raises ValueError with a reason in one line."""
     try:
-        content = json.loads(
+        return json.loads(
             data.decode("utf-8-sig"),
             object_pairs_hook=_unique_keys,
             parse_int=_parse_int,
@@ -53,9 +81,6 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError("it is not an object")
-    return content
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

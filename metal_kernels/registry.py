@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from internvl3_mlx.errors import WriteError
 from internvl3_mlx.files import atomic_write, cache_folder, content_digest
+from internvl3_mlx.json_files import read_json_leniently
 from internvl3_mlx.metal_kernels import dispatch
 
 FOLDER = "kernels"  # of the cache folder
@@ -19,12 +20,8 @@ SELF_TESTS_FILE, THRESHOLDS_FILE = "self_tests.json", "thresholds.json"
 
 def read_record(name: str) -> dict[str, Any]:
     """Return the content of a file; {} if it was written for another GPU, MLX or kernels."""
-    try:
-        record = json.loads((cache_folder(FOLDER) / name).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    matches = isinstance(record, dict) and record.get("environment") == environment_key()
-    content = record.get("content") if matches else None
+    record = read_json_leniently(cache_folder(FOLDER) / name)
+    content = record.get("content") if record.get("environment") == environment_key() else None
     return content if isinstance(content, dict) else {}
 
 

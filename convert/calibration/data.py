@@ -1,6 +1,5 @@
 """Calibration samples: questions about images with the answers of the 16-bit model."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -14,6 +13,7 @@ from internvl3_mlx.config.foreign import APPLE_DOUBLE, visible_files
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.images.load import IMAGE_SUFFIXES, open_image
 from internvl3_mlx.images.tiling import TilePolicy, to_tiles
+from internvl3_mlx.json_files import parse_json, read_json_value
 from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.prompt.messages import Message, MessageMedia
 
@@ -106,18 +106,19 @@ def split_samples(
 
 def read_questions(folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield the images of a folder, each with a question about it. Raises UserError for a line that
-    is not a question."""
+    is not a question, CheckpointError for a file that is not JSON."""
     files = [path for name in QUESTION_FILES for path in visible_files(folder, name)]
     for file in files:
-        text = file.read_text(encoding="utf-8")
-        lines = text.splitlines() if file.suffix == ".jsonl" else map(json.dumps, json.loads(text))
-        for number, line in enumerate(lines, start=1):
+        lines = file.suffix == ".jsonl"
+        entries = file.read_bytes().splitlines() if lines else read_json_value(file)
+        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
             try:
-                record = json.loads(line)
+                record = parse_json(entry) if lines else entry
                 yield folder / (record.get("image") or record["file"]), str(record["question"])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
+                shown = entry.decode(errors="replace") if lines else str(entry)
                 raise UserError(
-                    f"{file}:{number}: {line[:60]!r} is not a question; "
+                    f"{file}:{number}: {shown[:60]!r} is not a question; "
                     'write {"image": "a.png", "question": "..."}'
                 ) from error
     if not files:

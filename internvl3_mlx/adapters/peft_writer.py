@@ -21,6 +21,7 @@ from internvl3_mlx.checkpoints.remap import apply_rule, plan_remap
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.errors import KeyMapError, UserError
 from internvl3_mlx.files import OnWait, atomic_folder, did_you_mean, wait_silently
+from internvl3_mlx.json_files import read_json
 from internvl3_mlx.models.lora import LoRAWeights
 
 PEFT_PREFIX = "base_model.model."
@@ -62,7 +63,7 @@ def convert_adapter_layout(
     adapter = load_adapter(source, config)
     with atomic_folder(target, overwrite=overwrite, on_wait=on_wait) as part:
         save_adapter(adapter, part, config, PeftOptions.from_config(adapter.peft_config), layout)
-        written: Json = json.loads((part / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        written: Json = read_json(part / ADAPTER_CONFIG)
     return [str(name) for name in written["target_modules"]]
 
 

@@ -1,6 +1,5 @@
 """``internvl3 chat``: a conversation about images in the terminal or through a pipe."""
 
-import json
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from internvl3_mlx.cli.slash_commands import ALIASES, COMMANDS, handle_line
 from internvl3_mlx.cli.thumbnails import choose_thumbnail_encoder
 from internvl3_mlx.cli.user_config import find_alias
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.json_files import read_json_value
 
 if TYPE_CHECKING:
     from internvl3_mlx import VLM
@@ -247,5 +247,5 @@ def demo_samples(vlm: "VLM") -> list[tuple[str, str]]:
 
     if vlm.loaded.folder != DEMO_FOLDER:
         return []
-    table = json.loads((DEMO_FOLDER / "samples" / "samples.json").read_text("utf-8"))
+    table = read_json_value(DEMO_FOLDER / "samples" / "samples.json")
     return [(SAMPLE_PREFIX + entry["file"], entry["question"]) for entry in table]

@@ -1,6 +1,5 @@
 """The fields of ``GenerationConfig`` as flags, ``/set`` and the config file know them."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.json_files import parse_json_value
 from internvl3_mlx.option_fields import FieldInfo
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def parse_deltas(text: str) -> "float | Fraction | str | tuple[Any, ...]":
 def read_schema(path: str) -> str:
     """Return the JSON schema in a file as text. Raises UserError if it is not JSON."""
     try:
-        text = Path(path).expanduser().read_text("utf-8")
-        json.loads(text)
+        text = Path(path).expanduser().read_text("utf-8-sig")
+        parse_json_value(text.encode())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except ValueError as error:

@@ -72,24 +72,13 @@ def describe_installation() -> dict[str, Any]:
 
 
 def _cached_models() -> list[dict[str, Any]]:
-    """List the family's repositories in the hub's cache, then our quantized copies."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    """List the downloads of the family, then our quantized copies."""
+    from internvl3_mlx.loading.model_store import list_models
 
-    from internvl3_mlx.files import cache_folder
-    from internvl3_mlx.loading.model_store import FAMILY
-
-    try:
-        repos = {repo.repo_id: repo for repo in scan_cache_dir().repos if repo.repo_type == "model"}
-    except CacheNotFound:
-        repos = {}
-    hub = {name: repo.size_on_disk for name, repo in repos.items() if FAMILY in name.lower()}
-    quantized = {
-        str(config.parent): sum(file.stat().st_size for file in config.parent.iterdir())
-        for config in cache_folder().glob("*/config.json")
-    }
     return [
-        {"model": name, "nbytes": nbytes}
-        for found in (hub, quantized)
-        for name, nbytes in sorted(found.items())
+        {
+            "model": model.name if model.origin == "download" else str(model.folder),
+            "nbytes": model.nbytes,
+        }
+        for model in list_models()
     ]

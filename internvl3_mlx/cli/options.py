@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,9 +44,10 @@ def list_model_completions(
     _ctx: click.Context | None, _param: click.Parameter | None, typed: str
 ) -> list[CompletionItem]:
     """Complete ``--model``: sizes, the demo, aliases, cached repositories, folders."""
+    from internvl3_mlx.loading.model_store import download_names
     from internvl3_mlx.loading.resolve import DEMO, PUBLISHED_SIZES
 
-    names = [*PUBLISHED_SIZES, DEMO, *alias_names(), *cached_repositories()]
+    names = [*PUBLISHED_SIZES, DEMO, *alias_names(), *download_names()]
     return [CompletionItem(name) for name in [*names, *folders(typed)] if name.startswith(typed)]
 
 
@@ -65,17 +65,6 @@ def folders(typed: str) -> list[str]:
     except OSError:
         return []
     return sorted(os.path.join(parent, entry) for entry in found)
-
-
-def cached_repositories() -> list[str]:
-    """List the family's repositories in the hub's cache by the names of their folders."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    from internvl3_mlx.loading.model_store import FAMILY
-
-    folders = Path(HF_HUB_CACHE).glob("models--*--*")
-    names = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
-    return sorted(name for name in names if FAMILY in name.lower())
 
 
 def model_flag(name: str, info: FieldInfo, **extra: Any) -> Decorator:

@@ -4,13 +4,13 @@ Three things tell a format: what config.json says about quantization, how the te
 and which files lie in the folder. Each is a table below.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.errors import CheckpointError, ConfigError
+from internvl3_mlx.json_files import read_json_leniently
 
 APPLE_DOUBLE = "._"  # macOS writes these beside every file on exFAT and network disks
 LFS_HEAD = b"version https://git-lfs"
@@ -134,18 +134,9 @@ def check_tensor_names(tensors: Mapping[str, str], folder: Path) -> None:
     if method is None and any(dtype in FP8_TYPES for dtype in tensors.values()):
         method = "FP8"
     if method is not None:
-        content = read_config_leniently(folder)
+        content = read_json_leniently(folder / "config.json")
         told = next(filter(None, map(find_method, quantization_tables(content))), None)
         raise CheckpointError(refusal(told or method, folder, content))
-
-
-def read_config_leniently(folder: Path) -> Mapping[str, Any]:
-    """Read config.json for a hint in an error; empty if that is not possible."""
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, Mapping) else {}
 
 
 def refusal(method: str, folder: Path | None, content: Mapping[str, Any]) -> str:

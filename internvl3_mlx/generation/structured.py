@@ -11,6 +11,7 @@ import numpy as np
 from internvl3_mlx.errors import MissingExtraError, UserError
 from internvl3_mlx.generation.engine import Engine, check_finite
 from internvl3_mlx.generation.generation_config import CONSTRAINTS, GenerationConfig
+from internvl3_mlx.json_files import parse_json_value
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def llguidance_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> "LLTokenizer"
 def json_grammar(matcher: Any, schema: Any) -> str:
     """Compile a schema given as a mapping or as JSON text."""
     if isinstance(schema, str):
-        schema = json.loads(schema)
+        schema = parse_json_value(schema.encode())
     if not isinstance(schema, Mapping | bool):
         raise ValueError("a JSON schema is an object")
     schema = schema if isinstance(schema, bool) else dict(schema)

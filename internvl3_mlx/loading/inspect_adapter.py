@@ -1,9 +1,7 @@
 """Describe an adapter from its settings and headers, without loading it."""
 
 import csv
-import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from internvl3_mlx.adapters.adapter_files import (
 )
 from internvl3_mlx.adapters.peft import LORA_TENSOR, read_adapter_config
 from internvl3_mlx.files import read_yaml
+from internvl3_mlx.json_files import read_json_leniently
 
 METRICS, TRAIN_CONFIG, STATE = "metrics.csv", "train_config.yaml", "state.json"  # our own runs'
 TRAINER_STATE = "trainer_state.json"  # transformers' Trainer, and those built upon it
@@ -95,14 +94,14 @@ def training_data(folder: Path) -> str | None:
     for run in (folder, folder.parent, folder.parent.parent):
         if (run / TRAIN_CONFIG).is_file():
             return str(read_yaml(run / TRAIN_CONFIG, "settings").get("data") or "") or None
-    named = read_leniently(folder / SWIFT_ARGS).get("dataset")
+    named = read_json_leniently(folder / SWIFT_ARGS).get("dataset")
     return ", ".join(map(str, named)) if isinstance(named, list) else named and str(named)
 
 
 def training_steps(folder: Path) -> int | None:
     """Return the optimizer steps of the training, from what its trainer left."""
     for name, key in ((TRAINER_STATE, "global_step"), (STATE, "update")):
-        if isinstance(steps := read_leniently(folder / name).get(key), int):
+        if isinstance(steps := read_json_leniently(folder / name).get(key), int):
             return steps
     try:
         with (folder / METRICS).open(encoding="utf-8", newline="") as file:
@@ -110,12 +109,3 @@ def training_steps(folder: Path) -> int | None:
         return int(rows[-1]) if rows else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def read_leniently(path: Path) -> Mapping[str, Any]:
-    """Read a JSON object that only informs; empty if it cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, Mapping) else {}

@@ -46,9 +46,20 @@ def list_downloads() -> list[StoredModel]:
             revisions=tuple(sorted(revision.commit_hash for revision in repo.revisions)),
         )
         for repo in _scan_hub()
-        if repo.repo_type == "model" and FAMILY in repo.repo_id.lower()
+        if repo.repo_type == "model" and is_of_family(repo.repo_id)
     ]
     return sorted(found, key=lambda model: model.name)
+
+
+def download_names() -> list[str]:
+    """List the names of the downloads at once, by the names of their folders alone."""
+    folders = hub_cache().glob("models--*--*")
+    names = (folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
+    return sorted(filter(is_of_family, names))
+
+
+def is_of_family(repo: str) -> bool:
+    return FAMILY in repo.lower()
 
 
 def list_copies() -> list[StoredModel]:

@@ -4,7 +4,6 @@ Arrow files are mapped into memory. Parquet cannot be read row by row, so it is 
 Arrow file in the cache, a few hundred rows at a time.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.errors import DataError, MissingExtraError
+from internvl3_mlx.errors import CheckpointError, DataError, MissingExtraError
 from internvl3_mlx.files import atomic_write, cache_folder, content_digest
+from internvl3_mlx.json_files import read_json, read_json_leniently
 
 TABLES_FOLDER = "tables"  # in the cache folder
 BATCH_ROWS = 256  # of a cached table: what is in memory while it is written
@@ -127,20 +127,17 @@ def is_dataset_folder(folder: Path) -> bool:
 def dataset_files(folder: Path) -> list[Path]:
     """List the Arrow files of a saved dataset, in order; raises ``DataError``."""
     try:
-        state = json.loads((folder / DATASET_STATE).read_text("utf-8"))
-        names = [entry["filename"] for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = read_json(folder / DATASET_STATE)["_data_files"]
+        names = [entry["filename"] for entry in entries]
+    except (CheckpointError, KeyError, TypeError) as error:
         raise DataError(f"cannot read {folder / DATASET_STATE}: {error}; save it again") from error
     return [folder / name for name in names]
 
 
 def dataset_splits(folder: Path) -> Iterator[str]:
     """Yield the splits of a saved ``DatasetDict``."""
-    try:
-        found = json.loads((folder / DATASET_SPLITS).read_text("utf-8"))["splits"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    yield from map(str, found)
+    found = read_json_leniently(folder / DATASET_SPLITS).get("splits")
+    yield from map(str, found if isinstance(found, list) else ())
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.files import atomic_folder, recover_folder
+from internvl3_mlx.json_files import read_json
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.objectives import ObjectiveState
 from internvl3_mlx.training.params import Arrays
@@ -164,10 +165,10 @@ def group_arrays(arrays: Arrays) -> tuple[Arrays, dict[str, Any], Arrays]:
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's ``state.json``; raises CheckpointError where there is none to read."""
     try:
-        metadata = json.loads((folder / METADATA).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        metadata = read_json(folder / METADATA)
+    except CheckpointError as error:
         raise CheckpointError(f"{folder} is not a training checkpoint: {error}") from error
-    version = metadata.get("format") if isinstance(metadata, dict) else None
+    version = metadata.get("format")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has checkpoint format {version}, but this version of internvl3-mlx reads "

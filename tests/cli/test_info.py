@@ -68,7 +68,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
 
     def plant(repos):
-        def scan():
+        def scan(_folder):
             if repos is None:
                 raise CacheNotFound("none", cache_dir="none")
             return SimpleNamespace(repos=repos)
@@ -77,6 +77,11 @@ def cache(monkeypatch, tmp_path):
         return tmp_path
 
     return plant
+
+
+def stored(**facts):
+    """Describe a repository as the hub's library does."""
+    return SimpleNamespace(last_modified=0, repo_path="somewhere", revisions=(), **facts)
 
 
 def test_a_models_facts_are_columns(inspect):
@@ -109,10 +114,10 @@ def test_without_a_model_versions_and_device_are_shown(cache):
 def test_cached_models_of_the_family_are_listed_then_quantized_copies(cache):
     sizes = {"OpenGVLab/InternVL3-2B": 4_204_000_000, "mlx-community/InternVL3-1B-4bit": 10**9}
     repos = [
-        SimpleNamespace(repo_id=name, repo_type="model", size_on_disk=size)
+        stored(repo_id=name, repo_type="model", size_on_disk=size)
         for name, size in [*sizes.items(), ("other/llm", 3)]
     ]
-    ours = cache([*repos[::-1], SimpleNamespace(repo_id="x/internvl3", repo_type="dataset")])
+    ours = cache([*repos[::-1], stored(repo_id="x/internvl3", repo_type="dataset")])
     quantized = ours / "InternVL3-2B-4bit"
     quantized.mkdir()
     (quantized / "config.json").write_text("{}")

@@ -1,6 +1,5 @@
 """Training records on disk: files and folders in any published form, and InternVL's meta JSON."""
 
-import json
 import os
 import re
 from bisect import bisect_right
@@ -13,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from internvl3_mlx.errors import DataError
+from internvl3_mlx.errors import CheckpointError, DataError
 from internvl3_mlx.files import did_you_mean
+from internvl3_mlx.json_files import parse_json_value, read_json_value
 from internvl3_mlx.records.arrow_tables import (
     dataset_files,
     dataset_splits,
@@ -282,7 +282,7 @@ def is_meta_file(path: Path) -> bool:
     if not start.startswith(b"{"):
         return False
     try:
-        value = json.loads(first)
+        value = parse_json_value(first)
     except ValueError:
         return True
     keys = {key for form in FORMATS for key in form.required}
@@ -292,9 +292,9 @@ def is_meta_file(path: Path) -> bool:
 def open_meta_file(path: Path, config: TrainConfig) -> Iterator[DataFile]:
     """Open every file that a meta JSON names; paths are relative to the meta JSON."""
     try:
-        entries = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {path}: {error}; expected a meta JSON") from error
+        entries = read_json_value(path)
+    except CheckpointError as error:
+        raise DataError(f"{error}; expected a meta JSON") from error
     if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
         raise DataError(
             f"{path} is not a meta JSON; expected a .jsonl file with one record per line, a JSON "
