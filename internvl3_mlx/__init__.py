@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from internvl3_mlx.generation.conversation import Conversation
     from internvl3_mlx.generation.generation_config import GenerationConfig, GenerationOptions
     from internvl3_mlx.generation.processor import ModelInputs
-    from internvl3_mlx.vlm import VLM, generate, load, stream_generate
     from internvl3_mlx.prompt.messages import Message, MessageMedia
     from internvl3_mlx.training.config import TrainConfig
     from internvl3_mlx.training.run import train
+    from internvl3_mlx.vlm import VLM, generate, load, stream_generate
 
     __version__: str
 

@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 # second bound. torch is used where it is installed, for an independent check.
 BY_OTHERS = {"transformers", "safetensors", "torch"}
 # where a library's import name is not its distribution's
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic"}
 
 
 def package_files() -> set[str]:
@@ -208,7 +208,7 @@ def test_what_is_imported_is_declared():
     libraries = {name.split(".")[0] for name in names} - {PACKAGE, *sys.stdlib_module_names}
     extras = PROJECT["project"]["optional-dependencies"]
     declared = requirement_names(PROJECT["project"]["dependencies"] + extras["all"])
-    for extra in ("video", "heic", "pdf", "structured"):
+    for extra in ("video", "heic", "pdf", "structured", "server"):
         declared |= requirement_names(extras[extra])
     wanted = {DISTRIBUTIONS.get(name, name).replace("_", "-") for name in libraries}
     assert wanted - declared - BY_OTHERS == set()
@@ -216,7 +216,7 @@ def test_what_is_imported_is_declared():
 
 def test_dependencies_have_lower_bounds_only():
     extras = PROJECT["project"]["optional-dependencies"]
-    libraries = (extras[name] for name in ("video", "heic", "pdf", "structured", "cuda"))
+    libraries = (extras[name] for name in ("video", "heic", "pdf", "structured", "server", "cuda"))
     ours = [*PROJECT["project"]["dependencies"], *(line for lines in libraries for line in lines)]
     for requirement in ours:
         bound = requirement.split(";")[0]

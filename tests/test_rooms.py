@@ -50,6 +50,11 @@ HOMES = {
     "click": {"cli"},
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},
+    "segno": {"cli"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
+    "pydantic": {"serving"},
+    "pydantic_core": {"serving"},
 }
 SLOW = {"transformers", "mlx_lm"}  # seconds to import, so never at the top of a module
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400

@@ -13,7 +13,6 @@ import mlx.core as mx
 
 from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.errors import InternVL3Error, UserError
-from internvl3_mlx.vlm import ignore_message
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import MemoryNeed, working_memory
 from internvl3_mlx.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
@@ -57,6 +56,7 @@ from internvl3_mlx.training.session import (
 )
 from internvl3_mlx.training.setup import RunSetup, prepare_run
 from internvl3_mlx.training.trainer import make_updates
+from internvl3_mlx.vlm import ignore_message
 
 CACHE_FRACTION = 8  # of the GPU's memory limit, for freed buffers that may be reused
 Stop = tuple[StopCause, str]  # why a run stops early, in one word and in a sentence

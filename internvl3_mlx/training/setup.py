@@ -10,7 +10,6 @@ from internvl3_mlx.config import read_config
 from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.processor import Processor
-from internvl3_mlx.vlm import ignore_message
 from internvl3_mlx.loading.fetch_model import DENSE_BITS, LocalModel, Notify, fetch_model
 from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
@@ -24,6 +23,7 @@ from internvl3_mlx.training.data.dataset import (
 )
 from internvl3_mlx.training.data.preprocess import Preprocessor
 from internvl3_mlx.training.data.validate import DataReport, ValidationProgress, validate_dataset
+from internvl3_mlx.vlm import ignore_message
 
 DIGEST_BYTES = 16
 CHUNK_BYTES = 1 << 20
