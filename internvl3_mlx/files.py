@@ -36,6 +36,7 @@ CACHE_NAME = "internvl3-mlx"  # also of the data folder
 DIGEST_BYTES = 16  # 128 bits: no two contents share a digest by accident
 CHUNK_BYTES = 2**20
 NEAREST_CUTOFF = 0.6  # difflib's own default
+MLX_WRITE_FAILED = "Unable to write"  # how MLX reports a full disk, as a RuntimeError
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)  # file systems that cannot flush a folder
 
 PARTIAL_FILE = re.compile(r"\..+\.(\d+)-\d+\.part(\.[^.]*)?")  # group 1: the process id
@@ -262,6 +263,15 @@ def content_digest(*parts: str | bytes | memoryview | Path, size: int = DIGEST_B
         summary.update(data.nbytes.to_bytes(8, "little"))
         summary.update(data)
     return summary.hexdigest()
+
+
+def is_disk_full(fault: BaseException | None) -> bool:
+    """Return whether a full disk is the cause of an error, MLX's among them."""
+    if isinstance(fault, OSError):
+        return fault.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(fault, WriteError):
+        return is_disk_full(fault.__cause__)
+    return isinstance(fault, RuntimeError) and MLX_WRITE_FAILED in str(fault)
 
 
 def is_running(pid: int) -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 from internvl3_mlx import load
 from internvl3_mlx.generation.batch_generate import batch_generate
 from internvl3_mlx.generation.generation_config import GenerationConfig
-from internvl3_mlx.vlm import VLM
 from internvl3_mlx.training.data.dataset import open_dataset
 from internvl3_mlx.training.data.schema import parse_record
+from internvl3_mlx.vlm import VLM
 
 LONGEST = 16  # tokens of an answer
 TOGETHER = 16  # answers written at once

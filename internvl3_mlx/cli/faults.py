@@ -1,16 +1,15 @@
 """The last door: whatever fails inside a chat or a batch becomes one line, and the work goes on."""
 
-import errno
 from collections.abc import Callable
 from typing import TypeVar
 
 from internvl3_mlx.errors import InternVL3Error, UnforeseenError
+from internvl3_mlx.files import is_disk_full
 
 T = TypeVar("T")
 # These end a program on purpose, or because nobody reads its output any more.
 LEAVING = (KeyboardInterrupt, SystemExit, GeneratorExit, BrokenPipeError)
 NO_SPACE = "no space left on the disk; free some and run again"
-MLX_WRITE_FAILED = "Unable to write"  # how MLX reports a full disk, as a RuntimeError
 
 
 def attempt(action: Callable[[], T]) -> T | InternVL3Error:
@@ -37,9 +36,3 @@ def describe_fault(fault: BaseException) -> str:
         return f"cannot write the output: {NO_SPACE}"
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     return f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__
-
-
-def is_disk_full(fault: BaseException) -> bool:
-    if isinstance(fault, OSError):
-        return fault.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(fault, RuntimeError) and MLX_WRITE_FAILED in str(fault)

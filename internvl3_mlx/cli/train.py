@@ -51,12 +51,27 @@ def describe_defaults(entry: "Field[Any]") -> str:
         ("internvl3 train --model 2b --data receipts --epochs 3", "LoRA; Ctrl-C saves"),
         ("internvl3 train --resume --adapter-path adapters", "continue a stopped run"),
     ),
-    suggestions={"-q": "--quiet", "--quantize": "--q-bits", "--recipe": "--config"},
+    suggestions={
+        "-q": "--quiet",
+        "--quantize": "--q-bits",
+        "--recipe": "--config",
+        "--lr": "--learning-rate",
+        "--save-steps": "--save-every",
+        "--resume-from-checkpoint": "--resume",
+    },
 )
 @flag("Run", "-c", "--config", "config", metavar="FILE", help="YAML settings; flags override them.")
 @flag("Run", "--check", "check", is_flag=True, help="Validate the data, show one sample, and stop.")
 @flag("Run", "--dry-run", "dry_run", is_flag=True, help="Show the plan without training.")
 @flag("Run", "--resume", "resume", is_flag=True, help="Continue the run in --adapter-path.")
+@flag(
+    "Run",
+    "--from",
+    "resume_from",
+    metavar="STEP",
+    type=int,
+    help="With --resume: continue from the checkpoint of this update.",
+)
 @flag(
     "Run", "--accept-changes", "accept_changes", is_flag=True,
     help="Resume although settings or data have changed.",
@@ -82,7 +97,8 @@ def train_command(config: str | None, **flags: Any) -> None:
 
     Several Macs: mlx.launch --hostfile hosts.json -- internvl3 train -c train.yaml
     """
-    from internvl3_mlx.cli.train_run import TrainRequest, run_train
+    from internvl3_mlx.cli.train_display import TrainRequest
+    from internvl3_mlx.cli.train_run import run_train
 
     names = [entry.name for entry in fields(TrainConfig)]
     given = {name: value for name in names if (value := flags.pop(name)) is not None}

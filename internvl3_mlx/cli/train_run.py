@@ -1,51 +1,18 @@
 """``internvl3 train`` after its flags are read: run ``train`` and show its events."""
 
 import shlex
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from internvl3_mlx.cli import console, progress
-from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.cli.train_display import INTERRUPTED, TrainDisplay, TrainRequest
+from internvl3_mlx.cli.train_interrupts import Interrupts
 
 if TYPE_CHECKING:
-    from internvl3_mlx.training.events import (
-        CheckpointSaved,
-        DataChecked,
-        RecordLeftOut,
-        TaskProgress,
-        TestEvaluated,
-        TrainEnd,
-        TrainEvent,
-        TrainPlan,
-        UpdateDone,
-        ValidationDone,
-    )
-
-INTERRUPTED = 130
-EXIT_CODES: "Mapping[str | None, int]" = {
-    "interrupted": INTERRUPTED,
-    "memory": 1,
-}  # by why a run stopped early
-SHOWN_METRICS = ("dpo", "bco", "sft", "margin")  # metrics.csv has all of them
-FEW_UPDATES = 30  # fewer hardly change a model
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """The command line as one value."""
-
-    config: TrainConfig
-    check: bool
-    dry_run: bool
-    resume: bool
-    accept_changes: bool
-    overwrite: bool
-    as_json: bool
-    quiet: bool
+    from internvl3_mlx.training.events import TrainEvent
 
 
 def run_train(request: TrainRequest) -> int:
@@ -74,297 +41,71 @@ def check_only(request: TrainRequest) -> int:
 
 def train_with_display(request: TrainRequest) -> int:
     """Train and show every event; a dry run ends with the plan."""
-    from internvl3_mlx.training.events import TrainEnd, TrainPlan
     from internvl3_mlx.training.run import train
 
     interrupts, display = Interrupts(), TrainDisplay(request)
     events = train(
         request.config,
         resume=request.resume,
+        resume_from=request.resume_from,
         overwrite=request.overwrite,
         accept_changes=request.accept_changes,
         stop_requested=interrupts.received,
         notify=note_callback(request),
     )
     with closing(events), ExitStack() as signals, ExitStack() as bar:
-        display.advance = bar.enter_context(progress.progress_bar(quiet=request.quiet))
-        for event in events:
-            if isinstance(event, TrainPlan | TrainEnd):
-                bar.close()  # the tables are printed below what was shown before
-            display.show(event)
-            if isinstance(event, TrainPlan):
-                if request.dry_run:
-                    return 0
-                signals.enter_context(interrupts.catch())
-                display.advance = bar.enter_context(progress.progress_bar(quiet=request.quiet))
+        try:
+            show_events(events, display, interrupts, signals, bar)
+        except KeyboardInterrupt:
+            if not interrupts.count:
+                raise
+            bar.close()
+            save_and_leave(request, events)
+            return INTERRUPTED
     return display.exit_code
+
+
+def show_events(
+    events: "Generator[TrainEvent, None, None]",
+    display: TrainDisplay,
+    interrupts: Interrupts,
+    signals: ExitStack,
+    bar: ExitStack,
+) -> None:
+    """Show the events of a run, up to the plan in a dry run; from there on signals are caught."""
+    from internvl3_mlx.training.events import TrainEnd, TrainPlan
+
+    request = display.request
+    display.advance = bar.enter_context(progress.progress_bar(quiet=request.quiet))
+    for event in events:
+        if isinstance(event, TrainPlan | TrainEnd):
+            bar.close()  # the tables are printed below what was shown before
+        with interrupts.terminal_may_close():
+            display.show(event)
+        if isinstance(event, TrainPlan):
+            if request.dry_run:
+                return
+            signals.enter_context(interrupts.catch())
+            display.advance = bar.enter_context(progress.progress_bar(quiet=request.quiet))
+
+
+def save_and_leave(request: TrainRequest, events: "Generator[TrainEvent, None, None]") -> None:
+    """Let the run save its last whole update, and say up to where it is saved."""
+    from internvl3_mlx.training.checkpoint import checkpoint_update, list_checkpoints
+
+    with suppress(KeyboardInterrupt, StopIteration):
+        events.throw(KeyboardInterrupt())  # in a run that has saved and ended already, no effect
+    folder = Path(request.config.adapter_path).expanduser()
+    found = list_checkpoints(folder)
+    if not found:
+        console.note("stopped at once; nothing was saved")
+        return
+    console.note(f"stopped at once; saved up to update {checkpoint_update(found[-1])}")
+    if not request.quiet:
+        command = f"internvl3 train --resume --adapter-path {shlex.quote(str(folder))}"
+        console.hint(f"resume with: {command}")
 
 
 def note_callback(request: TrainRequest) -> Callable[[str], None]:
     """Return the function that shows notes, or ignores them with --quiet."""
     return (lambda _: None) if request.quiet else console.note
-
-
-class Interrupts:
-    """Turns the first Ctrl-C into a request to stop; the second one stops at once."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def received(self) -> bool:
-        """Tell whether a stop has been requested."""
-        return self.count > 0
-
-    @contextmanager
-    def catch(self) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM inside the context."""
-        before = {
-            number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle(self, number: int, _: object) -> None:
-        if self.count:
-            raise KeyboardInterrupt
-        self.count += 1
-        console.note("stopping after this update, then saving; press Ctrl-C again to stop at once")
-
-
-def no_progress(_text: str, _done: int, _total: int) -> None:
-    """Show no progress."""
-
-
-@dataclass(eq=False)
-class TrainDisplay:
-    """Shows the events of a run: to a person, or to a script with --json."""
-
-    request: TrainRequest
-    advance: progress.ProgressCallback = no_progress
-    updates: int = 0
-    exit_code: int = 0
-
-    def show(self, event: "TrainEvent") -> None:
-        """Show one event, in the form that was asked for."""
-        name = type(event).__name__
-        if name == "TrainEnd":
-            self.exit_code = EXIT_CODES.get(getattr(event, "stop_cause", None), 0)
-        if self.request.as_json and name in EVENTS_AS_JSON:
-            kind, content = EVENTS_AS_JSON[name]
-            console.print_json({"event": kind, **content(event)})
-        elif not self.request.as_json and not self.request.quiet and name in self.handlers:
-            self.handlers[name](event)
-
-    @property
-    def handlers(self) -> "dict[str, Callable[[Any], None]]":
-        return {
-            "TaskProgress": self.show_progress,
-            "DataChecked": self.show_data,
-            "TrainPlan": self.show_plan,
-            "UpdateDone": self.show_update,
-            "RecordLeftOut": self.show_left_out,
-            "ValidationDone": self.show_validation,
-            "TestEvaluated": self.show_test,
-            "TrainEnd": self.show_end,
-        }
-
-    def show_progress(self, event: "TaskProgress") -> None:
-        self.advance(event.task, event.done, event.total)
-
-    def show_data(self, event: "DataChecked") -> None:
-        """Say which records are not used in full."""
-        if event.train.skipped or event.train.truncated:
-            console.note(
-                f"{event.train.skipped:,} records are skipped and {event.train.truncated:,} "
-                f"truncated to {self.request.config.max_seq_length:,} tokens; --check lists them"
-            )
-        for note in event.train.notes:
-            console.note(note)
-
-    def show_plan(self, plan: "TrainPlan") -> None:
-        """Print what is about to be trained, and note what may surprise."""
-        self.updates = plan.updates
-        console.print_table(plan_table(plan))
-        if plan.completed_updates >= plan.updates:
-            console.note(
-                f"all {plan.updates} updates are done already; to make more, pass "
-                "--iters N --accept-changes"
-            )
-        elif plan.updates < FEW_UPDATES:
-            count = "1 update" if plan.updates == 1 else f"{plan.updates} updates"
-            console.note(f"the run makes only {count}; raise --epochs or --iters for more")
-
-    def show_update(self, done: "UpdateDone") -> None:
-        """Advance the bar, and print a line every --steps-per-report updates."""
-        text = " · ".join([f"loss {done.loss:.4f}", *format_speed(done)])
-        self.advance(text, done.update, self.updates)
-        due = done.update % self.request.config.steps_per_report == 0 or done.skipped
-        if due or done.update == self.updates:
-            self.show_line(done.update, describe_update(done))
-
-    def show_validation(self, done: "ValidationDone") -> None:
-        self.show_line(done.update, describe_validation(done))
-
-    def show_left_out(self, event: "RecordLeftOut") -> None:
-        """Name a record that could not be read."""
-        console.note(f"left out {event.location}: {event.error}")
-
-    def show_test(self, done: "TestEvaluated") -> None:
-        self.show_line(self.updates, describe_test(done))
-
-    def show_line(self, update: int, text: str) -> None:
-        console.hint(f"{update:>{len(str(self.updates))}} · {text}")
-
-    def show_end(self, end: "TrainEnd") -> None:
-        """Sum the run up, and say what to do with its result."""
-        if end.stop_reason:
-            console.note(f"stopped: {end.stop_reason}")
-        table = end_values(end).items()
-        console.print_table({name: format_loss(x) for name, x in table if x is not None})
-        for line in next_steps(self.request.config, end):
-            console.hint(line)
-
-
-def plan_table(plan: "TrainPlan") -> dict[str, Any]:
-    """Select what a person wants to know of a plan."""
-    share = plan.trainable_parameters / plan.total_parameters
-    values = {
-        "method": plan.method,
-        "model": plan.model,
-        "trained": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters "
-        f"({share:.2%})",
-        "adapted_layers": plan.adapted_layers or None,
-        "records": plan.records,
-        "tokens": plan.tokens,
-        "tiles": plan.tiles,
-        "validation_records": plan.valid_records or None,
-        "updates": plan.updates,
-        "warmup_updates": plan.warmup_updates,
-        "samples_per_update": plan.samples_per_update,
-        "processes": plan.processes if plan.processes > 1 else None,
-        "resuming_after_update": plan.completed_updates or None,
-    }
-    return without_none(values)
-
-
-def without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the values that are None."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def describe_update(done: "UpdateDone") -> str:
-    """Describe an update in one line: ``loss 1.2340 · 1,234 tok/s · 3.2 GB``."""
-    if done.skipped:
-        return f"skipped: loss {done.loss}, gradient norm {done.grad_norm}"
-    shown = {name: done.metrics[name] for name in SHOWN_METRICS if name in done.metrics}
-    parts = [f"{name} {value:.4f}" for name, value in ({"loss": done.loss} | shown).items()]
-    return " · ".join([*parts, *format_speed(done)])
-
-
-def describe_validation(done: "ValidationDone") -> str:
-    """Describe a validation in one line: ``val loss 1.2340 · exact match 0.5000``."""
-    parts = [f"val loss {done.loss:.4f}"]
-    if "accuracy" in done.metrics:
-        parts.append(f"val accuracy {done.metrics['accuracy']:.4f}")
-    if done.exact_match is not None:
-        parts.append(f"val exact match {done.exact_match:.4f}")
-    return " · ".join([*parts, *(["best so far"] if done.is_best else [])])
-
-
-def describe_test(done: "TestEvaluated") -> str:
-    """Describe the evaluation on the test data in one line."""
-    parts = [f"test loss {done.loss:.4f}"]
-    if "accuracy" in done.metrics:
-        parts.append(f"test accuracy {done.metrics['accuracy']:.4f}")
-    if done.exact_match is not None:
-        parts.append(f"test exact match {done.exact_match:.4f}")
-    return " · ".join(parts)
-
-
-def format_speed(done: "UpdateDone") -> list[str]:
-    """Format tokens per second and peak memory."""
-    return [f"{done.tokens / done.seconds:,.0f} tok/s", console.format_size(done.peak_memory)]
-
-
-def format_loss(value: Any) -> Any:
-    """Keep four digits of a loss; the table would round 0.0032 to 0."""
-    return f"{value:.4f}" if isinstance(value, float) else value
-
-
-def next_steps(config: TrainConfig, end: "TrainEnd") -> Iterator[str]:
-    """Suggest the commands to run next."""
-    from internvl3_mlx.loading.resolve import DEFAULT_MODEL
-
-    folder = shlex.quote(str(Path(config.adapter_path).expanduser()))
-    if end.stop_reason:
-        yield f"resume with: internvl3 train --resume --adapter-path {folder}"
-    if config.uses_adapters:
-        name = shlex.quote(config.model or DEFAULT_MODEL)
-        yield f"try it with: internvl3 chat --model {name} --adapter-path {folder}"
-    else:
-        yield f"try it with: internvl3 chat --model {shlex.quote(str(end.result))}"
-
-
-def plan_values(plan: "TrainPlan") -> dict[str, Any]:
-    """Take the JSON of a plan."""
-    return without_none(asdict(plan))
-
-
-def update_values(done: "UpdateDone") -> dict[str, Any]:
-    """Take the JSON of an update: the columns of metrics.csv."""
-    from internvl3_mlx.training.loggers import metrics_row
-
-    return without_none(metrics_row(done, None))
-
-
-def validation_values(done: "ValidationDone") -> dict[str, Any]:
-    """Take the JSON of a validation: the val_ columns of metrics.csv."""
-    values = {"loss": done.loss, "exact": done.exact_match, **done.metrics}
-    named = {f"val_{name}": value for name, value in values.items()}
-    return without_none({"update": done.update, **named})
-
-
-def left_out_values(event: "RecordLeftOut") -> dict[str, Any]:
-    """Take the JSON of a record that could not be read."""
-    return asdict(event)
-
-
-def test_values(done: "TestEvaluated") -> dict[str, Any]:
-    """Take the JSON of the evaluation on the test data."""
-    values = {"loss": done.loss, "exact": done.exact_match, **done.metrics}
-    return without_none({f"test_{name}": value for name, value in values.items()})
-
-
-def saved_values(saved: "CheckpointSaved") -> dict[str, Any]:
-    """Take the JSON of a saved checkpoint."""
-    return {"update": saved.update, "saved": str(saved.folder)}
-
-
-def end_values(end: "TrainEnd") -> dict[str, Any]:
-    """Take the JSON of the end of a run."""
-    return {
-        "updates": end.updates,
-        "loss": end.loss,
-        "result": str(end.result),
-        "best": str(end.best) if end.best else None,
-        "best_update": end.best_update,
-        "best_loss": end.best_loss,
-        "seconds": round(end.seconds),
-        "left_out": end.left_out or None,
-        "stopped": end.stop_reason or None,
-    }
-
-
-# event class -> its name in the JSON, and the values that follow
-EVENTS_AS_JSON: "Mapping[str, tuple[str, Callable[[Any], dict[str, Any]]]]" = {
-    "TrainPlan": ("plan", plan_values),
-    "UpdateDone": ("update", update_values),
-    "ValidationDone": ("validation", validation_values),
-    "CheckpointSaved": ("checkpoint", saved_values),
-    "RecordLeftOut": ("left_out", left_out_values),
-    "TestEvaluated": ("test", test_values),
-    "TrainEnd": ("end", end_values),
-}

@@ -1,26 +1,26 @@
 """Checkpoints of a run: everything the next update depends on, exact to the bit.
 
 ``checkpoints/step-000120/`` holds ``state.safetensors`` (float32 weights, optimizer state, reward
-shift) and ``state.json`` (counters, the configuration, fingerprints of model and data). The order
-of the data and all random draws follow from the seed and the counters. A folder gets its name only
-when it is complete.
+shift) and ``state.json`` (counters, recent losses, the configuration, fingerprints of model and
+data, a digest of the arrays). The order of the data and all random draws follow from the seed and
+the counters. A folder gets its name only when it is complete and on the disk.
 """
 
 import json
-import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from internvl3_mlx.errors import CheckpointError, UserError
-from internvl3_mlx.files import atomic_folder, recover_folder
+from internvl3_mlx.files import atomic_folder, content_digest, recover_folder
 from internvl3_mlx.json_files import read_json
 from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.loss_history import LossHistory
 from internvl3_mlx.training.objectives import ObjectiveState
 from internvl3_mlx.training.params import Arrays
 from internvl3_mlx.training.trainer import TrainState, sync_weights
@@ -28,6 +28,7 @@ from internvl3_mlx.training.trainer import TrainState, sync_weights
 FOLDER, ARRAYS, METADATA = "checkpoints", "state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
 FORMAT_VERSION = 3  # of state.json: raised when older ones can no longer be read
+REQUIRED = ("update", "micro_steps", "processes", "config", "identity")  # of state.json
 # settings that change nothing of what is computed from one update to the next
 CHANGEABLE = frozenset({
     "model", "data", "valid_data", "adapter_path", "resume_adapter_file", "cache_features",
@@ -35,7 +36,7 @@ CHANGEABLE = frozenset({
     "compile",
     "grad_checkpoint", "steps_per_report",
     "steps_per_eval", "val_batches", "eval_accuracy", "patience", "save_every", "keep_last",
-    "report_to",
+    "report_to", "save_minutes", "peer_timeout",
 })  # fmt: skip
 
 
@@ -44,7 +45,8 @@ class RunProgress:
     """What a run knows besides its weights.
 
     identity: fingerprints of the model and the data. bad_records: location -> error of records that
-    could not be read.
+    could not be read. anchors: the updates of the last two checkpoints that were due by
+    ``save_every``, the last one first. A run steps back to one of them, wherever else it was saved.
     """
 
     identity: Mapping[str, str]
@@ -53,6 +55,19 @@ class RunProgress:
     validations_since_best: int = 0
     seconds: float = 0.0
     bad_records: Mapping[str, str] = field(default_factory=dict)
+    anchors: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "RunProgress":
+        """Read the progress from ``state.json``; what an older version did not write is new."""
+        names = [name for name in cls.__dataclass_fields__ if name in metadata]
+        found = cls(**{name: metadata[name] for name in names})
+        first, second = metadata.get("anchors", (metadata["update"], 0))
+        return replace(found, anchors=(first, second))
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that cannot be read, or whose content is not what was written."""
 
 
 def save_checkpoint(
@@ -62,12 +77,10 @@ def save_checkpoint(
     write_extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Save a checkpoint under ``run`` and return its folder; ``write_extra`` adds files to it."""
-    target = run / FOLDER / f"step-{state.update:06d}"
+    target = checkpoint_folder(run, state.update)
     metadata = {
         "format": FORMAT_VERSION,
-        "update": state.update,
-        "micro_steps": state.micro_steps,
-        "failed_updates": state.failed_updates,
+        **counters(state),
         "processes": state.ranks.size,
         "total_updates": state.total_updates,
         "config": state.config.to_dict(),
@@ -75,6 +88,7 @@ def save_checkpoint(
     }
     with atomic_folder(target, overwrite=True, replaceable=("*",)) as aside:
         mx.save_safetensors(str(aside / ARRAYS), state_arrays(state))
+        metadata["digest"] = content_digest(aside / ARRAYS)
         (aside / METADATA).write_text(json.dumps(metadata, indent=2, default=dict) + "\n", "utf-8")
         if write_extra is not None:
             write_extra(aside)
@@ -97,15 +111,34 @@ def state_arrays(state: TrainState) -> Arrays:
 def load_checkpoint(state: TrainState, folder: Path) -> RunProgress:
     """Restore the state saved in ``folder`` and return the run's progress.
 
-    Raises CheckpointError when the folder is not a checkpoint, or one of other weights.
+    Raises DamagedCheckpointError for a folder that cannot be read, and CheckpointError for one that
+    another version wrote or that holds other weights; the state is then unchanged.
     """
     metadata = read_metadata(folder)
-    weights, optimizer, objective = group_arrays(read_state_arrays(folder))
+    weights, optimizer, objective = group_arrays(read_state_arrays(folder, metadata))
     check_same_weights(state, weights, folder)
     set_state(state, weights, optimizer, objective)
-    state.update, state.micro_steps = metadata["update"], metadata["micro_steps"]
-    state.failed_updates = metadata["failed_updates"]
-    return RunProgress(**{name: metadata[name] for name in RunProgress.__dataclass_fields__})
+    set_counters(state, metadata)
+    return RunProgress.from_metadata(metadata)
+
+
+def counters(state: TrainState) -> dict[str, Any]:
+    """Return what a state counts, as values that JSON can hold exactly."""
+    return {
+        "update": state.update,
+        "micro_steps": state.micro_steps,
+        "losses": state.losses.to_dict(),
+        "rate_factor": state.rate_factor,
+    }
+
+
+def set_counters(state: TrainState, saved: Mapping[str, Any]) -> None:
+    """Undo ``counters``. A checkpoint is good, so no bad updates are carried over."""
+    state.update, state.micro_steps = saved["update"], saved["micro_steps"]
+    state.losses = replace(
+        LossHistory.from_dict(saved.get("losses", {})), bad_updates=0, first_bad=0
+    )
+    state.rate_factor = saved.get("rate_factor", 1.0)
 
 
 def set_state(
@@ -125,25 +158,9 @@ def broadcast_state(state: TrainState, progress: RunProgress) -> RunProgress:
     if ranks.size == 1:
         return progress
     set_state(state, *group_arrays(ranks.broadcast(state_arrays(state))))
-    best = math.nan if progress.best_loss is None else progress.best_loss
-    counts = mx.array(
-        [
-            state.update,
-            state.micro_steps,
-            state.failed_updates,
-            progress.validations_since_best,
-            progress.best_update,
-        ]
-    )
-    counts, best_loss = ranks.broadcast([counts, mx.array([best])])
-    state.update, state.micro_steps, state.failed_updates, since_best, best_update = counts.tolist()
-    [best] = best_loss.tolist()
-    return replace(
-        progress,
-        best_loss=None if math.isnan(best) else best,
-        best_update=best_update,
-        validations_since_best=since_best,
-    )
+    saved = ranks.broadcast_json(counters(state) | asdict(progress))
+    set_counters(state, saved)
+    return RunProgress.from_metadata(saved | {"bad_records": progress.bad_records})
 
 
 def group_arrays(arrays: Arrays) -> tuple[Arrays, dict[str, Any], Arrays]:
@@ -163,27 +180,38 @@ def group_arrays(arrays: Arrays) -> tuple[Arrays, dict[str, Any], Arrays]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``state.json``; raises CheckpointError where there is none to read."""
+    """Read a checkpoint's ``state.json``.
+
+    Raises DamagedCheckpointError where there is none to read, CheckpointError for one that this
+    version cannot read.
+    """
     try:
         metadata = read_json(folder / METADATA)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder} is not a training checkpoint: {error}") from error
+        raise DamagedCheckpointError(f"{folder} is not a training checkpoint: {error}") from error
     version = metadata.get("format")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has checkpoint format {version}, but this version of internvl3-mlx reads "
             f"format {FORMAT_VERSION}; resume with the version that wrote it, or start a new run"
         )
+    if missing := [name for name in REQUIRED if name not in metadata]:
+        raise DamagedCheckpointError(f"{folder} is not a training checkpoint: no {missing[0]!r}")
     found: dict[str, Any] = metadata
     return found
 
 
-def read_state_arrays(folder: Path) -> Arrays:
-    """Read a checkpoint's ``state.safetensors``."""
+def read_state_arrays(folder: Path, metadata: Mapping[str, Any]) -> Arrays:
+    """Read a checkpoint's ``state.safetensors``; raises DamagedCheckpointError."""
+    path = folder / ARRAYS
     try:
-        found: Any = mx.load(str(folder / ARRAYS))
+        expected = metadata.get("digest")  # missing in checkpoints of earlier versions
+        if expected is not None and content_digest(path) != expected:
+            raise DamagedCheckpointError(f"{path} is not what was saved: its digest differs")
+        found: Any = mx.load(str(path))
+        mx.eval(found)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read {folder / ARRAYS}: {error}") from error
+        raise DamagedCheckpointError(f"cannot read {path}: {error}") from error
     arrays: Arrays = found
     return arrays
 
@@ -230,6 +258,16 @@ def check_same_run(differences: list[str], folder: Path) -> None:
         )
 
 
+def checkpoint_folder(run: Path, update: int) -> Path:
+    """Return where the checkpoint of an update is, or would be."""
+    return run / FOLDER / f"step-{update:06d}"
+
+
+def checkpoint_update(folder: Path) -> int:
+    """Return the update of a checkpoint's folder."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """List the complete checkpoints of a run, the latest last."""
     found = [
@@ -240,9 +278,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Remove all but the last checkpoints, and what a killed run left half-written."""
+def prune_checkpoints(run: Path, keep: int, protected: Collection[Path] = ()) -> None:
+    """Remove all but the last checkpoints, and what a killed run left half-written.
+
+    protected: checkpoints that stay, whatever their age.
+    """
     for path in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path not in protected:
+            shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(run):
         recover_folder(path)

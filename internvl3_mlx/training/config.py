@@ -25,12 +25,13 @@ from internvl3_mlx.training.config_fields import (
     TRAINABLE_PARTS,
 )
 from internvl3_mlx.training.data_config import DataConfig, check_data_conflicts
+from internvl3_mlx.training.run_config import RunConfig
 
 PREFERENCE_METHOD = "mpo"  # the method that reads preference pairs; the others read conversations
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig):
+class TrainConfig(DataConfig, RunConfig):
     """Everything that decides what a training run computes and where it writes.
 
     A setting that is not given takes the preset of its ``method`` (``PRESETS``), and without one
@@ -162,42 +163,6 @@ class TrainConfig(DataConfig):
     )
     cache_reference: bool = config_field(
         False, "Preference", "Cache the reference log-probabilities on disk."
-    )
-    grad_checkpoint: bool = config_field(
-        False, "Memory", "Recompute activations in the backward pass to save memory."
-    )
-    memory_limit: float | None = config_field(
-        None,
-        "Memory",
-        "Save and stop if memory use exceeds this many GB.",
-        low=0,
-        default_text="the GPU's limit",
-    )
-    compile: bool = config_field(
-        False, "Memory", "Compile the training step; pads samples to a few lengths."
-    )
-    steps_per_report: int = config_field(10, "Run", "Updates between progress reports.", low=1)
-    steps_per_eval: int = config_field(100, "Run", "Updates between validations.", low=1)
-    val_batches: int | None = config_field(
-        None, "Run", "Number of validation batches.", low=1, default_text="all"
-    )
-    eval_accuracy: bool = config_field(
-        False, "Run", "Measure the exact-match rate of the answers to the validation data."
-    )
-    patience: int | None = config_field(
-        None,
-        "Run",
-        "Stop after this many validations without a lower loss.",
-        low=1,
-        default_text="never",
-    )
-    save_every: int = config_field(100, "Run", "Updates between checkpoints.", low=1)
-    keep_last: int = config_field(2, "Run", "Number of checkpoints to keep.", low=1)
-    report_to: tuple[str, ...] = config_field(
-        (),
-        "Run",
-        f"Loggers besides the CSV: {', '.join(LOGGERS)}, comma-separated.",
-        metavar="NAMES",
     )
 
     if not TYPE_CHECKING:  # editors and type checkers read the signature of __init__

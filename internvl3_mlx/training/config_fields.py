@@ -15,5 +15,6 @@ TRAINABLE_PARTS = (LORA, "language_model", "mlp1", "vision_model", "lm_head")
 MODEL_PARTS = TRAINABLE_PARTS[1:4]
 REWARD_SHIFTS = ("running", "zero")
 BAD_ROW_POLICIES = ("skip", "stop")  # what to do about a record that cannot be read
+ON_LOSS_SPIKE = ("step-back", "stop", "ignore")  # when the loss has exploded
 TILE_SHARING = ("shared", "each")  # of the tile limit, among the images of a record
 RANDOM: Literal["random"] = "random"  # of v2pe_delta: drawn for each image

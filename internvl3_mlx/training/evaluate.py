@@ -35,7 +35,7 @@ def evaluate_loss(
         )
         numerator = numerator + output.numerator
         denominator = denominator + output.denominator
-        mx.eval(numerator, denominator, output.metrics)
+        state.ranks.evaluate(numerator, denominator, output.metrics)
         add_metrics(metrics, output.metrics)
     numerator, denominator = state.ranks.all_sum((numerator, denominator))
     return as_float(numerator / denominator), state.ranks.mean_metrics(metrics)

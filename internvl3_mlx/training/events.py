@@ -3,7 +3,8 @@
 ``TaskProgress`` while data is checked and reference log-probabilities are computed, ``DataChecked``
 and ``TrainPlan`` once each, then for every update an ``UpdateDone``, followed by ``ValidationDone``
 and ``CheckpointSaved`` where they are due, ``TestEvaluated`` where there is test data, and
-``TrainEnd`` last. ``RecordLeftOut`` names a record that could not be read, after its update.
+``TrainEnd`` last. ``RecordLeftOut`` names a record that could not be read, after its update, and
+``SteppedBack`` says that the updates since an earlier one are made again.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointSaved",
     "DataChecked",
     "RecordLeftOut",
+    "SteppedBack",
     "StopCause",
     "TaskProgress",
     "TestEvaluated",
@@ -49,7 +51,8 @@ class TrainPlan:
     """What is about to be trained. Nothing has been written yet: stop here for a dry run.
 
     tokens, tiles: of the training split, once through. samples_per_update: over all processes; None
-    with packing, where it varies. completed_updates: of a resumed run.
+    with packing, where it varies. completed_updates: of a resumed run. disk_bytes: what the run
+    writes; free_bytes: on its disk.
     """
 
     method: str
@@ -66,6 +69,8 @@ class TrainPlan:
     samples_per_update: int | None
     processes: int
     completed_updates: int
+    disk_bytes: int = 0
+    free_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,19 @@ class RecordLeftOut:
     location: str
     error: str
     total: int
+
+
+@dataclass(frozen=True)
+class SteppedBack:
+    """The loss had exploded: the run went back from an update to an earlier one.
+
+    rate_factor: what the learning rate is multiplied by from now on. loss: of ``update``.
+    """
+
+    update: int
+    to_update: int
+    rate_factor: float
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,7 @@ TrainEvent = (
     | TrainPlan
     | UpdateDone
     | RecordLeftOut
+    | SteppedBack
     | ValidationDone
     | CheckpointSaved
     | TestEvaluated

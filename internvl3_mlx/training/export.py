@@ -21,7 +21,7 @@ from internvl3_mlx.convert.pipeline import (
 )
 from internvl3_mlx.convert.plan import plan_conversion
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.files import atomic_folder
+from internvl3_mlx.files import atomic_folder, atomic_write
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear, lora_layers
 from internvl3_mlx.training.checkpoint import ARRAYS, METADATA
@@ -120,7 +120,8 @@ def save_adapter_files(session: TrainSession) -> None:
     try:
         write_adapter_files(session, aside)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            os.replace(aside / name, session.folder / name)
+            with atomic_write(session.folder / name) as temporary:
+                os.replace(aside / name, temporary)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

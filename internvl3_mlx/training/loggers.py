@@ -85,6 +85,12 @@ class LoggerList:
         for logger in self.loggers:
             logger.log(row)
 
+    def rewind(self, update: int) -> None:
+        """Drop the rows after an update, where that is possible: they are made again."""
+        for logger in self.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.rewind(update)
+
 
 @dataclass(eq=False)
 class CSVLogger:
@@ -95,8 +101,12 @@ class CSVLogger:
     rows: list[MetricsRow] = field(init=False)
 
     def __post_init__(self) -> None:
-        rows = read_metrics(self.run / METRICS_FILE)
-        self.rows = [row for row in rows if (row[UPDATE] or 0) <= self.after]
+        self.rows = [*read_metrics(self.run / METRICS_FILE)]
+        self.rewind(self.after)
+
+    def rewind(self, update: int) -> None:
+        """Keep the rows up to an update."""
+        self.rows = [row for row in self.rows if (row[UPDATE] or 0) <= update]
         self.rewrite()
 
     def log(self, row: MetricsRow) -> None:
@@ -138,13 +148,18 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     with path.open(encoding="utf-8", newline="") as file:
         try:
             return [
-                {name: float(text) if text else None for name, text in row.items()}
+                {name: parse_number(text) if text else None for name, text in row.items()}
                 for row in csv.DictReader(file)
             ]
         except (ValueError, TypeError) as error:
             raise TrainingError(
                 f"{path} is not a metrics table written by a run; move it to another folder"
             ) from error
+
+
+def parse_number(text: str) -> float | int:
+    """Read a number as it was written, so that a resumed run's table does not change."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def make_logger(name: str, config: TrainConfig, run: Path) -> Logger:

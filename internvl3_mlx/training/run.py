@@ -3,22 +3,21 @@
 import math
 import os
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 
 import mlx.core as mx
 
 from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.errors import InternVL3Error, UserError
+from internvl3_mlx.files import is_disk_full
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import MemoryNeed, working_memory
-from internvl3_mlx.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from internvl3_mlx.training.checkpoint import list_checkpoints
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import CONFIG_FILE, write_config_file
-from internvl3_mlx.training.distributed import init_distributed
+from internvl3_mlx.training.distributed import ProcessGroup, init_distributed, watch_peers
 from internvl3_mlx.training.evaluate import evaluate_loss, exact_match_rate
 from internvl3_mlx.training.events import (
     CheckpointSaved,
@@ -38,8 +37,6 @@ from internvl3_mlx.training.export import (
     remove_run,
     result_folder,
     save_best,
-    save_results,
-    write_adapter_files,
 )
 from internvl3_mlx.training.loggers import (
     GB,
@@ -48,6 +45,18 @@ from internvl3_mlx.training.loggers import (
     metrics_row,
     open_loggers,
 )
+from internvl3_mlx.training.loss_history import MAX_BAD_AT_END
+from internvl3_mlx.training.peers import PeerError
+from internvl3_mlx.training.recovery import step_back
+from internvl3_mlx.training.saving import (
+    SaveClock,
+    check_disk_space,
+    disk_full_error,
+    is_save_due,
+    prune_confirmed,
+    resume_advice,
+    save_run,
+)
 from internvl3_mlx.training.session import (
     TrainSession,
     describe_plan,
@@ -55,7 +64,7 @@ from internvl3_mlx.training.session import (
     resume_session,
 )
 from internvl3_mlx.training.setup import RunSetup, prepare_run
-from internvl3_mlx.training.trainer import make_updates
+from internvl3_mlx.training.trainer import DivergedError, make_updates
 from internvl3_mlx.vlm import ignore_message
 
 CACHE_FRACTION = 8  # of the GPU's memory limit, for freed buffers that may be reused
@@ -71,6 +80,7 @@ def train(
     config: TrainConfig,
     *,
     resume: bool = False,
+    resume_from: int | None = None,
     overwrite: bool = False,
     accept_changes: bool = False,
     stop_requested: Callable[[], bool] = never,
@@ -83,28 +93,57 @@ def train(
     it later keeps the last checkpoint but saves no new one.
 
     resume: continue the run in ``config.adapter_path`` from its last checkpoint, to the bit.
+    resume_from: continue from the checkpoint of this update instead.
     overwrite: remove what an earlier run wrote to that folder.
     accept_changes: resume even when settings, model or data have changed.
     stop_requested: called after every update; once it returns True, the run saves and ends.
     notify: called with one line when something takes long, such as a download.
 
     Raises UserError for contradictory arguments or a folder in use, DataError for faulty data, and
-    TrainingError when the loss stays NaN or infinite; the last good state is saved first.
+    TrainingError when the loss explodes too often or another process is lost; the last good state
+    is saved first.
     """
-    ranks = init_distributed()
-    if ranks.is_main:
-        check_run_folder(config, resume=resume, overwrite=overwrite)
-        check_loggers(config)
-    setup = yield from check_data(config, notify=notify)
-    for split in setup.splits.values():
-        split.report.raise_errors()
-    session = yield from open_train_session(setup, ranks)
+    with watch_peers(init_distributed(), config.peer_timeout, notify) as ranks:
+        session = yield from open_session(
+            config, ranks, notify, resume=resume, resume_from=resume_from, overwrite=overwrite,
+            accept_changes=accept_changes,
+        )  # fmt: skip
+        with ranks.all_or_none():
+            need = check_disk_space(session) if ranks.is_main else None
+        yield describe_plan(session, need.total if need else 0, need.free if need else 0)
+        if overwrite and ranks.is_main:
+            remove_run(session.folder)
+        yield from run_session(session, stop_requested)
+
+
+def open_session(
+    config: TrainConfig,
+    ranks: ProcessGroup,
+    notify: Callable[[str], None],
+    *,
+    resume: bool,
+    resume_from: int | None,
+    overwrite: bool,
+    accept_changes: bool,
+) -> Generator[TrainEvent, None, TrainSession]:
+    """Check everything, load the model, and resume; an error on one rank ends all of them."""
+    with ranks.all_or_none():
+        if resume_from is not None and not resume:
+            raise UserError("resume_from needs resume: pass --resume --from STEP")
+        if ranks.is_main:
+            check_run_folder(config, resume=resume, overwrite=overwrite)
+            check_loggers(config)
+    with ranks.all_or_none():
+        setup = yield from check_data(config, notify=notify)
+        for split in setup.splits.values():
+            split.report.raise_errors()
+    with ranks.all_or_none():
+        session = yield from open_train_session(setup, ranks)
     if resume:
-        resume_session(session, accept_changes=accept_changes)
-    yield describe_plan(session)
-    if overwrite and ranks.is_main:
-        remove_run(session.folder)
-    yield from run_session(session, stop_requested)
+        resume_session(
+            session, accept_changes=accept_changes, from_update=resume_from, notify=notify
+        )
+    return session
 
 
 def check_data(
@@ -157,33 +196,79 @@ def run_session(
     """Make the remaining updates of a session, and yield what happens.
 
     A requested stop takes effect after the current update, which is then saved. All files are
-    complete at any time. After a fault, the last good state is saved before the error is raised.
+    complete at any time. After a fault, or an interrupt in the middle of an update, the last good
+    state is saved before the error is raised.
     """
     state = session.state
     if state.ranks.is_main:
         session.folder.mkdir(parents=True, exist_ok=True)
         write_config_file(session.config, session.folder / CONFIG_FILE)
     opened = open_loggers(session.config, session.folder, state.update, is_main=state.ranks.is_main)
-    loss, stop = None, None
-    with limited_memory(), opened as loggers:
-        try:
-            for done in make_updates(state, session.remaining_batches()):
-                yield done
-                loss = done.loss
-                yield from report_left_out(session)
-                stop = yield from finish_update(session, done, loggers, stop_requested)
-                if stop:
-                    break
-        except (InternVL3Error, OSError, RuntimeError):  # MLX and its ring raise RuntimeError
-            saved = None
-            with suppress(InternVL3Error, OSError, RuntimeError):  # the first error matters
-                saved = save_run(session, final=True)
-            with explained_gpu_errors(Task.TRAINING, resume_advice(session, saved)):
-                raise
-        if session.setup.test and (stop is None or stop[0] == "patience"):
+    clock = SaveClock()
+    with limited_memory(), opened as loggers, saved_on_error(session, clock):
+        run = RunLoop(session, loggers, clock, stop_requested)
+        yield from run.iterate()
+        if session.setup.test and (run.stop is None or run.stop[0] == "patience"):
             yield run_test(session)
     yield from report_left_out(session)
-    yield describe_end(session, loss, stop)
+    yield describe_end(session, run.loss, run.stop)
+
+
+@dataclass(eq=False)
+class RunLoop:
+    """The updates of a run with what follows each. loss: of the last; stop: why it ended early."""
+
+    session: TrainSession
+    loggers: LoggerList
+    clock: SaveClock
+    stop_requested: Callable[[], bool] = never
+    loss: float | None = None
+    stop: Stop | None = None
+
+    def iterate(self) -> Iterator[TrainEvent]:
+        """Make updates to the end; when the loss has exploded, go back and repeat some."""
+        while True:
+            try:
+                yield from self.make_updates()
+            except DivergedError as error:
+                back = step_back(self.session, error, self.loss or math.nan)
+                self.loggers.rewind(back.to_update)
+                yield back
+            else:
+                return
+
+    def make_updates(self) -> Iterator[TrainEvent]:
+        session = self.session
+        for done in make_updates(session.state, session.remaining_batches()):
+            yield done
+            self.loss = done.loss
+            yield from report_left_out(session)
+            self.stop = yield from finish_update(
+                session, done, self.loggers, self.clock, self.stop_requested
+            )
+            if self.stop:
+                return
+
+
+@contextmanager
+def saved_on_error(session: TrainSession, clock: SaveClock) -> Iterator[None]:
+    """Save the last whole update if the block fails or is interrupted, and say how to go on."""
+    try:
+        yield
+    except DivergedError:  # what is left is saved, or nothing is good
+        raise
+    except (InternVL3Error, OSError, RuntimeError, KeyboardInterrupt) as error:
+        with suppress(InternVL3Error, OSError, RuntimeError):  # the first error matters
+            if session.state.update and session.state.losses.is_good:
+                save_run(session, clock, final=not isinstance(error, KeyboardInterrupt))
+        if not session.state.ranks.is_main:
+            raise
+        if isinstance(error, PeerError):
+            raise PeerError(f"{error}; {resume_advice(session)}") from error
+        if is_disk_full(error):
+            raise disk_full_error(session) from error
+        with explained_gpu_errors(Task.TRAINING, resume_advice(session)):
+            raise
 
 
 def report_left_out(session: TrainSession) -> Iterator[RecordLeftOut]:
@@ -204,12 +289,7 @@ def run_test(session: TrainSession) -> TestEvaluated:
     return TestEvaluated(loss, metrics, exact_match)
 
 
-def resume_advice(session: TrainSession, saved: Path | None) -> str:
-    """Say how a run that broke off can go on; nothing where nothing could be saved."""
-    if saved is None:
-        return ""
-    folder = quote(str(session.folder))
-    return f"the run is saved: internvl3 train --resume --adapter-path {folder}"
+UNDONE: list[ExitStack] = []  # contexts that cannot be left, since a sum never finishes
 
 
 @contextmanager
@@ -218,19 +298,23 @@ def limited_memory() -> Generator[None, None, None]:
 
     Batches differ in length, so freed buffers rarely fit again and would accumulate.
     """
-    mx.reset_peak_memory()
-    cache = mx.set_cache_limit(gpu_memory_limit() // CACHE_FRACTION)
-    try:
-        with working_memory(MemoryNeed(mx.get_active_memory())):
+    with ExitStack() as stack:
+        mx.reset_peak_memory()
+        cache = mx.set_cache_limit(gpu_memory_limit() // CACHE_FRACTION)
+        stack.callback(mx.set_cache_limit, cache)
+        stack.enter_context(working_memory(MemoryNeed(mx.get_active_memory())))
+        try:
             yield
-    finally:
-        mx.set_cache_limit(cache)
+        except PeerError:  # MLX would wait for the sum before it frees memory; the process ends
+            UNDONE.append(stack.pop_all())
+            raise
 
 
 def finish_update(
     session: TrainSession,
     done: UpdateDone,
     loggers: LoggerList,
+    clock: SaveClock,
     stop_requested: Callable[[], bool],
 ) -> Generator[ValidationDone | CheckpointSaved, None, Stop | None]:
     """Validate, log and save where due; return why the run should stop now, if it should."""
@@ -242,9 +326,14 @@ def finish_update(
     loggers.log(metrics_row(done, validation))
     if validation:
         yield validation
+    if last and session.state.losses.bad_updates > MAX_BAD_AT_END:
+        raise DivergedError("the loss or gradient was NaN, infinite or far too high at the end")
+    prune_confirmed(session)
     stop = None if last else find_stop(session, done, stop_requested)
-    if last or stop or done.update % config.save_every == 0:
-        folder = save_run(session, final=last or stop is not None)
+    if stop and not session.state.losses.is_good:
+        stop = stop[0], f"{stop[1]}; the last updates were bad and are not saved"
+    if last or (stop and session.state.losses.is_good) or is_save_due(session, clock):
+        folder = save_run(session, clock, final=last or stop is not None)
         if folder is not None:
             yield CheckpointSaved(done.update, folder)
     return stop
@@ -289,18 +378,6 @@ def find_stop(
             "--grad-checkpoint, a smaller --batch-size or a smaller --max-tiles"
         )
     return None
-
-
-def save_run(session: TrainSession, *, final: bool) -> Path | None:
-    """Save a checkpoint and the result so far; None on ranks that do not write files."""
-    session.dataloader.flush()
-    if not session.state.ranks.is_main:
-        return None
-    extra = partial(write_adapter_files, session) if session.config.uses_adapters else None
-    saved = save_checkpoint(session.state, session.folder, session.progress, extra)
-    save_results(session, final=final)
-    prune_checkpoints(session.folder, session.config.keep_last)
-    return saved
 
 
 def describe_end(session: TrainSession, loss: float | None, stop: Stop | None) -> TrainEnd:

@@ -1,7 +1,7 @@
 """A run that is set up: the model with its trained parameters, the data loader, the folder."""
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -13,9 +13,11 @@ from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.checkpoint import (
+    DamagedCheckpointError,
     RunProgress,
     broadcast_state,
     check_same_run,
+    checkpoint_update,
     find_differences,
     list_checkpoints,
     load_checkpoint,
@@ -41,17 +43,25 @@ from internvl3_mlx.training.optimizers import warmup_updates
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
 from internvl3_mlx.training.trainable import count_parameters, set_trainable
 from internvl3_mlx.training.trainer import MicroBatch, TrainState
+from internvl3_mlx.vlm import ignore_message
 
 
 @dataclass(eq=False)
 class TrainSession:
-    """The state of a model in training with its data. progress: what else the run knows."""
+    """The state of a model in training with its data.
+
+    progress: what else the run knows. start: the weights before the first update, if adapters alone
+    are trained; whole parts would take too much memory. abandoned: checkpoints of updates that are
+    made again.
+    """
 
     setup: RunSetup
     state: TrainState
     dataloader: DataLoader
     progress: RunProgress
     adapted_layers: tuple[str, ...] = ()
+    start: Mapping[str, mx.array] | None = None
+    abandoned: set[Path] = field(default_factory=set[Path])
 
     @property
     def config(self) -> TrainConfig:
@@ -114,7 +124,8 @@ def open_train_session(
     )
     if config.compile:
         state.compiled_step = CompiledStep(state)
-    return TrainSession(setup, state, loader, RunProgress(setup.identity), adapted)
+    start = dict(state.weights) if config.adapters_only else None
+    return TrainSession(setup, state, loader, RunProgress(setup.identity), adapted, start)
 
 
 def total_records(setup: RunSetup) -> int:
@@ -191,29 +202,73 @@ def check_batch_count(batches: int, ranks: ProcessGroup) -> None:
         )
 
 
-def resume_session(session: TrainSession, *, accept_changes: bool) -> None:
-    """Restore the last checkpoint of the run's folder; only rank 0 needs to have it.
+def resume_session(
+    session: TrainSession,
+    *,
+    accept_changes: bool,
+    from_update: int | None = None,
+    notify: Callable[[str], None] = ignore_message,
+) -> None:
+    """Restore the last whole checkpoint of the run's folder; only rank 0 needs to have it.
 
-    Raises UserError when there is none, or it belongs to a different run.
+    from_update: the checkpoint of this update instead; later ones are removed at the next save.
+    Raises UserError when there is none, or it belongs to a different run, on all ranks.
     """
     state = session.state
-    if state.ranks.is_main:
-        found = list_checkpoints(session.folder)
-        if not found:
-            raise UserError(
-                f"no checkpoint in {session.folder} to resume from; drop --resume to start a new "
-                "run, or name the run's folder with --adapter-path"
-            )
-        if not accept_changes:
-            metadata, identity = read_metadata(found[-1]), session.setup.identity
-            differences = find_differences(metadata, state.config, identity, state.ranks.size)
-            check_same_run(differences, found[-1])
-        session.progress = load_checkpoint(state, found[-1])
-        session.dataloader.bad_records.found |= session.progress.bad_records
+    with state.ranks.all_or_none():
+        if state.ranks.is_main:
+            found = find_checkpoints(session.folder, from_update)
+            restored = restore_last(session, found, notify, accept_changes=accept_changes)
+            session.abandoned |= {
+                path
+                for path in list_checkpoints(session.folder)
+                if checkpoint_update(path) > checkpoint_update(restored)
+            }
+            session.dataloader.bad_records.found |= session.progress.bad_records
     session.progress = broadcast_state(state, session.progress)
 
 
-def describe_plan(session: TrainSession) -> TrainPlan:
+def find_checkpoints(folder: Path, update: int | None) -> list[Path]:
+    """List the checkpoints to try, the best first; raises UserError if there is none."""
+    found = list_checkpoints(folder)[::-1]
+    if not found:
+        raise UserError(
+            f"no checkpoint in {folder} to resume from; drop --resume to start a new "
+            "run, or name the run's folder with --adapter-path"
+        )
+    chosen = [path for path in found if update in (None, checkpoint_update(path))]
+    if not chosen:
+        updates = ", ".join(str(checkpoint_update(path)) for path in found[::-1])
+        raise UserError(f"no checkpoint of update {update} in {folder}; there are {updates}")
+    return chosen
+
+
+def restore_last(
+    session: TrainSession,
+    checkpoints: list[Path],
+    notify: Callable[[str], None],
+    *,
+    accept_changes: bool,
+) -> Path:
+    """Restore the first of the checkpoints that is whole, and return it."""
+    for path in checkpoints:
+        try:
+            if not accept_changes:
+                state, identity = session.state, session.setup.identity
+                metadata = read_metadata(path)
+                differences = find_differences(metadata, state.config, identity, state.ranks.size)
+                check_same_run(differences, path)
+            session.progress = load_checkpoint(session.state, path)
+        except DamagedCheckpointError as error:
+            if path == checkpoints[-1]:
+                raise
+            notify(f"{error}; trying the checkpoint before it")
+        else:
+            return path
+    raise AssertionError("no checkpoint to try")
+
+
+def describe_plan(session: TrainSession, disk_bytes: int = 0, free_bytes: int = 0) -> TrainPlan:
     """Describe what will be trained on which data, and for how long."""
     config, state, setup = session.config, session.state, session.setup
     counts, sizes = count_parameters(state.model), setup.train.report.sizes
@@ -233,4 +288,6 @@ def describe_plan(session: TrainSession) -> TrainPlan:
         samples_per_update=None if config.packing else samples,
         processes=state.ranks.size,
         completed_updates=state.update,
+        disk_bytes=disk_bytes,
+        free_bytes=free_bytes,
     )

@@ -5,7 +5,6 @@ The loop yields metrics; when to log, validate, save and stop is decided by the 
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -21,6 +20,8 @@ from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup
+from internvl3_mlx.training.interrupts import deferred_interrupts
+from internvl3_mlx.training.loss_history import LossHistory
 from internvl3_mlx.training.objectives import Objective, ObjectiveState
 from internvl3_mlx.training.optimizers import (
     build_optimizer,
@@ -34,7 +35,6 @@ from internvl3_mlx.training.params import Arrays, Tree, as_float, named_arrays
 from internvl3_mlx.training.trainable import set_train_mode
 
 SUMMED_METRICS = ("tokens",)  # metrics an update already has as sums
-MAX_FAILED_UPDATES = 5  # in a row with a NaN or infinite loss: the run has diverged
 
 # (numerator, denominator, metrics, shift, count), gradients
 StepOutput = tuple[tuple[Any, ...], Tree]
@@ -78,8 +78,10 @@ class TrainState:
     """A model in training: everything that changes from update to update and is checkpointed.
 
     weights: the float32 master copy of the trained weights; the model holds them in its compute
-    dtype. micro_steps: batches this rank has read. failed_updates: in a row. compiled_step:
-    replaces the plain computation of a micro-step.
+    dtype. micro_steps: batches this rank has read in whole updates. losses: the health of the run.
+    rate_factor: multiplies the learning rate, 1/2 after each step back. compiled_step: replaces the
+    plain computation of a micro-step. All of it changes at the end of an update, and all at once:
+    between updates, and in the middle of one, it is the state after the last whole update.
     """
 
     model: InternVL
@@ -91,7 +93,8 @@ class TrainState:
     objective_state: ObjectiveState = field(default_factory=ObjectiveState)
     update: int = 0
     micro_steps: int = 0
-    failed_updates: int = 0
+    losses: LossHistory = field(default_factory=LossHistory)
+    rate_factor: float = 1.0
     weights: Arrays = field(init=False)
     optimizer: optim.Optimizer = field(init=False)
 
@@ -101,12 +104,17 @@ class TrainState:
         self.optimizer.init(self.weights)
 
 
+class DivergedError(TrainingError):
+    """The loss was bad in several updates in a row: the weights are broken."""
+
+
 def make_updates(state: TrainState, micro_batches: Iterator[MicroBatch]) -> Iterator[UpdateDone]:
     """Make updates until all are done or the micro-batches run out, and yield each.
 
     Gradients are those of the summed numerators over the summed denominators of all micro-steps and
     ranks: four batches of 2 give the same update as one batch of 8. An update with a NaN or
-    infinite loss or gradient is skipped and reported; five in a row raise TrainingError.
+    infinite loss or gradient is skipped and reported. Several bad updates in a row, as
+    ``loss_history`` defines them, raise DivergedError.
     """
     while state.update < state.total_updates:
         group = islice(micro_batches, state.config.grad_accumulation_steps)
@@ -114,39 +122,41 @@ def make_updates(state: TrainState, micro_batches: Iterator[MicroBatch]) -> Iter
         if done is None:
             return
         yield done
-        if state.failed_updates >= MAX_FAILED_UPDATES:
-            raise TrainingError(
-                f"the loss or gradient was NaN or infinite in {state.failed_updates} updates in a "
-                f"row, up to update {state.update}; lower --learning-rate or choose another --dtype"
+        if state.losses.has_diverged:
+            raise DivergedError(
+                f"the loss or gradient was NaN, infinite or far too high in "
+                f"{state.losses.bad_updates} updates in a row, up to update {state.update}; lower "
+                "--learning-rate or choose another --dtype"
             )
 
 
 def make_update(state: TrainState, micro_batches: Iterator[MicroBatch]) -> UpdateDone | None:
     """Accumulate gradients over some micro-batches and update the weights; None without any."""
-    started, objective_state = time.perf_counter(), state.objective_state
-    total = Accumulator()
+    started = time.perf_counter()
+    total = Accumulator(objective_state=state.objective_state)
     set_train_mode(state.model)
-    with undo_on_error(state):
-        for micro_batch in micro_batches:
-            micro_step(state, micro_batch, total)
+    for micro_batch in micro_batches:
+        micro_step(state, micro_batch, total)
     if not total.micro_steps:
         return None
     loss, gradients = average_over_ranks(state.ranks, total)
     norm = global_norm(gradients)
-    state.update += 1
-    rate = learning_rate_at(state.config, state.update, state.total_updates)
-    skipped = not np.isfinite([as_float(loss), as_float(norm)]).all()
-    if skipped:
-        state.failed_updates, state.objective_state = state.failed_updates + 1, objective_state
-    else:
-        state.failed_updates = 0
-        apply_update(state, clip_gradients(gradients, norm, state.config.max_grad_norm), rate)
+    rate = state.rate_factor * learning_rate_at(state.config, state.update + 1, state.total_updates)
+    values = as_float(loss), as_float(norm)
+    skipped = not np.isfinite(values).all()
+    with deferred_interrupts():
+        if not skipped:
+            apply_update(state, clip_gradients(gradients, norm, state.config.max_grad_norm), rate)
+            state.objective_state = total.objective_state
+        state.update, state.micro_steps = state.update + 1, state.micro_steps + total.micro_steps
+        ignore = state.config.on_loss_spike == "ignore"
+        state.losses = state.losses.after(state.update, *values, ignore=ignore)
     return UpdateDone(
         update=state.update,
-        loss=as_float(loss),
+        loss=values[0],
         metrics=state.ranks.mean_metrics(total.metrics),
         learning_rate=rate,
-        grad_norm=as_float(norm),
+        grad_norm=values[1],
         tokens=state.ranks.sum_count(total.tokens),
         trained_tokens=state.ranks.sum_count(total.targets),
         seconds=time.perf_counter() - started,
@@ -155,21 +165,11 @@ def make_update(state: TrainState, micro_batches: Iterator[MicroBatch]) -> Updat
     )
 
 
-@contextmanager
-def undo_on_error(state: TrainState) -> Iterator[None]:
-    """Discard the micro-steps of an interrupted update, so that a save holds the last whole one."""
-    before = state.micro_steps, state.objective_state
-    try:
-        yield
-    except BaseException:
-        state.micro_steps, state.objective_state = before
-        raise
-
-
 @dataclass(eq=False)
 class Accumulator:
-    """Sums over the micro-steps of one update."""
+    """Sums over the micro-steps of one update. objective_state: after the last of them."""
 
+    objective_state: ObjectiveState
     numerator: mx.array = field(default_factory=lambda: mx.array(0.0))
     denominator: mx.array = field(default_factory=lambda: mx.array(0.0))
     gradients: Arrays = field(default_factory=dict)
@@ -189,8 +189,8 @@ def average_over_ranks(ranks: ProcessGroup, total: Accumulator) -> tuple[mx.arra
 
 def micro_step(state: TrainState, micro_batch: MicroBatch, total: Accumulator) -> None:
     """Add one batch's numerator, denominator and gradients to the sums, and evaluate them."""
-    mx.random.seed(micro_step_seed(state))
-    compute = state.compiled_step or loss_and_grads(state, state.objective_state)
+    mx.random.seed(micro_step_seed(state, state.micro_steps + total.micro_steps))
+    compute = state.compiled_step or loss_and_grads(state, total.objective_state)
     (numerator, denominator, metrics, shift, count), found = compute(micro_batch)
     gradients = master_weights(dict(named_arrays(found)))
     if total.gradients:
@@ -198,21 +198,20 @@ def micro_step(state: TrainState, micro_batch: MicroBatch, total: Accumulator) -
     total.gradients = gradients
     total.numerator = total.numerator + numerator
     total.denominator = total.denominator + denominator
-    state.objective_state = ObjectiveState(shift, count)
-    mx.eval(total.numerator, total.denominator, gradients, metrics, shift, count)
+    total.objective_state = ObjectiveState(shift, count)
+    state.ranks.evaluate(total.numerator, total.denominator, gradients, metrics, shift, count)
     add_metrics(total.metrics, metrics)
     total.tokens += len(micro_batch.batch.input_ids)
     total.targets += len(micro_batch.batch.targets)
     total.micro_steps += 1
-    state.micro_steps += 1
 
 
-def micro_step_seed(state: TrainState) -> int:
+def micro_step_seed(state: TrainState, micro_step: int) -> int:
     """Derive the seed of a micro-step from the run's seed, the rank and the micro-step's number.
 
     A resumed run draws what it would have drawn, without any saved generator state.
     """
-    key = (state.config.seed, state.ranks.rank, state.micro_steps)
+    key = (state.config.seed, state.ranks.rank, micro_step)
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 

@@ -1,6 +1,7 @@
 """``internvl3 train`` by whole screens."""
 
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -314,6 +315,32 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder, terminal):
     assert "resume with: internvl3 train --resume --adapter-path adapters" in screen
     assert len(list_checkpoints(folder / "adapters")) == 1
     assert (folder / "adapters" / "adapter_model.safetensors").exists()
+
+
+LONG_UPDATES = ("--iters", "400", "--save-every", "300", "--grad-accumulation-steps", "60")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_whole_updates(folder, terminal):
+    program = terminal("--data", "data", *SHORT, *LONG_UPDATES)
+    program.wait_for(r"1 · loss")
+    program.type("\x03")
+    program.wait_for("press Ctrl-C again to stop at once")
+    program.type("\x03")
+    screen = program.wait_for("resume with: internvl3 train --resume --adapter-path adapters")
+    assert program.wait() == 130
+    assert "note: stopped at once; saved up to update 1" in screen
+    assert [path.name for path in list_checkpoints(folder / "adapters")] == ["step-000001"]
+
+
+def test_a_closed_terminal_saves_the_run(folder, terminal):
+    program = terminal("--data", "data", *SHORT, "--iters", "4000", "--save-every", "3000")
+    program.wait_for(r"3 · loss")
+    os.close(program.master)
+    assert program.process.wait(60) == 130
+    program.master = os.open(os.devnull, os.O_RDWR)
+    [saved] = list_checkpoints(folder / "adapters")
+    assert (folder / "adapters" / "adapter_model.safetensors").exists()
+    assert json.loads((saved / "state.json").read_text())["update"] >= 3
 
 
 def test_on_a_terminal_the_loss_mask_is_colored(terminal):

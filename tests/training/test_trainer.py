@@ -14,6 +14,7 @@ from fixtures.train_sessions import small_session, write_data
 from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.evaluate import evaluate_loss
+from internvl3_mlx.training.loss_history import MAX_BAD_UPDATES
 from internvl3_mlx.training.objectives import OBJECTIVES, LossOutput
 from internvl3_mlx.training.optimizers import (
     OPTIMIZERS,
@@ -23,7 +24,7 @@ from internvl3_mlx.training.optimizers import (
     learning_rate_at,
 )
 from internvl3_mlx.training.params import named_arrays
-from internvl3_mlx.training.trainer import MAX_FAILED_UPDATES, MicroBatch, make_updates
+from internvl3_mlx.training.trainer import MicroBatch, make_updates
 
 
 def trained(folder, updates, **settings):
@@ -156,7 +157,7 @@ def test_a_diverged_run_stops_with_the_last_good_weights(tmp_path):
     here = small_session(tmp_path, iters=20)
     here.state.objective = NaNObjective(set(range(3, 99)))
     steps = []
-    message = f"in {MAX_FAILED_UPDATES} updates in a row, up to update 7; lower --learning-rate"
+    message = f"in {MAX_BAD_UPDATES} updates in a row, up to update 7; lower --learning-rate"
     with pytest.raises(TrainingError, match=message):
         steps.extend(make_updates(here.state, here.remaining_batches()))
     assert all(np.isfinite(np.array(w)).all() for _, w in here.state.weights.items())
