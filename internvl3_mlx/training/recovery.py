@@ -91,7 +91,7 @@ def restore_start(session: TrainSession, error: DivergedError) -> None:
         )
     state = session.state
     state.optimizer = build_optimizer(state.config)
-    state.optimizer.init(session.start)
+    state.optimizer.init(dict(session.start))
     objective = {"shift": ObjectiveState().shift, "count": ObjectiveState().count}
     set_state(state, dict(session.start), state.optimizer.state, objective)
     set_counters(state, {"update": 0, "micro_steps": 0})
