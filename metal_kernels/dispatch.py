@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.device import on_gpu
+from internvl3_mlx.device import gpu_info, on_gpu
 from internvl3_mlx.errors import UserError
 
 MODE_VARIABLE = "INTERNVL3_KERNELS"
@@ -95,8 +95,7 @@ def device_name() -> str:
     """Return Metal's name of the GPU, such as Apple M3 Max."""
     if not metal_available():
         return "no Metal device"
-    describe = getattr(mx, "device_info", None) or mx.metal.device_info
-    return str(describe().get("device_name", "unknown device"))
+    return str(gpu_info().get("device_name", "unknown device"))
 
 
 def warn_user(line: str) -> None:

@@ -1,13 +1,15 @@
 """``internvl3 doctor``: runs self-checks and prints a report for bug reports."""
 
-import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
-from internvl3_mlx.cli import console, options, progress, system_info
-from internvl3_mlx.cli.flags import SectionedCommand
+from internvl3_mlx.cli import console, doctor_report, options, progress, system_info
+from internvl3_mlx.cli.doctor_report import without_private
+from internvl3_mlx.cli.flags import SectionedCommand, flag
+from internvl3_mlx.errors import UserError
 
 FAILED = 1
 SAMPLE_IMAGE, SAMPLE_QUESTION, EXPECTED_ANSWER = (
@@ -15,11 +17,9 @@ SAMPLE_IMAGE, SAMPLE_QUESTION, EXPECTED_ANSWER = (
     "What is this?",
     "dog",
 )  # what the demo model tells for sure
-PATH = re.compile(
-    r"(?<![\w.])(?:~|/[\w.+-]+)(?:/[\w.+-]+)+/?"
-)  # private, and of no use in a report
 OK, FALLS_BACK, WRONG = "ok", "falls back", "WRONG"
 NO_METAL = "not run: Metal is not available; MLX's own operations are used instead"
+STDOUT = "-"
 
 
 @click.command(
@@ -27,33 +27,75 @@ NO_METAL = "not run: Metal is not available; MLX's own operations are used inste
     short_help="Run self-checks and print a report for bug reports.",
     examples=(
         ("internvl3 doctor", "check this machine"),
+        ("internvl3 doctor --numbers", "and measure what its arithmetic gives"),
+        ("internvl3 doctor --report report.md", "everything, with speed, to paste into an issue"),
         ("internvl3 doctor --json > doctor.json", "a report to attach to an issue"),
     ),
 )
+@flag(
+    "Output", "--numbers", "numbers", is_flag=True,
+    help="Also measure rotation, rounding and functions, and say what follows.",
+)  # fmt: skip
+@flag(
+    "Output", "--report", "report", metavar="[FILE]", is_flag=False, flag_value=STDOUT,
+    type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
+    help="Write one Markdown report of all checks, numbers and a quick benchmark.",
+)  # fmt: skip
 @options.JSON_FLAG
 @options.QUIET_FLAG
 @options.debug_flag
-def doctor_command(as_json: bool, quiet: bool) -> None:
-    """Run self-checks of kernels, operations and the demo model, and print a report.
+def doctor_command(numbers: bool, report: Path | None, as_json: bool, quiet: bool) -> None:
+    """Run self-checks of operations, kernels and the demo model, and print a report.
 
     The report lists device, system, versions and memory. It contains no paths and no names, so it
     can be pasted into an issue as it is. A kernel that fails falls back to MLX's own operations;
     the exit code is 1 only if a result is wrong. INTERNVL3_KERNELS=off, on or force selects the
-    kernels to use.
+    kernels to use. --report takes a minute or two and shows how fast this machine is, too.
     """
+    if report is not None and as_json:
+        raise UserError("--report writes Markdown and --json prints JSON; choose one")
+    if report is not None:
+        doctor_report.check_target(report)
     system_info.report_kernel_fallbacks(quiet=True)  # the report lists what falls back
+    machine = describe_machine()
+    if not (as_json or report):  # at once: a fault of the GPU may end the process
+        console.print_table(system_info.format_sizes(machine))
+    checks = collect("checks", run_checks(), quiet=quiet)
+    result: dict[str, Any] = {**machine, "checks": checks, "verdict": summarize_checks(checks)}
+    if report is not None:
+        for grown in doctor_report.complete(result, quiet=quiet):
+            doctor_report.write(grown, report)
+        doctor_report.show(result, report)
+    else:
+        show_checks(result, numbers=numbers, as_json=as_json, quiet=quiet)
+    if any(check["result"] == WRONG for check in checks):
+        raise SystemExit(FAILED)
+
+
+def show_checks(result: dict[str, Any], *, numbers: bool, as_json: bool, quiet: bool) -> None:
+    """Print the checks, the numbers if asked for, and the verdict."""
+    verdict = result.pop("verdict")
+    if numbers:
+        result["numbers"] = doctor_report.measure(quiet=quiet)
+    if as_json:
+        console.print_json({**result, "verdict": verdict}, indent=2)
+        return
+    meanings = {entry["name"]: entry["meaning"] for entry in result.get("numbers", ())}
+    shown: dict[str, Any] = {"checks": result["checks"]}
+    if meanings:
+        shown["numbers"] = meanings
+    console.print_table({**shown, "verdict": verdict})
+
+
+def collect(name: str, checks: Iterator[dict[str, str]], *, quiet: bool) -> list[dict[str, str]]:
+    """Run all checks under a progress bar."""
     found: list[dict[str, str]] = []
     with progress.progress_bar(quiet=quiet) as advance:
-        for check in run_checks():
-            advance(check["check"], len(found), 0)
+        advance(name, 0, 0)
+        for check in checks:
             found.append(check)
-    report = {**describe_machine(), "checks": found, "verdict": summarize_checks(found)}
-    if as_json:
-        console.print_json(report, indent=2)
-    else:
-        console.print_table(system_info.format_sizes(report))
-    if any(check["result"] == WRONG for check in found):
-        raise SystemExit(FAILED)
+            advance(check["check"], len(found), 0)
+    return found
 
 
 def describe_machine() -> dict[str, Any]:
@@ -74,10 +116,18 @@ def describe_machine() -> dict[str, Any]:
 
 
 def run_checks() -> Iterator[dict[str, str]]:
-    """Run all checks, the kernels first."""
-    yield from check_kernels()
+    """Run all checks: MLX's operations, what we build of them, our kernels, the demo model."""
+    yield from smoke_test()
     yield from check_operations()
+    yield from check_kernels()
     yield check_demo_model()
+
+
+def smoke_test() -> Iterator[dict[str, str]]:
+    from internvl3_mlx.profiling.smoke_test import run_smoke_test
+
+    for result in run_smoke_test():
+        yield check_row(result.name, result.outcome.value, result.detail)
 
 
 def check_kernels() -> Iterator[dict[str, str]]:
@@ -113,7 +163,7 @@ def check_demo_model() -> dict[str, str]:
 
 
 def check_row(name: str, result: str, detail: str) -> dict[str, str]:
-    return {"check": name, "result": result, "detail": PATH.sub("…", detail)}
+    return {"check": name, "result": result, "detail": without_private(detail)}
 
 
 def summarize_checks(found: list[dict[str, str]]) -> str:

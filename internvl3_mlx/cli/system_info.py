@@ -40,7 +40,9 @@ def device_info() -> dict[str, Any]:
     """Return the device that MLX computes on, and its memory limits."""
     import mlx.core as mx
 
-    facts = mx.device_info()
+    from internvl3_mlx.device import gpu_info
+
+    facts = gpu_info() or mx.device_info()
     limits = {name: facts[key] for name, key in LIMITS.items() if key in facts}
     return {
         "device_name": str(facts.get("device_name", mx.default_device())),

@@ -14,7 +14,7 @@ import internvl3_mlx
 from internvl3_mlx.cli import doctor as doctor_module
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test, variants
-from internvl3_mlx.profiling import self_check
+from internvl3_mlx.profiling import self_check, smoke_test
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,8 @@ def _no_metal(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
     monkeypatch.delenv(dispatch.MODE_VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
+    some = {name: smoke_test.SMOKE_TEST[name] for name in ("matrix product", "gather")}
+    monkeypatch.setattr(smoke_test, "SMOKE_TEST", some)
     registry.read_thresholds.cache_clear()
     yield
     self_test.results.clear()
@@ -66,14 +68,36 @@ def test_the_report_is_one_json_object():
     report = json.loads(doctor("--json").stdout)
     assert report["versions"]["mlx"] == mx.__version__.split("+")[0]
     assert report["kernels"]["setting"] == "on"
-    assert [check["result"] for check in report["checks"]] == ["skipped", *["ok"] * 7]
+    assert [check["result"] for check in report["checks"]] == [*["ok"] * 8, "skipped", "ok"]
+    assert "numbers" not in report
+
+
+def test_the_device_is_shown_before_anything_is_tried(monkeypatch):
+    def die():
+        raise KeyboardInterrupt  # as a fault of the GPU ends the process
+
+    monkeypatch.setattr(doctor_module, "run_checks", die)
+    result = doctor()
+    assert result.exit_code == 130
+    assert "device name" in result.stdout
+    assert "mlx  " in result.stdout
+
+
+def test_numbers_are_measured_on_request_and_explained():
+    report = json.loads(doctor("--numbers", "--json").stdout)
+    assert [entry["name"] for entry in report["numbers"]] == [
+        "rotary embedding", "quantization", "functions", "float32 products", "head"
+    ]  # fmt: skip
+    assert all(entry["as_expected"] for entry in report["numbers"])
+    shown = doctor("--numbers").stdout
+    assert "numbers\n  rotary embedding  V2PE's positions are rotated to" in shown
 
 
 def test_kernels_that_work_and_kernels_that_do_not(a_mac):
     a_mac(Sound(), Sound("broken", fault="cannot open /Users/ada/Library/x.metallib: no"))
     result = doctor("--json")
     report = json.loads(result.stdout)
-    sound, broken, *_ = report["checks"]
+    sound, broken = report["checks"][8:10]
     assert sound == {"check": "sound", "result": "ok", "detail": "relative error 0"}
     assert broken["result"] == "falls back"
     assert broken["detail"] == "failed on this machine (cannot open …: no)"
@@ -88,7 +112,7 @@ def test_a_wrong_result_ends_with_an_exit_code(monkeypatch):
     result = doctor()
     assert result.exit_code == 1
     assert "attention, 8-bit cache               WRONG    relative error 5e-01" in result.stdout
-    assert "1 of 8 checks failed; please report this" in result.stdout
+    assert "1 of 10 checks failed; please report this" in result.stdout
 
 
 def test_a_model_that_fails_is_a_result(monkeypatch):

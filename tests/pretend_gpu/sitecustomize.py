@@ -60,16 +60,15 @@ class PatchingLoader(importlib.abc.Loader):
 
 def pretend_mac(mx: Any) -> None:
     """Answer as MLX does on a Mac; our own kernels see no Metal, since none could run."""
-    device_info = mx.device_info
+    device_info, gpu = mx.device_info, mx.Device(mx.gpu)
 
-    def describe(device: Any = None) -> dict[str, Any]:
-        asked = mx.default_device() if device is None else device
-        return dict(MAC) if mx.Device(asked) == mx.Device(mx.gpu) else device_info(asked)
+    def describe(device: Any = gpu) -> dict[str, Any]:
+        return dict(MAC) if device in (mx.gpu, gpu) else device_info(device)
 
     def is_available() -> bool:
         return "metal_kernels" not in sys._getframe(1).f_globals.get("__name__", "")
 
-    mx.default_device = lambda: mx.Device(mx.gpu)
+    mx.default_device = lambda: gpu
     mx.device_info = describe
     mx.metal.is_available = is_available
     mx.set_wired_limit = WiredLimit().set
