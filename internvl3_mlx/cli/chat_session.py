@@ -12,6 +12,7 @@ from internvl3_mlx.cli import console
 from internvl3_mlx.cli.endings import SETTING, describe_ending, require_complete
 from internvl3_mlx.cli.input_line import MediaSource, open_media, parse_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
+from internvl3_mlx.cli.thoughts import show_thoughts
 from internvl3_mlx.cli.thumbnails import ThumbnailEncoder
 from internvl3_mlx.errors import ImageError, UserError
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo
 
 STOPPED = "stopped; the text so far is part of the conversation"
-QUESTION_WITHDRAWN = "stopped before the first token; the question was removed"
-ANSWER_UNCHANGED = "stopped before the first token; the last answer is unchanged"
+QUESTION_WITHDRAWN = "stopped before the answer began; the question was removed"
+ANSWER_UNCHANGED = "stopped before the answer began; the last answer is unchanged"
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +164,8 @@ class ChatSession:
         writer = make_answer_writer()
         try:
             with closing(stream):  # type: ignore[type-var]
-                for chunk in self.show_spinner_until_first(stream):
+                chunks = self.show_spinner_until_first(stream)
+                for chunk in show_thoughts(chunks, quiet=self.quiet):
                     if self.log is not None:
                         self.log.add_text(chunk.text)
                     writer.add(chunk.text)

@@ -42,6 +42,17 @@ def write_answer(text: str) -> None:
     sys.stdout.flush()
 
 
+def write_thought(text: str, *, ended: bool = False) -> None:
+    """Write a piece of a thought, dim, on a terminal's stderr; elsewhere, nothing.
+
+    ended: end it with a blank line.
+    """
+    if is_interactive(sys.stderr):
+        shown = _paint(without_controls(text), dim=True) if text else ""
+        sys.stderr.write(shown + "\n\n" * ended)
+        sys.stderr.flush()
+
+
 def write_line(text: str = "") -> None:
     """Write one line of output to stdout."""
     print(visible(text), flush=True)

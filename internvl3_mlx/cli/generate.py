@@ -22,6 +22,7 @@ from internvl3_mlx.cli.input_line import (
 )
 from internvl3_mlx.cli.options import STDIN, OutputOptions
 from internvl3_mlx.cli.system_info import report_kernel_fallbacks
+from internvl3_mlx.cli.thoughts import show_thoughts
 from internvl3_mlx.errors import InternVL3Error, UserError
 
 if TYPE_CHECKING:
@@ -291,7 +292,8 @@ def load_vlm(
 def _stream(vlm: "VLM", images: "list[LoadedImage]", request: GenerateRequest) -> "Answer":
     """Write the answer as it is generated, and end its last line."""
     last, answer = "", None
-    for chunk in vlm.stream(request.question, images, **request.generation_options):
+    chunks = vlm.stream(request.question, images, **request.generation_options)
+    for chunk in show_thoughts(chunks, quiet=request.output.quiet):
         console.write_answer(chunk.text)
         last, answer = chunk.text or last, chunk.answer
     if not last.endswith("\n"):

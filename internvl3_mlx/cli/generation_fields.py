@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.json_files import parse_json_value
+from internvl3_mlx.generation.generation_config import CHOICE_MODES, GenerationConfig
 from internvl3_mlx.option_fields import FieldInfo
 
 if TYPE_CHECKING:
@@ -114,6 +114,17 @@ GENERATION_FIELDS: Mapping[str, tuple[type, FieldInfo]] = {
         "Answer", "Answer with text that matches a regular expression.", metavar="PATTERN",
     )),
     "choice": (str, FieldInfo("Answer", "Answer with one of these.", metavar="A,B,C")),
+    "choice_mode": (str, FieldInfo(
+        "Answer", "Choose by the likelihood of whole answers, or decode token by token.",
+        choices=CHOICE_MODES,
+    )),
+    "think": (bool, FieldInfo("Reasoning", "Think before answering; the thought is shown dim.")),
+    "think_budget": (int, FieldInfo(
+        "Reasoning", "Close the thought after this many tokens and go on to the answer.",
+    )),
+    "cot": (bool, FieldInfo(
+        "Reasoning", "Ask for step by step reasoning and a final answer.",
+    )),
     "lookup": (bool, FieldInfo(
         "Speed", "Speculative decoding from earlier text; greedy answers stay the same.",
         flags=("--lookup",),

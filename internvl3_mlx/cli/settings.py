@@ -39,8 +39,10 @@ MODEL_NAMES = (
 def setting_names() -> dict[str, tuple[str, bool]]:
     """Return every spelling without dashes, with its field and what it turns a switch to."""
     found: dict[str, tuple[str, bool]] = {}
-    for name, (_, info) in GENERATION_FIELDS.items():
+    for name, (kind, info) in GENERATION_FIELDS.items():
         found[name.replace("_", "-")] = (name, True)
+        if kind is bool and not info.flags:
+            found[f"no-{name.replace('_', '-')}"] = (name, False)
         for spelling in info.flags or (flag_name(name),):
             negative = spelling.startswith("--no-")
             found.setdefault(spelling.lstrip("-"), (name, not negative))

@@ -9,6 +9,7 @@ from internvl3_mlx.prompt.boxes import COORDINATE_SCALE, BoxForm, BoxUnit, read_
 
 FinishReason = Literal["stop", "length"]
 DECIMALS = 4
+OPTIONAL_KEYS = ("reasoning", "choices", "mean_log_prob")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,23 @@ class Box:
 
 
 @dataclass(frozen=True)
+class ChoiceScore:
+    """One of the given choices. ``log_prob``: the mean of its tokens and of the answer's end.
+
+    ``probability``: among the choices.
+    """
+
+    text: str
+    log_prob: float
+    probability: float
+
+
+@dataclass(frozen=True)
 class Answer:
     """One finished answer.
+
+    ``reasoning``: the thought before it; None unless ``think`` was on. ``choices``: the scores of
+    all choices, where they were ranked. ``mean_log_prob``: of the tokens, where it was asked for.
 
     ``peak_memory_gb``: the most that arrays took. ``held_memory_gb``: the most the system saw, with
     the freed buffers that MLX had not returned.
@@ -80,25 +96,37 @@ class Answer:
     boxes: tuple[Box, ...] = ()
     peak_memory_gb: float = 0.0
     held_memory_gb: float = 0.0
+    reasoning: str | None = None
+    choices: tuple[ChoiceScore, ...] = ()
+    mean_log_prob: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as the command line's ``--json`` prints them."""
+        """Return plain values, as the command line's ``--json`` prints them.
+
+        What was not asked for has no key: ``reasoning``, ``choices``, ``mean_log_prob``.
+        """
         content = {key: round_floats(value) for key, value in asdict(self).items()}
         content["images"] = [  # most have no note
             {key: value for key, value in asdict(image).items() if value is not None}
             for image in self.images
         ]
-        ordered = ("model", "text", "images", "boxes", "finish_reason", "usage", "timing")
-        return {key: content[key] for key in (*ordered, "peak_memory_gb", "held_memory_gb")}
+        ordered = ("model", "text", *OPTIONAL_KEYS, "images", "boxes", "finish_reason", "usage")
+        absent = {key for key in OPTIONAL_KEYS if content[key] in (None, [])}
+        keys = (*ordered, "timing", "peak_memory_gb", "held_memory_gb")
+        return {key: content[key] for key in keys if key not in absent}
 
 
 @dataclass(frozen=True)
 class AnswerChunk:
-    """A piece of text as it is generated. The last chunk carries the finished answer."""
+    """A piece of text as it is generated. The last chunk carries the finished answer.
+
+    ``reasoning``: a piece of the thought before the answer.
+    """
 
     text: str
     token_id: int | None = None
     answer: Answer | None = field(default=None, repr=False)
+    reasoning: str = ""
 
 
 def round_floats(value: object) -> object:

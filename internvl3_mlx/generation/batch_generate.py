@@ -43,6 +43,7 @@ def can_batch(runner: ModelRunner, batch: Sequence[ModelInputs], config: Generat
     """Tell whether a batch gives what each would alone: greedy, unquantized, no dynamic NTK."""
     sampled = config.temperature or needs_history(config)
     special = config.kv_bits or config.lookup or config.draft_model is not None
+    special = special or config.think_budget is not None
     if sampled or special or is_structured(config):
         return False
     text = runner.config.text

@@ -47,7 +47,8 @@ class Conversation:
 
     One answer at a time, also where several threads ask: the second one gets PromptError. When
     generation is interrupted, by closing the stream or by an exception, the tokens so far become
-    the answer; if there are none, nothing has changed.
+    the answer; if there are none, or only a thought, nothing has changed. A thought is never part
+    of the history.
     """
 
     runner: ModelRunner
@@ -281,7 +282,8 @@ class Conversation:
                 ids += [] if chunk.token_id is None else [chunk.token_id]
                 yield chunk
         finally:
-            if ids or complete:
+            thinks = config.think and not text.strip()
+            if complete or (ids and not thinks):
                 answered = replace(exchange, answer=text.strip(), complete=complete)
                 self.exchanges = recorded = [*before, answered]  # before anything else can fail
                 if self.ids_match_text(ids, text, config):

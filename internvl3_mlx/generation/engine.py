@@ -1,6 +1,6 @@
 """The decoding engine: prefill and decode steps over ids and arrays; it knows no text or images."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -73,8 +73,13 @@ class Engine:
                 mx.clear_cache()
         return self.model.language_model.head(states[:, -1])
 
-    def decode(self, ids: mx.array, logits: mx.array, limit: int) -> Iterator[int]:
-        """Yield up to ``limit`` tokens; the next is computed while the caller handles this one."""
+    def decode(
+        self, ids: mx.array, logits: mx.array, limit: int
+    ) -> Generator[int, int | None, None]:
+        """Yield up to ``limit`` tokens; the next is computed while the caller handles this one.
+
+        A token that is sent takes the place of the next one.
+        """
         history = ids.reshape(-1)
         token = mark_not_finite(self.sampler(history, logits), logits)
         mx.async_eval(token)
@@ -86,8 +91,8 @@ class Engine:
                 logits = self.step(token)
                 following = mark_not_finite(self.sampler(history, logits), logits)
                 mx.async_eval(following)
-            yield check_token(int(token.item()))  # type: ignore[arg-type]
-            token = following
+            forced = yield check_token(int(token.item()))  # type: ignore[arg-type]
+            token = following if forced is None else mx.array([forced], dtype=mx.int32)
 
     def step(self, token: mx.array) -> mx.array:
         """Read one token, (1,) -> logits (1, vocab). Positions of generated text step by 1."""
@@ -123,6 +128,10 @@ class Engine:
         text = self.model.config.text
         beyond = self.num_cached + ahead + 1 > text.max_position_embeddings
         return self.ntk and beyond and text.rope_dynamic_factor is not None
+
+    def remaining_context(self) -> int:
+        """Return how many positions are left after those that were read."""
+        return remaining_context(self.next_position, self.model.config.text, ntk=self.ntk)
 
     def rotary(self, positions: Positions, length: int) -> Rotary:
         return self.model.language_model.rotary(positions, length, ntk=self.ntk)

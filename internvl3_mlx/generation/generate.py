@@ -4,13 +4,27 @@ An interruption at any point leaves the prompt cache consistent.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from internvl3_mlx.generation.answer import Answer, AnswerChunk, Timing, Usage, locate_boxes
+from internvl3_mlx.generation.answer import (
+    Answer,
+    AnswerChunk,
+    ChoiceScore,
+    Timing,
+    Usage,
+    locate_boxes,
+)
+from internvl3_mlx.generation.choices import (
+    check_choice_length,
+    choice_scores,
+    encode_choices,
+    rank_choices,
+    score_sequences,
+)
 from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prefill import Prefill, open_prefill
@@ -18,7 +32,8 @@ from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.speculative import AcceptanceStats, Drafter, SpeculativeDecoder
 from internvl3_mlx.generation.stream import TextStream
-from internvl3_mlx.generation.structured import is_structured, make_constraint
+from internvl3_mlx.generation.structured import make_constraint, needs_constraint
+from internvl3_mlx.generation.thinking import ThoughtBudget, ThoughtSplitter, make_thought_budget
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import GB, BufferCache, MemoryNeed, working_memory
 from internvl3_mlx.models.internvl import InternVL
@@ -32,6 +47,7 @@ class Generation:
     """The answer to ``inputs`` while it is generated.
 
     ``generated_ids``: every generated token, the one that ended the answer included.
+    ``choices``: the scores of the choices, once they are ranked.
     ``weights_nbytes``: bytes of the model, with its draft model.
     """
 
@@ -46,6 +62,7 @@ class Generation:
     weights_nbytes: int = 0
     acceptance: AcceptanceStats = field(default_factory=AcceptanceStats)
     generated_ids: list[int] = field(default_factory=list[int])
+    choices: tuple[ChoiceScore, ...] = ()
 
     def stream(self) -> Iterator[AnswerChunk]:
         """Yield the answer as it is generated; the last chunk carries the finished ``Answer``."""
@@ -60,14 +77,16 @@ class Generation:
         with self.committed(prefill):
             features = prefill.encode_images()
             timer.lap("vision_s")
-            for token, new_text in text.decode(self.record(self.decode_tokens(prefill, features))):
+            tokens = self.record(self.decode_tokens(prefill, features, text))
+            for token, new_text in text.decode(tokens):
                 buffers.end_token(self.prompt_cache.nbytes)
                 timer.mark_token()
-                yield AnswerChunk(new_text, token)
+                yield AnswerChunk(new_text, token, reasoning=text.new_reasoning)
         timer.mark_token()
         rest = text.flush()
         held = buffers.measure()
-        yield AnswerChunk(rest, None, self.make_answer(text, timer, prefill.num_reused, held))
+        answer = self.make_answer(text, timer, prefill.num_reused, held)
+        yield AnswerChunk(rest, None, answer, text.new_reasoning)
 
     @contextmanager
     def committed(self, prefill: Prefill) -> Iterator[None]:
@@ -98,23 +117,45 @@ class Generation:
     def start(self, timer: "StageTimer") -> tuple[Prefill, mx.array]:
         """Encode the images and read the prompt; return logits (1, vocab) of the first token."""
         prefill = self.open_prefill()
+        return prefill, self.read_prompt(prefill, timer)
+
+    def read_prompt(self, prefill: Prefill, timer: "StageTimer") -> mx.array:
+        """Encode the images and read the prompt; return logits (1, vocab) of the first token."""
         features = prefill.encode_images()
         timer.lap("vision_s")
-        return prefill, prefill.run(features)
+        return prefill.run(features)
 
-    def decode_tokens(self, prefill: Prefill, features: mx.array | None) -> Iterator[int]:
-        """Prefill, then yield tokens in the way that the generation config asks for."""
+    def decode_tokens(
+        self, prefill: Prefill, features: mx.array | None, text: TextStream
+    ) -> Iterator[int]:
+        """Prefill, then yield tokens in the way that the generation config asks for.
+
+        text: decodes each token before it asks for the next.
+        """
         logits = prefill.run(features)
         config, engine, limit = self.generation_config, prefill.engine, prefill.max_tokens
         ids = self.inputs.input_ids[None]
-        if is_structured(config):
+        if config.ranks_choices:
+            return self.choose(prefill, logits)
+        if needs_constraint(config):
             vocab_size = self.model.config.text.vocab_size
             constraint = make_constraint(config, self.tokenizer, vocab_size)
             return constraint.decode(engine, ids, logits, limit)
         if self.make_drafter is None:
-            return engine.decode(ids, logits, limit)
+            budget = make_thought_budget(config, self.tokenizer)
+            tokens = engine.decode(ids, logits, limit)
+            return tokens if budget is None else decode_within_budget(tokens, budget, text)
         decoder = SpeculativeDecoder(self.make_drafter(), config.num_draft_tokens, self.acceptance)
         return decoder.decode(engine, self.inputs.token_ids, logits, limit)
+
+    def choose(self, prefill: Prefill, logits: mx.array) -> Iterator[int]:
+        """Rank the choices and yield the tokens of the best. logits: (1, vocab)."""
+        config, engine = self.generation_config, prefill.engine
+        sequences = encode_choices(config.choice, self.tokenizer)
+        check_choice_length(sequences, engine.remaining_context())
+        scores = score_sequences(engine, logits, [*sequences.values()])
+        self.choices = choice_scores([*sequences], scores)
+        yield from [*sequences.values()][rank_choices(scores, config)]
 
     def record(self, tokens: Iterable[int]) -> Iterator[int]:
         """Yield ``tokens`` and append each to ``generated_ids``."""
@@ -124,8 +165,11 @@ class Generation:
 
     def make_text_stream(self) -> TextStream:
         config = self.generation_config
-        detokenizer = self.tokenizer.detokenizer(keep_boxes=config.keep_boxes)
-        return TextStream(detokenizer, self.tokenizer.stop_ids, config.stop)
+        detokenizer = self.tokenizer.detokenizer(
+            keep_boxes=config.keep_boxes, keep_tags=config.think
+        )
+        splitter = ThoughtSplitter() if config.think else None
+        return TextStream(detokenizer, self.tokenizer.stop_ids, config.stop, thought=splitter)
 
     def make_answer(
         self, text: TextStream, timer: "StageTimer", num_reused: int, held_nbytes: int
@@ -156,7 +200,27 @@ class Generation:
             boxes=locate_boxes(text_with_tags, inputs.images),
             peak_memory_gb=mx.get_peak_memory() / GB,
             held_memory_gb=max(held_nbytes, mx.get_peak_memory()) / GB,
+            reasoning=text.reasoning if self.generation_config.think else None,
+            choices=self.choices,
         )
+
+
+def decode_within_budget(
+    tokens: Generator[int, int | None, None], budget: ThoughtBudget, text: TextStream
+) -> Iterator[int]:
+    """Yield tokens, and in their place those that close a thought which has used up its budget.
+
+    text: decodes each token before it asks for the next.
+    """
+    assert text.thought is not None
+    forced: int | None = None
+    while True:
+        try:
+            token = tokens.send(forced)
+        except StopIteration:
+            return
+        yield token
+        forced = budget.next_token(text.thought.part)
 
 
 class StageTimer:

@@ -9,10 +9,13 @@ from typing import Any, Protocol, TypedDict, cast
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.prompt.messages import Message
+from internvl3_mlx.prompt.reasoning import thinking_system_prompt
 
 KV_BITS = (4, 8)
 KV_GROUP_SIZES = (32, 64, 128)
 CONSTRAINTS = ("json_schema", "regex", "choice")
+LIKELIHOOD, GREEDY = "likelihood", "greedy"
+CHOICE_MODES = (LIKELIHOOD, GREEDY)
 
 V2PEDelta = float | str | Fraction
 JSONSchema = Mapping[str, Any] | str | bool
@@ -54,7 +57,10 @@ class GenerationConfig:
     lookup: speculative decoding by prompt lookup. draft_model: speculative decoding with a smaller
     model, or its name. Neither changes the answer.
     json_schema, regex, choice: constrain the answer; at most one. A schema is a mapping or JSON
-    text.
+    text. choice_mode: ``likelihood`` scores each choice as a whole answer, ``greedy`` decodes token
+    by token within the choices.
+    think: ask for a thought before the answer, which becomes ``Answer.reasoning`` and no part of
+    the history; it is closed after think_budget tokens. cot: ask for step by step reasoning.
     """
 
     system: str | None = None
@@ -87,6 +93,10 @@ class GenerationConfig:
     json_schema: JSONSchema | None = None
     regex: str | None = None
     choice: tuple[str, ...] = ()
+    choice_mode: str = LIKELIHOOD
+    think: bool = False
+    think_budget: int | None = None
+    cot: bool = False
 
     def __post_init__(self) -> None:
         for name in ("stop", "video", "history", "choice"):  # one string or path is a list of one
@@ -101,7 +111,22 @@ class GenerationConfig:
             )
         if self.kv_group_size not in KV_GROUP_SIZES:
             raise UserError(f"kv_group_size is {self.kv_group_size}; choose 32, 64 or 128")
+        if self.choice_mode not in CHOICE_MODES:
+            raise UserError(
+                f"choice_mode is {self.choice_mode}; choose from {', '.join(CHOICE_MODES)}"
+            )
         self._check_constraints()
+        self._check_thinking()
+
+    @property
+    def ranks_choices(self) -> bool:
+        """Whether the answer is the most likely of the choices, each scored as a whole."""
+        return bool(self.choice) and self.choice_mode == LIKELIHOOD
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt with what the thinking mode adds; None for the model's own."""
+        return thinking_system_prompt(self.system) if self.think else self.system
 
     def _check_constraints(self) -> None:
         given = [name for name in CONSTRAINTS if getattr(self, name)]
@@ -111,6 +136,23 @@ class GenerationConfig:
             raise UserError(
                 f"speculative decoding cannot be combined with {given[0]}; "
                 "drop lookup and draft_model"
+            )
+
+    def _check_thinking(self) -> None:
+        if self.think_budget is not None and not self.think:
+            raise UserError(
+                f"think_budget is {self.think_budget}, but think is off; set think first, or drop "
+                "think_budget"
+            )
+        if self.think and self.cot:
+            raise UserError("think and cot are mutually exclusive; choose one")
+        given = next((name for name in CONSTRAINTS if getattr(self, name)), None)
+        if self.think and given:
+            raise UserError(f"think cannot be combined with {given}; drop one of them")
+        if self.think_budget is not None and (self.lookup or self.draft_model is not None):
+            raise UserError(
+                "think_budget cannot be combined with speculative decoding; drop lookup and "
+                "draft_model"
             )
 
 
@@ -147,6 +189,10 @@ class GenerationOptions(TypedDict, total=False):
     json_schema: JSONSchema | None
     regex: str | None
     choice: str | Sequence[str]
+    choice_mode: str
+    think: bool
+    think_budget: int | None
+    cot: bool
 
 
 UNBOUNDED = 1_000_000_000
@@ -164,6 +210,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "quantized_kv_start": (0, UNBOUNDED),
     "prefill_step_size": (1, UNBOUNDED),
     "num_draft_tokens": (1, 16),
+    "think_budget": (1, UNBOUNDED),
 }
 
 

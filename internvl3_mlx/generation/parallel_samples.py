@@ -6,6 +6,7 @@ them is left to the caller.
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.generation.sampler import Sampler, make_sampler, needs_history
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import is_structured
+from internvl3_mlx.generation.thinking import ThoughtBudget, make_thought_budget
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import BufferCache, working_memory
 from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
@@ -49,10 +51,33 @@ def generate_samples(
     seed = config.seed
     if seed is None:
         seed = int(mx.random.randint(0, SEED_RANGE).item())  # type: ignore[arg-type]
-    cache, seeds = PromptCache(), range(seed, seed + count)
-    if count == 1 or not can_sample_together(runner, config):
-        return [runner.answer(inputs, replace(config, seed=one), cache) for one in seeds]
-    return sample_together(runner, inputs, config, cache, seeds)
+    configs = [replace(config, seed=one) for one in range(seed, seed + count)]
+    if count == 1:
+        return [runner.answer(inputs, configs[0])]
+    answers = dict(stream_samples(runner, inputs, configs))
+    return [answers[index] for index in range(count)]
+
+
+def stream_samples(
+    runner: ModelRunner,
+    inputs: ModelInputs,
+    configs: Sequence[GenerationConfig],
+    cache: PromptCache | None = None,
+    *,
+    log_probs: bool = False,
+) -> Iterator[tuple[int, Answer]]:
+    """Yield one answer for each config, with its index, as each ends.
+
+    The configs differ in their seed and in how they sample, nothing else. cache: what it holds is
+    not read again, and it keeps the prompt afterwards. log_probs: measure ``mean_log_prob``, only
+    where answers are decoded together.
+    """
+    cache = PromptCache() if cache is None else cache
+    if can_sample_together(runner, configs[0]):
+        yield from sample_together(runner, inputs, configs, cache, log_probs=log_probs)
+        return
+    for index, config in enumerate(configs):
+        yield index, runner.answer(inputs, config, cache)
 
 
 def can_sample_together(runner: ModelRunner, config: GenerationConfig) -> bool:
@@ -69,122 +94,161 @@ def can_sample_together(runner: ModelRunner, config: GenerationConfig) -> bool:
 
 @dataclass(eq=False)
 class Candidate:
-    """One of the answers. ``rng_seed``: the state of its random numbers, as a seed of MLX."""
+    """One of the answers. ``rng_seed``: the state of its random numbers, as a seed of MLX.
+
+    prompt_ids: empty where the sampler needs no history. forced: the id that the next token must
+    have. log_prob: the sum over its tokens.
+    """
 
     text: TextStream
+    sampler: Sampler
     rng_seed: int
     tokens_left: int
+    prompt_ids: list[int]
+    budget: ThoughtBudget | None = None
+    forced: int | None = None
+    log_prob: float = 0.0
     generated_ids: list[int] = field(default_factory=list[int])
 
-    def sample(
-        self, sampler: Sampler, prompt_ids: list[int], logits: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def sample(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """Sample a token with this answer's random numbers: logits (1, vocab) -> (1,).
 
-        Returns with it the random key to continue with, (2,). prompt_ids: empty where the sampler
-        needs no history.
+        Returns with it the random key to continue with, (2,). A forced token draws as well, as it
+        does where an answer is decoded alone.
         """
         mx.random.seed(self.rng_seed)
-        history = [*prompt_ids, *self.generated_ids] if prompt_ids else []
-        token = sampler(mx.array(history, dtype=mx.int32), logits)
+        history = [*self.prompt_ids, *self.generated_ids] if self.prompt_ids else []
+        token = self.sampler(mx.array(history, dtype=mx.int32), logits)
+        if self.forced is not None:
+            token = mx.array([self.forced], dtype=token.dtype)
         state: Any = mx.random.state
         return token, state[0]
 
-    def accept(self, token: int, key: Sequence[int]) -> bool:
+    def accept(self, token: int, key: Sequence[int], log_prob: float) -> bool:
         """Append the sampled token; return False when the answer is complete."""
         self.rng_seed = key[0] << KEY_WORD_BITS | key[1]
         self.generated_ids.append(token)
+        self.log_prob += log_prob
         for _ in self.text.decode([token]):
             self.tokens_left -= 1
+        if self.budget is not None and self.text.thought is not None:
+            self.forced = self.budget.next_token(self.text.thought.part)
         return self.tokens_left > 0 and self.text.finish_reason != "stop"
 
 
 def sample_together(
     runner: ModelRunner,
     inputs: ModelInputs,
-    config: GenerationConfig,
+    configs: Sequence[GenerationConfig],
     cache: PromptCache,
-    seeds: Sequence[int],
-) -> list[Answer]:
-    """Prefill once, then decode one token of every answer at each step."""
-    generation = runner.open_generation(inputs, config, cache)
+    *,
+    log_probs: bool = False,
+) -> Iterator[tuple[int, Answer]]:
+    """Prefill once, then decode one token of every answer at each step; yield each as it ends."""
+    generation = runner.open_generation(inputs, configs[0], cache)
     need = generation.memory_need()
-    need = replace(need, cache=need.cache * len(seeds))
+    need = replace(need, cache=need.cache * len(configs))
     with explained_gpu_errors(Task.ANSWER), working_memory(need) as buffers:
-        return decode_together(generation, seeds, buffers)
+        yield from decode_together(generation, configs, buffers, log_probs=log_probs)
 
 
 def decode_together(
-    generation: Generation, seeds: Sequence[int], buffers: BufferCache
-) -> list[Answer]:
-    """Decode one answer for each seed; ``buffers`` are cleared whenever the KV caches grow."""
-    inputs, config = generation.inputs, generation.generation_config
+    generation: Generation,
+    configs: Sequence[GenerationConfig],
+    buffers: BufferCache,
+    *,
+    log_probs: bool,
+) -> Iterator[tuple[int, Answer]]:
+    """Decode one answer for each config; ``buffers`` are cleared whenever the KV caches grow."""
+    inputs = generation.inputs
     timer = StageTimer(time.perf_counter())
     mx.reset_peak_memory()
-    prefill, logits = generation.start(timer)
-    candidates = [
-        Candidate(generation.make_text_stream(), seed, prefill.max_tokens) for seed in seeds
-    ]
-    answers: dict[int, Answer] = {}
-    steps = decode_samples(prefill.engine, candidates, config, inputs.token_ids, logits)
-    for cache_nbytes, ended in steps:
-        buffers.end_token(cache_nbytes)
-        timer.mark_token()
-        for index in ended:
-            text = candidates[index].text
-            text.flush()
-            num_reused = len(inputs.token_ids) if index else 0
-            answers[index] = generation.make_answer(text, timer, num_reused, buffers.measure())
-    return [answers[index] for index in sorted(answers)]
+    prefill = generation.open_prefill()
+    with generation.committed(prefill):
+        logits = generation.read_prompt(prefill, timer)
+        candidates = [make_candidate(generation, one, prefill.max_tokens) for one in configs]
+        steps = decode_samples(prefill.engine, candidates, logits, log_probs=log_probs)
+        with closing(steps):  # type: ignore[type-var]
+            for cache_nbytes, ended in steps:
+                buffers.end_token(cache_nbytes)
+                timer.mark_token()
+                for index in ended:
+                    one = candidates[index]
+                    one.text.flush()
+                    num_reused = len(inputs.token_ids) if index else prefill.num_reused
+                    answer = generation.make_answer(one.text, timer, num_reused, buffers.measure())
+                    mean = one.log_prob / len(one.generated_ids) if log_probs else None
+                    yield index, replace(answer, mean_log_prob=mean)
+
+
+def make_candidate(generation: Generation, config: GenerationConfig, max_tokens: int) -> Candidate:
+    """Prepare one answer. config: decides how it samples, and its seed."""
+    assert config.seed is not None
+    return Candidate(
+        text=generation.make_text_stream(),
+        sampler=make_sampler(replace(config, seed=None)),
+        rng_seed=config.seed,
+        tokens_left=max_tokens,
+        prompt_ids=generation.inputs.token_ids if needs_history(config) else [],
+        budget=make_thought_budget(config, generation.tokenizer),
+    )
 
 
 def decode_samples(
-    engine: Engine,
-    candidates: Sequence[Candidate],
-    config: GenerationConfig,
-    prompt_ids: list[int],
-    logits: mx.array,
+    engine: Engine, candidates: Sequence[Candidate], logits: mx.array, *, log_probs: bool
 ) -> Iterator[tuple[int, list[int]]]:
     """Decode all answers together.
 
     Yields at each step the bytes of the KV caches, and the indices of the answers that ended.
 
-    logits: (1, vocab) of the first token.
+    logits: (1, vocab) of the first token. The engine's cache holds the prompt again at the end.
     """
-    sampler = make_sampler(replace(config, seed=None))
-    history = prompt_ids if needs_history(config) else []
     quantization = engine.kv_quantization
     layout = None if quantization is None else supported_row_layout(engine.model, quantization)
     caches = [SharedPrefixKVCache(layer, layout, CACHE_HEADROOM) for layer in engine.cache]
     engine.cache.clear()  # the shared caches hold their own copy: free the prompt's
+    position = engine.next_position
     live = dict(enumerate(candidates))
-    # an array each: the repetition penalty writes into the one it is given
-    rows = list(mx.split(mx.repeat(logits, len(live), axis=0), len(live)))
-    while True:
-        sampled = [
-            one.sample(sampler, history, row) for one, row in zip(live.values(), rows, strict=True)
-        ]
-        tokens = mx.concatenate([token for token, _ in sampled])
-        keys = mx.stack([key for _, key in sampled])
-        chosen = zip(live.items(), to_host(tokens, keys), strict=True)
-        continuing = {index: one for (index, one), pair in chosen if one.accept(*pair)}
-        nbytes = sum(cache.nbytes for cache in caches)
-        yield nbytes, [index for index in live if index not in continuing]
-        if not continuing:
-            return
-        if len(continuing) < len(live):
-            kept = mx.array([row for row, index in enumerate(live) if index in continuing])
-            tokens = tokens[kept]
-            for cache in caches:
-                cache.select(kept)
-        live = continuing
-        rows = list(mx.split(sample_step(engine, caches, tokens), len(live)))
+    logits = mx.repeat(logits, len(live), axis=0)
+    try:
+        while True:
+            # an array each: the repetition penalty writes into the one it is given
+            rows = mx.split(logits, len(live))
+            sampled = [one.sample(row) for one, row in zip(live.values(), rows, strict=True)]
+            tokens = mx.concatenate([token for token, _ in sampled])
+            keys = mx.stack([key for _, key in sampled])
+            scores = token_log_probs(logits, tokens) if log_probs else mx.zeros(len(live))
+            chosen = zip(live.items(), to_host(tokens, keys, scores), strict=True)
+            continuing = {index: one for (index, one), new in chosen if one.accept(*new)}
+            nbytes = sum(cache.nbytes for cache in caches)
+            yield nbytes, [index for index in live if index not in continuing]
+            if not continuing:
+                return
+            if len(continuing) < len(live):
+                kept = mx.array([row for row, index in enumerate(live) if index in continuing])
+                tokens = tokens[kept]
+                for cache in caches:
+                    cache.select(kept)
+            live = continuing
+            logits = sample_step(engine, caches, tokens)
+    finally:
+        engine.cache[:], engine.next_position = [cache.prefix for cache in caches], position
 
 
-def to_host(tokens: mx.array, keys: mx.array) -> Iterator[tuple[int, list[int]]]:
-    """Copy tokens (N,) and random keys (N, 2) from the device in one synchronization."""
-    mx.eval(tokens, keys)
-    return zip(cast(list[int], tokens.tolist()), cast(list[list[int]], keys.tolist()), strict=True)
+def token_log_probs(logits: mx.array, tokens: mx.array) -> mx.array:
+    """Return the log-probability of each token: (N, vocab), (N,) -> (N,) float32."""
+    wide = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(wide, tokens[:, None].astype(mx.int32), axis=-1)[:, 0]
+    return chosen - mx.logsumexp(wide, axis=-1)
+
+
+def to_host(
+    tokens: mx.array, keys: mx.array, scores: mx.array
+) -> Iterator[tuple[int, list[int], float]]:
+    """Copy tokens (N,), random keys (N, 2) and scores (N,) from the device at once."""
+    mx.eval(tokens, keys, scores)
+    values = (tokens.tolist(), keys.tolist(), scores.tolist())
+    return zip(*cast(tuple[list[int], list[list[int]], list[float]], values), strict=True)
 
 
 def sample_step(

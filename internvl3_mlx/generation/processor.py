@@ -19,6 +19,7 @@ from internvl3_mlx.images.fetch import shorten_name
 from internvl3_mlx.images.load import ImageSource, LoadedImage, open_image
 from internvl3_mlx.images.tiling import TilePolicy, normalize, to_tiles
 from internvl3_mlx.prompt.messages import Message, MessageMedia, media_order
+from internvl3_mlx.prompt.reasoning import cot_question
 from internvl3_mlx.prompt.template import Template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.prompt.v2pe import (
@@ -194,7 +195,10 @@ class Processor:
         generation_config: GenerationConfig,
     ) -> ModelInputs:
         """Build the prompt of some messages. images: what they show, in the prompt's order."""
-        segments = self.template.render(messages, generation_config.system)
+        if generation_config.cot:
+            last = replace(messages[-1], text=cot_question(messages[-1].text))
+            messages = [*messages[:-1], last]
+        segments = self.template.render(messages, generation_config.system_prompt)
         ids = self.tokenizer.encode(segments, self.config.num_image_token)
         positions, deltas = self.compute_positions(ids, generation_config)
         return ModelInputs(ids, tuple(images), positions, deltas)

@@ -18,7 +18,7 @@ from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processo
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.speculative import DraftModel, PromptLookup, check_greedy
-from internvl3_mlx.generation.structured import is_structured, make_constraint
+from internvl3_mlx.generation.structured import make_constraint, needs_constraint
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ class ModelRunner:
 
         Compiles a constraint and loads a draft model, so that a mistake shows before a question.
         """
-        if is_structured(config):
+        if needs_constraint(config):
             make_constraint(config, self.tokenizer, self.config.text.vocab_size)
         kv_quantization_for(config, self.config.text.head_dim)
         self.processor.tile_policy(config)

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from internvl3_mlx.generation.answer import FinishReason
+from internvl3_mlx.generation.thinking import ThoughtSplitter
 from internvl3_mlx.prompt.tokenizer import StreamingDetokenizer
 
 
@@ -12,7 +13,8 @@ class TextStream:
     """Decodes tokens to text, stripped of whitespace at both ends as the published ``chat()`` does.
 
     ``pending`` is text that cannot be shown yet: it may be the beginning of a stop string, or
-    whitespace at the end.
+    whitespace at the end. ``thought``: splits off the thought, to which no stop string applies;
+    ``reasoning`` is its text so far, ``new_reasoning`` what the last token added.
     """
 
     detokenizer: StreamingDetokenizer
@@ -22,6 +24,9 @@ class TextStream:
     text: str = ""
     pending: str = ""
     finish_reason: FinishReason = "length"
+    thought: ThoughtSplitter | None = None
+    reasoning: str = ""
+    new_reasoning: str = ""
 
     def decode(self, tokens: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Yield each token with the text that it makes final, until the answer ends."""
@@ -30,16 +35,30 @@ class TextStream:
                 self.finish_reason = "stop"
                 return
             self.token_ids.append(token)
-            yield token, self.release(self.detokenizer.add_token(token))
+            yield token, self.release(self.split_thought(self.detokenizer.add_token(token)))
             if self.finish_reason == "stop":
                 return
 
     def flush(self) -> str:
         """Return the pending text after the last token."""
-        ready = (self.pending + self.detokenizer.finalize()).rstrip()
+        rest = self.split_thought(self.detokenizer.finalize(), is_last=True)
+        ready = (self.pending + rest).rstrip()
+        ready = ready if self.text else ready.lstrip()
         self.pending = ""
         self.text += ready
         return ready
+
+    def split_thought(self, new: str, *, is_last: bool = False) -> str:
+        """Keep what belongs to the thought and return what belongs to the answer."""
+        if self.thought is None:
+            return new
+        thought, answer = self.thought.add(new)
+        if is_last:
+            rest = self.thought.finish()
+            thought, answer = thought + rest[0], answer + rest[1]
+        self.new_reasoning = thought
+        self.reasoning += thought
+        return answer
 
     def release(self, new: str) -> str:
         """Add new text and return what is final now."""

@@ -26,6 +26,11 @@ def is_structured(config: GenerationConfig) -> bool:
     return any(getattr(config, name) for name in CONSTRAINTS)
 
 
+def needs_constraint(config: GenerationConfig) -> bool:
+    """Tell whether tokens are masked while an answer is decoded; ranking choices needs no mask."""
+    return is_structured(config) and not config.ranks_choices
+
+
 def make_constraint(
     config: GenerationConfig, tokenizer: Tokenizer, vocab_size: int
 ) -> "Constraint":

@@ -18,6 +18,7 @@ from internvl3_mlx.prompt.tokenizer_files import (
     FLAGS,
     GROUNDING_TOKENS,
     IGNORED_ADDED_TOKENS,
+    THINKING_TOKENS,
     AddedToken,
     bos_token,
     eos_token,
@@ -116,9 +117,15 @@ class Tokenizer:
         pieces = self.detokenizer(keep_boxes=keep_boxes)
         return "".join([*map(pieces.add_token, ids), pieces.finalize()])
 
-    def detokenizer(self, *, keep_boxes: bool = False) -> StreamingDetokenizer:
-        """Return a streaming detokenizer for one answer."""
-        keep = GROUNDING_TOKENS if keep_boxes else frozenset()
+    def detokenizer(
+        self, *, keep_boxes: bool = False, keep_tags: bool = False
+    ) -> StreamingDetokenizer:
+        """Return a streaming detokenizer for one answer.
+
+        keep_boxes: keep grounding tags; keep_tags: those of a thought, where they are special.
+        """
+        keep = GROUNDING_TOKENS if keep_boxes else frozenset[str]()
+        keep |= THINKING_TOKENS if keep_tags else frozenset[str]()
         shown = visible_added_tokens(self.added, keep)
         return StreamingDetokenizer(
             self._vocabulary.token_bytes, shown, self._vocabulary.leading_space

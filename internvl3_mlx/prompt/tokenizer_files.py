@@ -11,6 +11,7 @@ from internvl3_mlx.errors import CheckpointError
 from internvl3_mlx.json_files import read_optional_json
 
 # Tags of grounding prompts and answers, which an answer can be asked to keep.
+THINKING_TOKENS = frozenset({"<think>", "</think>"})
 GROUNDING_TOKENS = frozenset(
     f"<{slash}{name}>" for name in ("ref", "box", "quad") for slash in ("", "/")
 ) | frozenset(

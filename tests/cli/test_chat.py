@@ -227,7 +227,7 @@ def test_an_interrupt_before_the_first_word_takes_the_question_back(session, sen
 
     with monkeypatch.context() as patch:
         patch.setattr(type(session.conversation.runner.model), "encode_tiles", interrupted)
-        assert "stopped before the first token" in send("What is it?")
+        assert "stopped before the answer began" in send("What is it?")
     assert [item.name for item in session.pending] == ["cat.png"]
     assert session.conversation.exchanges == []
     send("What is it?")

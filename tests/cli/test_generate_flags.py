@@ -1,6 +1,7 @@
 """Flags that read a file or a list do so before any model loads."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -9,7 +10,9 @@ from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
+from internvl3_mlx.cli import console
 from internvl3_mlx.cli.main import main
+from internvl3_mlx.cli.thoughts import show_thoughts
 
 
 def run(*words):
@@ -89,3 +92,33 @@ def test_what_is_not_looked_at_is_in_the_json_too(model, tmp_path):
     assert "a.gif: only the first" in result.stderr
     quiet = run("--model", model, str(path), "--json", "-m", "2", "--quiet")
     assert (quiet.stderr, "note" in quiet.stdout) == ("", True)
+
+
+def test_json_lists_the_probabilities_of_choices(model):
+    result = run("--model", model, "--choice", "red,blue", "--json")
+    content = json.loads(result.stdout)
+    assert [choice["text"] for choice in content["choices"]] == ["red", "blue"]
+    assert sum(choice["probability"] for choice in content["choices"]) == pytest.approx(1, abs=2e-4)
+
+
+def test_json_has_the_thought_where_thinking_was_asked_for(model):
+    asked = ("--model", model, "-m", "3", "--json")
+    assert json.loads(run(*asked, "--think").stdout)["reasoning"] == ""
+    assert "reasoning" not in json.loads(run(*asked, "--cot").stdout)
+
+
+def test_a_thought_is_shown_dim_before_the_answer_and_not_when_quiet(monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        console, "write_thought", lambda text, ended=False: shown.append((text, ended))
+    )
+    chunks = [
+        SimpleNamespace(text="", reasoning="One", answer=None),
+        SimpleNamespace(text="", reasoning=" two.", answer=None),
+        SimpleNamespace(text="Yes", reasoning="", answer=None),
+        SimpleNamespace(text=".", reasoning="", answer="done"),
+    ]
+    assert [*show_thoughts(iter(chunks), quiet=False)] == chunks
+    assert shown == [("One", False), (" two.", False), ("", True)]
+    assert [*show_thoughts(iter(chunks), quiet=True)] == chunks
+    assert len(shown) == 3

@@ -46,18 +46,21 @@ def test_a_regular_expression_is_matched(vlm):
 
 @pytest.mark.parametrize("choices", [("red", "blue"), ("rot", "blau", "grün"), ('say "a"', "b|c")])
 def test_one_of_the_choices_is_chosen(vlm, choices):
-    assert vlm.ask("Which colour?", [CAT], choice=choices).text in choices
+    asked = {"choice": choices, "choice_mode": "greedy"}
+    assert vlm.ask("Which colour?", [CAT], **asked).text in choices
 
 
 def test_drawn_answers_have_the_form_too(vlm):
     for seed in range(3):
-        answer = vlm.ask("Which?", choice=["yes", "no"], temperature=2.0, seed=seed)
+        answer = vlm.ask(
+            "Which?", choice=["yes", "no"], choice_mode="greedy", temperature=2.0, seed=seed
+        )
         assert answer.text in ("yes", "no")
 
 
 def test_a_conversation_goes_on_after_an_answer_of_a_form(vlm):
     conversation = vlm.conversation()
-    first = conversation.ask("Which?", [CAT], choice=["yes", "no"])
+    first = conversation.ask("Which?", [CAT], choice=["yes", "no"], choice_mode="greedy")
     assert list(conversation.exchanges[0].token_ids) == first.token_ids
     wanted = vlm.ask("Why?", [CAT], history=conversation.history, max_tokens=6)
     answer = conversation.ask("Why?", max_tokens=6)

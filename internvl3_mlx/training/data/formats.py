@@ -8,6 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from internvl3_mlx.prompt.reasoning import (
+    CORRECT,
+    INCORRECT,
+    PRM_SYSTEM_PROMPT,
+    critic_question,
+)
 from internvl3_mlx.records.json_values import (
     RecordError,
     decode_structured,
@@ -304,26 +310,6 @@ def _split_prompt(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], An
     return chosen[:shared], chosen[-1], rejected[-1]
 
 
-# the system text of the published critic data; ** are part of it
-PRM_SYSTEM_PROMPT = (
-    "You are an advanced AI assistant, designed to serve as a process supervision model. In this "
-    "task, I will provide a problem statement followed by the first step of the solution process. "
-    "For each subsequent turn, I will give you a new step in the solution. Your role is to assess "
-    "whether the solution process is correct up to the current step.\n\n"
-    "- In the **first round**, I will input the problem and the first step of the solution "
-    "process.\n"
-    "- In **each subsequent round**, I will provide the next step in the solution.\n\n"
-    "For each step, you should:\n\n"
-    '- Respond with **"+"** if you believe the solution process is correct up to this step.\n'
-    '- Respond with **"-"** if you detect any issues or errors in the process up to this step.\n\n'
-    "Please note:\n"
-    '- Only respond with **"+"** or **"-"**. Do not provide any additional explanations, comments, '
-    "or justifications.\n\n"
-    "Your task is to verify the accuracy and correctness of each step in the given solution "
-    "process."
-)
-
-
 def _read_steps(record: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Turn scored steps into the critic's conversation: + for a score above 0, - otherwise.
 
@@ -336,11 +322,11 @@ def _read_steps(record: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[
     question = _read_text(record, keys[QUESTION])
     if "<image>" not in question and (record.get("image") or record.get("images")):
         question = f"<image>\n{question}"
-    text = f"### Question:\n{question}\n\n### Solution Process:\n"
+    text = critic_question(question, "")
     for step in steps:
         score = step.get("score") if isinstance(step, dict) else None
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise RecordError(f"{keys[STEPS]!r} contains a step without a score; expected a number")
         yield _turn("user", text + _read_text(step, "step"))
-        yield _turn("assistant", "+" if score > 0 else "-")
+        yield _turn("assistant", CORRECT if score > 0 else INCORRECT)
         text = ""

@@ -13,6 +13,7 @@ import numpy as np
 
 from internvl3_mlx.errors import DataError, PromptError, UserError
 from internvl3_mlx.generation.processor import ProcessedImage, Processor
+from internvl3_mlx.prompt.answer_tokens import encode_answer
 from internvl3_mlx.prompt.messages import (
     GeneratedAnswer,
     Message,
@@ -21,7 +22,7 @@ from internvl3_mlx.prompt.messages import (
     TextSegment,
     message_segments,
 )
-from internvl3_mlx.prompt.template import MESSAGE_START, Template
+from internvl3_mlx.prompt.template import Template
 from internvl3_mlx.prompt.tokenizer import IM_END, Tokenizer
 from internvl3_mlx.prompt.v2pe import DELTAS, image_spans, visual_positions
 from internvl3_mlx.training.config import TrainConfig
@@ -234,9 +235,6 @@ def error_location(location: str) -> Iterator[None]:
         ) from error
 
 
-ASSISTANT_START = TextSegment(MESSAGE_START.format(role="assistant"))
-
-
 @dataclass(frozen=True)
 class RecordEncoder:
     """Encodes records as one model reads them.
@@ -290,7 +288,7 @@ class RecordEncoder:
         messages = self.build_messages(record, media)
         prompt_ids, _ = self.encode_segments(self.render(messages, record))
         end = self.tokenizer.im_end_id
-        answers = [[*self.encode_answer(text), end] for text in record.answers or ()]
+        answers = [[*encode_answer(self.tokenizer, text), end] for text in record.answers or ()]
         return prompt_ids, [np.array(answer, np.int32) for answer in answers]
 
     def render(self, messages: Sequence[Message], record: ParsedRecord) -> list[Segment]:
@@ -303,27 +301,13 @@ class RecordEncoder:
         messages = []
         for message in record.messages:
             if message.role == "assistant":
-                token_ids = tuple(self.encode_answer(message.text))
+                token_ids = tuple(encode_answer(self.tokenizer, message.text))
                 messages.append(Message("assistant", message.text, (), token_ids))
                 continue
             shown = [MessageMedia((next(tiles),)) for _ in range(message.num_images)]
             shown += [MessageMedia((1,) * next(frames), "video") for _ in range(message.num_videos)]
             messages.append(Message("user", message.text, tuple(shown)))
         return messages
-
-    def encode_answer(self, text: str) -> list[int]:
-        """Encode an answer as the model would continue the opened turn.
-
-        If the answer's first characters would merge with the opening into one token, as a newline
-        does, the answer is encoded alone: generation never sees the merged token.
-        """
-        encode = self.tokenizer.encode
-        answer = TextSegment(text, untrusted=True)
-        opening = encode([ASSISTANT_START], 0, bos=False)
-        together = encode([ASSISTANT_START, answer], 0, bos=False)
-        if together[: len(opening)] == opening and len(together) > len(opening):
-            return together[len(opening) :]
-        return encode([answer], 0, bos=False)
 
     def encode_segments(
         self, segments: Sequence[Segment], in_loss: Sequence[bool] = ()
