@@ -1,6 +1,6 @@
 """The decoding engine: prefill and decode steps over ids and arrays; it knows no text or images."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, Generatio
 from internvl3_mlx.generation.sampler import Sampler
 from internvl3_mlx.metal_kernels.flash_decode import prefers_row_layout
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
-from internvl3_mlx.models.attention import LAST_ROW
+from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW
 from internvl3_mlx.models.cache import KVCache, LayerCache
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.quantized_cache import (
@@ -59,19 +59,42 @@ class Engine:
         ids: (1, L) -> logits of the next token (1, vocab). features: visual tokens (N, D) of the
         uncached part. positions: (L,) float32, or None where they are 0, 1, 2 ...
         """
+        return self.prefill_rows(ids, features, positions, [ids.shape[1] - 1], step)
+
+    def prefill_rows(
+        self,
+        ids: mx.array,
+        features: mx.array | None,
+        positions: np.ndarray | None,
+        rows: Sequence[int],
+        step: int | None = None,
+    ) -> mx.array:
+        """Read the prompt like ``prefill`` -> logits after each token of ``rows`` (R, vocab).
+
+        rows: indices of uncached tokens, ascending.
+        """
         length, known, step = ids.shape[1], self.num_cached, step or prefill_step_size()
         embeds = self.model.embed(ids[:, known:], features)
+        found: list[mx.array] = []
         for start in range(known, length, step):
             stop = min(start + step, length)
             rotary = self.rotary(slice_positions(positions, start, stop), length)
-            rows = embeds[:, start - known : stop - known]
-            states = self.model.language_model.model(rows, rotary, self.cache, LAST_ROW)
+            wanted = [row - start for row in rows if start <= row < stop]
+            only_last = wanted in ([], [stop - start - 1])
+            states = self.model.language_model.model(
+                embeds[:, start - known : stop - known],
+                rotary,
+                self.cache,
+                LAST_ROW if only_last else ALL_ROWS,
+            )
+            if wanted:
+                found.append(states[0] if only_last else states[0, mx.array(wanted)])
             self.quantize_cache()
             self.num_cached = stop
             if stop < length:
-                mx.eval([layer.state for layer in self.cache])
+                mx.eval([layer.state for layer in self.cache], found)
                 mx.clear_cache()
-        return self.model.language_model.head(states[:, -1])
+        return self.model.language_model.head(mx.concatenate(found))
 
     def decode(
         self, ids: mx.array, logits: mx.array, limit: int

@@ -3,6 +3,7 @@
 Plain, batched, sampled and speculative decoding all begin here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -42,15 +43,26 @@ class Prefill:
 
         features: the result of ``encode_images``. Raises NumericError unless they are finite.
         """
+        logits = self.run_rows(features, [len(self.inputs.token_ids) - 1])
+        check_finite(logits)
+        return logits
+
+    def limit_reuse(self, count: int) -> None:
+        """Read all tokens from ``count`` on, whether they are cached or not."""
+        if self.engine.num_cached > count:
+            self.engine.num_cached = count
+            self.prompt_cache.truncate(self.cache_key, count)
+
+    def run_rows(self, features: mx.array | None, rows: Sequence[int]) -> mx.array:
+        """Read the uncached part; return the logits (R, vocab) after each token of ``rows``."""
         positions = None if self.inputs.uses_unit_positions else self.inputs.positions
-        logits = self.engine.prefill(
+        return self.engine.prefill_rows(
             self.inputs.input_ids[None],
             features,
             positions,
+            rows,
             self.generation_config.prefill_step_size,
         )
-        check_finite(logits)
-        return logits
 
     def commit(self, generated_ids: list[int], num_cached: int | None = None) -> None:
         """Make the prompt cache describe what its layers hold, also after an interruption.

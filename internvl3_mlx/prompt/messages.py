@@ -40,13 +40,15 @@ class Message:
     """One message. Only the user's have images.
 
     token_ids: the generated ids of an answer. Its text may tokenize to others; with them a prompt
-    repeats the answer exactly.
+    repeats the answer exactly. extra_placeholders: of more placeholders than images the first ones
+    place the images, as in the published ``chat()``, and the others stay text.
     """
 
     role: Literal["user", "assistant"]
     text: str
     media: tuple[MessageMedia, ...] = ()
     token_ids: tuple[int, ...] = ()
+    extra_placeholders: bool = False
 
     def __post_init__(self) -> None:
         if self.role not in ("user", "assistant"):
@@ -104,7 +106,8 @@ def message_segments(turn: Message) -> list[Segment]:
     videos = [medium for medium in turn.media if medium.kind == "video"]
     front: list[Segment] = []
     placed: dict[str, Iterator[list[Segment]]] = {}
-    if images and turn.text.count(IMAGE_PLACEHOLDER) == len(images):
+    extra = turn.text.count(IMAGE_PLACEHOLDER) - len(images)
+    if images and (extra == 0 or (extra > 0 and turn.extra_placeholders)):
         placed[IMAGE_PLACEHOLDER] = ([_image_segment(image)] for image in images)
     else:
         front += _image_lines(images)
@@ -143,6 +146,19 @@ def merge_segments(segments: Iterable[Segment]) -> list[Segment]:
     return merged
 
 
+def split_at_answers(segments: Sequence[Segment]) -> Iterator[tuple[list[Segment], bool]]:
+    """Split segments before and after each answer; yield each part and whether it is an answer."""
+    pending: list[Segment] = []
+    for segment in segments:
+        if isinstance(segment, GeneratedAnswer):
+            yield pending, False
+            yield [segment], True
+            pending = []
+        else:
+            pending.append(segment)
+    yield pending, False
+
+
 def _image_lines(images: Sequence[MessageMedia]) -> list[Segment]:
     """Return ``<image>`` on a line, or ``Image-1: <image>`` and so on (model card)."""
     lines: list[Segment] = []
@@ -178,7 +194,7 @@ def _fill_placeholders(text: str, placed: dict[str, Iterator[list[Segment]]]) ->
         if index % 2 == 0:
             yield TextSegment(part, untrusted=True)
             continue
-        yield from next(placed[part])
+        yield from next(placed[part], [TextSegment(part, untrusted=True)])
         # the card ends the frame lines with a newline; the user's own one is enough
         if part == VIDEO_PLACEHOLDER and parts[index + 1] and not parts[index + 1].startswith("\n"):
             yield TextSegment("\n")

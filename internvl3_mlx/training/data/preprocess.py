@@ -21,6 +21,7 @@ from internvl3_mlx.prompt.messages import (
     Segment,
     TextSegment,
     message_segments,
+    split_at_answers,
 )
 from internvl3_mlx.prompt.template import Template
 from internvl3_mlx.prompt.tokenizer import IM_END, Tokenizer
@@ -334,16 +335,3 @@ class RecordEncoder:
                 loss_mask[len(input_ids) - len(new_ids)] = True
             after_answer = trained if is_answer else None
         return np.array(input_ids, np.int32), np.array(loss_mask, bool)
-
-
-def split_at_answers(segments: Sequence[Segment]) -> Iterator[tuple[list[Segment], bool]]:
-    """Split segments before and after each answer; yield each part and whether it is an answer."""
-    pending: list[Segment] = []
-    for segment in segments:
-        if isinstance(segment, GeneratedAnswer):
-            yield pending, False
-            yield [segment], True
-            pending = []
-        else:
-            pending.append(segment)
-    yield pending, False

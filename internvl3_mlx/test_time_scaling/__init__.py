@@ -1,0 +1,1 @@
+"""Test-time scaling: better answers from several candidates and a critic."""
