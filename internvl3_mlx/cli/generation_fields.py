@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.json_files import parse_json_value
 from internvl3_mlx.generation.generation_config import CHOICE_MODES, GenerationConfig
+from internvl3_mlx.json_files import parse_json_value
 from internvl3_mlx.option_fields import FieldInfo
 
 if TYPE_CHECKING:
