@@ -20,6 +20,7 @@ from internvl3_mlx.models.lora import (
 )
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
+EMBEDDING, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -55,6 +56,9 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         linear = module.base if isinstance(module, LoRALinear) else module
         if isinstance(linear, LINEAR):
             shapes[f"{path}.weight"] = linear_shape(linear)
+        elif isinstance(module, nn.QuantizedEmbedding):
+            rows, groups = module.scales.shape
+            shapes[f"{path}.weight"] = (rows, groups * module.group_size)
     return shapes
 
 
@@ -122,5 +126,10 @@ def replace_tensor(
         if "bias" in module:
             dense.bias = module.bias
         replace_module(model, path, dense)
+        return
+    if isinstance(module, nn.QuantizedEmbedding):
+        table = nn.Embedding(*x.shape)
+        table.weight = x.astype(module.scales.dtype)
+        replace_module(model, path, table)
         return
     module[key] = x.astype(module[key].dtype)

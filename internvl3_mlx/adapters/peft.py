@@ -160,8 +160,9 @@ def split_tensors(
         check_slot(origin, slot, name)
     if len(adapters) > 1:
         raise KeyMapError(
-            f"{adapter.folder} holds several adapters, {', '.join(sorted(adapters - {''}))}; "
-            "save one of them by itself"
+            f"{adapter.folder} holds several adapters, {', '.join(sorted(adapters - {''}))}; save "
+            "one of them with save_pretrained(folder, selected_adapters=[name]) in PEFT, and take "
+            "the folder of that name in it"
         )
     patterns = LoRAScales.from_settings(peft_config)
     deltas = {

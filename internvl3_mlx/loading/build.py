@@ -11,6 +11,7 @@ from internvl3_mlx.adapters.adapter_files import check_adapter_tokens
 from internvl3_mlx.adapters.attach import attach_adapter
 from internvl3_mlx.adapters.merge import merge_adapter
 from internvl3_mlx.adapters.peft import load_adapter
+from internvl3_mlx.adapters.vocabulary import with_adapter_vocabulary
 from internvl3_mlx.checkpoints.build_model import (
     LoadedModel,
     assemble_model,
@@ -46,11 +47,12 @@ def load_local_model(
     Raises KeyMapError for a tensor that has no place in the model.
     """
     loaded = assemble_model(folder, dtype=dtype, for_training=for_training)
+    lora = load_adapter(adapter, loaded.config) if adapter is not None else None
+    if adapter is not None and lora is not None:
+        loaded = with_adapter_vocabulary(loaded, lora, adapter)
+        check_adapter_tokens(adapter, loaded.tokenizer)
     config, model = loaded.config, loaded.model
     separate = for_training or quantize is not None or config.quantization is not None
-    lora = load_adapter(adapter, config) if adapter is not None else None
-    if adapter is not None:
-        check_adapter_tokens(adapter, loaded.tokenizer)
     if lora is not None and not separate:
         load_weights(model, merge_adapter(dict(tree_flatten(model.parameters())), lora))
     if quantize is not None:

@@ -74,10 +74,13 @@ class Tokenizer:
         self._typed_token = AddedTokenMatcher(typed, vocabulary.normalize)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Read tokenizer.json, else vocab.json with merges.txt, else tokenizer.model."""
+    def from_folder(cls, folder: str | Path, *, stops: Iterable[int | str] = ()) -> "Tokenizer":
+        """Read tokenizer.json, else vocab.json with merges.txt, else tokenizer.model.
+
+        stops: tokens that end an answer besides those that the folder's files name.
+        """
         folder = Path(folder)
-        stops: list[int | str] = [*eos_token_ids(folder), eos_token(folder) or IM_END]
+        stops = [*stops, *eos_token_ids(folder), eos_token(folder) or IM_END]
         return cls(_read_vocabulary(folder), source=folder, stops=stops)
 
     def encode(
