@@ -1,6 +1,5 @@
 """``internvl3 info``: describes the installation, or a model from its files."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -46,10 +45,7 @@ def info_command(model: str | None, as_json: bool) -> None:
 def describe_model_files(model: str) -> dict[str, Any]:
     """Read the facts of a model (layout, parts, bits, files, stop tokens) or of an adapter."""
     from internvl3_mlx.loading.inspect import inspect_model
-    from internvl3_mlx.loading.inspect_adapter import inspect_adapter, is_adapter
 
-    if is_adapter(folder := Path(model).expanduser()):
-        return inspect_adapter(folder).to_dict()
     return inspect_model(model).to_dict()
 
 

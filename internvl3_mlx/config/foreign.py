@@ -199,12 +199,18 @@ def describe_folder(folder: Path) -> str | None:
             f"{folder} holds a DeepSpeed checkpoint; run its zero_to_fp32.py where it was trained "
             "and take the folder that this writes"
         )
-    for path in visible_files(folder, "*"):
-        if kind := SUFFIXES.get(path.suffix.lower()):
-            return (
-                f"{folder} holds no safetensors weights but {path.name}, which is {kind}; "
-                f"{what_to_take(folder, {})}"
-            )
+    return describe_names(str(folder), (path.name for path in visible_files(folder, "*")), folder)
+
+
+def describe_names(where: str, names: Iterable[str], folder: Path | None = None) -> str | None:
+    """Say which known format the names of a folder's or a repository's files are of, if any."""
+    for name in names:
+        suffix = Path(name).suffix.lower()
+        if kind := SUFFIXES.get(suffix):
+            advice = what_to_take(folder, {"_name_or_path": where})
+            if suffix in DATA_SUFFIXES:
+                advice = f"as training data it goes to train --data; as a model {advice}"
+            return f"{where} holds no safetensors weights but {name}, which is {kind}; {advice}"
     return None
 
 

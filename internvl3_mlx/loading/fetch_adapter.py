@@ -9,7 +9,10 @@ from internvl3_mlx.errors import DownloadError, UserError
 from internvl3_mlx.loading.hub import first_line, is_network_error
 from internvl3_mlx.loading.resolve import repository_name
 
-TOKEN_FILES = ("tokenizer_config.json", "added_tokens.json")  # tell whether the vocabulary grew
+TOKEN_FILES = (  # a vocabulary that grew in training
+    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
 OTHER_FILES = ("README.md", "trainer_state.json", "args.json")  # for ``internvl3 info``
 
 
@@ -24,17 +27,17 @@ def fetch_adapter(name: str, *, notify: Callable[[str], None] | None = None) -> 
     repo = None if path.exists() or path.is_absolute() else repository_name(name)
     if repo is None:
         return path
-    cached = snapshot(repo, local=True)
+    cached = adapter_snapshot(repo, local=True)
     if cached is not None:
         return cached
     if notify is not None:
         notify(f"downloading the adapter {repo}")
-    found = snapshot(repo, local=False)
+    found = adapter_snapshot(repo, local=False)
     assert found is not None
     return found
 
 
-def snapshot(repo: str, *, local: bool) -> Path | None:
+def adapter_snapshot(repo: str, *, local: bool) -> Path | None:
     """Return the folder of a repository in the hub's cache; None if ``local`` and not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
 from internvl3_mlx.checkpoints.reader import weight_files
 from internvl3_mlx.config import ModelConfig, read_config
+from internvl3_mlx.config.foreign import describe_names
 from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.errors import CheckpointError, DownloadError, UserError
 from internvl3_mlx.loading.resolve import GB, PUBLISHED_SIZES
@@ -20,11 +22,17 @@ SPARE_BYTES = 1 * GB  # left free on the disk after a download
 
 @dataclass(frozen=True)
 class RepoInfo:
-    """A repository on the hub: the bytes of its weights, the patterns of the files to download."""
+    """A repository on the hub: the bytes of its weights, the patterns of the files to download, and
+    the names of all its files."""
 
     repo: str
     nbytes: int
     patterns: Sequence[str]
+    files: tuple[str, ...] = ()
+
+    @property
+    def is_adapter(self) -> bool:
+        return ADAPTER_CONFIG in self.files and "config.json" not in self.files
 
 
 def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
@@ -58,6 +66,11 @@ def repo_info(repo: str, revision: str | None = None) -> RepoInfo:
     try:
         siblings = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
     except RepositoryNotFoundError as error:
+        if is_dataset(repo):
+            raise UserError(
+                f"{repo} is a data set on the hub, not a model; use it with internvl3 train "
+                "--data, or name a model"
+            ) from error
         raise UserError(
             f"the hub has no repository {repo} that you can read; check the name, "
             "or run hf auth login"
@@ -75,7 +88,35 @@ def repo_info(repo: str, revision: str | None = None) -> RepoInfo:
     safe = any(file.rfilename.endswith(".safetensors") for file in siblings)
     suffixes = (".safetensors",) if safe else (".bin",)
     nbytes = sum(file.size or 0 for file in siblings if file.rfilename.endswith(suffixes))
-    return RepoInfo(repo, nbytes, MODEL_PATTERNS if safe else TORCH_MODEL_PATTERNS)
+    names = tuple(file.rfilename for file in siblings)
+    return RepoInfo(repo, nbytes, MODEL_PATTERNS if safe else TORCH_MODEL_PATTERNS, names)
+
+
+def is_dataset(repo: str) -> bool:
+    """Tell whether the hub has a data set of this name; False if it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(repo)
+    except Exception:
+        return False
+    return True
+
+
+def check_contents(remote: RepoInfo) -> None:
+    """Raise an error for a repository whose files show that it is not a model that can be used."""
+    if remote.is_adapter:
+        raise UserError(
+            f"{remote.repo} is an adapter, not a model; name its model with --model and the "
+            "adapter with --adapter-path"
+        )
+    weights = (".safetensors", ".bin")
+    if remote.files and not any(name.endswith(weights) for name in remote.files):
+        if foreign := describe_names(remote.repo, remote.files):
+            raise CheckpointError(foreign)
+        raise CheckpointError(
+            f"{remote.repo} has no weights; check the name, or take a size such as --model 2b"
+        )
 
 
 def check_fits(remote: RepoInfo, *, quantized: bool) -> None:
@@ -116,8 +157,9 @@ def download(remote: RepoInfo, revision: str | None = None) -> Path:
     """Download what is missing into the hub's cache, with progress bars; resume if interrupted.
 
     The configs come first: raises CheckpointError or ConfigError for an unsupported model before
-    its weights are downloaded.
+    its weights are downloaded, UserError for an adapter.
     """
+    check_contents(remote)
     download_config(remote.repo, revision)
     return download_files(remote.repo, remote.patterns, revision)
 

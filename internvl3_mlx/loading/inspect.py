@@ -4,12 +4,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
+from internvl3_mlx.adapters.peft import read_adapter_config
 from internvl3_mlx.checkpoints.agreement import check_vocabulary
 from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
 from internvl3_mlx.checkpoints.remap import plan_remap
 from internvl3_mlx.config import ModelConfig, read_config
-from internvl3_mlx.loading.hub import cached_snapshot, download_config, repo_info
+from internvl3_mlx.loading.fetch_adapter import adapter_snapshot
+from internvl3_mlx.loading.hub import (
+    cached_snapshot,
+    check_contents,
+    download_config,
+    download_files,
+    repo_info,
+)
 from internvl3_mlx.loading.ignored import list_ignored_keys
+from internvl3_mlx.loading.inspect_adapter import (
+    AdapterInfo,
+    AdapterRepositoryInfo,
+    inspect_adapter,
+    is_adapter,
+)
 from internvl3_mlx.loading.resolve import resolve_model
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -93,9 +108,17 @@ class RepositoryInfo:
         }
 
 
-def inspect_model(model: str) -> ModelInfo | RepositoryInfo:
-    """Describe a folder, a size or a repository; one that is not downloaded by its configs."""
+Description = ModelInfo | RepositoryInfo | AdapterInfo | AdapterRepositoryInfo
+
+
+def inspect_model(model: str) -> Description:
+    """Describe a folder, a size or a repository; one that is not downloaded by its configs.
+
+    An adapter is described, too.
+    """
     location = resolve_model(model)
+    if location.folder is not None and is_adapter(location.folder):
+        return inspect_adapter(location.folder)
     folder = location.folder or cached_snapshot(location.repo or "")
     if folder is None:
         return inspect_repository(location.repo or "")
@@ -117,14 +140,23 @@ def inspect_model(model: str) -> ModelInfo | RepositoryInfo:
     )
 
 
-def inspect_repository(repo: str) -> RepositoryInfo:
+def inspect_repository(repo: str) -> Description:
     """Describe a repository on the hub from its configs alone, the only files downloaded.
+
+    An adapter that is on this machine is described from its files.
 
     Raises CheckpointError or ConfigError for a model that cannot be used, UserError for an unknown
     name, DownloadError without a network.
     """
-    nbytes = repo_info(repo).nbytes
-    return RepositoryInfo(repo, nbytes, download_config(repo))
+    if (folder := adapter_snapshot(repo, local=True)) is not None and is_adapter(folder):
+        return inspect_adapter(folder)
+    remote = repo_info(repo)
+    if remote.is_adapter:
+        folder = download_files(repo, (ADAPTER_CONFIG,), None)
+        settings = read_adapter_config(folder / ADAPTER_CONFIG)
+        return AdapterRepositoryInfo(repo, remote.nbytes, settings)
+    check_contents(remote)
+    return RepositoryInfo(repo, remote.nbytes, download_config(repo))
 
 
 def stop_tokens(tokenizer: Tokenizer) -> dict[str, int]:

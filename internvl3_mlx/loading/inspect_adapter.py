@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,36 @@ class AdapterInfo:
         return {name: value for name, value in table.items() if value not in (None, [], {})}
 
 
+@dataclass(frozen=True)
+class AdapterRepositoryInfo:
+    """What ``internvl3 info`` shows about an adapter on the hub that is not on this machine."""
+
+    repo: str
+    nbytes: int
+    settings: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON; what is not known is left out."""
+        targets = self.settings.get("target_modules")
+        table = {
+            "adapter": adapter_kind(self.settings),
+            "repository": self.repo,
+            "downloaded": False,
+            "base": base_model_name(self.settings),
+            "rank": self.settings.get("r"),
+            "alpha": self.settings.get("lora_alpha"),
+            "targets": sorted(map(str, targets)) if isinstance(targets, list) else targets,
+            "nbytes": self.nbytes,
+        }
+        return {name: value for name, value in table.items() if value is not None}
+
+
+def adapter_kind(settings: Mapping[str, Any]) -> str:
+    if settings.get("use_dora"):
+        return "DoRA"
+    return "rsLoRA" if settings.get("use_rslora") else "LoRA"
+
+
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds an adapter and no model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
@@ -68,7 +99,7 @@ def inspect_adapter(folder: Path) -> AdapterInfo:
     dora = settings.get("use_dora") or any(m and m["magnitude"] for m in matches.values())
     return AdapterInfo(
         folder=folder,
-        kind="DoRA" if dora else "rsLoRA" if settings.get("use_rslora") else "LoRA",
+        kind=adapter_kind({**settings, "use_dora": dora}),
         base=base_model_name(settings),
         ranks=dict(Counter(down.values()).most_common()),
         alpha=settings.get("lora_alpha"),

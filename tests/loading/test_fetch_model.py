@@ -1,6 +1,7 @@
 """Repositories and published sizes, with a folder standing in for the hub."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from internvl3_mlx import DownloadError, UserError, load
+from internvl3_mlx import DownloadError, UserError, convert_model, load
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.config import read_config
 from internvl3_mlx.errors import CheckpointError, ConfigError
@@ -30,6 +31,8 @@ class Hub:
     online: bool = True
     local: bool = False
     nbytes: int = 1000
+    names: tuple = ("config.json", "model.safetensors", "modeling_internvl_chat.py")
+    datasets: tuple = ()
     asked: list = field(default_factory=list)
 
     def snapshot_download(self, repo, *, revision=None, allow_patterns, local_files_only=False):
@@ -49,10 +52,13 @@ class Hub:
             request = SimpleNamespace(url="", method="GET")
             response = SimpleNamespace(status_code=404, headers={}, request=request)
             raise huggingface_hub.errors.RepositoryNotFoundError("404", response=response)
-        names = ["config.json", "model.safetensors", "modeling_internvl_chat.py"]
         return SimpleNamespace(
-            siblings=[SimpleNamespace(rfilename=name, size=self.nbytes) for name in names]
+            siblings=[SimpleNamespace(rfilename=name, size=self.nbytes) for name in self.names]
         )
+
+    def dataset_info(self, repo):
+        if repo not in self.datasets:
+            raise OfflineModeIsEnabled("offline")
 
 
 @pytest.fixture
@@ -216,6 +222,41 @@ def test_a_repository_without_a_config_is_refused_before_its_weights(repository,
     with pytest.raises(CheckpointError, match="someone/model has no config.json"):
         load("someone/model")
     assert len(repository.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("README.md", "InternVL3-8B-Q4.gguf"), "InternVL3-8B-Q4.gguf, which is GGUF.*--model 8b"),
+        (("config.json", "m.gguf", "mmproj.gguf"), "m.gguf, which is GGUF, the format of llama"),
+        (("data/train-0.parquet", "README.md"), "a format of data sets; .*train --data"),
+        (("README.md", ".gitattributes"), "has no weights; check the name"),
+        (("adapter_config.json", "adapter_model.safetensors"), "is an adapter.*--adapter-path"),
+    ],
+)
+@pytest.mark.parametrize("command", ["load", "info", "convert"])
+def test_a_repository_that_is_no_model_is_called_what_it_is(
+    repository, tmp_path, names, message, command
+):
+    repository.names = names
+    name = "someone/InternVL3-8B-files"
+    if command == "info":
+        if "adapter_config.json" in names:
+            pytest.skip("info describes adapters")
+        result = CliRunner().invoke(main, ["info", name])
+        assert result.exit_code == 2
+        assert re.search(message, result.stderr)
+    else:
+        run = load if command == "load" else convert_model
+        with pytest.raises((UserError, CheckpointError), match=message):
+            run(name)
+    assert repository.asked == []
+
+
+def test_a_data_set_is_called_one(repository):
+    repository.datasets = ("no/such",)
+    with pytest.raises(UserError, match="no/such is a data set on the hub, not a model"):
+        load("no/such")
 
 
 def test_info_describes_a_repository_from_its_configs_alone(repository):
