@@ -14,7 +14,7 @@ from typing import Any, Literal
 from internvl3_mlx import demo
 from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.aux_files import replaceable_files
+from internvl3_mlx.convert.aux_files import replaceable_folder
 from internvl3_mlx.convert.calibration.calibrate import (
     Calibration,
     CalibrationConfig,
@@ -146,11 +146,12 @@ class Conversion:
         check_unused(
             self.target,
             overwrite=self.options.overwrite,
-            replaceable=replaceable_files(self.source),
+            replaceable=replaceable_folder(self.source),
         )
 
     def plan(self) -> ConversionResult:
         """Return what would be written, from the headers alone."""
+        self.check_target()
         plan = plan_conversion(
             self.source,
             self.recipe,

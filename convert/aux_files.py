@@ -3,6 +3,7 @@
 import glob
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from internvl3_mlx.prompt.jinja_template import JinjaTemplate
 from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM
 from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
-from internvl3_mlx.write_guards import MODEL_FILES
+from internvl3_mlx.write_guards import MODEL_FOLDER, FolderKind
 
 COPIED_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 CODE_PATTERN = "*.py"  # copied for the original layout only; never run here
@@ -54,17 +55,14 @@ HF_CHAT_TEMPLATE = """\
 """
 
 
-def replaceable_files(source: Path) -> tuple[str, ...]:
-    """List the names that an older target may hold: a model's, and what is copied from ``source``.
-
-    The names are patterns for ``atomic_folder``.
-    """
+def replaceable_folder(source: Path) -> FolderKind:
+    """Return what an older target may hold: a model's files, and what is copied from ``source``."""
     copied = (
         glob.escape(file.name)
         for pattern in (*COPIED_PATTERNS, CODE_PATTERN)
         for file in visible_files(source, pattern)
     )
-    return (*MODEL_FILES, *copied)
+    return replace(MODEL_FOLDER, files=(*MODEL_FOLDER.files, *copied))
 
 
 def write_aux_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> None:

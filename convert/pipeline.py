@@ -21,7 +21,7 @@ from internvl3_mlx.checkpoints.writer import (
     check_disk_space,
 )
 from internvl3_mlx.config import Quantization
-from internvl3_mlx.convert.aux_files import replaceable_files, write_aux_files
+from internvl3_mlx.convert.aux_files import replaceable_folder, write_aux_files
 from internvl3_mlx.convert.calibration.calibrate import compare_outputs
 from internvl3_mlx.convert.calibration.metrics import OutputCheck
 from internvl3_mlx.convert.config_writer import build_config
@@ -131,7 +131,7 @@ def convert_checkpoint(
     with atomic_folder(
         target,
         overwrite=options.overwrite,
-        replaceable=replaceable_files(source),
+        replaceable=replaceable_folder(source),
         on_wait=options.on_wait,
     ) as folder:
         writer = ShardWriter(folder, entries, METADATA[plan.layout])

@@ -10,7 +10,8 @@ from typing import Any
 from internvl3_mlx.checkpoints.build_model import QuantizationChoice
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.files import check_keys, did_you_mean, read_yaml
+from internvl3_mlx.files import check_keys, did_you_mean
+from internvl3_mlx.yaml_files import read_yaml
 
 PROJECTOR_BITS = 8  # every image passes through mlp1: fewer bits would degrade all of them
 PROJECTOR = re.compile(r"mlp1\.")
@@ -18,6 +19,7 @@ VISION = re.compile(r"vision_model\.")
 LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
 BITS = (2, 3, 4, 5, 6, 8)
 DEFAULT_GROUP_SIZE = 64
+MAX_PATTERNS, MAX_PATTERN = 1_000, 200  # of a recipe file, and the characters of one
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,11 @@ def parse_rules(table: Any, path: Path) -> Iterable[QuantizationRule]:
     if not isinstance(table, Mapping):
         raise UserError(
             f"{path}: modules is not a mapping; write one line per pattern, such as lm_head: 6"
+        )
+    if len(table) > MAX_PATTERNS or max(map(len, map(str, table)), default=0) > MAX_PATTERN:
+        raise UserError(
+            f"{path}: modules has more than {MAX_PATTERNS:,} patterns, or one of more than "
+            f"{MAX_PATTERN} characters; write fewer or shorter ones with *"
         )
     for pattern, value in table.items():
         where = f"{path}: modules: {pattern}"

@@ -138,7 +138,6 @@ def convert_model(
         measure_images=expand(measure_images) or quantizing.calibration_images,
         command=command or call,
     )
-    conversion.check_target()
     return conversion.plan() if dry_run else finish(conversion, show)
 
 

@@ -1,4 +1,4 @@
-"""Files shared by all packages: atomic writes, cache folders, YAML, name hints and digests.
+"""Files shared by all packages: atomic writes, cache folders, name hints and digests.
 
 ``atomic_write`` and ``atomic_folder`` write beside the target under a hidden name that carries the
 process id, flush to the disk, and rename. A reader sees the old content or the new, never a part,
@@ -11,19 +11,19 @@ import os
 import re
 import shutil
 import stat
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
-from typing import Any
 
+from internvl3_mlx.durable import flush, flush_tree
 from internvl3_mlx.errors import UserError, WriteError
 from internvl3_mlx.write_guards import (
-    MODEL_FILES,
+    MODEL_FOLDER,
+    FolderKind,
     check_replaceable_folder,
     is_locked,
     lock_folder,
@@ -37,7 +37,6 @@ DIGEST_BYTES = 16  # 128 bits: no two contents share a digest by accident
 CHUNK_BYTES = 2**20
 NEAREST_CUTOFF = 0.6  # difflib's own default
 MLX_WRITE_FAILED = "Unable to write"  # how MLX reports a full disk, as a RuntimeError
-NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)  # file systems that cannot flush a folder
 
 PARTIAL_FILE = re.compile(r"\..+\.(\d+)-\d+\.part(\.[^.]*)?")  # group 1: the process id
 
@@ -71,10 +70,10 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             os.chmod(part, stat.S_IMODE(path.stat().st_mode))
         if durable:
-            _flush(part)
+            flush(part)
         os.replace(part, path)
         if durable:
-            _flush(path.parent)
+            flush(path.parent)
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
@@ -88,13 +87,13 @@ def atomic_folder(
     target: Path,
     *,
     overwrite: bool = False,
-    replaceable: Sequence[str] = MODEL_FILES,
+    replaceable: FolderKind = MODEL_FOLDER,
     on_wait: OnWait = wait_silently,
 ) -> Iterator[Path]:
     """Yield an empty folder to write into; it becomes ``target`` when the block ends without error.
 
     An existing ``target`` is refused, or with ``overwrite`` replaced at the very end, if it holds
-    only files that match ``replaceable``; a file is never replaced. A target that another process
+    only files of that kind; a file is never replaced. A target that another process
     is writing is waited for; what that process wrote stays where this one writes the same.
     Raises WriteError.
 
@@ -113,10 +112,36 @@ def atomic_folder(
             if waited and not overwrite and _same_files(part, target):
                 return
             check()
-            _flush_tree(part)
+            flush_tree(part)
             _swap_in(part, target)
         except OSError as error:
             raise _write_error(target, error) from error
+
+
+@contextmanager
+def atomic_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Yield an empty folder to write files into; those of ``names`` then replace ``folder``'s.
+
+    Each is the old or the new one whenever the process is killed. Everything else in ``folder``
+    stays as it is. Raises WriteError.
+    """
+    folder = Path(os.path.realpath(folder))
+    target = folder / "files"  # only its hidden name is used
+    part = _temporary(target, "part")
+    try:
+        _make_folder(folder)
+        _remove_leftovers(target)
+        part.mkdir()
+        yield part
+        flush_tree(part)
+        for name in names:
+            os.replace(part / name, folder / name)
+        flush(folder)
+    except OSError as error:
+        raise _write_error(folder, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        _unfinished.discard(part)
 
 
 def _begin_folder(
@@ -176,7 +201,7 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def check_unused(
-    target: Path, *, overwrite: bool = False, replaceable: Sequence[str] = MODEL_FILES
+    target: Path, *, overwrite: bool = False, replaceable: FolderKind = MODEL_FOLDER
 ) -> None:
     """Raise WriteError if ``target`` exists and may not be replaced."""
     if target.is_dir() and not overwrite:
@@ -203,22 +228,6 @@ def data_folder(name: str = "") -> Path:
     return (base if base.is_absolute() else Path.home() / ".local" / "share") / CACHE_NAME / name
 
 
-def read_yaml(path: Path, expected: str) -> Mapping[str, Any]:
-    """Read a YAML file that holds a mapping; ``expected`` describes its keys in the error."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML: {line}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} is not a YAML mapping; expected {expected}")
-    return content
-
-
 def check_keys(found: Iterable[object], known: Iterable[str], where: str) -> None:
     """Raise UserError for the first key that is not known, with the nearest one that is."""
     names = list(known)
@@ -240,10 +249,17 @@ def did_you_mean(
     otherwise: the hint where nothing is near, in place of the list.
     """
     names = [str(entry) for entry in known]
-    if near := get_close_matches(name, names, n=limit, cutoff=cutoff):
+    if near := nearest_names(name, names, limit=limit, cutoff=cutoff):
         *others, last = near
         return f"did you mean {', '.join(others)} or {last}?" if others else f"did you mean {last}?"
     return f"choose from {', '.join(names)}" if otherwise is None else otherwise
+
+
+def nearest_names(
+    name: str, known: Iterable[str], *, limit: int = 1, cutoff: float = NEAREST_CUTOFF
+) -> list[str]:
+    """Return the known names most like ``name``, the nearest first."""
+    return get_close_matches(name, [*known], n=limit, cutoff=cutoff)
 
 
 def content_digest(*parts: str | bytes | memoryview | Path, size: int = DIGEST_BYTES) -> str:
@@ -350,7 +366,7 @@ def _swap_in(part: Path, target: Path) -> None:
     """Rename ``part`` to ``target``; a folder in its place is removed only afterwards."""
     if not target.exists():
         os.rename(part, target)
-        _flush(target.parent)
+        flush(target.parent)
         return
     replaced = _temporary(target, "old")
     try:
@@ -360,35 +376,10 @@ def _swap_in(part: Path, target: Path) -> None:
         except OSError:
             os.rename(replaced, target)
             raise
-        _flush(target.parent)
+        flush(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         _unfinished.discard(replaced)
-
-
-def _flush_tree(folder: Path) -> None:
-    for inside, _, names in os.walk(folder):
-        for name in names:
-            _flush(Path(inside, name))
-        _flush(Path(inside))
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk: on a Mac, beyond the drive's own cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if sys.platform == "darwin":
-            import fcntl
-
-            with suppress(OSError):  # a network file system may not know it
-                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-                return
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NO_FSYNC:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_other_kinds(path: Path) -> None:

@@ -9,6 +9,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,19 +26,33 @@ MODEL_FILES = (
     "tokenization_*.py", "image_processing_*.py", "video_processing_*.py", "conversation.py",
     "README.md", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-# one pair must be there: a folder that only holds a README is not a model
-MODEL_PAIRS = (
-    ("config.json", "model*.safetensors"),
-    ("adapter_config.json", "adapter_model.safetensors"),
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """What a folder of one kind consists of, by patterns of file names.
+
+    files: what it may hold. complete: sets of files, one of which must be there.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    complete: tuple[tuple[str, ...], ...]
+
+
+# a folder that only holds a README is not a model
+MODEL_FOLDER = FolderKind(
+    "a model",
+    MODEL_FILES,
+    (("config.json", "model*.safetensors"), ("adapter_config.json", "adapter_model.safetensors")),
 )
 SYSTEM_FILES = (".DS_Store", "._*", ".localized", ".gitattributes", "CACHEDIR.TAG")
 SHOWN_NAMES = 3
 
 
-def check_replaceable_folder(folder: Path, files: Sequence[str] = MODEL_FILES) -> None:
-    """Raise WriteError unless ``folder`` is empty or holds a model and nothing else.
+def check_replaceable_folder(folder: Path, kind: FolderKind = MODEL_FOLDER) -> None:
+    """Raise WriteError unless ``folder`` is empty or is of the ``kind`` and holds nothing else.
 
-    files: patterns of the names that may be replaced, ("*",) for a folder of another kind of ours.
     Folders inside are never replaced.
     """
     place = Path(os.path.realpath(folder))
@@ -47,19 +62,19 @@ def check_replaceable_folder(folder: Path, files: Sequence[str] = MODEL_FILES) -
     in_the_way = [
         f"{entry.name}/" if entry.is_dir() else entry.name
         for entry in entries
-        if entry.is_dir() or not _matches(entry.name, files)
+        if entry.is_dir() or not _matches(entry.name, kind.files)
     ]
     if in_the_way:
         more = len(in_the_way) - SHOWN_NAMES
         listed = ", ".join(in_the_way[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
         raise WriteError(
-            f"{folder} holds files that are not part of a model: {listed}; "
+            f"{folder} holds files that are not part of {kind.name}: {listed}; "
             "move them away, or name another folder"
         )
     names = [entry.name for entry in entries]
-    if "*" not in files and names and not any(_has(names, pair) for pair in MODEL_PAIRS):
+    if names and not any(_has(names, patterns) for patterns in kind.complete):
         raise WriteError(
-            f"{folder} holds {names[0]} but no complete model; "
+            f"{folder} holds {names[0]} but not the whole of {kind.name}; "
             "remove it yourself, or name another folder"
         )
 
@@ -178,5 +193,5 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _has(names: Sequence[str], pair: Sequence[str]) -> bool:
-    return all(any(fnmatch(name, pattern) for name in names) for pattern in pair)
+def _has(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return all(any(fnmatch(name, pattern) for name in names) for pattern in patterns)

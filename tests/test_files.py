@@ -10,16 +10,17 @@ import pytest
 from internvl3_mlx import files
 from internvl3_mlx.errors import UserError, WriteError
 from internvl3_mlx.files import (
+    atomic_files,
     atomic_folder,
     atomic_write,
     cache_folder,
     check_keys,
     content_digest,
     did_you_mean,
-    read_yaml,
     recover_folder,
     remove_partial_files,
 )
+from internvl3_mlx.write_guards import FolderKind
 
 # Kills itself at the n-th call that touches the disk: before it, or right after it.
 KILLED = """
@@ -51,11 +52,19 @@ with files.atomic_write(target) as part:
     part.write_text("new")
 """
 WRITE_FOLDER = """
-with files.atomic_folder(target, overwrite=True, replaceable=("*",)) as part:
+from internvl3_mlx.write_guards import FolderKind
+ANYTHING = FolderKind("anything", ("*",), ((),))
+with files.atomic_folder(target, overwrite=True, replaceable=ANYTHING) as part:
     (part / "inner").mkdir()
     (part / "inner" / "a.txt").write_text("new")
     (part / "b.txt").write_text("new")
 """
+WRITE_FILES = """
+with files.atomic_files(target, ("a.txt", "b.txt")) as aside:
+    (aside / "a.txt").write_text("new")
+    (aside / "b.txt").write_text("new")
+"""
+ANYTHING = FolderKind("anything", ("*",), ((),))
 CALLS = 16  # more than either writer makes
 
 
@@ -130,6 +139,32 @@ def killed_between(target: Path, at: int) -> bool:
     return not target.exists()
 
 
+def test_files_of_a_folder_are_replaced_and_the_others_stay(tmp_path):
+    for name in ("a.txt", "mine.txt"):
+        (tmp_path / name).write_text("old")
+    with atomic_files(tmp_path, ("a.txt", "b.txt")) as aside:
+        for name in ("a.txt", "b.txt"):
+            (aside / name).write_text("new")
+        assert (tmp_path / "a.txt").read_text() == "old"
+    assert tree(tmp_path) == {"a.txt": "new", "b.txt": "new", "mine.txt": "old"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_each_of_several_files_is_old_or_new_at_every_kill_point(tmp_path, when):
+    names, seen = ("a.txt", "b.txt"), set()
+    for at in range(1, CALLS):
+        for name in names:
+            (tmp_path / name).write_text("old")
+        if not run_killed(WRITE_FILES, tmp_path, at, when):
+            break
+        seen.add(tuple((tmp_path / name).read_text() for name in names))
+    assert seen == {("old", "old"), ("new", "old"), ("new", "new")}
+    with atomic_files(tmp_path, names) as aside:
+        for name in names:
+            (aside / name).write_text("next")
+    assert tree(tmp_path) == dict.fromkeys(names, "next")
+
+
 def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "data.json"
     target.write_text("old")
@@ -156,7 +191,7 @@ def write_file_and_fail(target: Path) -> None:
 
 
 def write_folder_and_fail(target: Path) -> None:
-    with atomic_folder(target, overwrite=True, replaceable=("*",)) as part:
+    with atomic_folder(target, overwrite=True, replaceable=ANYTHING) as part:
         (part / "b.txt").write_text("half")
         raise OSError(5, "Input/output error")
 
@@ -174,7 +209,7 @@ def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", refuse_part)
     with (
         pytest.raises(WriteError, match="Input/output error"),
-        atomic_folder(target, overwrite=True, replaceable=("*",)),
+        atomic_folder(target, overwrite=True, replaceable=ANYTHING),
     ):
         pass
     assert tree(target) == {"a.txt": "old"}
@@ -333,28 +368,6 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, environment, expe
     for name, value in {"HOME": "/home/u", **environment}.items():
         monkeypatch.setenv(name, value)
     assert cache_folder("kernels") == Path(expected)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot read .*r.yaml: No such file or directory; check the path"),
-        (b"a: [", "r.yaml is not valid YAML: while parsing"),
-        (b"\xff\xfe\x00", "r.yaml is not valid YAML"),
-        (b"- a", "r.yaml is not a YAML mapping; expected keys such as text"),
-    ],
-)
-def test_a_yaml_file_that_cannot_be_used_is_named(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "r.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        read_yaml(tmp_path / "r.yaml", "keys such as text")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_yaml_mapping_is_read(tmp_path):
-    (tmp_path / "r.yaml").write_text("text: 4\nmodules: {lm_head: 6}\n")
-    assert read_yaml(tmp_path / "r.yaml", "keys") == {"text": 4, "modules": {"lm_head": 6}}
 
 
 def test_an_unknown_key_is_named_with_the_nearest():

@@ -14,10 +14,10 @@ ROOMS_AT_THE_ROOT = ("convert", "metal_kernels")
 
 # A room imports only from its own group's members' left: same group, no imports between two rooms.
 ORDER = (
-    ("install_hint", "demo"),
+    ("install_hint", "durable", "demo"),
     ("errors",),
     ("write_guards",),
-    ("files", "json_files", "device", "option_fields"),
+    ("files", "json_files", "yaml_files", "device", "option_fields"),
     ("metrics", "records"),
     ("memory", "gpu_errors", "affine_quantize"),
     ("config",),

@@ -12,6 +12,7 @@ from internvl3_mlx import files
 from internvl3_mlx.errors import WriteError
 from internvl3_mlx.files import atomic_folder
 from internvl3_mlx.write_guards import (
+    FolderKind,
     check_replaceable_file,
     check_replaceable_folder,
     hold_lock,
@@ -59,7 +60,9 @@ def test_a_foreign_file_in_a_model_folder_is_named_and_stays(tmp_path, extra, na
 
 def test_a_folder_without_a_whole_model_stays(tmp_path):
     (tmp_path / "README.md").write_text("my project")
-    with pytest.raises(WriteError, match=r"holds README\.md but no complete model; remove it"):
+    with pytest.raises(
+        WriteError, match=r"holds README\.md but not the whole of a model; remove it"
+    ):
         check_replaceable_folder(tmp_path)
 
 
@@ -102,6 +105,7 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path):
         check_replaceable_file(path, is_ours, "a saved conversation")
 
 
+ANYTHING = FolderKind("anything", ("*",), ((),))
 WRITER = """
 import sys, pathlib
 from internvl3_mlx.files import atomic_folder
@@ -166,7 +170,7 @@ def test_what_another_process_has_just_written_is_not_replaced(start_writer, tmp
 def test_with_overwrite_the_second_of_two_writers_replaces_the_first(start_writer, tmp_path):
     target = tmp_path / "out"
     other = start_writer(target, "theirs")
-    options = {"overwrite": True, "replaceable": ("*",)}
+    options = {"overwrite": True, "replaceable": ANYTHING}
     write(target, "ours", lambda _: other.stdin.close(), **options)
     assert os.listdir(tmp_path) == ["out"]
     assert (target / "config.json").read_text() == "ours"

@@ -1,7 +1,6 @@
 """How an answer ended: whether it was cut, is empty, or does not satisfy its constraint."""
 
 import json
-import re
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.errors import InternVL3Error
@@ -44,11 +43,10 @@ def satisfies_constraint(text: str, config: "GenerationConfig") -> bool:
     if config.json_schema is not None:
         try:
             json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     if config.regex:
-        try:
-            return re.fullmatch(config.regex, text) is not None
-        except re.error:  # a pattern in llguidance's own syntax
-            return False
+        from internvl3_mlx.generation.structured import matches_regex
+
+        return matches_regex(config.regex, text)
     return not config.choice or text in config.choice

@@ -155,7 +155,11 @@ class MediaReader:
         return self.conversation.runner.processor.process_image(path, config)
 
     def read_video(self, options: dict[str, Any], entry: dict[str, Any]) -> "ProcessedVideo | None":
+        from internvl3_mlx.generation.conversation_log import read_video_copy
+
         def read() -> "ProcessedVideo":
+            if copy := read_video_copy(entry):
+                return copy
             path = str(entry["path"])
             if not os.path.isfile(path):
                 raise UserError(f"no file at {path}; put it back")

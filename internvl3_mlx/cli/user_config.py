@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.files import CACHE_NAME, atomic_write, did_you_mean, read_yaml
+from internvl3_mlx.files import CACHE_NAME, atomic_write, did_you_mean
+from internvl3_mlx.yaml_files import read_yaml
 
 CONFIG_VARIABLE = "INTERNVL3_CONFIG"  # os.devnull for no file
 CONFIG_NAME = "config.yaml"

@@ -46,7 +46,8 @@ def log_folder() -> Path:
 class ConversationLog:
     """The log of one conversation; its file appears with the first question.
 
-    start: what the first record says, such as the model. keep_images: copy the tiles of images.
+    start: what the first record says, such as the model. keep_images: copy the tiles of images,
+    pages and frames.
     fault: why nothing is written any more. The conversation itself goes on.
     """
 
@@ -117,7 +118,7 @@ class ConversationLog:
 
     def copy_images(self, exchange: Exchange) -> None:
         try:
-            for image in exchange.images:
+            for image in exchange.processed_images:
                 target = image_copy(image.content_hash.hex())
                 make_private_folder(target.parent)
                 if not target.exists():
@@ -277,6 +278,18 @@ def read_copy(content_hash: str) -> ProcessedImage | None:
     return image if image.content_hash.hex() == content_hash else None
 
 
+def read_video_copy(record: Record) -> ProcessedVideo | None:
+    """Return a video whose frames were all copied; None where one is missing."""
+    frames = list[ProcessedImage]()
+    for content_hash, info in zip(record["frames"], record["infos"], strict=True):
+        copy = read_copy(content_hash)
+        if copy is None:
+            return None
+        frames.append(replace(copy, info=ImageInfo(**info)))
+    times = record["times"]
+    return ProcessedVideo(record["name"], tuple(frames), times and tuple(map(float, times)))
+
+
 def clear_logs() -> int:
     """Delete all logs and copies; return how many conversations they were."""
     logs = list_logs()
@@ -302,8 +315,13 @@ def image_record(image: ProcessedImage) -> Record:
 
 
 def video_record(video: ProcessedVideo) -> Record:
-    hashes = [frame.content_hash.hex() for frame in video.frames]
-    return {"name": video.name, "path": absolute(video.name), "frames": hashes}
+    return {
+        "name": video.name,
+        "path": absolute(video.name),
+        "frames": [frame.content_hash.hex() for frame in video.frames],
+        "infos": [asdict(frame.info) for frame in video.frames],
+        "times": video.times,
+    }
 
 
 def absolute(source: str) -> str:

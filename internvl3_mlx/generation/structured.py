@@ -88,6 +88,15 @@ class Constraint:
                 check_finite(logits)
 
 
+def matches_regex(pattern: str, text: str) -> bool:
+    """Return whether a whole text matches, in time that grows with its length alone."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    grammar = LLMatcher.grammar_from_regex(pattern)
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    return matcher.consume_tokens([*text.encode()]) and matcher.is_accepting()
+
+
 class TokenTable:
     """A tokenizer in llguidance's terms: the bytes of every token, and a function that encodes."""
 

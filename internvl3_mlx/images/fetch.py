@@ -4,25 +4,28 @@ import binascii
 import io
 import os
 import re
+import stat
 import sys
 import unicodedata
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from internvl3_mlx.errors import ImageError
+from internvl3_mlx.files import nearest_names
 from internvl3_mlx.images.download import DownloadRefused, DownloadTooLarge, download
 
 MAX_BYTES = 100 * 2**20  # of one download, data URI or pipe
 MAX_NAME_LENGTH = 200  # characters of a name in a message
+NEAR_FILE = 0.7  # how alike two file names are, between 0 and 1
 MAX_PATH_LENGTH = 1024  # characters; PATH_MAX of macOS
 STDIN = "-"
 APPLE_DOUBLE = "._"  # macOS writes these beside every file on exFAT and network disks
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+OPEN_PIPE = re.compile(r"/(dev|proc/(self|\d+))/fd/\d+")  # what a shell makes of <(command)
 LOCAL_HOSTS = ("", "localhost")
 SECRET_PARTS = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)
 URL_PATTERN = re.compile(r"(?i)(data):|([a-z][a-z0-9+.-]+)://")
@@ -40,7 +43,7 @@ class ImageBytes:
         if isinstance(self.source, bytes):
             return io.BytesIO(self.source)
         try:
-            return self.source.open("rb")
+            return open_regular(self.source, self.name)
         except OSError as error:
             raise ImageError(
                 f"cannot read {self.name}: {error.strerror}; check the file"
@@ -174,10 +177,26 @@ def _from_path(text: str) -> ImageBytes:
         )
     if path.is_file():
         return ImageBytes(name, path)
-    if not path.is_fifo():
-        raise ImageError(f"cannot read {name}: it is a device; give the path of an image")
-    with path.open("rb") as pipe:
-        return ImageBytes(name, _limited(pipe, name))
+    if path.is_fifo() and OPEN_PIPE.fullmatch(text):
+        with path.open("rb") as pipe:
+            return ImageBytes(name, _limited(pipe, name))
+    raise not_regular_error(name)
+
+
+def open_regular(path: Path, name: str) -> BinaryIO:
+    """Open a regular file; what took its place meanwhile, such as a pipe, is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise not_regular_error(name)
+
+
+def not_regular_error(name: str) -> ImageError:
+    return ImageError(
+        f"cannot read {name}: it is a pipe or a device; give the path of an image, or - to read "
+        "standard input"
+    )
 
 
 def _existing(text: str) -> Path | None:
@@ -208,7 +227,7 @@ def _hint(text: str) -> str:
     if len(text) > MAX_PATH_LENGTH:
         return "it is too long for a path; if it is base64, put data:;base64, before it"
     wanted = Path(os.path.expanduser(text))
-    near = get_close_matches(wanted.name, _siblings(wanted), n=1, cutoff=0.7)
+    near = nearest_names(wanted.name, _siblings(wanted), cutoff=NEAR_FILE)
     return (
         f"did you mean {shorten_name(str(wanted.with_name(near[0])))}?"
         if near

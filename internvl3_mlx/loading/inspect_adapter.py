@@ -13,8 +13,8 @@ from internvl3_mlx.adapters.adapter_files import (
     find_adapter_files,
 )
 from internvl3_mlx.adapters.peft import LORA_TENSOR, read_adapter_config
-from internvl3_mlx.files import read_yaml
 from internvl3_mlx.json_files import read_json_leniently
+from internvl3_mlx.yaml_files import read_yaml
 
 METRICS, TRAIN_CONFIG, STATE = "metrics.csv", "train_config.yaml", "state.json"  # our own runs'
 TRAINER_STATE = "trainer_state.json"  # transformers' Trainer, and those built upon it

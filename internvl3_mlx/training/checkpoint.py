@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.files import atomic_folder, content_digest, recover_folder
 from internvl3_mlx.json_files import read_json
@@ -24,8 +25,12 @@ from internvl3_mlx.training.loss_history import LossHistory
 from internvl3_mlx.training.objectives import ObjectiveState
 from internvl3_mlx.training.params import Arrays
 from internvl3_mlx.training.trainer import TrainState, sync_weights
+from internvl3_mlx.write_guards import FolderKind
 
 FOLDER, ARRAYS, METADATA = "checkpoints", "state.safetensors", "state.json"
+CHECKPOINT_FOLDER = FolderKind(
+    "a training checkpoint", (ARRAYS, METADATA, ADAPTER_CONFIG, ADAPTER_WEIGHTS), ((METADATA,),)
+)
 NAME = re.compile(r"step-(\d{6,})")
 FORMAT_VERSION = 3  # of state.json: raised when older ones can no longer be read
 REQUIRED = ("update", "micro_steps", "processes", "config", "identity")  # of state.json
@@ -86,7 +91,7 @@ def save_checkpoint(
         "config": state.config.to_dict(),
         **{name: getattr(progress, name) for name in RunProgress.__dataclass_fields__},
     }
-    with atomic_folder(target, overwrite=True, replaceable=("*",)) as aside:
+    with atomic_folder(target, overwrite=True, replaceable=CHECKPOINT_FOLDER) as aside:
         mx.save_safetensors(str(aside / ARRAYS), state_arrays(state))
         metadata["digest"] = content_digest(aside / ARRAYS)
         (aside / METADATA).write_text(json.dumps(metadata, indent=2, default=dict) + "\n", "utf-8")

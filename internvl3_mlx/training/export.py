@@ -1,7 +1,6 @@
 """Save what was trained: an adapter, or a complete model in the MLX layout."""
 
 import os
-import shutil
 from collections.abc import Generator
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -21,7 +20,7 @@ from internvl3_mlx.convert.pipeline import (
 )
 from internvl3_mlx.convert.plan import plan_conversion
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.files import atomic_folder, atomic_write
+from internvl3_mlx.files import atomic_files, atomic_folder
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear, lora_layers
 from internvl3_mlx.training.checkpoint import ARRAYS, METADATA
@@ -32,7 +31,7 @@ from internvl3_mlx.training.lora_setup import write_adapter_into
 from internvl3_mlx.training.session import TrainSession, lora_config
 from internvl3_mlx.write_guards import MODEL_FILES, SYSTEM_FILES
 
-BEST, LATEST, MODEL = "best", ".latest", "model"
+BEST, MODEL = "best", "model"
 
 
 def export_model(
@@ -114,16 +113,8 @@ def save_best(session: TrainSession) -> None:
 
 def save_adapter_files(session: TrainSession) -> None:
     """Replace the adapter in the run's folder, file by file, leaving everything else in place."""
-    aside = session.folder / LATEST
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with atomic_files(session.folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS)) as aside:
         write_adapter_files(session, aside)
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            with atomic_write(session.folder / name) as temporary:
-                os.replace(aside / name, temporary)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_adapter_files(session: TrainSession, folder: Path) -> None:
@@ -142,7 +133,7 @@ def write_model(session: TrainSession, target: Path) -> None:
 def run_folders(folder: Path) -> list[Path]:
     """List the folders that a run makes in its own one, as far as they exist."""
     steps = (folder / CHECKPOINTS).glob("step-*")
-    found = (folder / BEST, folder / LATEST, folder / MODEL, *sorted(steps))
+    found = (folder / BEST, folder / MODEL, *sorted(steps))
     return [path for path in found if os.path.lexists(path)]
 
 

@@ -14,6 +14,7 @@ from fixtures.documents import write_pdf
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
+from fixtures.videos import make_video
 
 import internvl3_mlx
 from internvl3_mlx import load
@@ -115,6 +116,40 @@ def test_copied_images_outlive_the_file(open_session, folder, capsys):
     assert "missing" not in capsys.readouterr().err
     (copy,) = (log_folder() / "images").iterdir()
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+
+
+def test_copied_pages_and_frames_outlive_their_files(open_session, folder, capsys):
+    write_pdf(folder / "report.pdf", (100, 200), (100, 150))
+    (folder / "walk.mp4").write_bytes(make_video(count=12))
+    first = open_session(keep_images=True)
+    ask(first, "/set num-frames 3", "/set max-tiles 1", "report.pdf What is it?", "walk.mp4 And?")
+    first.log.close()
+    for name in ("report.pdf", "walk.mp4"):
+        (folder / name).unlink()
+    second = open_session(keep_images=True)
+    ask(second, "/history 1")
+    assert "missing" not in capsys.readouterr().err
+    then, now = (session.conversation.exchanges for session in (first, second))
+    assert [len(video.frames) for video in now[1].videos] == [3]
+    assert now[1].videos[0].times == then[1].videos[0].times
+    for old, new in zip(then, now, strict=True):
+        pairs = zip(old.processed_images, new.processed_images, strict=True)
+        assert all(a.info == b.info and a.content_hash == b.content_hash for a, b in pairs)
+    first.log = None
+    for session in (first, second):
+        ask(session, "And now?")
+    assert state(second) == state(first)
+
+
+def test_a_video_without_its_copies_is_read_again(open_session, folder):
+    (folder / "walk.mp4").write_bytes(make_video(count=12))
+    first = open_session()
+    ask(first, "/set num-frames 3", "walk.mp4 What?")
+    first.log.close()
+    second = open_session()
+    ask(second, "/history 1")
+    assert state(second) == state(first)
+    assert [len(exchange.videos) for exchange in second.conversation.exchanges] == [1]
 
 
 def test_pages_are_read_again(open_session, folder):

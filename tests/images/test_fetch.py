@@ -3,16 +3,19 @@
 import io
 import os
 import re
+import socket
 import sys
-import threading
 import unicodedata
 from pathlib import Path
 
 import pytest
 from fixtures.image_files import encoded, message, noise
 
+from internvl3_mlx.errors import ImageError
 from internvl3_mlx.images import fetch
-from internvl3_mlx.images.load import open_image
+from internvl3_mlx.images.fetch import locate
+from internvl3_mlx.images.load import image_size, open_image
+from internvl3_mlx.images.pages import open_pages
 
 
 def test_tilde_is_home_but_an_exact_name_comes_first(tmp_path, monkeypatch):
@@ -53,13 +56,33 @@ def test_two_names_that_look_the_same_are_not_guessed_between(tmp_path):
     assert open_image(tmp_path / "a b.png").width == 3
 
 
-def test_a_named_pipe_is_read_like_a_file(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_bytes, args=(encoded(noise()),))
-    writer.start()
-    assert open_image(pipe).width == 7
-    writer.join()
+def test_what_a_shell_pipes_in_place_of_a_file_is_read():
+    reading, writing = os.pipe()
+    os.write(writing, encoded(noise()))
+    os.close(writing)
+    assert open_image(f"/dev/fd/{reading}").width == 7
+    os.close(reading)
+
+
+@pytest.mark.parametrize("read", [open_image, image_size, open_pages])
+def test_a_pipe_or_device_is_refused_at_once(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.png"))
+        for path in (tmp_path / "pipe.png", tmp_path / "socket.png", Path("/dev/zero")):
+            with pytest.raises(ImageError, match="it is a pipe or a device; give the path of"):
+                read(str(path))
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path):
+    noise().save(tmp_path / "a.png")
+    located = locate(tmp_path / "a.png")
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ImageError, match=r"a.png: No such file or directory; check the file"):
+        located.open()
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"a.png: it is a pipe or a device"):
+        located.open()
 
 
 def test_paths_that_hold_no_picture_are_told(tmp_path):
@@ -70,7 +93,8 @@ def test_paths_that_hold_no_picture_are_told(tmp_path):
     )
     assert message(tmp_path) == f"cannot read {tmp_path}: it is a folder; name an image in it"
     assert message("/dev/null") == (
-        "cannot read /dev/null: it is a device; give the path of an image"
+        "cannot read /dev/null: it is a pipe or a device; give the path of an image, or - to read "
+        "standard input"
     )
     assert message("") == "no file at an empty path: check the path"
     assert "no file at a\\x00b" in message("a\0b")
@@ -81,10 +105,10 @@ def test_paths_that_hold_no_picture_are_told(tmp_path):
 def test_an_unreadable_file_is_told(tmp_path, monkeypatch):
     noise().save(tmp_path / "a.png")
 
-    def denied(*args):
+    def denied(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     assert message(tmp_path / "a.png").endswith("a.png: Permission denied; check the file")
 
 
