@@ -42,6 +42,7 @@ from internvl3_mlx.convert.pipeline import (
 )
 from internvl3_mlx.convert.plan import plan_conversion
 from internvl3_mlx.convert.recipes import QuantizationRecipe
+from internvl3_mlx.device import use_full_float32
 from internvl3_mlx.files import atomic_write, check_unused
 from internvl3_mlx.json_files import read_optional_json
 
@@ -142,7 +143,7 @@ class Conversion:
 
     def check_target(self) -> None:
         """Refuse a target that must not be written, before any work is done for it."""
-        check_overlap(self.source, self.target)
+        check_overlap(self.source, self.target, self.options.adapter)
         check_unused(
             self.target,
             overwrite=self.options.overwrite,
@@ -176,6 +177,7 @@ class Conversion:
     def run(self) -> Generator[ConversionProgress, None, ConversionResult]:
         """Convert, yielding progress; return the result once the target is complete."""
         started = time.perf_counter()
+        use_full_float32()
         self.check_target()
         calibration, recipe, options = None, self.recipe, self.options
         if self.calibration is not None:

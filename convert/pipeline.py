@@ -38,9 +38,11 @@ from internvl3_mlx.convert.row_reader import (
     split_into_slabs,
     to_bytes,
 )
+from internvl3_mlx.device import use_full_float32
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import OnWait, atomic_folder, wait_silently
 from internvl3_mlx.prompt.tokenizer import Tokenizer
+from internvl3_mlx.write_guards import contains
 
 METADATA = {"mlx": {"format": "mlx"}, "original": {"format": "pt"}, "hf": {"format": "pt"}}
 MIN_CHECK_SECONDS = 120.0  # else comparing outputs may take as long as the conversion did
@@ -112,7 +114,8 @@ def convert_checkpoint(
     """
     started = time.monotonic()
     options = options or ConvertOptions()
-    check_overlap(source, target)
+    use_full_float32()
+    check_overlap(source, target, options.adapter)
     plan = plan_conversion(
         source,
         recipe,
@@ -179,11 +182,11 @@ def check_outputs(
     )
 
 
-def check_overlap(source: Path, target: Path) -> None:
-    """Raise UserError when the target is the source, or one is inside the other."""
-    here, there = source.resolve(), target.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise UserError(f"{target} overlaps the source {source}; name another folder")
+def check_overlap(source: Path, target: Path, adapter: Path | None = None) -> None:
+    """Raise UserError when the target is the source or the adapter, or lies in it or around it."""
+    for place in filter(None, (source, adapter)):
+        if contains(place, target) or contains(target, place):
+            raise UserError(f"{target} overlaps the source {place}; name another folder")
 
 
 def tensor_entries(tensor: PlannedTensor, calibrated: Mapping[str, mx.array]) -> list[TensorSpec]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
+TF32_VARIABLE = "MLX_ENABLE_TF32"
 RECOMMENDED_SIZE = "max_recommended_working_set_size"
 
 
@@ -16,6 +17,15 @@ def on_gpu() -> bool:
 def on_cpu() -> bool:
     """Return whether MLX computes on the CPU by default."""
     return mx.default_device() == mx.Device(mx.cpu)
+
+
+def use_full_float32() -> None:
+    """Keep MLX from multiplying float32 with 10 bits on the newest GPUs, unless the user chose to.
+
+    Merged and quantized weights would keep the error. MLX reads the variable at its first product,
+    so this comes before any.
+    """
+    os.environ.setdefault(TF32_VARIABLE, "0")
 
 
 def gpu_info() -> dict[str, Any]:

@@ -92,6 +92,24 @@ def check_replaceable_file(path: Path, is_ours: Callable[[Path], bool], kind: st
     raise WriteError(f"{path} exists and is not {kind}; name another file")
 
 
+def contains(folder: Path, path: Path) -> bool:
+    """Return whether ``path``, which need not exist, is ``folder`` or lies in it.
+
+    The file system is asked, since a Mac's takes a name in upper or lower case and in two Unicode
+    forms for the same one.
+    """
+    try:
+        wanted = os.stat(folder)
+    except OSError:
+        return False
+    place = Path(os.path.realpath(path))
+    for candidate in (place, *place.parents):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(candidate), wanted):
+                return True
+    return False
+
+
 def starts_with(path: Path, *beginnings: bytes) -> bool:
     """Return whether the file begins with one of ``beginnings``."""
     with path.open("rb") as stream:
@@ -174,11 +192,11 @@ def _protected(place: Path) -> str:
     """Say what a folder is that must never be replaced; "" for any other."""
     with suppress(RuntimeError):  # no home folder
         home = Path(os.path.realpath(Path.home()))
-        if place == home or place in home.parents:
+        if contains(place, home):
             return "your home folder or a parent of it"
     with suppress(OSError):  # the current folder was removed
         here = Path(os.path.realpath(Path.cwd()))
-        if place == here or place in here.parents:
+        if contains(place, here):
             return "the current folder or a parent of it"
     if os.path.ismount(place):
         return "a mount point"

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+os.environ["MLX_ENABLE_TF32"] = "0"  # float32 on every GPU; MLX reads it at its first product
+
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory):

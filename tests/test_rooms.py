@@ -18,6 +18,7 @@ ORDER = (
     ("errors",),
     ("write_guards",),
     ("files", "json_files", "yaml_files", "device", "option_fields"),
+    ("disk",),
     ("metrics", "records"),
     ("memory", "gpu_errors", "affine_quantize"),
     ("config",),

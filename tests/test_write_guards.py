@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
+from fixtures.mac_disk import ignore_spelling
 
 from internvl3_mlx import files
 from internvl3_mlx.errors import WriteError
@@ -15,6 +17,7 @@ from internvl3_mlx.write_guards import (
     FolderKind,
     check_replaceable_file,
     check_replaceable_folder,
+    contains,
     hold_lock,
     starts_with,
 )
@@ -213,3 +216,30 @@ def test_a_lock_is_waited_for_with_one_call(tmp_path):
         order.append("first")
     thread.join(20)
     assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("other", ["internvl3-demo", "INTERNVL3-Demo", "InternVL3-Demo"])
+def test_a_folder_is_known_by_every_spelling_of_a_macs_disk(tmp_path, monkeypatch, other):
+    folder = tmp_path / "InternVL3-Demo"
+    (folder / "in").mkdir(parents=True)
+    ignore_spelling(monkeypatch, tmp_path)
+    assert contains(folder, tmp_path / other)
+    assert contains(folder, tmp_path / other / "IN" / "new")
+    assert contains(tmp_path / other, folder / "in")
+    assert not contains(folder, tmp_path)
+    assert not contains(tmp_path / "nowhere", folder)
+
+
+def test_both_unicode_forms_of_a_name_are_one_folder(tmp_path, monkeypatch):
+    one, other = (unicodedata.normalize(form, "Modèle") for form in ("NFC", "NFD"))
+    (tmp_path / one).mkdir()
+    ignore_spelling(monkeypatch, tmp_path)
+    assert contains(tmp_path / one, tmp_path / other)
+
+
+def test_the_current_folder_is_never_replaced_whatever_its_spelling(tmp_path, monkeypatch):
+    (tmp_path / "Work" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "Work" / "inside")
+    ignore_spelling(monkeypatch, tmp_path)
+    with pytest.raises(WriteError, match="the current folder or a parent of it"):
+        check_replaceable_folder(tmp_path / "work")

@@ -5,7 +5,6 @@ Nothing else writes weights.
 
 import json
 import os
-import shutil
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,13 @@ from math import prod
 from pathlib import Path
 
 from internvl3_mlx.checkpoints.reader import ELEMENT_TYPES, INDEX, METADATA, WEIGHTS
+from internvl3_mlx.disk import find_free_space
 from internvl3_mlx.errors import CheckpointError
 
 GB = 1_000_000_000
 SHARD_BYTES = 5 * GB  # what the hub recommends for one file
 ALIGNMENT = 8  # the data of a safetensors file starts at a multiple of this
+PIECE_BYTES = 2**30  # of one write: macOS refuses 2 GiB and more
 SPARE_BYTES = 50_000_000  # for the tokenizer files, the index and the model card
 
 
@@ -37,12 +38,11 @@ class TensorSpec:
 
 def check_disk_space(target: Path, needed: int) -> None:
     """Raise CheckpointError if the disk cannot hold ``needed`` bytes."""
-    place = next(path for path in (target, *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed + SPARE_BYTES:
+    free = find_free_space(target)
+    if free.nbytes < needed + SPARE_BYTES:
         raise CheckpointError(
-            f"{target} needs {(needed + SPARE_BYTES) / GB:,.1f} GB, "
-            f"{free / GB:,.1f} GB are free in {place}; free some space or choose another disk"
+            f"{target} needs {(needed + SPARE_BYTES) / GB:,.1f} GB, {free}; "
+            "free some space or choose another disk"
         )
 
 
@@ -150,5 +150,5 @@ def header_bytes(shard: Sequence[TensorSpec], metadata: Mapping[str, str]) -> by
 def write_all(file: int, data: bytes | memoryview, at: int) -> None:
     view = memoryview(data).cast("B")
     while view:
-        written = os.pwrite(file, view, at)
+        written = os.pwrite(file, view[:PIECE_BYTES], at)
         view, at = view[written:], at + written

@@ -14,7 +14,7 @@ from internvl3_mlx.cli import console, generation_fields, options
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.cli.generate import IMAGE_FLAG, SOME_FAILED, load_vlm
-from internvl3_mlx.cli.input_line import SAMPLE_PREFIX, MediaSource, expand_sample, media_kind
+from internvl3_mlx.cli.input_line import SAMPLE_PREFIX, MediaSource, expand_sample, media_source
 from internvl3_mlx.cli.line_reader import open_line_reader, without_echo
 from internvl3_mlx.cli.past_chats import continue_past_chat, find_past_chat, new_log
 from internvl3_mlx.cli.slash_commands import ALIASES, COMMANDS, handle_line
@@ -102,7 +102,7 @@ def chat_command(
         raise UserError(
             "a chat reads its questions from standard input; name a file, or use generate"
         )
-    media = [MediaSource(name, media_kind(name) or "image") for name in sources]
+    media = [media_source(name) for name in sources]
     check_sources_exist(media)
     # an invalid option is reported before a model loads
     generation_fields.make_config(generation_options)

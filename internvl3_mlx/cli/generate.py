@@ -14,12 +14,7 @@ from internvl3_mlx.cli import console, generation_fields, options
 from internvl3_mlx.cli.endings import FLAG, describe_ending, require_complete
 from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.flags import SectionedCommand, flag
-from internvl3_mlx.cli.input_line import (
-    MediaSource,
-    expand_sample,
-    media_kind,
-    open_media,
-)
+from internvl3_mlx.cli.input_line import expand_sample, media_source, open_media
 from internvl3_mlx.cli.options import STDIN, OutputOptions
 from internvl3_mlx.cli.system_info import report_kernel_fallbacks
 from internvl3_mlx.cli.thoughts import show_thoughts
@@ -264,8 +259,7 @@ def report_failure(source: str, error: InternVL3Error, output: OutputOptions) ->
 
 def open_source(source: str, request: GenerateRequest) -> "list[LoadedImage]":
     """Open one image, or every page of a PDF or TIFF."""
-    media = MediaSource(source, media_kind(source) or "image")
-    return open_media(media, upright=request.upright, quiet=request.output.quiet)
+    return open_media(media_source(source), upright=request.upright, quiet=request.output.quiet)
 
 
 def open_sources(request: GenerateRequest) -> "list[LoadedImage]":

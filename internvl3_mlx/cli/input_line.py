@@ -90,6 +90,16 @@ def expand_sample(word: str) -> str:
     return str(found) if PurePath(name).name == name and found.is_file() else word
 
 
+def media_source(word: str) -> MediaSource:
+    """Return what an argument names. ``clipboard`` stands for a copied file, if there is one."""
+    from internvl3_mlx.images.clipboard import copied_file
+    from internvl3_mlx.images.load import CLIPBOARD
+
+    if word == CLIPBOARD:
+        word = copied_file() or word
+    return MediaSource(word, media_kind(word) or "image")
+
+
 def media_kind(word: str) -> MediaKind | None:
     """Return what kind of file a word names, by its suffix alone; None for text."""
     from internvl3_mlx.images.load import IMAGE_SUFFIXES

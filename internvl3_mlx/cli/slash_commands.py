@@ -8,7 +8,7 @@ from pathlib import Path
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.faults import attempt
-from internvl3_mlx.cli.input_line import MediaSource, media_kind, parse_line, split_words
+from internvl3_mlx.cli.input_line import media_kind, media_source, parse_line, split_words
 from internvl3_mlx.cli.past_chats import (
     NONE_YET,
     continue_past_chat,
@@ -96,11 +96,11 @@ def run_command(session: ChatSession, command: SlashCommand, argument: str) -> N
 def attach_files(session: ChatSession, argument: str) -> None:
     words = [word for word, _, _ in split_words(argument)]
     for word in words:
-        session.attach(MediaSource(word, media_kind(word) or "image"))
+        session.attach(media_source(word))
 
 
 def attach_clipboard(session: ChatSession, _: str) -> None:
-    session.attach(MediaSource("clipboard", "image"))
+    session.attach(media_source("clipboard"))
 
 
 def list_images(session: ChatSession, _: str) -> None:

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from internvl3_mlx.errors import ImageError, MissingExtraError
+from internvl3_mlx.images.clipboard import copied_file
 from internvl3_mlx.images.color import (
     EXIF_TRANSPOSES,
     ORIENTATION_TAG,
@@ -114,9 +115,11 @@ def open_located(located: ImageBytes, *, upright: bool = True) -> LoadedImage:
 
 
 def _clipboard() -> Image.Image | str:
-    """Return the image in the clipboard, or the path of the first file copied to it."""
+    """Return the path of the file copied to the clipboard, or the image in it."""
     from PIL import ImageGrab
 
+    if (path := copied_file()) is not None:
+        return path
     try:
         found = ImageGrab.grabclipboard()
     except NotImplementedError as error:

@@ -7,8 +7,9 @@ from pathlib import Path
 from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.convert.pipeline import ConvertOptions, convert_checkpoint
 from internvl3_mlx.convert.recipes import QuantizationRecipe, uniform_recipe
+from internvl3_mlx.disk import make_cache_folder
 from internvl3_mlx.errors import DownloadError, InternVL3Error
-from internvl3_mlx.files import cache_folder, recover_folder
+from internvl3_mlx.files import recover_folder
 from internvl3_mlx.loading.hub import cached_snapshot, check_fits, download, repo_info
 from internvl3_mlx.loading.resolve import (
     DEFAULT_MODEL,
@@ -89,7 +90,7 @@ def quantized_copy(
 ) -> Path:
     """Return the quantized copy of a published size; convert it the first time."""
     assert location.repo is not None
-    target = cache_folder() / "-".join(
+    target = make_cache_folder() / "-".join(
         filter(
             None, [location.repo.split("/")[-1], wanted.name, (revision or "").replace("/", "_")]
         )

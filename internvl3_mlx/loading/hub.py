@@ -1,6 +1,5 @@
 """Download from and upload to the hub. A repository's code is never downloaded."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from internvl3_mlx.checkpoints.reader import weight_files
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.config.foreign import describe_names
 from internvl3_mlx.device import gpu_memory_limit
+from internvl3_mlx.disk import find_free_space
 from internvl3_mlx.errors import CheckpointError, DownloadError, UserError
 from internvl3_mlx.loading.resolve import GB, PUBLISHED_SIZES
 
@@ -133,12 +133,12 @@ def check_fits(remote: RepoInfo, *, quantized: bool) -> None:
 def check_free_disk(remote: RepoInfo, *, quantized: bool) -> None:
     """Raise DownloadError if the disk cannot hold the download."""
     cache = hub_cache()
-    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+    free = find_free_space(cache)
     needed = remote.nbytes * (1.3 if quantized else 1.0) + SPARE_BYTES
-    if free < needed:
+    if free.nbytes < needed:
         raise DownloadError(
             f"{remote.repo} needs {needed / GB:.0f} GB of disk space, "
-            f"{free / GB:.0f} GB are free in {cache}; "
+            f"{free}; "
             "free some space, or set HF_HOME to a folder on a larger disk"
         )
 

@@ -17,6 +17,18 @@ from internvl3_mlx.models.attention import causal_attention
 from internvl3_mlx.models.layers import gelu, swiglu
 from internvl3_mlx.models.rope import Rotary
 from internvl3_mlx.models.vision import fused_attention
+from internvl3_mlx.profiling.plain_formulas import (
+    BASE,
+    EPSILON,
+    largest_and_sums,
+    layer_norm,
+    lower_right,
+    plain_attention,
+    plain_gelu,
+    plain_rotation,
+    plain_swiglu,
+    rms_norm,
+)
 
 Inputs = Sequence[mx.array]
 Compute = Callable[..., mx.array]
@@ -30,8 +42,7 @@ AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 FLOAT_MODES = {("mxfp4", 4, 32): 0.3, ("mxfp8", 8, 32): 0.08, ("nvfp4", 4, 16): 0.2}
 # rows, inputs, outputs: MLX has other kernels for one row, and for sizes that are no multiples
 PRODUCTS = ((1, 512, 40), (33, 256, 42))
-EPSILON = 1e-6
-HEADS, KV_HEADS, LENGTH, BASE = 6, 2, 37, 1e6
+HEADS, KV_HEADS, LENGTH = 6, 2, 37
 
 
 class Outcome(Enum):
@@ -125,24 +136,6 @@ def relative_error(found: mx.array, wanted: mx.array) -> float:
 def normal(*shape: int, seed: int = 0) -> mx.array:
     """Draw normal numbers on the host, the same on every device."""
     return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
-
-
-def plain_attention(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None
-) -> mx.array:
-    """Attend in plain operations: q (B, H, L, D), k v (B, KV, N, D)."""
-    group = q.shape[1] // k.shape[1]
-    keys, values = (mx.repeat(x, group, axis=1) for x in (k, v))
-    scores = (q @ keys.swapaxes(2, 3)) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = mx.where(mask, scores, -mx.inf)
-    weights = mx.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True) @ values
-
-
-def lower_right(length: int, stored: int) -> mx.array:
-    """Return the causal mask (L, N) of the last L of N tokens."""
-    return mx.arange(stored) <= mx.arange(stored - length, stored)[:, None]
 
 
 def attention_operation(dim: int, length: int, stored: int) -> Operation:
@@ -243,36 +236,6 @@ def gradient_operation() -> Operation:
     return Operation(gradients(False), gradients(True), inputs)
 
 
-def rms_norm(x: mx.array) -> mx.array:
-    return x / mx.sqrt(mx.square(x).mean(axis=-1, keepdims=True) + EPSILON)
-
-
-def layer_norm(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    centered = x - x.mean(axis=-1, keepdims=True)
-    return rms_norm(centered) * weight + bias
-
-
-def plain_swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return gate / (1 + mx.exp(-gate)) * up
-
-
-def plain_gelu(x: mx.array) -> mx.array:
-    wide = np.array(x, dtype=np.float64)
-    erf = np.vectorize(math.erf)(wide / math.sqrt(2))
-    return mx.array((wide * 0.5 * (1 + erf)).astype(np.float32))
-
-
-def plain_rotation(x: mx.array, positions: Sequence[float]) -> mx.array:
-    """Rotate (B, L, H, D) in float64 -> (B, H, L, D)."""
-    wide = np.array(x, dtype=np.float64).swapaxes(1, 2)
-    dim = wide.shape[-1]
-    angle = np.outer(positions, BASE ** (-np.arange(0, dim, 2) / dim))
-    a, b = np.split(wide, 2, axis=-1)
-    cos, sin = np.cos(angle), np.sin(angle)
-    turned = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return mx.array(turned.astype(np.float32))
-
-
 def write_in_the_middle(x: mx.array, new: mx.array) -> mx.array:
     """Write two rows by an index on the device, and one by a slice, as the caches do."""
     out = mx.slice_update(x, new, mx.array([3]), axes=(0,))
@@ -282,10 +245,6 @@ def write_in_the_middle(x: mx.array, new: mx.array) -> mx.array:
 
 def drawn(seed: int) -> mx.array:
     return mx.random.uniform(shape=(65,), key=mx.random.key(seed))
-
-
-def largest_and_sums(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x.argmax(axis=-1), np.cumsum(x[0] > 0)]).astype(np.int32)
 
 
 FRACTIONS = (4.0, 4.0625, 700.5, 3000.25)

@@ -12,8 +12,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from internvl3_mlx.disk import make_cache_folder
 from internvl3_mlx.errors import CheckpointError, DataError, MissingExtraError
-from internvl3_mlx.files import atomic_write, cache_folder, content_digest
+from internvl3_mlx.files import atomic_write, content_digest
 from internvl3_mlx.json_files import read_json, read_json_leniently
 
 TABLES_FOLDER = "tables"  # in the cache folder
@@ -60,7 +61,7 @@ def open_parquet(paths: Sequence[Path]) -> ArrowTable:
     pyarrow = import_pyarrow(paths[0])
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     key = content_digest(*(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats))
-    cached = cache_folder(TABLES_FOLDER) / f"{key}.arrow"
+    cached = make_cache_folder(TABLES_FOLDER) / f"{key}.arrow"
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from internvl3_mlx.disk import make_cache_folder
 from internvl3_mlx.errors import DataError
-from internvl3_mlx.files import cache_folder
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.batch import BadRecord, Batch
 from internvl3_mlx.training.config import TrainConfig
@@ -144,7 +144,7 @@ def open_reference_cache(model: InternVL, config: TrainConfig) -> ReferenceLogPr
     """Open the reference cache if the config asks for it; the model must still be its base."""
     if not (config.needs_reference and config.cache_reference):
         return None
-    return ReferenceLogProbs(model, cache_folder(REFERENCES_FOLDER))
+    return ReferenceLogProbs(model, make_cache_folder(REFERENCES_FOLDER))
 
 
 def open_feature_cache(
@@ -159,7 +159,7 @@ def open_feature_cache(
     stage: FeatureStage = "states" if any(map(is_trainable, model.mlp1)) else "features"
     if images_vary:
         return FeatureCache(model, stage, CacheLimits(memory_bytes=0))
-    folder = cache_folder(FEATURES_FOLDER) if config.cache_features else None
+    folder = make_cache_folder(FEATURES_FOLDER) if config.cache_features else None
     return FeatureCache(model, stage, CacheLimits(folder))
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from shlex import quote
 
+from internvl3_mlx.disk import purgeable_note
 from internvl3_mlx.errors import InternVL3Error, WriteError
 from internvl3_mlx.files import is_disk_full
 from internvl3_mlx.training.checkpoint import (
@@ -107,7 +108,8 @@ def disk_full_error(session: TrainSession) -> WriteError:
     free = shutil.disk_usage(session.folder).free
     return WriteError(
         f"no space left in {session.folder}: a checkpoint takes "
-        f"{format_bytes(checkpoint_bytes(session))}, {format_bytes(free)} are free; "
+        f"{format_bytes(checkpoint_bytes(session))}, {format_bytes(free)} are free"
+        f"{purgeable_note()}; "
         f"{resume_advice(session, 'make room; ')}"
     )
 
@@ -185,7 +187,8 @@ def check_disk_space(session: TrainSession) -> DiskNeed:
     if need.free < need.checkpoint:
         raise WriteError(
             f"no space in {session.folder}: a checkpoint takes {format_bytes(need.checkpoint)}, "
-            f"{format_bytes(need.free)} are free; make room, or choose another --adapter-path"
+            f"{format_bytes(need.free)} are free{purgeable_note()}; "
+            "make room, or choose another --adapter-path"
         )
     return need
 

@@ -1,5 +1,6 @@
 """Shards, index, and a target that is either whole or not there."""
 
+import errno
 import json
 import os
 import struct
@@ -129,3 +130,26 @@ def test_slabs_of_one_row_give_the_same_file(tmp_path, monkeypatch):
     run_conversion(source.folder, tmp_path / "rows", uniform_recipe(4, 32))
     whole, rows = tensors(tmp_path / "whole"), tensors(tmp_path / "rows")
     assert all(mx.array_equal(whole[name], rows[name]) for name in whole)
+
+
+def test_a_tensor_above_the_limit_of_one_write_is_written_in_pieces(tmp_path, monkeypatch):
+    pwrite, sizes = os.pwrite, []
+
+    def refuse_large(file, data, at):
+        if len(data) > 1000:  # as macOS refuses 2 GiB
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sizes.append(len(data))
+        return pwrite(file, data, at)
+
+    monkeypatch.setattr(os, "pwrite", refuse_large)
+    monkeypatch.setattr(writer, "PIECE_BYTES", 1000)
+    data = np.random.default_rng(1).normal(size=777).astype(np.float32)
+    shards = ShardWriter(tmp_path, [TensorSpec("abc", "F32", (777,))], {})
+    shards.write("abc", memoryview(data))
+    shards.finish()
+    assert load_file(tmp_path / "model.safetensors")["abc"].tolist() == data.tolist()
+    assert max(sizes) == 1000
+
+
+def test_one_write_stays_far_below_what_macos_refuses():
+    assert writer.PIECE_BYTES < 2**31 - 1
