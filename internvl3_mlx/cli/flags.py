@@ -16,9 +16,9 @@ Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 OTHER_SECTION = "Other"
 SECTIONS = (
-    "Question", "Images", "Answer", "Reasoning", "Best of N", "Model", "Data", "Training",
-    "Weights", "Preference", "Run", "Quantization", "Quality", "Upload", "Output", "Speed",
-    "Memory", "Positions", OTHER_SECTION,
+    "Question", "Images", "Answer", "Reasoning", "Best of N", "Model", "Network", "Serving",
+    "Limits", "Data", "Training", "Weights", "Preference", "Run", "Quantization", "Quality",
+    "Upload", "Output", "Speed", "Memory", "Positions", OTHER_SECTION,
 )  # fmt: skip
 TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, tuple: click.STRING}
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAMES"}

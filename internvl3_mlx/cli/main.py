@@ -16,13 +16,12 @@ from internvl3_mlx.files import did_you_mean
 # each is the function NAME_command in cli/NAME.py
 COMMANDS = (
     "bench", "chat", "completion", "config", "convert", "doctor", "fuse", "generate", "history",
-    "info", "models", "train",
+    "info", "models", "serve", "train",
 )  # fmt: skip
 # commands of mlx-lm, ollama and LM Studio whose job another command does here
 OTHER_PROGRAMS = {
     "lora": "internvl3 train fine-tunes",
     "run": "internvl3 chat starts a conversation",
-    "serve": "there is no server yet; internvl3 chat starts a conversation",
     "pull": "internvl3 models pull downloads a model",
     "list": "internvl3 models lists the models on this machine",
     "ls": "internvl3 models lists the models on this machine",

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from internvl3_mlx.serving.errors import FORBIDDEN, UNAUTHORIZED, APIError, dialect_of
+from internvl3_mlx.serving.streams import CLOSE, discard_body
 
 LOCAL_NAMES = ("localhost", "host.docker.internal")
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -86,6 +87,8 @@ class AccessMiddleware:
             await send(message)
 
         answer = self.refusal(scope, headers)
+        if answer is not None:
+            await discard_body(receive)
         if answer is None and scope["method"] == "OPTIONS":
             answer = Response(status_code=204)
         await (answer or self.app)(scope, receive, send_with_headers)
@@ -99,7 +102,7 @@ class AccessMiddleware:
         if error is None:
             return None
         body = error.body(dialect_of(path))
-        return JSONResponse(body, status_code=error.status, headers=dict(error.headers))
+        return JSONResponse(body, status_code=error.status, headers={**error.headers, **CLOSE})
 
     def check_sender(self, headers: Mapping[str, str]) -> APIError | None:
         """Refuse a foreign ``Host``, as in DNS rebinding, and a page of another site."""

@@ -1,9 +1,6 @@
 """The HTTP application: the routes of four APIs and the page over one engine."""
 
-import asyncio
-import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -31,6 +28,7 @@ from internvl3_mlx.serving.content import ParsedChat, open_chat
 from internvl3_mlx.serving.errors import (
     FAILED,
     NOT_FOUND,
+    TOO_LARGE,
     UNAVAILABLE,
     APIError,
     as_api_error,
@@ -44,7 +42,15 @@ from internvl3_mlx.serving.request_body import read_json
 from internvl3_mlx.serving.request_log import NOTE_KEY, RequestLogMiddleware, RequestNote, WriteLine
 from internvl3_mlx.serving.requests import AnswerDone, AnswerRequest, ChatMessage
 from internvl3_mlx.serving.stored_responses import ResponseStore, StoredResponse
-from internvl3_mlx.serving.streams import NDJSON, SSE, ClientLeft, StreamedAnswer, while_connected
+from internvl3_mlx.serving.streams import (
+    CLOSE,
+    NDJSON,
+    SSE,
+    ClientLeft,
+    StreamedAnswer,
+    discard_body,
+    while_connected,
+)
 
 USER_HEADER = "x-openwebui-user-id"  # many people behind one address
 Handler = Callable[["Server", Request], Any]
@@ -295,17 +301,11 @@ def make_app(
     write_line: WriteLine,
     report_fault: Callable[[BaseException], None],
 ) -> ASGIApp:
-    """Make the application.
+    """Make the application over an engine that whoever runs it starts and stops.
 
     write_line: takes the line of each request. report_fault: takes what nobody foresaw.
     """
     server = Server(ServerContext(engine, limits), ResponseStore(), HTTPMetrics(), report_fault)
-
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        engine.start()
-        yield
-        await asyncio.to_thread(engine.stop, 0.0)
 
     return Starlette(
         routes=[
@@ -319,10 +319,9 @@ def make_app(
             Middleware(AccessMiddleware, policy=policy),
         ],
         exception_handlers={
-            APIError: partial(answer_error, server),
+            APIError: partial(error_answer, server),
             HTTPException: answer_http_error,
         },
-        lifespan=lifespan,
     )
 
 
@@ -335,24 +334,24 @@ def guarded(server: Server, serve: Handler) -> Callable[[Request], Any]:
         except ClientLeft:
             raise
         except Exception as fault:  # noqa: BLE001  no request may end without an answer
-            return error_answer(server, request, fault)
+            return await error_answer(server, request, fault)
         return answer
 
     return endpoint
 
 
-def answer_error(server: Server, request: Request, error: Exception) -> Response:
-    return error_answer(server, request, error)
-
-
-def error_answer(server: Server, request: Request, fault: Exception) -> Response:
+async def error_answer(server: Server, request: Request, fault: Exception) -> Response:
     """Return the answer that tells of an error; one that nobody foresaw is reported."""
     error = as_api_error(fault)
+    headers = dict(error.headers)
     if error.status >= FAILED and error.status != UNAVAILABLE:
         note_of(request).fault = type(fault).__name__
         server.report_fault(fault)
-    body = error.body(dialect_of(request.url.path))
-    return JSONResponse(body, error.status, headers=dict(error.headers))
+    if error.unread:
+        headers |= CLOSE
+        if error.status == TOO_LARGE:
+            await discard_body(request.receive)
+    return JSONResponse(error.body(dialect_of(request.url.path)), error.status, headers=headers)
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
@@ -364,8 +363,3 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
         message = f"{path[:80]} does not take {method}"
     made = APIError(error.status_code, message, headers=error.headers or {})
     return JSONResponse(made.body(dialect_of(path)), made.status, headers=dict(made.headers))
-
-
-def make_key() -> str:
-    """Return a random key for a server that other machines reach."""
-    return secrets.token_urlsafe(18)

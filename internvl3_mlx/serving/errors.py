@@ -39,13 +39,18 @@ ANTHROPIC_TYPES = {
 
 @dataclass(eq=False)
 class APIError(Exception):
-    """An error that a client is told. parameter: the field that is to blame, if one is."""
+    """An error that a client is told.
+
+    parameter: the field that is to blame, if one is. unread: the request's body was not read to
+    its end, so the connection cannot be used again.
+    """
 
     status: int
     message: str
     parameter: str | None = None
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    unread: bool = False
 
     def __str__(self) -> str:
         return self.message

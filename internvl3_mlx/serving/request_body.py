@@ -26,7 +26,7 @@ async def read_json(
         message = (
             f"the request did not arrive within {limits.body_timeout:g} seconds; send it again"
         )
-        raise APIError(TIMED_OUT, message) from None
+        raise APIError(TIMED_OUT, message, unread=True) from None
     return parse_json(body)
 
 
@@ -44,6 +44,7 @@ def _too_large(limits: ServerLimits) -> APIError:
         TOO_LARGE,
         f"the request is larger than {limits.max_body_mb} MB; send fewer or smaller images",
         code="request_too_large",
+        unread=True,
     )
 
 

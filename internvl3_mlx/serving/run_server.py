@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.serving.interface import DEFAULT_GRACE_S, ServingEngine
+from internvl3_mlx.serving.streams import cancelled
 
 HEADER_TIMEOUT_S = 20.0
 KEEP_ALIVE_S = 75
@@ -52,27 +53,43 @@ class ServerSettings:
 
 @dataclass(eq=False)
 class RunningServer(uvicorn.Server):
-    """Stops the engine first when it is told to end, so that running answers end in order."""
+    """Starts the engine and loads its first model; ends running answers in order.
+
+    on_ready: called when the model is loaded. failure: why it could not be.
+    """
 
     engine: ServingEngine
     settings: ServerSettings
     on_ready: Callable[[], None]
     uvicorn_config: uvicorn.Config
     ready: threading.Event = field(default_factory=threading.Event)
+    failure: BaseException | None = None
+    loading: "asyncio.Task[None] | None" = None
 
     def __post_init__(self) -> None:
         super().__init__(self.uvicorn_config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.engine.start()
         await super().startup(sockets)
-        if self.started:
-            self.ready.set()
-            self.on_ready()
+        self.loading = asyncio.ensure_future(self.load_model())
+
+    async def load_model(self) -> None:
+        try:
+            await self.engine.load()
+        except Exception as error:  # noqa: BLE001  raised again once the server has ended
+            self.failure, self.should_exit = error, True
+            return
+        self.ready.set()
+        self.on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop the engine first: connections end when their answers do."""
         stopping = asyncio.ensure_future(asyncio.to_thread(self.engine.stop, self.settings.grace_s))
         await super().shutdown(sockets)
         await stopping
+        if self.loading is not None:
+            await cancelled(self.loading)
         self._captured_signals.clear()  # ending in order is no failure: exit code 0
 
 
@@ -114,7 +131,7 @@ def make_server(
         app,
         http=BoundedProtocol,
         ws="none",
-        lifespan="on",
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -130,7 +147,10 @@ def make_server(
 def run_server(
     app: ASGIApp, engine: ServingEngine, settings: ServerSettings, on_ready: Callable[[int], None]
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C. on_ready: called once with the port."""
+    """Serve until SIGTERM or Ctrl-C. on_ready: called with the port once the model is loaded.
+
+    Raises UserError where the port is taken, and what loading the model raises.
+    """
     raise_file_limit()
     listening = open_socket(settings)
     port = listening.getsockname()[1]
@@ -139,3 +159,5 @@ def run_server(
         server.run(sockets=[listening])
     finally:
         listening.close()
+    if server.failure is not None:
+        raise server.failure

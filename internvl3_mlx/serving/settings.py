@@ -7,7 +7,7 @@ from pathlib import Path
 from internvl3_mlx.option_fields import check_bounds, config_field
 
 GB = 1_000_000_000
-LOAD, CACHES = "Load", "Memory"
+LOAD, CACHES = "Serving", "Memory"
 
 
 @dataclass(frozen=True)

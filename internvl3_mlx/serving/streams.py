@@ -13,6 +13,8 @@ Result = TypeVar("Result")
 
 SSE, NDJSON = "text/event-stream; charset=utf-8", "application/x-ndjson"
 KEEP_ALIVE_S = 10.0
+DISCARDED_NBYTES, DISCARDED_S = 256 * 2**20, 2.0  # of a refused request
+CLOSE = {"Connection": "close"}
 KEEP_ALIVE = b": waiting\n\n"  # a comment, so that proxies do not close the connection
 DONE = b"data: [DONE]\n\n"
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -116,6 +118,24 @@ async def until_left(receive: Receive) -> None:
     """Return when the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def discard_body(receive: Receive) -> None:
+    """Read what is left of a refused request, so that its client gets to read the answer.
+
+    It has its bounds: then the connection is closed whatever still comes.
+    """
+
+    async def read() -> None:
+        size = 0
+        while size < DISCARDED_NBYTES:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if message["type"] == "http.disconnect" or not message.get("more_body"):
+                return
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), DISCARDED_S)
 
 
 async def cancelled(task: "asyncio.Future[Any]") -> None:

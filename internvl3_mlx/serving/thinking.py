@@ -12,7 +12,7 @@ Piece = tuple[Literal["thinking", "answer"], str]
 class ThinkingSplitter:
     """Splits streamed text. What may still become a tag is held back until it is decided."""
 
-    state: Literal["start", "thinking", "after", "answer"] = "start"
+    state: Literal["start", "opened", "thinking", "after", "answer"] = "start"
     held: str = ""
 
     def feed(self, text: str, *, last: bool = False) -> list[Piece]:
@@ -27,6 +27,10 @@ class ThinkingSplitter:
         """Take one step; return whether another may follow."""
         if self.state == "start":
             return self._open(last)
+        if self.state == "opened":  # blank lines before the thought
+            self.held = self.held.lstrip()
+            self.state = "thinking" if self.held else "opened"
+            return bool(self.held)
         if self.state == "thinking":
             return self._think(pieces, last)
         if self.state == "after":  # blank lines between thought and answer
@@ -41,7 +45,7 @@ class ThinkingSplitter:
     def _open(self, last: bool) -> bool:
         begun = self.held.lstrip()
         if begun.startswith(START):
-            self.held, self.state = begun[len(START) :].lstrip("\n"), "thinking"
+            self.held, self.state = begun[len(START) :], "opened"
             return True
         if START.startswith(begun) and not last:
             return False
@@ -73,6 +77,7 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 def _held_back(text: str) -> int:
     """Count the last characters that may be whitespace before the end tag, or begin it."""
-    start = max((n for n in range(1, len(END)) if END.startswith(text[-n:])), default=0)
+    sizes = range(1, min(len(END), len(text) + 1))
+    start = max((size for size in sizes if END.startswith(text[-size:])), default=0)
     before = text[: len(text) - start]
     return len(text) - len(before.rstrip())
