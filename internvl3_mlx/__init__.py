@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from internvl3_mlx.generation.generation_config import GenerationConfig, GenerationOptions
     from internvl3_mlx.generation.processor import ModelInputs
     from internvl3_mlx.prompt.messages import Message, MessageMedia
+    from internvl3_mlx.test_time_scaling.best_of import BestOfResult
+    from internvl3_mlx.test_time_scaling.critic import Critic
     from internvl3_mlx.training.config import TrainConfig
     from internvl3_mlx.training.run import train
-    from internvl3_mlx.vlm import VLM, generate, load, stream_generate
+    from internvl3_mlx.vlm import VLM, generate, load, load_critic, stream_generate
 
     __version__: str
 
@@ -36,11 +38,13 @@ __all__ = [
     "VLM",
     "Answer",
     "AnswerChunk",
+    "BestOfResult",
     "CheckpointError",
     "ConfigError",
     "Conversation",
     "ConversionProgress",
     "ConversionResult",
+    "Critic",
     "DownloadError",
     "GenerationConfig",
     "GenerationOptions",
@@ -58,6 +62,7 @@ __all__ = [
     "convert_model",
     "generate",
     "load",
+    "load_critic",
     "stream_generate",
     "train",
 ]
@@ -77,6 +82,9 @@ HOMES = {
     "convert_model": "conversion",
     "generate": "vlm",
     "load": "vlm",
+    "load_critic": "vlm",
+    "BestOfResult": "test_time_scaling.best_of",
+    "Critic": "test_time_scaling.critic",
     "stream_generate": "vlm",
     "TrainConfig": "training.config",
     "train": "training.run",

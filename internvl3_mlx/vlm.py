@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from internvl3_mlx.checkpoints.build_model import LoadedModel
 from internvl3_mlx.config import ModelConfig
@@ -15,10 +15,16 @@ from internvl3_mlx.generation.conversation import Conversation
 from internvl3_mlx.generation.generation_config import (
     DraftSource,
     GenerationConfig,
+    GenerationOptions,
     with_overrides,
 )
 from internvl3_mlx.generation.parallel_samples import generate_samples
-from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processor
+from internvl3_mlx.generation.processor import (
+    InputImage,
+    ModelInputs,
+    Processor,
+    as_sequence,
+)
 from internvl3_mlx.generation.runner import ModelRunner, final_answer, model_nbytes
 from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.loading.fetch_adapter import fetch_adapter
@@ -27,11 +33,33 @@ from internvl3_mlx.memory import tight_memory_warning
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.template import Template, load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
+from internvl3_mlx.test_time_scaling.best_of import (
+    BestOfConfig,
+    BestOfEvent,
+    BestOfQuestion,
+    BestOfResult,
+    best_of_events,
+    default_method,
+)
+from internvl3_mlx.test_time_scaling.candidates import BEST_OF_DEFAULTS
+from internvl3_mlx.test_time_scaling.critic import Critic, open_critic
+from internvl3_mlx.test_time_scaling.critic_source import find_critic
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from internvl3_mlx.generation.generation_config import GenerationOptions
+
+class BestOfOptions(GenerationOptions, total=False):
+    """Keyword arguments of ``best_of``: those of ``BestOfConfig``, a critic, and all of ``ask``."""
+
+    n: int
+    critic: str | Critic | None
+    method: str
+    critic_mode: str
+    max_steps: int
+
+
+BEST_OF_NAMES = ("n", "method", "critic_mode", "max_steps")
 
 
 def ignore_message(_: str) -> None:
@@ -100,6 +128,24 @@ def stream_generate(
     The arguments are those of ``generate``.
     """
     return as_vlm(model).stream(prompt, images, **options)
+
+
+def load_critic(
+    name: str,
+    *,
+    quantize: int | None = None,
+    system: str | None = None,
+    notify: Notify = ignore_message,
+) -> Critic:
+    """Load a critic for best-of-N: a folder, a repository, "visualprm-8b", or a trained adapter.
+
+    quantize: bits of its language model. system: its system prompt, "prm" for that of the published
+    critic data; by default what its config or its training run says.
+    Raises UserError where its tokenizer has no single token for + or -.
+    """
+    source = find_critic(name)
+    vlm = load(source.model, quantize=quantize, adapter=source.adapter, notify=notify)
+    return open_critic(vlm.runner, source.system if system is None else system)
 
 
 def as_vlm(model: "VLM | str") -> "VLM":
@@ -208,6 +254,38 @@ class VLM:
         config = with_overrides(GenerationConfig(), options)
         inputs = self.runner.build_inputs(question, images, config)
         return generate_samples(self.runner, inputs, config, n)
+
+    def best_of(
+        self,
+        question: str,
+        images: InputImage | Sequence[InputImage] = (),
+        **options: "Unpack[BestOfOptions]",
+    ) -> BestOfResult:
+        """Write ``n`` candidates and return them with the best: ``result.answer``.
+
+        Candidate 0 is greedy, candidate i is sampled with ``seed + i`` (temperature 0.6, top-p 0.95
+        and seed 0 unless given). With a ``critic`` its score decides, otherwise the majority of the
+        final answers, or with ``method="log-prob"`` their likelihood. A critic's name is loaded at
+        every call; pass what ``load_critic`` returned to use it again.
+        """
+        *_, last = self.stream_best_of(question, images, **options)
+        return cast(BestOfResult, last)
+
+    def stream_best_of(
+        self,
+        question: str,
+        images: InputImage | Sequence[InputImage] = (),
+        **options: "Unpack[BestOfOptions]",
+    ) -> Iterator[BestOfEvent]:
+        """Yield each candidate as it is written and scored; the last event is the result."""
+        given: dict[str, Any] = {**BEST_OF_DEFAULTS, **options}
+        critic = given.pop("critic", None)
+        own = {name: given.pop(name) for name in BEST_OF_NAMES if name in given}
+        config = BestOfConfig(**{"method": default_method(critic is not None), **own})
+        generation = with_overrides(GenerationConfig(), cast("GenerationOptions", given))
+        asked = BestOfQuestion(question, as_sequence(images), generation)
+        judge = load_critic(critic) if isinstance(critic, str) else critic
+        return best_of_events(asked, config, self.runner, judge)
 
     def prepare_inputs(
         self,

@@ -13,6 +13,8 @@ YAML_LIMIT = 2**20  # bytes; a configuration file has a few thousand
 MAX_NODES = 100_000  # values, those behind an alias counted each time: they multiply
 VALUE_ERRORS = (ValueError, RecursionError, OverflowError)  # of dates, numbers and nesting
 
+RUN_CONFIG = "train_config.yaml"  # where a training run keeps its own configuration
+
 
 def read_yaml(path: Path, expected: str) -> Mapping[str, Any]:
     """Read a YAML file that holds a mapping; ``expected`` describes its keys in the error.

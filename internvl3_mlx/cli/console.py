@@ -96,6 +96,23 @@ def write_segments(parts: Sequence[tuple[str, str]]) -> None:
     hint(" · ".join(text for style, text in legend.items() if style in used))
 
 
+# a step that a critic scored: green from here on, yellow, and red below the second
+GOOD_SCORE, DOUBTFUL_SCORE = 0.7, 0.4
+
+
+def write_scored(text: str, score: float, reply: str | None = None) -> None:
+    """Write a scored text after its score, its lines indented, colored on a terminal.
+
+    reply: shown in place of the score, which is 0 for a good one.
+    """
+    good = score >= 0 if reply is not None else score >= GOOD_SCORE
+    doubtful = reply is None and score >= DOUBTFUL_SCORE
+    label = f"{score:.3f}" if reply is None else reply[:5]
+    shown = f"{visible(label):<5}  " + visible(text).replace("\n", "\n" + " " * 7)
+    color = "green" if good else "yellow" if doubtful else "red"
+    print(click.style(shown, fg=color) if supports_color(sys.stdout) else shown, flush=True)
+
+
 def write_heading(name: str) -> None:
     """Write the heading of one of several answers."""
     print(f"== {visible_name(name)}", flush=True)

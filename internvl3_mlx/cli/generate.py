@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl3_mlx.cli import console, generation_fields, options
+from internvl3_mlx.cli.best_of import BestOfRequest, answer_best_of, best_of_flags, read_best_of
 from internvl3_mlx.cli.endings import FLAG, describe_ending, require_complete
 from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.cli.input_line import expand_sample, media_source, open_media
+from internvl3_mlx.cli.load_model import load_vlm
 from internvl3_mlx.cli.options import STDIN, OutputOptions
-from internvl3_mlx.cli.system_info import report_kernel_fallbacks
 from internvl3_mlx.cli.thoughts import show_thoughts
 from internvl3_mlx.errors import InternVL3Error, UserError
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from internvl3_mlx.generation.generation_config import GenerationConfig
     from internvl3_mlx.images.load import LoadedImage
 
-UNTRAINED_NOTE = "this model has random weights; its answers are noise and only show that it runs"
 GREEDY_SAMPLES_NOTE = "without --temp all answers are the same; try --temp 0.8"
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,4}$")
 SOME_FAILED, ALL_FAILED = 1, 2
@@ -47,6 +47,7 @@ class GenerateRequest:
     output: OutputOptions
     batch_size: int = 1
     num_samples: int = 0
+    best_of: BestOfRequest | None = None
 
     @property
     def upright(self) -> bool:
@@ -89,6 +90,7 @@ class GenerateRequest:
     help="Number of answers. The prompt is processed once; --temp makes them differ.",
 )  # fmt: skip
 @options.generation_flags
+@best_of_flags
 @options.load_flags
 @options.output_flags
 @options.debug_flag
@@ -111,12 +113,19 @@ def generate_command(
     _check_output(output, sources, videos)
     if output.each and flags["num_samples"]:
         raise UserError("--num-samples cannot be combined with --each; drop one of them")
+    best_of = read_best_of(flags["best_of_options"], generation_options)
+    if best_of is not None and (output.each or flags["num_samples"]):
+        raise UserError("--best-of cannot be combined with --each or --num-samples; drop one")
     question = _read_question(flags["prompt"], (*sources, *videos))
+    if videos and best_of is not None and best_of.critic is not None:
+        raise UserError("a critic judges images alone; drop --video or --critic")
     if videos:
         generation_options["video"] = tuple(_check_video(video) for video in videos)
     counts = (flags["batch_size"], flags["num_samples"] or 0)
     load_options = flags["load_options"]
-    request = GenerateRequest(question, sources, generation_options, load_options, output, *counts)
+    request = GenerateRequest(
+        question, sources, generation_options, load_options, output, *counts, best_of
+    )
     # an invalid option is reported before a model loads
     generation_fields.make_config(generation_options)
     run_generate(request)
@@ -146,7 +155,16 @@ def run_generate(request: GenerateRequest) -> None:
     if request.output.each:
         answer_each = answer_in_batches if request.batch_size > 1 else answer_one_by_one
         raise SystemExit(answer_each(request))
-    if request.num_samples:
+    if request.best_of is not None:
+        answer_best_of(
+            request.best_of,
+            request.question,
+            open_sources(request),
+            request.generation_options,
+            request.load_options,
+            request.output,
+        )
+    elif request.num_samples:
         answer_samples(request)
     else:
         answer_once(request)
@@ -264,23 +282,6 @@ def open_source(source: str, request: GenerateRequest) -> "list[LoadedImage]":
 
 def open_sources(request: GenerateRequest) -> "list[LoadedImage]":
     return [image for source in request.sources for image in open_source(source, request)]
-
-
-def load_vlm(
-    load_options: dict[str, Any], *, quiet: bool, prepare: "Callable[[VLM], None] | None" = None
-) -> "VLM":
-    """Load the model under a spinner; ``prepare`` runs under the spinner as well."""
-    from internvl3_mlx import load
-
-    report_kernel_fallbacks(quiet=quiet)
-    model = load_options.get("model", "the model")
-    with console.spinner(f"loading {model}", quiet=quiet) as notify:
-        vlm = load(**load_options, notify=notify)
-        if prepare is not None:
-            prepare(vlm)
-    if not vlm.trained and not quiet:
-        console.note(UNTRAINED_NOTE)
-    return vlm
 
 
 def _stream(vlm: "VLM", images: "list[LoadedImage]", request: GenerateRequest) -> "Answer":

@@ -168,25 +168,27 @@ debug_flag = flag(
 
 def load_flags(command: Function) -> Function:
     """Give ``command`` the flags of ``load``, collected in the dictionary ``load_options``."""
-    return _gather(command, LOAD_FLAGS, "load_options", _only_given)
+    return gather(command, LOAD_FLAGS, "load_options", only_given)
 
 
 def generation_flags(command: Function) -> Function:
     """Give ``command`` the flags of ``GenerationConfig``, collected in ``generation_options``."""
-    return _gather(command, GENERATION_FLAGS, "generation_options", _only_given)
+    return gather(command, GENERATION_FLAGS, "generation_options", only_given)
 
 
 def output_flags(command: Function) -> Function:
     """Give ``command`` the output flags as one ``OutputOptions``."""
-    return _gather(command, OUTPUT_FLAGS, "output", lambda values: OutputOptions(**values))
+    return gather(command, OUTPUT_FLAGS, "output", lambda values: OutputOptions(**values))
 
 
-def _gather(
+def gather(
     command: Function,
     table: Mapping[str, Decorator],
     name: str,
     join: Callable[[dict[str, Any]], object],
 ) -> Function:
+    """Give ``command`` the flags of a table, joined in one argument ``name``."""
+
     @wraps(command)
     def gathered(**values: Any) -> object:
         taken = {field: values.pop(field) for field in table}
@@ -195,5 +197,5 @@ def _gather(
     return apply_flags(table.values(), gathered)
 
 
-def _only_given(values: dict[str, Any]) -> dict[str, Any]:
+def only_given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != ()}

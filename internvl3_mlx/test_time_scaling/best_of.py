@@ -127,7 +127,12 @@ class BestOfQuestion:
         return cot_question(self.question) if self.config.cot else self.question
 
 
-def best_of(
+def default_method(has_critic: bool) -> str:
+    """Return how the best is chosen where nothing else is said."""
+    return CRITIC if has_critic else VOTE
+
+
+def best_of_events(
     asked: BestOfQuestion,
     config: BestOfConfig,
     policy: ModelRunner,
@@ -141,7 +146,7 @@ def best_of(
     inputs: the policy's prompt, by default that of the question alone. cache: what it holds of the
     prompt is not read again.
     """
-    check_method(config, critic is not None)
+    check_method(asked, config, has_critic=critic is not None)
     if inputs is None:
         inputs = policy.build_inputs(asked.question, asked.images, asked.config)
     answers = yield from write_all(asked, config, policy, inputs, cache)
@@ -155,7 +160,7 @@ def best_of_in_turns(
     load_critic: Callable[[], Critic],
 ) -> Iterator[BestOfEvent]:
     """Do the same with one model in memory at a time: the policy is freed before the critic."""
-    check_method(config, has_critic=True)
+    check_method(asked, config, has_critic=True)
     policy = load_policy()
     inputs = policy.build_inputs(asked.question, asked.images, asked.config)
     answers = yield from write_all(asked, config, policy, inputs, None)
@@ -165,7 +170,13 @@ def best_of_in_turns(
     yield from choose(asked, config, answers, load_critic())
 
 
-def check_method(config: BestOfConfig, has_critic: bool) -> None:
+def check_method(asked: BestOfQuestion, config: BestOfConfig, *, has_critic: bool) -> None:
+    """Raise UserError where the best cannot be chosen as configured."""
+    if has_critic and (asked.config.video or asked.config.history):
+        raise UserError(
+            "a critic judges images alone, and one question; drop video and history, or choose by "
+            "vote"
+        )
     if (config.method == CRITIC) != has_critic:
         raise UserError(
             "method critic needs a critic; name one, or choose by vote or log-prob"

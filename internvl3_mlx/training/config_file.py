@@ -16,9 +16,9 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import atomic_write, did_you_mean
 from internvl3_mlx.option_fields import parse_value
 from internvl3_mlx.training.config import TrainConfig
-from internvl3_mlx.yaml_files import read_yaml
+from internvl3_mlx.yaml_files import RUN_CONFIG, read_yaml
 
-CONFIG_FILE = "train_config.yaml"  # where a run keeps its own configuration
+CONFIG_FILE = RUN_CONFIG
 SOURCES = ("data", "valid_data", "test_data")  # may be lists in YAML
 ALL_SETTINGS = "run internvl3 train --help for all settings"
 
