@@ -12,7 +12,7 @@ from fixtures.fake_vlm import FakeVLM
 from PIL import Image
 
 import internvl3_mlx
-from internvl3_mlx.cli.generate import UNTRAINED_NOTE
+from internvl3_mlx.cli.load_model import UNTRAINED_NOTE
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.errors import PromptError
 
