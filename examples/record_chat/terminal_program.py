@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 MODEL_VARIABLE = "INTERNVL3_MODEL"
@@ -80,9 +81,16 @@ class Screen:
 
 
 class TerminalProgram:
-    """Runs ``python -m internvl3_mlx`` in its own terminal; end it with ``close``."""
+    """Runs a program, by default ours, in its own terminal; end it with ``close``."""
 
-    def __init__(self, *words: str, cwd: Path, columns: int = 80, **env: str):
+    def __init__(
+        self,
+        *words: str,
+        cwd: Path,
+        columns: int = 80,
+        program: Sequence[str] = (sys.executable, "-m", "internvl3_mlx"),
+        **env: str,
+    ):
         self.master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         root = str(Path(__file__).parents[2])
@@ -96,9 +104,8 @@ class TerminalProgram:
             "COLUMNS",
         )
         inherited = {name: value for name, value in os.environ.items() if name not in unset}
-        program = [sys.executable, "-m", "internvl3_mlx", *words]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, *program],
+            [sys.executable, "-c", START, *program, *words],
             stdin=slave, stdout=slave, stderr=slave, cwd=cwd, start_new_session=True,
             env={**inherited, **settings, **env},
         )  # fmt: skip
