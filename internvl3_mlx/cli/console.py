@@ -1,10 +1,8 @@
 """All output. Answers go to stdout, everything else to stderr; no other module prints."""
 
 import os
-import re
 import shutil
 import sys
-import textwrap
 import threading
 import time
 import traceback as tracebacks
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from internvl3_mlx.cli.layout import fit_width, table_lines, wrap_text
 from internvl3_mlx.cli.visible import json_text, visible, visible_name, without_controls
 
 if TYPE_CHECKING:
@@ -55,13 +54,14 @@ def write_thought(text: str, *, ended: bool = False) -> None:
 
 def write_line(text: str = "") -> None:
     """Write one line of output to stdout."""
-    print(visible(text), flush=True)
+    print("\n".join(wrap_words(visible(text), sys.stdout)), flush=True)
 
 
 def show_transient(text: str) -> None:
     """Show a line on a terminal until the next one; an empty one clears it. Elsewhere, nothing."""
     if is_interactive(sys.stderr):
-        sys.stderr.write(CLEAR_LINE + (_paint(text, dim=True) if text else ""))
+        shown = fit_width(visible_name(text), _last_column())
+        sys.stderr.write(CLEAR_LINE + (_paint(shown, dim=True) if shown else ""))
         sys.stderr.flush()
 
 
@@ -147,23 +147,14 @@ def _print_message(text: str, label: str, plain_label: str) -> None:
 
 
 def wrap_words(text: str, stream: TextIO) -> list[str]:
-    """Split text into lines at words if ``stream`` is a terminal that is too narrow for it.
+    """Split text into lines at words if ``stream`` is a terminal that is too narrow for it."""
+    width = columns_of(stream)
+    return [text] if width is None else wrap_text(text, width)
 
-    What follows two blanks, as the description of a command does, is indented where it begins, if
-    that leaves half of the width. A word that is longer than a line, such as a path, is not cut.
-    """
-    if not is_interactive(stream):
-        return [text]
-    width = shutil.get_terminal_size().columns
-    lines: list[str] = []
-    for line in text.split("\n"):
-        column = re.match(r"\S.*?\s{2,}(?=\S)", line)
-        indent = column.end() if column and column.end() <= width // 2 else 0
-        wrapper = textwrap.TextWrapper(
-            width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-        )
-        lines += [line] if len(line) <= width else wrapper.wrap(line)
-    return lines
+
+def columns_of(stream: TextIO | None) -> int | None:
+    """Return the width of a terminal; None for anything else, which is not wrapped."""
+    return shutil.get_terminal_size().columns if is_interactive(stream) else None
 
 
 def print_traceback(fault: BaseException) -> None:
@@ -216,23 +207,10 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes / GB:,.1f} GB" if nbytes >= GB / 2 else f"{nbytes / MB:,.1f} MB"
 
 
-def print_table(table: Mapping[str, object], *, margin: str = "") -> None:
+def print_table(table: Mapping[str, object]) -> None:
     """Print names and values in two columns; nested tables are indented below their name."""
-    width = max(
-        (len(visible_name(name)) for name, value in table.items() if not _is_table(value)),
-        default=0,
-    )
-    for name, value in table.items():
-        # a token stays as it is
-        label = name.replace("_", " ") if name.isidentifier() else visible_name(name)
-        if not _is_table(value):
-            print(f"{margin}{label:<{width}}  {_format_cell(value)}", flush=True)
-        elif isinstance(value, Mapping):
-            print(f"{margin}{label}", flush=True)
-            print_table(value, margin=margin + "  ")
-        elif isinstance(value, Sequence):
-            print(f"{margin}{label}", flush=True)
-            _print_columns(value, margin + "  ")
+    for line in table_lines(table, columns_of(sys.stdout)):
+        print(line, flush=True)
 
 
 @contextmanager
@@ -269,13 +247,18 @@ def _spin(text: str, over: threading.Event) -> None:
         return
     while not over.wait(SPINNER_INTERVAL_S):
         seconds = time.monotonic() - start
-        sys.stderr.write(
-            f"{CLEAR_LINE}{SPINNER[count % len(SPINNER)]} {visible_name(text)} · {seconds:.0f} s"
-        )
+        mark, elapsed = SPINNER[count % len(SPINNER)], f" · {seconds:.0f} s"
+        space = max(_last_column() - len(mark) - 1 - len(elapsed), 1)
+        sys.stderr.write(f"{CLEAR_LINE}{mark} {fit_width(visible_name(text), space)}{elapsed}")
         sys.stderr.flush()
         count += 1
     sys.stderr.write(CLEAR_LINE)
     sys.stderr.flush()
+
+
+def _last_column() -> int:
+    """Return how many cells a line may have that is cleared again: it must not wrap."""
+    return max(shutil.get_terminal_size().columns - 1, 1)
 
 
 def _paint(text: str, *, fg: str | None = None, bold: bool = False, dim: bool = False) -> str:
@@ -283,41 +266,3 @@ def _paint(text: str, *, fg: str | None = None, bold: bool = False, dim: bool = 
     if not supports_color(sys.stderr):
         return text
     return click.style(text, fg=fg, bold=bold or None, dim=dim or None)
-
-
-def _is_table(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return True
-    return isinstance(value, (list, tuple)) and any(isinstance(row, Mapping) for row in value)
-
-
-def _print_columns(rows: Sequence[Mapping[str, object]], margin: str) -> None:
-    """Print rows with the same keys as columns, numbers right-aligned."""
-    names = list(rows[0])
-    cells = [[_format_cell(row.get(name)) for name in names] for row in rows]
-    widths = [
-        max(len(visible_name(name)), *(len(row[at]) for row in cells))
-        for at, name in enumerate(names)
-    ]
-    right = [all(isinstance(row.get(name), (int, float)) for row in rows) for name in names]
-    for row in [[visible_name(name.replace("_", " ")) for name in names], *cells]:
-        padded = [
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(row, widths, right, strict=True)
-        ]
-        print((margin + "  ".join(padded)).rstrip(), flush=True)
-
-
-def _format_cell(value: object) -> str:
-    """Format a value: thousands separators, comma-separated lists, a dash for nothing."""
-    if value is None or value == "" or value == () or value == []:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.2f}".rstrip("0").rstrip(".")
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return ", ".join(_format_cell(item) for item in value)
-    return visible_name(str(value))

@@ -4,17 +4,22 @@ A ``FieldInfo`` holds the help, section, bounds and spellings of a setting. A fl
 passes no value, so that defaults stay with the code that uses them.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import click
 
+from internvl3_mlx.cli.layout import wrap_text
 from internvl3_mlx.option_fields import FieldInfo, field_info, field_type
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 OTHER_SECTION = "Other"
+HELP_MARGIN, MIN_HELP_WIDTH = 2, 30
+FIRST_COLUMN, TWO_COLUMNS = 30, 78  # the terms of a list, and the width that both columns need
+LINE_CONTINUES = " \\"
 SECTIONS = (
     "Question", "Images", "Answer", "Reasoning", "Best of N", "Model", "Network", "Serving",
     "Limits", "Data", "Training", "Weights", "Preference", "Run", "Quantization", "Quality",
@@ -22,6 +27,32 @@ SECTIONS = (
 )  # fmt: skip
 TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, tuple: click.STRING}
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAMES"}
+
+
+class HelpContext(click.Context):
+    """A context whose help fits terminals from 40 columns; click's own takes 50 at least."""
+
+    def make_formatter(self) -> click.HelpFormatter:
+        columns = shutil.get_terminal_size().columns
+        width = max(min(columns, self.max_content_width or columns) - HELP_MARGIN, MIN_HELP_WIDTH)
+        return HelpFormatter(width=width)
+
+
+class HelpFormatter(click.HelpFormatter):
+    """Writes a list in two columns, or on a narrow terminal the description below its term."""
+
+    def write_dl(
+        self,
+        rows: Sequence[tuple[str, str]],
+        col_max: int = FIRST_COLUMN,
+        col_spacing: int = 2,
+    ) -> None:
+        narrow = self.width < TWO_COLUMNS and max(len(term) for term, _ in rows) > self.width // 3
+        if not narrow:
+            super().write_dl(rows, col_max, col_spacing)
+            return
+        both = " /\n" + " " * self.current_indent  # --flag / --no-flag
+        super().write_dl([(term.replace(" / ", both), text) for term, text in rows], 2)
 
 
 class SectionedOption(click.Option):
@@ -47,6 +78,8 @@ class SectionedCommand(click.Command):
     suggestions: flags that people may try, each with the flag that the error suggests instead.
     """
 
+    context_class = HelpContext
+
     def __init__(
         self,
         *args: Any,
@@ -71,9 +104,12 @@ class SectionedCommand(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.examples:
             with formatter.section("Examples"):
+                indent = " " * formatter.current_indent
+                width = formatter.width - len(indent) - len(LINE_CONTINUES)
                 for command, comment in self.examples:
-                    indent = " " * formatter.current_indent
-                    formatter.write(f"{indent}# {comment}\n{indent}{command}\n")
+                    lines = [*wrap_text(f"# {comment}", width)]
+                    lines += f"{LINE_CONTINUES}\n  ".join(wrap_text(command, width)).split("\n")
+                    formatter.write("".join(f"{indent}{line}\n" for line in lines))
         super().format_epilog(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

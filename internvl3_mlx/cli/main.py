@@ -9,6 +9,7 @@ import click
 
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.faults import describe_fault, is_disk_full
+from internvl3_mlx.cli.flags import HelpContext
 from internvl3_mlx.cli.options import DEBUG_KEY
 from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.files import did_you_mean
@@ -33,6 +34,8 @@ FAILED, INTERRUPTED = 1, 130
 
 class LazyGroup(click.Group):
     """A group that imports a command's module only when the command is used."""
+
+    context_class = HelpContext
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

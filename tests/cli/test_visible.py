@@ -57,6 +57,7 @@ def raise_hostile():
 CALLS = {
     "write_answer": lambda: console.write_answer(HOSTILE),
     "write_line": lambda: console.write_line(HOSTILE),
+    "write_thought": lambda: console.write_thought(HOSTILE),
     "show_transient": lambda: console.show_transient(HOSTILE),
     "write_segments": lambda: console.write_segments([(HOSTILE, "in_loss"), (HOSTILE, "image")]),
     "write_heading": lambda: console.write_heading(HOSTILE),
@@ -71,7 +72,7 @@ CALLS = {
     "spinner": show_spinner,
 }
 # these return text that the functions above show
-RETURNING = {"wrap_words"}
+RETURNING = {"columns_of", "wrap_words"}
 # these write only numbers or an image of ours, or nothing
 EXEMPT = {
     "end_line", "format_count", "format_size", "format_stats", "is_interactive", "print_stats",
