@@ -29,6 +29,7 @@ EXIT_CODES: "Mapping[str | None, int]" = {
     "interrupted": INTERRUPTED,
     "memory": 1,
 }  # by why a run stopped early
+FIGURES = ("accuracy", "step_accuracy", "step_macro_f1")  # of a validation or test
 SHOWN_METRICS = ("dpo", "bco", "sft", "margin")  # metrics.csv has all of them
 FEW_UPDATES = 30  # fewer hardly change a model
 
@@ -187,18 +188,22 @@ def describe_update(done: "UpdateDone") -> str:
 def describe_validation(done: "ValidationDone") -> str:
     """Describe a validation in one line: ``val loss 1.2340 · exact match 0.5000``."""
     parts = [f"val loss {done.loss:.4f}"]
-    if "accuracy" in done.metrics:
-        parts.append(f"val accuracy {done.metrics['accuracy']:.4f}")
+    parts += describe_figures("val", done.metrics)
     if done.exact_match is not None:
         parts.append(f"val exact match {done.exact_match:.4f}")
     return " · ".join([*parts, *(["best so far"] if done.is_best else [])])
 
 
+def describe_figures(split: str, metrics: Mapping[str, float]) -> list[str]:
+    """Describe the figures of merit: ``val step accuracy 0.9200``."""
+    shown = {name: metrics[name] for name in FIGURES if name in metrics}
+    return [f"{split} {name.replace('_', ' ')} {value:.4f}" for name, value in shown.items()]
+
+
 def describe_test(done: "TestEvaluated") -> str:
     """Describe the evaluation on the test data in one line."""
     parts = [f"test loss {done.loss:.4f}"]
-    if "accuracy" in done.metrics:
-        parts.append(f"test accuracy {done.metrics['accuracy']:.4f}")
+    parts += describe_figures("test", done.metrics)
     if done.exact_match is not None:
         parts.append(f"test exact match {done.exact_match:.4f}")
     return " · ".join(parts)

@@ -28,6 +28,7 @@ from internvl3_mlx.training.data_config import DataConfig, check_data_conflicts
 from internvl3_mlx.training.run_config import RunConfig
 
 PREFERENCE_METHOD = "mpo"  # the method that reads preference pairs; the others read conversations
+CRITIC_METHOD = "prm"  # the method whose answers are all + or -
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +204,11 @@ class TrainConfig(DataConfig, RunConfig):
         return self.method == PREFERENCE_METHOD
 
     @property
+    def trains_critic(self) -> bool:
+        """Whether a process reward model is trained, which replies + or - to each step."""
+        return self.method == CRITIC_METHOD
+
+    @property
     def position_delta(self) -> float | str:
         """The V2PE position increment of image tokens as a number, or "random"."""
         from internvl3_mlx.prompt.v2pe import parse_delta
@@ -226,6 +232,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
         "grad_accumulation_steps": 16,
         "max_seq_length": 12288,
     },
+    "prm": {},
     "pretrain": {
         "train": MODEL_PARTS,
         "packing": True,

@@ -41,7 +41,7 @@ def metrics_row(
         "val_loss": validation.loss if validation else None,
         "val_exact": validation.exact_match if validation else None,
         **done.metrics,
-        **{f"val_{name}": val_metrics.get(name) for name in done.metrics},
+        **{f"val_{name}": val_metrics.get(name) for name in {**done.metrics, **val_metrics}},
         "learning_rate": done.learning_rate,
         "grad_norm": done.grad_norm,
         "tokens": done.tokens,

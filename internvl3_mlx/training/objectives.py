@@ -215,6 +215,7 @@ def chosen_loss(batch: Batch, log_probs: mx.array) -> mx.array:
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sft": SFT,
+    "prm": lambda **options: SFT(name="prm", **options),
     "pretrain": lambda **options: SFT(name="pretrain", **options),
     "mpo": MPO,
 }

@@ -18,7 +18,7 @@ from internvl3_mlx.training.checkpoint import list_checkpoints
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import CONFIG_FILE, write_config_file
 from internvl3_mlx.training.distributed import ProcessGroup, init_distributed, watch_peers
-from internvl3_mlx.training.evaluate import evaluate_loss, exact_match_rate
+from internvl3_mlx.training.evaluate import evaluate
 from internvl3_mlx.training.events import (
     CheckpointSaved,
     DataChecked,
@@ -282,11 +282,8 @@ def report_left_out(session: TrainSession) -> Iterator[RecordLeftOut]:
 
 def run_test(session: TrainSession) -> TestEvaluated:
     """Evaluate on the test data with the final weights."""
-    loss, metrics = evaluate_loss(session.state, session.test_batches())
-    exact_match = None
-    if session.config.eval_accuracy:
-        exact_match = exact_match_rate(session.state, session.test_batches())
-    return TestEvaluated(loss, metrics, exact_match)
+    tokenizer = session.setup.preprocessor.tokenizer
+    return TestEvaluated(*evaluate(session.state, tokenizer, session.test_batches))
 
 
 UNDONE: list[ExitStack] = []  # contexts that cannot be left, since a sum never finishes
@@ -342,10 +339,8 @@ def finish_update(
 def run_validation(session: TrainSession) -> ValidationDone:
     """Evaluate on the validation data, and save the result as the best if it is."""
     state, progress = session.state, session.progress
-    loss, metrics = evaluate_loss(state, session.validation_batches())
-    exact_match = None
-    if session.config.eval_accuracy:
-        exact_match = exact_match_rate(state, session.validation_batches())
+    tokenizer = session.setup.preprocessor.tokenizer
+    loss, metrics, exact_match = evaluate(state, tokenizer, session.validation_batches)
     best = math.inf if progress.best_loss is None else progress.best_loss
     is_best = loss < best  # never true for NaN
     if is_best:

@@ -34,6 +34,7 @@ from internvl3_mlx.training.dataloader import (
     tolerated_bad_records,
 )
 from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup
+from internvl3_mlx.training.evaluate import critic_ids
 from internvl3_mlx.training.events import TrainPlan
 from internvl3_mlx.training.forward import ForwardOptions
 from internvl3_mlx.training.lora_setup import LoRAConfig, add_lora, load_adapter_into_model
@@ -96,6 +97,8 @@ def open_train_session(
     Yields progress while reference log-probabilities are computed in advance.
     """
     config = setup.config
+    if config.trains_critic:
+        critic_ids(setup.preprocessor.tokenizer)
     mx.random.seed(config.seed)  # all ranks start with the same adapters
     model = load_local_model(
         setup.model_folder,
@@ -161,7 +164,7 @@ def build_objective(config: TrainConfig, ranks: ProcessGroup) -> Objective:
     forward = ForwardOptions(
         grad_checkpoint=config.grad_checkpoint, drop_path_rate=config.drop_path
     )
-    if config.method != "mpo":
+    if not config.reads_pairs:
         return OBJECTIVES[config.method](forward=forward)
     running = config.reward_shift == "running"
     preference = PreferenceConfig(config.beta, config.label_smoothing, running, ranks.all_mean)

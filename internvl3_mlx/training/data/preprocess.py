@@ -23,6 +23,7 @@ from internvl3_mlx.prompt.messages import (
     message_segments,
     split_at_answers,
 )
+from internvl3_mlx.prompt.reasoning import CORRECT, INCORRECT
 from internvl3_mlx.prompt.template import Template
 from internvl3_mlx.prompt.tokenizer import IM_END, Tokenizer
 from internvl3_mlx.prompt.v2pe import DELTAS, image_spans, visual_positions
@@ -165,6 +166,8 @@ class Preprocessor:
                 f"a preference pair, but --method {self.config.method} needs conversations; "
                 "expected 'messages' or 'conversations', or use --method mpo"
             )
+        if self.config.trains_critic:
+            check_replies(parsed)
         if parsed.objects is not None:
             sizes = self.media_loader.image_sizes(parsed, record.file)
             parsed = fill_boxes(parsed, sizes)
@@ -219,6 +222,18 @@ class Preprocessor:
         num_images = len(image_spans(input_ids, image_id))
         deltas = generator.choice(DELTAS, size=num_images).tolist()
         return visual_positions(input_ids, image_id, deltas if num_images else 1.0)
+
+
+def check_replies(record: ParsedRecord) -> None:
+    """Raise ``RecordError`` for a conversation that is not a critic's."""
+    for number, message in enumerate(record.messages, start=1):
+        reply = message.text.strip()
+        if message.role == "assistant" and reply not in (CORRECT, INCORRECT):
+            raise RecordError(
+                f"answer {number // 2} is {reply[:20]!r}, but --method prm trains a critic, which "
+                "answers + or -; expected 'question' with 'steps_with_score', or such a "
+                "conversation"
+            )
 
 
 @contextmanager
