@@ -1,6 +1,6 @@
 """The decoding engine: prefill and decode steps over ids and arrays; it knows no text or images."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -73,6 +73,19 @@ class Engine:
 
         rows: indices of uncached tokens, ascending.
         """
+        *_, logits = self.prefill_chunks(ids, features, positions, rows, step)
+        assert logits is not None
+        return logits
+
+    def prefill_chunks(
+        self,
+        ids: mx.array,
+        features: mx.array | None,
+        positions: np.ndarray | None,
+        rows: Sequence[int],
+        step: int | None = None,
+    ) -> Iterator[mx.array | None]:
+        """Do the same chunk by chunk: yield None after each, and the logits after the last one."""
         length, known, step = ids.shape[1], self.num_cached, step or prefill_step_size()
         embeds = self.model.embed(ids[:, known:], features)
         found: list[mx.array] = []
@@ -94,7 +107,8 @@ class Engine:
             if stop < length:
                 mx.eval([layer.state for layer in self.cache], found)
                 mx.clear_cache()
-        return self.model.language_model.head(mx.concatenate(found))
+                yield None
+        yield self.model.language_model.head(mx.concatenate(found))
 
     def decode(
         self, ids: mx.array, logits: mx.array, limit: int

@@ -18,7 +18,7 @@ from internvl3_mlx.generation.generation_config import GenerationConfig, InputVi
 from internvl3_mlx.images.fetch import shorten_name
 from internvl3_mlx.images.load import ImageSource, LoadedImage, open_image
 from internvl3_mlx.images.tiling import TilePolicy, normalize, to_tiles
-from internvl3_mlx.prompt.messages import Message, MessageMedia, media_order
+from internvl3_mlx.prompt.messages import Message, MessageMedia, TextSegment, media_order
 from internvl3_mlx.prompt.reasoning import cot_question
 from internvl3_mlx.prompt.template import Template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
@@ -193,12 +193,19 @@ class Processor:
         messages: Sequence[Message],
         images: Sequence[ProcessedImage],
         generation_config: GenerationConfig,
+        *,
+        continued: str = "",
     ) -> ModelInputs:
-        """Build the prompt of some messages. images: what they show, in the prompt's order."""
+        """Build the prompt of some messages. images: what they show, in the prompt's order.
+
+        continued: the beginning of the answer, which the model is to continue.
+        """
         if generation_config.cot:
             last = replace(messages[-1], text=cot_question(messages[-1].text))
             messages = [*messages[:-1], last]
         segments = self.template.render(messages, generation_config.system_prompt)
+        if continued:
+            segments = [*segments, TextSegment(continued, untrusted=True)]
         ids = self.tokenizer.encode(segments, self.config.num_image_token)
         positions, deltas = self.compute_positions(ids, generation_config)
         return ModelInputs(ids, tuple(images), positions, deltas)

@@ -15,6 +15,8 @@ class TextStream:
     ``pending`` is text that cannot be shown yet: it may be the beginning of a stop string, or
     whitespace at the end. ``thought``: splits off the thought, to which no stop string applies;
     ``reasoning`` is its text so far, ``new_reasoning`` what the last token added.
+    ``continues``: the answer continues a text, so that whitespace at its beginning counts.
+    ``stop_string``: the one that ended the answer, if any.
     """
 
     detokenizer: StreamingDetokenizer
@@ -27,6 +29,8 @@ class TextStream:
     thought: ThoughtSplitter | None = None
     reasoning: str = ""
     new_reasoning: str = ""
+    continues: bool = False
+    stop_string: str | None = None
 
     def decode(self, tokens: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Yield each token with the text that it makes final, until the answer ends."""
@@ -63,11 +67,13 @@ class TextStream:
     def release(self, new: str) -> str:
         """Add new text and return what is final now."""
         self.pending += new
-        if not self.text:
+        if not self.text and not self.continues:
             self.pending = self.pending.lstrip()
-        found = [i for i in (self.pending.find(stop) for stop in self.stop) if i >= 0]
+        places = ((self.pending.find(stop), stop) for stop in self.stop)
+        found = [(place, stop) for place, stop in places if place >= 0]
         if found:
-            self.finish_reason, self.pending = "stop", self.pending[: min(found)]
+            place, self.stop_string = min(found)
+            self.finish_reason, self.pending = "stop", self.pending[:place]
             return ""
         final = self.pending[: len(self.pending) - self.partial_stop_length()].rstrip()
         self.pending = self.pending[len(final) :]

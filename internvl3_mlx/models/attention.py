@@ -48,6 +48,21 @@ def store_attention(q: mx.array, store: KVStore, length: int) -> mx.array:
     return attend(q, store, length, causal=q.shape[2] > 1)
 
 
+def ragged_attention(
+    q: mx.array, store: KVStore, lengths: mx.array, longest: int, mask: mx.array
+) -> mx.array:
+    """Attend from one row of each sequence to its own tokens: (B, H, 1, D) -> (B, H, 1, D).
+
+    lengths: tokens of each sequence, (B,) int32, of which the longest has ``longest``. mask: the
+    same, (B, 1, 1, longest).
+    """
+    variant = flash_decode.FlashVariant.from_inputs(q, store)
+    if kernels_enabled() and flash_decode.should_use_kernel(variant, longest):
+        return flash_decode.flash_decode_kernel(q, store, lengths)[0]
+    keys, values = store.first_tokens(longest).dequantize()
+    return causal_attention(q, keys, values, mask)
+
+
 def quantized_attention(
     q: mx.array, keys: QuantizedArrays, values: QuantizedArrays, *, bits: int, group_size: int
 ) -> mx.array:

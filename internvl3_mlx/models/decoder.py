@@ -179,6 +179,28 @@ class LanguageModel(nn.Module):
             return Rotary(dim, stretched, positions)
         return Rotary(dim, ntk_frequencies(positions, dim, base, stretched), positions)
 
+    def ragged_rotary(self, positions: Sequence[float], lengths: Sequence[int | None]) -> Rotary:
+        """Return the rotary embedding of one new token of each of several sequences.
+
+        positions: of the new tokens. lengths: of the sequences with them, None where dynamic NTK
+        does not apply.
+        """
+        if len(positions) == 1:
+            [length] = lengths
+            return self.rotary(int(positions[0]), length or 0, ntk=length is not None)
+        config = self.config
+        base, dim, trained = config.rope_theta, config.head_dim, config.max_position_embeddings
+        factor = config.rope_dynamic_factor
+        column = mx.array(positions, dtype=mx.float32)[:, None]
+        if factor is None or all(length is None or length <= trained for length in lengths):
+            return self.rotary(column, 0, ntk=False)
+        bases = [
+            base if length is None else ntk_base(base, dim, factor, length, trained)
+            for length in lengths
+        ]
+        exponents = mx.arange(0, dim, 2, dtype=mx.float32) / dim
+        return Rotary(dim, mx.array(bases)[:, None, None, None] ** exponents, column)
+
     def fuse(self) -> None:
         """Concatenate the projections that read the same input."""
         for block in self.model.layers:

@@ -211,6 +211,11 @@ class RowQuantizedKVCache(LayerCache):
         """The rows of the tokens read so far."""
         return [] if self.rows is None else [self.rows[..., : self.offset, :]]
 
+    @state.setter
+    def state(self, arrays: list[mx.array]) -> None:
+        [self.rows] = arrays
+        self.offset = self.rows.shape[2]
+
     @property
     def nbytes(self) -> int:
         return 0 if self.rows is None else self.rows.nbytes

@@ -42,6 +42,8 @@ class Message:
     token_ids: the generated ids of an answer. Its text may tokenize to others; with them a prompt
     repeats the answer exactly. extra_placeholders: of more placeholders than images the first ones
     place the images, as in the published ``chat()``, and the others stay text.
+    texts: where the media stand, whatever ``text`` says: the texts before, between and after them,
+    one more than there are media.
     """
 
     role: Literal["user", "assistant"]
@@ -49,8 +51,14 @@ class Message:
     media: tuple[MessageMedia, ...] = ()
     token_ids: tuple[int, ...] = ()
     extra_placeholders: bool = False
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.texts and len(self.texts) != len(self.media) + 1:
+            raise PromptError(
+                f"{len(self.texts)} texts around {len(self.media)} images or videos; "
+                "give one more than there are media"
+            )
         if self.role not in ("user", "assistant"):
             raise PromptError(
                 f"message with role {self.role!r}; use 'user' or 'assistant', "
@@ -102,6 +110,8 @@ def message_segments(turn: Message) -> list[Segment]:
     """
     if turn.token_ids:
         return [GeneratedAnswer(turn.token_ids)]
+    if turn.texts:
+        return merge_segments(_placed_media(turn))
     images = [medium for medium in turn.media if medium.kind == "image"]
     videos = [medium for medium in turn.media if medium.kind == "video"]
     front: list[Segment] = []
@@ -120,6 +130,8 @@ def message_segments(turn: Message) -> list[Segment]:
 
 def media_order(turn: Message) -> list[int]:
     """Return the order of a message's media in the prompt: their indices in ``media``."""
+    if turn.texts:
+        return [*range(len(turn.media))]
     waiting = {
         mark: [n for n, medium in enumerate(turn.media) if medium.kind == kind]
         for mark, kind in ((IMAGE_PLACEHOLDER, "image"), (VIDEO_PLACEHOLDER, "video"))
@@ -163,9 +175,31 @@ def _image_lines(images: Sequence[MessageMedia]) -> list[Segment]:
     """Return ``<image>`` on a line, or ``Image-1: <image>`` and so on (model card)."""
     lines: list[Segment] = []
     for number, image in enumerate(images, start=1):
-        label = f"Image-{number}: " if len(images) > 1 else ""
-        lines += [TextSegment(label), _image_segment(image), TextSegment("\n")]
+        lines += [*_labeled_image(image, number, len(images)), TextSegment("\n")]
     return lines
+
+
+def _labeled_image(image: MessageMedia, number: int, count: int) -> list[Segment]:
+    label = f"Image-{number}: " if count > 1 else ""
+    return [TextSegment(label), _image_segment(image)]
+
+
+def _placed_media(turn: Message) -> Iterator[Segment]:
+    """Yield texts and media in their order, each medium on lines of its own."""
+    count, number = sum(medium.kind == "image" for medium in turn.media), 0
+    before, *after = turn.texts
+    yield TextSegment(before, untrusted=True)
+    at_line_start = not before or before.endswith("\n")
+    for medium, text in zip(turn.media, after, strict=True):
+        if not at_line_start:
+            yield TextSegment("\n")
+        number += medium.kind == "image"
+        is_image = medium.kind == "image"
+        yield from _labeled_image(medium, number, count) if is_image else _frame_lines(medium)
+        at_line_start = text.endswith("\n")
+        if text and not text.startswith("\n"):
+            yield TextSegment("\n")
+        yield TextSegment(text, untrusted=True)
 
 
 def _frame_lines(video: MessageMedia) -> list[Segment]:

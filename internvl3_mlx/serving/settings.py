@@ -17,10 +17,12 @@ class EngineSettings:
     models: folder, repository or size by the name that requests give; the first is the default.
     adapters: folder or repository of an adapter by its name in ``base:adapter``.
     quantize, dtype: as ``load`` takes them.
+    max_models: in memory at the same time.
     max_batch: answers decoded together. max_prefills: requests read in turns.
     max_waiting: requests beyond those; further ones are refused.
     idle_timeout_s: after which an unused model is put away; None for never.
     memory_nbytes: what weights and caches may take together; None for the device's limit.
+    max_answers: the largest ``n`` or ``best_of`` of a request.
     feature_folder: where image features stay between runs; None for memory only.
     """
 
@@ -28,6 +30,7 @@ class EngineSettings:
     adapters: Mapping[str, str] = field(default_factory=dict[str, str])
     quantize: int | None = None
     dtype: str | None = None
+    max_models: int = 2
     max_batch: int = config_field(8, LOAD, "Answers generated at once.", low=1, high=256)
     max_prefills: int = 4
     max_waiting: int = config_field(

@@ -5,6 +5,7 @@ encoded it, so that another encoder or projector never finds it.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,8 @@ class DiskCache:
     """Arrays in ``folder / name``, with a size limit over all names in ``folder``.
 
     The oldest arrays of other names are deleted to make room. If only arrays of this name are left
-    and the limit is reached, no more are stored. Damaged files are deleted when they are read.
+    and the limit is reached, no more are stored; with ``evict_own`` the least recently used ones of
+    any name are deleted instead. Damaged files are deleted when they are read.
     """
 
     def __init__(
@@ -132,7 +134,10 @@ class DiskCache:
         name: str,
         limit_bytes: int,
         notify: Callable[[str], None] = ignore_progress,
+        *,
+        evict_own: bool = False,
     ) -> None:
+        self.evict_own = evict_own
         self.folder, self.own_folder = Path(folder), Path(folder) / name
         self.limit_bytes, self.notify = limit_bytes, notify
         self.writable = True
@@ -153,6 +158,8 @@ class DiskCache:
             array, metadata = loaded[0][ARRAY_KEY], loaded[1]
             mx.eval(array)
             if array.shape[0] == length and metadata.get(DIGEST_KEY) == array_digest(array):
+                if self.evict_own:
+                    os.utime(path)
                 return array
         except (OSError, RuntimeError, ValueError, KeyError):
             pass
@@ -178,7 +185,7 @@ class DiskCache:
         if self.nbytes + nbytes <= self.limit_bytes:
             return True
         for _, size, path in sorted(self.entries()):
-            if path.parent == self.own_folder:
+            if path.parent == self.own_folder and not self.evict_own:
                 continue
             path.unlink(missing_ok=True)
             self.nbytes -= size

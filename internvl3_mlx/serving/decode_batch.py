@@ -1,0 +1,195 @@
+"""The answers of one model that are decoded together: a step reads one token of each.
+
+The next step is begun before the tokens of the last one are looked at, so that the device never
+waits for the host; only a constraint must see a token before the next one can be chosen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import mlx.core as mx
+
+from internvl3_mlx.generation.engine import NOT_FINITE
+from internvl3_mlx.models.cache import LayerCache
+from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.ragged_cache import RaggedBatch
+from internvl3_mlx.serving.row_sampler import TokenScores
+from internvl3_mlx.serving.running_answer import RunningAnswer, TokenBytes
+
+
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """An answer that is complete, or that failed, with the caches of what was read for it."""
+
+    answer: RunningAnswer
+    layers: list[LayerCache]
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Chosen:
+    """Tokens that were chosen and not given yet, (B,) int32, of ``rows``. scores: of some rows.
+
+    failures: what choosing a token of a row raised.
+    """
+
+    rows: list[int]
+    tokens: mx.array
+    scores: dict[int, TokenScores]
+    failures: dict[int, Exception] = field(default_factory=dict[int, Exception])
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.tokens, *(a for one in self.scores.values() for a in one.arrays)]
+
+    def joined(self, other: "Chosen") -> "Chosen":
+        return Chosen(
+            [*self.rows, *other.rows],
+            mx.concatenate([self.tokens, other.tokens]),
+            self.scores | other.scores,
+            self.failures | other.failures,
+        )
+
+    def ordered(self, rows: list[int]) -> mx.array:
+        """Return the tokens of ``rows`` in that order."""
+        if rows == self.rows:
+            return self.tokens
+        return self.tokens[mx.array([self.rows.index(row) for row in rows], dtype=mx.int32)]
+
+
+@dataclass(eq=False)
+class DecodeBatch:
+    """The answers in progress by their row, and the tokens that come next."""
+
+    model: InternVL
+    token_bytes: TokenBytes
+    batch: RaggedBatch
+    answers: dict[int, RunningAnswer] = field(default_factory=dict[int, RunningAnswer])
+    chosen: Chosen | None = None
+    steps: int = 0
+
+    @classmethod
+    def for_model(cls, model: InternVL, token_bytes: TokenBytes) -> "DecodeBatch":
+        return cls(model, token_bytes, RaggedBatch(len(model.language_model.model.layers)))
+
+    def join(
+        self, answers: Sequence[RunningAnswer], caches: Sequence[list[LayerCache]], logits: mx.array
+    ) -> None:
+        """Take in answers to a prompt that has been read. logits: (1, vocab) of their first token.
+
+        caches: of the prompt's layers, for each answer its own.
+        """
+        rows = [self.batch.insert(own) for own in caches]
+        for row, answer in zip(rows, answers, strict=True):
+            answer.row = row
+            self.answers[row] = answer
+        # a processor may write into the logits that it is given
+        copies = mx.repeat(logits, len(rows), axis=0)
+        new = choose_tokens(rows, answers, copies)
+        self.chosen = new if self.chosen is None else self.chosen.joined(new)
+
+    def remove(self, answer: RunningAnswer) -> list[LayerCache]:
+        """Drop an answer, and return the caches of what was read for it."""
+        layers = self.batch.extract(answer.row)
+        self.batch.remove(answer.row)
+        del self.answers[answer.row]
+        if not self.answers:
+            self.chosen = None
+        return layers
+
+    def reset(self) -> list[RunningAnswer]:
+        """Drop all arrays, computed or not; return the answers that were in progress."""
+        answers = [*self.answers.values()]
+        self.batch, self.answers = RaggedBatch(self.batch.num_layers), {}
+        self.chosen = None
+        return answers
+
+    def step(self) -> list[Ended]:
+        """Give one token of each answer and begin the next; return those that ended.
+
+        Raises what the forward pass raises; then no token was given.
+        """
+        chosen = self.chosen
+        assert chosen is not None
+        if any(answer.sampler.waits for answer in self.answers.values()):
+            ended = self.give(chosen)
+            if self.answers:
+                self.advance(chosen)
+            return ended
+        if any(answer.tokens_left > 1 for answer in self.answers.values()):
+            self.advance(chosen)
+        return self.give(chosen)
+
+    def advance(self, chosen: Chosen) -> None:
+        """Read the chosen tokens and choose the next ones; nothing waits for the result."""
+        rows = self.batch.rows
+        answers = [self.answers[row] for row in rows]
+        positions = [answer.position for answer in answers]
+        lengths = [self.batch.length(row) + 1 if self.answers[row].ntk else None for row in rows]
+        language = self.model.language_model
+        tokens = chosen.ordered(rows)
+        self.batch.begin_step()
+        rotary = language.ragged_rotary(positions, lengths)
+        states = language.model(self.model.embed(tokens[:, None]), rotary, self.batch.layers)
+        self.batch.end_step()
+        logits = language.head(states[:, -1])
+        self.chosen = choose_tokens(rows, answers, logits)
+        mx.async_eval(self.chosen.arrays)
+        for answer in answers:
+            answer.position += 1
+        self.steps += 1
+
+    def give(self, chosen: Chosen) -> list[Ended]:
+        """Hand the chosen tokens to their answers; remove and return those that ended."""
+        mx.eval(chosen.arrays)
+        tokens = dict(zip(chosen.rows, cast(list[int], chosen.tokens.tolist()), strict=True))
+        ended = []
+        for row, answer in [*self.answers.items()]:
+            error = chosen.failures.get(row) or attempt(
+                answer, tokens[row], chosen.scores.get(row), self.token_bytes
+            )
+            if error is not None or answer.finish_reason is not None:
+                ended.append(Ended(answer, self.remove(answer), error))
+        return ended
+
+
+def attempt(
+    answer: RunningAnswer, token: int, scores: TokenScores | None, token_bytes: TokenBytes
+) -> Exception | None:
+    """Append a token to an answer; return what that raised, which concerns this answer alone."""
+    try:
+        answer.accept(token, scores, token_bytes)
+    except Exception as error:  # noqa: BLE001
+        return error
+    return None
+
+
+def choose_tokens(rows: list[int], answers: Sequence[RunningAnswer], logits: mx.array) -> Chosen:
+    """Choose the next token of each answer: logits (B, vocab). A failure concerns its row alone."""
+    finite = mx.all(mx.isfinite(logits), axis=-1)
+    scores: dict[int, TokenScores] = {}
+    failures: dict[int, Exception] = {}
+    if all(answer.sampler.is_plain and answer.sampler.num_top is None for answer in answers):
+        tokens = mx.argmax(logits, axis=-1)
+    else:
+        parts = mx.split(logits, len(rows))
+        found = []
+        for row, answer, part in zip(rows, answers, parts, strict=True):
+            try:
+                token, score = choose_one(answer, part)
+            except Exception as error:  # noqa: BLE001
+                failures[row], token, score = error, mx.zeros(1, dtype=mx.uint32), None
+            found.append(token)
+            if score is not None:
+                scores[row] = score
+        tokens = mx.concatenate(found)
+    signed = mx.where(finite, tokens.astype(mx.int32), mx.array(NOT_FINITE, mx.int32))
+    return Chosen(rows, signed, scores, failures)
+
+
+def choose_one(answer: RunningAnswer, logits: mx.array) -> tuple[mx.array, TokenScores | None]:
+    """Choose a token from logits (1, vocab), and score it by the logits as they were."""
+    raw = mx.array(logits) if answer.sampler.num_top is not None else logits
+    token = answer.sampler.choose(logits)
+    return token, answer.sampler.score(raw, token)

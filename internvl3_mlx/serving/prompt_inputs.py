@@ -1,0 +1,202 @@
+"""From a request to what the model reads. Nothing here computes with MLX: it runs on threads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from threading import Lock
+
+from internvl3_mlx.errors import UserError
+from internvl3_mlx.generation.engine import remaining_context
+from internvl3_mlx.generation.generation_config import GREEDY, GenerationConfig
+from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage, Processor
+from internvl3_mlx.generation.runner import context_overflow_message
+from internvl3_mlx.generation.structured import Constraint, make_constraint, needs_constraint
+from internvl3_mlx.prompt.messages import Message, MessageMedia
+from internvl3_mlx.serving.requests import (
+    AnswerRequest,
+    ChatMessage,
+    ContextTooLong,
+    ImagePart,
+    InvalidRequest,
+    TextPart,
+    VideoPart,
+)
+
+MAX_TOP_LOGPROBS = 20
+GRAMMAR_LOCK = Lock()  # the tokenizer's table for llguidance is built once
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRequest:
+    """A request's prompt. max_tokens: of an answer, also by the context that is left after it.
+
+    ntk: whether dynamic NTK may extend the context. constraints: one for each answer, or none.
+    """
+
+    inputs: ModelInputs
+    max_tokens: int
+    ntk: bool
+    constraints: tuple[Constraint, ...]
+
+
+def prepare_request(processor: Processor, request: AnswerRequest) -> PreparedRequest:
+    """Decode the images, build the prompt and compile the constraint.
+
+    Raises ``InvalidRequest`` for what cannot be read or used.
+    """
+    try:
+        inputs = build_inputs(processor, request)
+        constraints = make_constraints(processor, request)
+    except InvalidRequest:
+        raise
+    except UserError as error:
+        raise InvalidRequest(str(error)) from error
+    config, text = request.config, processor.config.text
+    ntk = config.ntk and inputs.uses_unit_positions
+    left = remaining_context(inputs.next_position, text, ntk=ntk)
+    if left < 0:
+        raise ContextTooLong(context_overflow_message(inputs, processor.config), "messages")
+    for image in inputs.processed_images:
+        _ = image.content_hash  # computed here, where it holds up nobody
+    return PreparedRequest(inputs, min(config.max_tokens, max(left, 1)), ntk, constraints)
+
+
+def build_inputs(processor: Processor, request: AnswerRequest) -> ModelInputs:
+    """Build the prompt of a request's messages, with their media where they stand."""
+    asked, continued = split_continuation(request)
+    messages, images = list[Message](), list[ProcessedImage]()
+    for chat_message in asked:
+        message, shown = read_message(processor, chat_message, request.config)
+        messages.append(message)
+        images += shown
+    return processor.build(messages, images, request.config, continued=continued)
+
+
+def served_request(request: AnswerRequest) -> AnswerRequest:
+    """Return a request whose config says all that matters, and nothing that a server leaves out.
+
+    Choices are decoded token by token within their grammar. Raises ``InvalidRequest`` for options
+    that exclude each other.
+    """
+    if request.config.think_budget is not None:
+        raise InvalidRequest("think_budget is not served; lower max_tokens", "think_budget")
+    try:
+        config = replace(
+            request.config,
+            history=(),
+            video=(),
+            lookup=False,
+            draft_model=None,
+            choice_mode=GREEDY,
+            think=request.think or request.config.think,
+        )
+    except UserError as error:
+        raise InvalidRequest(str(error), "think") from error
+    return replace(request, config=config)
+
+
+def split_continuation(request: AnswerRequest) -> tuple[tuple[ChatMessage, ...], str]:
+    """Return the messages to be answered, and the beginning of the answer."""
+    if not request.continue_final_message:
+        return request.messages, ""
+    if not request.messages or request.messages[-1].role != "assistant":
+        raise InvalidRequest(
+            "continue_final_message continues an assistant's message, but the last message is "
+            "another's; end with the message to continue",
+            "continue_final_message",
+        )
+    return request.messages[:-1], request.messages[-1].text
+
+
+def read_message(
+    processor: Processor, message: ChatMessage, config: GenerationConfig
+) -> tuple[Message, list[ProcessedImage]]:
+    """Read the media of one message; return it with its images and frames in order."""
+    texts, media, images = [""], list[MessageMedia](), list[ProcessedImage]()
+    after_text = False
+    for part in message.parts:
+        if isinstance(part, TextPart):
+            texts[-1] += "\n" * after_text + part.text
+            after_text = True
+            continue
+        shown, medium = read_media(processor, part, config)
+        images += shown
+        media.append(medium)
+        texts.append("")
+        after_text = False
+    if not media:
+        return Message(message.role, texts[0]), []
+    if message.role != "user":
+        raise InvalidRequest(
+            "an assistant's message shows an image; put it into a user's message", "messages"
+        )
+    return Message(message.role, "".join(texts), tuple(media), texts=tuple(texts)), images
+
+
+def read_media(
+    processor: Processor, part: ImagePart | VideoPart, config: GenerationConfig
+) -> tuple[Iterable[ProcessedImage], MessageMedia]:
+    """Decode and tile an image, or the frames of a video."""
+    if isinstance(part, VideoPart):
+        frames = config.num_frames if part.num_frames is None else part.num_frames
+        video = processor.process_video(part.video, replace(config, num_frames=frames))
+        return video.frames, video.media
+    image = processor.process_image(part.image, tile_limits(config, part.max_tiles))
+    return [image], MessageMedia((image.info.tiles,))
+
+
+def tile_limits(config: GenerationConfig, max_tiles: int | None) -> GenerationConfig:
+    """Apply the limit of one image; the smaller one counts."""
+    if max_tiles is None:
+        return config
+    most = min(max_tiles, config.max_tiles or max_tiles)
+    least = None if config.min_tiles is None else min(config.min_tiles, most)
+    return replace(config, max_tiles=most, min_tiles=least)
+
+
+def make_constraints(processor: Processor, request: AnswerRequest) -> tuple[Constraint, ...]:
+    """Compile a constraint for each answer."""
+    if not needs_constraint(request.config):
+        return ()
+    if request.continue_final_message:
+        raise InvalidRequest(
+            "a constraint holds for a whole answer and cannot begin within one; drop it, or "
+            "continue_final_message",
+            "continue_final_message",
+        )
+    vocab_size = processor.config.text.vocab_size
+    with GRAMMAR_LOCK:
+        return tuple(
+            make_constraint(request.config, processor.tokenizer, vocab_size)
+            for _ in range(request.n)
+        )
+
+
+def check_request(request: AnswerRequest, most_answers: int) -> None:
+    """Raise ``InvalidRequest`` for settings that contradict each other or exceed a limit."""
+    if not request.messages:
+        raise InvalidRequest("messages is empty; send at least one", "messages")
+    if not 1 <= request.n <= most_answers:
+        raise InvalidRequest(f"n is {request.n}; choose 1 to {most_answers}", "n")
+    if request.best_of is not None and not request.n <= request.best_of <= most_answers:
+        raise InvalidRequest(
+            f"best_of is {request.best_of}; choose {request.n} (n) to {most_answers}", "best_of"
+        )
+    for name in ("frequency_penalty", "presence_penalty"):
+        if not -2 <= getattr(request, name) <= 2:
+            raise InvalidRequest(f"{name} is {getattr(request, name)}; choose -2 to 2", name)
+    if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise InvalidRequest(
+            f"top_logprobs is {request.top_logprobs}; choose 0 to {MAX_TOP_LOGPROBS}",
+            "top_logprobs",
+        )
+
+
+def check_token_bias(request: AnswerRequest, vocab_size: int) -> None:
+    """Raise ``InvalidRequest`` for a bias of a token that the model does not have."""
+    for token_id, bias in request.logit_bias.items():
+        if not (0 <= token_id < vocab_size and -100 <= bias <= 100):
+            raise InvalidRequest(
+                f"logit_bias {token_id}: {bias} is not a token of this model's {vocab_size:,} with "
+                "a bias from -100 to 100",
+                "logit_bias",
+            )

@@ -1,0 +1,109 @@
+"""A request that has been checked and decoded, on its way through the worker."""
+
+import time
+from dataclasses import dataclass, field
+
+from internvl3_mlx.errors import GPUError, InternVL3Error
+from internvl3_mlx.generation.processor import ModelInputs
+from internvl3_mlx.generation.structured import Constraint
+from internvl3_mlx.gpu_errors import Task, describe_gpu_error
+from internvl3_mlx.serving.event_stream import EventChannel, Outbox
+from internvl3_mlx.serving.requests import (
+    AnswerDone,
+    AnswerFailed,
+    AnswerRequest,
+    PromptRead,
+    RequestTiming,
+    RequestUsage,
+    TextDelta,
+)
+
+
+@dataclass(eq=False)
+class QueuedRequest:
+    """One request: what it asks, what the model reads, and where its events go.
+
+    max_tokens: of each answer, also by the context that is left. ntk: whether dynamic NTK may
+    apply. nbytes: what it takes at most while it is answered. seed: of the first answer.
+    constraints: one for each answer, or none.
+    """
+
+    model: str
+    request: AnswerRequest
+    inputs: ModelInputs
+    max_tokens: int
+    ntk: bool
+    nbytes: int
+    seed: int
+    channel: EventChannel
+    outbox: Outbox
+    constraints: tuple[Constraint, ...] = ()
+    submitted: float = field(default_factory=time.perf_counter)
+    preprocess_s: float = 0.0
+    admitted: float = 0.0
+    prefill_s: float = 0.0
+    cached_tokens: int = 0
+    answers_left: int = 0
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.answers_left = self.num_answers
+
+    @property
+    def num_answers(self) -> int:
+        return self.request.n
+
+    @property
+    def cancelled(self) -> bool:
+        return self.channel.closed
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether what was read may be asked about again: it has images, or answers."""
+        roles = [message.role for message in self.request.messages]
+        return bool(self.inputs.processed_images) or "assistant" in roles
+
+    def usage(self, completion_tokens: int = 0) -> RequestUsage:
+        return RequestUsage(
+            prompt_tokens=len(self.inputs.token_ids),
+            cached_tokens=self.cached_tokens,
+            completion_tokens=completion_tokens,
+            images=self.inputs.images,
+        )
+
+    def timing(self, decode_s: float) -> RequestTiming:
+        waited = self.admitted - self.submitted - self.preprocess_s
+        return RequestTiming(max(waited, 0.0), self.preprocess_s, self.prefill_s, decode_s)
+
+    def emit(self, event: PromptRead | TextDelta) -> None:
+        self.outbox.put(self.channel, event)
+
+    def finish_answer(self, done: AnswerDone) -> None:
+        """Give the end of one answer; after the last one the stream ends."""
+        self.outbox.put(self.channel, done)
+        self.answers_left -= 1
+        if self.answers_left == 0:
+            self.over = True
+            self.outbox.put(self.channel, None)
+
+    def fail(self, error: BaseException) -> None:
+        """End the request by an error that its client can read."""
+        if not self.over:
+            self.over = True
+            self.outbox.put(self.channel, readable_error(error))
+
+
+def readable_error(error: BaseException) -> InternVL3Error:
+    """Return an error of ours as it is, and any other one in a line."""
+    if isinstance(error, InternVL3Error):
+        return error
+    meaning = describe_gpu_error(error, Task.ANSWER) if isinstance(error, RuntimeError) else None
+    if meaning is not None:
+        found: InternVL3Error = GPUError(meaning)
+    else:
+        found = AnswerFailed(
+            f"the answer failed by a fault of the server ({type(error).__name__}); "
+            "ask again, and report it if it comes back"
+        )
+    found.__cause__ = error
+    return found

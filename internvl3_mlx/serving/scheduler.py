@@ -1,0 +1,275 @@
+"""Which request is read, decoded or ended next. Runs in the worker's thread alone.
+
+Between two decode steps one piece of a prompt is read, a few tiles of an image or a few hundred
+tokens; or a few prompts that are short. So a long prompt delays the others by one piece, not by the
+whole of it. Prompts take turns as well: a short one is not held up by a long one before it.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from internvl3_mlx.generation.answer import FinishReason
+from internvl3_mlx.generation.prompt_cache import CacheKey
+from internvl3_mlx.memory import MemoryNeed, working_memory
+from internvl3_mlx.models.cache import LayerCache
+from internvl3_mlx.serving.decode_batch import Ended
+from internvl3_mlx.serving.image_features import FeatureStore
+from internvl3_mlx.serving.model_pool import ModelPool
+from internvl3_mlx.serving.prefill_task import PrefillTask, default_chunk
+from internvl3_mlx.serving.prefix_cache import PrefixEntry, compact_layers
+from internvl3_mlx.serving.queued_request import QueuedRequest
+from internvl3_mlx.serving.request_queue import RequestQueue
+from internvl3_mlx.serving.running_answer import RunningAnswer
+from internvl3_mlx.serving.served_model import ServedModel
+from internvl3_mlx.serving.settings import EngineSettings
+
+NEWEST_SHARE = 0.2  # of the last one in the mean time that a request takes
+
+
+@dataclass(eq=False)
+class Scheduler:
+    """Requests that wait and those in progress. memory: wires memory while there are any."""
+
+    settings: EngineSettings
+    pool: ModelPool
+    features: FeatureStore
+    queue: RequestQueue = field(default_factory=RequestQueue)
+    live: list[QueuedRequest] = field(default_factory=list[QueuedRequest])
+    memory: ExitStack = field(default_factory=ExitStack)
+    turn: int = 0
+    request_seconds: float = 1.0  # of recent requests, for Retry-After
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.live) or self.queue.first() is not None
+
+    def work(self) -> None:
+        """Do one round: a piece of a prompt, and a token of every answer."""
+        self.drop_cancelled()
+        self.read_pieces()
+        for served in self.pool.models.values():
+            self.decode_tokens(served)
+        if not self.live:
+            self.memory.close()
+
+    def drop_cancelled(self) -> None:
+        """Free what belongs to clients that have left."""
+        for queued in [one for one in self.queue if one.cancelled]:
+            self.queue.discard(queued)
+            self.pool.counters.count_finished("cancelled")
+        for queued in [one for one in self.live if one.cancelled]:
+            self.guarded(queued, lambda queued=queued: self.keep_cancelled(queued))
+            self.release(queued)
+            self.pool.counters.count_finished("cancelled")
+
+    # -- prompts
+
+    def admit(self) -> None:
+        """Begin to read requests, in their order, as far as rows and memory go."""
+        while (queued := self.queue.first()) is not None:
+            served = self.pool.models[queued.model]
+            if not self.has_rows(queued) or not self.pool.make_room(served):
+                return
+            if self.live and not self.pool.fits(queued.nbytes):
+                return
+            self.queue.take()
+            self.live.append(queued)
+            self.pool.live_nbytes += queued.nbytes
+            queued.admitted = time.perf_counter()
+            self.guarded(queued, lambda served=served, queued=queued: self.begin(served, queued))
+
+    def has_rows(self, queued: QueuedRequest) -> bool:
+        models = self.pool.models.values()
+        rows = sum(served.num_rows for served in models)
+        reading = sum(len(served.prefills) for served in models)
+        if reading >= self.settings.max_prefills:
+            return False
+        return rows == 0 or rows + queued.num_answers <= self.settings.max_batch
+
+    def begin(
+        self, served: ServedModel, queued: QueuedRequest, resumed: RunningAnswer | None = None
+    ) -> None:
+        """Queue the reading of a prompt. resumed: an answer to be continued after it."""
+        parts, prefixes = self.pool.load(served), self.pool.prefixes
+        self.pool.shrink_prefixes()
+        self.memory.close()
+        need = MemoryNeed(served.nbytes, self.pool.live_nbytes + prefixes.nbytes, id(served))
+        self.memory.enter_context(working_memory(need))
+        served.prefills.append(
+            PrefillTask(queued, parts.runner, parts.fingerprint, prefixes, self.features, resumed)
+        )
+
+    def read_pieces(self) -> None:
+        """Read pieces of prompts, at most one long one or one of each prompt in progress."""
+        tokens = 0
+        for _ in range(self.settings.max_prefills):
+            read = self.read_piece()
+            if read is None:
+                return
+            tokens += read
+            if tokens >= default_chunk():
+                return
+
+    def read_piece(self) -> int | None:
+        """Read one piece of the prompt whose turn it is; return its tokens, None without one."""
+        self.admit()
+        waiting = [served for served in self.pool.models.values() if served.prefills]
+        if not waiting:
+            return None
+        served = waiting[self.turn % len(waiting)]
+        self.turn += 1
+        task = served.prefills.popleft()
+        served.prefills.append(task)  # while it runs, its rows are still counted
+        before = task.work
+        self.guarded(task.queued, lambda: self.run_piece(served, task))
+        return task.work - before
+
+    def run_piece(self, served: ServedModel, task: PrefillTask) -> None:
+        begun, looked_before = time.perf_counter(), task.vision_s
+        read = next(task.pieces)
+        looked = task.vision_s - looked_before
+        self.pool.counters.add("vision_seconds", looked)
+        self.pool.counters.add("prefill_seconds", time.perf_counter() - begun - looked)
+        if read is None:
+            return
+        served.prefills.remove(task)
+        assert served.parts is not None
+        served.parts.decode.join(read.answers, read.caches, read.logits)
+        if task.resumed is None:
+            self.pool.counters.add("prompt_tokens", len(task.queued.inputs.token_ids))
+            self.pool.counters.add("cached_tokens", task.queued.cached_tokens)
+
+    # -- answers
+
+    def decode_tokens(self, served: ServedModel) -> None:
+        """Give one token of every answer of a model."""
+        if served.parts is None or not served.parts.decode.answers:
+            return
+        decode, begun = served.parts.decode, time.perf_counter()
+        count = len(decode.answers)
+        try:
+            ended = decode.step()
+        except Exception as error:  # noqa: BLE001
+            self.recover(served, error)
+            return
+        self.pool.counters.add("decode_seconds", time.perf_counter() - begun)
+        self.pool.counters.add("decode_steps")
+        self.pool.counters.add("completion_tokens", count)
+        for one in ended:
+            self.guarded(one.answer.queued, lambda one=one: self.finish(served, one))
+        if ended:
+            mx.clear_cache()
+
+    def finish(self, served: ServedModel, ended: Ended) -> None:
+        """End an answer, and keep what was read for it."""
+        answer, queued = ended.answer, ended.answer.queued
+        if ended.error is not None:
+            raise ended.error
+        self.keep_prefix(served, answer, ended.layers)
+        assert answer.finish_reason is not None
+        self.end_answer(answer, answer.finish_reason)
+        if queued.over:
+            spent = time.perf_counter() - queued.admitted
+            self.request_seconds += NEWEST_SHARE * (spent - self.request_seconds)
+            self.release(queued)
+
+    def end_answer(self, answer: RunningAnswer, reason: FinishReason) -> None:
+        answer.finish(reason)
+        self.pool.counters.count_finished(reason)
+
+    def keep_prefix(
+        self, served: ServedModel, answer: RunningAnswer, layers: list[LayerCache]
+    ) -> None:
+        """Put what was read into the prefix cache, unless dynamic NTK has rotated it."""
+        queued, parts = answer.queued, served.parts
+        assert parts is not None
+        text, length = parts.runner.config.text, layers[0].offset
+        stretched = queued.ntk and text.rope_dynamic_factor is not None
+        if stretched and length > text.max_position_embeddings:
+            return
+        if answer.index > 0 or queued.request.housekeeping:
+            return
+        inputs = queued.inputs
+        key = CacheKey.from_inputs(inputs, parts.runner.model.image_id)
+        key = key.extended(answer.generated_ids, inputs.next_position).prefix(length)
+        compact, prompt_tokens = compact_layers(layers), len(inputs.token_ids)
+        self.pool.prefixes.store(
+            PrefixEntry(served.name, key, compact, prompt_tokens, queued.is_conversation)
+        )
+
+    def keep_cancelled(self, queued: QueuedRequest) -> None:
+        """Keep what was read for a client that left: it may ask again."""
+        served = self.pool.models[queued.model]
+        for answer in self.answers_of(served, queued):
+            if answer.index == 0 and served.parts is not None:
+                layers = served.parts.decode.batch.extract(answer.row)
+                self.keep_prefix(served, answer, layers)
+
+    # -- faults
+
+    def guarded(self, queued: QueuedRequest, act: Callable[[], object]) -> None:
+        """Act for one request; whatever that raises ends this request alone."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001
+            self.fail(queued, error)
+
+    def fail(self, queued: QueuedRequest, error: Exception) -> None:
+        """End a request by an error."""
+        self.release(queued)
+        queued.fail(error)
+        self.pool.counters.count_finished("failed")
+
+    def release(self, queued: QueuedRequest) -> None:
+        """Free everything that a request holds."""
+        served = self.pool.models[queued.model]
+        for task in [task for task in served.prefills if task.queued is queued]:
+            served.prefills.remove(task)
+            task.pieces.close()
+        for answer in self.answers_of(served, queued):
+            assert served.parts is not None
+            served.parts.decode.remove(answer)
+        if queued in self.live:
+            self.live.remove(queued)
+            self.pool.live_nbytes -= queued.nbytes
+        served.last_used = time.monotonic()
+
+    def answers_of(self, served: ServedModel, queued: QueuedRequest) -> list[RunningAnswer]:
+        answers = served.parts.decode.answers.values() if served.parts else ()
+        return [answer for answer in answers if answer.queued is queued]
+
+    def recover(self, served: ServedModel, error: Exception) -> None:
+        """After a step that failed, end the largest request and read the others again.
+
+        The arrays of the batch may never have been computed, so all of it is dropped. The others go
+        on with the tokens that they would have had: nothing that was given is taken back.
+        """
+        assert served.parts is not None
+        answers = served.parts.decode.reset()
+        mx.clear_cache()
+        victim = max(answers, key=lambda one: len(one.queued.inputs.token_ids)).queued
+        self.fail(victim, error)
+        for answer in answers:
+            queued = answer.queued
+            if not queued.over:
+                self.guarded(
+                    queued,
+                    lambda queued=queued, answer=answer: self.begin(served, queued, answer),
+                )
+
+    def end_all(self, error: Exception | None = None) -> None:
+        """End every request: with ``error``, or with what they have as far as they have come."""
+        for served in self.pool.models.values():
+            for answer in (
+                [*served.parts.decode.answers.values()] if served.parts and not error else ()
+            ):
+                self.guarded(answer.queued, lambda answer=answer: self.end_answer(answer, "length"))
+        for queued in [*self.live]:
+            if queued.over:
+                self.release(queued)
+            elif error is not None:
+                self.fail(queued, error)

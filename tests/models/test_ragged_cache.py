@@ -1,0 +1,198 @@
+"""Sequences of different lengths are continued together as each would be alone."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fixtures.inputs import relative_error
+from fixtures.tolerances import OPERATION_TOLERANCE
+
+from internvl3_mlx.models import ragged_cache
+from internvl3_mlx.models.cache import KVCache
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
+from internvl3_mlx.models.ragged_cache import (
+    PaddedGroup,
+    RaggedBatch,
+    SingleGroup,
+    length_class,
+    row_bucket,
+)
+
+HEADS, KV_HEADS, DIM, LAYERS = 6, 3, 32, 2
+
+
+def states(length, seed, heads=KV_HEADS):
+    return mx.random.normal((1, heads, length, DIM), key=mx.random.key(seed))
+
+
+class Alone:
+    """One sequence, attended to in float64 with everything it has read."""
+
+    def __init__(self, length, seed, make=KVCache):
+        self.seed, self.keys, self.values = seed, [], []
+        self.caches = []
+        for layer in range(LAYERS):
+            keys, values = (states(length, 1000 * seed + 10 * layer + n) for n in range(2))
+            cache = make()
+            cache.update_and_fetch(keys, values)
+            self.caches.append(cache)
+            self.keys.append(keys)
+            self.values.append(values)
+
+    def next_token(self, layer, step):
+        """Return q, k and v of the next token."""
+        base = 1000 * self.seed + 100 * step + 10 * layer
+        return states(1, base + 5, HEADS), states(1, base + 6), states(1, base + 7)
+
+    def attend(self, layer, q, k, v):
+        self.keys[layer] = mx.concatenate([self.keys[layer], k], axis=2)
+        self.values[layer] = mx.concatenate([self.values[layer], v], axis=2)
+        q, keys, values = (
+            np.array(x, dtype=np.float64) for x in (q, self.keys[layer], self.values[layer])
+        )
+        keys, values = (np.repeat(x, HEADS // KV_HEADS, axis=1) for x in (keys, values))
+        scores = q @ keys.transpose(0, 1, 3, 2) / np.sqrt(DIM)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return weights / weights.sum(axis=-1, keepdims=True) @ values
+
+
+class Together:
+    """A batch, and what each of its sequences would be alone."""
+
+    def __init__(self):
+        self.batch, self.alone, self.steps = RaggedBatch(LAYERS), {}, 0
+
+    def join(self, length, seed, make=KVCache):
+        one = Alone(length, seed, make)
+        row = self.batch.insert(one.caches)
+        self.alone[row] = one
+        return row
+
+    def leave(self, row):
+        self.batch.remove(row)
+        del self.alone[row]
+
+    def step(self, count=1):
+        """Continue all by ``count`` tokens; return the worst relative error."""
+        worst = 0.0
+        for _ in range(count):
+            self.steps += 1
+            order = [self.alone[row] for row in self.batch.rows]
+            self.batch.begin_step()
+            for layer, cache in enumerate(self.batch.layers):
+                given = [one.next_token(layer, self.steps) for one in order]
+                q, k, v = (mx.concatenate(part) for part in zip(*given, strict=True))
+                wanted = [one.attend(layer, *new) for one, new in zip(order, given, strict=True)]
+                found = np.array(cache.attend(q, k, v), dtype=np.float64)
+                worst = max(worst, relative_error(found, np.concatenate(wanted)))
+            self.batch.end_step()
+        return worst
+
+    def lengths_agree(self):
+        return all(
+            self.batch.length(row) == one.keys[0].shape[2] for row, one in self.alone.items()
+        )
+
+
+@pytest.fixture
+def together():
+    return Together()
+
+
+def test_rows_of_many_lengths_attend_to_their_own_tokens(together):
+    for seed, length in enumerate((5, 300, 511, 700, 1, 2050, 90)):
+        together.join(length, seed)
+    assert together.step(4) < OPERATION_TOLERANCE
+    assert together.lengths_agree()
+    assert len(together.batch.groups) == 3
+
+
+def test_sequences_join_and_leave_between_tokens(together):
+    rows = [together.join(length, seed) for seed, length in enumerate((7, 40))]
+    assert together.step(2) < OPERATION_TOLERANCE
+    rows.append(together.join(250, 2))
+    assert together.step(8) < OPERATION_TOLERANCE  # the buffers grow past 256 tokens
+    together.leave(rows[0])
+    assert together.step() < OPERATION_TOLERANCE
+    rows += [together.join(13, 3), together.join(21, 4), together.join(33, 5)]
+    together.leave(rows[2])
+    assert together.step(2) < OPERATION_TOLERANCE
+    for row in (rows[1], rows[4], rows[5]):
+        together.leave(row)
+    assert together.step(2) < OPERATION_TOLERANCE
+    assert [type(group) for group in together.batch.groups] == [SingleGroup]
+    together.leave(rows[3])
+    assert together.batch.groups == []
+    assert together.batch.nbytes == 0
+
+
+def test_a_slot_that_is_used_again_shows_nothing_of_before(together):
+    keep, gone = together.join(20, 0), together.join(200, 1)
+    together.join(30, 2)
+    [group] = together.batch.groups
+    for side in (group.keys, group.values):
+        side[0][group.slots.index(gone)] = mx.nan
+    together.leave(gone)
+    again = together.join(10, 3)
+    assert together.step(3) < OPERATION_TOLERANCE
+    slot = group.slots.index(again)
+    assert not mx.any(mx.isnan(group.values[0][slot])).item()
+    assert mx.all(group.keys[1][slot, :, 13:] == 0).item()
+    assert together.batch.length(keep) == 23
+
+
+def test_a_sequence_moves_when_it_has_become_long(together, monkeypatch):
+    monkeypatch.setattr(ragged_cache, "SHORTEST_CLASS", 16)
+    for seed, length in enumerate((14, 3, 4, 40, 61)):
+        together.join(length, seed)
+    assert [len(group.rows) for group in together.batch.groups] == [3, 2]
+    assert together.step(6) < OPERATION_TOLERANCE
+    assert sorted(len(group.rows) for group in together.batch.groups) == [1, 2, 2]
+    assert together.lengths_agree()
+
+
+@pytest.mark.parametrize("make", [lambda: QuantizedKVCache(8, 32)])
+def test_quantized_sequences_stay_by_themselves(together, make):
+    for seed, length in enumerate((9, 12)):
+        together.join(length, seed, make)
+    together.join(11, 2)
+    together.join(17, 3)
+    assert together.step(3) < 0.02  # of 8 bits
+    assert [len(group.rows) for group in together.batch.groups] == [1, 1, 2]
+
+
+def test_a_sequence_can_be_taken_out_as_it_was_read(together):
+    rows = [together.join(length, seed) for seed, length in enumerate((9, 120, 33))]
+    together.step(3)
+    for row in rows:
+        for layer, cache in enumerate(together.batch.extract(row)):
+            assert mx.array_equal(cache.state[0], together.alone[row].keys[layer])
+            assert mx.array_equal(cache.state[1], together.alone[row].values[layer])
+
+
+def test_padding_never_takes_more_than_a_few_times_what_is_used(together):
+    for seed, length in enumerate((30, 40, 50, 2100, 60)):
+        together.join(length, seed)
+    together.step()
+    used = sum(together.batch.length(row) for row in together.batch.rows)
+    per_token = 2 * LAYERS * KV_HEADS * DIM * 4
+    assert together.batch.nbytes < 2 * (used + 5 * 256) * per_token
+
+
+def test_the_last_one_of_a_group_frees_its_buffers(together):
+    rows = [together.join(length, seed) for seed, length in enumerate((30, 40, 50, 60))]
+    full = together.batch.nbytes
+    for row in rows[1:]:
+        together.leave(row)
+    assert together.batch.nbytes < full / 2
+
+
+def test_the_first_group_is_padded_once_it_has_two(together):
+    together.join(3, 0)
+    assert isinstance(together.batch.groups[0], SingleGroup)
+    together.join(4, 1)
+    assert isinstance(together.batch.groups[0], PaddedGroup)
+
+
+def test_classes_and_buckets():
+    assert [length_class(n) for n in (0, 512, 513, 2048, 9000)] == [512, 512, 2048, 2048, 32768]
+    assert [row_bucket(n) for n in (1, 2, 5, 9, 33)] == [2, 2, 6, 12, 64]

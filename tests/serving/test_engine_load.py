@@ -1,0 +1,408 @@
+"""Many clients: isolation, reuse, cancellation, refusals, and faults that stay with one request."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from fixtures.inputs import random_image
+from fixtures.loaded_models import tiny
+from fixtures.serving import (
+    Reply,
+    ask,
+    ask_all,
+    assistant,
+    question,
+    request_of,
+    running_engine,
+    user,
+)
+from fixtures.tiny import Recipe
+
+from internvl3_mlx import UserError, load
+from internvl3_mlx.errors import GPUError, NumericError
+from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.serving import decode_batch, prompt_inputs, running_answer
+from internvl3_mlx.serving.prefill_task import PrefillTask
+from internvl3_mlx.serving.requests import (
+    AnswerFailed,
+    ContextTooLong,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+    RequestTooLarge,
+    TextDelta,
+    UnknownModel,
+)
+
+CAT, DOG = random_image(60, 60, 1), random_image(60, 60, 2)
+WIDE = random_image(480, 160, 3)
+ASKED = "What is it?"
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load(str(tiny(Recipe()).folder))
+
+
+def test_1000_alternating_requests_never_get_the_answer_about_the_other_image(vlm):
+    images = [CAT, DOG]
+    wanted = [vlm.ask(ASKED, [image], max_tokens=2).token_ids for image in images]
+    assert wanted[0] != wanted[1]
+    asked = [question(images[n % 2], ASKED, max_tokens=2) for n in range(1000)]
+
+    async def in_groups(engine):
+        found = []
+        for start in range(0, 1000, 50):
+            group = [ask(engine, request) for request in asked[start : start + 50]]
+            found += await asyncio.gather(*group)
+        return found
+
+    with running_engine(vlm) as engine:
+        found = asyncio.run(in_groups(engine))
+        metrics = engine.metrics()
+    assert [reply.token_ids for reply in found] == wanted * 500
+    assert metrics.image_features_computed == 2
+    assert metrics.finished == {"length": 1000}
+
+
+def test_a_second_turn_reads_no_image_and_only_its_own_tokens(vlm, monkeypatch):
+    encoded = []
+    encode = InternVL.encode_tiles
+    monkeypatch.setattr(
+        InternVL, "encode_tiles", lambda self, tiles: encoded.append(1) or encode(self, tiles)
+    )
+    first = user(WIDE, ASKED)
+    with running_engine(vlm) as engine:
+        [one] = ask_all(engine, [request_of(first, max_tokens=8)])
+        looked = len(encoded)
+        messages = [first, assistant(one.text), user("And what else?")]
+        [two] = ask_all(engine, [request_of(*messages, max_tokens=8)])
+        assert len(encoded) == looked > 1
+        assert two.read.usage.cached_tokens >= one.read.usage.prompt_tokens
+        metrics = engine.metrics()
+    assert metrics.image_features_reused == 1
+    with running_engine(vlm) as fresh:
+        [again] = ask_all(fresh, [request_of(*messages, max_tokens=8)])
+    assert again.read.usage.cached_tokens == 0
+    assert again.token_ids == two.token_ids
+
+
+def test_titles_and_tags_leave_a_conversation_cached(vlm):
+    first = user(WIDE, ASKED)
+    with running_engine(vlm, prefix_cache_nbytes=1_500_000) as engine:
+        [one] = ask_all(engine, [request_of(first, max_tokens=8)])
+        others = [question(f"Give a title, {n}: " + "word " * 60, max_tokens=2) for n in range(8)]
+        ask_all(engine, [*others, question("x " * 40, max_tokens=2, housekeeping=True)])
+        assert engine.metrics().prefix_cache_nbytes <= 1_500_000
+        messages = [first, assistant(one.text), user("More?")]
+        [two] = ask_all(engine, [request_of(*messages, max_tokens=2)])
+    assert two.read.usage.cached_tokens >= one.read.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("change", ["v2pe_delta", "image", "system"])
+def test_what_was_read_in_another_way_is_not_reused(vlm, change):
+    changed = {
+        "v2pe_delta": question(CAT, ASKED, max_tokens=4, v2pe_delta="1/4"),
+        "image": question(DOG, ASKED, max_tokens=4),
+        "system": question(CAT, ASKED, max_tokens=4, system="Be brief."),
+    }[change]
+    with running_engine(vlm) as engine:
+        [first] = ask_all(engine, [question(CAT, ASKED, max_tokens=4)])
+        [second] = ask_all(engine, [changed])
+    assert second.read.usage.cached_tokens < first.read.usage.prompt_tokens - 10
+    with running_engine(vlm) as fresh:
+        [alone] = ask_all(fresh, [changed])
+    assert second.token_ids == alone.token_ids
+
+
+def test_decoding_goes_on_while_another_prompt_of_13_tiles_is_read(vlm, monkeypatch):
+    """Between two pieces of the long prompt, the short answer gets a token."""
+    big = random_image(56 * 4 + 3, 56 * 3, 5)
+    steps, spans = [], {}
+    step, run = decode_batch.DecodeBatch.step, PrefillTask.run
+
+    def counted_run(task):
+        begun = len(steps)
+        for piece in run(task):
+            spans.setdefault(id(task.queued), []).append(len(steps) - begun)
+            yield piece
+
+    monkeypatch.setattr(decode_batch.DecodeBatch, "step", lambda b: steps.append(1) or step(b))
+    monkeypatch.setattr(PrefillTask, "run", counted_run)
+
+    async def both(engine):
+        first = await engine.submit(question("Count.", max_tokens=60))
+        async for event in first:
+            if isinstance(event, TextDelta):
+                break
+        second = await ask(engine, question(big, ASKED, max_tokens=2))
+        async for _ in first:
+            pass
+        return second
+
+    with running_engine(vlm) as engine:
+        second = asyncio.run(both(engine))
+    assert second.read.usage.images[0].tiles == 13
+    pieces = [*spans.values()][-1]
+    assert len(pieces) >= 14
+    assert pieces[-1] >= len(pieces) - 2  # a decode step for every piece
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_before_it(vlm):
+    big = random_image(56 * 4 + 3, 56 * 3, 6)
+
+    async def both(engine):
+        started = time.perf_counter()
+        ends = {}
+
+        async def timed(name, request):
+            await ask(engine, request)
+            ends[name] = time.perf_counter() - started
+
+        long = asyncio.ensure_future(timed("long", question(big, ASKED, max_tokens=1)))
+        await asyncio.sleep(0)
+        await asyncio.gather(long, timed("short", question("Hi", max_tokens=1)))
+        return [*ends]
+
+    with running_engine(vlm) as engine:
+        ask_all(engine, [question("warm", max_tokens=1)])
+        assert asyncio.run(both(engine)) == ["short", "long"]
+
+
+def test_a_client_that_leaves_frees_its_place_within_a_token(vlm):
+    async def leave(engine):
+        stream = await engine.submit(question(CAT, ASKED, max_tokens=4000))
+        async for event in stream:
+            if isinstance(event, TextDelta):
+                break
+        before = engine.metrics().completion_tokens
+        await stream.aclose()
+        while engine.status().running:
+            await asyncio.sleep(0.001)
+        return engine.metrics().completion_tokens - before
+
+    with running_engine(vlm) as engine:
+        assert asyncio.run(leave(engine)) < 200  # of 4000
+        assert engine.metrics().finished == {"cancelled": 1}
+        [reply] = ask_all(engine, [question(DOG, ASKED, max_tokens=2)])
+    assert isinstance(reply, Reply)
+
+
+def test_a_stream_that_is_dropped_counts_as_left(vlm):
+    async def drop(engine):
+        stream = await engine.submit(question(CAT, ASKED, max_tokens=4000))
+        await stream.__anext__()
+        del stream
+        while engine.status().running or engine.status().prefilling:
+            await asyncio.sleep(0.001)
+
+    with running_engine(vlm) as engine:
+        asyncio.run(asyncio.wait_for(drop(engine), 20))
+
+
+def test_beyond_its_length_the_queue_refuses(vlm):
+    with running_engine(vlm, max_batch=1, max_prefills=1, max_waiting=3) as engine:
+        found = ask_all(engine, [question("Hi", max_tokens=30) for _ in range(12)])
+        refused = [one for one in found if isinstance(one, QueueFull)]
+        assert refused
+        assert all(one.status == 503 and one.retry_after_s >= 1 for one in refused)
+        assert len([one for one in found if isinstance(one, Reply)]) == 12 - len(refused)
+        assert engine.metrics().rejected == {"QueueFull": len(refused)}
+        [reply] = ask_all(engine, [question("Hi", max_tokens=1)])
+    assert isinstance(reply, Reply)
+
+
+def test_clients_take_turns(vlm):
+    order = []
+
+    async def one(engine, client, n):
+        await ask(engine, question(f"{n}", max_tokens=2, client=client))
+        order.append(client)
+
+    async def everybody(engine):
+        many = [one(engine, "greedy", n) for n in range(6)]
+        await asyncio.gather(*many, one(engine, "modest", 7))
+
+    with running_engine(vlm, max_batch=1, max_prefills=1) as engine:
+        asyncio.run(everybody(engine))
+    assert order.index("modest") <= 3
+
+
+def test_what_can_never_fit_is_refused_before_anything_is_computed(vlm):
+    weights = vlm.runner.weights_nbytes
+    with running_engine(vlm, memory_nbytes=weights + 2_000_000) as engine:
+        found = ask_all(
+            engine,
+            [
+                question(WIDE, ASKED, max_tokens=4000),
+                question("Hi", max_tokens=20),
+                question("Hi", max_tokens=300, n=8),
+            ],
+        )
+        metrics = engine.metrics()
+    assert [type(one) for one in found] == [RequestTooLarge, Reply, RequestTooLarge]
+    assert found[0].status == 413
+    assert "max_tiles" in str(found[0])
+    assert metrics.image_features_computed == 0
+
+
+def test_what_does_not_fit_beside_others_waits(vlm):
+    weights = vlm.runner.weights_nbytes
+    asked = [question("Hi " * 20, max_tokens=100) for _ in range(6)]
+    with running_engine(vlm, memory_nbytes=weights + 3_000_000) as engine:
+        found = ask_all(engine, asked)
+    assert [type(one) for one in found] == [Reply] * 6
+    assert len({tuple(reply.token_ids) for reply in found}) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [
+        (question("Hi", model="other"), UnknownModel),
+        (question("Hi", n=99), InvalidRequest),
+        (question("Hi", frequency_penalty=3), InvalidRequest),
+        (question("Hi", logit_bias={10**9: 1.0}), InvalidRequest),
+        (question("Hi", regex="("), InvalidRequest),
+        (question("Hi", continue_final_message=True), InvalidRequest),
+        (question("word " * 20_000), ContextTooLong),
+        (request_of(assistant("Hi")), InvalidRequest),
+        (replace(question("Hi"), messages=()), InvalidRequest),
+    ],
+)
+def test_bad_requests_are_refused_in_a_line(vlm, request_, kind):
+    with running_engine(vlm) as engine:
+        [found] = ask_all(engine, [request_])
+    assert type(found) is kind
+    assert "\n" not in str(found)
+    assert isinstance(found, UserError)
+
+
+def test_a_damaged_image_is_refused(vlm):
+    from internvl3_mlx.serving.requests import AnswerRequest, ChatMessage, ImagePart
+
+    broken = AnswerRequest((ChatMessage("user", (ImagePart(b"\x89PNG\r\n\x1a\nrest"),)),))
+    with running_engine(vlm) as engine:
+        found, other = ask_all(engine, [broken, question("Hi", max_tokens=1)])
+    assert type(found) is InvalidRequest
+    assert isinstance(other, Reply)
+
+
+STAGES = {
+    "decode image": (prompt_inputs, "read_media"),
+    "encode image": (PrefillTask, "encode_image"),
+    "read prompt": (PrefillTask, "open"),
+    "join": (PrefillTask, "result"),
+    "sample": (decode_batch, "choose_one"),
+    "detokenize": (running_answer.RunningAnswer, "accept"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fault_at_any_stage_ends_one_request_alone(vlm, monkeypatch, stage):
+    place, name = STAGES[stage]
+    whole, seed = getattr(place, name), 77
+    calls = []
+
+    def concerns(argument):
+        queued = getattr(argument, "queued", None)
+        config = getattr(getattr(queued, "request", None), "config", argument)
+        return getattr(config, "seed", None) == seed
+
+    def faulty(*args, **options):
+        if any(concerns(argument) for argument in args):
+            calls.append(1)
+            if stage != "detokenize" or len(calls) > 2:
+                raise ZeroDivisionError("division by zero")
+        return whole(*args, **options)
+
+    wanted = [vlm.ask(ASKED, [image], max_tokens=12).token_ids for image in (CAT, DOG)]
+    monkeypatch.setattr(place, name, faulty)
+    asked = [question(image, ASKED, max_tokens=12) for image in (CAT, DOG)]
+    bad = question(WIDE, ASKED, max_tokens=12, seed=seed, temperature=1.0)
+    with running_engine(vlm) as engine:
+        one, failed, two = ask_all(engine, [asked[0], bad, asked[1]])
+        assert calls
+        assert isinstance(failed, AnswerFailed)
+        assert isinstance(failed.__cause__, ZeroDivisionError)
+        assert [one.token_ids, two.token_ids] == wanted
+        [again] = ask_all(engine, [asked[0]])
+        assert again.token_ids == wanted[0]
+        assert engine.status().running == engine.status().prefilling == 0
+
+
+OUT_OF_MEMORY = "[METAL] Command buffer execution failed: Insufficient Memory"
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_gpu_error_ends_the_largest_request_and_the_others_go_on(vlm, monkeypatch, sampled):
+    options = [
+        {"temperature": 1.0, "seed": n, "repetition_penalty": 1.2} if sampled else {}
+        for n in range(2)
+    ]
+    small = [
+        question(image, ASKED, max_tokens=20, **one)
+        for image, one in zip((CAT, DOG), options, strict=True)
+    ]
+    wanted = [
+        vlm.ask(ASKED, [image], max_tokens=20, **one).token_ids
+        for image, one in zip((CAT, DOG), options, strict=True)
+    ]
+    step, failed = decode_batch.DecodeBatch.advance, []
+
+    def out_of_memory(batch, chosen):
+        answers = batch.answers.values()
+        if len(answers) == 3 and max(len(one.generated_ids) for one in answers) > 5:
+            failed.append(1)
+            raise RuntimeError(OUT_OF_MEMORY)
+        return step(batch, chosen)
+
+    monkeypatch.setattr(decode_batch.DecodeBatch, "advance", out_of_memory)
+    with running_engine(vlm) as engine:
+        one, large, two = ask_all(
+            engine, [small[0], question(WIDE, ASKED, max_tokens=20), small[1]]
+        )
+    assert failed == [1]
+    assert isinstance(large, GPUError)
+    assert "ran out of memory" in str(large)
+    assert [one.token_ids, two.token_ids] == wanted
+    assert one.text == "".join(delta.text for delta in one.deltas)
+
+
+def test_numbers_that_are_not_finite_end_one_answer(vlm, monkeypatch):
+    choose = decode_batch.choose_tokens
+
+    def spoiled(rows, answers, logits):
+        bad = [answer.queued.request.config.seed == 77 for answer in answers]
+        return choose(rows, answers, mx.where(mx.array(bad)[:, None], mx.nan, logits))
+
+    monkeypatch.setattr(decode_batch, "choose_tokens", spoiled)
+    with running_engine(vlm) as engine:
+        found, other = ask_all(
+            engine,
+            [question(CAT, ASKED, max_tokens=4, seed=77), question(DOG, ASKED, max_tokens=4)],
+        )
+    assert isinstance(found, NumericError)
+    assert len(other.token_ids) == 4
+
+
+def test_stopping_lets_answers_end_and_refuses_new_ones(vlm):
+    async def stop_amid(engine, grace, tokens):
+        stream = await engine.submit(question("Hi", max_tokens=tokens))
+        await stream.__anext__()
+        await stream.__anext__()
+        stopping = asyncio.ensure_future(asyncio.to_thread(engine.stop, grace))
+        events = [event async for event in stream]
+        await stopping
+        with pytest.raises(EngineStopped):
+            await engine.submit(question("Hi"))
+        return events[-1]
+
+    with running_engine(vlm) as engine:
+        assert asyncio.run(stop_amid(engine, 30, 40)).usage.completion_tokens == 40
+    with running_engine(vlm) as engine:
+        cut = asyncio.run(stop_amid(engine, 0.05, 4000))
+    assert cut.finish_reason == "length"
+    assert 1 < cut.usage.completion_tokens < 4000
+    assert not engine.status().alive
