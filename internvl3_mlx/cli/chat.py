@@ -127,11 +127,14 @@ def chat_command(
     keyboard = sys.stdin is not None and sys.stdin.isatty()
     if console.is_interactive(sys.stderr) and keyboard and not quiet:
         show_banner(vlm)
-    if past is not None:
-        continue_past_chat(session, past)
-    for item in media:
-        session.attach(item)
-    run_chat(session, keep_lines=history["history"])
+    try:
+        if past is not None:
+            continue_past_chat(session, past)
+        for item in media:
+            session.attach(item)
+        run_chat(session, keep_lines=history["history"])
+    finally:
+        session.close_log()
     if session.num_failed and not keyboard:
         raise SystemExit(SOME_FAILED)  # a script must learn that a question was not answered
 

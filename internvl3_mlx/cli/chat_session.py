@@ -142,7 +142,13 @@ class ChatSession:
         self.log.update(self.conversation.exchanges, self.conversation.generation_config)
         if self.log.fault is not None:
             console.note(f"this conversation is no longer kept: {self.log.fault}")
-            self.log = None
+            self.close_log()
+
+    def close_log(self) -> None:
+        """Close the file of the conversation, and keep nothing from now on."""
+        if self.log is not None:
+            self.log.close()
+        self.log = None
 
     def start_new_log(self) -> None:
         if self.log is not None:

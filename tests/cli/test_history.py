@@ -22,7 +22,12 @@ from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.past_chats import find_past_chat, list_past_chats, new_log
 from internvl3_mlx.cli.slash_commands import handle_line
-from internvl3_mlx.generation.conversation_log import list_logs, log_folder, read_log
+from internvl3_mlx.generation.conversation_log import (
+    ConversationLog,
+    list_logs,
+    log_folder,
+    read_log,
+)
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 MODEL = str(tiny(Recipe()).folder)
@@ -256,3 +261,18 @@ def test_the_command_lists_and_clears(open_session):
     assert list_logs() == []
     assert "no past conversations" in runner.invoke(main, ["history"]).stderr
     assert "no past conversations" in runner.invoke(main, ["chat", "--continue"]).stderr
+
+
+@pytest.mark.parametrize("lines", ["What is it?\n", "/nonsense\n", ""])
+def test_the_log_is_closed_however_a_chat_ends(monkeypatch, lines):
+    opened, start = [], ConversationLog.open
+
+    def record(log):
+        opened.append(log)
+        start(log)
+
+    monkeypatch.setattr(ConversationLog, "open", record)
+    monkeypatch.setattr(ChatSession, "stream_answer", lambda *_, **__: 1 / 0)
+    CliRunner().invoke(main, ["chat", "--model", MODEL], input=lines)
+    assert len(opened) == lines.startswith("What")
+    assert all(log.stream is None for log in opened)

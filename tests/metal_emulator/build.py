@@ -18,7 +18,7 @@ from pathlib import Path
 
 import mlx
 
-from metal_emulator.errors import KernelRefused, NoToolchain
+from metal_emulator.errors import CompilerCrashed, KernelRefused, NoToolchain
 from metal_emulator.instrument import instrument, without_marks
 from metal_emulator.lint import lint
 from metal_emulator.rewrite import base_name, entry_point, rewrite
@@ -135,13 +135,14 @@ def _front_end(text: str, original: str) -> str:
         tree = subprocess.Popen(
             [*start, "-fsyntax-only", "-Xclang", "-ast-dump", file.name],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
         )
         ir = toolchain().run(*flags, "-S", "-emit-llvm", "-o", "-", file.name)
-        dumped = tree.communicate()[0]
+        dumped, complaint = tree.communicate()
     if ir.returncode:
         raise KernelRefused(_errors(ir.stderr, own))
+    toolchain().check_end(tree.returncode, complaint)  # half a tree would pass for a clean one
     if found := lint(dumped, ir.stdout, own):
         raise KernelRefused("\n".join(found))
     return ir.stdout
@@ -181,12 +182,15 @@ def precompiled() -> Path:
     out = cache_folder() / "msl.pch"
     if not out.exists():
         with aside(out) as unfinished:
-            done = toolchain().run(
-                *LANGUAGE, *toolchain().target, *MACHINE, "-Xclang", "-emit-pch", "-c",
-                "-o", str(unfinished), str(FOLDER / "shim" / "msl.h"),
-            )  # fmt: skip
+            try:
+                done = toolchain().run(
+                    *LANGUAGE, *toolchain().target, *MACHINE, "-Xclang", "-emit-pch", "-c",
+                    "-o", str(unfinished), str(FOLDER / "shim" / "msl.h"),
+                )  # fmt: skip
+            except CompilerCrashed as crash:  # not the fault of the kernel at hand
+                raise NoToolchain(f"cannot compile the shim: {crash}") from crash
             if done.returncode:
-                raise KernelRefused(done.stderr)
+                raise NoToolchain(f"cannot compile the shim: {done.stderr[-2000:]}")
     return out
 
 

@@ -9,6 +9,10 @@ class KernelRefused(KernelError):
     """The text is not Metal, or not what MLX makes of it: it would not compile on a Mac."""
 
 
+class CompilerCrashed(KernelRefused):
+    """The compiler failed on the text; whether it is Metal is not known."""
+
+
 class KernelFault(KernelError):
     """The kernel compiles and does something wrong when it runs."""
 

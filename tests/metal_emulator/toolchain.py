@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from metal_emulator.errors import NoToolchain
+from metal_emulator.errors import CompilerCrashed, NoToolchain
 
 CACHE_VARIABLE = "INTERNVL3_METAL_EMULATOR_CACHE"
 CLANG_VARIABLE = "INTERNVL3_METAL_EMULATOR_CLANG"  # "ziglang", or a clang's name or path
@@ -31,6 +32,8 @@ STUBS = (
     *("matrix", "pack", "quadgroup", "relational", "simdgroup", "simdgroup_matrix", "type_traits"),
     *("types", "uniform"),
 )
+KILLED = {-signal.SIGKILL, 128 + signal.SIGKILL}  # for its memory; the next try may succeed
+CRASH_MARKS = ("PLEASE submit a bug report", "PLEASE ATTACH", "Segmentation fault", "LLVM ERROR")
 AFTER_COMPILING = {"__init__.py", "arrays.py", "dispatch.py", "mlx_source.py", "standin.py"}
 
 
@@ -44,13 +47,23 @@ class Toolchain:
     target: tuple[str, ...]
 
     def run(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-        """Run the compiler; it may refuse the text, and must not crash over it."""
+        """Run the compiler; it may refuse the text. Raises CompilerCrashed."""
         done = subprocess.run(
             [*self.clang, *arguments], input=text, capture_output=True, text=True, check=False
         )
-        if done.returncode not in {0, 1}:
-            raise RuntimeError(f"{self.name} crashed: {done.stderr[-2000:]}")
+        self.check_end(done.returncode, done.stderr)
         return done
+
+    def check_end(self, code: int, stderr: str) -> None:
+        """Raise CompilerCrashed unless the compiler came to a verdict of its own."""
+        if code in KILLED:
+            raise RuntimeError(f"{self.name} was killed, probably for its memory")
+        if code not in {0, 1} or any(mark in stderr for mark in CRASH_MARKS):
+            said = next((line for line in stderr.splitlines() if line.strip()), "no message")
+            raise CompilerCrashed(
+                f"{self.name} crashed on this kernel (exit code {code}): {said[:200]}; set "
+                f"{CLANG_VARIABLE} to another compiler"
+            )
 
     def link(self, out: Path, *objects: Path) -> None:
         """Link a shared library whole or not at all, however many processes do so at once."""

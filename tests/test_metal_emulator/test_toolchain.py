@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from metal_emulator import NoToolchain, build, reason_to_skip
+from metal_emulator import KernelRefused, NoToolchain, build, compile_kernel, reason_to_skip
+from metal_emulator.errors import CompilerCrashed
 from metal_emulator.instrument import instrument
 from metal_emulator.toolchain import (
     CACHE_VARIABLE,
@@ -126,3 +127,62 @@ def test_a_machine_of_another_kind_is_named(monkeypatch):
             toolchain()
     finally:
         toolchain.cache_clear()
+
+
+CACHED = (toolchain, tool_key, cache_folder, stub_folder, build.precompiled)
+
+
+@pytest.fixture
+def crashing(tmp_path, monkeypatch):
+    """Give a clang that crashes where a word is among its arguments; each crash is a line."""
+    real = " ".join(toolchain().clang)
+
+    def crash_at(word, code, message="PLEASE submit a bug report"):
+        script = tmp_path / "clang"
+        script.write_text(
+            f'#!/bin/sh\nfor word in "$@"; do\n  if [ "$word" = {word} ]; then\n'
+            f'    echo crash >> {tmp_path}/crashes; echo "{message}" >&2; exit {code}\n  fi\ndone\n'
+            f'exec {real} "$@"\n'
+        )
+        script.chmod(0o755)
+        for function in CACHED:
+            function.cache_clear()
+        monkeypatch.setenv(CLANG_VARIABLE, str(script))
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+        return lambda: len((tmp_path / "crashes").read_text().splitlines())
+
+    yield crash_at
+    for function in CACHED:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("word", ["-emit-llvm", "-ast-dump"])
+@pytest.mark.parametrize(("code", "message"), [(139, "bad address"), (1, "PLEASE submit a bug")])
+def test_a_kernel_that_crashes_the_compiler_is_refused_for_good(crashing, word, code, message):
+    if code == 1:
+        message = "PLEASE submit a bug report"
+    crashes = crashing(word, code, message)
+    text = around("y[i] = 2 * x[i];")
+    for _ in range(2):
+        with pytest.raises(KernelRefused, match="crashed on this kernel") as refusal:
+            compile_kernel(text, "kernel_under_test")
+        assert message in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+        assert crashes() == 1
+
+
+def test_a_compiler_that_was_killed_is_tried_again(crashing):
+    crashes = crashing("-emit-llvm", 137)
+    for tries in (1, 2):
+        with pytest.raises(RuntimeError, match="was killed, probably for its memory"):
+            compile_kernel(around("y[i] = 3 * x[i];"), "kernel_under_test")
+        assert crashes() == tries
+
+
+def test_a_compiler_that_cannot_compile_the_shim_is_no_compiler(crashing):
+    crashes = crashing("-emit-pch", 139)
+    for tries in (1, 2):
+        with pytest.raises(NoToolchain, match="cannot compile the shim: .*crashed"):
+            compile_kernel(around("y[i] = 4 * x[i];"), "kernel_under_test")
+        assert crashes() == tries
+    assert issubclass(CompilerCrashed, KernelRefused)
