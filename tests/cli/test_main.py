@@ -67,7 +67,6 @@ def test_version_is_one_line():
         ("genrate", "did you mean generate?"),
         ("xyz", f"choose from {', '.join(COMMANDS)}"),
         ("lora", "internvl3 train fine-tunes"),
-        ("serve", "there is no server yet; internvl3 chat starts a conversation"),
         ("pull", "internvl3 models pull downloads a model"),
     ],
 )

@@ -664,7 +664,8 @@ function boxedPicture(node) {
   const frame = el("span", { class: "framed" }, el("img", { alt: `${file.name} with ${node.boxes.length} boxes` }));
   urlOf(file).then((url) => url && frame.firstChild.setAttribute("src", url));
   frame.append(overlayOf(file, { tiles: false, boxes: node.boxes }));
-  return el("button", { type: "button", class: "answer-picture", "aria-label": `Show the boxes in ${file.name} large`, onclick: () => openViewer(file, node.boxes) }, frame);
+  const labels = node.boxes.map((box) => box.label ?? "a box").join(" ");
+  return el("button", { type: "button", class: "answer-picture", "aria-label": `${labels}: show the boxes in ${file.name} large`, onclick: () => openViewer(file, node.boxes) }, frame);
 }
 
 /** Arrows between the branches at a message. */
@@ -754,6 +755,7 @@ async function submit() {
   const parent = path.length ? path[path.length - 1].id : "root";
   const node = addNode(conversation, parent, { role: "user", text, files });
   if (!conversation.title) conversation.title = titleOf(text, files);
+  history.replaceState(null, "", `#${conversation.id}`); // a reload finds it again
   state.attachments = [];
   $("question").value = "";
   fitQuestion();
@@ -931,11 +933,17 @@ function drawToEnd() {
   $("to-end").hidden = below < 120;
 }
 
+let lastTop = 0;
+
+// Content that grows moves the end away, too: only scrolling up stops following it.
 scroller.addEventListener("scroll", () => {
-  follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
+  const top = scroller.scrollTop;
+  if (scroller.scrollHeight - top - scroller.clientHeight < 60) follows = true;
+  else if (top < lastTop - 2) follows = false;
+  lastTop = top;
   drawToEnd();
 });
-scroller.addEventListener("load", () => toEnd(), true); // images change the height
+new ResizeObserver(() => toEnd()).observe($("messages"));
 
 /* ---------- Settings ---------- */
 
@@ -1051,6 +1059,7 @@ function listen() {
   $("model").addEventListener("change", () => { state.settings.model = $("model").value; saveSettings(); });
   $("viewer-close").addEventListener("click", () => $("viewer").close());
   $("viewer").addEventListener("click", (event) => { if (event.target === $("viewer")) $("viewer").close(); });
+  addEventListener("hashchange", openFromAddress);
   document.addEventListener("keydown", handleKey);
   document.addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])];
@@ -1106,16 +1115,22 @@ function takeKeyFromAddress() {
   history.replaceState(null, "", location.pathname);
 }
 
+/** Open the conversation that the address names, as after a reload or a step back. */
+function openFromAddress() {
+  const wanted = location.hash.slice(1);
+  if (wanted && wanted === state.conversation?.id) return true;
+  const found = state.conversations.find((one) => one.id === wanted);
+  if (found) openConversation(found);
+  return Boolean(found);
+}
+
 loadSettings();
 takeKeyFromAddress();
 applyTheme();
 listen();
 database = await openDatabase();
 await loadConversations();
-const wanted = location.hash.slice(1);
-const found = state.conversations.find((one) => one.id === wanted);
-if (found) openConversation(found);
-else newConversation();
+if (!openFromAddress()) newConversation();
 if (state.settings.history_open && !isPhone()) showHistory(true);
 await start();
 fitQuestion();
