@@ -183,7 +183,11 @@ class Conversion:
         if self.calibration is not None:
             calibration = yield from calibration_progress(self.source, self.calibration)
             recipe = calibration.recipe
-            options = replace(options, calibrated_weights=calibration.weights)
+            options = replace(
+                options,
+                calibrated_weights=calibration.weights,
+                spent_seconds=time.perf_counter() - started,
+            )
         results: list[ConversionResult] = []  # filled before the target takes its name
 
         def write_extra(folder: Path, converted: ConvertedCheckpoint) -> None:

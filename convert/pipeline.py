@@ -70,6 +70,7 @@ class ConvertOptions:
     independent_check: bool = False
     calibrated_weights: Mapping[str, mx.array] = field(default_factory=dict)
     adapter: Path | None = None
+    spent_seconds: float = 0.0  # on calibration; comparing outputs may take as long
     # adds files, such as the model card, before the folder takes its name
     write_extra: "Callable[[Path, ConvertedCheckpoint], None] | None" = None
     # called with one line before it waits for another process that writes the target
@@ -152,7 +153,8 @@ def convert_checkpoint(
         same = not calibrated and not any(tensor.quantization for tensor in plan.tensors)
         check = None
         if options.check_output:
-            check = check_outputs(source, folder, options, same, time.monotonic() - started)
+            elapsed = time.monotonic() - started + options.spent_seconds
+            check = check_outputs(source, folder, options, same, elapsed)
         converted = ConvertedCheckpoint(
             target=target,
             layout=plan.layout,

@@ -38,7 +38,7 @@ from internvl3_mlx.convert.calibration.metrics import (
     reference_log_probs,
 )
 from internvl3_mlx.convert.calibration.passage import passage_sample
-from internvl3_mlx.convert.calibration.streaming import stream_log_probs
+from internvl3_mlx.convert.calibration.streaming import dequantize_on_cpu, stream_log_probs
 from internvl3_mlx.convert.independent_check import check_reading
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import QUANTIZED_PARTS, dequantize_array, quantize_array
@@ -240,7 +240,9 @@ def compare_checkpoints(source: Path, target: Path, images: Path) -> QualityMetr
     _, held_out = split_samples(load_samples(images, loaded))
     reference = reference_log_probs(loaded.model, held_out)
     del loaded
-    return compute_metrics(build_model(target).model, held_out, reference)
+    model = build_model(target).model
+    dequantize_on_cpu(model)
+    return compute_metrics(model, held_out, reference)
 
 
 class OutOfTimeError(Exception):
