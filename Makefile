@@ -1,4 +1,4 @@
-.PHONY: check format lint types test wheel clean
+.PHONY: check format lint types test test-pretended wheel clean
 
 check: lint types test
 
@@ -16,6 +16,9 @@ types:
 
 test:
 	python -m pytest
+
+test-pretended:
+	PYTHONPATH=tests/pretend_gpu PRETEND_GPU=noisy python -m pytest
 
 wheel: clean
 	python -m build

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.models.attention import ALL_ROWS, RowSelection
 from internvl3_mlx.models.cache import NO_CACHE, AttentionContext
-from internvl3_mlx.models.fused_linear import fuse_linears
+from internvl3_mlx.models.fused_linear import fuse_linears, pad_quantized_rows
 from internvl3_mlx.models.layers import BlockRunner, run_block, swiglu
 from internvl3_mlx.models.rope import (
     Positions,
@@ -155,12 +155,15 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.head_padding = 0  # rows of zeros at the end of the head
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def head(self, x: mx.array) -> mx.array:
-        """x: (..., D) -> logits (..., vocab)."""
-        return self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+        """x: (..., D) -> logits (..., vocab), without the rows that ``fuse`` adds."""
+        logits: mx.array
+        logits = self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+        return logits[..., : -self.head_padding] if self.head_padding else logits
 
     def rotary(self, positions: Positions, length: int, *, ntk: bool = True) -> Rotary:
         """Return the rotary embedding of one forward pass, shared by all its layers.
@@ -202,7 +205,9 @@ class LanguageModel(nn.Module):
         return Rotary(dim, mx.array(bases)[:, None, None, None] ** exponents, column)
 
     def fuse(self) -> None:
-        """Concatenate the projections that read the same input."""
+        """Concatenate the projections that read the same input, and pad a quantized head."""
         for block in self.model.layers:
             block.self_attn.fuse()
             block.mlp.fuse()
+        head = self.lm_head if "lm_head" in self else self.model.embed_tokens
+        self.head_padding += pad_quantized_rows(head)

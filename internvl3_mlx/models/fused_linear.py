@@ -7,6 +7,8 @@ import mlx.nn as nn
 
 from internvl3_mlx.models.lora import LoRALinear, concatenate_lora
 
+# MLX's fast kernel of a quantized matrix times a vector takes rows in eights
+ROW_MULTIPLE = 8
 QUANTIZATION_FIELDS = ("group_size", "bits", "mode")
 
 
@@ -26,6 +28,22 @@ def fuse_linears(module: nn.Module, names: Sequence[str], fused: str) -> None:
     for name in names:
         module.pop(name)
     module[fused] = fuse_adapters(first, layers, heights)
+
+
+def pad_quantized_rows(layer: nn.Module) -> int:
+    """Add rows of zeros to a quantized matrix until their number is a multiple of eight.
+
+    Returns how many were added; other layers, and adapted ones, stay as they are. The output grows
+    by as many zeros, to be cut off. Most sizes have 151,674 words, two more than a multiple, so
+    their head, the largest matrix that a token reads, would take a slower kernel.
+    """
+    if type(layer) not in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+        return 0
+    missing = -layer.weight.shape[0] % ROW_MULTIPLE
+    if missing:
+        for key, rows in layer.parameters().items():
+            layer[key] = mx.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
+    return missing
 
 
 def fuse_adapters(
