@@ -74,6 +74,11 @@ class BestOfRequest:
     show_candidates: bool = False
 
 
+def chat_best_flags(command: Function) -> Function:
+    """Give ``command`` the flags of /best, collected in ``best_of_options``."""
+    return gather(command, {**CRITIC_FLAGS, "method": SELECT_FLAG}, "best_of_options", only_given)
+
+
 def best_of_flags(command: Function) -> Function:
     """Give ``command`` the flags of best-of-N, collected in ``best_of_options``."""
     return gather(command, BEST_OF_FLAGS, "best_of_options", only_given)

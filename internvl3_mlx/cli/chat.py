@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl3_mlx.cli import console, generation_fields, options
+from internvl3_mlx.cli.best_of import BestOfRequest, chat_best_flags, check_critic_flags
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.cli.generate import IMAGE_FLAG, SOME_FAILED, load_vlm
@@ -81,6 +82,7 @@ BANNER_WIDTH = 66  # without its corners
 )
 @flag("Output", "--quiet", "quiet", is_flag=True, help="No notes and no statistics.")
 @options.generation_flags
+@chat_best_flags
 @options.load_flags
 @options.debug_flag
 def chat_command(
@@ -90,6 +92,7 @@ def chat_command(
     quiet: bool,
     generation_options: dict[str, Any],
     load_options: dict[str, Any],
+    best_of_options: dict[str, Any],
     **history: Any,
 ) -> None:
     """Chat about images, videos and PDF pages.
@@ -106,6 +109,8 @@ def chat_command(
     check_sources_exist(media)
     # an invalid option is reported before a model loads
     generation_fields.make_config(generation_options)
+    best_of = BestOfRequest(**best_of_options)
+    check_critic_flags(best_of)
     past = find_past(history)
     if past is not None and not is_given("model"):
         given = {name: value for name, value in load_options.items() if is_given(name)}
@@ -118,6 +123,7 @@ def chat_command(
         quiet,
         debug=bool(click.get_current_context().meta.get(options.DEBUG_KEY)),
         load_model=partial(load_other_model, load_options, quiet=quiet),
+        best_of=best_of,
     )
     session.conversation.configure()  # reports what this model cannot follow
     if history["history"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.cli import console
+from internvl3_mlx.cli.best_of import BestOfRequest
 from internvl3_mlx.cli.endings import SETTING, describe_ending, require_complete
 from internvl3_mlx.cli.input_line import MediaSource, open_media, parse_line
 from internvl3_mlx.cli.markdown import MarkdownWriter
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from internvl3_mlx import VLM, Answer, AnswerChunk, Conversation
     from internvl3_mlx.generation.conversation_log import ConversationLog
     from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo
+    from internvl3_mlx.test_time_scaling.critic import Critic
 
 STOPPED = "stopped; the text so far is part of the conversation"
 QUESTION_WITHDRAWN = "stopped before the answer began; the question was removed"
@@ -44,7 +46,8 @@ class ChatSession:
 
     ``pending``: attachments that are sent with the next question. ``num_failed``: lines that ended
     in an error. ``debug``: show tracebacks. ``log``: where the conversation is kept, if it is.
-    ``load_model``: loads another model by name.
+    ``load_model``: loads another model by name. ``best_of``: how /best chooses. ``critic``: the
+    one it uses, once loaded.
     """
 
     conversation: "Conversation"
@@ -56,6 +59,8 @@ class ChatSession:
     debug: bool = False
     log: "ConversationLog | None" = None
     load_model: "Callable[[str], VLM] | None" = None
+    best_of: BestOfRequest | None = None
+    critic: "Critic | None" = None
 
     def handle_question(self, text: str) -> None:
         """Attach the files that a line names and ask its question.
@@ -115,10 +120,14 @@ class ChatSession:
             if self.conversation.exchanges is before:
                 self.pending = sent
 
-    def retry(self) -> None:
+    def log_question_again(self) -> None:
+        """Log the last question before it is answered again."""
         if self.log is not None and self.conversation.exchanges:
             last = replace(self.conversation.exchanges[-1], answer="", token_ids=())
             self.log.add_question(last, self.conversation.generation_config)
+
+    def retry(self) -> None:
+        self.log_question_again()
         self.stream_answer(self.conversation.stream_retry(), if_empty=ANSWER_UNCHANGED)
 
     def change_model(self, name: str) -> None:

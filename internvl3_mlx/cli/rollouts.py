@@ -56,8 +56,7 @@ ROLLOUT_FLAGS = (
     short_help="Make critic and preference data from your questions.",
     examples=(
         ("internvl3 rollouts questions.jsonl -o rollouts --model 2b", "run again to continue"),
-        ("internvl3 train --model 2b --method prm --data rollouts/critic.jsonl", "a critic"),
-        ("internvl3 train --model 2b --method mpo --data rollouts/pairs.jsonl", "preferences"),
+        ("internvl3 rollouts questions.csv -o pairs --judged 0 -n 16", "preference pairs alone"),
     ),
     suggestions={"-q": "--quiet", "--num-samples": "--samples"},
 )

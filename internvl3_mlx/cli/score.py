@@ -43,9 +43,8 @@ def image_flags(command: Any) -> Any:
             "a response in a file",
         ),
         (
-            'internvl3 generate q.png -p "How many?" --cot | '
-            'internvl3 score --critic visualprm-8b -i q.png -p "How many?" --response -',
-            "what a model just answered",
+            'internvl3 score --critic adapters -p "What is 2 + 2?" --response a.txt --json',
+            "a critic of your own, for a script",
         ),
     ),
     suggestions={"-q": "--quiet", "--question": "--prompt"},

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from internvl3_mlx.cli import console
+from internvl3_mlx.cli.chat_best import answer_best
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.input_line import media_kind, media_source, parse_line, split_words
@@ -281,6 +282,9 @@ COMMANDS = (
     SlashCommand("/clear", "start a new conversation", clear_conversation),
     SlashCommand("/undo", "remove the last question", undo_question),
     SlashCommand("/retry", "answer the last question again", retry_answer),
+    SlashCommand(
+        "/best", "answer it again with the best of N candidates", answer_best, optional="[N]"
+    ),
     SlashCommand("/edit", "change the last question in your editor", edit_question),
     SlashCommand(
         "/forget", "remove the oldest questions to free space", forget_questions, optional="[N]"

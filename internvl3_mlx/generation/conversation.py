@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from internvl3_mlx.errors import PromptError, UserError
 from internvl3_mlx.generation.answer import Answer, AnswerChunk
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from internvl3_mlx.generation.generation_config import GenerationOptions
 
+T = TypeVar("T")
 STILL_ANSWERING = "an answer is still being generated; finish or close it first"
 
 
@@ -95,6 +96,14 @@ class Conversation:
         again = Exchange(last.question, last.images, last.videos)
         config = with_overrides(self.generation_config, options)
         return self.stream_exchange(self.exchanges[:-1], again, config)
+
+    def replace_last_answer(self, answer: Answer) -> None:
+        """Put another answer to the last question in the place of the present one."""
+        last, config = self.last_exchange(), self.generation_config
+        same = self.ids_match_text(answer.token_ids, answer.text, config)
+        ids = tuple(answer.token_ids) if same else ()
+        replaced = replace(last, answer=answer.text, token_ids=ids, complete=True)
+        self.exchanges = [*self.exchanges[:-1], replaced]
 
     def undo(self) -> Exchange:
         """Remove the last question with its answer and its images, and return it."""
@@ -250,9 +259,7 @@ class Conversation:
         self.runner.check_context_length(inputs, config)
         return self.stream_exclusively(base, self.record_stream(before, exchange, inputs, config))
 
-    def stream_exclusively(
-        self, base: Sequence[Exchange], stream: Iterator[AnswerChunk]
-    ) -> Iterator[AnswerChunk]:
+    def stream_exclusively(self, base: Sequence[Exchange], stream: Iterator[T]) -> Iterator[T]:
         """Yield ``stream`` while no other answer is generated, and only if it still fits.
 
         base: the exchanges when the prompt was built. An answer recorded since would be lost.

@@ -15,6 +15,7 @@ from fixtures.tiny import Recipe
 import internvl3_mlx
 from internvl3_mlx import load
 from internvl3_mlx.cli import console
+from internvl3_mlx.cli.best_of import BestOfRequest
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.slash_commands import handle_line
 
@@ -242,7 +243,7 @@ def test_an_interrupted_retry_keeps_the_last_answer(session, send, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("internvl3_mlx.generation.engine.Engine.prefill", interrupted)
+        patch.setattr("internvl3_mlx.generation.engine.Engine.prefill_rows", interrupted)
         assert "the last answer is unchanged" in send("/retry")
     assert session.conversation.exchanges == before
 
@@ -305,3 +306,55 @@ def test_a_pipe_whose_question_failed_exits_with_1(vlm, session, tmp_path):
     assert done.returncode == 1
     assert "error: no file at nope.png" in done.stderr
     assert done.stdout.strip()
+
+
+def test_best_answers_again_with_the_best_of_several(vlm, session, send):
+    send("cat.png What is it?")
+    session.conversation.configure(temperature=1.0, seed=3)
+    said = send("/best 3")
+    wanted = vlm.best_of(
+        "What is it?", ["cat.png"], n=3, temperature=1.0, top_p=1.0, seed=3, max_tokens=4
+    )
+    assert session.conversation.exchanges[-1].answer == wanted.answer.text
+    assert f"best of 3: candidate {wanted.index} · {wanted.score:.4g} (share of votes)" in said
+    send("And why?")
+    assert [exchange.question for exchange in session.conversation.exchanges] == [
+        "What is it?", "And why?",
+    ]  # fmt: skip
+
+
+def test_best_uses_the_critic_of_the_chat(session, send):
+    folder = str(tiny(Recipe(seed=1)).folder)
+    session.best_of = BestOfRequest(critic=folder, critic_mode="orm")
+    send("cat.png What is it?")
+    assert f"({folder}, orm)" in send("/best 2")
+    assert session.critic is not None
+    loaded = session.critic
+    send("/best 2")
+    assert session.critic is loaded
+
+
+def test_a_stopped_best_leaves_the_answer(session, send, monkeypatch):
+    send("What is it?")
+    before = session.conversation.exchanges
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("internvl3_mlx.test_time_scaling.best_of.write_all", stopped)
+    assert "the last answer is unchanged" in send("/best")
+    assert session.conversation.exchanges is before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/best", "nothing has been asked yet"),
+        ("/best many", "/best needs a number from 1 to 256, not many"),
+        ("/best 0", "/best needs a number from 1 to 256, not 0"),
+    ],
+)
+def test_best_needs_a_question_and_a_number(session, send, line, message):
+    if line != "/best":
+        send("What is it?")
+    assert message in send(line)
