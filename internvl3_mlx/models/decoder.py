@@ -194,7 +194,7 @@ class LanguageModel(nn.Module):
         config = self.config
         base, dim, trained = config.rope_theta, config.head_dim, config.max_position_embeddings
         factor = config.rope_dynamic_factor
-        column = mx.array(positions, dtype=mx.float32)[:, None]
+        column = mx.array([*positions], dtype=mx.float32)[:, None]
         if factor is None or all(length is None or length <= trained for length in lengths):
             return self.rotary(column, 0, ntk=False)
         bases = [

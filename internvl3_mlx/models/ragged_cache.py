@@ -7,7 +7,7 @@ its group keeps the cache that read its prompt, whatever its kind: it is continu
 would be by itself, and a quantized one always is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -296,7 +296,7 @@ class RaggedBatch:
 
     num_layers: int
     groups: list[Group] = field(default_factory=list[Group])
-    serial: count = field(default_factory=count)  # type: ignore[type-arg]
+    serial: Iterator[int] = field(default_factory=count)
 
     def __post_init__(self) -> None:
         self.layers = [RaggedKVCache(self, layer) for layer in range(self.num_layers)]

@@ -44,11 +44,13 @@ from internvl3_mlx.serving.scheduler import Scheduler
 from internvl3_mlx.serving.served_model import LoadedParts, ServedModel
 from internvl3_mlx.serving.settings import EngineSettings
 from internvl3_mlx.serving.status import EngineMetrics, EngineStatus, ModelStatus
+from internvl3_mlx.serving.tiled_images import TiledImages
 from internvl3_mlx.serving.worker import STOPPING, ModelCommand, Worker
 from internvl3_mlx.vlm import ignore_message
 
 SEED_RANGE = 2**31  # a base seed is drawn from it when none is given
 LONGEST_RETRY_S = 60
+TILED_NBYTES = 128 * 2**20  # about fifteen photos of twelve tiles
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Engine:
         )
         self.worker = Worker(Scheduler(settings, self.pool, self.features), Outbox())
         self.threads = ThreadPoolExecutor(settings.decode_threads, "internvl3-decode")
+        self.tiled = TiledImages(TILED_NBYTES)
         self.preparing, self.lock = 0, Lock()
 
     def start(self) -> None:
@@ -133,6 +136,8 @@ class Engine:
         """Check, decode and queue a request."""
         submitted = time.perf_counter()
         served, request = self.find_model(request.model), served_request(request)
+        if request.critic:
+            self.find_model(request.critic)
         check_request(request, min(self.settings.max_answers, self.settings.max_batch))
         with self.lock:
             self.check_queue()
@@ -182,7 +187,7 @@ class Engine:
         check_token_bias(request, parts.runner.config.text.vocab_size)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self.threads, prepare_request, parts.runner.processor, request
+            self.threads, prepare_request, parts.runner.processor, request, self.tiled
         )
 
     async def load(self, model: str = "") -> ModelStatus:

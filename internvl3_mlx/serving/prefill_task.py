@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -65,7 +65,7 @@ class PrefillTask:
     def num_answers(self) -> int:
         return 1 if self.resumed else self.queued.num_answers
 
-    def run(self) -> Iterator[PrefillResult | None]:
+    def run(self) -> Generator[PrefillResult | None, None, None]:
         """Yield None after each piece of work, and the result after the last one."""
         inputs = self.inputs()
         prefill = self.open(inputs)

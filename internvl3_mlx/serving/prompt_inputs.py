@@ -20,6 +20,7 @@ from internvl3_mlx.serving.requests import (
     TextPart,
     VideoPart,
 )
+from internvl3_mlx.serving.tiled_images import TiledImages
 
 MAX_TOP_LOGPROBS = 20
 GRAMMAR_LOCK = Lock()  # the tokenizer's table for llguidance is built once
@@ -38,13 +39,16 @@ class PreparedRequest:
     constraints: tuple[Constraint, ...]
 
 
-def prepare_request(processor: Processor, request: AnswerRequest) -> PreparedRequest:
+def prepare_request(
+    processor: Processor, request: AnswerRequest, tiled: TiledImages
+) -> PreparedRequest:
     """Decode the images, build the prompt and compile the constraint.
 
-    Raises ``InvalidRequest`` for what cannot be read or used.
+    tiled: images that were decoded before. Raises ``InvalidRequest`` for what cannot be read or
+    used.
     """
     try:
-        inputs = build_inputs(processor, request)
+        inputs = build_inputs(processor, request, tiled)
         constraints = make_constraints(processor, request)
     except InvalidRequest:
         raise
@@ -60,12 +64,12 @@ def prepare_request(processor: Processor, request: AnswerRequest) -> PreparedReq
     return PreparedRequest(inputs, min(config.max_tokens, max(left, 1)), ntk, constraints)
 
 
-def build_inputs(processor: Processor, request: AnswerRequest) -> ModelInputs:
+def build_inputs(processor: Processor, request: AnswerRequest, tiled: TiledImages) -> ModelInputs:
     """Build the prompt of a request's messages, with their media where they stand."""
     asked, continued = split_continuation(request)
     messages, images = list[Message](), list[ProcessedImage]()
     for chat_message in asked:
-        message, shown = read_message(processor, chat_message, request.config)
+        message, shown = read_message(processor, chat_message, request.config, tiled)
         messages.append(message)
         images += shown
     return processor.build(messages, images, request.config, continued=continued)
@@ -108,7 +112,7 @@ def split_continuation(request: AnswerRequest) -> tuple[tuple[ChatMessage, ...],
 
 
 def read_message(
-    processor: Processor, message: ChatMessage, config: GenerationConfig
+    processor: Processor, message: ChatMessage, config: GenerationConfig, tiled: TiledImages
 ) -> tuple[Message, list[ProcessedImage]]:
     """Read the media of one message; return it with its images and frames in order."""
     texts, media, images = [""], list[MessageMedia](), list[ProcessedImage]()
@@ -118,7 +122,7 @@ def read_message(
             texts[-1] += "\n" * after_text + part.text
             after_text = True
             continue
-        shown, medium = read_media(processor, part, config)
+        shown, medium = read_media(processor, part, config, tiled)
         images += shown
         media.append(medium)
         texts.append("")
@@ -133,14 +137,14 @@ def read_message(
 
 
 def read_media(
-    processor: Processor, part: ImagePart | VideoPart, config: GenerationConfig
+    processor: Processor, part: ImagePart | VideoPart, config: GenerationConfig, tiled: TiledImages
 ) -> tuple[Iterable[ProcessedImage], MessageMedia]:
     """Decode and tile an image, or the frames of a video."""
     if isinstance(part, VideoPart):
         frames = config.num_frames if part.num_frames is None else part.num_frames
         video = processor.process_video(part.video, replace(config, num_frames=frames))
         return video.frames, video.media
-    image = processor.process_image(part.image, tile_limits(config, part.max_tiles))
+    image = tiled.process(processor, part.image, tile_limits(config, part.max_tiles))
     return [image], MessageMedia((image.info.tiles,))
 
 
@@ -167,7 +171,7 @@ def make_constraints(processor: Processor, request: AnswerRequest) -> tuple[Cons
     with GRAMMAR_LOCK:
         return tuple(
             make_constraint(request.config, processor.tokenizer, vocab_size)
-            for _ in range(request.n)
+            for _ in range(request.best_of or request.n)
         )
 
 
@@ -181,6 +185,7 @@ def check_request(request: AnswerRequest, most_answers: int) -> None:
         raise InvalidRequest(
             f"best_of is {request.best_of}; choose {request.n} (n) to {most_answers}", "best_of"
         )
+    check_best_of(request)
     for name in ("frequency_penalty", "presence_penalty"):
         if not -2 <= getattr(request, name) <= 2:
             raise InvalidRequest(f"{name} is {getattr(request, name)}; choose -2 to 2", name)
@@ -188,6 +193,25 @@ def check_request(request: AnswerRequest, most_answers: int) -> None:
         raise InvalidRequest(
             f"top_logprobs is {request.top_logprobs}; choose 0 to {MAX_TOP_LOGPROBS}",
             "top_logprobs",
+        )
+
+
+def check_best_of(request: AnswerRequest) -> None:
+    """Raise ``InvalidRequest`` where the best cannot be chosen."""
+    if request.best_of is None:
+        if request.critic:
+            raise InvalidRequest("critic chooses among answers; set best_of too", "critic")
+        return
+    if request.config.temperature == 0 and request.best_of > 1:
+        raise InvalidRequest(
+            "best_of needs a temperature above 0, or all candidates are equal", "temperature"
+        )
+    parts = [part for message in request.messages for part in message.parts]
+    asks_once = len(request.messages) == 1 and request.messages[0].role == "user"
+    if request.critic and not (asks_once and not any(isinstance(p, VideoPart) for p in parts)):
+        raise InvalidRequest(
+            "a critic judges one question about images; drop other messages and videos, or critic",
+            "critic",
         )
 
 

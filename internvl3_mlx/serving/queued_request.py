@@ -1,7 +1,8 @@
 """A request that has been checked and decoded, on its way through the worker."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from internvl3_mlx.errors import GPUError, InternVL3Error
 from internvl3_mlx.generation.processor import ModelInputs
@@ -25,7 +26,8 @@ class QueuedRequest:
 
     max_tokens: of each answer, also by the context that is left. ntk: whether dynamic NTK may
     apply. nbytes: what it takes at most while it is answered. seed: of the first answer.
-    constraints: one for each answer, or none.
+    constraints: one for each answer, or none. candidates: the answers that ended, where the best
+    are to be chosen.
     """
 
     model: str
@@ -45,13 +47,19 @@ class QueuedRequest:
     cached_tokens: int = 0
     answers_left: int = 0
     over: bool = False
+    candidates: list[AnswerDone] = field(default_factory=list[AnswerDone])
 
     def __post_init__(self) -> None:
         self.answers_left = self.num_answers
 
     @property
     def num_answers(self) -> int:
-        return self.request.n
+        """Answers that are decoded, of which ``n`` are returned."""
+        return self.request.best_of or self.request.n
+
+    @property
+    def chooses(self) -> bool:
+        return self.request.best_of is not None
 
     @property
     def cancelled(self) -> bool:
@@ -76,15 +84,38 @@ class QueuedRequest:
         return RequestTiming(max(waited, 0.0), self.preprocess_s, self.prefill_s, decode_s)
 
     def emit(self, event: PromptRead | TextDelta) -> None:
-        self.outbox.put(self.channel, event)
+        """Give an event; candidates are not streamed."""
+        if isinstance(event, PromptRead) or not self.chooses:
+            self.outbox.put(self.channel, event)
 
     def finish_answer(self, done: AnswerDone) -> None:
-        """Give the end of one answer; after the last one the stream ends."""
-        self.outbox.put(self.channel, done)
+        """Give the end of one answer; after the last one the stream ends.
+
+        Candidates are kept: ``finish_best`` ends the request.
+        """
         self.answers_left -= 1
+        if self.chooses:
+            self.candidates.append(done)
+            return
+        self.outbox.put(self.channel, done)
         if self.answers_left == 0:
-            self.over = True
-            self.outbox.put(self.channel, None)
+            self.end()
+
+    def finish_best(self, scores: Sequence[float]) -> None:
+        """Give the best ``n`` candidates, the first of equal ones first. scores: of each."""
+        order = sorted(range(len(scores)), key=lambda n: (-scores[n], self.candidates[n].index))
+        for index, at in enumerate(order[: self.request.n]):
+            done = self.candidates[at]
+            logprobs = done.logprobs if self.request.logprobs else ()
+            ids = tuple(one.token_id for one in done.logprobs)
+            self.outbox.put(self.channel, TextDelta(done.text, index, ids, logprobs))
+            chosen = replace(done, index=index, logprobs=logprobs, score=scores[at])
+            self.outbox.put(self.channel, chosen)
+        self.end()
+
+    def end(self) -> None:
+        self.over = True
+        self.outbox.put(self.channel, None)
 
     def fail(self, error: BaseException) -> None:
         """End the request by an error that its client can read."""

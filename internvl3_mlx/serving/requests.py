@@ -72,7 +72,8 @@ class AnswerRequest:
     constraint. ``history``, ``video``, ``lookup`` and ``draft_model`` have no effect in it.
     model: a name that the engine serves, or ``base:adapter``; "" for the first one.
     n: the number of answers; answer i samples with ``seed + i``.
-    best_of: sample that many and return the ``n`` best by the engine's critic.
+    best_of: sample that many and return the ``n`` best: by ``critic``, a model that this engine
+    serves too, or by the mean log probability of their tokens. Nothing is streamed then.
     logprobs: give the log probability of every token, with the ``top_logprobs`` most likely ones.
     continue_final_message: the last message is the assistant's, and the answer continues it.
     think: ask for a chain of thought first, in <think> tags, by the published system prompt.
@@ -86,6 +87,7 @@ class AnswerRequest:
     model: str = ""
     n: int = 1
     best_of: int | None = None
+    critic: str = ""
     logprobs: bool = False
     top_logprobs: int = 0
     continue_final_message: bool = False
@@ -169,7 +171,7 @@ class AnswerDone:
     text: the whole answer, with boxes in their tags where ``keep_boxes`` asks for them.
     finish_reason: "stop" or "length"; "length" also where the engine was stopped.
     stop_string: the stop string that ended the answer, if one did.
-    score: the critic's, where ``best_of`` chose.
+    score: the critic's, or the mean log probability of the tokens, where ``best_of`` chose.
     """
 
     text: str

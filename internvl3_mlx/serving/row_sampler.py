@@ -77,7 +77,7 @@ class RowSampler:
             request.frequency_penalty,
             request.presence_penalty,
             request.logit_bias,
-            request.top_logprobs if request.logprobs else None,
+            top_scores(request),
             constraint,
         )
 
@@ -156,6 +156,13 @@ class RowSampler:
         else:
             top = mx.argpartition(-log_probs, kth=count - 1)[:count]
         return TokenScores(log_probs[token], top.astype(mx.int32), log_probs[top])
+
+
+def top_scores(request: AnswerRequest) -> int | None:
+    """Return how many tokens to score beside the chosen one; None where nothing is scored."""
+    if request.logprobs:
+        return request.top_logprobs
+    return 0 if request.best_of is not None else None
 
 
 def logits_processors(

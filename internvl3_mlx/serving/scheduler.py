@@ -6,9 +6,12 @@ whole of it. Prompts take turns as well: a short one is not held up by a long on
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from traceback import clear_frames
 
 import mlx.core as mx
 
@@ -16,6 +19,7 @@ from internvl3_mlx.generation.answer import FinishReason
 from internvl3_mlx.generation.prompt_cache import CacheKey
 from internvl3_mlx.memory import MemoryNeed, working_memory
 from internvl3_mlx.models.cache import LayerCache
+from internvl3_mlx.serving.best_candidates import ScoringTask, log_prob_scores
 from internvl3_mlx.serving.decode_batch import Ended
 from internvl3_mlx.serving.image_features import FeatureStore
 from internvl3_mlx.serving.model_pool import ModelPool
@@ -32,13 +36,17 @@ NEWEST_SHARE = 0.2  # of the last one in the mean time that a request takes
 
 @dataclass(eq=False)
 class Scheduler:
-    """Requests that wait and those in progress. memory: wires memory while there are any."""
+    """Requests that wait and those in progress. memory: wires memory while there are any.
+
+    scorings: candidates that critics read.
+    """
 
     settings: EngineSettings
     pool: ModelPool
     features: FeatureStore
     queue: RequestQueue = field(default_factory=RequestQueue)
     live: list[QueuedRequest] = field(default_factory=list[QueuedRequest])
+    scorings: deque[ScoringTask] = field(default_factory=deque[ScoringTask])
     memory: ExitStack = field(default_factory=ExitStack)
     turn: int = 0
     request_seconds: float = 1.0  # of recent requests, for Retry-After
@@ -53,6 +61,7 @@ class Scheduler:
         self.read_pieces()
         for served in self.pool.models.values():
             self.decode_tokens(served)
+        self.score_piece()
         if not self.live:
             self.memory.close()
 
@@ -62,7 +71,7 @@ class Scheduler:
             self.queue.discard(queued)
             self.pool.counters.count_finished("cancelled")
         for queued in [one for one in self.live if one.cancelled]:
-            self.guarded(queued, lambda queued=queued: self.keep_cancelled(queued))
+            self.guarded(queued, partial(self.keep_cancelled, queued))
             self.release(queued)
             self.pool.counters.count_finished("cancelled")
 
@@ -80,7 +89,7 @@ class Scheduler:
             self.live.append(queued)
             self.pool.live_nbytes += queued.nbytes
             queued.admitted = time.perf_counter()
-            self.guarded(queued, lambda served=served, queued=queued: self.begin(served, queued))
+            self.guarded(queued, partial(self.begin, served, queued))
 
     def has_rows(self, queued: QueuedRequest) -> bool:
         models = self.pool.models.values()
@@ -125,7 +134,7 @@ class Scheduler:
         task = served.prefills.popleft()
         served.prefills.append(task)  # while it runs, its rows are still counted
         before = task.work
-        self.guarded(task.queued, lambda: self.run_piece(served, task))
+        self.guarded(task.queued, partial(self.run_piece, served, task))
         return task.work - before
 
     def run_piece(self, served: ServedModel, task: PrefillTask) -> None:
@@ -139,6 +148,7 @@ class Scheduler:
         served.prefills.remove(task)
         assert served.parts is not None
         served.parts.decode.join(read.answers, read.caches, read.logits)
+        task.pieces.close()  # task and generator refer to each other, and hold the prompt
         if task.resumed is None:
             self.pool.counters.add("prompt_tokens", len(task.queued.inputs.token_ids))
             self.pool.counters.add("cached_tokens", task.queued.cached_tokens)
@@ -160,7 +170,7 @@ class Scheduler:
         self.pool.counters.add("decode_steps")
         self.pool.counters.add("completion_tokens", count)
         for one in ended:
-            self.guarded(one.answer.queued, lambda one=one: self.finish(served, one))
+            self.guarded(one.answer.queued, partial(self.finish, served, one))
         if ended:
             mx.clear_cache()
 
@@ -172,10 +182,41 @@ class Scheduler:
         self.keep_prefix(served, answer, ended.layers)
         assert answer.finish_reason is not None
         self.end_answer(answer, answer.finish_reason)
+        if queued.chooses and queued.answers_left == 0:
+            self.choose(queued)
         if queued.over:
-            spent = time.perf_counter() - queued.admitted
-            self.request_seconds += NEWEST_SHARE * (spent - self.request_seconds)
-            self.release(queued)
+            self.finish_request(queued)
+
+    def finish_request(self, queued: QueuedRequest) -> None:
+        spent = time.perf_counter() - queued.admitted
+        self.request_seconds += NEWEST_SHARE * (spent - self.request_seconds)
+        self.release(queued)
+
+    def choose(self, queued: QueuedRequest) -> None:
+        """Give the best candidates, now or once a critic has read them."""
+        if queued.request.critic:
+            self.scorings.append(ScoringTask(queued, self.pool.models[queued.request.critic]))
+        else:
+            queued.finish_best(log_prob_scores(queued.candidates))
+
+    def score_piece(self) -> None:
+        """Let a critic read one candidate."""
+        if self.scorings:
+            task = self.scorings.popleft()
+            self.guarded(task.queued, partial(self.run_scoring, task))
+
+    def run_scoring(self, task: ScoringTask) -> None:
+        """Go on with a task, or leave it for later where its critic has no room yet."""
+        if task.critic.parts is None and not self.pool.make_room(task.critic):
+            self.scorings.append(task)  # until the answers of other models have ended
+            return
+        scores = next(task.pieces)
+        if scores is None:
+            self.scorings.appendleft(task)
+            return
+        task.pieces.close()
+        task.queued.finish_best(scores)
+        self.finish_request(task.queued)
 
     def end_answer(self, answer: RunningAnswer, reason: FinishReason) -> None:
         answer.finish(reason)
@@ -220,6 +261,7 @@ class Scheduler:
 
     def fail(self, queued: QueuedRequest, error: Exception) -> None:
         """End a request by an error."""
+        clear_frames(error.__traceback__)
         self.release(queued)
         queued.fail(error)
         self.pool.counters.count_finished("failed")
@@ -233,6 +275,9 @@ class Scheduler:
         for answer in self.answers_of(served, queued):
             assert served.parts is not None
             served.parts.decode.remove(answer)
+        for scoring in [one for one in self.scorings if one.queued is queued]:
+            self.scorings.remove(scoring)
+            scoring.pieces.close()
         if queued in self.live:
             self.live.remove(queued)
             self.pool.live_nbytes -= queued.nbytes
@@ -249,6 +294,7 @@ class Scheduler:
         on with the tokens that they would have had: nothing that was given is taken back.
         """
         assert served.parts is not None
+        clear_frames(error.__traceback__)  # their arrays may be what filled the memory
         answers = served.parts.decode.reset()
         mx.clear_cache()
         victim = max(answers, key=lambda one: len(one.queued.inputs.token_ids)).queued
@@ -256,20 +302,17 @@ class Scheduler:
         for answer in answers:
             queued = answer.queued
             if not queued.over:
-                self.guarded(
-                    queued,
-                    lambda queued=queued, answer=answer: self.begin(served, queued, answer),
-                )
+                self.guarded(queued, partial(self.begin, served, queued, answer))
 
-    def end_all(self, error: Exception | None = None) -> None:
-        """End every request: with ``error``, or with what they have as far as they have come."""
-        for served in self.pool.models.values():
-            for answer in (
-                [*served.parts.decode.answers.values()] if served.parts and not error else ()
-            ):
-                self.guarded(answer.queued, lambda answer=answer: self.end_answer(answer, "length"))
+    def cut_off(self) -> None:
+        """End every answer that is decoded with what it has."""
+        for served in self.pool.loaded:
+            for answer in [*served.parts.decode.answers.values()] if served.parts else []:
+                self.guarded(answer.queued, partial(self.end_answer, answer, "length"))
+        for queued in [one for one in self.live if one.over]:
+            self.release(queued)
+
+    def fail_all(self, error: Exception) -> None:
+        """End every request in progress by an error."""
         for queued in [*self.live]:
-            if queued.over:
-                self.release(queued)
-            elif error is not None:
-                self.fail(queued, error)
+            self.fail(queued, error)

@@ -4,11 +4,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.generation.runner import ModelRunner
+from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.serving.decode_batch import DecodeBatch
 from internvl3_mlx.serving.image_features import vision_fingerprint
 from internvl3_mlx.serving.prefill_task import PrefillTask
@@ -18,12 +20,16 @@ from internvl3_mlx.serving.status import ModelStatus
 
 @dataclass(frozen=True, eq=False)
 class LoadedParts:
-    """A model in memory. fingerprint: of what computes its image features."""
+    """A model in memory. fingerprint: of what computes its image features.
+
+    bits: of the language model's weights, None where they are not quantized.
+    """
 
     runner: ModelRunner
     decode: DecodeBatch
     fingerprint: str
     parameters: int
+    bits: int | None
     created: int
 
 
@@ -50,7 +56,8 @@ class ServedModel:
                 runner,
                 DecodeBatch.for_model(runner.model, token_bytes_of(runner.tokenizer)),
                 vision_fingerprint(runner.model),
-                sum(int(array.size) for _, array in tree_flatten(runner.model.parameters())),  # type: ignore[union-attr, misc]
+                count_parameters(runner.model),
+                weight_bits(runner.model),
                 int(time.time()),
             )
             self.known_nbytes = runner.weights_nbytes
@@ -93,6 +100,17 @@ class ServedModel:
             max_tiles=config.max_dynamic_patch,
             tile_size=config.force_image_size,
             parameters=parts.parameters,
-            bits=None if config.quantization is None else config.quantization.bits,
+            bits=parts.bits,
             expires_at=expires_at,
         )
+
+
+def count_parameters(model: InternVL) -> int:
+    """Return how many numbers a model's weights are; packed ones count by their words."""
+    parameters: Any = tree_flatten(model.parameters())
+    return sum(int(array.size) for _, array in parameters)
+
+
+def weight_bits(model: InternVL) -> int | None:
+    modules: Any = model.language_model.named_modules()
+    return next((int(module.bits) for _, module in modules if hasattr(module, "bits")), None)

@@ -87,7 +87,7 @@ class Worker:
                 if self.stop_at is not None:
                     self.wind_down(self.stop_at)
             except Exception as error:  # noqa: BLE001
-                scheduler.end_all(error)
+                scheduler.fail_all(error)
             self.outbox.flush()
         scheduler.memory.close()
         for served in scheduler.pool.loaded:
@@ -123,7 +123,9 @@ class Worker:
         if served.is_busy if not command.load else not pool.make_room(served):
             return False
         try:
-            command.done.set_result(pool.load(served) if command.load else pool.unload(served))
+            if not command.load:
+                pool.unload(served)
+            command.done.set_result(pool.load(served) if command.load else None)
         except Exception as error:  # noqa: BLE001
             command.done.set_exception(error)
         return True
@@ -135,6 +137,6 @@ class Worker:
             scheduler.queue.discard(queued)
             queued.fail(EngineStopped(STOPPING))
         if time.monotonic() >= stop_at:
-            scheduler.end_all()
-            scheduler.end_all(EngineStopped(STOPPING))
+            scheduler.cut_off()
+            scheduler.fail_all(EngineStopped(STOPPING))
         self.stopped = not scheduler.live
