@@ -20,7 +20,7 @@ def install_agent(arguments: Sequence[str], api_key: str | None, home: Path) -> 
 
     Raises UserError elsewhere than on a Mac, WriteError for a file that is not ours.
     """
-    if sys.platform != "darwin":
+    if not is_mac():
         raise UserError("--install needs launchd, which only macOS has; start serve yourself here")
     path = agent_path(home)
     check_ours(path)
@@ -30,6 +30,10 @@ def install_agent(arguments: Sequence[str], api_key: str | None, home: Path) -> 
         part.chmod(PRIVATE)
         part.write_bytes(plistlib.dumps(agent(arguments, api_key, home, os.environ)))
     return path
+
+
+def is_mac() -> bool:
+    return sys.platform == "darwin"
 
 
 def agent_path(home: Path) -> Path:

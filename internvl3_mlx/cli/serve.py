@@ -3,7 +3,10 @@
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +201,20 @@ def run(
 
     app = make_app(engine, limits, policy, write_line=write_line, report_fault=report_fault)
     host = chosen["host"]
+
+    def on_ready(port: int) -> None:
+        show_addresses(host, port, api_key)
+        threading.Thread(target=import_slow_libraries, daemon=True).start()
+
     console.hint(f"loading {next(iter(settings.models))}")
-    run_server(
-        app,
-        engine,
-        ServerSettings(host, chosen["port"]),
-        lambda port: show_addresses(host, port, api_key),
-    )
+    run_server(app, engine, ServerSettings(host, chosen["port"]), on_ready)
     console.hint("stopped")
+
+
+def import_slow_libraries() -> None:
+    """Import what the first sampled answer needs: that takes seconds, now nobody waits for it."""
+    with suppress(ImportError):
+        import_module("mlx_lm.sample_utils")
 
 
 def split_names(text: str) -> tuple[str, ...]:
