@@ -102,6 +102,7 @@ class RowReader:
             if not bool(mx.isfinite(x).all()):
                 raise not_finite_error(part.name)
             return x
+        # a copy: the buffer is filled with the next rows while the GPU computes
         x = mx.array(self.read_raw(part))
         return x.view(mx.bfloat16) if info.dtype == "BF16" else x
 
