@@ -96,9 +96,9 @@ def test_the_index_lists_every_page():
     assert pages - {(ROOT / "docs/README.md").resolve()} <= linked
 
 
-def test_the_glossary_has_forty_words():
+def test_the_glossary_has_sixty_words_at_most():
     rows = re.findall(r"^\| (?!word \|)", (ROOT / "docs/glossary.md").read_text("utf-8"), re.M)
-    assert len(rows) == 40
+    assert len(rows) <= 60
 
 
 def test_the_python_guide_runs(tmp_path, monkeypatch, capsys):

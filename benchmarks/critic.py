@@ -1,0 +1,134 @@
+"""A critic's view of several responses: ``python -m benchmarks.critic``.
+
+Measures processor time of scoring N responses of S steps to one question: all steps of a response
+in one forward pass with what responses share read once, the same without sharing, and one forward
+pass for each step. The scores agree to 1e-4.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.checkpoint import SHAPES, write_checkpoint
+from benchmarks.photos import SIZES, write_photo
+from benchmarks.prompt import QUESTION
+from benchmarks.report import machine_info
+
+STEP = "Step {step} of response {number}: the left part of the photo has {count} things in it."
+TOLERANCE = 1e-4
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = argument_parser().parse_args(argv)
+    folder = write_checkpoint(args.work / args.shape, SHAPES[args.shape])
+    photo = write_photo(args.work / "photos", args.photo)
+    found = measure_ways(folder, photo, responses(args.n, args.steps), args.runs)
+    print(table(found, args))
+    if args.json:
+        content = {"machine": machine_info(), "ways": found, "n": args.n, "steps": args.steps}
+        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.critic", description=__doc__)
+    work = Path(tempfile.gettempdir()) / "internvl3-benchmarks"
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser.add_argument("-n", type=int, default=8, help="responses")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each")
+    parser.add_argument("--runs", type=int, default=3, help="medians are taken")
+    parser.add_argument("--shape", default="photo", choices=list(SHAPES))
+    parser.add_argument("--photo", default="1 tile", choices=list(SIZES))
+    parser.add_argument("--work", type=Path, default=work, help="where checkpoints are written")
+    return parser
+
+
+def responses(n: int, steps: int) -> list[str]:
+    """Make responses that differ from their first step on."""
+    return [
+        "\n\n".join(
+            STEP.format(step=step, number=number, count=number + step) for step in range(steps)
+        )
+        for number in range(n)
+    ]
+
+
+def measure_ways(
+    folder: Path, photo: Path, texts: list[str], runs: int
+) -> dict[str, dict[str, float]]:
+    """Return processor and clock seconds of each way. Raises RuntimeError when scores differ."""
+    from internvl3_mlx import load
+    from internvl3_mlx.test_time_scaling.critic import open_critic
+
+    critic = open_critic(load(str(folder)).runner)
+    critic.open(QUESTION, [photo]).score("The first draw compiles.")
+    scores: list[list[float]] = []
+    found: dict[str, dict[str, float]] = {}
+    for name, way in WAYS.items():
+        cpu, wall = [], []
+        for _ in range(runs):
+            started, used = time.perf_counter(), time.process_time()
+            told = way(critic, photo, texts)
+            cpu.append(time.process_time() - used)
+            wall.append(time.perf_counter() - started)
+        scores.append(told)
+        found[name] = {"cpu": median(cpu), "wall": median(wall)}
+    for told in scores:
+        if any(abs(a - b) > TOLERANCE for a, b in zip(told, scores[0], strict=True)):
+            raise RuntimeError("the ways do not give the same scores")
+    return found
+
+
+def score_shared(critic: Any, photo: Path, texts: list[str]) -> list[float]:
+    session = critic.open(QUESTION, [photo])
+    return [session.score(text).score for text in texts]
+
+
+def score_apart(critic: Any, photo: Path, texts: list[str]) -> list[float]:
+    return [critic.open(QUESTION, [photo]).score(text).score for text in texts]
+
+
+def score_by_steps(critic: Any, photo: Path, texts: list[str]) -> list[float]:
+    """Read each step's whole prompt anew, as the published soft scores do."""
+    found = []
+    for text in texts:
+        steps = text.split("\n\n")
+        scores = []
+        for count in range(1, len(steps) + 1):
+            session = critic.open(QUESTION, [photo])
+            replies = [critic.reply] * (count - 1)
+            built = session.build_inputs(steps[:count], replies)
+            scores.append(session.positive_shares(built)[-1])
+        found.append(sum(scores) / len(scores))
+    return found
+
+
+WAYS: dict[str, Callable[[Any, Path, list[str]], list[float]]] = {
+    "one forward pass, question shared": score_shared,
+    "one forward pass each": score_apart,
+    "one forward pass for each step": score_by_steps,
+}
+
+
+def table(found: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
+    first = next(iter(found.values()))["cpu"]
+    lines = [
+        f"{args.n} responses of {args.steps} steps about a photo of {args.photo} (checkpoint "
+        f"{args.shape}):",
+        "",
+        "| way | processor seconds | relative | by the clock |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {name} | {way['cpu']:,.2f} | {way['cpu'] / first:,.1f} | {way['wall']:,.2f} |"
+            for name, way in found.items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
