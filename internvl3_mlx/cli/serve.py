@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from internvl3_mlx.files import cache_folder
 from internvl3_mlx.serving.limits import ServerLimits
 from internvl3_mlx.serving.settings import EngineSettings
 
-LIBRARIES = "starlette uvicorn pydantic segno llguidance"
+LIBRARIES = ("starlette", "uvicorn", "pydantic", "segno", "llguidance")
 LOOPBACK, ANY_HOST = ("localhost", "127.0.0.1", "::1"), ("0.0.0.0", "::")
 ELSEWHERE = ("192.0.2.1", 9)  # reserved for documentation: nothing is sent there
 FEATURES = "server-features"
@@ -108,13 +109,8 @@ def fields_of(cls: type, chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_libraries() -> None:
     """Raise MissingExtraError unless the server's libraries are installed."""
-    try:
-        import pydantic
-        import starlette
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("internvl3 serve", LIBRARIES, "server") from error
-    del pydantic, starlette
+    if any(find_spec(name) is None for name in LIBRARIES):
+        raise MissingExtraError("internvl3 serve", " ".join(LIBRARIES), "server")
 
 
 def choose_key(host: str, given: str | None, *, no_auth: bool) -> str | None:

@@ -43,8 +43,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ({"type": "none"}, {"type": "auto"}),
     "mcp_servers": ([],),
     "container": (),
-    "critic": ("",),
-    "best_of": (1,),
     "n": (1,),
 }
 
@@ -172,7 +170,7 @@ def make_request(
         messages=messages,
         config=make_config(options),
         continue_final_message=messages[-1].role == "assistant",
-        think=body.wants_thinking,
+        **body.own_choices(),
         housekeeping=bool(body.housekeeping),
     )
 

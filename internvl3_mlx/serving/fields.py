@@ -59,6 +59,14 @@ class OwnFields(Body):
             "num_frames": self.num_frames,
         }
 
+    def own_choices(self) -> dict[str, Any]:
+        """Return those that a request has beside its config."""
+        return {
+            "best_of": self.best_of,
+            "critic": self.critic or "",
+            "think": self.wants_thinking,
+        }
+
     @property
     def wants_thinking(self) -> bool:
         return bool(self.think)

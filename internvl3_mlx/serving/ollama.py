@@ -47,8 +47,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "raw": (False,),
     "context": ([],),
     "logprobs": (False,),
-    "critic": ("",),
-    "best_of": (1,),
 }
 NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {"mirostat": (0,), "typical_p": (1,)}
 
@@ -161,7 +159,7 @@ def make_request(
         messages=messages,
         config=make_config(options),
         continue_final_message=messages[-1].role == "assistant",
-        think=body.wants_thinking,
+        **body.own_choices(),
         frequency_penalty=given.frequency_penalty or 0.0,
         presence_penalty=given.presence_penalty or 0.0,
         housekeeping=bool(body.housekeeping) or is_housekeeping_chat(messages),

@@ -57,6 +57,7 @@ from internvl3_mlx.serving.thinking import split_thinking
 
 SYSTEM_ROLES = ("system", "developer")
 SYSTEM_JOINT = "\n\n"
+LEAST_LOGPROB = -9999.0  # OpenAI's number for a token that is out of the question: JSON has no -inf
 # Fields that would change the answer, with the values that do not.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
@@ -76,7 +77,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (),
     "grammar": ("",),
     "guided_grammar": (),
-    "critic": ("",),
 }
 
 
@@ -205,11 +205,10 @@ def make_request(
         messages=messages,
         config=make_config(options),
         n=body.n or 1,
-        best_of=body.best_of,
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
         continue_final_message=bool(body.continue_final_message),
-        think=body.wants_thinking,
+        **body.own_choices(),
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=read_logit_bias(body.logit_bias),
@@ -343,7 +342,7 @@ def ending_of(answer: AnswerDone) -> dict[str, Any]:
     if boxes := boxes_of(answer):
         ending["boxes"] = boxes
     if answer.score is not None:
-        ending["score"] = answer.score
+        ending["score"] = max(answer.score, LEAST_LOGPROB)
     return ending
 
 
@@ -369,7 +368,7 @@ def logprobs_of(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
 def _logprob(token: TokenLogprob, with_top: bool) -> dict[str, Any]:
     content: dict[str, Any] = {
         "token": token.text,
-        "logprob": token.logprob,
+        "logprob": max(token.logprob, LEAST_LOGPROB),
         "bytes": list(token.token),
     }
     if with_top:

@@ -55,10 +55,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "background": (False,),
     "conversation": (),
     "prompt": (),
-    "critic": ("",),
     "n": (1,),
     "top_logprobs": (0,),
-    "best_of": (1,),
 }
 
 
@@ -154,7 +152,7 @@ def make_request(
     return AnswerRequest(
         messages=messages,
         config=make_config(options),
-        think=body.wants_thinking,
+        **body.own_choices(),
         housekeeping=bool(body.housekeeping) or is_housekeeping_chat(messages),
     )
 

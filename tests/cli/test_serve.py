@@ -39,6 +39,13 @@ def test_a_mistake_is_told_before_a_model_loads(arguments, message):
     assert message in " ".join(result.output.split())
 
 
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda _: None)
+    result = CliRunner().invoke(main, ["serve", "--model", "demo"])
+    assert result.exit_code == 2
+    assert "internvl3 serve needs starlette uvicorn pydantic" in " ".join(result.output.split())
+
+
 def test_a_port_that_is_taken():
     import socket
 

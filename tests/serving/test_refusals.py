@@ -118,6 +118,24 @@ def test_a_field_is_honored_or_refused_by_name(server, fields, message):
     assert re.search(message, answer.message), answer.message
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_our_own_fields_in_every_api(server, path, body):
+    own = {"v2pe_delta": "auto", "max_tiles": 5, "best_of": 3, "critic": "prm", "think": True}
+    assert post(server, path, {**body, **own}).status == 200
+    request = server.engine.requests[-1]
+    config = request.config
+    assert (config.v2pe_delta, config.max_tiles) == ("auto", 5)
+    assert (request.best_of, request.critic, request.think) == (3, "prm", True)
+
+
 def test_neutral_and_unknown_fields_are_ignored(server):
     answer = ask(
         server, tools=[], tool_choice="none", modalities=["text"], user="me", store=True,
