@@ -6,7 +6,7 @@ import pytest
 from fixtures.inputs import random_image, relative_error
 from fixtures.loaded_models import numbers, tiny
 from fixtures.tiny import Recipe
-from fixtures.tolerances import TOLERANCE
+from fixtures.tolerances import HERE, TOLERANCE
 
 from internvl3_mlx import load
 from internvl3_mlx.models.rope import Rotary
@@ -112,7 +112,8 @@ def test_delta_one_is_no_delta_to_the_bit(plain):
     assert one.uses_unit_positions  # what answers ask for: such prompts take the fused path
     heads = mx.random.normal((1, len(inputs.token_ids), 3, 32), key=mx.random.key(5))
     turned, explicit = (Rotary(32, 1e6, at)(heads) for at in (0, one.position_ids))
-    np.testing.assert_array_equal(numbers(explicit), numbers(turned))
+    furthest = len(inputs.token_ids) * HERE.rotation  # to the bit on a CPU
+    np.testing.assert_allclose(numbers(explicit), numbers(turned), rtol=0, atol=furthest)
     # the same numbers lie otherwise in memory, and some BLAS then sum in another order
     given = inputs.input_ids[None], inputs.pixel_values
     logits = numbers(vlm.model(*given))
