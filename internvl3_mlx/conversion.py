@@ -27,6 +27,7 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading import hub
 from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 from internvl3_mlx.loading.resolve import resolve_model
+from internvl3_mlx.user_paths import expand_user
 
 Layout = Literal["mlx", "original", "hf"]
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
@@ -201,7 +202,7 @@ class QuantizationArguments:
         if isinstance(self.recipe, QuantizationRecipe):
             return self.recipe
         if Path(self.recipe).suffix in YAML_SUFFIXES:
-            return read_recipe(Path(self.recipe).expanduser())
+            return read_recipe(expand_user(self.recipe))
         return mixed_recipe(str(self.recipe), self.group_size, vision_bits=self.vision_bits)
 
     def choose_calibration(self, dtype: str | None) -> CalibrationConfig | None:
@@ -269,7 +270,7 @@ def ignore_progress(_: ConversionProgress) -> None:
 
 
 def expand(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path).expanduser()
+    return None if path is None else expand_user(path)
 
 
 def describe_call(arguments: Mapping[str, Any]) -> str:
@@ -282,7 +283,7 @@ def describe_call(arguments: Mapping[str, Any]) -> str:
             continue
         if isinstance(value, QuantizationRecipe):
             value = value.name
-        path = Path(value).expanduser() if isinstance(value, (str, Path)) else None
+        path = expand_user(value) if isinstance(value, (str, Path)) else None
         if path is not None and path.is_absolute():
             value = path.name
         text = repr(str(value) if isinstance(value, Path) else value)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from internvl3_mlx.durable import flush, flush_tree
 from internvl3_mlx.errors import UserError, WriteError
+from internvl3_mlx.user_paths import expand_user, home_folder
 from internvl3_mlx.write_guards import (
     MODEL_FOLDER,
     FolderKind,
@@ -215,17 +216,17 @@ def check_unused(
 def cache_folder(name: str = "") -> Path:
     """Return folder ``name`` of $INTERNVL3_CACHE, or of the user's cache. It may not exist."""
     if configured := os.environ.get(CACHE_VARIABLE):
-        return Path(configured).expanduser() / name
+        return expand_user(configured) / name
     base = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (base if base.is_absolute() else Path.home() / ".cache") / CACHE_NAME / name
+    return (base if base.is_absolute() else home_folder() / ".cache") / CACHE_NAME / name
 
 
 def data_folder(name: str = "") -> Path:
     """Return folder ``name`` of $INTERNVL3_DATA, or of the user's data. It may not exist."""
     if configured := os.environ.get(DATA_VARIABLE):
-        return Path(os.path.expanduser(configured)) / name
+        return expand_user(configured) / name
     base = Path(os.environ.get("XDG_DATA_HOME") or "")
-    return (base if base.is_absolute() else Path.home() / ".local" / "share") / CACHE_NAME / name
+    return (base if base.is_absolute() else home_folder() / ".local" / "share") / CACHE_NAME / name
 
 
 def check_keys(found: Iterable[object], known: Iterable[str], where: str) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.user_paths import read_small_file
 
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
-YAML_LIMIT = 2**20  # bytes; a configuration file has a few thousand
 MAX_NODES = 100_000  # values, those behind an alias counted each time: they multiply
 VALUE_ERRORS = (ValueError, RecursionError, OverflowError)  # of dates, numbers and nesting
 
@@ -23,18 +23,11 @@ def read_yaml(path: Path, expected: str) -> Mapping[str, Any]:
     """
     import yaml
 
+    data = read_small_file(path)
     try:
-        if not path.is_file() and path.exists():
-            raise UserError(f"{path} is not a regular file; name a YAML file")
-        with path.open("rb") as stream:
-            data = stream.read(YAML_LIMIT + 1)
-        if len(data) > YAML_LIMIT:
-            raise UserError(f"{path} is larger than {YAML_LIMIT:,} bytes; name a YAML file")
         text = data.decode("utf-8-sig")
         check_size(yaml.compose(text, yaml.SafeLoader), path)
         content = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except (yaml.YAMLError, *VALUE_ERRORS) as error:
         line = " ".join(str(error).split()) or "it is nested too deeply"
         raise UserError(f"{path} is not valid YAML: {line}") from error

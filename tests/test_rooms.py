@@ -14,9 +14,9 @@ ROOMS_AT_THE_ROOT = ("convert", "metal_kernels")
 
 # A room imports only from its own group's members' left: same group, no imports between two rooms.
 ORDER = (
-    ("install_hint", "durable", "demo"),
+    ("install_hint", "durable", "native_output", "demo"),
     ("errors",),
-    ("write_guards",),
+    ("write_guards", "user_paths"),
     ("files", "json_files", "yaml_files", "device", "option_fields"),
     ("disk",),
     ("metrics", "records"),

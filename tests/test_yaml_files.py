@@ -44,7 +44,7 @@ def test_a_yaml_mapping_is_read(tmp_path):
         ("text: !!python/object/apply:os.system [ls]", "not valid YAML: could not determine a con"),
         (BOMB, "stands for more than 100,000 values; write it without &"),
         ("a: &a [*a]", "stands for more than 100,000 values; write it without &"),
-        ("#" * 2**20 + "\ntext: 4", "is larger than 1,048,576 bytes; name a YAML file"),
+        ("#" * 2**20 + "\ntext: 4", "is larger than 1,048,576 bytes; name another file"),
     ],
 )
 def test_a_hostile_file_is_one_line(tmp_path, content, message):
@@ -58,7 +58,7 @@ def test_a_hostile_file_is_one_line(tmp_path, content, message):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "r.yaml")
-    with pytest.raises(UserError, match=r"r.yaml is not a regular file; name a YAML file"):
+    with pytest.raises(UserError, match=r"r.yaml is not a regular file; name a text file"):
         read_yaml(tmp_path / "r.yaml", "keys")
 
 

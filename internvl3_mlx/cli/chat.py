@@ -195,6 +195,10 @@ def run_chat(session: ChatSession, *, keep_lines: bool = False) -> None:
             text = reader.read()
         except EOFError:
             break
+        except UserError as error:
+            session.num_failed += 1
+            console.error(str(error))
+            continue
         try:
             with without_echo():
                 handle_line(session, text)

@@ -1,7 +1,6 @@
 """``internvl3 fuse``: merges an adapter into its model."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +15,7 @@ from internvl3_mlx.cli.convert_run import (
 from internvl3_mlx.cli.flags import SectionedCommand, flags_from
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.option_fields import config_field
+from internvl3_mlx.user_paths import expand_user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def export_adapter(request: FuseRequest) -> None:
     from internvl3_mlx.files import wait_silently
     from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 
-    folder, target = fetch_adapter(request.adapter), Path(request.target or "").expanduser()
+    folder, target = fetch_adapter(request.adapter), expand_user(request.target or "")
     source = find_source(request.source, request.revision)
     modules = convert_adapter_layout(
         folder,

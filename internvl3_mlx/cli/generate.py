@@ -16,6 +16,7 @@ from internvl3_mlx.cli.endings import FLAG, describe_ending, require_complete
 from internvl3_mlx.cli.faults import attempt
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.cli.input_line import expand_sample, media_source, open_media
+from internvl3_mlx.cli.line_reader import MAX_LINE
 from internvl3_mlx.cli.load_model import load_vlm
 from internvl3_mlx.cli.options import STDIN, OutputOptions
 from internvl3_mlx.cli.thoughts import show_thoughts
@@ -191,7 +192,9 @@ def _read_question(prompt: str | None, sources: tuple[str, ...]) -> str:
             raise UserError("standard input is used for the image; pass the question with -p")
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError(f"no question; {example}")
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read(MAX_LINE + 1)
+        if len(prompt) > MAX_LINE:
+            raise UserError(f"the question has more than {MAX_LINE:,} characters; shorten it")
     if not prompt or not prompt.strip():
         raise UserError(f"the question is empty; {example}")
     return prompt

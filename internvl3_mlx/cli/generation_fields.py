@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.generation_config import CHOICE_MODES, GenerationConfig
 from internvl3_mlx.json_files import parse_json_value
 from internvl3_mlx.option_fields import FieldInfo
+from internvl3_mlx.user_paths import expand_user, read_small_file
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -33,10 +33,8 @@ def parse_deltas(text: str) -> "float | Fraction | str | tuple[Any, ...]":
 def read_schema(path: str) -> str:
     """Return the JSON schema in a file as text. Raises UserError if it is not JSON."""
     try:
-        text = Path(path).expanduser().read_text("utf-8-sig")
+        text = read_small_file(expand_user(path)).decode("utf-8-sig")
         parse_json_value(text.encode())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}; correct it") from error
     return text

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.input_line import display_path, media_kind, split_words
 from internvl3_mlx.cli.settings import complete_model, complete_setting
+from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import data_folder
 
 if TYPE_CHECKING:
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 
 PROMPT = "› "
 FENCE = '"""'
+MAX_LINE = 2**24  # characters; a data URI of an image may have some millions
+LINE_TOO_LONG = f"a line has more than {MAX_LINE:,} characters; name files by their paths"
 SAVED_COMMANDS = ("/save", "/load", "/set")  # complete files of conversations, or schemas
 EXIT_HINT = "press Ctrl-D or type /exit to leave"
 
 
 class LineReader(Protocol):
-    """Returns the next input; raises EOFError at the end."""
+    """Returns the next input; raises EOFError at the end, UserError for a line that is too long."""
 
     def read(self) -> str: ...
 
@@ -57,12 +60,18 @@ class PipeReader:
                 text += "\n" + self.read_raw_line()
             except EOFError:
                 break  # the end of the pipe closes a fence
+            if len(text) > MAX_LINE:
+                raise UserError(LINE_TOO_LONG)
         return strip_fence(text)
 
     def read_raw_line(self) -> str:
-        line = sys.stdin.readline()
+        line = sys.stdin.readline(MAX_LINE + 1)
         if not line:
             raise EOFError
+        if len(line) > MAX_LINE:
+            while line and not line.endswith("\n"):
+                line = sys.stdin.readline(MAX_LINE)
+            raise UserError(LINE_TOO_LONG)
         return line.rstrip("\n")
 
 
@@ -104,11 +113,11 @@ def open_typed_lines() -> "History":
             with suppress(OSError):  # a full disk must not end the chat
                 super().store_string(string)
 
-    path = typed_lines_path()
     try:
+        path = typed_lines_path()
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError:
+    except (OSError, UserError):
         return InMemoryHistory()
     return TypedLines(path)
 

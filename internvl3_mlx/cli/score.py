@@ -1,7 +1,6 @@
 """``internvl3 score``: what a critic thinks of one response, step by step."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +17,7 @@ from internvl3_mlx.cli.flags import SectionedCommand, apply_flags, flag
 from internvl3_mlx.cli.input_line import expand_sample, media_source, open_media
 from internvl3_mlx.cli.options import STDIN
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.user_paths import expand_user
 
 if TYPE_CHECKING:
     from internvl3_mlx.test_time_scaling.critic import ResponseScore
@@ -110,7 +110,7 @@ def read_response(source: str | None) -> str:
         if source == STDIN:
             text = sys.stdin.read(LIMIT_BYTES + 1) if sys.stdin is not None else ""
         else:
-            path = Path(source).expanduser()
+            path = expand_user(source)
             if path.exists() and not path.is_file():
                 raise UserError(f"{source} is not a regular file; name a text file")
             with path.open(encoding="utf-8") as file:

@@ -1,6 +1,7 @@
 """The chat's slash commands: a table of their names, arguments and actions."""
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -147,6 +148,8 @@ def edit_question(session: ChatSession, _: str) -> None:
     """Edit the last question in the user's editor and ask it again, or write a first one."""
     import click
 
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UserError("/edit opens an editor, which needs a terminal; type the question again")
     exchanges = session.conversation.exchanges
     new = click.edit(exchanges[-1].question if exchanges else "")
     if new is None or not new.strip():

@@ -19,6 +19,7 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.option_fields import field_info
 from internvl3_mlx.training.config import PRESETS, TrainConfig
 from internvl3_mlx.training.config_file import CONFIG_FILE, build_config
+from internvl3_mlx.user_paths import expand_user
 
 
 def config_flags(command: Function) -> Function:
@@ -115,7 +116,7 @@ def train_command(config: str | None, **flags: Any) -> None:
 def choose_config_file(config: str | None, given: dict[str, Any], *, resumes: bool) -> Path | None:
     """Return the YAML file that flags override: the given one, or that of the run to resume."""
     if config is not None:
-        return Path(config).expanduser()
+        return expand_user(config)
     default = next(entry.default for entry in fields(TrainConfig) if entry.name == "adapter_path")
-    saved = Path(given.get("adapter_path", default)).expanduser() / CONFIG_FILE
+    saved = expand_user(given.get("adapter_path", default)) / CONFIG_FILE
     return saved if resumes and saved.is_file() else None

@@ -3,12 +3,12 @@
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.cli import console, progress
 from internvl3_mlx.cli.train_json import EVENTS_AS_JSON, end_values, without_none
 from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.user_paths import expand_user
 
 if TYPE_CHECKING:
     from internvl3_mlx.training.events import (
@@ -223,7 +223,7 @@ def next_steps(config: TrainConfig, end: "TrainEnd") -> Iterator[str]:
     """Suggest the commands to run next."""
     from internvl3_mlx.loading.resolve import DEFAULT_MODEL
 
-    folder = shlex.quote(str(Path(config.adapter_path).expanduser()))
+    folder = shlex.quote(str(expand_user(config.adapter_path)))
     if end.stop_reason:
         yield f"resume with: internvl3 train --resume --adapter-path {folder}"
     if config.uses_adapters:

@@ -4,12 +4,12 @@ import shlex
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl3_mlx.cli import console, progress
 from internvl3_mlx.cli.train_display import INTERRUPTED, TrainDisplay, TrainRequest
 from internvl3_mlx.cli.train_interrupts import Interrupts
+from internvl3_mlx.user_paths import expand_user
 
 if TYPE_CHECKING:
     from internvl3_mlx.training.events import TrainEvent
@@ -95,7 +95,7 @@ def save_and_leave(request: TrainRequest, events: "Generator[TrainEvent, None, N
 
     with suppress(KeyboardInterrupt, StopIteration):
         events.throw(KeyboardInterrupt())  # in a run that has saved and ended already, no effect
-    folder = Path(request.config.adapter_path).expanduser()
+    folder = expand_user(request.config.adapter_path)
     found = list_checkpoints(folder)
     if not found:
         console.note("stopped at once; nothing was saved")

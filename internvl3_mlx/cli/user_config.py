@@ -13,6 +13,7 @@ import click
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import CACHE_NAME, atomic_write, did_you_mean
+from internvl3_mlx.user_paths import expand_user, home_folder, read_small_file
 from internvl3_mlx.yaml_files import read_yaml
 
 CONFIG_VARIABLE = "INTERNVL3_CONFIG"  # os.devnull for no file
@@ -25,9 +26,13 @@ EXPECTED = "settings such as model: 2b"
 def config_path() -> Path:
     """Return the file that $INTERNVL3_CONFIG names, or that in the user's folder of settings."""
     if named := os.environ.get(CONFIG_VARIABLE):
-        return Path(named).expanduser()
+        return expand_user(named)
     base = Path(os.environ.get("XDG_CONFIG_HOME") or "")
-    return (base if base.is_absolute() else Path.home() / ".config") / CACHE_NAME / CONFIG_NAME
+    try:
+        base = base if base.is_absolute() else home_folder() / ".config"
+    except UserError:  # no home folder, so no file in it
+        return Path(os.devnull)
+    return base / CACHE_NAME / CONFIG_NAME
 
 
 def setting_types() -> dict[str, type]:
@@ -64,10 +69,9 @@ def read_config(*, may_be_missing: bool = False) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    if str(path) == os.devnull:
+        return ""
+    return read_small_file(path).decode("utf-8", errors="replace")
 
 
 def check_config(content: Mapping[Any, Any], place: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.runner import ModelRunner, final_answer
 from internvl3_mlx.prompt.messages import Message
+from internvl3_mlx.user_paths import expand_user
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -207,7 +208,7 @@ class Conversation:
         """
         prompt_cache = self.prompt_cache if cache else None
         write_conversation(
-            Path(path).expanduser(),
+            expand_user(path),
             self.exchanges,
             self.generation_config,
             self.runner,
@@ -220,7 +221,7 @@ class Conversation:
         Raises UserError for a file that is not a saved conversation, and changes nothing then.
         """
         saved = read_conversation(
-            Path(path).expanduser(), self.generation_config, self.runner, self.prompt_cache
+            expand_user(path), self.generation_config, self.runner, self.prompt_cache
         )
         self.generation_config = saved.generation_config
         self.exchanges = saved.exchanges

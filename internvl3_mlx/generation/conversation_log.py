@@ -138,7 +138,7 @@ class ConversationLog:
             assert self.stream is not None
             self.stream.write(json.dumps(record) + "\n")
             self.stream.flush()
-        except (OSError, RuntimeError) as fault:  # RuntimeError: there is no home folder
+        except (OSError, UserError) as fault:  # there is no home folder, or another chat
             self.fault = fault
 
     def open(self) -> None:

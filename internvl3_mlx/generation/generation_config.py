@@ -104,7 +104,7 @@ class GenerationConfig:
         for name, (lowest, highest) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value <= highest:
-                raise UserError(f"{name} is {value}; choose {lowest:g} to {highest:g}")
+                raise UserError(f"{name} is {value}; choose {lowest:,} to {highest:,}")
         if self.kv_bits is not None and self.kv_bits not in KV_BITS:
             raise UserError(
                 f"kv_bits is {self.kv_bits}; choose 4 or 8, or None for no quantization"
@@ -195,7 +195,7 @@ class GenerationOptions(TypedDict, total=False):
     cot: bool
 
 
-UNBOUNDED = 1_000_000_000
+UNBOUNDED = 10**9
 RANGES: dict[str, tuple[float, float]] = {
     "num_frames": (1, 4096),
     "max_tiles": (1, 4096),

@@ -206,7 +206,11 @@ def _existing(text: str) -> Path | None:
         if os.path.exists(path):
             return Path(path)
     wanted = Path(os.path.expanduser(text))
-    twins = [name for name in _siblings(wanted) if _folded(name) == _folded(wanted.name)]
+    twins = [
+        name
+        for name in _siblings(wanted)
+        if _folded(name) == _folded(wanted.name) and wanted.with_name(name).exists()
+    ]
     return wanted.with_name(twins[0]) if len(twins) == 1 else None
 
 

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +27,7 @@ from internvl3_mlx.images.color import (
     to_rgb,
 )
 from internvl3_mlx.images.fetch import ImageBytes, locate, shorten_name
+from internvl3_mlx.native_output import native_errors_hidden
 
 CLIPBOARD = "clipboard"
 # Common formats only: some of Pillow's readers start programs (EPS runs Ghostscript).
@@ -173,7 +174,9 @@ def _decode(file: BinaryIO, located: ImageBytes) -> Image.Image:
         if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
             return decode_heic(located)
         raise ImageError(f"cannot read {located.name}: {_describe_other_file(head)}") from error
-    image.load()
+    # libtiff writes its own words about damage
+    with native_errors_hidden() if image.format == "TIFF" else nullcontext():
+        image.load()
     return image
 
 

@@ -17,6 +17,7 @@ from internvl3_mlx.images.load import (
     open_located,
 )
 from internvl3_mlx.images.pdf import MAX_PAGES, read_pages
+from internvl3_mlx.native_output import native_errors_hidden
 
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PAGE_PIXELS = 600_000_000  # 64 scanned pages at 300 dpi; 1.8 GB
@@ -36,7 +37,7 @@ def open_pages(source: str | Path | bytes, *, upright: bool = True) -> list[Load
         if file.read(4) not in TIFF_HEADS:
             return [open_located(located, upright=upright)]
         file.seek(0)
-        with one_line_errors(located.name):
+        with one_line_errors(located.name), native_errors_hidden():
             document = open_header(file, located.name, ["TIFF"])
             return [*_tiff_pages(document, located.name, upright)]
 

@@ -1,6 +1,7 @@
 """Tokenizer: text to ids and back, from any of the tokenizer files a repository may have."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tokenizers.pre_tokenizers import Metaspace
 
 from internvl3_mlx.errors import CheckpointError
 from internvl3_mlx.json_files import JSON_LIMIT
+from internvl3_mlx.native_output import native_errors_hidden
 from internvl3_mlx.prompt.added_tokens import AddedTokenMatcher, keep
 from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer, visible_added_tokens
 from internvl3_mlx.prompt.messages import GeneratedAnswer, ImageSegment, Segment, TextSegment
@@ -174,17 +176,25 @@ def _read_vocabulary(folder: Path) -> Vocabulary:
     )
 
 
-def _read_tokenizer_json(folder: Path) -> Vocabulary:
-    path = folder / "tokenizer.json"
-    if path.stat().st_size > JSON_LIMIT:
-        raise CheckpointError(f"{path} is too large for a tokenizer; download it again")
+@contextmanager
+def _rust_errors(files: str) -> Iterator[None]:
+    """Turn whatever the library raises into a CheckpointError of one line."""
     try:
-        whole = tokenizers.Tokenizer.from_file(str(path))
+        with native_errors_hidden():
+            yield
     except BaseException as error:  # its Rust code also panics, which is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         why = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be read ({why}); download it again") from error
+        raise CheckpointError(f"{files} cannot be read ({why}); download it again") from error
+
+
+def _read_tokenizer_json(folder: Path) -> Vocabulary:
+    path = folder / "tokenizer.json"
+    if path.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{path} is too large for a tokenizer; download it again")
+    with _rust_errors(str(path)):
+        whole = tokenizers.Tokenizer.from_file(str(path))
     added = read_added_tokens(folder) | {
         token.content: AddedToken(number, token.special, *(getattr(token, flag) for flag in FLAGS))
         for number, token in whole.get_added_tokens_decoder().items()
@@ -217,12 +227,8 @@ def _without_added(whole: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 def _read_qwen_bpe(folder: Path) -> tokenizers.Tokenizer:
     """Build what Qwen2's tokenizer class builds from vocab.json and merges.txt."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    try:
+    with _rust_errors(f"{vocab} and {merges.name}"):
         core = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # the library raises nothing more specific
-        raise CheckpointError(
-            f"{vocab} and {merges.name} cannot be read ({error}); download them again"
-        ) from error
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -9,6 +9,7 @@ from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.json_files import read_json
 from internvl3_mlx.test_time_scaling.critic import PRM_SYSTEM
+from internvl3_mlx.user_paths import expand_user
 from internvl3_mlx.yaml_files import RUN_CONFIG, read_yaml
 
 PRM_METHOD = "prm"  # of internvl3 train
@@ -36,7 +37,7 @@ def find_critic(name: str) -> CriticSource:
     A critic that ``internvl3 train --method prm`` wrote is used with the system prompt of its data.
     Raises UserError for an adapter that does not name its base model.
     """
-    folder = Path(name).expanduser()
+    folder = expand_user(name)
     if not folder.is_dir():
         return CriticSource(PUBLISHED_CRITICS.get(name.lower(), name))
     system = PRM_SYSTEM if is_prm_run(folder) or is_prm_run(folder.parent) else None

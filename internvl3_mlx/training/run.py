@@ -65,6 +65,7 @@ from internvl3_mlx.training.session import (
 )
 from internvl3_mlx.training.setup import RunSetup, prepare_run
 from internvl3_mlx.training.trainer import DivergedError, make_updates
+from internvl3_mlx.user_paths import expand_user
 from internvl3_mlx.vlm import ignore_message
 
 CACHE_FRACTION = 8  # of the GPU's memory limit, for freed buffers that may be reused
@@ -164,7 +165,7 @@ def check_data(
 
 def check_run_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     """Raise UserError rather than overwrite an earlier run that was not meant."""
-    folder = Path(config.adapter_path).expanduser()
+    folder = expand_user(config.adapter_path)
     if resume and overwrite:
         raise UserError(
             "--resume and --overwrite are mutually exclusive: one continues the run in the folder, "

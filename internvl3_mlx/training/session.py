@@ -44,6 +44,7 @@ from internvl3_mlx.training.optimizers import warmup_updates
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
 from internvl3_mlx.training.trainable import count_parameters, set_trainable
 from internvl3_mlx.training.trainer import MicroBatch, TrainState
+from internvl3_mlx.user_paths import expand_user
 from internvl3_mlx.vlm import ignore_message
 
 
@@ -70,7 +71,7 @@ class TrainSession:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.adapter_path).expanduser()
+        return expand_user(self.config.adapter_path)
 
     def remaining_batches(self) -> Iterator[MicroBatch]:
         """Yield the micro-batches that remain after those the state has read."""

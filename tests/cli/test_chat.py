@@ -150,7 +150,16 @@ def test_save_load_and_clear(session, send, tmp_path):
     assert "processes it again" in send("/load plain.zip")
 
 
+class Keyboard:
+    def isatty(self):
+        return True
+
+
 def test_edit_changes_the_last_question_and_asks_again(session, send, monkeypatch):
+    send("What is it?")
+    assert "/edit opens an editor, which needs a terminal" in send("/edit")  # there is none here
+    send("/undo")
+    monkeypatch.setattr("sys.stdin", Keyboard())
     monkeypatch.setattr("click.edit", lambda text: text.replace("it", "this"))
     send("cat.png What is it?")
     send("/edit")

@@ -148,7 +148,7 @@ def test_a_missing_image_is_reported_before_the_model_loads(vlm, red, missing):
 @pytest.mark.parametrize(
     ("flag", "value", "bound"),
     [
-        ("--max-tokens", "0", "max_tokens is 0; choose 1 to 1e+09"),
+        ("--max-tokens", "0", "max_tokens is 0; choose 1 to 1,000,000,000"),
         ("--temp", "-0.1", "temperature is -0.1; choose 0 to 100"),
         ("--top-p", "1.5", "top_p is 1.5; choose 0 to 1"),
         ("--top-k", "-1", "top_k is -1; choose 0 to"),
