@@ -41,7 +41,7 @@ OUTSIDE = ("__init__", "__main__")  # the package's front door names every room
 
 # library -> the rooms that may import it at all
 HOMES = {
-    "PIL": {"images"},
+    "PIL": {"images", "evaluation"},  # evaluation renders images of its own
     "pillow_heif": {"images"},
     "av": {"images"},
     "pypdfium2": {"images"},

@@ -316,13 +316,28 @@ def _is_sideways(image: Image.Image) -> bool:
         return False
 
 
+def enlarge(picture: LoadedImage, factor: int) -> LoadedImage:
+    """Scale an image up by a whole factor, bilinearly."""
+    size = (picture.width * factor, picture.height * factor)
+    return replace(picture, image=picture.image.resize(size, Image.Resampling.BILINEAR))
+
+
 PREVIEW_PIXELS = 480  # of the longer side
 
 
 def preview_png(picture: LoadedImage, longest: int = PREVIEW_PIXELS) -> bytes:
     """Shrink an image to ``longest`` pixels and return it as PNG."""
+    return _encode(picture, longest, "PNG")
+
+
+def preview_jpeg(picture: LoadedImage, longest: int = PREVIEW_PIXELS) -> bytes:
+    """Shrink an image to ``longest`` pixels and return it as JPEG."""
+    return _encode(picture, longest, "JPEG")
+
+
+def _encode(picture: LoadedImage, longest: int, form: str) -> bytes:
     small = picture.image.copy()
     small.thumbnail((longest, longest), Image.Resampling.BICUBIC)
     file = io.BytesIO()
-    small.save(file, "PNG")
+    small.save(file, form)
     return file.getvalue()

@@ -131,3 +131,11 @@ def mean_score(scores: Sequence[float]) -> GroupScore:
     """Return the mean of scores, each in a group of its own."""
     sums = np.column_stack([np.asarray(scores, dtype=np.float64), np.ones(len(scores))])
     return GroupScore(sums, lambda totals: divide(totals[..., 0], totals[..., 1]))
+
+
+def all_right(items: Sequence[ScoredItem]) -> GroupScore:
+    """Return the share of groups whose items are all right (MMBench's CircularEval)."""
+    groups: dict[Hashable, bool] = {}
+    for item in items:
+        groups[item.group] = groups.get(item.group, True) and item.score == 1
+    return mean_score([float(right) for right in groups.values()])

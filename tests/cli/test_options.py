@@ -56,20 +56,32 @@ def test_every_setting_is_written_once():
     assert len(spellings) == len(set(spellings))
 
 
-def commands():
+def named_commands():
+    """Yield each command with the words that call it; a group's own task is its command run."""
     context = main.make_context("internvl3", [])
-    return [main.get_command(context, name) for name in COMMANDS]
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        if not isinstance(command, click.Group):
+            yield [name], command
+            continue
+        for part, member in command.commands.items():
+            yield [name] if part == "run" else [name, part], member
+
+
+def commands():
+    return [command for _, command in named_commands()]
 
 
 def test_every_command_ends_its_help_with_two_or_three_examples_that_parse():
-    for command in commands():
+    for names, command in named_commands():
         assert len(command.examples) in (2, 3), command.name
         for line, comment in command.examples:
             words = shlex.split(line.removeprefix('eval "$(').removesuffix(')"'), comments=True)
-            name, *rest = words[1 : words.index("|") if "|" in words else None]
+            given = words[1 : words.index("|") if "|" in words else None]
+            called, rest = given[: len(names)], given[len(names) :]
             rest = rest[: rest.index(">")] if ">" in rest else rest
-            assert (words[0], name) == ("internvl3", command.name)
-            command.make_context(name, rest, resilient_parsing=False)
+            assert (words[0], called) == ("internvl3", names)
+            command.make_context(names[-1], rest, resilient_parsing=False)
             assert comment
 
 

@@ -1,0 +1,130 @@
+"""Run an evaluation on the terminal: progress, the table of results, and what to know about it."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from internvl3_mlx.cli import console, progress
+
+if TYPE_CHECKING:
+    from internvl3_mlx import VLM
+    from internvl3_mlx.evaluation.results import EvalResult
+    from internvl3_mlx.evaluation.runner import Evaluation
+    from internvl3_mlx.evaluation.setup import EvalPlan
+
+SHOWN_ERRORS = 3
+
+
+def run_evaluation(plan: "EvalPlan", given: dict[str, Any]) -> None:
+    """Load the model, run the evaluation under a progress bar, and print its result."""
+    from internvl3_mlx.evaluation.setup import make_evaluation
+
+    quiet, as_json = given["quiet"], given["as_json"]
+    vlm = load_vlm(given["load_options"], quiet=quiet)
+    evaluation = make_evaluation(
+        plan,
+        vlm,
+        folder=given["output"],
+        adapter=given["load_options"].get("adapter"),
+        judge=given["judge"],
+        batch_size=given["batch_size"],
+        overwrite=given["overwrite"],
+    )
+    result = follow(evaluation, quiet=quiet)
+    if as_json:
+        console.print_json(result.to_dict(), indent=2)
+    else:
+        show_result(result)
+    if not quiet:
+        console.hint(f"predictions, scores and settings are in {evaluation.folder}")
+
+
+def load_vlm(load_options: dict[str, Any], *, quiet: bool) -> "VLM":
+    from internvl3_mlx import load
+
+    with console.spinner("loading the model", quiet=quiet) as notify:
+        return load(**load_options, notify=notify)
+
+
+def follow(evaluation: "Evaluation", *, quiet: bool) -> "EvalResult":
+    """Run to the end; show progress, and name the first items that failed."""
+    from internvl3_mlx.evaluation.runner import EvalEnd, EvalProgress, EvalStarted, ItemFailed
+
+    failed = 0
+    with progress.progress_bar(quiet=quiet) as advance:
+        for event in evaluation.run():
+            match event:
+                case EvalStarted() if event.resumed and not quiet:
+                    console.note(f"continuing after {event.resumed:,} of {event.items:,} items")
+                case EvalProgress():
+                    advance(event.stage, event.done, event.total)
+                case ItemFailed():
+                    failed += 1
+                    if failed <= SHOWN_ERRORS and not quiet:
+                        console.note(f"item {event.id} counts as wrong: {event.error}")
+                case EvalEnd():
+                    return event.result
+                case _:
+                    pass
+    raise AssertionError("an evaluation ends with EvalEnd")
+
+
+def show_result(result: "EvalResult") -> None:
+    """Print the score with its interval, what it depends on, and what to know about it."""
+    content = result.to_dict()
+    console.print_table(result_table(content))
+    for text in warnings(content):
+        console.note(text)
+
+
+def format_score(content: dict[str, Any]) -> str:
+    """Format ``80.2 (78.1 – 82.1)``; the interval is 95%."""
+    low, high = content["interval_95"]
+    return f"{content['score']:.1f} ({low:.1f} – {high:.1f})"
+
+
+def result_table(content: dict[str, Any]) -> dict[str, Any]:
+    published = content["published"]
+    changed = f", changed: {', '.join(content['changed'])}" if content["changed"] else ""
+    note = f" ({published['note']})" if published and published.get("note") else ""
+    judge = {"judge": content["judge"]} if content["judge"] else {}
+    adapter = {"adapter": content["adapter"]} if content["adapter"] else {}
+    categories = [
+        {"category": name, "n": part["n"], "score": format_score(part)}
+        for name, part in content["categories"].items()
+    ]
+    rate = content["tokens_per_second"]
+    preset = f"{content['harness']} (--preset {content['preset']}{changed})"
+    harness = {"harness": preset} if content["harness"] else {}
+    return {
+        "task": content["title"],
+        "score": format_score(content),
+        "metric": f"{content['metric']}, 95% interval ({content['interval_method']})",
+        "items": content["n"],
+        "published": published and f"{published['model']} {published['score']:g}{note}",
+        "model": f"{content['model']}, {content['weights']}",
+        **adapter,
+        **harness,
+        "prompt": content["prompt"],
+        "tiles": content["max_tiles"] or "the model's own",
+        "tokens": content["max_tokens"],
+        "parser": content["parser"],
+        **judge,
+        "speed": rate and f"{rate:,.1f} tokens a second, peak {content['peak_memory_gb']:.2f} GB",
+        **({"by category": categories} if categories else {}),
+    }
+
+
+def warnings(content: dict[str, Any]) -> Iterator[str]:
+    """Say what of a result needs attention."""
+    if count := content["errors"]:
+        yield f"{count:,} of the items could not be asked and count as wrong; scores.jsonl says why"
+    if count := content["cut_answers"]:
+        yield f"{count:,} answers were cut at {content['max_tokens']:,} tokens"
+    if count := content["unread_answers"]:
+        yield f"in {count:,} answers nothing was found that could be scored"
+    if content["published"] and content["changed"]:
+        yield "settings were changed, so the published score was measured otherwise"
+    if content["published"] and content["preset"] != "internvl":
+        yield "the published score was measured with --preset internvl"
+    if content["limit"]:
+        yield f"only {content['n']:,} items were selected (seed {content['seed']})"

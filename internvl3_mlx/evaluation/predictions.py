@@ -1,0 +1,164 @@
+"""The files of one evaluation: its settings, the predictions so far, judgments and results.
+
+Predictions are appended a batch at a time. What an interrupted batch left is cut off when the run
+is resumed, so a resumed file equals an uninterrupted one to the byte.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from internvl3_mlx.errors import DataError, UserError, WriteError
+from internvl3_mlx.files import atomic_write
+from internvl3_mlx.json_files import read_json
+
+SETTINGS, PREDICTIONS, JUDGMENTS = "settings.json", "predictions.jsonl", "judgments.jsonl"
+RESULTS, SCORES = "results.json", "scores.jsonl"
+RUN_FILES = (SETTINGS, PREDICTIONS, JUDGMENTS, RESULTS, SCORES)
+NEWLINE = b"\n"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model wrote about one item. error: why it wrote nothing, if it could not."""
+
+    id: str
+    text: str = ""
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tiles: Sequence[int] = field(default_factory=tuple)
+    error: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one evaluation."""
+
+    path: Path
+
+    def prepare(self, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Make the folder, or continue in one with equal settings.
+
+        Raises ``UserError`` naming the settings that differ, and ``WriteError`` for a folder that
+        holds other files.
+        """
+        if self.path.is_dir() and any(self.path.iterdir()):
+            self._check_ours()
+            if overwrite:
+                self.clear()
+            else:
+                self._check_settings(settings)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(f"cannot make {self.path}: {error.strerror}") from error
+        if not (self.path / SETTINGS).exists():
+            self.write_json(SETTINGS, settings)
+
+    def _check_ours(self) -> None:
+        others = sorted(e.name for e in self.path.iterdir() if not _is_ours(e.name))
+        if others:
+            raise WriteError(
+                f"{self.path} holds files that are not part of an evaluation: "
+                f"{', '.join(others[:3])}; name another folder"
+            )
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        if not (self.path / SETTINGS).exists():
+            return
+        before = self.settings()
+        changed = [
+            f"{key} was {before.get(key)!r} and is {settings.get(key)!r}"
+            for key in sorted({*before, *settings})
+            if before.get(key) != settings.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path} holds an evaluation with other settings: {'; '.join(changed)}. "
+                "Name another folder with -o, or pass --overwrite"
+            )
+
+    def clear(self) -> None:
+        """Remove the files of a run and nothing else."""
+        for name in RUN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the run; raises ``DataError`` for a folder without one."""
+        if not (self.path / SETTINGS).is_file():
+            raise DataError(f"{self.path} holds no evaluation: there is no {SETTINGS}")
+        return read_json(self.path / SETTINGS)
+
+    def results(self) -> dict[str, Any]:
+        """Return the results; raises ``DataError`` where the run has not ended."""
+        if not (self.path / RESULTS).is_file():
+            raise DataError(f"{self.path} has no {RESULTS}; run the evaluation to its end first")
+        return read_json(self.path / RESULTS)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        with atomic_write(self.path / name) as part:
+            part.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write JSON Lines, replacing the file at once."""
+        with atomic_write(self.path / name) as part, part.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """Read the complete lines of a file; raises ``DataError`` for a damaged one."""
+        path = self.path / name
+        if not path.is_file():
+            return []
+        complete = path.read_bytes().rpartition(NEWLINE)[0]
+        try:
+            return [json.loads(line) for line in complete.split(NEWLINE) if line.strip()]
+        except ValueError as error:
+            raise DataError(
+                f"{path} is damaged ({error}); pass --overwrite to start again"
+            ) from error
+
+    def read_predictions(self) -> list[Prediction]:
+        return [Prediction(**row) for row in self.read_lines(PREDICTIONS)]
+
+    def truncate_predictions(self, count: int) -> None:
+        """Keep the first ``count`` predictions and cut off what follows them."""
+        path = self.path / PREDICTIONS
+        if not path.exists():
+            return
+        lines = path.read_bytes().split(NEWLINE)[:count]
+        size = sum(len(line) + 1 for line in lines)
+        with path.open("r+b") as file:
+            file.truncate(size)
+
+    def append_predictions(self, predictions: Sequence[Prediction]) -> None:
+        """Append a batch and wait until it is on the disk; raises ``WriteError``."""
+        self._append(PREDICTIONS, [prediction.to_json() for prediction in predictions])
+
+    def append_judgment(self, item_id: str, reply: str) -> None:
+        row = json.dumps({"id": item_id, "reply": reply}, ensure_ascii=False)
+        self._append(JUDGMENTS, [row])
+
+    def read_judgments(self) -> dict[str, str]:
+        """Return the judge's replies by item."""
+        return {row["id"]: row["reply"] for row in self.read_lines(JUDGMENTS)}
+
+    def _append(self, name: str, rows: Sequence[str]) -> None:
+        path = self.path / name
+        try:
+            with path.open("ab") as file:
+                file.write("".join(row + "\n" for row in rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise WriteError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _is_ours(name: str) -> bool:
+    return name in RUN_FILES or name.startswith(".")

@@ -1,0 +1,1 @@
+"""Rendered images with known answers: they show faults of tiles, resizing, prompts and weights."""
