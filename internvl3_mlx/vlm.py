@@ -280,8 +280,9 @@ class VLM:
         """Yield each candidate as it is written and scored; the last event is the result."""
         given: dict[str, Any] = {**BEST_OF_DEFAULTS, **options}
         critic = given.pop("critic", None)
-        own = {name: given.pop(name) for name in BEST_OF_NAMES if name in given}
-        config = BestOfConfig(**{"method": default_method(critic is not None), **own})
+        own: dict[str, Any] = {"method": default_method(critic is not None)}
+        own |= {name: given.pop(name) for name in BEST_OF_NAMES if name in given}
+        config = BestOfConfig(**own)
         generation = with_overrides(GenerationConfig(), cast("GenerationOptions", given))
         asked = BestOfQuestion(question, as_sequence(images), generation)
         judge = load_critic(critic) if isinstance(critic, str) else critic

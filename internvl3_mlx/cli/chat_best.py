@@ -81,9 +81,11 @@ def candidate_config(config: "GenerationConfig") -> "GenerationConfig":
     """Return the options of the chat with what candidates need where nothing is set."""
     from internvl3_mlx.test_time_scaling.candidates import BEST_OF_DEFAULTS as DEFAULTS
 
-    sampled = {} if config.temperature else {n: DEFAULTS[n] for n in ("temperature", "top_p")}
-    seed = DEFAULTS["seed"] if config.seed is None else config.seed
-    return replace(config, **{**sampled, "seed": seed, "lookup": False, "draft_model": None})
+    seed = int(DEFAULTS["seed"]) if config.seed is None else config.seed
+    alone = replace(config, seed=seed, lookup=False, draft_model=None)
+    if config.temperature:
+        return alone
+    return replace(alone, temperature=DEFAULTS["temperature"], top_p=DEFAULTS["top_p"])
 
 
 def find_best(

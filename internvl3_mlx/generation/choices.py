@@ -55,7 +55,7 @@ def mean_log_prob(engine: Engine, logits: mx.array, ids: Sequence[int]) -> float
     check_finite(rows)
     wide = rows.astype(mx.float32)
     chosen = mx.take_along_axis(wide, mx.array([*ids])[:, None], axis=-1)[:, 0]
-    return float((chosen - mx.logsumexp(wide, axis=-1)).mean().item())
+    return float((chosen - mx.logsumexp(wide, axis=-1)).mean().item())  # type: ignore[arg-type]
 
 
 def rank_choices(scores: Sequence[float], config: GenerationConfig) -> int:
