@@ -79,6 +79,12 @@ def chat_best_flags(command: Function) -> Function:
     return gather(command, {**CRITIC_FLAGS, "method": SELECT_FLAG}, "best_of_options", only_given)
 
 
+def eval_best_flags(command: Function) -> Function:
+    """Give ``command`` the flags of best-of-N but for showing the candidates."""
+    table = {name: made for name, made in BEST_OF_FLAGS.items() if name != "show_candidates"}
+    return gather(command, table, "best_of_options", only_given)
+
+
 def best_of_flags(command: Function) -> Function:
     """Give ``command`` the flags of best-of-N, collected in ``best_of_options``."""
     return gather(command, BEST_OF_FLAGS, "best_of_options", only_given)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli.best_of import eval_best_flags
 from internvl3_mlx.cli.eval_compare import compare_command
 from internvl3_mlx.cli.eval_run import run_evaluation
 from internvl3_mlx.cli.eval_synthetic import synthetic_command
@@ -46,6 +47,7 @@ HOW_FLAGS = (
         "Question", "--prompt", "prompt", metavar="TEXT",
         help='Prompt with {question}, {hint} and {options}, such as "{question} Answer briefly."',
     ),
+    options.GENERATION_FLAGS["cot"],
     options.GENERATION_FLAGS["max_tiles"],
     options.GENERATION_FLAGS["num_frames"],
     options.GENERATION_FLAGS["max_tokens"],
@@ -90,6 +92,7 @@ def flags(*groups: tuple[Callable[[Function], Function], ...]) -> Callable[[Func
 @click.argument("task", required=False)
 @flags(DATA_FLAGS, HOW_FLAGS)
 @options.load_flags
+@eval_best_flags
 @flags(RUN_FLAGS)
 @options.JSON_FLAG
 @options.QUIET_FLAG
@@ -110,6 +113,7 @@ def run_command(task: str | None, **given: Any) -> None:
     plan = plan_evaluation(
         EvalOptions(
             task=task,
+            cot=bool(given["cot"]),
             **{name: given[name] for name in (*names, "max_tiles", "max_tokens", "num_frames")},
         )
     )

@@ -4,12 +4,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.cli import console, progress
+from internvl3_mlx.cli.best_of import BestOfRequest, check_critic_flags, load_critic
+from internvl3_mlx.cli.load_model import load_vlm
+from internvl3_mlx.errors import UserError
 
 if TYPE_CHECKING:
-    from internvl3_mlx import VLM
     from internvl3_mlx.evaluation.results import EvalResult
     from internvl3_mlx.evaluation.runner import Evaluation
     from internvl3_mlx.evaluation.setup import EvalPlan
+    from internvl3_mlx.test_time_scaling.best_of import BestOfConfig
+    from internvl3_mlx.test_time_scaling.critic import Critic
 
 SHOWN_ERRORS = 3
 
@@ -20,6 +24,7 @@ def run_evaluation(plan: "EvalPlan", given: dict[str, Any]) -> None:
 
     quiet, as_json = given["quiet"], given["as_json"]
     vlm = load_vlm(given["load_options"], quiet=quiet)
+    best_of, critic = read_best_of(given["best_of_options"], quiet=quiet)
     evaluation = make_evaluation(
         plan,
         vlm,
@@ -28,6 +33,8 @@ def run_evaluation(plan: "EvalPlan", given: dict[str, Any]) -> None:
         judge=given["judge"],
         batch_size=given["batch_size"],
         overwrite=given["overwrite"],
+        best_of=best_of,
+        critic=critic,
     )
     result = follow(evaluation, quiet=quiet)
     if as_json:
@@ -38,11 +45,21 @@ def run_evaluation(plan: "EvalPlan", given: dict[str, Any]) -> None:
         console.hint(f"predictions, scores and settings are in {evaluation.folder}")
 
 
-def load_vlm(load_options: dict[str, Any], *, quiet: bool) -> "VLM":
-    from internvl3_mlx import load
+def read_best_of(
+    given: dict[str, Any], *, quiet: bool
+) -> "tuple[BestOfConfig | None, Critic | None]":
+    """Return how the best of several candidates is chosen, with the critic loaded."""
+    if "n" not in given:
+        if given:
+            raise UserError("--critic and --select need --best-of N")
+        return None, None
+    from internvl3_mlx.test_time_scaling.best_of import BestOfConfig, default_method
 
-    with console.spinner("loading the model", quiet=quiet) as notify:
-        return load(**load_options, notify=notify)
+    request = BestOfRequest(**given)
+    check_critic_flags(request)
+    critic = None if request.critic is None else load_critic(request, quiet=quiet)
+    method = request.method or default_method(critic is not None)
+    return BestOfConfig(n=request.n, method=method, critic_mode=request.critic_mode), critic
 
 
 def follow(evaluation: "Evaluation", *, quiet: bool) -> "EvalResult":
@@ -88,6 +105,9 @@ def result_table(content: dict[str, Any]) -> dict[str, Any]:
     note = f" ({published['note']})" if published and published.get("note") else ""
     judge = {"judge": content["judge"]} if content["judge"] else {}
     adapter = {"adapter": content["adapter"]} if content["adapter"] else {}
+    best = content["best_of"]
+    by = best and (f"{best['critic']} ({best['mode']})" if best["critic"] else best["method"])
+    best_of = {"best of": f"{best['n']} by {by}"} if best else {}
     categories = [
         {"category": name, "n": part["n"], "score": format_score(part)}
         for name, part in content["categories"].items()
@@ -103,6 +123,7 @@ def result_table(content: dict[str, Any]) -> dict[str, Any]:
         "published": published and f"{published['model']} {published['score']:g}{note}",
         "model": f"{content['model']}, {content['weights']}",
         **adapter,
+        **best_of,
         **harness,
         "prompt": content["prompt"],
         "tiles": content["max_tiles"] or "the model's own",

@@ -111,4 +111,4 @@ def synthetic_command(sets: tuple[str, ...], save: Path | None, **given: Any) ->
     plan = plan_synthetic(
         EvalOptions(task="synthetic", prompt=given["prompt"], max_tiles=given["max_tiles"]), source
     )
-    run_evaluation(plan, {**given, "judge": "none"})
+    run_evaluation(plan, {**given, "judge": "none", "best_of_options": {}})

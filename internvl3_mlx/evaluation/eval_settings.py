@@ -41,5 +41,8 @@ class EvalSettings:
     def config(self) -> GenerationConfig:
         """Greedy decoding with the harness's tiles and tokens."""
         return GenerationConfig(
-            max_tiles=self.how.max_tiles, max_tokens=self.how.max_tokens, keep_boxes=True
+            max_tiles=self.how.max_tiles,
+            max_tokens=self.how.max_tokens,
+            keep_boxes=True,
+            cot=self.how.cot,
         )

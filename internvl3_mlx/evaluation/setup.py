@@ -1,12 +1,11 @@
 """From a task and some options to an ``Evaluation`` that is ready to run."""
 
-import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 
@@ -15,7 +14,7 @@ from internvl3_mlx.evaluation.eval_settings import EvalSettings
 from internvl3_mlx.evaluation.item_files import SUFFIXES, FileItems, open_items
 from internvl3_mlx.evaluation.items import ItemSource, SelectedItems, rotate_all, select_items
 from internvl3_mlx.evaluation.judge import NOBODY, SELF, Judge, TextJudge, load_text_judge
-from internvl3_mlx.evaluation.runner import AnswerBatch, Evaluation
+from internvl3_mlx.evaluation.runner import AnswerBatch, Evaluation, Question
 from internvl3_mlx.evaluation.scoring import BOX_METRICS, OWN_METRICS
 from internvl3_mlx.evaluation.tasks import (
     OWN_TASK,
@@ -24,13 +23,25 @@ from internvl3_mlx.evaluation.tasks import (
     find_task,
     own_task,
     synthetic_task,
+    with_reasoning,
 )
 from internvl3_mlx.files import did_you_mean
+from internvl3_mlx.generation.answer import Answer
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
+from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.records.hub_datasets import DATASET_NAME
+from internvl3_mlx.test_time_scaling.best_of import (
+    BestOfConfig,
+    BestOfQuestion,
+    BestOfResult,
+    best_of_events,
+)
+from internvl3_mlx.test_time_scaling.candidates import BEST_OF_DEFAULTS
+from internvl3_mlx.test_time_scaling.critic import Critic
 from internvl3_mlx.vlm import VLM
 
 LMU_VARIABLE, LMU_FOLDER = "LMUData", "~/LMUData"  # where VLMEvalKit keeps its files
+SAMPLING = ("temperature", "top_p", "seed")  # of candidates; tokens are the task's
 RESULTS_FOLDER = "evaluations"
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
@@ -41,7 +52,8 @@ class EvalOptions:
 
     task: a benchmark, or a file of one's own. data: a file, a folder, or a data set on the Hub; by
     default VLMEvalKit's file in $LMUData. limit: evaluate this many items, by the share of each
-    category. metric, prompt, max_tiles, max_tokens, num_frames: instead of the preset's.
+    category. metric, prompt, max_tiles, max_tokens, num_frames: instead of the preset's. cot: ask
+    for reasoning first.
     """
 
     task: str
@@ -55,6 +67,7 @@ class EvalOptions:
     max_tiles: int | None = None
     max_tokens: int | None = None
     num_frames: int | None = None
+    cot: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +90,15 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         for name in ("metric", "prompt", "max_tiles", "max_tokens", "num_frames")
         if (value := getattr(options, name)) is not None
     }
-    how = changed_settings(how, changes)
+    how = changed_settings(with_reasoning(how) if options.cot else how, changes)
     source = open_items(data, task.layout, options.split)
     items = select_items(rotated(source, how), options.limit, options.seed)
     own = task.name == OWN_TASK
-    return EvalPlan(options, task, how, items, () if own else tuple(sorted(changes)))
+    return EvalPlan(options, task, how, items, () if own else changed_names(changes, options.cot))
+
+
+def changed_names(changes: Mapping[str, Any], cot: bool) -> tuple[str, ...]:
+    return tuple(sorted((*changes, *(("cot",) if cot else ()))))
 
 
 def plan_synthetic(options: EvalOptions, source: ItemSource) -> EvalPlan:
@@ -221,13 +238,17 @@ def make_evaluation(
     judge: str | None = None,
     batch_size: int = 8,
     overwrite: bool = False,
-    best_of: Mapping[str, object] | None = None,
-    answer_batch: AnswerBatch | None = None,
+    best_of: BestOfConfig | None = None,
+    critic: Critic | None = None,
 ) -> Evaluation:
-    """Return the evaluation of a loaded model; ``run()`` yields its events."""
+    """Return the evaluation of a loaded model; ``run()`` yields its events.
+
+    best_of: answer with the best of several candidates, chosen by ``critic`` or by vote.
+    """
     reader = open_judge(judge, vlm, plan.how)
     name = None if reader is None else reader.name
-    settings = make_settings(plan, vlm, adapter=adapter, judge=name, best_of=best_of)
+    chosen = None if best_of is None else describe_best_of(best_of, critic)
+    settings = make_settings(plan, vlm, adapter=adapter, judge=name, best_of=chosen)
     place = folder or default_folder(plan, vlm.name, adapter, settings.weights)
     return Evaluation(
         vlm.runner,
@@ -236,11 +257,35 @@ def make_evaluation(
         place,
         batch_size=batch_size,
         judge=reader,
-        answer_batch=answer_batch,
+        answer_batch=None if best_of is None else best_answers(vlm.runner, best_of, critic),
         overwrite=overwrite,
     )
 
 
-def read_settings(content: Mapping[str, Any]) -> TaskSettings:
-    """Read the task settings that a run saved."""
-    return TaskSettings(**json.loads(json.dumps(content["how"])))
+def describe_best_of(config: BestOfConfig, critic: Critic | None) -> dict[str, object]:
+    """Say how many candidates there are, how they are sampled and how the best is chosen."""
+    name = None if critic is None else critic.runner.name
+    mode = None if critic is None else config.critic_mode
+    sampling = {key: BEST_OF_DEFAULTS[key] for key in SAMPLING}
+    return {"n": config.n, "method": config.method, "critic": name, "mode": mode, **sampling}
+
+
+def best_answers(runner: ModelRunner, config: BestOfConfig, critic: Critic | None) -> AnswerBatch:
+    """Return a function that answers each question with the best of its candidates."""
+
+    def answer_all(questions: Sequence[Question]) -> list[Answer]:
+        return [best_answer(runner, question, config, critic) for question in questions]
+
+    return answer_all
+
+
+def best_answer(
+    runner: ModelRunner, question: Question, config: BestOfConfig, critic: Critic | None
+) -> Answer:
+    sampling = {key: BEST_OF_DEFAULTS[key] for key in SAMPLING}
+    asked = BestOfQuestion(
+        question.text, question.images, replace(question.config, **cast(Any, sampling))
+    )
+    *_, last = best_of_events(asked, config, runner, critic, inputs=question.inputs)
+    assert isinstance(last, BestOfResult)
+    return last.answer

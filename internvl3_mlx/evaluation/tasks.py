@@ -43,6 +43,7 @@ VIDEO_CHOICE = (
     "select the best option that accurately addresses the question.\n\n"
     "Question: {question}\nOptions:{options_in_brackets}\nOnly give the best option."
 )
+COT_TOKENS = 4096  # room for reasoning, as in both harnesses
 CLICK = "Where should I click to do the following? {question} Answer with a point [x, y]."
 
 
@@ -55,7 +56,8 @@ class TaskSettings:
     all images of a question together. metric, parser: names in ``scoring``. judge: a language
     model reads answers that the parser cannot. joined: all images form one run of tokens, and only
     the first has several tiles. upscale: factor by which the first image is enlarged. drop: text
-    that is removed from questions. circular: every rotation of the options is asked.
+    that is removed from questions. circular: every rotation of the options is asked. cot: the
+    question is asked in the published reasoning prompt.
     """
 
     prompt: str
@@ -73,6 +75,7 @@ class TaskSettings:
     upscale: int = 1
     drop: str = ""
     circular: bool = False
+    cot: bool = False
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,16 @@ def synthetic_task(prompt: str | None) -> Task:
     """Return the task of the rendered sets: the model's own tiles, the prompt of short answers."""
     settings = TaskSettings(prompt or VQA_LINE, None, 64, "rendered", "final")
     return Task(SYNTHETIC_TASK, "rendered sets", dict.fromkeys(PRESETS, settings), own=True)
+
+
+def with_reasoning(how: TaskSettings) -> TaskSettings:
+    """Ask for reasoning first: room for it, and a parser that reads the answer at its end."""
+    parser = {"text": "final", "lower": "final", "first_character": "rules"}.get(
+        how.parser, how.parser
+    )
+    if how.metric == "letter":
+        parser = "rules"
+    return replace(how, cot=True, parser=parser, max_tokens=max(how.max_tokens, COT_TOKENS))
 
 
 def find_task(name: str) -> Task:

@@ -138,3 +138,27 @@ def test_resuming_is_told(data, tmp_path):
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
     result = evaluate(data, tmp_path / "run", "--batch-size", "2")
     assert "note: continuing after 4 of 7 items" in result.stderr
+
+
+def test_the_best_of_several_candidates_is_scored(data, tmp_path):
+    result = evaluate(data, tmp_path / "run", "--best-of", "3", "--limit", "2", "--json")
+    assert result.exit_code == 0, result.output
+    best = json.loads(result.stdout)["best_of"]
+    assert (best["n"], best["method"], best["temperature"]) == (3, "vote", 0.6)
+    again = evaluate(data, tmp_path / "again", "--best-of", "3", "--limit", "2", "--json")
+    files = [tmp_path / name / "predictions.jsonl" for name in ("run", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert json.loads(again.stdout)["n"] == 2
+
+
+def test_a_critic_without_candidates_is_a_mistake(data, tmp_path):
+    result = evaluate(data, tmp_path / "run", "--critic", "visualprm-8b")
+    assert result.exit_code == 2
+    assert "need --best-of N" in result.stderr
+
+
+def test_reasoning_is_asked_for(data, tmp_path):
+    result = evaluate(data, tmp_path / "run", "--cot", "--limit", "1", "--json")
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["how"]["cot"]
+    assert json.loads(result.stdout)["parser"] == "final"
