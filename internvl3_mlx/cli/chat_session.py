@@ -150,7 +150,8 @@ class ChatSession:
             return
         self.log.update(self.conversation.exchanges, self.conversation.generation_config)
         if self.log.fault is not None:
-            console.note(f"this conversation is no longer kept: {self.log.fault}")
+            reason = getattr(self.log.fault, "strerror", None) or self.log.fault
+            console.note(f"this conversation is no longer kept: {reason}")
             self.close_log()
 
     def close_log(self) -> None:

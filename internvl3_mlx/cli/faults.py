@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+from internvl3_mlx.cli.streams import CLOSED
 from internvl3_mlx.errors import InternVL3Error, UnforeseenError
 from internvl3_mlx.files import is_disk_full
 
@@ -30,9 +31,17 @@ def attempt(action: Callable[[], T]) -> T | InternVL3Error:
         return error
 
 
+def is_closed_output(fault: BaseException) -> bool:
+    return isinstance(fault, OSError) and fault.strerror == CLOSED
+
+
 def describe_fault(fault: BaseException) -> str:
     """Describe an unforeseen fault in one line."""
     if is_disk_full(fault):
         return f"cannot write the output: {NO_SPACE}"
+    if is_closed_output(fault):
+        return f"cannot write the output: {CLOSED}"
+    if isinstance(fault, FileNotFoundError) and fault.filename is None:
+        return "the current folder was deleted; change to another one and run again"
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     return f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__

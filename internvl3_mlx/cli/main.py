@@ -1,16 +1,16 @@
 """The command group: imports commands when they are used and reports errors in one line."""
 
 import os
-import sys
 from importlib import import_module
 from typing import NoReturn
 
 import click
 
 from internvl3_mlx.cli import console
-from internvl3_mlx.cli.faults import describe_fault, is_disk_full
+from internvl3_mlx.cli.faults import describe_fault, is_closed_output, is_disk_full
 from internvl3_mlx.cli.flags import HelpContext
 from internvl3_mlx.cli.options import DEBUG_KEY
+from internvl3_mlx.cli.streams import name_home_folder, open_standard_streams
 from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.files import did_you_mean
 
@@ -86,7 +86,7 @@ def _report_failure(error: BaseException, *, debug: bool) -> int:
             console.hint(f"see {error.ctx.command_path} --help")
         return error.exit_code
     about = describe_fault(error)
-    if is_disk_full(error):
+    if is_disk_full(error) or is_closed_output(error):
         console.error(about)
         return FAILED
     console.error(about if debug else f"{about} (run again with --debug for the traceback)")
@@ -123,15 +123,12 @@ def main(ctx: click.Context) -> None:
 
 def run() -> NoReturn:
     """Run the program: entry point of both console scripts and of ``python -m internvl3_mlx``."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without a character must not end us
-    if sys.stderr is None:  # closed, as some daemons do; print would fall back to stdout
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+    open_standard_streams()
+    name_home_folder()
     try:
         main(prog_name="internvl3")
     except OSError as error:  # what click itself writes, such as the help
-        if not is_disk_full(error):
+        if not (is_disk_full(error) or is_closed_output(error)):
             raise
         console.error(describe_fault(error))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it once more

@@ -327,7 +327,10 @@ def video_record(video: ProcessedVideo) -> Record:
 def absolute(source: str) -> str:
     """Return the path to open again, whatever the folder is then; anything else as it is."""
     page = PDF_PAGE.fullmatch(source)
-    path = os.path.abspath(os.path.expanduser(page["path"] if page else source))
+    try:
+        path = os.path.abspath(os.path.expanduser(page["path"] if page else source))
+    except OSError:  # the current folder was deleted
+        return source
     return path if os.path.exists(path) else source
 
 

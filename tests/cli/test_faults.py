@@ -2,10 +2,6 @@
 
 import errno
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -20,7 +16,6 @@ from internvl3_mlx.cli.faults import describe_fault
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.slash_commands import COMMANDS, handle_line
 
-ROOT = Path(__file__).parents[2]
 SHOWN = {  # stages of the chat itself
     "read the line": ("internvl3_mlx.cli.chat_session", "parse_line"),
     "open the file": ("internvl3_mlx.cli.chat_session", "open_media"),
@@ -129,23 +124,3 @@ def test_a_full_disk_is_called_that():
     full = "cannot write the output: no space left on the disk; free some and run again"
     assert describe_fault(OSError(errno.ENOSPC, "No space left on device")) == full
     assert describe_fault(RuntimeError("[write] Unable to write 8 bytes to file.")) == full
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
-def test_help_into_a_full_disk_is_one_line():
-    command = [sys.executable, "-m", "internvl3_mlx", "--help"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert done.returncode == 1
-    assert done.stderr == (
-        "error: cannot write the output: no space left on the disk; free some and run again\n"
-    )
-
-
-def test_a_closed_standard_error_costs_no_answer():
-    words = f"generate -p hi -m 2 --model {tiny(Recipe()).folder}"
-    command = f"{sys.executable} -m internvl3_mlx {words} 2>&-"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0
-    assert done.stdout.strip()
-    assert "note:" not in done.stdout
