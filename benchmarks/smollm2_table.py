@@ -34,14 +34,14 @@ GUIDE = Path(__file__).parents[1] / "docs" / "guide"
 HELD_OUT = (
     PASSAGE,
     """\
-My grandmother kept bees behind the house. Every spring she checked the hives and counted the frames, \
-and every autumn she filled forty jars with honey. She taught me to move slowly, to listen to the \
-sound the bees made, and never to stand in front of the entrance. When I was ten I was stung on the \
-hand, and she put a slice of onion on it and laughed. Years later, when she had become too old to \
-lift the boxes, I came home for a weekend to help her. We sat on the bench in the evening sun and ate \
-bread with butter and honey. She asked me what I did all day in the city. I told her that I wrote \
-letters for a company that sold windows, and she shook her head. "Bees do not write letters," she \
-said, "and yet they always know where to go.\"""",
+My grandmother kept bees behind the house. Every spring she checked the hives, counted the \
+frames, and every autumn she filled forty jars with honey. She taught me to move slowly, to \
+listen to the sound the bees made, and never to stand in front of the entrance. When I was ten \
+I was stung on the hand, and she put a slice of onion on it and laughed. Years later, when she \
+had become too old to lift the boxes, I came home for a weekend to help her. We sat on the \
+bench in the evening sun and ate bread with butter and honey. She asked me what I did all day \
+in the city. I told her that I wrote letters for a company that sold windows, and she shook \
+her head. "Bees do not write letters," she said, "and yet they always know where to go.\"""",
 )
 Convert = Callable[[Path, Path], object]
 

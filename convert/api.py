@@ -41,6 +41,7 @@ from internvl3_mlx.convert.pipeline import (
     convert_checkpoint,
 )
 from internvl3_mlx.convert.plan import plan_conversion
+from internvl3_mlx.convert.raw_check import RawCheck
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.device import use_full_float32
 from internvl3_mlx.files import atomic_write, check_unused
@@ -76,7 +77,7 @@ class ConversionResult:
     ``quantized`` maps module paths to their quantization; ``skipped_modules`` maps those that could
     not be quantized to their widths, which no group size divides. ``output_check`` compares source
     and target on one generated question and on a passage of English; ``quality`` compares them on
-    ``measure_images``.
+    ``measure_images``. ``raw_check`` says how much a second reading of both files has compared.
     """
 
     source: Path
@@ -93,6 +94,7 @@ class ConversionResult:
     calibration: Calibration | None = None
     verified: bool = False
     output_check: OutputCheck | None = None
+    raw_check: RawCheck | None = None
     quality: QualityMetrics | None = None
     seconds: float = 0.0
 
@@ -119,6 +121,7 @@ class ConversionResult:
             "calibration": self.calibration and calibration_report(self.calibration),
             "verification_kl": self.output_check and round(self.output_check.kl, DIGITS),
             "reading_kl": self.output_check and self.output_check.reading,
+            "second_reading": self.raw_check and asdict(self.raw_check),
             "verdict": self.verdict,
             "measured": self.quality
             and {name: round(value, DIGITS) for name, value in self.quality.to_dict().items()},
@@ -224,8 +227,9 @@ class Conversion:
             bits_per_part=bits_per_part(folder),
             adapter=self.options.adapter,
             calibration=calibration,
-            verified=self.options.check_output,
+            verified=self.options.check_output and not converted.merged,
             output_check=converted.output_check,
+            raw_check=converted.raw_check,
         )
 
     def card(self, result: ConversionResult) -> tuple[CardData, dict[str, Any]]:

@@ -20,7 +20,7 @@ from internvl3_mlx.checkpoints.writer import (
     TensorSpec,
     check_disk_space,
 )
-from internvl3_mlx.config import Quantization
+from internvl3_mlx.config import Quantization, read_config
 from internvl3_mlx.convert.aux_files import replaceable_folder, write_aux_files
 from internvl3_mlx.convert.calibration.calibrate import compare_outputs
 from internvl3_mlx.convert.calibration.metrics import OutputCheck
@@ -31,6 +31,7 @@ from internvl3_mlx.convert.plan import (
     PlannedTensor,
     plan_conversion,
 )
+from internvl3_mlx.convert.raw_check import RawCheck, check_raw
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import (
     QUANTIZED_PARTS,
@@ -90,7 +91,8 @@ class TensorWritten:
 class ConvertedCheckpoint:
     """What was written: its size, the quantized modules, and those skipped with their widths.
 
-    ``output_check`` compares the outputs of source and target, if that was asked for and possible.
+    ``output_check`` compares the outputs of source and target, ``raw_check`` their files by a
+    second reading, if that was asked for and possible.
     """
 
     target: Path
@@ -100,6 +102,8 @@ class ConvertedCheckpoint:
     quantized: Mapping[str, Quantization]
     skipped_modules: Mapping[str, int]
     output_check: OutputCheck | None = None
+    raw_check: RawCheck | None = None
+    merged: bool = False  # adapters inside of the source, which cannot be run to be compared
 
 
 def convert_checkpoint(
@@ -151,8 +155,11 @@ def convert_checkpoint(
         write_aux_files(plan, tokenizer, folder)
         verify_checkpoint(folder, entries, writer.checksums)
         same = not calibrated and not any(tensor.quantization for tensor in plan.tensors)
-        check = None
-        if options.check_output:
+        check = raw_check = None
+        if options.check_output and not plan.reader.adapters:
+            if options.adapter is None:
+                configs = plan.config, read_config(folder)
+                raw_check = check_raw(source, folder, configs, rounded=bool(calibrated))
             elapsed = time.monotonic() - started + options.spent_seconds
             check = check_outputs(source, folder, options, same, elapsed)
         converted = ConvertedCheckpoint(
@@ -163,6 +170,8 @@ def convert_checkpoint(
             quantized=plan.quantized,
             skipped_modules=plan.skipped_modules,
             output_check=check,
+            raw_check=raw_check,
+            merged=bool(plan.reader.adapters),
         )
         if options.write_extra is not None:
             options.write_extra(folder, converted)

@@ -1,4 +1,4 @@
-"""An adapter trained with more tokens brings embedding, head and tokenizer, as AutoPeftModel does."""
+"""An adapter trained with more tokens brings its embedding, head and tokenizer, as in PEFT."""
 
 import json
 
