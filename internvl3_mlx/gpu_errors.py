@@ -35,6 +35,12 @@ class Cause:
     meaning: str
 
 
+OUT_OF_MEMORY_MARKS = (
+    "kIOGPUCommandBufferCallbackErrorOutOfMemory",
+    "Insufficient Memory",
+    "[metal::malloc] Resource limit",
+    "Unable to allocate",
+)
 CAUSES = (
     Cause(
         (
@@ -44,12 +50,7 @@ CAUSES = (
         "one array is larger than this GPU allows; try {remedy}",
     ),
     Cause(
-        (
-            "kIOGPUCommandBufferCallbackErrorOutOfMemory",
-            "Insufficient Memory",
-            "[metal::malloc] Resource limit",
-            "Unable to allocate",
-        ),
+        OUT_OF_MEMORY_MARKS,
         "the GPU ran out of memory; try {remedy}",
     ),
     Cause(
@@ -64,6 +65,12 @@ CAUSES = (
         f"while this runs, or start it with {WATCHDOG_VARIABLE} in the environment",
     ),
 )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error of MLX says that memory has run out."""
+    text = str(error).lower()
+    return any(mark.lower() in text for mark in OUT_OF_MEMORY_MARKS)
 
 
 def describe_gpu_error(error: RuntimeError, task: Task) -> str | None:

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.cli import console
+from internvl3_mlx.cli.train_display import cost_table, note_tight_memory
+from internvl3_mlx.cli.train_json import cost_values
 
 if TYPE_CHECKING:
     from internvl3_mlx.training.data.preview import PreviewSpan, SamplePreview
@@ -15,7 +17,9 @@ Json = dict[str, Any]
 
 
 def show_data_check(setup: "RunSetup", *, as_json: bool) -> int:
-    """Print what validating the data found; return the exit code."""
+    """Print what validating the data found, and what the run would cost; return the exit code."""
+    from internvl3_mlx.training.cost_estimate import estimate_cost
+
     splits = setup.splits
     has_errors = any(split.report.errors for split in splits.values())
     if as_json:
@@ -23,14 +27,19 @@ def show_data_check(setup: "RunSetup", *, as_json: bool) -> int:
             name: split_counts(split) | findings_json(split.report)
             for name, split in splits.items()
         }
-        sample = None if has_errors else sample_json(setup)
-        console.print_json({"event": "check", **found, "sample": sample})
+        extra: Json = {"sample": None}
+        if not has_errors:
+            extra = {"sample": sample_json(setup), "cost": cost_values(estimate_cost(setup))}
+        console.print_json({"event": "check", **found, **extra})
         return INVALID_DATA if has_errors else 0
     for split in splits.values():
         show_findings(split.report)
     console.print_table({name: split_counts(split) for name, split in splits.items()})
     if has_errors:
         return INVALID_DATA
+    cost = estimate_cost(setup)
+    console.print_table(cost_table(cost))
+    note_tight_memory(cost)
     show_sample(setup)
     return 0
 

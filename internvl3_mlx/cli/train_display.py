@@ -11,6 +11,7 @@ from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.user_paths import expand_user
 
 if TYPE_CHECKING:
+    from internvl3_mlx.training.cost_estimate import CostEstimate
     from internvl3_mlx.training.events import (
         DataChecked,
         RecordLeftOut,
@@ -104,6 +105,8 @@ class TrainDisplay:
         """Print what is about to be trained, and note what may surprise."""
         self.updates = plan.updates
         console.print_table(plan_table(plan))
+        if plan.cost:
+            note_tight_memory(plan.cost)
         if plan.completed_updates >= plan.updates:
             console.note(
                 f"all {plan.updates} updates are done already; to make more, pass "
@@ -170,10 +173,36 @@ def plan_table(plan: "TrainPlan") -> dict[str, Any]:
         "samples_per_update": plan.samples_per_update,
         "processes": plan.processes if plan.processes > 1 else None,
         "resuming_after_update": plan.completed_updates or None,
+        **(cost_table(plan.cost) if plan.cost else {}),
         "disk": f"{console.format_size(plan.disk_bytes)} of "
         f"{console.format_size(plan.free_bytes)} free",
     }
     return without_none(values)
+
+
+def cost_table(cost: "CostEstimate") -> dict[str, str]:
+    """Format predicted memory and time."""
+    size = console.format_size
+    parts = f"weights {size(cost.weights)}, optimizer {size(cost.training)}, "
+    parts += f"activations {size(cost.activations)}, images {size(cost.features)}"
+    return {
+        "memory": f"about {size(cost.memory)} of {size(cost.limit)} ({parts})",
+        "seconds_per_update": f"about {cost.seconds:.2g}",
+    }
+
+
+def note_tight_memory(cost: "CostEstimate") -> None:
+    """Say which flags would make a run fit that does not."""
+    if cost.fits:
+        return
+    console.note(
+        f"the run needs about {console.format_size(cost.memory)} of memory, and this machine may "
+        f"use {console.format_size(cost.limit)}; what would make it fit, in the order of its cost:"
+    )
+    for flags, memory in cost.remedies:
+        console.hint(f"  {flags}: about {console.format_size(memory)}")
+    if not cost.remedies or cost.remedies[-1][1] > cost.limit:
+        console.hint("  a smaller model, or a shorter --max-seq-length")
 
 
 def describe_update(done: "UpdateDone") -> str:

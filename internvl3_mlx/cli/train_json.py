@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from internvl3_mlx.training.cost_estimate import CostEstimate
     from internvl3_mlx.training.events import (
         CheckpointSaved,
         RecordLeftOut,
@@ -24,7 +25,14 @@ def without_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def plan_values(plan: "TrainPlan") -> dict[str, Any]:
     """Take the JSON of a plan."""
-    return without_none(asdict(plan))
+    return without_none(asdict(plan) | {"cost": plan.cost and cost_values(plan.cost)})
+
+
+def cost_values(cost: "CostEstimate") -> dict[str, Any]:
+    """Take the JSON of a cost estimate: bytes, seconds, and flags with the bytes they leave."""
+    remedies = [{"flags": flags, "memory": memory} for flags, memory in cost.remedies]
+    values = {**asdict(cost), "memory": cost.memory, "fits": cost.fits, "remedies": remedies}
+    return values | {"seconds": round(cost.seconds, 3)}
 
 
 def update_values(done: "UpdateDone") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from internvl3_mlx.training.cost_estimate import CostEstimate
 from internvl3_mlx.training.data.validate import DataReport
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
 from internvl3_mlx.training.trainer import UpdateDone
@@ -52,7 +53,7 @@ class TrainPlan:
 
     tokens, tiles: of the training split, once through. samples_per_update: over all processes; None
     with packing, where it varies. completed_updates: of a resumed run. disk_bytes: what the run
-    writes; free_bytes: on its disk.
+    writes; free_bytes: on its disk. cost: predicted memory and time; None on other ranks than 0.
     """
 
     method: str
@@ -71,6 +72,7 @@ class TrainPlan:
     completed_updates: int
     disk_bytes: int = 0
     free_bytes: int = 0
+    cost: CostEstimate | None = None
 
 
 @dataclass(frozen=True)

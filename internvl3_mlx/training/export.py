@@ -27,8 +27,8 @@ from internvl3_mlx.training.checkpoint import ARRAYS, METADATA
 from internvl3_mlx.training.checkpoint import FOLDER as CHECKPOINTS
 from internvl3_mlx.training.config_file import CONFIG_FILE
 from internvl3_mlx.training.loggers import METRICS_FILE, PLOT_FILE
-from internvl3_mlx.training.lora_setup import write_adapter_into
-from internvl3_mlx.training.session import TrainSession, lora_config
+from internvl3_mlx.training.lora_setup import lora_config, write_adapter_into
+from internvl3_mlx.training.session import TrainSession
 from internvl3_mlx.write_guards import MODEL_FILES, SYSTEM_FILES
 
 BEST, MODEL = "best", "model"

@@ -23,6 +23,7 @@ from internvl3_mlx.models.lora import (
     replace_module,
     row_norms,
 )
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.trainable import (
     LORA,
     modules_to_save,
@@ -69,6 +70,19 @@ class LoRAConfig:
     def scale(self) -> float:
         """The factor of the low-rank update."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def lora_config(config: TrainConfig) -> LoRAConfig:
+    """Take the shape of the adapters from a run's configuration."""
+    return LoRAConfig(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        dora=config.dora,
+        rslora=config.rslora,
+        keys=config.lora_keys,
+        layers=config.num_layers,
+    )
 
 
 def add_lora(model: InternVL, config: LoRAConfig) -> tuple[str, ...]:

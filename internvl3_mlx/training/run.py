@@ -10,13 +10,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from internvl3_mlx.device import gpu_memory_limit
-from internvl3_mlx.errors import InternVL3Error, UserError
+from internvl3_mlx.errors import GPUError, InternVL3Error, UserError
 from internvl3_mlx.files import is_disk_full
-from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
+from internvl3_mlx.gpu_errors import Task, explained_gpu_errors, is_out_of_memory
 from internvl3_mlx.memory import MemoryNeed, working_memory
 from internvl3_mlx.training.checkpoint import list_checkpoints
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import CONFIG_FILE, write_config_file
+from internvl3_mlx.training.cost_estimate import estimate_cost, flags_for_less
 from internvl3_mlx.training.distributed import ProcessGroup, init_distributed, watch_peers
 from internvl3_mlx.training.evaluate import evaluate
 from internvl3_mlx.training.events import (
@@ -28,6 +29,7 @@ from internvl3_mlx.training.events import (
     TestEvaluated,
     TrainEnd,
     TrainEvent,
+    TrainPlan,
     UpdateDone,
     ValidationDone,
 )
@@ -110,11 +112,20 @@ def train(
             accept_changes=accept_changes,
         )  # fmt: skip
         with ranks.all_or_none():
-            need = check_disk_space(session) if ranks.is_main else None
-        yield describe_plan(session, need.total if need else 0, need.free if need else 0)
+            plan = plan_run(session)
+        yield plan
         if overwrite and ranks.is_main:
             remove_run(session.folder)
         yield from run_session(session, stop_requested)
+
+
+def plan_run(session: TrainSession) -> TrainPlan:
+    """Describe a run and what it costs; raises WriteError if the disk has no room for it."""
+    if not session.state.ranks.is_main:
+        return describe_plan(session)
+    need = check_disk_space(session)
+    cost = estimate_cost(session.setup, session.state.ranks.size)
+    return describe_plan(session, need.total, need.free, cost)
 
 
 def open_session(
@@ -268,6 +279,9 @@ def saved_on_error(session: TrainSession, clock: SaveClock) -> Iterator[None]:
             raise PeerError(f"{error}; {resume_advice(session)}") from error
         if is_disk_full(error):
             raise disk_full_error(session) from error
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            advice = less_memory_advice(session, mx.get_peak_memory())
+            raise GPUError(f"memory ran out; {advice}; {resume_advice(session)}") from error
         with explained_gpu_errors(Task.TRAINING, resume_advice(session)):
             raise
 
@@ -370,10 +384,18 @@ def find_stop(
     if ranks.any_rank(done.peak_memory > limit):
         return "memory", (
             f"an update used {done.peak_memory / GB:.1f} GB of memory, above the limit of "
-            f"{limit / GB:.1f} GB ({active / GB:.1f} GB remain in use between updates); try "
-            "--grad-checkpoint, a smaller --batch-size or a smaller --max-tiles"
+            f"{limit / GB:.1f} GB ({active / GB:.1f} GB remain in use between updates); "
+            f"{less_memory_advice(session, done.peak_memory)}"
         )
     return None
+
+
+def less_memory_advice(session: TrainSession, peak: int) -> str:
+    """Say which flags would make the updates fit."""
+    flags = flags_for_less(session.setup, peak)
+    if not flags:
+        return "try a smaller --max-seq-length or a smaller model"
+    return f"try {flags} (with --accept-changes)"
 
 
 def describe_end(session: TrainSession, loss: float | None, stop: Stop | None) -> TrainEnd:

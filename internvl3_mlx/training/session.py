@@ -25,6 +25,7 @@ from internvl3_mlx.training.checkpoint import (
 )
 from internvl3_mlx.training.compiled_step import CompiledStep
 from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.cost_estimate import CostEstimate
 from internvl3_mlx.training.dataloader import (
     BadRecords,
     DataLoader,
@@ -37,7 +38,7 @@ from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup
 from internvl3_mlx.training.evaluate import critic_ids
 from internvl3_mlx.training.events import TrainPlan
 from internvl3_mlx.training.forward import ForwardOptions
-from internvl3_mlx.training.lora_setup import LoRAConfig, add_lora, load_adapter_into_model
+from internvl3_mlx.training.lora_setup import add_lora, load_adapter_into_model, lora_config
 from internvl3_mlx.training.losses import PreferenceConfig
 from internvl3_mlx.training.objectives import OBJECTIVES, Objective
 from internvl3_mlx.training.optimizers import warmup_updates
@@ -145,19 +146,6 @@ def add_configured_lora(model: InternVL, config: TrainConfig) -> tuple[str, ...]
     if config.resume_adapter_file is not None:
         load_adapter_into_model(model, fetch_adapter(config.resume_adapter_file))
     return names
-
-
-def lora_config(config: TrainConfig) -> LoRAConfig:
-    """Take the shape of the adapters from a run's configuration."""
-    return LoRAConfig(
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        dora=config.dora,
-        rslora=config.rslora,
-        keys=config.lora_keys,
-        layers=config.num_layers,
-    )
 
 
 def build_objective(config: TrainConfig, ranks: ProcessGroup) -> Objective:
@@ -272,7 +260,12 @@ def restore_last(
     raise AssertionError("no checkpoint to try")
 
 
-def describe_plan(session: TrainSession, disk_bytes: int = 0, free_bytes: int = 0) -> TrainPlan:
+def describe_plan(
+    session: TrainSession,
+    disk_bytes: int = 0,
+    free_bytes: int = 0,
+    cost: CostEstimate | None = None,
+) -> TrainPlan:
     """Describe what will be trained on which data, and for how long."""
     config, state, setup = session.config, session.state, session.setup
     counts, sizes = count_parameters(state.model), setup.train.report.sizes
@@ -294,4 +287,5 @@ def describe_plan(session: TrainSession, disk_bytes: int = 0, free_bytes: int = 
         completed_updates=state.update,
         disk_bytes=disk_bytes,
         free_bytes=free_bytes,
+        cost=cost,
     )
