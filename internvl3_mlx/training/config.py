@@ -78,6 +78,26 @@ class TrainConfig(DataConfig, RunConfig):
         4, "Training", "Micro-batches per update; 4 of size 2 equal 1 of size 8.", low=1
     )
     learning_rate: float = config_field(4e-5, "Training", "Peak learning rate.", low=0)
+    vision_learning_rate: float | None = config_field(
+        None,
+        "Training",
+        "Peak learning rate of the vision encoder.",
+        low=0,
+        default_text="--learning-rate",
+    )
+    projector_learning_rate: float | None = config_field(
+        None,
+        "Training",
+        "Peak learning rate of the projector.",
+        low=0,
+        default_text="--learning-rate",
+    )
+    lora_plus_ratio: float = config_field(
+        1.0,
+        "Training",
+        "LoRA+: learning rate of the B matrices over that of the A matrices; 16 is usual.",
+        low=0,
+    )
     lr_schedule: str = config_field(
         "cosine", "Training", "Learning rate decay after the warmup.", choices=SCHEDULES
     )
@@ -114,6 +134,13 @@ class TrainConfig(DataConfig, RunConfig):
         None,
         "Weights",
         "Adapt only the last N layers of the language model.",
+        low=1,
+        default_text="all",
+    )
+    vision_layers: int | None = config_field(
+        None,
+        "Weights",
+        "Adapt only the last N layers of the vision encoder.",
         low=1,
         default_text="all",
     )
@@ -261,8 +288,6 @@ def check_conflicts(config: TrainConfig) -> None:
         raise UserError("epochs is 0; set epochs above 0, or iters")
     if not config.uses_adapters and (config.dora or config.rslora):
         raise UserError("dora and rslora apply to LoRA adapters only; add lora to train")
-    if config.dora and config.rslora:
-        raise UserError("dora and rslora are mutually exclusive; choose one")
     if config.compile and (config.packing or config.grad_checkpoint or config.reads_pairs):
         raise UserError(
             "compile cannot be combined with packing, grad_checkpoint or method mpo; drop one"

@@ -82,6 +82,7 @@ def lora_config(config: TrainConfig) -> LoRAConfig:
         rslora=config.rslora,
         keys=config.lora_keys,
         layers=config.num_layers,
+        vision_layers=config.vision_layers,
     )
 
 

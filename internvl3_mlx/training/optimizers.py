@@ -5,7 +5,7 @@ lost when added to a 16-bit number.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
@@ -16,6 +16,7 @@ from mlx.utils import tree_map, tree_reduce
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.params import Arrays, Tree
 
+STEP = "step"  # in the state of an optimizer: how many steps it has made
 EPSILON = 1e-6  # avoids dividing by zero when the gradient is 0
 
 # none of them decays weights itself: ``decay_weights`` does so in the same way for all
@@ -103,6 +104,50 @@ def decay_weights(weights: Tree, rate: float) -> Tree:
     if not rate:
         return weights
     return tree_map(lambda w: w * (1 - rate) if w.ndim > 1 else w, weights)
+
+
+VISION, PROJECTOR, LORA_B = "vision_model.", "mlp1.", "lora_B"
+
+
+def rate_factor(config: TrainConfig, name: str) -> float:
+    """Return what the learning rate of a weight is multiplied by: for its part, and LoRA+ for B.
+
+    LoRA+: arXiv 2402.12354.
+    """
+    own = {VISION: config.vision_learning_rate, PROJECTOR: config.projector_learning_rate}
+    asked = next((rate for part, rate in own.items() if name.startswith(part)), None)
+    factor = 1.0 if asked is None or not config.learning_rate else asked / config.learning_rate
+    return factor * (config.lora_plus_ratio if name.endswith(LORA_B) else 1.0)
+
+
+def rate_groups(config: TrainConfig, names: Iterable[str], rate: float) -> dict[float, list[str]]:
+    """Group the names of weights by their learning rate. rate: of a weight without its own."""
+    groups: dict[float, list[str]] = {}
+    for name in names:
+        groups.setdefault(rate * rate_factor(config, name), []).append(name)
+    return groups
+
+
+def optimizer_step(
+    optimizer: optim.Optimizer,
+    weights: Arrays,
+    gradients: Arrays,
+    groups: Mapping[float, Sequence[str]],
+    weight_decay: float,
+) -> Arrays:
+    """Return the weights after one step. groups: learning rate -> names of weights.
+
+    The groups together are one step of the optimizer: each starts from the same count.
+    """
+    before = dict(optimizer.state)
+    counted = {key: before[key] for key in (STEP,) if key in before}
+    updated: Arrays = {}
+    for rate, names in groups.items():
+        optimizer.state |= counted
+        optimizer.learning_rate = rate
+        own = decay_weights({name: weights[name] for name in names}, rate * weight_decay)
+        updated |= optimizer.apply_gradients({name: gradients[name] for name in names}, own)
+    return {name: updated[name] for name in weights}
 
 
 def master_weights(weights: Arrays) -> Arrays:

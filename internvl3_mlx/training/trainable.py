@@ -52,6 +52,8 @@ def select_layers(
     "layers.3"), which may contain an asterisk. layers, vision_layers: only the last so many of the
     decoder and of the vision tower. Raises UserError for a key that selects nothing.
     """
+    check_layer_count("num_layers", layers, model.config.text.num_hidden_layers)
+    check_layer_count("vision_layers", vision_layers, model.config.vision.num_hidden_layers)
     modules = dict(model.named_modules())
     if any(isinstance(module, LoRALinear) for module in modules.values()):
         raise UserError("the model already has adapters; reload it to add adapters to other layers")
@@ -64,6 +66,12 @@ def select_layers(
             raise UserError(unmatched_key_message(key, linear))
         selected.update(found)
     return tuple(sorted(selected, key=linear.index))
+
+
+def check_layer_count(name: str, asked: int | None, there_are: int) -> None:
+    """Raise UserError for more layers than there are."""
+    if asked is not None and asked > there_are:
+        raise UserError(f"{name} is {asked}, but this model has {there_are} such layers")
 
 
 def key_selects(key: str, path: str) -> bool:

@@ -26,10 +26,11 @@ from internvl3_mlx.training.objectives import Objective, ObjectiveState
 from internvl3_mlx.training.optimizers import (
     build_optimizer,
     clip_gradients,
-    decay_weights,
     global_norm,
     learning_rate_at,
     master_weights,
+    optimizer_step,
+    rate_groups,
 )
 from internvl3_mlx.training.params import Arrays, Tree, as_float, named_arrays
 from internvl3_mlx.training.trainable import set_train_mode
@@ -246,9 +247,10 @@ def loss_and_grads(
 
 def apply_update(state: TrainState, gradients: Arrays, rate: float) -> None:
     """Apply one optimizer update to the master weights and copy them into the model."""
-    weights = decay_weights(state.weights, rate * state.config.weight_decay)
-    state.optimizer.learning_rate = rate
-    state.weights = state.optimizer.apply_gradients(gradients, weights)
+    state.weights = optimizer_step(
+        state.optimizer, state.weights, gradients, rate_groups(state.config, state.weights, rate),
+        state.config.weight_decay,
+    )  # fmt: skip
     sync_weights(state)
     mx.eval(state.weights, state.optimizer.state, state.model.trainable_parameters())
 

@@ -301,4 +301,4 @@ def test_a_run_that_uses_too_much_memory_stops_and_saves(tmp_path):
     update, saved, end = run_session(small_session(tmp_path, iters=9, memory_limit=0.001))
     assert (update.update, saved.update, end.stop_cause) == (1, 1, "memory")
     assert "of memory, above the limit of 0.0 GB" in end.stop_reason
-    assert "try --grad-checkpoint" in end.stop_reason
+    assert "--grad-checkpoint" in end.stop_reason

@@ -94,7 +94,6 @@ def test_the_v2pe_delta_may_be_written_as_a_number(tmp_path, step):
             "{train: mlp1, dora: true}",
             "dora and rslora apply to LoRA adapters only; add lora to train",
         ),
-        ("{dora: true, rslora: true}", "dora and rslora are mutually exclusive; choose one"),
         (
             "{method: mpo, packing: true}",
             "packing cannot be combined with method mpo; drop packing",

@@ -22,6 +22,8 @@ from internvl3_mlx.training.optimizers import (
     decay_weights,
     global_norm,
     learning_rate_at,
+    optimizer_step,
+    rate_groups,
 )
 from internvl3_mlx.training.params import named_arrays
 from internvl3_mlx.training.trainer import MicroBatch, make_updates
@@ -244,6 +246,54 @@ def test_optimizers_equal_pytorchs(optimizer, kind, settings, decay):
     ours, theirs = steps_of(optimizer, kind, settings, decay)
     for name, weight in ours.items():
         assert np.abs(np.array(weight) - theirs[name].detach().numpy()).max() < 2e-6
+
+
+def test_learning_rates_per_part_and_lora_plus_equal_parameter_groups_of_pytorch():
+    """Four weights in four groups: one step of AdamW, not four."""
+    config = TrainConfig(
+        learning_rate=0.02, vision_learning_rate=0.005, projector_learning_rate=0.04,
+        lora_plus_ratio=16, weight_decay=0.3,
+    )  # fmt: skip
+    rates = {
+        "language_model.a.lora_A": 0.02, "language_model.a.lora_B": 0.32,
+        "vision_model.a.lora_B": 0.08, "mlp1.1.weight": 0.04, "mlp1.1.bias": 0.04,
+    }  # fmt: skip
+    draw = np.random.default_rng(3)
+    start = {n: draw.normal(size=5 if n.endswith("bias") else (3, 4)) for n in rates}
+    weights = {n: mx.array(x, dtype=mx.float32) for n, x in start.items()}
+    params = {n: torch.nn.Parameter(torch.tensor(x).float()) for n, x in start.items()}
+    groups = [
+        {"params": [p], "lr": rates[n], "weight_decay": 0.3 if p.ndim > 1 else 0.0}
+        for n, p in params.items()
+    ]
+    theirs, ours = torch.optim.AdamW(groups), OPTIMIZERS["adamw"](1.0)
+    ours.init(weights)
+    for _ in range(5):
+        found = {n: draw.normal(size=x.shape) for n, x in start.items()}
+        for name, param in params.items():
+            param.grad = torch.tensor(found[name]).float()
+        theirs.step()
+        gradients = {n: mx.array(x, dtype=mx.float32) for n, x in found.items()}
+        by_rate = rate_groups(config, weights, 0.02)
+        weights = optimizer_step(ours, weights, gradients, by_rate, config.weight_decay)
+    assert ours.step.item() == 5
+    for name, weight in weights.items():
+        off = np.abs(np.array(weight) - params[name].detach().numpy()).max()
+        assert off < 1e-4 * rates[name], name
+
+
+def test_a_part_without_a_learning_rate_stays_where_it_is(tmp_path):
+    write_data(tmp_path / "data", 4)
+    here = small_session(
+        tmp_path, lora_keys="language,vision", vision_learning_rate=0, vision_layers=2, iters=2
+    )
+    start = {name: np.array(w) for name, w in here.state.weights.items()}
+    assert len([*make_updates(here.state, here.remaining_batches())]) == 2
+    for name, weight in here.state.weights.items():
+        moved = np.abs(np.array(weight) - start[name]).max() > 0
+        assert moved == name.startswith("language_model"), name
+    tower = {name.split(".")[3] for name in start if name.startswith("vision_model")}
+    assert tower == {"3", "4"}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
