@@ -47,7 +47,7 @@ class TextStream:
         """Return the pending text after the last token."""
         rest = self.split_thought(self.detokenizer.finalize(), is_last=True)
         ready = (self.pending + rest).rstrip()
-        ready = ready if self.text else ready.lstrip()
+        ready = ready if self.text or self.continues else ready.lstrip()
         self.pending = ""
         self.text += ready
         return ready

@@ -85,3 +85,16 @@ def test_pieces_of_any_tokens_join_to_the_stripped_decoding(tokenizer):
         stream = TextStream(tokenizer.detokenizer(), tokenizer.stop_ids)
         text = "".join(piece for _, piece in stream.decode(ids)) + stream.flush()
         assert text == tokenizer.decode(ids).strip()
+
+
+def test_the_stop_string_that_ended_an_answer_is_known():
+    stream, _ = run("hello you", ("xyz", "lo", " you"))
+    assert stream.stop_string == "lo"
+    assert run("hello", ("xyz",))[0].stop_string is None
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_space_at_the_beginning_counts_where_a_text_is_continued(continues):
+    stream = TextStream(Letters(), {END}, continues=continues)
+    shown = "".join(piece for _, piece in stream.decode(map(ord, "  a b")))
+    assert shown + stream.flush() == ("  a b" if continues else "a b")

@@ -159,3 +159,49 @@ def test_media_are_counted_in_the_order_in_which_the_prompt_shows_them(text, med
     assert media_order(Message("user", text, media)) == order
     tiles = [n for n in laid_out(text, *media) if isinstance(n, int)]
     assert tiles == [n for index in order for n in media[index].tiles]
+
+
+def placed(texts: tuple[str, ...], *media: MessageMedia) -> list[str | int]:
+    """A message whose media stand between ``texts``, as ``laid_out`` gives it."""
+    parts: list[str | int] = []
+    for segment in message_segments(Message("user", "".join(texts), media, texts=texts)):
+        if isinstance(segment, ImageSegment):
+            parts.append(segment.tiles)
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += segment.text
+        else:
+            parts.append(segment.text)
+    return parts
+
+
+IMAGES = (MessageMedia((7,)), MessageMedia((3,)))
+
+
+def test_media_in_front_are_laid_out_as_without_places():
+    assert placed(("", "What?"), IMAGES[0]) == laid_out("What?", IMAGES[0])
+    assert placed(("", "", "What?"), *IMAGES) == laid_out("What?", *IMAGES)
+    video = MessageMedia((1, 1), kind="video")
+    assert placed(("", "What?"), video) == laid_out("What?", video)
+
+
+def test_media_between_texts_stand_on_lines_of_their_own():
+    assert placed(("See", ""), IMAGES[0]) == ["See\n", 7]
+    assert placed(("See\n", "\nWhat?"), IMAGES[0]) == ["See\n", 7, "\nWhat?"]
+    assert placed(("First", "then", "?"), *IMAGES) == [
+        "First\nImage-1: ",
+        7,
+        "\nthen\nImage-2: ",
+        3,
+        "\n?",
+    ]
+
+
+def test_placeholders_in_a_text_around_media_stay_text():
+    assert placed(("<image>?", "<image>"), IMAGES[0]) == ["<image>?\n", 7, "\n<image>"]
+    message = Message("user", "<image> b <image>", IMAGES, texts=("<image>", " b ", "<image>"))
+    assert media_order(message) == [0, 1]
+
+
+def test_the_texts_around_media_are_one_more():
+    with pytest.raises(PromptError, match="2 texts around 2 images"):
+        Message("user", "ab", IMAGES, texts=("a", "b"))
