@@ -305,7 +305,7 @@ def run_both(
         attach_adapter(loaded.model, load_adapter(adapter, loaded.config))
     loaded.model.eval()
     samples = [make_probe_sample(loaded), passage_sample(loaded)]
-    reference = stream_log_probs(loaded, samples, tick)
+    reference, image_id = stream_log_probs(loaded, samples, tick), loaded.tokenizer.image_id
     del loaded
     converted = assemble_model(target)
     converted.model.eval()
@@ -316,7 +316,7 @@ def run_both(
     )
     reading = None
     if independent and adapter is None:
-        reading = check_reading(source, samples[1].token_ids, reference[1])
+        reading = check_reading(source, samples, reference, image_id)
     return OutputCheck(probe, text, reading)
 
 

@@ -13,7 +13,6 @@ from fixtures.tiny import Bits, Recipe
 
 from internvl3_mlx.checkpoints.build_model import assemble_model, build_model
 from internvl3_mlx.convert.calibration.calibrate import compare_outputs, make_probe_sample
-from internvl3_mlx.convert.calibration.data import CalibrationSample
 from internvl3_mlx.convert.calibration.metrics import (
     VERDICTS,
     QualityMetrics,
@@ -96,23 +95,42 @@ def test_a_comparison_out_of_time_is_given_up(tmp_path):
     assert compare_outputs(source, tmp_path / "copy", same=True, seconds=0) is None
 
 
-@pytest.mark.parametrize("layout", ["original", "hf_a"])
-def test_our_reading_equals_that_of_transformers(layout):
-    folder = tiny(Recipe(layout=layout)).folder
-    loaded = build_model(folder, dtype="float32")
-    ids = list(range(5, 60))
-    ours = answer_log_probs(loaded.model, CalibrationSample(ids, None, 0))
-    assert check_reading(folder, ids, ours) < 1e-6
+READABLE = [
+    *(Recipe(style=style) for style in ("300m", "6b", "9b")),
+    *(Recipe(layout=layout) for layout in ("hf_a", "hf_b", "mlx")),
+    Recipe(style="9b", layout="hf_a"),
+    Recipe(dtype="bfloat16", shards=2),
+    Recipe(tied=True),
+]
 
 
-def test_a_wrong_reading_cannot_prove_itself():
+def our_reading(folder, dtype="float32"):
+    loaded = build_model(folder, dtype=dtype)
+    samples = [make_probe_sample(loaded), passage_sample(loaded)]
+    return loaded, samples, [answer_log_probs(loaded.model, sample) for sample in samples]
+
+
+@pytest.mark.parametrize("recipe", READABLE)
+def test_our_reading_equals_that_of_transformers_in_every_layout_and_family(recipe):
+    folder = tiny(recipe).folder
+    loaded, samples, ours = our_reading(folder)
+    assert check_reading(folder, samples, ours, loaded.tokenizer.image_id) < 1e-6
+
+
+@pytest.mark.parametrize("part", ["text", "tower", "projector"])
+def test_a_wrong_reading_of_any_part_cannot_prove_itself(part):
     folder = tiny(Recipe()).folder
-    loaded = build_model(folder, dtype="float32")
-    layers = loaded.model.language_model.model.layers
-    layers[0].self_attn.q_proj.weight = layers[0].self_attn.q_proj.weight[::-1] * 4
-    layers[1].mlp.down_proj.weight = layers[1].mlp.down_proj.weight * -3
-    ids = list(range(5, 60))
-    wrong = answer_log_probs(loaded.model, CalibrationSample(ids, None, 0))
+    loaded, samples, _ = our_reading(folder)
+    model = loaded.model
+    if part == "text":
+        layer = model.language_model.model.layers[1].mlp.down_proj
+        layer.weight = layer.weight * -3
+    elif part == "tower":
+        tower = model.vision_model.encoder.layers[0]
+        tower.ls1 = tower.ls1 * -20
+    else:
+        model.mlp1[1].weight = model.mlp1[1].weight[::-1] * 4
+    wrong = [answer_log_probs(model, sample) for sample in samples]
     mx.eval(wrong)
     with pytest.raises(CheckpointError, match="differs from that of transformers"):
-        check_reading(folder, ids, wrong)
+        check_reading(folder, samples, wrong, loaded.tokenizer.image_id)
