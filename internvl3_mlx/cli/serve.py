@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,9 +103,11 @@ def serve_command(install: bool, quiet: bool, **given: Any) -> None:
     run(settings, limits, api_key, chosen, quiet=quiet)
 
 
-def fields_of(cls: type, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of(
+    cls: type[EngineSettings] | type[ServerLimits], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return those of the flags that are fields of a dataclass."""
-    return {name: chosen[name] for name in cls.__dataclass_fields__ if name in chosen}
+    return {entry.name: chosen[entry.name] for entry in fields(cls) if entry.name in chosen}
 
 
 def require_libraries() -> None:

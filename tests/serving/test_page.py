@@ -48,10 +48,18 @@ class Page:
         return wait_for(lambda: self.find(selector), WAIT_S)[0]
 
     def click(self, selector):
-        self.one(selector).click()
+        """Click an element; where it was drawn anew in the meantime, its successor."""
+        from selenium.common.exceptions import StaleElementReferenceException
 
-    def labeled(self, label):
-        return self.one(f"[aria-label='{label}']")
+        for _ in range(3):
+            try:
+                return self.one(selector).click()
+            except StaleElementReferenceException:
+                continue
+        raise AssertionError(f"{selector} does not keep still")
+
+    def press(self, label):
+        self.click(f"[aria-label='{label}']")
 
     def type(self, text, selector="#question"):
         self.one(selector).send_keys(text)
@@ -59,6 +67,12 @@ class Page:
     def ask(self, text):
         self.type(text + "\n")
         assert wait_for(self.has_answered, WAIT_S)
+
+    def wait_for_answer(self, text):
+        said = wait_for(
+            lambda: self.texts(".assistant .markdown") == [text] and self.has_answered(), WAIT_S
+        )
+        assert said, self.texts(".assistant .markdown")
 
     def has_answered(self):
         return self.find(".assistant.last .row") and not self.find("[aria-busy]")
@@ -82,7 +96,13 @@ class Page:
         assert wait_for(lambda: self.find("#attachments li"), WAIT_S)
 
     def texts(self, selector):
-        return [element.text for element in self.find(selector)]
+        script = (
+            "return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText.trim())"
+        )
+        return self.run(script, selector)
+
+    def text(self, selector):
+        return (wait_for(lambda: self.texts(selector), WAIT_S) or [""])[0]
 
     def errors(self):
         return [line for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
@@ -112,7 +132,7 @@ def page(desktop, server):
 
 def test_an_image_is_dropped_and_asked_about(page, server):
     page.drop(SAMPLES / "four_corners.jpg")
-    assert "10 tiles" in page.one("#attached-size").text
+    assert "10 tiles" in page.text("#attached-size")
     page.ask("What is there?")
     text, image = server.engine.requests[-1].messages[0].parts[::-1]
     assert text.text == "What is there?"
@@ -125,7 +145,7 @@ def test_an_image_is_dropped_and_asked_about(page, server):
     assert page.texts(".assistant td") == ["turtle", "1"]
     assert page.texts(".assistant pre") == ["print('<b>turtle</b>')"]
     assert wait_for(lambda: page.texts(".box span") == ["turtle"], WAIT_S)
-    assert "tok/s" in page.one(".assistant .fine").text
+    assert "tok/s" in page.text(".assistant .fine")
     assert server.engine.requests[-1].config.keep_boxes
 
 
@@ -133,7 +153,7 @@ def test_text_of_the_model_is_never_html(page):
     page.ask("What is there?")
     assert page.driver.title != "hacked"
     assert page.find(".assistant img, .assistant script") == []
-    assert "<script>document.title = 'hacked'</script>" in page.one(".assistant .markdown").text
+    assert "<script>document.title = 'hacked'</script>" in page.text(".assistant .markdown")
     links = [link.get_attribute("href") for link in page.find(".assistant a")]
     assert links == ["https://example.org/"]
 
@@ -141,16 +161,16 @@ def test_text_of_the_model_is_never_html(page):
 def test_an_answer_is_stopped_and_continued(page, server):
     server.engine.pieces, server.engine.pause_s = tuple("word " for _ in range(400)), 0.02
     page.type("Tell a story.\n")
-    assert wait_for(lambda: "word word" in page.one(".assistant .markdown").text, WAIT_S)
+    assert wait_for(lambda: "word word" in page.text(".assistant .markdown"), WAIT_S)
     page.click("#stop")
     assert wait_for(page.has_answered, WAIT_S)
     assert wait_for(lambda: server.engine.streams[-1].closed)
-    assert "stopped" in page.one(".assistant .fine").text
-    before = page.one(".assistant .markdown").text
+    assert "stopped" in page.text(".assistant .fine")
+    before = page.text(".assistant .markdown")
     server.engine.pieces, server.engine.pause_s = ("and the end.",), 0.0
-    page.labeled("Continue the answer").click()
-    assert wait_for(lambda: "and the end." in page.one(".assistant .markdown").text, WAIT_S)
-    assert page.one(".assistant .markdown").text.startswith(before)
+    page.press("Continue the answer")
+    assert wait_for(lambda: "and the end." in page.text(".assistant .markdown"), WAIT_S)
+    assert page.text(".assistant .markdown").startswith(before)
     assert server.engine.requests[-1].continue_final_message
 
 
@@ -166,20 +186,20 @@ def test_retries_and_edits_are_branches(page, server):
     server.engine.pieces = ("First.",)
     page.ask("What?")
     server.engine.pieces = ("Second.",)
-    page.labeled("Answer again").click()
-    assert wait_for(lambda: page.texts(".assistant .markdown") == ["Second."], WAIT_S)
+    page.press("Answer again")
+    page.wait_for_answer("Second.")
     assert page.texts(".turns") == ["2 of 2"]
-    page.labeled("Previous version").click()
+    page.press("Previous version")
     assert page.texts(".assistant .markdown") == ["First."]
     page.type("\ue013")  # arrow up: edit the last question
     server.engine.pieces = ("Third.",)
     page.type(" And why?\n", ".editing textarea")
-    assert wait_for(lambda: page.texts(".assistant .markdown") == ["Third."], WAIT_S)
+    page.wait_for_answer("Third.")
     assert page.texts(".bubble") == ["What? And why?"]
     assert server.engine.requests[-1].messages[0].text == "What? And why?"
-    page.labeled("Previous version").click()
+    page.press("Previous version")
     assert page.texts(".bubble") == ["What?"]
-    page.labeled("Branch into a new conversation").click()
+    page.press("Branch into a new conversation")
     assert page.texts(".turns") == []
     assert page.texts(".assistant .markdown") == ["First."]
 
@@ -210,8 +230,8 @@ def test_a_reload_in_the_middle_of_an_answer_keeps_what_was_said(page, server):
     time.sleep(1.5)  # it is saved every 0.7 s
     page.driver.refresh()
     assert wait_for(page.has_answered, WAIT_S)
-    assert page.one(".assistant .markdown").text.startswith("word word")
-    assert "stopped" in page.one(".assistant .fine").text
+    assert page.text(".assistant .markdown").startswith("word word")
+    assert "stopped" in page.text(".assistant .fine")
 
 
 def test_settings_are_sent_and_kept(page, server):
@@ -225,7 +245,7 @@ def test_settings_are_sent_and_kept(page, server):
     page.click(".dialog-foot .primary")
     page.open(server.url)
     page.drop(SAMPLES / "four_corners.jpg")
-    assert "5 tiles" in page.one("#attached-size").text
+    assert "5 tiles" in page.text("#attached-size")
     assert len(page.find("#attachments .tile")) == 4
     page.ask("What?")
     request = server.engine.requests[-1]
@@ -255,7 +275,7 @@ def test_an_error_is_shown_and_asking_goes_on(page, server):
     page.ask("What?")
     assert page.texts(".assistant .note") == ["the GPU ran out of memory"]
     server.engine.late_fault = None
-    page.labeled("Answer again").click()
+    page.press("Answer again")
     assert wait_for(lambda: page.find(".assistant h4"), WAIT_S)
 
 
@@ -278,7 +298,7 @@ def test_the_image_is_shown_large_with_its_tiles(page):
     page.drop(SAMPLES / "four_corners.jpg")
     page.click("#attachments .picture")
     assert len(page.find("#viewer .tile")) == 9
-    assert "10 tiles (3 × 3 and the whole)" in page.one("#viewer-caption").text
+    assert "10 tiles (3 × 3 and the whole)" in page.text("#viewer-caption")
     page.click("#viewer-tiles")
     assert page.find("#viewer .tile") == []
     page.click("#viewer-close")
@@ -312,7 +332,7 @@ def test_a_key_is_asked_for(server):
         open_browser(DESKTOP) as driver,
     ):
         page = Page(driver, locked.url)
-        assert "needs its key" in page.one(".note").text
+        assert "needs its key" in page.text(".note")
         page.click("#open-settings")
         page.type("s3cret", "#set-key")
         page.click(".dialog-foot .primary")

@@ -549,17 +549,33 @@ async function openViewer(file, boxes) {
 const views = new Map(); // node id -> elements of its message
 
 function drawConversation() {
+  const before = new Map(views);
   views.clear();
   const path = pathOf(state.conversation);
-  $("messages").replaceChildren(...path.map((node, n) => drawMessage(node, n === path.length - 1)));
+  const messages = path.map((node, n) => {
+    const last = n === path.length - 1;
+    const view = before.get(node.id);
+    if (view?.state !== stateOf(node, last)) return drawMessage(node, last);
+    views.set(node.id, view); // unchanged: its images need not load again
+    return view;
+  });
+  $("messages").replaceChildren(...messages);
   $("welcome").hidden = path.length > 0;
   $("title").textContent = state.conversation.title || "InternVL3";
   document.title = state.conversation.title ? `${state.conversation.title} · InternVL3` : "InternVL3";
   drawSend();
 }
 
+/** All that a message's elements are made from, as text. */
+function stateOf(node, last) {
+  const { children, active } = state.conversation.nodes[node.parent];
+  const { text, thinking, running, stopped, error, finish } = node;
+  return JSON.stringify([text, thinking, running, stopped, error, finish, children.length, active, last, state.editing === node.id, state.settings.show_tiles]);
+}
+
 function drawMessage(node, last) {
   const article = node.role === "user" ? drawQuestion(node) : drawAnswer(node);
+  article.state = stateOf(node, last);
   if (last) article.classList.add("last");
   return article;
 }
@@ -934,12 +950,15 @@ function drawToEnd() {
 }
 
 let lastTop = 0;
+let gesture = 0; // when the person last did what may scroll
+const GESTURE_MS = 1000;
 
-// Content that grows moves the end away, too: only scrolling up stops following it.
+// Content that grows or shrinks moves the end, too: only a person who scrolls up stops following.
+for (const kind of ["wheel", "touchmove", "keydown", "pointerdown"]) scroller.addEventListener(kind, () => { gesture = performance.now(); }, { passive: true });
 scroller.addEventListener("scroll", () => {
   const top = scroller.scrollTop;
   if (scroller.scrollHeight - top - scroller.clientHeight < 60) follows = true;
-  else if (top < lastTop - 2) follows = false;
+  else if (top < lastTop - 2 && performance.now() - gesture < GESTURE_MS) follows = false;
   lastTop = top;
   drawToEnd();
 });
