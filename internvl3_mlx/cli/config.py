@@ -1,14 +1,24 @@
 """``internvl3 config``: shows and changes the user's defaults and aliases."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli.actions import ActionType
 from internvl3_mlx.cli.flags import SectionedCommand
-from internvl3_mlx.cli.user_config import change_setting, config_path, read_config
+from internvl3_mlx.cli.user_config import (
+    canonical_key,
+    change_setting,
+    config_path,
+    read_config,
+)
 from internvl3_mlx.errors import UserError
 
 # action -> how many words it takes
-ACTIONS = {"show": 0, "set": 2, "unset": 1, "path": 0}
+ACTIONS = {"show": 0, "get": 1, "set": 2, "unset": 1, "path": 0}
+OTHER_WORDS = {"list": "show", "ls": "show", "rm": "unset", "remove": "unset", "edit": "path"}
 
 
 @click.command(
@@ -20,16 +30,17 @@ ACTIONS = {"show": 0, "set": 2, "unset": 1, "path": 0}
         ("internvl3 config unset model", "back to the default"),
     ),
 )
-@click.argument("action", type=click.Choice([*ACTIONS]), default="show")
+@click.argument("action", type=ActionType([*ACTIONS], OTHER_WORDS), default="show")
 @click.argument("words", nargs=-1, metavar="[NAME] [VALUE]")
 @options.JSON_FLAG
 @options.debug_flag
 def config_command(action: str, words: tuple[str, ...], as_json: bool) -> None:
     """Show and change your defaults and aliases.
 
-    NAME is model, adapter, history or a flag of generate such as max-tiles; aliases.NAME.max-tiles
-    is that of an alias. Flags win over the environment, the environment over the file. path
-    prints where the file is; INTERNVL3_CONFIG names another file.
+    show lists the settings, get prints one. NAME is model, adapter, history or a flag of generate
+    such as max-tiles; aliases.NAME.max-tiles is that of an alias. Flags win over the environment,
+    the environment over the file. path prints where the file is; INTERNVL3_CONFIG names another
+    file.
     """
     if len(words) != ACTIONS[action]:
         wants = {0: "no more words", 1: "a NAME", 2: "a NAME and a VALUE"}[ACTIONS[action]]
@@ -38,6 +49,8 @@ def config_command(action: str, words: tuple[str, ...], as_json: bool) -> None:
         console.write_line(str(config_path()))
     elif action == "show":
         show_config(as_json=as_json)
+    elif action == "get":
+        show_setting(words[0], as_json=as_json)
     else:
         change_setting(words[0], words[1] if action == "set" else None)
 
@@ -56,6 +69,20 @@ def show_config(*, as_json: bool) -> None:
     for name, alias in config.get("aliases", {}).items():
         for key, value in alias.items():
             console.write_line(f"aliases.{name}.{key}: {format_value(value)}")
+
+
+def show_setting(name: str, *, as_json: bool) -> None:
+    """Print the value of one setting alone. Raises UserError where it is not set."""
+    value: Any = read_config(may_be_missing=True)
+    *parents, key = name.split(".")
+    for part in (*parents, str(canonical_key(key))):
+        if not isinstance(value, Mapping) or part not in value:
+            raise UserError(f"{name} is not set; internvl3 config lists what is")
+        value = value[part]
+    if as_json or isinstance(value, Mapping):
+        console.print_json(value, indent=2)
+    else:
+        console.write_line(format_value(value))
 
 
 def format_value(value: object) -> str:

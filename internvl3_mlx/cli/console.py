@@ -18,7 +18,7 @@ from internvl3_mlx.cli.visible import json_text, visible, visible_name, without_
 if TYPE_CHECKING:
     from internvl3_mlx.vlm import Answer
 
-GB, MB = 1e9, 1e6
+GB, MB, KB = 1e9, 1e6, 1e3
 SPINNER_DELAY_S = 0.5  # a wait shorter than this shows nothing
 SPINNER_INTERVAL_S = 0.1
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -204,7 +204,9 @@ def format_count(count: int, noun: str) -> str:
 
 def format_size(nbytes: float) -> str:
     """Format a size in decimal units, as disks and the hub do: 4.2 GB, 7.4 MB."""
-    return f"{nbytes / GB:,.1f} GB" if nbytes >= GB / 2 else f"{nbytes / MB:,.1f} MB"
+    if nbytes >= GB / 2:
+        return f"{nbytes / GB:,.1f} GB"
+    return f"{nbytes / MB:,.1f} MB" if nbytes >= MB / 20 or not nbytes else f"{nbytes / KB:,.1f} kB"
 
 
 def print_table(table: Mapping[str, object]) -> None:

@@ -133,15 +133,17 @@ def generate_command(
 
 
 def split_question(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """Split off the question that follows the images: trailing words that are no file or URL.
+    """Split off the question: the words after the images, or before them, that are no file or URL.
 
     A word that looks like a file, with a folder or a suffix, stays one: its error says what is
     wrong with it.
     """
-    count = len(words)
-    while count and not _names_image(words[count - 1]):
-        count -= 1
-    return tuple(words[:count]), " ".join(words[count:]) or None
+    is_image = [_names_image(word) for word in words]
+    end = max((at for at, found in enumerate(is_image, start=1) if found), default=0)
+    if end == len(words) and True in is_image:  # nothing follows the images
+        start = is_image.index(True)
+        return tuple(words[start:]), " ".join(words[:start]) or None
+    return tuple(words[:end]), " ".join(words[end:]) or None
 
 
 def _names_image(word: str) -> bool:

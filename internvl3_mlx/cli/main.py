@@ -2,7 +2,7 @@
 
 import os
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -28,6 +28,25 @@ OTHER_PROGRAMS = {
     "ls": "internvl3 models lists the models on this machine",
     "rm": "internvl3 models rm removes a model",
     "show": "internvl3 info MODEL describes a model",
+    "ps": "internvl3 serve keeps models loaded; internvl3 models lists those on this machine",
+    "create": "internvl3 config set aliases.NAME.model MODEL names a model with settings",
+    "cp": "internvl3 config set aliases.NAME.model MODEL names a model",
+    "push": "internvl3 convert --upload-repo uploads a model",
+    "upload": "internvl3 convert --upload-repo uploads a model",
+    "download": "internvl3 models pull downloads a model",
+    "ask": "internvl3 generate answers one question",
+    "server": "internvl3 serve starts a server",
+    "evaluate": "internvl3 eval evaluates a model",
+    "benchmark": "internvl3 bench measures this machine",
+    "quantize": "internvl3 convert -q quantizes a model",
+    "dequantize": "internvl3 convert --dequantize does that",
+    "merge": "internvl3 fuse merges an adapter into its model",
+    "finetune": "internvl3 train fine-tunes",
+    "fine-tune": "internvl3 train fine-tunes",
+    "dora": "internvl3 train fine-tunes",
+    "sft": "internvl3 train fine-tunes",
+    "version": "internvl3 --version prints the version",
+    "help": "internvl3 --help lists the commands, internvl3 COMMAND --help explains one",
 }
 FAILED, INTERRUPTED = 1, 130
 
@@ -46,6 +65,19 @@ class LazyGroup(click.Group):
         module = import_module(f"internvl3_mlx.cli.{cmd_name}")
         command = getattr(module, f"{cmd_name}_command")
         return command if isinstance(command, click.Command) else None
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Report a mistake in the group's own flags as one in a command's is."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as error:
+            raise SystemExit(_report_failure(error, debug=False)) from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

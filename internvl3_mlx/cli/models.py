@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl3_mlx.cli import console, options
+from internvl3_mlx.cli.actions import ActionType
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.errors import UserError
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 ACTIONS = ("list", "pull", "rm", "prune")
 NAMED_ACTIONS = ("pull", "rm")
+OTHER_WORDS = {  # of ollama, pip, hf and others
+    "ls": "list", "show": "list", "download": "pull", "get": "pull", "fetch": "pull", "add": "pull",
+    "install": "pull", "remove": "rm", "delete": "rm", "uninstall": "rm", "clean": "prune",
+}  # fmt: skip
 
 
 @click.command(
@@ -25,7 +30,7 @@ NAMED_ACTIONS = ("pull", "rm")
         ("internvl3 models prune", "remove downloads that a 4-bit copy was made from"),
     ),
 )
-@click.argument("action", type=click.Choice(ACTIONS), default="list")
+@click.argument("action", type=ActionType(ACTIONS, OTHER_WORDS), default="list")
 @click.argument("model", required=False)
 @options.LOAD_FLAGS["quantize"]
 @options.LOAD_FLAGS["revision"]

@@ -23,6 +23,7 @@ from internvl3_mlx.option_fields import PARSERS as VALUE_PARSERS
 if TYPE_CHECKING:
     from internvl3_mlx.generation.generation_config import GenerationConfig
 
+LIST_HINT = "/set alone lists all"
 DEFAULT_WORDS = ("none", "default")  # restore the default
 QUOTED = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)')(?=\s|$)""")
 MODELS = ("draft_model",)  # options whose value is a model
@@ -65,8 +66,10 @@ def parse_setting(name: str, text: str) -> tuple[str, Any]:
     if key in MODEL_NAMES:
         raise UserError(f"{name} belongs to the model; type /model NAME to change it")
     if key not in names:
-        listed = [shown_name(field) for field in GENERATION_FIELDS]
-        raise UserError(f"unknown option {name!r}; {did_you_mean(name, [*names, *listed])}")
+        listed = [*names, *(shown_name(field) for field in GENERATION_FIELDS)]
+        raise UserError(
+            f"unknown option {name!r}; {did_you_mean(name, listed, otherwise=LIST_HINT)}"
+        )
     field, switch_value = names[key]
     kind, info = GENERATION_FIELDS[field]
     if text.lower() in DEFAULT_WORDS:

@@ -124,6 +124,9 @@ def drop_image(session: ChatSession, argument: str) -> None:
     if sent < number <= sent + len(session.pending):
         console.hint(f"removed {session.pending.pop(number - sent - 1).name}")
         return
+    if not 1 <= number <= sent and session.pending:
+        count = sent + len(session.pending)
+        raise UserError(f"no image {number}; /images lists 1 to {count}")
     removed = session.conversation.drop_image(number)
     console.hint(f"removed {Path(removed.source).name}")
 

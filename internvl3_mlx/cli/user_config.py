@@ -40,11 +40,20 @@ def setting_types() -> dict[str, type]:
     from internvl3_mlx.cli.generation_fields import GENERATION_FIELDS, PARSERS
 
     simple = {
-        name.replace("_", "-"): kind
+        param_key(name): kind
         for name, (kind, _) in GENERATION_FIELDS.items()
         if kind is not bool and name not in PARSERS and name != "stop"
     }
     return {"model": str, "adapter": str, **simple}
+
+
+def canonical_key(key: object) -> object:
+    """Return the key of a setting by any spelling of its flag, such as temp; others as they are."""
+    from internvl3_mlx.cli.settings import setting_names
+
+    spelled = str(key).lstrip("-").replace("_", "-")
+    field, is_plain = setting_names().get(spelled, ("", False))
+    return param_key(field) if is_plain and param_key(field) in setting_types() else key
 
 
 def read_config(*, may_be_missing: bool = False) -> dict[str, Any]:
@@ -116,10 +125,13 @@ def check_settings(
     from internvl3_mlx.cli.generation_fields import make_config
 
     types = setting_types()
-    checked = {}
-    for key, value in content.items():
-        if key not in types:
+    checked = dict[str, Any]()
+    for given, value in content.items():
+        key = given if given in types else canonical_key(given)
+        if not isinstance(key, str) or key not in types:
             raise UserError(f"{place}: unknown setting {key!r}; {did_you_mean(str(key), known)}")
+        if key in checked:
+            raise UserError(f"{place}: {key} is set twice; remove one of them")
         checked[key] = check_type(key, value, types[key], place)
     try:
         make_config(
@@ -145,6 +157,11 @@ def check_type(key: str, value: object, kind: type, place: str) -> object:
 def param(key: str) -> str:
     """Return the parameter of a command that a key sets."""
     return key.replace("-", "_")
+
+
+def param_key(field: str) -> str:
+    """Return the key of a field: the reverse of ``param``."""
+    return field.replace("_", "-")
 
 
 def find_alias(name: str) -> dict[str, Any]:
@@ -206,6 +223,7 @@ def change_setting(name: str, text: str | None) -> None:
     config = read_config(may_be_missing=True)
     check_rewritable()
     *parents, key = name.split(".")
+    key = str(canonical_key(key)) if len(parents) != 1 else key
     if parents and (parents[0] != ALIASES or len(parents) > 2 or (len(parents) == 1 and text)):
         raise UserError(f"unknown setting {name!r}; an alias is set with aliases.NAME.model 8b")
     place = config

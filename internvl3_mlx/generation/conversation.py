@@ -114,10 +114,10 @@ class Conversation:
 
     def drop_oldest(self, count: int = 1) -> None:
         """Remove the oldest ``count`` questions with their answers and images."""
+        self.last_exchange()  # raises where there is none
         if not 1 <= count <= len(self.exchanges):
             raise UserError(
-                f"cannot drop {count} questions of {len(self.exchanges)}; "
-                "choose a number from 1 to that"
+                f"cannot remove {count} of the questions; choose from 1 to {len(self.exchanges)}"
             )
         self.exchanges = self.exchanges[count:]
 

@@ -91,7 +91,7 @@ def test_a_missing_image_is_reported_and_the_question_is_not_asked(session, send
         ("/set history x", "unknown option 'history'"),
         ("/undo", "nothing has been asked yet"),
         ("/retry", "nothing has been asked yet"),
-        ("/forget 3", "cannot drop 3 questions of 0"),
+        ("/forget 3", "nothing has been asked yet"),
         ("/forget x", "/forget needs a number of questions"),
         ("/load nowhere.zip", "no file at nowhere.zip"),
         ("/save a b", "expected one file name"),

@@ -116,6 +116,22 @@ def test_settings_are_set_shown_and_unset(path):
     assert config("path").stdout == f"{path}\n"
 
 
+def test_any_spelling_of_a_flag_names_its_setting(path):
+    for name, value in (("temp", "0.3"), ("m", "64"), ("aliases.ocr.model", "8b")):
+        assert config("set", name, value).exit_code == 0
+    assert config("set", "aliases.ocr.max_tiles", "2").exit_code == 0
+    shown = "temperature: 0.3\nmax-tokens: 64\naliases.ocr.model: 8b\naliases.ocr.max-tiles: 2\n"
+    assert config("list").stdout == shown
+    assert config("get", "temp").stdout == "0.3\n"
+    assert config("get", "aliases.ocr.max-tiles").stdout == "2\n"
+    assert json.loads(config("get", "aliases.ocr").stdout) == {"model": "8b", "max-tiles": 2}
+    assert "top-p is not set" in config("get", "top-p").stderr
+    assert config("rm", "temp").exit_code == 0
+    assert "temperature" not in config().stdout
+    path.write_text("temp: 1\ntemperature: 2\n")
+    assert "temperature is set twice; remove one of them" in config().stderr
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 
 import internvl3_mlx
 from internvl3_mlx.cli import generate as generate_module
-from internvl3_mlx.cli.main import COMMANDS, main
+from internvl3_mlx.cli.main import COMMANDS, OTHER_PROGRAMS, main
 from internvl3_mlx.errors import CheckpointError, DownloadError
 
 ROOT = Path(__file__).parents[2]
@@ -68,12 +69,26 @@ def test_version_is_one_line():
         ("xyz", f"choose from {', '.join(COMMANDS)}"),
         ("lora", "internvl3 train fine-tunes"),
         ("pull", "internvl3 models pull downloads a model"),
+        ("help", "internvl3 --help lists the commands, internvl3 COMMAND --help explains one"),
     ],
 )
 def test_unknown_command_gets_the_nearest_name(typed, advice):
     result = invoke(typed)
     assert result.stderr == f"error: unknown command {typed!r}; {advice}\nsee internvl3 --help\n"
     assert (result.stdout, result.exit_code) == ("", 2)
+
+
+def test_every_hint_names_a_command_that_exists():
+    for hint in OTHER_PROGRAMS.values():
+        words = [word for word in re.findall(r"internvl3 ([a-z]+)", hint)]
+        assert {*words} <= {*COMMANDS}, hint
+
+
+def test_a_flag_of_the_group_is_one_line_too():
+    result = invoke("--hlep")
+    assert result.exit_code == 2
+    # the words between are click's, and differ from release to release
+    assert re.fullmatch("error: .*--hlep.*--help.*\nsee internvl3 --help\n", result.stderr)
 
 
 def test_unknown_flag_is_one_line_and_where_to_look():

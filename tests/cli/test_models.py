@@ -95,6 +95,9 @@ def test_nothing_is_removed_unasked(caches):
     [
         (["rm"], "internvl3 models rm needs a model; see internvl3 models --help"),
         (["list", "2b"], "internvl3 models list takes no model"),
+        (["ls", "2b"], "internvl3 models list takes no model"),
+        (["delete"], "internvl3 models rm needs a model"),
+        (["pul", "2b"], "unknown action 'pul'; did you mean pull?"),
         (["rm", "me/internvl3-mime"], "no stored model 'me/internvl3-mime'; did you mean me/int"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The question of generate may follow the images as plain words."""
+"""The question of generate may be plain words after the images, or before them."""
 
 import pytest
 
@@ -17,7 +17,8 @@ from internvl3_mlx.cli.generate import split_question
         (["Hello there"], [], "Hello there"),
         (["https://x.org/a", "-", "clipboard"], ["https://x.org/a", "-", "clipboard"], None),
         (["data:image/png,x", "Read."], ["data:image/png,x"], "Read."),
-        (["plain", "word", "here.jpg"], ["plain", "word", "here.jpg"], None),
+        (["plain", "words", "here.jpg"], ["here.jpg"], "plain words"),
+        (["one", "here.jpg", "two"], ["one", "here.jpg"], "two"),
         ([], [], None),
     ],
 )

@@ -170,7 +170,7 @@ def test_forgetting_the_oldest_makes_room(vlm):
     assert conversation.budget.positions < before
     assert len(conversation.images) == 1
     same(conversation, "Well?", **SHORT)
-    with pytest.raises(UserError, match="cannot drop 9 questions of 2"):
+    with pytest.raises(UserError, match="cannot remove 9 of the questions; choose from 1 to 2"):
         conversation.drop_oldest(9)
 
 
