@@ -46,11 +46,12 @@ class Results:
 
 def main(words: list[str] | None = None) -> int:
     args = make_parser().parse_args(words)
+    bodies = sample_bodies()
     with run_server() as (port, pid):
         results, memory = Results(), [resident_mb(pid)]
         started = time.perf_counter()
         threads = [
-            threading.Thread(target=ask_all, args=(port, client, args, results))
+            threading.Thread(target=ask_all, args=(port, client, args, bodies, results))
             for client in range(args.clients)
         ]
         for thread in threads:
@@ -97,9 +98,14 @@ def sample_bodies() -> list[tuple[bytes, str]]:
     return bodies
 
 
-def ask_all(port: int, client: int, args: argparse.Namespace, results: Results) -> None:
+def ask_all(
+    port: int,
+    client: int,
+    args: argparse.Namespace,
+    bodies: Sequence[tuple[bytes, str]],
+    results: Results,
+) -> None:
     """Ask this client's share of the requests."""
-    bodies = sample_bodies()
     for number in range(client, args.requests, args.clients):
         body, expected = bodies[number % len(bodies)]
         started = time.perf_counter()
