@@ -1,0 +1,54 @@
+"""Take as many good steps as bad ones from critic rows, as conversations without a system turn.
+
+    python -m examples.best_of_demo.rows best-of/rollouts/critic.jsonl --out best-of/critic-data/train.jsonl
+
+The system text of the published data has ten times the tokens of the rest of such a row. A critic
+that was trained without it is used with ``--critic-system ""``.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from internvl3_mlx.prompt.reasoning import CORRECT, INCORRECT, critic_question
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=800, help="at most so many rows")
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in options.rows.read_text("utf-8").splitlines()]
+    kept = balanced([*map(conversation, rows)], options.count)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    options.out.write_text(text, "utf-8")
+    print(f"{len(kept)} rows")
+
+
+def conversation(row: dict) -> dict:
+    """Turn a row of one step into the critic's conversation."""
+    [step] = row["steps_with_score"]
+    asked = critic_question(f"<image>\n{row['question']}", step["step"])
+    reply = CORRECT if step["score"] > 0 else INCORRECT
+    turns = [{"from": "system", "value": ""}, {"from": "human", "value": asked}]
+    return {"image": row["image"], "conversations": [*turns, {"from": "gpt", "value": reply}]}
+
+
+def balanced(rows: list[dict], count: int) -> list[dict]:
+    """Draw the same number of rows of both replies, in a random order."""
+    random = np.random.default_rng(0)
+    kinds = [
+        [row for row in rows if row["conversations"][-1]["value"] == reply]
+        for reply in (CORRECT, INCORRECT)
+    ]
+    each = min(count // 2, *map(len, kinds))
+    kept = [kind[n] for kind in kinds for n in random.permutation(len(kind))[:each]]
+    return [kept[n] for n in random.permutation(len(kept))]
+
+
+if __name__ == "__main__":
+    main()

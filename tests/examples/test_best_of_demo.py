@@ -1,0 +1,83 @@
+"""The example's questions are true, its rows are a critic's, and its ways choose as they say."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from examples.best_of_demo import measure, questions, rows
+from examples.best_of_demo.measure import COUNTS, WAYS, Candidates, summarize, table
+from examples.best_of_demo.plot import draw_plot
+from examples.demo_model import batches, heldout
+from internvl3_mlx import load, load_critic
+from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.test_time_scaling.rollout_questions import read_questions
+from internvl3_mlx.training.config_file import build_config
+from internvl3_mlx.training.data.schema import parse_record
+
+HERE = Path(questions.__file__).parent
+
+
+def test_each_task_is_asked_as_often_and_can_be_read(tmp_path):
+    found = [*questions.questions(tmp_path, "valid", 6)]
+    assert Counter(row["task"] for row in found) == dict.fromkeys(questions.TASKS, 2)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    assert len(read_questions(tmp_path / "q.jsonl")) == 6
+    assert questions.SEED not in (batches.TRAINING_SEED, heldout.EVALUATION_SEED)
+
+
+def test_rows_are_conversations_of_a_critic_without_a_system_turn():
+    steps = [{"step": "3", "score": 1.0}], [{"step": "4", "score": 0.0}]
+    raw = [
+        {"image": f"{n}.png", "question": "How many?", "steps_with_score": steps[n % 3 == 0]}
+        for n in range(9)
+    ]
+    kept = rows.balanced([*map(rows.conversation, raw)], 8)
+    parsed = [*map(parse_record, kept)]
+    assert Counter(record.messages[-1].text for record in parsed) == {"+": 3, "-": 3}
+    assert {record.system for record in parsed} == {""}
+    assert "### Question:\n<image>\nHow many?\n\n### Solution" in parsed[0].messages[0].text
+    assert build_config({}, HERE / "critic.yaml").trains_critic
+
+
+RIGHT = Candidates(
+    right=(False, True, True, False, True, False, False, False),
+    texts=("a", "b", "b", "c", "b", "d", "e", "f"),
+    log_probs=(-1.0, -2.0, -0.5, -3.0, -4.0, -5.0, -6.0, -7.0),
+    critic=(0.2, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1),
+)
+
+
+@pytest.mark.parametrize(
+    ("way", "chosen"),
+    [
+        ("greedy", [0, 0, 0, 0]),
+        ("random", [0, 0.5, 0.5, 0.375]),
+        ("log-probability", [0, 0, 1, 1]),
+        ("majority", [0, 0, 1, 1]),
+        ("critic", [0, 0, 0, 0]),
+        ("any right", [0, 1, 1, 1]),
+    ],
+)
+def test_each_way_chooses_among_the_first_n(way, chosen):
+    assert [RIGHT.chosen(way, count) for count in COUNTS] == chosen
+
+
+def test_figures_tables_and_plot():
+    figures = summarize([[RIGHT, RIGHT], [RIGHT, RIGHT]])
+    assert figures["ways"]["random"][8]["mean"] == 0.375
+    assert figures["right ranked above wrong"] < 0.5
+    assert table(figures).count("\n") == 1 + len(WAYS)
+    ElementTree.fromstring(draw_plot(figures, COUNTS))
+
+
+def test_a_question_is_judged(tmp_path):
+    row = next(iter(questions.questions(tmp_path, "valid", 1)))
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    [known] = read_questions(tmp_path / "q.jsonl")
+    config = GenerationConfig(temperature=1.0, max_tokens=4, seed=0)
+    found = measure.judged(load("demo"), load_critic("demo", system=""), known, config)
+    assert len(found.texts) == max(COUNTS)
+    assert all(0 <= score <= 1 for score in found.critic)
