@@ -19,8 +19,11 @@ COPIED_FILE = (
 
 def copied_file() -> str | None:
     """Return the path of the first file on a Mac's clipboard; None if there is none."""
-    if sys.platform != "darwin":
-        return None
+    return ask_for_file() if sys.platform == "darwin" else None
+
+
+def ask_for_file() -> str | None:
+    """Ask the pasteboard, by AppleScript, as Pillow does for images."""
     command = [OSASCRIPT, *(word for line in COPIED_FILE for word in ("-e", line))]
     try:
         done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=True)
