@@ -22,7 +22,8 @@ FIRST_COLUMN, TWO_COLUMNS = 30, 78  # the terms of a list, and the width that bo
 LINE_CONTINUES = " \\"
 SECTIONS = (
     "Question", "Images", "Answer", "Reasoning", "Best of N", "Model", "Network", "Serving",
-    "Limits", "Data", "Training", "Weights", "Preference", "Run", "Quantization", "Quality",
+    "Limits", "Data", "Training", "Weights", "Preference", "Distillation",
+    "Run", "Quantization", "Quality",
     "Upload", "Output", "Speed", "Memory", "Positions", OTHER_SECTION,
 )  # fmt: skip
 TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, tuple: click.STRING}

@@ -28,6 +28,7 @@ from internvl3_mlx.training.data_config import DataConfig, check_data_conflicts
 from internvl3_mlx.training.run_config import RunConfig
 
 PREFERENCE_METHOD = "mpo"  # the method that reads preference pairs; the others read conversations
+DISTILL_METHOD = "distill"  # the method that learns from a teacher's probabilities
 CRITIC_METHOD = "prm"  # the method whose answers are all + or -
 
 
@@ -189,6 +190,21 @@ class TrainConfig(DataConfig, RunConfig):
         "Reward shift of the BCO term: the running mean reward, or zero.",
         choices=REWARD_SHIFTS,
     )
+    teacher: str | None = config_field(
+        None,
+        "Distillation",
+        "The model to learn from with --method distill: folder, Hub repository or size.",
+        metavar="PATH|REPO|SIZE",
+    )
+    distill_weight: float = config_field(
+        1.0, "Distillation", "Weight of the divergence from the teacher.", low=0
+    )
+    distill_top_k: int = config_field(
+        32, "Distillation", "Tokens of the teacher that are kept for each target.", low=1, high=1024
+    )
+    distill_temperature: float = config_field(
+        1.0, "Distillation", "Temperature of teacher and student.", low=0.1, high=100
+    )
     cache_reference: bool = config_field(
         False, "Preference", "Cache the reference log-probabilities on disk."
     )
@@ -260,6 +276,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
         "max_seq_length": 12288,
     },
     "prm": {},
+    "distill": {},
     "pretrain": {
         "train": MODEL_PARTS,
         "packing": True,
@@ -295,8 +312,30 @@ def check_conflicts(config: TrainConfig) -> None:
     if config.compile and "lm_head" in config.lora_keys:
         raise UserError("compile cannot be combined with an adapted lm_head; drop one")
     check_data_conflicts(config)
+    check_distillation(config)
     if config.reads_pairs:
         check_preference(config)
+
+
+def check_distillation(config: TrainConfig) -> None:
+    """Raise ``UserError`` for settings that distillation cannot use."""
+    if (config.method == DISTILL_METHOD) != (config.teacher is not None):
+        raise UserError("method distill and teacher belong together; set both, or drop both")
+    if config.teacher is None:
+        return
+    if not (config.sft_weight or config.distill_weight):
+        raise UserError("sft_weight and distill_weight are both 0; set at least one above 0")
+    if config.compile:
+        raise UserError("compile cannot be combined with method distill; drop it")
+    varying = {
+        "v2pe_delta random": config.v2pe_delta == RANDOM,
+        "min_frames": config.min_frames is not None,
+        "augment": bool(config.augment),
+    }
+    if names := [name for name, varies in varying.items() if varies]:
+        raise UserError(
+            f"{names[0]} changes the prompts, and the teacher reads them before training; drop it"
+        )
 
 
 def check_preference(config: TrainConfig) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-METHODS = ("sft", "mpo", "prm", "pretrain")
+METHODS = ("sft", "mpo", "prm", "distill", "pretrain")
 OPTIMIZERS = (
     "adamw", "adam", "adamax", "adafactor", "adagrad", "adadelta", "lion", "muon", "rmsprop", "sgd",
 )  # fmt: skip

@@ -19,14 +19,15 @@ from internvl3_mlx.training.data.collate import BatchedDataset
 from internvl3_mlx.training.distributed import ProcessGroup
 from internvl3_mlx.training.feature_cache import CacheLimits, FeatureCache, FeatureStage
 from internvl3_mlx.training.grad_checkpoint import is_trainable
+from internvl3_mlx.training.objectives import Reference
 from internvl3_mlx.training.reference import ReferenceLogProbs, reference_log_probs
 from internvl3_mlx.training.setup import TaskProgress
 from internvl3_mlx.training.trainer import MicroBatch
 
 FEATURES_FOLDER, REFERENCES_FOLDER = "features", "references"  # in the cache folder
 
-# (batch, vision features) -> (N,) log-probabilities of the targets under the reference
-ReferenceFunction = Callable[[Batch, mx.array | None], mx.array]
+# (batch, vision features) -> (N,) log-probabilities under the reference, or soft targets
+ReferenceFunction = Callable[[Batch, mx.array | None], Reference]
 
 
 MIN_TOLERATED = 10  # records that may be unreadable however few there are

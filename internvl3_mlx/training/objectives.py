@@ -1,4 +1,4 @@
-"""Training objectives: supervised fine-tuning (SFT), pre-training, and MPO.
+"""Training objectives: supervised fine-tuning (SFT), pre-training, distillation, and MPO.
 
 An objective returns a numerator, which is differentiated, and a denominator. The trainer sums both
 over micro-batches and ranks and divides once, so that every token has the same weight however a
@@ -16,6 +16,7 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.packed_sequences import Span
 from internvl3_mlx.training.batch import Batch
+from internvl3_mlx.training.distillation import SoftTargets, distillation_losses
 from internvl3_mlx.training.forward import ForwardOptions, target_states
 from internvl3_mlx.training.losses import MPOTerms, PreferenceConfig, preference_terms
 from internvl3_mlx.training.token_log_probs import token_log_probs
@@ -41,6 +42,10 @@ class ObjectiveState:
     count: mx.array = field(default_factory=lambda: mx.array(0.0))
 
 
+# what a loss compares with: (N,) log-probabilities of a reference, or a teacher's soft targets
+Reference = mx.array | SoftTargets | None
+
+
 class Objective(Protocol):
     """Computes the loss of a batch."""
 
@@ -55,7 +60,7 @@ class Objective(Protocol):
         model: InternVL,
         batch: Batch,
         vision_features: mx.array | None,
-        reference_log_probs: mx.array | None,
+        reference_log_probs: Reference,
         state: ObjectiveState,
     ) -> tuple[LossOutput, ObjectiveState]: ...
 
@@ -74,7 +79,7 @@ class SFT:
         model: InternVL,
         batch: Batch,
         vision_features: mx.array | None,
-        reference_log_probs: mx.array | None,
+        reference_log_probs: Reference,
         state: ObjectiveState,
     ) -> tuple[LossOutput, ObjectiveState]:
         scores = target_log_probs(model, batch, vision_features, self.forward, self.chunk)
@@ -107,14 +112,14 @@ class MPO:
         model: InternVL,
         batch: Batch,
         vision_features: mx.array | None,
-        reference_log_probs: mx.array | None,
+        reference_log_probs: Reference,
         state: ObjectiveState,
     ) -> tuple[LossOutput, ObjectiveState]:
         if not self.needs_reference:
             chosen = chosen_only(batch)
             loss = chosen_loss(chosen, self.policy_log_probs(model, chosen, vision_features))
             return LossOutput(self.sft_weight * loss, mx.array(1.0), {"sft": loss}), state
-        if reference_log_probs is None:
+        if not isinstance(reference_log_probs, mx.array):
             raise UserError(
                 "DPO and BCO compare with a reference model, but no reference log-probabilities "
                 "were given; pass them, or set dpo_weight and bco_weight to 0"
@@ -213,9 +218,52 @@ def chosen_loss(batch: Batch, log_probs: mx.array) -> mx.array:
     return -mx.where(chosen, log_probs, 0).sum() / chosen.sum()
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """Cross-entropy on the answers and divergence from a teacher, each with its weight.
+
+    Both are averaged over the targets by their loss weights.
+    """
+
+    name: str = "distill"
+    sft_weight: float = 1.0
+    distill_weight: float = 1.0
+    temperature: float = 1.0
+    forward: ForwardOptions = ForwardOptions()
+    needs_reference: bool = False
+
+    def __call__(
+        self,
+        model: InternVL,
+        batch: Batch,
+        vision_features: mx.array | None,
+        reference_log_probs: Reference,
+        state: ObjectiveState,
+    ) -> tuple[LossOutput, ObjectiveState]:
+        if not isinstance(reference_log_probs, SoftTargets):
+            raise UserError("distillation needs a teacher's soft targets, but none were given")
+        states = target_states(model, batch, vision_features, self.forward)
+        total, sft, distill = distillation_losses(
+            model.language_model,
+            states,
+            mx.array(batch.targets),
+            reference_log_probs,
+            (self.sft_weight, self.distill_weight),
+            self.temperature,
+        )
+        weights = mx.array(batch.loss_weights)
+        whole = weights.sum()
+        metrics = {
+            "sft": (sft * weights).sum() / whole,
+            "distill": (distill * weights).sum() / whole,
+        }
+        return LossOutput((total * weights).sum(), whole, metrics), state
+
+
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sft": SFT,
     "prm": lambda **options: SFT(name="prm", **options),
     "pretrain": lambda **options: SFT(name="pretrain", **options),
     "mpo": MPO,
+    "distill": Distillation,
 }

@@ -45,6 +45,7 @@ PANELS: Mapping[str, tuple[Curve, ...]] = {
         Curve("dpo", "DPO", "#3b7dd8", smooth=True),
         Curve("bco", "BCO", "#8a63d2", smooth=True),
         Curve("sft", "NLL", "#2f9e6b", smooth=True),
+        Curve("distill", "divergence from the teacher", "#c2548b", smooth=True),
     ),
     "rewards": (
         Curve("chosen_reward", "chosen", "#2f9e6b", smooth=True),

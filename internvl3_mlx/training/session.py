@@ -24,7 +24,7 @@ from internvl3_mlx.training.checkpoint import (
     read_metadata,
 )
 from internvl3_mlx.training.compiled_step import CompiledStep
-from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.config import DISTILL_METHOD, TrainConfig
 from internvl3_mlx.training.cost_estimate import CostEstimate
 from internvl3_mlx.training.dataloader import (
     BadRecords,
@@ -43,6 +43,7 @@ from internvl3_mlx.training.losses import PreferenceConfig
 from internvl3_mlx.training.objectives import OBJECTIVES, Objective
 from internvl3_mlx.training.optimizers import warmup_updates
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
+from internvl3_mlx.training.soft_targets import compute_soft_targets
 from internvl3_mlx.training.trainable import count_parameters, set_trainable
 from internvl3_mlx.training.trainer import MicroBatch, TrainState
 from internvl3_mlx.user_paths import expand_user
@@ -96,11 +97,12 @@ def open_train_session(
 ) -> Generator[TaskProgress, None, TrainSession]:
     """Load the model, select what is trained, and return a session before its first update.
 
-    Yields progress while reference log-probabilities are computed in advance.
+    Yields progress while a teacher's soft targets or reference log-probabilities are computed.
     """
     config = setup.config
     if config.trains_critic:
         critic_ids(setup.preprocessor.tokenizer)
+    soft_targets = (yield from compute_soft_targets(setup)) if setup.teacher else None
     mx.random.seed(config.seed)  # all ranks start with the same adapters
     model = load_local_model(
         setup.model_folder,
@@ -122,6 +124,9 @@ def open_train_session(
     )
     if config.needs_reference:
         loader.compute_reference = references.get if references else online_reference(model)
+    if soft_targets is not None:
+        known = soft_targets
+        loader.compute_reference = lambda batch, _: known.get(batch)
     if references and not config.adapters_only:
         yield from loader.precompute_reference()
     state = TrainState(
@@ -153,6 +158,13 @@ def build_objective(config: TrainConfig, ranks: ProcessGroup) -> Objective:
     forward = ForwardOptions(
         grad_checkpoint=config.grad_checkpoint, drop_path_rate=config.drop_path
     )
+    if config.method == DISTILL_METHOD:
+        return OBJECTIVES[config.method](
+            sft_weight=config.sft_weight,
+            distill_weight=config.distill_weight,
+            temperature=config.distill_temperature,
+            forward=forward,
+        )
     if not config.reads_pairs:
         return OBJECTIVES[config.method](forward=forward)
     running = config.reward_shift == "running"

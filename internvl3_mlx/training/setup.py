@@ -60,6 +60,7 @@ class RunSetup:
     train: DataSplit
     valid: DataSplit | None
     test: DataSplit | None = None
+    teacher: LocalModel | None = None
 
     @property
     def splits(self) -> dict[str, DataSplit]:
@@ -139,6 +140,9 @@ def prepare_run(
     test = open_test_split(config)
     check_validation_data(config, valid)
     local_model = fetch_model(config.model, config.q_bits or DENSE_BITS, notify=notify)
+    teacher = None
+    if config.teacher is not None:
+        teacher = fetch_model(config.teacher, None, notify=notify)
     preprocessor = Preprocessor(load_processor(local_model.folder), config)
     splits: dict[str, DataSplit] = {}
     for name, dataset in (("training", train), ("validation", valid), ("test", test)):
@@ -152,6 +156,7 @@ def prepare_run(
         splits["training"],
         splits.get("validation"),
         splits.get("test"),
+        teacher,
     )
     if setup.images_vary:
         check_fixed_images(config)

@@ -22,7 +22,7 @@ from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup
 from internvl3_mlx.training.interrupts import deferred_interrupts
 from internvl3_mlx.training.loss_history import LossHistory
-from internvl3_mlx.training.objectives import Objective, ObjectiveState
+from internvl3_mlx.training.objectives import Objective, ObjectiveState, Reference
 from internvl3_mlx.training.optimizers import (
     build_optimizer,
     clip_gradients,
@@ -46,12 +46,12 @@ class MicroBatch:
     """A batch with what was computed for it in advance.
 
     vision_features: features or vision tower states of all images; None when the tower is trained.
-    reference_log_probs: (N,), for preferences.
+    reference_log_probs: (N,), for preferences; or a teacher's soft targets.
     """
 
     batch: Batch
     vision_features: mx.array | None = None
-    reference_log_probs: mx.array | None = None
+    reference_log_probs: Reference = None
 
 
 @dataclass(frozen=True)
