@@ -67,6 +67,10 @@ class RunningAnswer:
         finally:
             await self.stream.aclose()
 
+    async def close(self) -> None:
+        """Cancel the request, if it has not ended: also where its events were never asked for."""
+        await self.stream.aclose()
+
     def observe(self, event: Event) -> None:
         """Keep the counts of an event."""
         if isinstance(event, PromptRead):

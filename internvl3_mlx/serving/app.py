@@ -107,8 +107,12 @@ class Server:
         self, request: Request, running: RunningAnswer, reply: Reply, *, streams: bool, kind: str
     ) -> ASGIApp:
         if streams:
-            return StreamedAnswer(reply.stream(running), kind, keep_alive=kind == SSE)
-        answers = await while_connected(request, running.finish())
+            pieces = reply.stream(running)
+            return StreamedAnswer(pieces, kind, running.close, keep_alive=kind == SSE)
+        try:
+            answers = await while_connected(request, running.finish())
+        finally:
+            await running.close()
         return JSONResponse(reply.whole(answers, running))
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -37,11 +37,20 @@ def ndjson(content: Mapping[str, Any]) -> bytes:
 class StreamedAnswer:
     """An ASGI answer whose pieces come from an async generator.
 
-    The generator is closed, and the engine's request with it, as soon as the client leaves.
+    on_close is called at the end, however it comes: as soon as the client leaves, the engine's
+    request is cancelled.
     """
 
-    def __init__(self, pieces: AsyncIterator[bytes], media_type: str, *, keep_alive: bool = False):
-        self.pieces, self.media_type, self.keep_alive = pieces, media_type, keep_alive
+    def __init__(
+        self,
+        pieces: AsyncIterator[bytes],
+        media_type: str,
+        on_close: Callable[[], Awaitable[None]],
+        *,
+        keep_alive: bool = False,
+    ):
+        self.pieces, self.media_type = pieces, media_type
+        self.on_close, self.keep_alive = on_close, keep_alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self.send_all(send))
@@ -52,6 +61,7 @@ class StreamedAnswer:
             await cancelled(leaving)
             left = not sending.done()
             await cancelled(sending)
+            await self.on_close()
         if left:
             raise ClientLeft
         sending.result()

@@ -185,6 +185,49 @@ def test_boxes_of_an_answer():
         ]
 
 
+def test_an_answer_whose_client_left_before_it_began_is_cancelled():
+    """A stream that nobody has begun to read has no generator whose end could cancel it."""
+    import asyncio
+
+    from internvl3_mlx.serving.streams import SSE, ClientLeft, StreamedAnswer
+
+    closed = []
+
+    async def pieces():
+        yield b"never sent"
+
+    async def on_close():
+        closed.append(True)
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(_):
+        await asyncio.sleep(60)
+
+    answer = StreamedAnswer(pieces(), SSE, on_close)
+    with pytest.raises(ClientLeft):
+        asyncio.run(answer({"type": "http"}, receive, send))
+    assert closed == [True]
+
+
+def test_how_each_api_tells_of_an_answer_that_was_cut():
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9}
+    with running_server(FakeEngine(finish_reason="length")) as own:
+        assert ask(own).json["choices"][0]["finish_reason"] == "length"
+        whole = call(own, "POST", "/v1/responses", {"input": "x"}).json
+        assert whole["status"] == "incomplete"
+        assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
+        streamed = call(own, "POST", "/v1/responses", {"input": "x", "stream": True}).body
+        assert sse_events(streamed)[-1][0] == "response.incomplete"
+        assert call(own, "POST", "/v1/messages", body).json["stop_reason"] == "max_tokens"
+        reply = call(own, "POST", "/api/chat", {**body, "stream": False}).json
+        assert reply["done_reason"] == "length"
+    with running_server(FakeEngine(stop_string="END")) as own:
+        reply = call(own, "POST", "/v1/messages", body).json
+        assert (reply["stop_reason"], reply["stop_sequence"]) == ("stop_sequence", "END")
+
+
 def test_housekeeping_is_recognized(server):
     ask(server, "### Task:\nGenerate a concise title\n<chat_history>\n...")
     assert server.engine.requests[-1].housekeeping

@@ -818,7 +818,7 @@ async function run(node, continues) {
     await stream(body, controller.signal, node, update);
   } catch (error) {
     if (error.name === "AbortError") node.stopped = true;
-    else node.error = error.message || "The server does not answer.";
+    else node.error = error instanceof TypeError ? "The server does not answer. Is it running?" : error.message;
   }
   node.running = false;
   state.running.delete(conversation.id);
