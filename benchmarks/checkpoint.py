@@ -36,6 +36,9 @@ SHAPES = {
         vision_width=512, vision_layers=8, text_width=768, text_layers=8, merges=FEW_MERGES
     ),
     "balanced": Shape(text_width=512, text_layers=8, merges=FEW_MERGES),
+    "server": Shape(
+        vision_width=128, vision_layers=2, text_width=512, text_layers=8, merges=FEW_MERGES
+    ),
     "tiny": Shape(vision_width=64, vision_layers=1, text_layers=1, merges=FEW_MERGES),
 }
 

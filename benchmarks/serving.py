@@ -62,9 +62,9 @@ def argument_parser() -> argparse.ArgumentParser:
     work = Path(tempfile.gettempdir()) / "internvl3-benchmarks"
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--clients", type=int, default=8, help="at once")
-    parser.add_argument("--tokens", type=int, default=48, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--runs", type=int, default=3, help="medians are taken")
-    parser.add_argument("--shape", default="balanced", choices=list(SHAPES))
+    parser.add_argument("--shape", default="server", choices=list(SHAPES))
     parser.add_argument("--work", type=Path, default=work, help="where checkpoints are written")
     return parser
 

@@ -89,7 +89,8 @@ class ImageFeatureCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(features.nbytes for features in self.entries.values())
+        entries = [*self.entries.values()]  # another thread may ask while one changes them
+        return sum(features.nbytes for features in entries)
 
     def get(self, images: Sequence[ProcessedImage], encode: EncodeTiles) -> list[mx.array]:
         """Return each image's visual tokens, encoding all new ones in one call."""

@@ -222,11 +222,16 @@ class Engine:
         return self.models[name]
 
     def check_queue(self) -> None:
-        """Raise ``QueueFull`` where too many requests wait already."""
+        """Raise ``QueueFull`` where too many requests wait already.
+
+        As many as can begin at once do not count.
+        """
         if self.worker.stop_at is not None:
             raise EngineStopped(STOPPING)
+        status = self.status()
+        free = max(self.settings.max_batch - status.running - status.prefilling, 0)
         waiting = self.num_waiting
-        if waiting >= self.settings.max_waiting:
+        if waiting >= self.settings.max_waiting + free:
             seconds = self.worker.scheduler.request_seconds * waiting / self.settings.max_batch
             raise QueueFull(
                 f"{waiting} requests are waiting already; try again in a moment",

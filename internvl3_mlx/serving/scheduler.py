@@ -48,6 +48,7 @@ class Scheduler:
     live: list[QueuedRequest] = field(default_factory=list[QueuedRequest])
     scorings: deque[ScoringTask] = field(default_factory=deque[ScoringTask])
     memory: ExitStack = field(default_factory=ExitStack)
+    held_nbytes: int = 0  # of the weights that ``memory`` holds
     turn: int = 0
     request_seconds: float = 1.0  # of recent requests, for Retry-After
 
@@ -63,7 +64,7 @@ class Scheduler:
             self.decode_tokens(served)
         self.score_piece()
         if not self.live:
-            self.memory.close()
+            self.release_memory()
 
     def drop_cancelled(self) -> None:
         """Free what belongs to clients that have left."""
@@ -105,12 +106,23 @@ class Scheduler:
         """Queue the reading of a prompt. resumed: an answer to be continued after it."""
         parts, prefixes = self.pool.load(served), self.pool.prefixes
         self.pool.shrink_prefixes()
-        self.memory.close()
-        need = MemoryNeed(served.nbytes, self.pool.live_nbytes + prefixes.nbytes, id(served))
-        self.memory.enter_context(working_memory(need))
+        self.hold_memory()
         served.prefills.append(
             PrefillTask(queued, parts.runner, parts.fingerprint, prefixes, self.features, resumed)
         )
+
+    def hold_memory(self) -> None:
+        """Wire what weights and caches may take, while anything is computed with these models."""
+        weights = self.pool.weights_nbytes
+        if self.held_nbytes != weights:
+            self.release_memory()
+            need = MemoryNeed(weights, self.pool.budget.limit_nbytes - weights, id(self))
+            self.memory.enter_context(working_memory(need))
+            self.held_nbytes = weights
+
+    def release_memory(self) -> None:
+        self.memory.close()
+        self.held_nbytes = 0
 
     def read_pieces(self) -> None:
         """Read pieces of prompts, at most one long one or one of each prompt in progress."""
@@ -313,6 +325,16 @@ class Scheduler:
             self.release(queued)
 
     def fail_all(self, error: Exception) -> None:
-        """End every request in progress by an error."""
-        for queued in [*self.live]:
-            self.fail(queued, error)
+        """End every request in progress by an error, and start afresh."""
+        for served in self.pool.models.values():
+            for task in served.prefills:
+                task.pieces.close()
+            served.prefills.clear()
+            if served.parts is not None:
+                served.parts.decode.reset()
+        self.scorings.clear()
+        live, self.live = self.live, []
+        self.pool.live_nbytes = 0
+        for queued in live:
+            queued.fail(error)
+            self.pool.counters.count_finished("failed")

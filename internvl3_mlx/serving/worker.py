@@ -118,10 +118,13 @@ class Worker:
         pool = self.scheduler.pool
         served = pool.models[command.model]
         if self.stop_at is not None:
-            command.done.set_exception(EngineStopped(STOPPING))
+            if command.done.set_running_or_notify_cancel():
+                command.done.set_exception(EngineStopped(STOPPING))
             return True
         if served.is_busy if not command.load else not pool.make_room(served):
             return False
+        if not command.done.set_running_or_notify_cancel():
+            return True  # whoever asked has left
         try:
             if not command.load:
                 pool.unload(served)

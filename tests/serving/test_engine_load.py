@@ -1,6 +1,7 @@
 """Many clients: isolation, reuse, cancellation, refusals, and faults that stay with one request."""
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from internvl3_mlx import UserError, load
 from internvl3_mlx.errors import GPUError, NumericError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.serving import decode_batch, prompt_inputs, running_answer
+from internvl3_mlx.serving.engine import Engine
 from internvl3_mlx.serving.prefill_task import PrefillTask
 from internvl3_mlx.serving.requests import (
     AnswerFailed,
@@ -35,6 +37,8 @@ from internvl3_mlx.serving.requests import (
     TextDelta,
     UnknownModel,
 )
+from internvl3_mlx.serving.scheduler import Scheduler
+from internvl3_mlx.serving.settings import EngineSettings
 
 CAT, DOG = random_image(60, 60, 1), random_image(60, 60, 2)
 WIDE = random_image(480, 160, 3)
@@ -212,6 +216,13 @@ def test_beyond_its_length_the_queue_refuses(vlm):
         assert engine.metrics().rejected == {"QueueFull": len(refused)}
         [reply] = ask_all(engine, [question("Hi", max_tokens=1)])
     assert isinstance(reply, Reply)
+
+
+def test_without_a_queue_requests_that_can_begin_are_taken(vlm):
+    with running_engine(vlm, max_batch=2, max_waiting=0) as engine:
+        found = ask_all(engine, [question("Hi", max_tokens=20) for _ in range(5)])
+    assert [type(one) for one in found].count(QueueFull) >= 3
+    assert [type(one) for one in found].count(Reply) >= 1
 
 
 def test_clients_take_turns(vlm):
@@ -406,3 +417,46 @@ def test_stopping_lets_answers_end_and_refuses_new_ones(vlm):
     assert cut.finish_reason == "length"
     assert 1 < cut.usage.completion_tokens < 4000
     assert not engine.status().alive
+
+
+def test_a_fault_of_the_engine_itself_ends_what_runs_and_nothing_after(vlm, monkeypatch):
+    admit, calls = Scheduler.admit, []
+
+    def faulty(scheduler):
+        calls.append(1)
+        if scheduler.live and len(calls) > 5:
+            monkeypatch.setattr(Scheduler, "admit", admit)
+            raise ZeroDivisionError
+        admit(scheduler)
+
+    monkeypatch.setattr(Scheduler, "admit", faulty)
+    with running_engine(vlm) as engine:
+        found = ask_all(engine, [question(WIDE, ASKED, max_tokens=50) for _ in range(3)])
+        assert [type(one) for one in found] == [AnswerFailed] * 3
+        [again] = ask_all(engine, [question(WIDE, ASKED, max_tokens=3)])
+        status = engine.status()
+    assert again.token_ids == vlm.ask(ASKED, [WIDE], max_tokens=3).token_ids
+    assert (status.running, status.prefilling, status.waiting, status.alive) == (0, 0, 0, True)
+
+
+def test_a_client_that_leaves_while_a_model_is_loaded_harms_nobody(vlm):
+    loading = threading.Event()
+
+    def slow_loader(source, *_):
+        loading.set()
+        time.sleep(0.2)
+        return vlm.runner
+
+    async def leave(engine):
+        gone = [asyncio.ensure_future(engine.submit(question("Hi"))) for _ in range(3)]
+        await asyncio.to_thread(loading.wait)
+        for one in gone:
+            one.cancel()
+        return await ask(engine, question("Hi", max_tokens=2))
+
+    engine = Engine(EngineSettings({"slow": "slow"}), slow_loader)
+    engine.start()
+    reply = asyncio.run(leave(engine))
+    assert len(reply.token_ids) == 2
+    assert engine.status().waiting == 0
+    engine.stop(0)
