@@ -319,9 +319,9 @@ def check_conflicts(config: TrainConfig) -> None:
 
 def check_distillation(config: TrainConfig) -> None:
     """Raise ``UserError`` for settings that distillation cannot use."""
-    if (config.method == DISTILL_METHOD) != (config.teacher is not None):
-        raise UserError("method distill and teacher belong together; set both, or drop both")
-    if config.teacher is None:
+    if config.method != DISTILL_METHOD:
+        if config.teacher is not None:
+            raise UserError("teacher needs method distill; set it, or drop teacher")
         return
     if not (config.sft_weight or config.distill_weight):
         raise UserError("sft_weight and distill_weight are both 0; set at least one above 0")

@@ -13,7 +13,7 @@ from internvl3_mlx.generation.processor import Processor
 from internvl3_mlx.loading.fetch_model import DENSE_BITS, LocalModel, Notify, fetch_model
 from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
-from internvl3_mlx.training.config import TrainConfig, check_fixed_images
+from internvl3_mlx.training.config import DISTILL_METHOD, TrainConfig, check_fixed_images
 from internvl3_mlx.training.data.collate import BatchedDataset, batch_dataset
 from internvl3_mlx.training.data.dataset import (
     DataFile,
@@ -126,6 +126,8 @@ def prepare_run(
     """
     if config.data is None:
         raise UserError("no training data; set data to a folder or a JSONL file")
+    if config.method == DISTILL_METHOD and config.teacher is None:
+        raise UserError("method distill needs a teacher; name a model with --teacher")
     train = open_dataset(config.data, "train", config=config)
     if train is None:
         raise UserError(f"no training data in {config.data}; pass a folder with train.jsonl")

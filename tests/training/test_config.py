@@ -82,7 +82,7 @@ def test_the_v2pe_delta_may_be_written_as_a_number(tmp_path, step):
         ("label_smoothing: 0.7", "label_smoothing is 0.7; it must be at most 0.5"),
         ("model: [a]", r"model is \['a'\]; expected text"),
         ("train: 3", "train is 3; expected a list of names"),
-        ("method: dpo", "method is dpo; choose from sft, mpo, prm, pretrain"),
+        ("method: dpo", "method is dpo; choose from sft, mpo, prm, distill, pretrain"),
         ("optimizer: adamx", "optimizer is adamx; choose from adamw, "),
         ("train: []", "train is empty; expected one or more of lora, language_model"),
         (

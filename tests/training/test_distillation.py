@@ -210,8 +210,7 @@ def test_the_disk_that_soft_targets_take_is_bounded(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"teacher": None}, "belong together"),
-        ({"method": "sft"}, "belong together"),
+        ({"method": "sft"}, "teacher needs method distill"),
         ({"sft_weight": 0, "distill_weight": 0}, "both 0"),
         ({"v2pe_delta": "random"}, "v2pe_delta random changes the prompts"),
         ({"augment": True}, "augment changes the prompts"),
@@ -220,6 +219,12 @@ def test_the_disk_that_soft_targets_take_is_bounded(tmp_path):
 def test_settings_that_contradict_distillation_are_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         small_config(tmp_path, **(SETTINGS | settings))
+
+
+def test_distillation_needs_a_teacher(tmp_path):
+    write_data(tmp_path / "data", 2)
+    with pytest.raises(UserError, match="name a model with --teacher"):
+        small_setup(tmp_path, **(SETTINGS | {"teacher": None}))
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
