@@ -5,7 +5,7 @@ wider steps, and may multiply float32 with 10 bits. How much of it shows, only a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,14 +109,12 @@ def measure_quantization() -> NumberFinding:
     for mean in MEANS:
         for bits in (4, 8):
             x = mx.array(np.random.default_rng(bits).normal(mean, size=(64, 256)), mx.float32)
-            form = {"group_size": GROUP, "bits": bits}
-            on_cpu = mx.quantize(x, **form, stream=mx.cpu)
-            theirs, ours = mx.quantize(x, **form), quantize_exactly(x, **form)
+            on_cpu = mx.quantize(x, group_size=GROUP, bits=bits, stream=mx.cpu)
+            theirs = mx.quantize(x, group_size=GROUP, bits=bits)
+            ours = quantize_exactly(x, group_size=GROUP, bits=bits)
             key = f"{bits}_bits_around_{mean}"
             measured[f"same_{key}"] = float(same_arrays(theirs, on_cpu))
-            measured[f"error_ratio_{key}"] = rounding(theirs, x, **form) / rounding(
-                on_cpu, x, **form
-            )
+            measured[f"error_ratio_{key}"] = rounding(theirs, x, bits) / rounding(on_cpu, x, bits)
             all_ours &= same_arrays(ours, on_cpu)
     worst = max(ratio for name, ratio in measured.items() if name.startswith("error_ratio"))
     same = all(value == 1 for name, value in measured.items() if name.startswith("same"))
@@ -133,14 +131,15 @@ def measure_quantization() -> NumberFinding:
     return NumberFinding("quantization", measured, meaning, all_ours)
 
 
-def same_arrays(ours: Any, theirs: Any) -> bool:
+def same_arrays(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> bool:
     return all(bool(mx.array_equal(a, b)) for a, b in zip(ours, theirs, strict=True))
 
 
-def rounding(parts: Any, x: mx.array, *, group_size: int, bits: int) -> float:
+def rounding(parts: Sequence[mx.array], x: mx.array, bits: int) -> float:
     """Return the root mean square error of quantized numbers."""
-    found = mx.dequantize(*parts, group_size=group_size, bits=bits, stream=mx.cpu)
-    return float(mx.sqrt(mx.square(found - x, stream=mx.cpu).mean(stream=mx.cpu), stream=mx.cpu))
+    words, scales, biases = parts
+    found = mx.dequantize(words, scales, biases, group_size=GROUP, bits=bits, stream=mx.cpu)
+    return float(np.sqrt(np.square(np.array(found) - np.array(x)).mean()))
 
 
 def measure_functions() -> NumberFinding:

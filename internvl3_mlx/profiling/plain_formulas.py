@@ -60,3 +60,16 @@ def plain_rotation(x: mx.array, positions: Sequence[float]) -> mx.array:
 
 def largest_and_sums(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x.argmax(axis=-1), np.cumsum(x[0] > 0)]).astype(np.int32)
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    """Draw normal numbers on the host, the same on every device."""
+    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def relative_error(found: mx.array, wanted: mx.array) -> float:
+    """Return the largest difference over the largest magnitude of ``wanted``."""
+    ours, theirs = (np.array(x.astype(mx.float32), dtype=np.float64) for x in (found, wanted))
+    if ours.shape != theirs.shape:
+        return math.inf
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), EPSILON))

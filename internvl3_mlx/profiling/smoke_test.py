@@ -4,10 +4,11 @@ The result of the default device is compared with a plain formula in float32 on 
 machine, so that a red test on a Mac can be traced to an operation.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,10 +24,12 @@ from internvl3_mlx.profiling.plain_formulas import (
     largest_and_sums,
     layer_norm,
     lower_right,
+    normal,
     plain_attention,
     plain_gelu,
     plain_rotation,
     plain_swiglu,
+    relative_error,
     rms_norm,
 )
 
@@ -125,17 +128,12 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def relative_error(found: mx.array, wanted: mx.array) -> float:
-    """Return the largest difference over the largest magnitude of ``wanted``."""
-    ours, theirs = (np.array(x.astype(mx.float32), dtype=np.float64) for x in (found, wanted))
-    if ours.shape != theirs.shape:
-        return math.inf
-    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), EPSILON))
+def product_inputs(rows: int, width: int, outputs: int) -> Inputs:
+    return [normal(rows, width), normal(outputs, width, seed=1)]
 
 
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    """Draw normal numbers on the host, the same on every device."""
-    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+def norm_inputs(width: int) -> Inputs:
+    return [normal(LENGTH, width), normal(width, seed=1)]
 
 
 def attention_operation(dim: int, length: int, stored: int) -> Operation:
@@ -173,26 +171,30 @@ def tile_attention_operation(dim: int) -> Operation:
 
 def quantized_operations(mode: str, bits: int, group: int) -> list[Operation]:
     """Products of a few and of one row with a quantized matrix, and its numbers themselves."""
-    form = {"group_size": group, "bits": bits, "mode": mode}
+    form: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
+
+    def packed(weight: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
+        words, scales, *biases = mx.quantize(weight, **form, stream=mx.cpu)
+        return words, scales, biases[0] if biases else None
 
     def product(x: mx.array, weight: mx.array) -> mx.array:
-        return mx.quantized_matmul(x, *packed(weight), transpose=True, **form)
-
-    def packed(weight: mx.array) -> list[mx.array]:
-        return [*mx.quantize(weight, **form, stream=mx.cpu)]
+        words, scales, biases = packed(weight)
+        return mx.quantized_matmul(x, words, scales, biases, transpose=True, **form)
 
     def numbers(weight: mx.array) -> mx.array:
-        return mx.dequantize(*packed(weight), **form)
+        words, scales, biases = packed(weight)
+        return mx.dequantize(words, scales, biases, **form)
 
     def exact(weight: mx.array) -> mx.array:
-        return mx.dequantize(*packed(weight), **form, stream=mx.cpu).astype(mx.float32)
+        words, scales, biases = packed(weight)
+        return mx.dequantize(words, scales, biases, **form, stream=mx.cpu).astype(mx.float32)
 
     dtypes = DTYPES if mode == "affine" else DTYPES[1:]
     products = [
         Operation(
             product,
             lambda x, weight: x @ exact(weight).T,
-            lambda shape=shape: [normal(shape[0], shape[1]), normal(shape[2], shape[1], seed=1)],
+            partial(product_inputs, *shape),
             dtypes,
         )
         for shape in PRODUCTS
@@ -202,14 +204,16 @@ def quantized_operations(mode: str, bits: int, group: int) -> list[Operation]:
 
 def quantization_operation(mode: str, bits: int, group: int, step: float) -> Operation:
     """Numbers that are quantized on the device are within a rounding step of the given ones."""
-    form = {"group_size": group, "bits": bits, "mode": mode}
+    form: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
 
     def there_and_back(x: mx.array) -> mx.array:
+        parts: Sequence[mx.array]
         if mode == "affine":
             parts = quantize_exactly(x, group_size=group, bits=bits)
         else:
-            parts = tuple(mx.quantize(x, **form))
-        return mx.dequantize(*parts, **form, stream=mx.cpu)
+            parts = mx.quantize(x, **form)
+        words, scales, *biases = parts
+        return mx.dequantize(words, scales, biases[0] if biases else None, **form, stream=mx.cpu)
 
     inputs = lambda: [normal(3, 256)]  # noqa: E731
     return Operation(there_and_back, lambda x: x, inputs, (mx.float32,), tolerance=step)
@@ -226,7 +230,10 @@ def gradient_operation() -> Operation:
 
     def gradients(plain: bool) -> Compute:
         def compute(table: mx.array, weight: mx.array, ids: mx.array) -> mx.array:
-            both = mx.grad(lambda *x: loss(*x, ids, plain=plain), argnums=(0, 1))(table, weight)
+            def of(table: mx.array, weight: mx.array) -> mx.array:
+                return loss(table, weight, ids, plain=plain)
+
+            both = mx.grad(of, argnums=(0, 1))(table, weight)
             return mx.concatenate([part.reshape(-1) / mx.abs(part).max() for part in both])
 
         return compute
@@ -267,7 +274,7 @@ SMOKE_TEST: dict[str, list[Operation]] = {
         Operation(
             lambda x, w: x @ w.T,
             lambda x, w: x @ w.T,
-            lambda shape=shape: [normal(shape[0], shape[1]), normal(shape[2], shape[1], seed=1)],
+            partial(product_inputs, *shape),
         )
         for shape in PRODUCTS
     ],
@@ -306,7 +313,7 @@ SMOKE_TEST: dict[str, list[Operation]] = {
         Operation(
             lambda x, w: mx.fast.rms_norm(x, w, EPSILON),
             lambda x, w: rms_norm(x) * w,
-            lambda width=width: [normal(LENGTH, width), normal(width, seed=1)],
+            partial(norm_inputs, width),
         )
         for width in (96, 5120)
     ],
