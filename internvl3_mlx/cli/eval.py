@@ -110,13 +110,13 @@ def run_command(task: str | None, **given: Any) -> None:
     if task is None:
         raise UserError("no task; name a benchmark (internvl3 eval list) or a file of your own")
     names = ("data", "split", "preset", "limit", "seed", "metric", "prompt")
-    plan = plan_evaluation(
-        EvalOptions(
-            task=task,
-            cot=bool(given["cot"]),
-            **{name: given[name] for name in (*names, "max_tiles", "max_tokens", "num_frames")},
-        )
+    wanted = EvalOptions(
+        task=task,
+        cot=bool(given["cot"]),
+        **{name: given[name] for name in (*names, "max_tiles", "max_tokens", "num_frames")},
     )
+    with console.spinner("reading the data", quiet=given["quiet"]):
+        plan = plan_evaluation(wanted)
     run_evaluation(plan, given)
 
 

@@ -36,7 +36,12 @@ def run_evaluation(plan: "EvalPlan", given: dict[str, Any]) -> None:
         best_of=best_of,
         critic=critic,
     )
-    result = follow(evaluation, quiet=quiet)
+    try:
+        result = follow(evaluation, quiet=quiet)
+    except KeyboardInterrupt:
+        if not quiet:
+            console.note(f"stopped; the same command continues in {evaluation.folder}")
+        raise
     if as_json:
         console.print_json(result.to_dict(), indent=2)
     else:

@@ -148,12 +148,11 @@ def compare_runs(first: Path, second: Path) -> Comparison:
 def check_comparable(settings: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
     """Raise ``UserError`` for runs whose scores do not mean the same."""
     first, second = settings
-    for key, what in (("task", "tasks"), ("title", "data")):
-        if first[key] != second[key]:
-            raise UserError(
-                f"the runs have different {what}, {first[key]} and {second[key]}; compare runs of "
-                "the same data"
-            )
+    if first["task"] != second["task"]:
+        raise UserError(
+            f"the runs have different tasks, {first['task']} and {second['task']}; compare runs of "
+            "the same data"
+        )
     digests = [entry["data"].get("digest") for entry in settings]
     if digests[0] != digests[1]:
         raise UserError(

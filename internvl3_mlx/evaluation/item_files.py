@@ -100,6 +100,12 @@ class FileItems:
             for number in range(len(self.records))
         ]
 
+    @property
+    def has_options(self) -> bool:
+        """Whether any item is multiple choice."""
+        numbers = range(len(self.records))
+        return any(self._read(number, with_images=False).options for number in numbers)
+
     def __getitem__(self, number: int) -> EvalItem:
         item = self._read(number, with_images=True)
         unique = self.entries[number].id

@@ -150,7 +150,7 @@ def own_data_task(options: EvalOptions, data: str) -> Task:
     metric = options.metric
     if metric is None:
         source = open_items(data, own_task("exact", None, data).layout, options.split)
-        metric = "letter" if any(source.option_counts) else "exact"
+        metric = "letter" if source.has_options else "exact"
     if metric not in OWN_METRICS:
         raise UserError(f"unknown metric {metric!r}; {did_you_mean(metric, OWN_METRICS)}")
     return own_task(metric, options.prompt, Path(data).name, boxes=boxes)

@@ -8,6 +8,7 @@ lmms-eval's model ``internvl3``. The same model gets 50.7 on MMMU in one and 54.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.evaluation.item_fields import QUESTION_KEYS
@@ -128,7 +129,7 @@ def presets(
 
 def vqa_task(
     name: str, title: str, tiles: tuple[int, int], tokens: tuple[int, int], metric: str,
-    lmms_prompt: str = VQA_LINE, **more: object,
+    lmms_prompt: str = VQA_LINE, **more: Any,
 ) -> Task:  # fmt: skip
     """A question with a short answer. tiles: InternVL, VLMEvalKit. tokens: InternVL, lmms-eval."""
     own = TaskSettings(VQA, tiles[0], tokens[0], metric)
@@ -136,16 +137,16 @@ def vqa_task(
     own = replace(own, metric="relaxed_by_prediction") if metric == "relaxed" else own
     kit = TaskSettings(VQA_LINE, tiles[1], 4096, metric)
     lmms = replace(kit, prompt=lmms_prompt, max_tokens=tokens[1])
-    return Task(name, title, presets(own, kit, lmms), **more)  # type: ignore[arg-type]
+    return Task(name, title, presets(own, kit, lmms), **more)
 
 
 def choice_task(
     name: str, title: str, internvl: TaskSettings | None = None, lmms: TaskSettings | None = None,
-    **more: object,
+    **more: Any,
 ) -> Task:  # fmt: skip
     """A multiple-choice task that VLMEvalKit defines; unclear answers go to a judge there."""
     kit = TaskSettings(CHOICE, 6, 4096, "letter", "rules", open_prompt=DIRECT, judge=True)
-    return Task(name, title, presets(internvl or kit, kit, lmms), **more)  # type: ignore[arg-type]
+    return Task(name, title, presets(internvl or kit, kit, lmms), **more)
 
 
 OCRBENCH = TaskSettings(VQA_LINE, 24, 4096, "ocrbench")

@@ -71,3 +71,16 @@ def test_the_configuration_has_only_known_settings():
 
     known = {field.name for field in fields(TrainConfig)}
     assert set(yaml.safe_load(RECIPE.read_text())) <= known
+
+
+def test_the_test_part_can_be_evaluated(package, tmp_path, monkeypatch):
+    from internvl3_mlx.evaluation.setup import EvalOptions, plan_evaluation
+
+    run(monkeypatch, "--out", tmp_path / "out", "--test", 5)
+    plan = plan_evaluation(EvalOptions(task=str(tmp_path / "out" / "test.jsonl")))
+    first = plan.items[0]
+    assert len(plan.items) == 5
+    assert first.question.startswith("is it ")
+    assert first.answers == ("no",)
+    assert first.images[0].is_file()
+    assert plan.how.metric == "exact"
