@@ -200,7 +200,7 @@ def test_retries_and_edits_are_branches(page, server):
     page.press("Previous version")
     assert page.texts(".bubble") == ["What?"]
     page.press("Branch into a new conversation")
-    assert page.texts(".turns") == []
+    assert wait_for(lambda: page.texts(".turns") == [], WAIT_S)
     assert page.texts(".assistant .markdown") == ["First."]
 
 
