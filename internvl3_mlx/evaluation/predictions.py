@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internvl3_mlx.errors import DataError, UserError, WriteError
+from internvl3_mlx.errors import CheckpointError, DataError, UserError, WriteError
 from internvl3_mlx.files import atomic_write
 from internvl3_mlx.json_files import read_json
 
@@ -94,13 +94,24 @@ class RunFolder:
         """Return the settings of the run; raises ``DataError`` for a folder without one."""
         if not (self.path / SETTINGS).is_file():
             raise DataError(f"{self.path} holds no evaluation: there is no {SETTINGS}")
-        return read_json(self.path / SETTINGS)
+        return self._read_object(SETTINGS, ("task", "title", "how", "data"))
 
     def results(self) -> dict[str, Any]:
         """Return the results; raises ``DataError`` where the run has not ended."""
         if not (self.path / RESULTS).is_file():
             raise DataError(f"{self.path} has no {RESULTS}; run the evaluation to its end first")
-        return read_json(self.path / RESULTS)
+        return self._read_object(RESULTS, ("title",))
+
+    def _read_object(self, name: str, keys: Sequence[str]) -> dict[str, Any]:
+        """Read a JSON file of the run; raises ``DataError`` for a damaged one."""
+        again = "evaluate again with --overwrite"
+        try:
+            content = read_json(self.path / name)
+        except CheckpointError as error:
+            raise DataError(f"{self.path / name} is damaged; {again}") from error
+        if missing := [key for key in keys if key not in content]:
+            raise DataError(f"{self.path / name} has no {missing[0]!r}; {again}")
+        return content
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         with atomic_write(self.path / name) as part:
@@ -125,7 +136,12 @@ class RunFolder:
             ) from error
 
     def read_predictions(self) -> list[Prediction]:
-        return [Prediction(**row) for row in self.read_lines(PREDICTIONS)]
+        try:
+            return [Prediction(**row) for row in self.read_lines(PREDICTIONS)]
+        except TypeError as error:
+            raise DataError(
+                f"{self.path / PREDICTIONS} is damaged ({error}); pass --overwrite to start again"
+            ) from error
 
     def truncate_predictions(self, count: int) -> None:
         """Keep the first ``count`` predictions and cut off what follows them."""

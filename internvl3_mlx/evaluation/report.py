@@ -22,10 +22,10 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
 td, th { padding: .25rem .75rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
 article { border-top: 1px solid var(--line); padding: 1rem 0; display: flex; gap: 1.5rem;
-  flex-wrap: wrap; }
-article img { max-width: 20rem; max-height: 20rem; height: auto; border: 1px solid var(--line); }
+  flex-wrap: wrap; align-items: flex-start; }
+article img { max-width: 20rem; max-height: 20rem; min-width: 8rem; object-fit: contain;
+  border: 1px solid var(--line); }
 article div { flex: 1 1 20rem; min-width: 0; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; font: inherit; margin: 0; }
 .better b { color: var(--good); } .worse b { color: var(--bad); } .note { opacity: .7; }

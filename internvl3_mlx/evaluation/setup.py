@@ -18,6 +18,7 @@ from internvl3_mlx.evaluation.runner import AnswerBatch, Evaluation, Question
 from internvl3_mlx.evaluation.scoring import BOX_METRICS, OWN_METRICS
 from internvl3_mlx.evaluation.tasks import (
     OWN_TASK,
+    TASKS,
     Task,
     TaskSettings,
     find_task,
@@ -135,7 +136,7 @@ def rotated(source: FileItems, how: TaskSettings) -> ItemSource:
 def resolve_task(options: EvalOptions) -> tuple[Task, str]:
     """Return the task and where its data are; a file in place of a task is data of one's own."""
     path = Path(options.task).expanduser()
-    is_file = path.suffix.lower() in SUFFIXES or path.exists()
+    is_file = options.task not in TASKS and (path.suffix.lower() in SUFFIXES or path.exists())
     if is_file or (DATASET_NAME.fullmatch(options.task) and options.data is None):
         if options.data is not None:
             raise UserError(f"{options.task} is a file, and --data names another; give one of them")

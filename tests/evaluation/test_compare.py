@@ -105,6 +105,22 @@ def test_folders_without_a_run_are_named(tmp_path):
         compare_runs(unfinished, unfinished)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (SETTINGS, "{", r"settings.json is damaged; evaluate again with --overwrite"),
+        (SETTINGS, "{}", r"settings.json has no 'task'"),
+        (RESULTS, "[]", r"results.json is damaged"),
+        (SCORES, "x\n", r"scores.jsonl is damaged"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(tmp_path, name, content, message):
+    folder = run(tmp_path / "a", [1])
+    (folder / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        compare_runs(folder, folder)
+
+
 class Page(HTMLParser):
     """Collects the tags of a page and what it refers to."""
 

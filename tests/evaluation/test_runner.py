@@ -106,9 +106,10 @@ def test_a_folder_with_other_files_is_left_alone(vlm, data, tmp_path):
 
 def test_damaged_predictions_are_named(vlm, data, tmp_path):
     end(evaluation(vlm, data, tmp_path / "run").run())
-    (tmp_path / "run" / "predictions.jsonl").write_text("{]\n")
-    with pytest.raises(DataError, match=r"predictions.jsonl is damaged .* --overwrite"):
-        end(evaluation(vlm, data, tmp_path / "run").run())
+    for content in ("{]\n", '{"name": "x"}\n'):
+        (tmp_path / "run" / "predictions.jsonl").write_text(content)
+        with pytest.raises(DataError, match=r"predictions.jsonl is damaged .* --overwrite"):
+            end(evaluation(vlm, data, tmp_path / "run").run())
 
 
 def test_an_unreadable_image_counts_as_wrong_and_is_named(vlm, data, tmp_path):
@@ -221,6 +222,14 @@ def test_mistakes_are_named_before_a_model_loads(options, message, monkeypatch, 
     monkeypatch.setenv("LMUData", str(tmp_path))
     with pytest.raises(UserError, match=message):
         plan_evaluation(EvalOptions(**options))
+
+
+def test_a_folder_of_a_tasks_name_does_not_hide_the_task(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chartqa").mkdir()
+    data = write_jsonl(tmp_path / "c.jsonl", [{"question": "How many?", "answer": "3"}])
+    plan = plan_evaluation(EvalOptions(task="chartqa", data=str(data)))
+    assert plan.task.name == "chartqa"
 
 
 def test_vlmevalkits_folder_is_found(monkeypatch, tmp_path):
