@@ -10,7 +10,10 @@ from fixtures import fuzz_program
 
 # one image may have 178 megapixels, as Pillow allows: this much, decoded and as RGB
 MAX_GROWTH = 1_500_000_000  # bytes
-COUNTS = {"images": 600, "documents": 150, "videos": 1600, "conversations": 120, "models": 120}
+COUNTS = {
+    "images": 600, "documents": 150, "videos": 1600, "conversations": 120, "histories": 120,
+    "models": 120,
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -62,7 +62,6 @@ def new_log(
 
 def continue_past_chat(session: "ChatSession", past: "LoggedConversation") -> None:
     """Restore a conversation in the session, and append to its log from now on."""
-    from internvl3_mlx.generation.conversation_file import SAVED_FIELDS
     from internvl3_mlx.generation.conversation_log import ConversationLog, restore_exchange
     from internvl3_mlx.generation.exchange import Exchange
     from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
@@ -80,6 +79,8 @@ def continue_past_chat(session: "ChatSession", past: "LoggedConversation") -> No
         for record in past.exchanges
     ]
     keep_images = session.log is not None and session.log.keep_images
+    if exchanges:
+        restore_options(conversation, past.exchanges[-1]["options"])
     log = ConversationLog(past.start, keep_images, past.path)
     log.open()  # refuses one that another chat writes
     log.written = [Exchange("") for _ in range(past.next_number)]
@@ -87,15 +88,23 @@ def continue_past_chat(session: "ChatSession", past: "LoggedConversation") -> No
         if "exchange" in record:
             log.written[record["exchange"]] = exchange
             log.order.append(record["exchange"])
-    if exchanges:
-        options: Any = past.exchanges[-1]["options"]
-        conversation.configure(**{name: options[name] for name in SAVED_FIELDS})
     session.pending.clear()
     conversation.exchanges = exchanges
     if session.log is not None:
         session.log.close()
     session.log = log
     show_continued(past, exchanges, reader.lost)
+
+
+def restore_options(conversation: "Conversation", saved: dict[str, Any]) -> None:
+    """Set the options that shaped the prompts. Raises UserError for damaged ones."""
+    from internvl3_mlx.generation.conversation_archive import checked_options
+
+    try:
+        options: Any = checked_options(saved)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError("the log of this conversation is damaged; choose another") from error
+    conversation.configure(**options)
 
 
 def show_continued(past: "LoggedConversation", exchanges: list[Any], lost: list[str]) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from internvl3_mlx.files import atomic_write, data_folder
 from internvl3_mlx.generation.conversation_file import SAVED_FIELDS, json_value, npy_bytes
 from internvl3_mlx.generation.exchange import Exchange
 from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.generation.log_records import Record, parse_record
 from internvl3_mlx.generation.processor import ImageInfo, ProcessedImage, ProcessedVideo
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.runner import ModelRunner
@@ -33,7 +34,6 @@ IMAGES = "images"  # folder of the copies
 OWNER_ONLY = 0o600
 LOGGED_OPTIONS = (*SAVED_FIELDS, "num_frames", "frame_times")
 PDF_PAGE = re.compile(r"(?P<path>.+) page \d+")
-Record = dict[str, Any]
 ReadImage = Callable[[Record], ProcessedImage | None]
 ReadVideo = Callable[[Record], ProcessedVideo | None]
 
@@ -200,7 +200,7 @@ def read_logs() -> Iterator[LoggedConversation]:
 
 
 def read_log(path: Path) -> LoggedConversation:
-    """Read a log; half a record at its end is what a killed process left, and is passed over.
+    """Read a log, without records that are damaged: a killed process leaves half of one at its end.
 
     Raises UserError where it cannot be read.
     """
@@ -209,9 +209,10 @@ def read_log(path: Path) -> LoggedConversation:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     start, exchanges, order, asked = Record(), dict[int, Record](), list[int](), Record()
-    for record in filter(None, map(parse_record, lines)):
+    records = (parse_record(line, max_number=len(lines)) for line in lines)
+    for record in filter(None, records):
         if "version" in record:
-            start = {**record, **({"started": start["started"]} if start else {})}
+            start = {**record, **({"started": start.get("started", "")} if start else {})}
         elif "asked" in record:
             asked = {**record["asked"], "complete": False}
         elif "text" in record and asked:
@@ -227,14 +228,6 @@ def read_log(path: Path) -> LoggedConversation:
     if asked and asked["answer"].strip():
         found, unanswered = [*found, asked], ""
     return LoggedConversation(path, start, found, unanswered, following)
-
-
-def parse_record(line: str) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return cast(Record, record) if isinstance(record, dict) else None
 
 
 def restore_exchange(
