@@ -26,7 +26,7 @@ from internvl3_mlx.test_time_scaling.rollout_questions import KnownQuestion, rea
 from internvl3_mlx.test_time_scaling.vote import first_best, vote_shares
 
 COUNTS = (1, 2, 4, 8)
-SEED_STEP = 1000
+SEED_STEP = 1000  # more than the candidates of a question
 LONGEST = 24  # tokens of an answer
 
 
@@ -67,17 +67,19 @@ def main() -> None:
     parser.add_argument("--critic-system", default="", help="as in internvl3 generate")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--temp", type=float, default=1.0)
+    parser.add_argument("--temp", type=float, default=0.6)
     parser.add_argument("--out", type=Path, default=Path("best-of"))
     options = parser.parse_args()
     vlm, critic = load(options.model), load_critic(options.critic, system=options.critic_system)
     known = read_questions(options.questions)
-    runs = []
+    runs: list[list[Candidates]] = []
     for seed in range(options.seeds):
-        config = GenerationConfig(
-            temperature=options.temp, max_tokens=LONGEST, seed=seed * SEED_STEP
-        )
-        runs.append([judged(vlm, critic, question, config) for question in known])
+        runs.append([])
+        for question in known:
+            # other random numbers for each question: their draws would go astray together
+            drawn = (seed * len(known) + question.number) * SEED_STEP
+            config = GenerationConfig(temperature=options.temp, max_tokens=LONGEST, seed=drawn)
+            runs[-1].append(judged(vlm, critic, question, config))
         print(f"seed {seed} done", flush=True)
     figures = summarize(runs)
     figures["tasks"] = by_task(runs, options.questions)

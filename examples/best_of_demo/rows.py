@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=800, help="at most so many rows")
+    parser.add_argument("--count", type=int, default=3200, help="at most so many rows")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.rows.read_text("utf-8").splitlines()]
     kept = balanced([*map(conversation, rows)], options.count)

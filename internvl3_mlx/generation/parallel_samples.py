@@ -207,7 +207,6 @@ def decode_samples(
     layout = None if quantization is None else supported_row_layout(engine.model, quantization)
     caches = [SharedPrefixKVCache(layer, layout, CACHE_HEADROOM) for layer in engine.cache]
     engine.cache.clear()  # the shared caches hold their own copy: free the prompt's
-    position = engine.next_position
     live = dict(enumerate(candidates))
     logits = mx.repeat(logits, len(live), axis=0)
     try:
@@ -232,7 +231,7 @@ def decode_samples(
             live = continuing
             logits = sample_step(engine, caches, tokens)
     finally:
-        engine.cache[:], engine.next_position = [cache.prefix for cache in caches], position
+        engine.cache[:] = [cache.prefix for cache in caches]
 
 
 def token_log_probs(logits: mx.array, tokens: mx.array) -> mx.array:
