@@ -225,7 +225,8 @@ def describe_validation(done: "ValidationDone") -> str:
 
 def describe_figures(split: str, metrics: Mapping[str, float]) -> list[str]:
     """Describe the figures of merit: ``val step accuracy 0.9200``."""
-    shown = {name: metrics[name] for name in FIGURES if name in metrics}
+    names = [*FIGURES, *(name for name in metrics if name.startswith("answer_"))]
+    shown = {name: metrics[name] for name in names if name in metrics}
     return [f"{split} {name.replace('_', ' ')} {value:.4f}" for name, value in shown.items()]
 
 

@@ -40,7 +40,8 @@ CHANGEABLE = frozenset({
     "cache_reference", "image_folder", "max_bad_rows", "test", "test_data", "memory_limit",
     "compile",
     "grad_checkpoint", "steps_per_report",
-    "steps_per_eval", "val_batches", "eval_accuracy", "patience", "save_every", "keep_last",
+    "steps_per_eval", "val_batches", "eval_accuracy", "eval_metric",
+    "eval_samples", "patience", "save_every", "keep_last",
     "report_to", "save_minutes", "peer_timeout",
 })  # fmt: skip
 

@@ -9,6 +9,7 @@ OPTIMIZERS = (
 SCHEDULES = ("cosine", "linear", "constant")
 REDUCTIONS = ("token", "sample", "square")
 LOGGERS = ("wandb", "tensorboard", "swanlab")
+ANSWER_METRICS = ("exact", "relaxed", "anls", "iou")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 LORA = "lora"
 TRAINABLE_PARTS = (LORA, "language_model", "mlp1", "vision_model", "lm_head")

@@ -163,5 +163,6 @@ def remove_run(folder: Path) -> None:
                 part.rmdir()
     with suppress(OSError):  # other files are in it, or it is not there
         (folder / CHECKPOINTS).rmdir()
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, METRICS_FILE, PLOT_FILE, CONFIG_FILE):
+    written = (METRICS_FILE, PLOT_FILE, CONFIG_FILE, "samples.json", "report.html")
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *written):
         (folder / name).unlink(missing_ok=True)

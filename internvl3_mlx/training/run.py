@@ -3,30 +3,21 @@
 import math
 import os
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlx.core as mx
-
-from internvl3_mlx.device import gpu_memory_limit
-from internvl3_mlx.errors import GPUError, InternVL3Error, UserError
-from internvl3_mlx.files import is_disk_full
-from internvl3_mlx.gpu_errors import Task, explained_gpu_errors, is_out_of_memory
-from internvl3_mlx.memory import MemoryNeed, working_memory
+from internvl3_mlx.errors import UserError
+from internvl3_mlx.training.answer_samples import sample_answers
 from internvl3_mlx.training.checkpoint import list_checkpoints
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import CONFIG_FILE, write_config_file
-from internvl3_mlx.training.cost_estimate import estimate_cost, flags_for_less
+from internvl3_mlx.training.cost_estimate import estimate_cost
 from internvl3_mlx.training.distributed import ProcessGroup, init_distributed, watch_peers
-from internvl3_mlx.training.evaluate import evaluate
 from internvl3_mlx.training.events import (
     CheckpointSaved,
     DataChecked,
     RecordLeftOut,
-    StopCause,
     TaskProgress,
-    TestEvaluated,
     TrainEnd,
     TrainEvent,
     TrainPlan,
@@ -38,25 +29,22 @@ from internvl3_mlx.training.export import (
     check_removable_run,
     remove_run,
     result_folder,
-    save_best,
 )
+from internvl3_mlx.training.html_report import write_report
 from internvl3_mlx.training.loggers import (
-    GB,
     LoggerList,
     check_loggers,
     metrics_row,
     open_loggers,
 )
 from internvl3_mlx.training.loss_history import MAX_BAD_AT_END
-from internvl3_mlx.training.peers import PeerError
 from internvl3_mlx.training.recovery import step_back
+from internvl3_mlx.training.run_guards import Stop, find_stop, limited_memory, saved_on_error
 from internvl3_mlx.training.saving import (
     SaveClock,
     check_disk_space,
-    disk_full_error,
     is_save_due,
     prune_confirmed,
-    resume_advice,
     save_run,
 )
 from internvl3_mlx.training.session import (
@@ -67,11 +55,9 @@ from internvl3_mlx.training.session import (
 )
 from internvl3_mlx.training.setup import RunSetup, prepare_run
 from internvl3_mlx.training.trainer import DivergedError, make_updates
+from internvl3_mlx.training.validation import run_test, run_validation
 from internvl3_mlx.user_paths import expand_user
 from internvl3_mlx.vlm import ignore_message
-
-CACHE_FRACTION = 8  # of the GPU's memory limit, for freed buffers that may be reused
-Stop = tuple[StopCause, str]  # why a run stops early, in one word and in a sentence
 
 
 def never() -> bool:
@@ -219,9 +205,12 @@ def run_session(
     clock = SaveClock()
     with limited_memory(), opened as loggers, saved_on_error(session, clock):
         run = RunLoop(session, loggers, clock, stop_requested)
+        if session.state.update == 0:
+            sample_answers(session)
         yield from run.iterate()
         if session.setup.test and (run.stop is None or run.stop[0] == "patience"):
             yield run_test(session)
+        write_report(session)
     yield from report_left_out(session)
     yield describe_end(session, run.loss, run.stop)
 
@@ -262,30 +251,6 @@ class RunLoop:
                 return
 
 
-@contextmanager
-def saved_on_error(session: TrainSession, clock: SaveClock) -> Iterator[None]:
-    """Save the last whole update if the block fails or is interrupted, and say how to go on."""
-    try:
-        yield
-    except DivergedError:  # what is left is saved, or nothing is good
-        raise
-    except (InternVL3Error, OSError, RuntimeError, KeyboardInterrupt) as error:
-        with suppress(InternVL3Error, OSError, RuntimeError):  # the first error matters
-            if session.state.update and session.state.losses.is_good:
-                save_run(session, clock, final=not isinstance(error, KeyboardInterrupt))
-        if not session.state.ranks.is_main:
-            raise
-        if isinstance(error, PeerError):
-            raise PeerError(f"{error}; {resume_advice(session)}") from error
-        if is_disk_full(error):
-            raise disk_full_error(session) from error
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            advice = less_memory_advice(session, mx.get_peak_memory())
-            raise GPUError(f"memory ran out; {advice}; {resume_advice(session)}") from error
-        with explained_gpu_errors(Task.TRAINING, resume_advice(session)):
-            raise
-
-
 def report_left_out(session: TrainSession) -> Iterator[RecordLeftOut]:
     """Yield the records that could not be read since the last call, and note them for resuming."""
     bad = session.dataloader.bad_records
@@ -293,33 +258,6 @@ def report_left_out(session: TrainSession) -> Iterator[RecordLeftOut]:
     session.progress = replace(session.progress, bad_records=dict(bad.found))
     for number, record in enumerate(new, start=len(bad.found) - len(new) + 1):
         yield RecordLeftOut(record.location, record.error, number)
-
-
-def run_test(session: TrainSession) -> TestEvaluated:
-    """Evaluate on the test data with the final weights."""
-    tokenizer = session.setup.preprocessor.tokenizer
-    return TestEvaluated(*evaluate(session.state, tokenizer, session.test_batches))
-
-
-UNDONE: list[ExitStack] = []  # contexts that cannot be left, since a sum never finishes
-
-
-@contextmanager
-def limited_memory() -> Generator[None, None, None]:
-    """Reset the peak memory, limit MLX's cache of freed buffers, and wire weights and optimizer.
-
-    Batches differ in length, so freed buffers rarely fit again and would accumulate.
-    """
-    with ExitStack() as stack:
-        mx.reset_peak_memory()
-        cache = mx.set_cache_limit(gpu_memory_limit() // CACHE_FRACTION)
-        stack.callback(mx.set_cache_limit, cache)
-        stack.enter_context(working_memory(MemoryNeed(mx.get_active_memory())))
-        try:
-            yield
-        except PeerError:  # MLX would wait for the sum before it frees memory; the process ends
-            UNDONE.append(stack.pop_all())
-            raise
 
 
 def finish_update(
@@ -337,6 +275,7 @@ def finish_update(
         validation = run_validation(session)
     loggers.log(metrics_row(done, validation))
     if validation:
+        write_report(session)
         yield validation
     if last and session.state.losses.bad_updates > MAX_BAD_AT_END:
         raise DivergedError("the loss or gradient was NaN, infinite or far too high at the end")
@@ -349,53 +288,6 @@ def finish_update(
         if folder is not None:
             yield CheckpointSaved(done.update, folder)
     return stop
-
-
-def run_validation(session: TrainSession) -> ValidationDone:
-    """Evaluate on the validation data, and save the result as the best if it is."""
-    state, progress = session.state, session.progress
-    tokenizer = session.setup.preprocessor.tokenizer
-    loss, metrics, exact_match = evaluate(state, tokenizer, session.validation_batches)
-    best = math.inf if progress.best_loss is None else progress.best_loss
-    is_best = loss < best  # never true for NaN
-    if is_best:
-        session.progress = replace(
-            progress, best_loss=loss, best_update=state.update, validations_since_best=0
-        )
-        if state.ranks.is_main:
-            save_best(session)
-    else:
-        since_best = progress.validations_since_best + 1
-        session.progress = replace(progress, validations_since_best=since_best)
-    return ValidationDone(state.update, loss, metrics, exact_match, is_best)
-
-
-def find_stop(
-    session: TrainSession, done: UpdateDone, stop_requested: Callable[[], bool]
-) -> Stop | None:
-    """Return why the run should stop now, the same on all ranks; None to continue."""
-    config, progress, ranks = session.config, session.progress, session.state.ranks
-    if ranks.any_rank(stop_requested()):
-        return "interrupted", "interrupted"
-    if config.patience is not None and progress.validations_since_best >= config.patience:
-        return "patience", f"no better validation loss since update {progress.best_update}"
-    limit = config.memory_limit * GB if config.memory_limit else gpu_memory_limit()
-    active = mx.get_active_memory()
-    if ranks.any_rank(done.peak_memory > limit):
-        return "memory", (
-            f"an update used {done.peak_memory / GB:.1f} GB of memory, above the limit of "
-            f"{limit / GB:.1f} GB ({active / GB:.1f} GB remain in use between updates); "
-            f"{less_memory_advice(session, done.peak_memory)}"
-        )
-    return None
-
-
-def less_memory_advice(session: TrainSession, peak: int) -> str:
-    """Say which flags would make the updates fit."""
-    flags = flags_for_less(session.setup, peak)
-    if not flags:
-        return "try a smaller --max-seq-length or a smaller model"
-    return f"try {flags} (with --accept-changes)"
 
 
 def describe_end(session: TrainSession, loss: float | None, stop: Stop | None) -> TrainEnd:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from internvl3_mlx.option_fields import config_field
-from internvl3_mlx.training.config_fields import LOGGERS, ON_LOSS_SPIKE
+from internvl3_mlx.training.config_fields import ANSWER_METRICS, LOGGERS, ON_LOSS_SPIKE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,16 @@ class RunConfig:
     )
     eval_accuracy: bool = config_field(
         False, "Run", "Measure the exact-match rate of the answers to the validation data."
+    )
+    eval_metric: str | None = config_field(
+        None,
+        "Run",
+        "Generate answers to validation data before and during the run, scored by this metric.",
+        choices=ANSWER_METRICS,
+        default_text="none",
+    )
+    eval_samples: int = config_field(
+        8, "Run", "Number of validation records that --eval-metric answers.", low=1
     )
     patience: int | None = config_field(
         None,

@@ -188,10 +188,11 @@ def open_test_split(config: TrainConfig) -> Dataset | None:
 
 def check_validation_data(config: TrainConfig, valid: Dataset | None) -> None:
     """Raise ``UserError`` if a setting needs validation data and there is none."""
-    if valid is None and (config.patience or config.eval_accuracy):
+    needs_valid = config.patience or config.eval_accuracy or config.eval_metric
+    if valid is None and needs_valid:
         raise UserError(
-            f"patience and eval_accuracy need validation data, and {config.data} has none; "
-            "add valid.jsonl, or set valid_data or valid_share"
+            f"patience, eval_accuracy and eval_metric need validation data, and {config.data} has "
+            "none; add valid.jsonl, or set valid_data or valid_share"
         )
 
 

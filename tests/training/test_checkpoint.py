@@ -236,7 +236,7 @@ def test_a_run_yields_its_updates_validations_checkpoints_and_end(tmp_path):
     written = {path.name for path in session.folder.iterdir()}
     assert written == {
         "adapter_config.json", "adapter_model.safetensors", "best", "checkpoints", "loss.svg",
-        "metrics.csv", "train_config.yaml",
+        "metrics.csv", "report.html", "train_config.yaml",
     }  # fmt: skip
 
 
