@@ -44,10 +44,11 @@ class HelpFormatter(click.HelpFormatter):
 
     def write_dl(
         self,
-        rows: Sequence[tuple[str, str]],
+        rows: Iterable[tuple[str, str]],
         col_max: int = FIRST_COLUMN,
         col_spacing: int = 2,
     ) -> None:
+        rows = list(rows)
         narrow = self.width < TWO_COLUMNS and max(len(term) for term, _ in rows) > self.width // 3
         if not narrow:
             super().write_dl(rows, col_max, col_spacing)

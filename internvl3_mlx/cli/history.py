@@ -47,6 +47,9 @@ def clear_history(*, yes: bool) -> None:
             raise UserError("--clear deletes every past conversation; pass --yes to confirm")
         if not click.confirm(f"delete {count} and the typed lines?", err=True):
             return
-    clear_logs()
-    typed_lines_path().unlink(missing_ok=True)
+    try:
+        clear_logs()
+        typed_lines_path().unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot delete {error.filename}: {error.strerror}") from error
     console.hint(f"deleted {count}")

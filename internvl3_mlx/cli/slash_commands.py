@@ -265,6 +265,8 @@ def parse_filename(argument: str) -> tuple[str, bool]:
     cache = len(words) > 1 and words[-1] == WITH_CACHE
     if len(words) > 1 + cache:
         raise UserError(f"expected one file name, got {argument}; escape or quote blanks in it")
+    if not words or not words[0].strip(" \"'"):
+        raise UserError("the file name is empty; name a file")
     return words[0], cache
 
 

@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import os
 import re
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -57,6 +58,7 @@ def raise_hostile():
 CALLS = {
     "write_answer": lambda: console.write_answer(HOSTILE),
     "write_line": lambda: console.write_line(HOSTILE),
+    "write_scored": lambda: console.write_scored(HOSTILE, 0.5, HOSTILE),
     "write_thought": lambda: console.write_thought(HOSTILE),
     "show_transient": lambda: console.show_transient(HOSTILE),
     "write_segments": lambda: console.write_segments([(HOSTILE, "in_loss"), (HOSTILE, "image")]),
@@ -109,6 +111,13 @@ def test_a_name_cannot_start_a_line_of_its_own(terminals):
     assert written == "== a\\nerror: pay me\n"
     written = written_by(lambda: console.print_table({"name": name}), terminals)
     assert written.count("\n") == 2
+
+
+def test_a_name_that_is_not_utf_8_can_be_matched_back():
+    name = os.fsdecode(b"caf\xe9 \xff.jpg")
+    assert os.fsencode(json.loads(json_text({"source": name}))["source"]) == b"caf\xe9 \xff.jpg"
+    assert json_text(name).isascii()
+    assert visible_name(name) == "caf\\xe9 \\xff.jpg"
 
 
 def test_json_escapes_controls_and_reads_back():
