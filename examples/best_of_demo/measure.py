@@ -18,6 +18,7 @@ import numpy as np
 from examples.best_of_demo.plot import draw_plot
 from internvl3_mlx import VLM, Critic, load, load_critic
 from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.metrics.answers import vote_key
 from internvl3_mlx.metrics.statistics import mean_interval, paired_difference
 from internvl3_mlx.test_time_scaling.best_of import log_prob_score
 from internvl3_mlx.test_time_scaling.candidates import write_candidates
@@ -52,11 +53,21 @@ class Candidates:
             "critic": self.critic[:count],
             "majority": vote_shares(self.texts[:count]),
             "log-probability": self.log_probs[:count],
+            "votes weighted by the critic": self.weighted_votes(count),
         }
         return float(right[first_best(scores[way])])
 
+    def weighted_votes(self, count: int) -> list[float]:
+        """Add up the critic's scores of equal answers."""
+        keys = [vote_key(text) for text in self.texts[:count]]
+        scores = [*zip(keys, self.critic, strict=False)]
+        return [sum(score for other, score in scores if other == key) for key in keys]
 
-WAYS = ("greedy", "random", "log-probability", "majority", "critic", "any right")
+
+WAYS = (
+    *("greedy", "random", "log-probability", "majority", "critic"),
+    *("votes weighted by the critic", "any right"),
+)
 
 
 def main() -> None:
@@ -141,6 +152,16 @@ def summarize(runs: Sequence[Sequence[Candidates]]) -> dict:
     ]
     agreed = [ranked == right for ranked, right in pairs]
     figures["right ranked above wrong"] = float(np.mean(agreed)) if agreed else math.nan
+    figures["different wrong answers"] = float(
+        np.mean(
+            [
+                len({text for text, right in zip(one.texts, one.right, strict=True) if not right})
+                for run in runs
+                for one in run
+                if not all(one.right)
+            ]
+        )
+    )
     return figures
 
 

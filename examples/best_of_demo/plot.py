@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-WIDTH, HEIGHT, MARGIN, LEGEND = 640, 360, 48, 150
-COLORS = ("#888888", "#b0a070", "#4c78a8", "#54a24b", "#e45756", "#bbbbbb")
+WIDTH, HEIGHT, MARGIN, LEGEND = 700, 360, 48, 220
+COLORS = ("#888888", "#b0a070", "#4c78a8", "#54a24b", "#e45756", "#b279a2", "#bbbbbb")
 DASHED = "any right"  # no way to choose: what a perfect one would reach
 
 

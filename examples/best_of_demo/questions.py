@@ -24,7 +24,7 @@ from examples.finetune_demo.kinds import picture, save
 SEED = 5  # first word of every seed here; the demo's training and its evaluation use others
 SIDE = 112  # pixels: one tile of the demo
 TASKS = ("count", "list", "shape")
-SPLITS = {"train": 1800, "valid": 60, "test": 300}
+SPLITS = {"train": 600, "valid": 60, "test": 300}
 
 
 def main() -> None:

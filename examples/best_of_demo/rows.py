@@ -1,6 +1,7 @@
 """Take as many good steps as bad ones from critic rows, as conversations without a system turn.
 
-    python -m examples.best_of_demo.rows best-of/rollouts/critic.jsonl --out best-of/critic-data/train.jsonl
+    python -m examples.best_of_demo.rows best-of/rollouts/critic.jsonl \\
+        --out best-of/critic-data/train.jsonl
 
 The system text of the published data has ten times the tokens of the rest of such a row. A critic
 that was trained without it is used with ``--critic-system ""``.
@@ -19,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=3200, help="at most so many rows")
+    parser.add_argument("--count", type=int, default=800, help="at most so many rows")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.rows.read_text("utf-8").splitlines()]
     kept = balanced([*map(conversation, rows)], options.count)

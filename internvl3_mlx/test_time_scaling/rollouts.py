@@ -4,7 +4,8 @@ A step is as good as the share of continuations from it that end in the known an
 which labels the steps of a critic's training data without a person. The prompt of a question is
 read once for all its responses and continuations.
 
-Source: InternVL's reasoning data pipeline; VisualPRM (arXiv 2503.10291) section 3; MPO (2411.10442).
+Sources: InternVL's reasoning data pipeline; VisualPRM (arXiv 2503.10291) section 3; MPO (arXiv
+2411.10442).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -70,7 +70,7 @@ def test_figures_tables_and_plot():
     assert figures["ways"]["random"][8]["mean"] == 0.375
     assert figures["right ranked above wrong"] < 0.5
     assert table(figures).count("\n") == 1 + len(WAYS)
-    ElementTree.fromstring(draw_plot(figures, COUNTS))
+    ET.fromstring(draw_plot(figures, COUNTS))
 
 
 def test_a_question_is_judged(tmp_path):
