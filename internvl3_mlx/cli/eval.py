@@ -11,8 +11,15 @@ from internvl3_mlx.cli.best_of import eval_best_flags
 from internvl3_mlx.cli.eval_compare import compare_command
 from internvl3_mlx.cli.eval_run import run_evaluation
 from internvl3_mlx.cli.eval_synthetic import synthetic_command
-from internvl3_mlx.cli.flags import Function, SectionedCommand, apply_flags, flag
+from internvl3_mlx.cli.flags import (
+    Function,
+    HelpContext,
+    SectionedCommand,
+    apply_flags,
+    flag,
+)
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.user_paths import expand_user
 from internvl3_mlx.files import did_you_mean
 
 PRESET_NAMES = ("internvl", "vlmevalkit", "lmms")
@@ -160,13 +167,14 @@ def list_command(preset: str, as_json: bool) -> None:
 class EvalGroup(click.Group):
     """``eval TASK`` runs an evaluation; a few names in place of the task are commands."""
 
+    context_class = HelpContext
     NAMES = ("compare", "synthetic", "list")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         first = args[0] if args else ""
         if first not in (*self.commands, *ctx.help_option_names):
             near = did_you_mean(first, self.NAMES, otherwise="")
-            if near and not Path(first).expanduser().exists():
+            if near and not expand_user(first).exists():
                 raise click.UsageError(f"no task or command {first!r}; {near}", ctx)
             args = [RUN, *args]
         return super().parse_args(ctx, args)
