@@ -82,6 +82,22 @@ def describe_defaults(entry: "Field[Any]") -> str:
     help="Replace an earlier run in --adapter-path.",
 )  # fmt: skip
 @config_flags
+@flag(
+    "Upload",
+    "--upload-repo",
+    "upload_repo",
+    metavar="OWNER/NAME",
+    help="Upload the result, the best one if there is validation, to this repository.",
+)
+@flag("Upload", "--private", "private", is_flag=True, help="Make a new repository private.")
+@flag(
+    "Upload",
+    "-y",
+    "--yes",
+    "yes",
+    is_flag=True,
+    help="Do not ask before replacing a repository.",
+)
 @flag("Output", "--json", "as_json", is_flag=True, help="Print JSON lines.")
 @options.QUIET_FLAG
 @options.debug_flag
@@ -110,6 +126,10 @@ def train_command(config: str | None, **flags: Any) -> None:
             folder = train_config.adapter_path
             raise UserError(f"no run in {folder}; name its folder with --adapter-path")
         raise UserError("no training data; pass --data with a folder or a JSONL file")
+    if flags["upload_repo"] is not None:
+        from internvl3_mlx.loading.hub import check_repo_name
+
+        check_repo_name(flags["upload_repo"])
     raise SystemExit(run_train(TrainRequest(train_config, **flags)))
 
 

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from internvl3_mlx.cli import console, progress
 from internvl3_mlx.cli.train_json import EVENTS_AS_JSON, end_values, without_none
@@ -48,6 +48,9 @@ class TrainRequest:
     overwrite: bool
     as_json: bool
     quiet: bool
+    upload_repo: str | None = None
+    private: bool = False
+    yes: bool = False
 
 
 def no_progress(_text: str, _done: int, _total: int) -> None:
@@ -62,11 +65,13 @@ class TrainDisplay:
     advance: progress.ProgressCallback = no_progress
     updates: int = 0
     exit_code: int = 0
+    end: "TrainEnd | None" = None
 
     def show(self, event: "TrainEvent") -> None:
         """Show one event, in the form that was asked for."""
         name = type(event).__name__
         if name == "TrainEnd":
+            self.end = cast("TrainEnd", event)
             self.exit_code = EXIT_CODES.get(getattr(event, "stop_cause", None), 0)
         if self.request.as_json and name in EVENTS_AS_JSON:
             kind, content = EVENTS_AS_JSON[name]

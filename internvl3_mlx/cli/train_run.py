@@ -1,10 +1,13 @@
 """``internvl3 train`` after its flags are read: run ``train`` and show its events."""
 
 import shlex
+import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import click
 
 from internvl3_mlx.cli import console, progress
 from internvl3_mlx.cli.train_display import INTERRUPTED, TrainDisplay, TrainRequest
@@ -12,7 +15,7 @@ from internvl3_mlx.cli.train_interrupts import Interrupts
 from internvl3_mlx.user_paths import expand_user
 
 if TYPE_CHECKING:
-    from internvl3_mlx.training.events import TrainEvent
+    from internvl3_mlx.training.events import TrainEnd, TrainEvent
 
 
 def run_train(request: TrainRequest) -> int:
@@ -62,7 +65,32 @@ def train_with_display(request: TrainRequest) -> int:
             bar.close()
             save_and_leave(request, events)
             return INTERRUPTED
+    if request.upload_repo is not None and display.end and not display.exit_code:
+        upload_run(request, display.end)
     return display.exit_code
+
+
+def upload_run(request: TrainRequest, end: "TrainEnd") -> None:
+    """Upload the result of a finished run: the adapter with its card, or the whole model."""
+    from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    from internvl3_mlx.loading.hub import upload
+
+    folder = end.best or end.result
+    files = None
+    if request.config.uses_adapters:
+        files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", "LICENSE*")
+    repo, private = str(request.upload_repo), request.private
+
+    def ask(question: str) -> bool:
+        return request.yes or (sys.stdin.isatty() and click.confirm(question, err=True))
+
+    if not request.quiet:
+        console.note(f"uploading {folder} to {repo}")
+    done = upload(folder, repo, ask, private=private, files=files)
+    if request.as_json:
+        console.print_json({"event": "uploaded", "repo": done.repo, "url": done.url})
+    elif not request.quiet:
+        console.note(f"uploaded to {done.url}")
 
 
 def show_events(

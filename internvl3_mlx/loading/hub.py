@@ -220,8 +220,15 @@ class UploadResult:
     url: str
 
 
-def upload(folder: Path, repo: str, confirm: Confirm, *, private: bool = False) -> UploadResult:
-    """Upload every file of ``folder``. ``confirm`` is asked before an existing repository changes.
+def upload(
+    folder: Path,
+    repo: str,
+    confirm: Confirm,
+    *,
+    private: bool = False,
+    files: Sequence[str] | None = None,
+) -> UploadResult:
+    """Upload every file of ``folder``, or some. ``confirm`` is asked before a repository changes.
 
     Raises UserError if it says no or no user is logged in, DownloadError without a network.
     """
@@ -240,6 +247,7 @@ def upload(folder: Path, repo: str, confirm: Confirm, *, private: bool = False) 
             repo_id=repo,
             folder_path=folder,
             commit_message="Add files converted with internvl3-mlx",
+            allow_patterns=files if files is None else [*files],
             delete_patterns=["*.safetensors", "*.safetensors.index.json"],
         )
     except LocalTokenNotFoundError as error:

@@ -1,7 +1,13 @@
-"""Datasets on the Hugging Face Hub: download the files of records, and the images beside them."""
+"""Datasets on the Hugging Face Hub: download the files of records, and the images beside them.
+
+Only what is asked for: the files of one subfolder, and of files that are named by split, those of
+the wanted splits. How much that is, is said before it is downloaded.
+"""
 
 import re
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 
 from internvl3_mlx.errors import DataError
 
@@ -13,18 +19,43 @@ PATTERNS = (
 )
 
 
-def download_dataset(name: str) -> Path:
+GB, MB = 1e9, 1e6
+SPLIT_PART = re.compile(r"[-_.]")  # train-00000-of-00002.parquet
+
+
+def ignore(_: str) -> None:
+    """Ignore a message."""
+
+
+def download_dataset(
+    name: str,
+    *,
+    splits: Mapping[str, Sequence[str]] | None = None,
+    wanted: Iterable[str] = (),
+    notify: Callable[[str], None] = ignore,
+) -> Path:
     """Download a dataset into the hub's cache and return its folder; raises ``DataError``.
 
+    splits: names of files by split; with them, only the files of the ``wanted`` splits are
+    downloaded where files are named by split. notify: called with how much will be downloaded.
     Without a network, a dataset that was downloaded before is used.
     """
     from huggingface_hub import snapshot_download
 
     owner, repo, *inside = name.split("/")
     try:
-        folder = snapshot_download(
-            f"{owner}/{repo}", repo_type="dataset", allow_patterns=list(PATTERNS)
-        )
+        patterns: dict[str, list[str]] = {"allow_patterns": [*PATTERNS]}
+        sizes = remote_sizes(f"{owner}/{repo}")
+        if sizes is not None:
+            chosen = select_files(sizes, "/".join(inside), splits or {}, wanted)
+            patterns |= fewest_patterns(sizes, chosen)
+            missing = missing_bytes(f"{owner}/{repo}", chosen)
+            if missing:
+                notify(
+                    f"downloading {len(missing):,} files of {owner}/{repo}, "
+                    f"{format_bytes(sum(missing.values()))}"
+                )
+        folder = snapshot_download(f"{owner}/{repo}", repo_type="dataset", **patterns)
     except Exception as error:  # noqa: BLE001  of whichever HTTP library the hub's client uses
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
@@ -35,3 +66,77 @@ def download_dataset(name: str) -> Path:
     if not found.exists():
         raise DataError(f"the dataset {owner}/{repo} has no {'/'.join(inside)}; check the name")
     return found
+
+
+def fewest_patterns(sizes: Mapping[str, int], chosen: Iterable[str]) -> dict[str, list[str]]:
+    """Return the patterns that select files: all but some, or some, whichever are fewer.
+
+    Every file is compared with every pattern, and a dataset may have a file for each image.
+    """
+    chosen = [*chosen]
+    others = sizes.keys() - {*chosen}
+    if not chosen or len(chosen) > len(others):
+        return {"ignore_patterns": sorted(others)}
+    return {"allow_patterns": chosen}
+
+
+def remote_sizes(repo: str) -> dict[str, int] | None:
+    """Return the files of a dataset with their sizes; None if the Hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(repo, files_metadata=True)
+    except Exception:  # noqa: BLE001  the download itself says what is wrong
+        return None
+    return {file.rfilename: file.size or 0 for file in info.siblings or ()}
+
+
+def select_files(
+    sizes: Mapping[str, int],
+    inside: str,
+    splits: Mapping[str, Sequence[str]],
+    wanted: Iterable[str],
+) -> dict[str, int]:
+    """Select the files below ``inside`` that hold records or images, of the wanted splits alone.
+
+    A file belongs to a split if its name begins with one of the split's, or its folder has it.
+    Files of no split, such as images, are always selected.
+    """
+    found = {
+        name: size
+        for name, size in sizes.items()
+        if (not inside or name == inside or name.startswith(f"{inside}/"))
+        and any(fnmatch(PurePosixPath(name).name, pattern) for pattern in PATTERNS)
+    }
+    by_name = {alias: split for split, aliases in splits.items() for alias in aliases}
+    wanted = {*wanted}
+    if not by_name or not wanted:
+        return found
+    return {
+        name: size
+        for name, size in found.items()
+        if (split := file_split(name, by_name)) is None or split in wanted
+    }
+
+
+def file_split(name: str, by_name: Mapping[str, str]) -> str | None:
+    """Return the split that a file is named after, if it is."""
+    path = PurePosixPath(name)
+    first = SPLIT_PART.split(path.stem.lower())[0]
+    return by_name.get(first) or by_name.get(path.parent.name.lower())
+
+
+def missing_bytes(repo: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the files that are not in the hub's cache yet, with their sizes."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return {
+        name: size
+        for name, size in sizes.items()
+        if not isinstance(try_to_load_from_cache(repo, name, repo_type="dataset"), str)
+    }
+
+
+def format_bytes(count: float) -> str:
+    """Format a number of bytes: ``3.4 MB``."""
+    return f"{count / GB:,.1f} GB" if count >= GB / 2 else f"{count / MB:,.1f} MB"

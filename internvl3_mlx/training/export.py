@@ -23,6 +23,7 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import atomic_files, atomic_folder
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear, lora_layers
+from internvl3_mlx.training.adapter_card import CARD_FILE, adapter_card, base_model_id
 from internvl3_mlx.training.checkpoint import ARRAYS, METADATA
 from internvl3_mlx.training.checkpoint import FOLDER as CHECKPOINTS
 from internvl3_mlx.training.config_file import CONFIG_FILE
@@ -113,14 +114,15 @@ def save_best(session: TrainSession) -> None:
 
 def save_adapter_files(session: TrainSession) -> None:
     """Replace the adapter in the run's folder, file by file, leaving everything else in place."""
-    with atomic_files(session.folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS)) as aside:
+    with atomic_files(session.folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE)) as aside:
         write_adapter_files(session, aside)
 
 
 def write_adapter_files(session: TrainSession, folder: Path) -> None:
     """Write the run's adapter into an existing folder."""
     config = lora_config(session.config)
-    write_adapter_into(session.state.model, folder, config, base_model=session.setup.model_name)
+    write_adapter_into(session.state.model, folder, config, base_model=base_model_id(session))
+    (folder / CARD_FILE).write_text(adapter_card(session), encoding="utf-8")
 
 
 def write_model(session: TrainSession, target: Path) -> None:
@@ -163,6 +165,6 @@ def remove_run(folder: Path) -> None:
                 part.rmdir()
     with suppress(OSError):  # other files are in it, or it is not there
         (folder / CHECKPOINTS).rmdir()
-    written = (METRICS_FILE, PLOT_FILE, CONFIG_FILE, "samples.json", "report.html")
+    written = (CARD_FILE, METRICS_FILE, PLOT_FILE, CONFIG_FILE, "samples.json", "report.html")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *written):
         (folder / name).unlink(missing_ok=True)

@@ -128,7 +128,7 @@ def prepare_run(
         raise UserError("no training data; set data to a folder or a JSONL file")
     if config.method == DISTILL_METHOD and config.teacher is None:
         raise UserError("method distill needs a teacher; name a model with --teacher")
-    train = open_dataset(config.data, "train", config=config)
+    train = open_dataset(config.data, "train", config=config, notify=notify)
     if train is None:
         raise UserError(f"no training data in {config.data}; pass a folder with train.jsonl")
     valid = open_valid_split(config)

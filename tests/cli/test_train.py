@@ -6,8 +6,10 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from click.testing import CliRunner
+from fixtures.hub import running_hub
 from fixtures.records import chat_record, write_jsonl
 from fixtures.terminal import TerminalProgram
 from fixtures.train_sessions import SMALL, write_data
@@ -315,6 +317,25 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder, terminal):
     assert "resume with: internvl3 train --resume --adapter-path adapters" in screen
     assert len(list_checkpoints(folder / "adapters")) == 1
     assert (folder / "adapters" / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_has_a_card_and_may_be_uploaded(folder, monkeypatch):
+    with running_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+        result = begin("--iters", 1, "--upload-repo", "me/mine", "--dora", "--rslora")
+        assert result.exit_code == 0, result.stderr
+        assert "uploaded to " in result.stderr
+        names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        assert {*hub.repos["me/mine"]} == names
+        card = (folder / "adapters" / "best" / "README.md").read_text()
+        assert hub.repos["me/mine"]["README.md"] == card.encode()
+        refused = begin("--iters", 1, "--overwrite", "--upload-repo", "me/mine")
+        assert "me/mine was not changed" in refused.stderr
+    assert "# rsDoRA adapter for " in card
+    assert "trained over 16-bit or 32-bit weights" in card
+    assert begin("--upload-repo", "mine").exit_code == 2
 
 
 LONG_UPDATES = ("--iters", "400", "--save-every", "300", "--grad-accumulation-steps", "60")

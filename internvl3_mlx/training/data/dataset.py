@@ -3,7 +3,7 @@
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -21,7 +21,7 @@ from internvl3_mlx.records.arrow_tables import (
     is_dataset_folder,
     open_arrow,
 )
-from internvl3_mlx.records.hub_datasets import DATASET_NAME, download_dataset
+from internvl3_mlx.records.hub_datasets import DATASET_NAME, download_dataset, ignore
 from internvl3_mlx.records.open_records import open_records
 from internvl3_mlx.records.record_sources import RecordSource
 from internvl3_mlx.training.config import TrainConfig
@@ -104,7 +104,11 @@ class Dataset:
 
 
 def open_dataset(
-    path: str | Path, split: str = "train", *, config: TrainConfig | None = None
+    path: str | Path,
+    split: str = "train",
+    *,
+    config: TrainConfig | None = None,
+    notify: Callable[[str], None] = ignore,
 ) -> Dataset | None:
     """Open the records of a split; return None if the data does not have that split.
 
@@ -116,7 +120,7 @@ def open_dataset(
     files = [
         file
         for name, ratio in split_sources(str(path))
-        for file in open_source(name, ratio, split, config)
+        for file in open_source(name, ratio, split, config, notify)
     ]
     return Dataset(tuple(files)) if files else None
 
@@ -132,7 +136,21 @@ def split_sources(text: str) -> list[tuple[str, float]]:
     return found
 
 
-def open_source(name: str, ratio: float, split: str, config: TrainConfig) -> list[DataFile]:
+def wanted_splits(split: str, config: TrainConfig) -> set[str]:
+    """Return the splits that a run reads of a dataset, so that it is downloaded once."""
+    wanted = {split, "train"}
+    if config.valid_data is None and config.valid_share is None:
+        wanted.add("valid")
+    return wanted | ({"test"} if config.test and config.test_data is None else set())
+
+
+def open_source(
+    name: str,
+    ratio: float,
+    split: str,
+    config: TrainConfig,
+    notify: Callable[[str], None] = ignore,
+) -> list[DataFile]:
     """Open the files of one source for a split; none if it does not have that split."""
     if ratio <= 0 or ratio > MAX_REPEATS or (ratio > 1 and ratio != int(ratio)):
         raise DataError(
@@ -145,7 +163,9 @@ def open_source(name: str, ratio: float, split: str, config: TrainConfig) -> lis
             raise DataError(
                 f"no data at {name}: expected a folder with train.jsonl, or a file; check the path"
             )
-        target = download_dataset(name)
+        target = download_dataset(
+            name, splits=SPLIT_NAMES, wanted=wanted_splits(split, config), notify=notify
+        )
     if target.is_dir():
         files = open_folder(target, split)
     elif not target.is_file():
