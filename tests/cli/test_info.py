@@ -149,7 +149,7 @@ def test_the_gpus_limits_are_shown(cache, monkeypatch):
         "max_recommended_working_set_size": 19_069_665_280,
         "max_buffer_length": 14_302_248_960,
     }
-    monkeypatch.setattr(mx, "device_info", lambda: facts)
+    monkeypatch.setattr(mx, "device_info", lambda _device: facts)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     assert json.loads(info("--json").stdout)["device"] == {
         "device_name": "Apple M4 Pro",

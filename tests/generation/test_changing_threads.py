@@ -16,7 +16,7 @@ QUESTION = "What is this?"
 CACHES = [
     {},
     {"kv_bits": 8},
-    {"kv_bits": 8, "quantized_kv_start": 64},
+    {"kv_bits": 8, "quantized_kv_start": 16},  # quantized by the first question
     {"kv_bits": 4, "quantized_kv_start": 5000},
     {"lookup": True},
     {"repetition_penalty": 1.1, "temperature": 0.7, "seed": 1},
