@@ -21,9 +21,10 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=800, help="at most so many rows")
+    parser.add_argument("--matched", action="store_true", help="as many of both for each picture")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.rows.read_text("utf-8").splitlines()]
-    kept = balanced([*map(conversation, rows)], options.count)
+    kept = balanced([*map(conversation, rows)], options.count, matched=options.matched)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in kept)
     options.out.write_text(text, "utf-8")
@@ -39,16 +40,28 @@ def conversation(row: dict) -> dict:
     return {"image": row["image"], "conversations": [*turns, {"from": "gpt", "value": reply}]}
 
 
-def balanced(rows: list[dict], count: int) -> list[dict]:
-    """Draw the same number of rows of both replies, in a random order."""
+def balanced(rows: list[dict], count: int, *, matched: bool = False) -> list[dict]:
+    """Draw the same number of rows of both replies, in a random order.
+
+    matched: of each picture as many of both, so that the text alone cannot tell them apart.
+    """
     random = np.random.default_rng(0)
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["image"] if matched else "", []).append(row)
+    kept = [row for group in groups.values() for row in as_many_of_both(group, random)]
+    kept = [kept[n] for n in random.permutation(len(kept))]
+    return as_many_of_both(kept, random)[:count]
+
+
+def as_many_of_both(rows: list[dict], random: np.random.Generator) -> list[dict]:
     kinds = [
         [row for row in rows if row["conversations"][-1]["value"] == reply]
         for reply in (CORRECT, INCORRECT)
     ]
-    each = min(count // 2, *map(len, kinds))
-    kept = [kind[n] for kind in kinds for n in random.permutation(len(kind))[:each]]
-    return [kept[n] for n in random.permutation(len(kept))]
+    each = min(map(len, kinds))
+    drawn = [[kind[n] for n in random.permutation(len(kind))[:each]] for kind in kinds]
+    return [row for pair in zip(*drawn, strict=True) for row in pair]
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ def test_rows_are_conversations_of_a_critic_without_a_system_turn():
     assert Counter(record.messages[-1].text for record in parsed) == {"+": 3, "-": 3}
     assert {record.system for record in parsed} == {""}
     assert "### Question:\n<image>\nHow many?\n\n### Solution" in parsed[0].messages[0].text
+    assert rows.balanced([*map(rows.conversation, raw)], 8, matched=True) == []
+    both = [{**row, "image": "0.png"} for row in raw]
+    assert len(rows.balanced([*map(rows.conversation, both)], 8, matched=True)) == 6
     assert build_config({}, HERE / "critic.yaml").trains_critic
 
 
