@@ -11,6 +11,7 @@ from typing import Any
 from internvl3_mlx.errors import CheckpointError
 
 JSON_LIMIT = 256 * 2**20  # bytes; the largest tokenizer.json on the hub has about 35 MB
+LFS_HEAD = b"version https://git-lfs"
 MAX_DIGITS = 40  # of one number; the largest in a model's files, a byte offset, has 13
 
 
@@ -27,19 +28,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_value(path: Path) -> Any:
-    """Read a file that holds one JSON value of any kind. Raises CheckpointError as ``read_json``."""
+    """Read a file of one JSON value of any kind. Raises CheckpointError as ``read_json`` does."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(f"{path} is not a regular file; download it again")
         if found.st_size > JSON_LIMIT:
             raise CheckpointError(f"{path} has {found.st_size:,} bytes, too many for a JSON file")
-        return parse_json_value(path.read_bytes())
+        data = path.read_bytes()
+        if data.startswith(LFS_HEAD):
+            raise lfs_pointer_error(path)
+        return parse_json_value(data)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot read {path}: {reason}; check the path") from error
     except ValueError as error:
         raise _invalid(path, error) from error
+
+
+def lfs_pointer_error(path: Path) -> CheckpointError:
+    """Make the error for the small text that stands for a large file in a git checkout."""
+    return CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
 
 
 def _invalid(path: Path, why: object) -> CheckpointError:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.errors import CheckpointError, ConfigError
-from internvl3_mlx.json_files import read_json_leniently
+from internvl3_mlx.json_files import LFS_HEAD, lfs_pointer_error, read_json_leniently
 
 APPLE_DOUBLE = "._"  # macOS writes these beside every file on exFAT and network disks
-LFS_HEAD = b"version https://git-lfs"
+GGUF_HEAD = b"GGUF"
+TEXT_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")  # a model's files besides its weights
 SIZE_IN_NAME = re.compile(r"InternVL[\d.]*3(?:_5)?-(\d+)B", re.IGNORECASE)
 PUBLISHED = ("1b", "2b", "8b", "9b", "14b", "38b", "78b")
 
@@ -176,8 +177,10 @@ HF_PREFIXES = (
 def describe_file(path: Path) -> str | None:
     """Say what a file is if it is of a format that we do not read, and what to take instead."""
     if is_lfs_pointer(path):
-        return f"{path} is a Git LFS pointer, not the file itself; run git lfs pull"
+        return str(lfs_pointer_error(path))
     kind = SUFFIXES.get(path.suffix.lower())
+    if kind is None and starts_with(path, GGUF_HEAD):
+        kind = SUFFIXES[".gguf"]
     if kind is None:
         return None
     if path.suffix.lower() in DATA_SUFFIXES:
@@ -219,10 +222,25 @@ def visible_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith(APPLE_DOUBLE))
 
 
+def check_no_pointers(folder: Path) -> None:
+    """Raise CheckpointError if a small file of a model was not fetched by Git LFS."""
+    for pattern in TEXT_PATTERNS:
+        for path in visible_files(folder, pattern):
+            if is_lfs_pointer(path):
+                raise lfs_pointer_error(path)
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """Return whether a file is a Git LFS pointer, the text that stands for a large file."""
+    return starts_with(path, LFS_HEAD)
+
+
+def starts_with(path: Path, head: bytes) -> bool:
+    """Tell whether a regular file begins with some bytes."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as stream:
-            return stream.read(len(LFS_HEAD)) == LFS_HEAD
+            return stream.read(len(head)) == head
     except OSError:
         return False

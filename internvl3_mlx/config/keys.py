@@ -104,6 +104,16 @@ class OneOf:
 
 
 @dataclass(frozen=True)
+class Null:
+    """Nothing but null: the key asks for what this package does not know."""
+
+    def accepts(self, _: Any) -> bool:
+        return False
+
+    expected = "null"
+
+
+@dataclass(frozen=True)
 class Size:
     """A side in pixels, or a pair of equal ones."""
 
@@ -178,6 +188,7 @@ CHAT_TABLE: dict[str, Rule] = {
     "min_dynamic_patch": TILES,
     "max_dynamic_patch": TILES,
     "pad2square": OneOf((False,)),
+    "image_fold": Null(),
     "template": Text(),
     "system_message": Text(),
     "image_token_index": Whole(),

@@ -167,6 +167,11 @@ class ModelConfig:
                 f"force_image_size {self.force_image_size} differs from vision_config.image_size "
                 f"{self.vision.image_size}: tiles and position embeddings must agree"
             )
+        if self.min_dynamic_patch > self.max_dynamic_patch:
+            raise ConfigError(
+                f"min_dynamic_patch {self.min_dynamic_patch} is more than max_dynamic_patch "
+                f"{self.max_dynamic_patch}; correct one of them"
+            )
         if self.vision.grid % self.shuffle_factor:
             raise ConfigError(
                 f"a grid of {self.vision.grid} patches is not divisible by the pixel shuffle "

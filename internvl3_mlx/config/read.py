@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl3_mlx.config.foreign import (
+    check_no_pointers,
     check_quantization_method,
     describe_folder,
 )
@@ -57,6 +58,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(
             f"no config.json in {folder}; a model folder holds config.json and *.safetensors files"
         )
+    check_no_pointers(folder)
     try:
         content = read_json(path)
     except CheckpointError as error:

@@ -95,10 +95,15 @@ def repo_info(repo: str, revision: str | None = None) -> RepoInfo:
 def is_dataset(repo: str) -> bool:
     """Tell whether the hub has a data set of this name; False if it cannot be asked."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         HfApi().dataset_info(repo)
-    except Exception:
+    except HfHubHTTPError:
+        return False
+    except Exception as error:
+        if not is_network_error(error):
+            raise
         return False
     return True
 

@@ -134,7 +134,8 @@ def _walk(value: Any, label: str | None) -> Iterator[TextBox]:
             for numbers in _number_lists(value[key]):
                 if box := _to_box(numbers, own, "json"):
                     yield box
-        if (numbers := _corner_object(value)) and (box := _to_box(numbers, label, "json")):
+        corners = _corner_object(value)
+        if corners and (box := _to_box(corners, label, "json")):
             yield box
         for key, entry in value.items():
             named = key if key not in BOX_KEYS and _corner_object(entry) else None
@@ -145,8 +146,11 @@ def _corner_object(value: Any) -> list[float] | None:
     """Return the corners of an object that names them one by one, such as {"x1": 10, ...}."""
     if not isinstance(value, dict):
         return None
-    found = ([value.get(key) for key in keys] for keys in CORNER_KEYS)
-    return next((four for four in found if all(type(x) in (int, float) for x in four)), None)
+    for keys in CORNER_KEYS:
+        four: list[Any] = [value.get(key) for key in keys]
+        if all(type(number) in (int, float) for number in four):
+            return four
+    return None
 
 
 def _number_lists(value: Any) -> list[Sequence[float]]:

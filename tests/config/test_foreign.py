@@ -126,3 +126,49 @@ def test_a_config_that_is_no_object_does_not_hide_the_method(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match="quantized with GPTQ"):
         check_tensor_names({"a.g_idx": "I32"}, tmp_path)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 1876\n"
+SMALL_FILES = {  # name -> the checkpoint that has it
+    **dict.fromkeys(("config.json", "tokenizer.json", "tokenizer_config.json"), Recipe()),
+    **dict.fromkeys(("generation_config.json", "chat_template.jinja"), Recipe()),
+    "model.safetensors.index.json": Recipe(shards=2),
+    "preprocessor_config.json": Recipe(layout="hf_a"),
+    "tokenizer.model": Recipe(style="9b"),
+    **dict.fromkeys(("vocab.json", "merges.txt"), Recipe(slow_tokenizer=True)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_a_small_file_that_git_lfs_did_not_fetch_is_named(name, tmp_path):
+    folder = copied(SMALL_FILES[name], tmp_path)
+    (folder / name).write_text(POINTER)
+    message = refusal(folder, CheckpointError)
+    assert f"{name} is a Git LFS pointer, not the file itself; run git lfs pull" in message
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_git_lfs_did_not_fetch_is_named(name, tmp_path):
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_text(POINTER if file == name else '{"r": 1, "lora_alpha": 1}')
+    with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer"):
+        load(str(copied(Recipe(), tmp_path / "base")), adapter=str(tmp_path))
+
+
+def test_gguf_without_its_suffix_is_known_by_its_first_bytes(tmp_path):
+    (tmp_path / "model").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(CheckpointError, match="is GGUF, the format of llama"):
+        resolve_model(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_fold": 2}, "image_fold is '2'; expected null"),
+        ({"min_dynamic_patch": 13}, "min_dynamic_patch 13 is more than max_dynamic_patch 12"),
+    ],
+)
+def test_a_key_that_cannot_be_followed_is_refused_by_name(changes, message, tmp_path):
+    folder = copied(Recipe(), tmp_path)
+    edit_config(folder, lambda config: config.update(changes))
+    assert message in refusal(folder, ConfigError)

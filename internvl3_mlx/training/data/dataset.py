@@ -14,6 +14,7 @@ import numpy as np
 
 from internvl3_mlx.errors import CheckpointError, DataError
 from internvl3_mlx.files import did_you_mean
+from internvl3_mlx.images.fetch import shorten_name
 from internvl3_mlx.json_files import parse_json_value, read_json_value
 from internvl3_mlx.records.arrow_tables import (
     dataset_files,
@@ -127,11 +128,11 @@ def open_dataset(
 
 def split_sources(text: str) -> list[tuple[str, float]]:
     """Split ``a.jsonl,b.parquet:0.5`` into paths with ratios; a path that exists is one source."""
-    if expand_user(text).exists():
+    if os.path.exists(expand_user(text)):
         return [(text, 1.0)]
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = None if expand_user(part).exists() else RATIO.fullmatch(part)
+        match = None if os.path.exists(expand_user(part)) else RATIO.fullmatch(part)
         found.append((match[1], float(match[2])) if match else (part, 1.0))
     return found
 
@@ -158,7 +159,7 @@ def open_source(
             f"{MAX_REPEATS}"
         )
     target = expand_user(name)
-    if not target.exists():
+    if not os.path.exists(target):
         if not DATASET_NAME.fullmatch(name):
             raise DataError(
                 f"no data at {name}: expected a folder with train.jsonl, or a file; check the path"
@@ -333,8 +334,9 @@ def open_meta_entry(path: Path, name: str, entry: dict[str, Any], config: TrainC
     location = f"{path}: {name!r}"
     check_meta_entry(location, entry)
     annotation = path.parent / expand_user(entry["annotation"])
-    if not annotation.is_file():
-        raise DataError(f"{location}: no file at {annotation}; correct 'annotation'")
+    if not os.path.isfile(annotation):  # Path.is_file raises for a name that is too long
+        name = shorten_name(str(annotation))
+        raise DataError(f"{location}: no file at {name}; correct 'annotation'")
     file = open_data_file([annotation])
     repeat, selected = entry.get("repeat_time", 1), file.selected
     if repeat < 1:

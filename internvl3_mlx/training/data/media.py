@@ -1,5 +1,6 @@
 """Images and videos of a record: how many tiles they have, and the tiles themselves."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -112,8 +113,8 @@ class MediaLoader:
         """Whether all media that are named by a path are there."""
         images = [resolve_media_path(name, file) for name in record.images]
         videos = [resolve_video_path(name, file) for name in record.videos]
-        return all(path.is_file() for path in images if isinstance(path, Path)) and all(
-            path.exists() for path in videos if isinstance(path, Path)
+        return all(os.path.isfile(path) for path in images if isinstance(path, Path)) and all(
+            os.path.exists(path) for path in videos if isinstance(path, Path)
         )
 
     def decode(self, record: ParsedRecord, file: DataFile) -> None:
@@ -178,9 +179,10 @@ def resolve_media_path(name: MediaRef, file: DataFile) -> str | Path | bytes:
             )
         return name
     path = file.root / expand_user(name)
-    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+    # by os.path, since Path raises for a name that is too long, such as an image in base64
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for without end
         raise ImageError(f"cannot read {shorten_name(name)}: it is not a regular file")
-    if not path.exists() and file.root != Path() and Path(name).is_file():
+    if not os.path.exists(path) and file.root != Path() and os.path.isfile(name):
         raise ImageError(
             f"no file at {shorten_name(str(path))}: paths are relative to {file.root}, and there "
             f"is one at ./{shorten_name(name)}; pass --image-folder . to read from this folder"
@@ -192,7 +194,7 @@ def resolve_video_path(name: MediaRef, file: DataFile) -> str | Path | bytes:
     """Return where a video is, as ``resolve_media_path``; it may be a folder of frames."""
     if not isinstance(name, bytes) and not URL_PATTERN.match(name):
         folder = file.root / expand_user(name)
-        if folder.is_dir():
+        if os.path.isdir(folder):
             return folder
     return resolve_media_path(name, file)
 

@@ -168,3 +168,13 @@ def test_check_data_decodes_when_asked(tmp_path):
     config = small_config(tmp_path)
     assert finish(check_data(config)).train.report.errors == ()
     assert len(finish(check_data(config, decode=True)).train.report.errors) == 1
+
+
+@pytest.mark.parametrize("key", ["image", "video"])
+@pytest.mark.parametrize("name", ["a, b" * 2000, "a\0b.png", "x" * 300 + ".png"])
+def test_a_name_that_no_file_can_have_is_told_in_one_line(tmp_path, key, name):
+    path = write_jsonl(tmp_path / "r.jsonl", [chat_record("?", **{key: name})])
+    [error] = validation_report(*open_records(path), decode=True).errors
+    assert "no file at" in error.message
+    assert len(error.message) < 700
+    assert "\n" not in error.message

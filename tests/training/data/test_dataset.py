@@ -159,3 +159,9 @@ def test_unusable_data_is_reported_with_what_to_do(tmp_path):
     assert "expected a meta JSON" in error_message(tmp_path / "bad.json")
     (tmp_path / "empty.json").write_text("{}")
     assert "names no files" in error_message(tmp_path / "empty.json")
+
+
+def test_a_meta_json_with_a_name_that_no_file_can_have_is_refused(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps({"a": {"root": "", "annotation": "x" * 5000}}))
+    assert "no file at" in error_message(path)
