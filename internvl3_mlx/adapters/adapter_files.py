@@ -19,7 +19,9 @@ MLX_ADAPTER_WEIGHTS = "adapters.safetensors"  # mlx-lm's and mlx-vlm's format
 FULL_WEIGHTS = ("vit.safetensors",)  # ms-swift: the tower and projector, trained in full
 TRAINING_STATE = ("state.safetensors",)  # in the checkpoints of our own runs; not weights
 UNREAD = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "non_lora_state_dict.safetensors")
-FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, *FULL_WEIGHTS)
+FILES = (
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, *FULL_WEIGHTS, MLX_ADAPTER_WEIGHTS,
+)  # fmt: skip
 NUMBER = re.compile(r"(\d+)$")
 SHOWN_FOLDERS = 3
 
@@ -67,6 +69,13 @@ def find_adapter_files(folder: Path) -> AdapterFiles:
     full = tuple(folder / name for name in FULL_WEIGHTS if (folder / name).is_file())
     check_other_weights(folder, {weights, *full})
     return AdapterFiles(folder / ADAPTER_CONFIG, weights, full)
+
+
+def is_mlx_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in mlx-lm's format, and none in PEFT's."""
+    names = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
+    has_peft = any((folder / name).is_file() for name in names)
+    return not has_peft and (folder / MLX_ADAPTER_WEIGHTS).is_file()
 
 
 def missing_file(folder: Path, name: str) -> CheckpointError:

@@ -15,7 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, find_adapter_files
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, find_adapter_files, is_mlx_adapter
+from internvl3_mlx.adapters.mlx_lm import read_mlx_adapter
 from internvl3_mlx.adapters.patterns import PatternTable
 from internvl3_mlx.checkpoints.keymap import KeyMap, ResolvedRule, normalize_name
 from internvl3_mlx.checkpoints.reader import Checkpoint
@@ -63,11 +64,14 @@ class Adapter:
 
 
 def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
-    """Load an adapter folder with the names of either PyTorch layout, unevaluated.
+    """Load an adapter folder with the names of either PyTorch layout, unevaluated; or mlx-lm's.
 
     Raises CheckpointError or KeyMapError if the folder is not an adapter of an InternVL3 model,
     UserError if it changes nothing or is of an unsupported kind.
     """
+    if is_mlx_adapter(folder):
+        deltas, settings = read_mlx_adapter(folder)
+        return Adapter(deltas, {}, settings)
     files = find_adapter_files(folder)
     peft_config = read_adapter_config(files.config)
     lora, saved = split_tensors(Checkpoint(folder, files.tensors()), peft_config)

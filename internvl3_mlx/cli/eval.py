@@ -19,8 +19,8 @@ from internvl3_mlx.cli.flags import (
     flag,
 )
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.user_paths import expand_user
 from internvl3_mlx.files import did_you_mean
+from internvl3_mlx.user_paths import expand_user
 
 PRESET_NAMES = ("internvl", "vlmevalkit", "lmms")
 METRIC_NAMES = ("exact", "letter", "relaxed", "anls", "vqa", "contains", "iou", "point")

@@ -9,9 +9,12 @@ from typing import Any
 
 from internvl3_mlx.adapters.adapter_files import (
     ADAPTER_CONFIG,
+    MLX_ADAPTER_WEIGHTS,
     base_model_name,
     find_adapter_files,
+    is_mlx_adapter,
 )
+from internvl3_mlx.adapters.mlx_lm import read_mlx_adapter
 from internvl3_mlx.adapters.peft import LORA_TENSOR, read_adapter_config
 from internvl3_mlx.json_files import read_json_leniently
 from internvl3_mlx.yaml_files import read_yaml
@@ -91,6 +94,8 @@ def inspect_adapter(folder: Path) -> AdapterInfo:
 
     Raises UserError or CheckpointError if it is not a LoRA or DoRA adapter that can be loaded.
     """
+    if is_mlx_adapter(folder):
+        return inspect_mlx_adapter(folder)
     files = find_adapter_files(folder)
     settings = read_adapter_config(files.config)
     tensors = files.tensors()
@@ -108,6 +113,29 @@ def inspect_adapter(folder: Path) -> AdapterInfo:
         parameters=sum(count_elements(info.shape) for info in tensors.values()),
         nbytes=sum(info.nbytes for info in tensors.values()),
         files=tuple(file.name for file in (files.weights, *files.full)),
+        data=training_data(folder),
+        steps=training_steps(folder),
+    )
+
+
+def inspect_mlx_adapter(folder: Path) -> AdapterInfo:
+    """Describe an adapter in mlx-lm's format."""
+    deltas, settings = read_mlx_adapter(folder)
+    modules = [name.removesuffix(".weight") for name in deltas]
+    arrays = [
+        x for w in deltas.values() for x in (w.lora_a, w.lora_b, w.magnitude) if x is not None
+    ]
+    return AdapterInfo(
+        folder=folder,
+        kind=adapter_kind(settings),
+        base=None,
+        ranks=dict(Counter(w.lora_a.shape[0] for w in deltas.values()).most_common()),
+        alpha=settings["lora_alpha"],
+        targets=dict(Counter(module.rpartition(".")[2] for module in modules).most_common()),
+        saved=(),
+        parameters=sum(x.size for x in arrays),
+        nbytes=sum(x.nbytes for x in arrays),
+        files=(MLX_ADAPTER_WEIGHTS,),
         data=training_data(folder),
         steps=training_steps(folder),
     )
