@@ -18,7 +18,7 @@ from internvl3_mlx.cli import console, launchd, options
 from internvl3_mlx.cli.flags import Decorator, SectionedCommand, apply_flags, flag, flags_from
 from internvl3_mlx.cli.qr_code import qr_lines
 from internvl3_mlx.cli.system_info import report_kernel_fallbacks
-from internvl3_mlx.errors import MissingExtraError, UserError
+from internvl3_mlx.errors import InternVL3Error, MissingExtraError, UserError
 from internvl3_mlx.files import cache_folder
 from internvl3_mlx.serving.limits import ServerLimits
 from internvl3_mlx.serving.settings import EngineSettings
@@ -192,7 +192,7 @@ def run(
     def report_fault(fault: BaseException) -> None:
         if debug:
             console.print_traceback(fault)
-        console.error(f"{type(fault).__name__} while answering: {fault}")
+        console.error(describe_failure(fault))
 
     def write_line(line: str) -> None:
         if not quiet:
@@ -208,6 +208,13 @@ def run(
     console.hint(f"loading {next(iter(settings.models))}")
     run_server(app, engine, ServerSettings(host, chosen["port"]), on_ready)
     console.hint("stopped")
+
+
+def describe_failure(fault: BaseException) -> str:
+    """Say what failed; words that are not ours may hold a part of the request."""
+    if isinstance(fault, InternVL3Error):
+        return str(fault)
+    return f"{type(fault).__name__} while answering; start with --debug for the traceback"
 
 
 def import_slow_libraries() -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from internvl3_mlx.cli import launchd, serve
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.qr_code import qr_lines
-from internvl3_mlx.errors import UserError, WriteError
+from internvl3_mlx.errors import GPUError, UserError, WriteError
 
 URL = "http://192.168.1.23:8080/#key=abcdefghijklmnop"
 
@@ -149,6 +149,11 @@ def test_there_is_no_launchd_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(launchd, "is_mac", lambda: False)
     with pytest.raises(UserError, match="launchd, which only macOS has"):
         launchd.install_agent([], None, tmp_path)
+
+
+def test_a_fault_is_named_without_the_words_of_a_request():
+    assert serve.describe_failure(GPUError("out of memory")) == "out of memory"
+    assert "patient" not in serve.describe_failure(KeyError("the patient's name"))
 
 
 def test_the_key_is_not_left_on_the_command_line():

@@ -1,6 +1,7 @@
 """The demo model behind the real engine, asked by real clients over HTTP."""
 
 import base64
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ from fixtures.http_calls import ask, call, image_part, post, sse_events, wait_fo
 from fixtures.servers import running_server
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from internvl3_mlx.loading.resolve import DEMO_FOLDER
 from internvl3_mlx.serving.engine import Engine
@@ -108,6 +110,22 @@ def test_many_clients_at_once_each_get_their_own_answer(server):
         answers = [*pool.map(one, range(REQUESTS))]
     expected = [(200, TABLE[number % len(TABLE)]["answer"]) for number in range(REQUESTS)]
     assert answers == expected
+
+
+def test_frames_of_a_video_and_pages_of_a_pdf_are_read(server):
+    pytest.importorskip("pypdfium2")
+    pictures = [Image.open(SAMPLES / sample["file"]).resize((90, 70)) for sample in TABLE[:3]]
+    animation, document = io.BytesIO(), io.BytesIO()
+    pictures[0].save(animation, "GIF", save_all=True, append_images=pictures[1:])
+    pictures[0].save(document, "PDF", save_all=True, append_images=pictures[1:])
+    film, pages = (base64.b64encode(file.getvalue()).decode() for file in (animation, document))
+    video = {"type": "video_url", "video_url": {"url": f"data:image/gif;base64,{film}"}}
+    reply = ask(server, [video, {"type": "text", "text": "What is this?"}], num_frames=2)
+    assert [image["tiles"] for image in reply.json["usage"]["images"]] == [1, 1]
+    source = {"type": "base64", "media_type": "application/pdf", "data": pages}
+    parts = [{"type": "document", "source": source}, {"type": "text", "text": "What is this?"}]
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 5}
+    assert len(post(server, "/v1/messages", body).json["usage"]["images"]) == 3
 
 
 def test_a_json_schema_is_kept(server):
