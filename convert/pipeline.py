@@ -1,9 +1,9 @@
 """Convert a checkpoint from any layout to any other: read, remap, cast, quantize, write and verify,
 a few rows at a time."""
 
-import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -21,7 +21,7 @@ from internvl3_mlx.checkpoints.writer import (
     check_disk_space,
 )
 from internvl3_mlx.config import Quantization, read_config
-from internvl3_mlx.convert.aux_files import replaceable_folder, write_aux_files
+from internvl3_mlx.convert.aux_files import replaceable_folder, write_aux_files, write_json
 from internvl3_mlx.convert.calibration.calibrate import compare_outputs
 from internvl3_mlx.convert.calibration.metrics import OutputCheck
 from internvl3_mlx.convert.config_writer import build_config
@@ -136,12 +136,7 @@ def convert_checkpoint(
     entries = [entry for tensor in plan.tensors for entry in tensor_entries(tensor, calibrated)]
     total = sum(entry.nbytes for entry in entries)
     check_disk_space(target, total)
-    with atomic_folder(
-        target,
-        overwrite=options.overwrite,
-        replaceable=replaceable_folder(source),
-        on_wait=options.on_wait,
-    ) as folder:
+    with open_target(source, target, options) as folder:
         writer = ShardWriter(folder, entries, METADATA[plan.layout])
         try:
             yield from write_tensors(plan, writer, calibrated, total)
@@ -149,9 +144,7 @@ def convert_checkpoint(
         finally:
             writer.close()
             plan.reader.close()
-        content = build_config(plan, tokenizer, options.dtype)
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        write_json(folder / "config.json", build_config(plan, tokenizer, options.dtype))
         write_aux_files(plan, tokenizer, folder)
         verify_checkpoint(folder, entries, writer.checksums)
         same = not calibrated and not any(tensor.quantization for tensor in plan.tensors)
@@ -176,6 +169,18 @@ def convert_checkpoint(
         if options.write_extra is not None:
             options.write_extra(folder, converted)
     return converted
+
+
+def open_target(
+    source: Path, target: Path, options: ConvertOptions
+) -> AbstractContextManager[Path]:
+    """Return the folder to write into, which becomes ``target`` at the end of the block."""
+    return atomic_folder(
+        target,
+        overwrite=options.overwrite,
+        replaceable=replaceable_folder(source),
+        on_wait=options.on_wait,
+    )
 
 
 def check_outputs(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from internvl3_mlx.cli.flags import flag_name
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.generation_config import CHOICE_MODES, GenerationConfig
 from internvl3_mlx.json_files import parse_json_value
@@ -153,3 +154,16 @@ GENERATION_DEFAULTS = {entry.name: entry.default for entry in fields(GenerationC
 def make_config(options: Mapping[str, Any]) -> GenerationConfig:
     """Return a ``GenerationConfig`` with some options set; raises UserError for an invalid one."""
     return GenerationConfig(**options)
+
+
+def setting_names() -> dict[str, tuple[str, bool]]:
+    """Return every spelling without dashes, with its field and what it turns a switch to."""
+    found: dict[str, tuple[str, bool]] = {}
+    for name, (kind, info) in GENERATION_FIELDS.items():
+        found[name.replace("_", "-")] = (name, True)
+        if kind is bool and not info.flags:
+            found[f"no-{name.replace('_', '-')}"] = (name, False)
+        for spelling in info.flags or (flag_name(name),):
+            negative = spelling.startswith("--no-")
+            found.setdefault(spelling.lstrip("-"), (name, not negative))
+    return found

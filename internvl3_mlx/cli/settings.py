@@ -13,6 +13,7 @@ from internvl3_mlx.cli.generation_fields import (
     GENERATION_FIELDS,
     MODEL_DEFAULT,
     PARSERS,
+    setting_names,
 )
 from internvl3_mlx.cli.options import list_model_completions
 from internvl3_mlx.errors import UserError
@@ -35,19 +36,6 @@ MODEL_NAMES = (
     "q-bits",
     "dtype",
 )  # flags that /model stands for
-
-
-def setting_names() -> dict[str, tuple[str, bool]]:
-    """Return every spelling without dashes, with its field and what it turns a switch to."""
-    found: dict[str, tuple[str, bool]] = {}
-    for name, (kind, info) in GENERATION_FIELDS.items():
-        found[name.replace("_", "-")] = (name, True)
-        if kind is bool and not info.flags:
-            found[f"no-{name.replace('_', '-')}"] = (name, False)
-        for spelling in info.flags or (flag_name(name),):
-            negative = spelling.startswith("--no-")
-            found.setdefault(spelling.lstrip("-"), (name, not negative))
-    return found
 
 
 def shown_name(field: str) -> str:

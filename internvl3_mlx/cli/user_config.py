@@ -49,7 +49,7 @@ def setting_types() -> dict[str, type]:
 
 def canonical_key(key: object) -> object:
     """Return the key of a setting by any spelling of its flag, such as temp; others as they are."""
-    from internvl3_mlx.cli.settings import setting_names
+    from internvl3_mlx.cli.generation_fields import setting_names
 
     spelled = str(key).lstrip("-").replace("_", "-")
     field, is_plain = setting_names().get(spelled, ("", False))
