@@ -40,7 +40,7 @@ from internvl3_mlx.serving.limits import ServerLimits
 from internvl3_mlx.serving.metrics import CONTENT_TYPE, HTTPMetrics, prometheus_text
 from internvl3_mlx.serving.request_body import read_json
 from internvl3_mlx.serving.request_log import NOTE_KEY, RequestLogMiddleware, RequestNote, WriteLine
-from internvl3_mlx.serving.requests import AnswerDone, AnswerRequest, ChatMessage
+from internvl3_mlx.serving.requests import AnswerDone, AnswerRequest, ChatMessage, Rejected
 from internvl3_mlx.serving.stored_responses import ResponseStore, StoredResponse
 from internvl3_mlx.serving.streams import (
     CLOSE,
@@ -348,7 +348,7 @@ async def error_answer(server: Server, request: Request, fault: Exception) -> Re
     """Return the answer that tells of an error; one that nobody foresaw is reported."""
     error = as_api_error(fault)
     headers = dict(error.headers)
-    if error.status >= FAILED and error.status != UNAVAILABLE:
+    if error.status >= FAILED and not isinstance(fault, APIError | Rejected):
         note_of(request).fault = type(fault).__name__
         server.report_fault(fault)
     if error.unread:
