@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[np.integer[Any]]
-Values = NDArray[np.float32]
+Values = NDArray[np.floating[Any]]
 
 ELEMENTS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32}
 DENSE = ("F32", "F16", "BF16")
@@ -68,7 +68,7 @@ class RawTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: np.memmap[Any, Any]
+    data: NDArray[Any]
 
     def rows(self, numbers: Rows) -> Values:
         """Return some rows as float32: (len(numbers), columns)."""

@@ -17,7 +17,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
 from safetensors.torch import load_file, save_file
 
-from internvl3_mlx.checkpoints import verify, writer
+from internvl3_mlx.checkpoints import verify
 from internvl3_mlx.convert.recipes import uniform_recipe
 from internvl3_mlx.errors import InternVL3Error
 
@@ -128,7 +128,7 @@ def test_a_target_around_the_source_is_refused(source):
 def test_too_little_disk_space_is_reported_before_anything_is_written(
     source, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: Usage(10**9, 0, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 0, 1000))
     message = failure(source, tmp_path / "out")
     assert "needs 0.1 GB, 0.0 GB are free in" in message
     assert message.endswith("free some space or choose another disk")
