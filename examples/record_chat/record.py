@@ -20,7 +20,7 @@ COLORS = {"background": "#1e1e2e", "text": "#cdd6f4", "dim": "#7f849c", "prompt"
 
 
 def main(words: list[str] | None = None) -> None:
-    args = make_parser().parse_args(words)
+    args = make_parser().parse_intermixed_args(words)
     with tempfile.TemporaryDirectory() as folder:
         questions = copy_samples(Path(folder))
         lines = args.lines or questions
