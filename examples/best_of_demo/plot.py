@@ -14,10 +14,11 @@ def draw_plot(figures: dict, counts: Sequence[int]) -> str:
     low, high = min(values), max(values)
 
     def x(index: int) -> float:
-        return MARGIN + index * (WIDTH - 2 * MARGIN - LEGEND) / max(len(counts) - 1, 1)
+        return round(MARGIN + index * (WIDTH - 2 * MARGIN - LEGEND) / max(len(counts) - 1, 1), 1)
 
     def y(value: float) -> float:
-        return HEIGHT - MARGIN - (value - low) / max(high - low, 1e-9) * (HEIGHT - 2 * MARGIN)
+        share = (value - low) / max(high - low, 1e-9)
+        return round(HEIGHT - MARGIN - share * (HEIGHT - 2 * MARGIN), 1)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
@@ -39,7 +40,7 @@ def draw_plot(figures: dict, counts: Sequence[int]) -> str:
         )
     for number, (way, row) in enumerate(ways.items()):
         color = COLORS[number % len(COLORS)]
-        points = " ".join(f"{x(i):.1f},{y(row[n]['mean']):.1f}" for i, n in enumerate(counts))
+        points = " ".join(f"{x(i)},{y(row[n]['mean'])}" for i, n in enumerate(counts))
         dash = ' stroke-dasharray="4 4"' if way == DASHED else ""
         last, end = row[counts[-1]], x(len(counts) - 1) + 3 * number
         parts += [
