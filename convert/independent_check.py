@@ -97,7 +97,8 @@ def fits(parts: Mapping[str, RawPart]) -> bool:
 
 def model_config(content: Mapping[str, Any], image_id: int) -> dict[str, Any] | None:
     """Return the config of transformers' InternVL for a raw config.json; None if it has none."""
-    text = next((content[key] for key in TEXT_CONFIGS if content.get(key)), {})
+    parts = (content[key] for key in TEXT_CONFIGS if content.get(key))
+    text: Mapping[str, Any] = next(parts, {})
     kind = TEXT_TYPES.get(text.get("model_type", ""))
     if kind is None:
         return None

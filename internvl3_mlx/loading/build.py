@@ -88,7 +88,8 @@ def evaluate_by_layer(model: InternVL, *, fused: bool) -> bool:
     finite = True
     checked: set[int] = set()
     for block in [*model.vision_model.encoder.layers, *model.language_model.model.layers, model]:
-        arrays = [x for _, x in tree_flatten(block.parameters()) if id(x) not in checked]
+        flat: dict[str, mx.array] = dict(tree_flatten(block.parameters()))
+        arrays = [x for x in flat.values() if id(x) not in checked]
         mx.eval(arrays)
         finite = finite and all_finite(arrays)
         checked |= {id(x) for x in arrays}
