@@ -266,12 +266,20 @@ def table(found: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
     ]
     for side in sides:
         for kind in ("text", "photos"):
-            alone, together = (found[side][f"{kind}, {way}: seconds"] for way in WAYS)
-            lines += ["", f"{side}, {kind}: at once {cell(alone / together)} times as fast"]
+            clock, processor = (
+                cell(ratio(found[side], kind, unit)) for unit in ("seconds", "processor seconds")
+            )
+            lines += ["", f"{side}, {kind}: at once {clock} times as fast, processor {processor}"]
     return "\n".join(lines)
 
 
 WAYS = ("one after another", "at once")
+
+
+def ratio(figures: dict[str, float], kind: str, unit: str) -> float:
+    """Return how many times as long one after another takes."""
+    alone, together = (figures[f"{kind}, {way}: {unit}"] for way in WAYS)
+    return alone / together if together else nan
 
 
 def cell(value: float) -> str:
