@@ -14,7 +14,7 @@ import internvl3_mlx
 from internvl3_mlx.cli import doctor as doctor_module
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test, variants
-from internvl3_mlx.profiling import self_check, smoke_test
+from internvl3_mlx.profiling import numbers, self_check, smoke_test
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,7 @@ def _no_metal(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
     some = {name: smoke_test.SMOKE_TEST[name] for name in ("matrix product", "gather")}
     monkeypatch.setattr(smoke_test, "SMOKE_TEST", some)
+    monkeypatch.setattr(numbers, "HEAD_WIDTH", 64)
     registry.read_thresholds.cache_clear()
     yield
     self_test.results.clear()

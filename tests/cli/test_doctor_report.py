@@ -11,7 +11,7 @@ import internvl3_mlx
 from internvl3_mlx.cli import bench, doctor_report
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.metal_kernels import dispatch, registry
-from internvl3_mlx.profiling import kernels, limits, smoke_test, suite, timing
+from internvl3_mlx.profiling import kernels, limits, numbers, smoke_test, suite, timing
 from internvl3_mlx.profiling.kernels import AttentionTrial
 from internvl3_mlx.profiling.limits import MachineLimits
 
@@ -25,6 +25,7 @@ def _small(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
     some = {name: smoke_test.SMOKE_TEST[name] for name in ("matrix product", "gather")}
     monkeypatch.setattr(smoke_test, "SMOKE_TEST", some)
+    monkeypatch.setattr(numbers, "HEAD_WIDTH", 64)
     monkeypatch.setattr(timing, "MIN_RUN_SECONDS", 0.0)
     monkeypatch.setattr(limits, "measure_limits", lambda *, quick: LIMITS)
     trials = [AttentionTrial("odd", 6, 2, 64, 8)]
