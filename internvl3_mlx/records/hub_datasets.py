@@ -44,18 +44,23 @@ def download_dataset(
 
     owner, repo, *inside = name.split("/")
     try:
-        patterns: dict[str, list[str]] = {"allow_patterns": [*PATTERNS]}
+        wanted_files, other_files = [*PATTERNS], list[str]()
         sizes = remote_sizes(f"{owner}/{repo}")
         if sizes is not None:
             chosen = select_files(sizes, "/".join(inside), splits or {}, wanted)
-            patterns |= fewest_patterns(sizes, chosen)
+            wanted_files, other_files = fewest_patterns(sizes, chosen)
             missing = missing_bytes(f"{owner}/{repo}", chosen)
             if missing:
                 notify(
                     f"downloading {len(missing):,} files of {owner}/{repo}, "
                     f"{format_bytes(sum(missing.values()))}"
                 )
-        folder = snapshot_download(f"{owner}/{repo}", repo_type="dataset", **patterns)
+        folder = snapshot_download(
+            f"{owner}/{repo}",
+            repo_type="dataset",
+            allow_patterns=wanted_files,
+            ignore_patterns=other_files,
+        )
     except Exception as error:  # noqa: BLE001  of whichever HTTP library the hub's client uses
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
@@ -68,16 +73,16 @@ def download_dataset(
     return found
 
 
-def fewest_patterns(sizes: Mapping[str, int], chosen: Iterable[str]) -> dict[str, list[str]]:
-    """Return the patterns that select files: all but some, or some, whichever are fewer.
+def fewest_patterns(sizes: Mapping[str, int], chosen: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return which patterns to download and to leave out: all but some files, or only some.
 
     Every file is compared with every pattern, and a dataset may have a file for each image.
     """
     chosen = [*chosen]
     others = sizes.keys() - {*chosen}
     if not chosen or len(chosen) > len(others):
-        return {"ignore_patterns": sorted(others)}
-    return {"allow_patterns": chosen}
+        return [*PATTERNS], sorted(others)
+    return chosen, []
 
 
 def remote_sizes(repo: str) -> dict[str, int] | None:
