@@ -1,8 +1,8 @@
 """Predicted against measured memory and time of training: ``python -m benchmarks.training_memory``.
 
 For each kind of run, the prediction made from shapes before the model is loaded, and the peak of
-MLX's memory and the median seconds over a few updates. A random checkpoint; each run in a process
-of its own.
+MLX's memory and the median seconds over a few updates. The demo model by default; each run in a
+process of its own.
 """
 
 import argparse
@@ -14,17 +14,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.checkpoint import Shape, write_checkpoint
 from benchmarks.processes import Interpreter
 from benchmarks.training import write_rows
 from benchmarks.training_probe import finish
-from benchmarks.vocabulary import FEW_MERGES
 
 MB = 1e6
 UPDATES = 4
 COMMON: Mapping[str, Any] = {
-    "batch_size": 1, "grad_accumulation_steps": 2, "cache_features": False, "lora_rank": 8,
-    "learning_rate": 1e-12,
+    "batch_size": 1, "grad_accumulation_steps": 2, "max_tiles": 4, "cache_features": False,
+    "lora_rank": 8, "learning_rate": 1e-12,
 }  # fmt: skip
 # label -> settings
 CASES: Mapping[str, Mapping[str, Any]] = {
@@ -43,35 +41,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.training_memory", description=__doc__)
     work = Path(tempfile.gettempdir()) / "internvl3-benchmarks" / "training-memory"
     parser.add_argument("--only", nargs="+", choices=[*CASES], help="measure only these")
-    parser.add_argument("--quick", action="store_true", help="a smaller model")
+    parser.add_argument("--model", default="demo", help="the model to train")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--work", type=Path, default=work, help="where checkpoints are written")
     parser.add_argument("--case", choices=[*CASES], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.case:
-        print(json.dumps(run_case(args.work, CASES[args.case])))
+        print(json.dumps(run_case(args.work, args.model, CASES[args.case])))
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    layers = 2 if args.quick else 4
-    shape = Shape(
-        vision_width=64, vision_layers=2, text_width=256, text_layers=layers, merges=FEW_MERGES
-    )
-    write_checkpoint(args.work / "model", shape)
     write_rows(args.work)
-    found = {case: measure(case, args.work) for case in args.only or CASES}
+    found = {case: measure(case, args.work, args.model) for case in args.only or CASES}
     print(json.dumps(found) if args.json else table(found))
 
 
-def measure(case: str, work: Path) -> dict[str, float]:
+def measure(case: str, work: Path, model: str) -> dict[str, float]:
     """Predict and measure one case in a process of its own."""
     print(f"{case} ...", file=sys.stderr, flush=True)
-    words = ("-m", "benchmarks.training_memory", "--case", case, "--work", str(work))
-    out, _ = Interpreter().run(*words)
+    words = ("--case", case, "--work", str(work), "--model", model)
+    out, _ = Interpreter().run("-m", "benchmarks.training_memory", *words)
     result: dict[str, float] = json.loads(out.splitlines()[-1])
     return result
 
 
-def run_case(work: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+def run_case(work: Path, model: str, settings: Mapping[str, Any]) -> dict[str, float]:
     """Return the predicted and the measured peak in bytes, and the seconds of an update."""
     from internvl3_mlx.training.config_file import build_config
     from internvl3_mlx.training.cost_estimate import estimate_cost
@@ -81,7 +74,7 @@ def run_case(work: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     from internvl3_mlx.training.setup import prepare_run
 
     given = {
-        **COMMON, **settings, "model": str(work / "model"), "iters": UPDATES,
+        **COMMON, **settings, "model": model, "iters": UPDATES,
         "data": str(work / f"{settings.get('method', 'sft')}.jsonl"),
         "adapter_path": tempfile.mkdtemp(),
     }  # fmt: skip

@@ -36,12 +36,17 @@ TOWER_COPIES = 3.0  # of the scores of one tile, outside gradients
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The largest micro-batch: tokens in all, of its longest sample, in the loss; and tiles."""
+    """The largest micro-batch: tokens in all, of its longest sample, in the loss; and tiles.
+
+    scores: of attention that one chunk of every sample's rows has, for one head. The samples are
+    independent of each other, so MLX works on all of them at a time.
+    """
 
     tokens: int
     longest: int
     targets: int
     tiles: int
+    scores: int
 
 
 def activation_bytes(
@@ -63,7 +68,7 @@ def activation_bytes(
     gradients = [gradient_bytes(block) for block in blocks]
     tower = tower_bytes(model, shape.tiles, width, dropout, grad_checkpoint=grad_checkpoint)
     busiest = max(
-        attention_bytes(model.config, shape.longest),
+        attention_bytes(model.config, shape),
         MLP_COPIES * FLOAT32 * model.config.text.intermediate_size * shape.tokens,
         head_bytes(model, shape.targets),
     )
@@ -142,14 +147,19 @@ def inputs_bytes(layers: Iterable[nn.Module], width: int, dropout: float) -> int
     return total + shared
 
 
-def attention_bytes(config: ModelConfig, length: int) -> float:
-    """Return what the backward pass of one sample's attention holds for a moment."""
+def chunk_scores(lengths: Iterable[int]) -> int:
+    """Return the scores of one chunk of rows of every sample."""
+    return sum(min(length, ROWS_PER_CHUNK) * length for length in lengths)
+
+
+def attention_bytes(config: ModelConfig, shape: BatchShape) -> float:
+    """Return what the backward pass of a batch's attention holds for a moment."""
     text = config.text
-    chunks = -(-length // ROWS_PER_CHUNK)
+    chunks = -(-shape.longest // ROWS_PER_CHUNK)
     copies = min(ATTENTION_COPIES + ATTENTION_AHEAD * (chunks - 1), MAX_ATTENTION_COPIES)
-    rows = min(length, ROWS_PER_CHUNK)
-    scores = FLOAT32 * text.num_attention_heads * rows * length
-    states = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim * length
+    scores = FLOAT32 * text.num_attention_heads * shape.scores
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads
+    states = heads * text.head_dim * shape.longest
     return copies * scores + 3 * FLOAT32 * states
 
 

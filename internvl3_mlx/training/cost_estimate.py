@@ -19,6 +19,7 @@ from internvl3_mlx.training.activation_memory import (
     BatchShape,
     activation_bytes,
     array_bytes,
+    chunk_scores,
     element_bytes,
 )
 from internvl3_mlx.training.config import TrainConfig
@@ -157,7 +158,7 @@ def mean_shape(setup: RunSetup, config: TrainConfig, model: InternVL) -> BatchSh
     count = len(shapes)
     totals = (
         sum(getattr(shape, name) for shape in shapes) // count
-        for name in ("tokens", "longest", "targets", "tiles")
+        for name in ("tokens", "longest", "targets", "tiles", "scores")
     )
     return BatchShape(*totals)
 
@@ -171,7 +172,9 @@ def batch_shapes(
         chosen = [*members]
         tokens, tiles = sizes.tokens[chosen], sizes.tiles[chosen]
         total, images = int(tokens.sum()), int(tiles.sum())
-        yield BatchShape(total, int(tokens.max()), max(total - images * per_tile, 1), images)
+        targets = max(total - images * per_tile, 1)
+        scores = chunk_scores(tokens.tolist())
+        yield BatchShape(total, int(tokens.max()), targets, images, scores)
 
 
 def reduced_sizes(setup: RunSetup, config: TrainConfig, model: InternVL) -> SampleSizes:

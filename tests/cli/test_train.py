@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner
 from fixtures.hub import running_hub

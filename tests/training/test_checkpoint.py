@@ -235,8 +235,8 @@ def test_a_run_yields_its_updates_validations_checkpoints_and_end(tmp_path):
     assert (end.stop_cause, end.stop_reason) == (None, "")
     written = {path.name for path in session.folder.iterdir()}
     assert written == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "best", "checkpoints", "loss.svg",
-        "metrics.csv", "report.html", "train_config.yaml",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "best", "checkpoints",
+        "loss.svg", "metrics.csv", "report.html", "train_config.yaml",
     }  # fmt: skip
 
 
