@@ -8,7 +8,7 @@ holds ranks and alphas.
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
     files = find_adapter_files(folder)
     peft_config = read_adapter_config(files.config)
     lora, saved = split_tensors(Checkpoint(folder, files.tensors()), peft_config)
+    check_saved_modules(peft_config, saved, files.weights)
     keymap = detect_keymap([*lora, *saved])
     if not saved and not any(bool(mx.any(f.lora_b != 0)) for f in lora.values()):
         raise UserError(
@@ -88,6 +89,18 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
     }
     check_single_use(deltas, replaced)
     return Adapter(deltas, without_tied_head(replaced, config.text), peft_config)
+
+
+def check_saved_modules(settings: Mapping[str, Any], saved: Iterable[str], file: Path) -> None:
+    """Raise KeyMapError if a module that was trained whole is not in the adapter's file."""
+    listed = settings.get("modules_to_save") or []
+    modules = [f".{name.rpartition('.')[0]}." for name in saved]
+    for name in listed if isinstance(listed, list) else [listed]:
+        if not any(f".{name}." in module for module in modules):
+            raise KeyMapError(
+                f"{ADAPTER_CONFIG} lists {str(name)[:60]!r} in modules_to_save, but {file.name} "
+                "has no such tensors; save the adapter again"
+            )
 
 
 def check_single_use(deltas: Mapping[str, Any], replaced: Mapping[str, Any]) -> None:

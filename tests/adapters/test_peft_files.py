@@ -177,6 +177,19 @@ def test_a_weight_is_not_both_changed_and_replaced(config, tmp_path):
         load_adapter(write(tmp_path / "a", tensors), config)
 
 
+@pytest.mark.parametrize("listed", [["lm_head"], "lm_head", ["mlp1", "lm_head"]])
+def test_a_module_that_was_trained_whole_must_be_in_the_file(config, listed, tmp_path):
+    name = "base_model.model.mlp1.1.bias"
+    folder = write(tmp_path / "a", lora() | {name: torch.ones(128)}, modules_to_save=listed)
+    with pytest.raises(KeyMapError, match="'lm_head' in modules_to_save, but adapter_model"):
+        load_adapter(folder, config)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    for good in (["mlp1"], ["mlp1.1"], []):
+        settings["modules_to_save"] = good
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        assert load_adapter(folder, config).modules_to_save
+
+
 @pytest.mark.parametrize("key", ["lora_bias", "use_qalora", "layer_replication"])
 def test_a_setting_without_an_effect_here_is_refused(config, key, tmp_path):
     with pytest.raises(UserError, match=rf"\({key}\), which is not supported; merge the adapter"):
