@@ -200,9 +200,9 @@ def check_outputs(
 
 def check_overlap(source: Path, target: Path, adapter: Path | None = None) -> None:
     """Raise UserError when the target is the source or the adapter, or lies in it or around it."""
-    for place in filter(None, (source, adapter)):
-        if contains(place, target) or contains(target, place):
-            raise UserError(f"{target} overlaps the source {place}; name another folder")
+    for name, place in (("source", source), ("adapter", adapter)):
+        if place is not None and (contains(place, target) or contains(target, place)):
+            raise UserError(f"{target} overlaps the {name} {place}; name another folder")
 
 
 def tensor_entries(tensor: PlannedTensor, calibrated: Mapping[str, mx.array]) -> list[TensorSpec]:

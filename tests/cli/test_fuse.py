@@ -221,7 +221,7 @@ def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
         (("--model", "{model}", "--adapter-path", "{a}"), "name the folder for the result"),
         (("--model", "{model}", "--adapter-path", "no", "-o", "{out}"), "no folder no"),
         (("--model", "{model}", "--adapter-path", "{model}", "-o", "{out}"), "adapter_config.json"),
-        (("--model", "{model}", "--adapter-path", "{a}", "-o", "{a}"), "exists; name another"),
+        (("--model", "{model}", "--adapter-path", "{a}", "-o", "{a}"), "overlaps the adapter"),
         (("--model", "{model}", "--adapter-path", "{a}", "-o", "{out}", "-d"), "is not quantized"),
         (
             ("--model", "{model}", "--adapter-path", "{a}", "-o", "{out}", "--adapter-only", "-d"),

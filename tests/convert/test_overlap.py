@@ -35,7 +35,7 @@ def test_the_adapter_is_never_replaced_by_what_is_made_of_it(source, tmp_path, m
     adapter.mkdir()
     ignore_spelling(monkeypatch, tmp_path)
     options = ConvertOptions(overwrite=True, adapter=adapter)
-    with pytest.raises(UserError, match="overlaps the source"):
+    with pytest.raises(UserError, match="overlaps the adapter"):
         list(convert_checkpoint(source, tmp_path / "adapter", None, options))
 
 
