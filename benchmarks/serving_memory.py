@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         {"model": args.model}, prefix_cache_nbytes=4 * MB, feature_cache_nbytes=MB
     )
     engine = Engine(settings)
+    engine.tiled.limit_nbytes = MB  # all caches are full before the first row
     engine.start()
     print("| requests | MLX, MB | process, MB |\n|---:|---:|---:|")
     try:
