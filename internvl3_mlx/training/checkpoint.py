@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ CHANGEABLE = frozenset({
     "grad_checkpoint", "steps_per_report",
     "steps_per_eval", "val_batches", "eval_accuracy", "eval_metric",
     "eval_samples", "patience", "save_every", "keep_last",
-    "report_to", "save_minutes", "peer_timeout",
+    "report_to", "save_minutes", "peer_timeout", "on_loss_spike",
 })  # fmt: skip
 
 
@@ -239,7 +239,8 @@ def find_differences(
     metadata: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, str], processes: int
 ) -> list[str]:
     """List what would differ from the run that a checkpoint belongs to."""
-    now, then = config.to_dict(), metadata["config"]
+    now = config.to_dict()
+    then = default_settings() | metadata["config"]  # a setting that an older version did not have
     differences = [
         f"{name} was {then.get(name)} and is now {value}"
         for name, value in now.items()
@@ -253,6 +254,12 @@ def find_differences(
     if metadata["processes"] != processes:
         differences.append(f"it ran on {metadata['processes']} processes and is now {processes}")
     return differences
+
+
+def default_settings() -> dict[str, Any]:
+    """Return the default of every setting, as a checkpoint has it."""
+    defaults = {entry.name: entry.default for entry in fields(TrainConfig)}
+    return {name: [*x] if isinstance(x, tuple) else x for name, x in defaults.items()}
 
 
 def check_same_run(differences: list[str], folder: Path) -> None:

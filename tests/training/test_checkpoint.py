@@ -147,6 +147,18 @@ def test_changed_data_must_be_accepted_to_resume(tmp_path):
         resume_session(other, accept_changes=False)
 
 
+def test_a_setting_that_an_older_version_did_not_have_is_its_default(tmp_path):
+    _, folder = saved(tmp_path)
+    metadata = json.loads((folder / "state.json").read_text())
+    for name in ("lora_plus_ratio", "distill_weight", "train"):
+        del metadata["config"][name]
+    (folder / "state.json").write_text(json.dumps(metadata))
+    resume_session(small_session(tmp_path, iters=3), accept_changes=False)
+    other = small_session(tmp_path, iters=3, lora_plus_ratio=4)
+    with pytest.raises(UserError, match=r"lora_plus_ratio was 1\.0 and is now 4"):
+        resume_session(other, accept_changes=False)
+
+
 def test_settings_that_change_no_result_may_change(tmp_path):
     saved(tmp_path)
     other = small_session(tmp_path, iters=3, save_every=1, grad_checkpoint=True, steps_per_eval=5)
