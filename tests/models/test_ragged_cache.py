@@ -6,7 +6,8 @@ import pytest
 from fixtures.inputs import relative_error
 from fixtures.tolerances import OPERATION_TOLERANCE
 
-from internvl3_mlx.models import ragged_cache
+from internvl3_mlx.metal_kernels import flash_decode
+from internvl3_mlx.models import attention, ragged_cache
 from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 from internvl3_mlx.models.ragged_cache import (
@@ -196,3 +197,22 @@ def test_the_first_group_is_padded_once_it_has_two(together):
 def test_classes_and_buckets():
     assert [length_class(n) for n in (0, 512, 513, 2048, 9000)] == [512, 512, 2048, 2048, 32768]
     assert [row_bucket(n) for n in (1, 2, 5, 9, 33)] == [2, 2, 6, 12, 64]
+
+
+def test_the_kernel_gets_the_whole_buffers_and_the_length_of_each_slot(together, monkeypatch):
+    """On a Mac the kernel takes the place of MLX's attention; here its reference does."""
+    calls = []
+
+    def kernel(q, store, lengths):
+        calls.append((store.keys.shape[2], lengths.tolist()))
+        return flash_decode.flash_decode_reference(q, store, lengths)
+
+    monkeypatch.setattr(attention, "kernels_enabled", lambda: True)
+    monkeypatch.setattr(flash_decode, "should_use_kernel", lambda *_: True)
+    monkeypatch.setattr(flash_decode, "flash_decode_kernel", kernel)
+    rows = [together.join(length, seed) for seed, length in enumerate((5, 300, 40))]
+    assert together.step(2) < OPERATION_TOLERANCE
+    together.leave(rows[0])
+    assert together.step() < OPERATION_TOLERANCE
+    assert calls[0] == (512, [6, 301, 41])
+    assert calls[-1] == (512, [1, 303, 43])
