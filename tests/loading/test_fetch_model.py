@@ -17,6 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from internvl3_mlx import DownloadError, UserError, convert_model, load
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.config import read_config
+from internvl3_mlx.disk import TAG_FILE
 from internvl3_mlx.errors import CheckpointError, ConfigError
 from internvl3_mlx.files import cache_folder
 from internvl3_mlx.loading import hub
@@ -131,7 +132,7 @@ def test_stopping_while_packing_leaves_nothing(repository, tmp_path, monkeypatch
     monkeypatch.setattr(mx, "quantize", stop)
     with pytest.raises(KeyboardInterrupt):
         load("1b")
-    assert list((tmp_path / "cache").glob("*")) == []
+    assert [path.name for path in (tmp_path / "cache").glob("*")] == [TAG_FILE]
 
 
 def test_without_network_and_name_the_demo_answers_and_says_so(repository, notes):
