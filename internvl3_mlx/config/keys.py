@@ -162,6 +162,7 @@ class Layer:
     expected = "one layer number"
 
 
+LEAST_RATIO = 0.001  # of pixel shuffle; the published one is 0.5
 COUNT, WIDTH = Whole(1, MAX_LAYERS), Whole(1, MAX_WIDTH)
 POSITIVE, RATE, TILES = Number(exclusive=True), Number(0, 1), Whole(1, 512)
 DTYPES = DataType()
@@ -180,7 +181,7 @@ CHAT_TABLE: dict[str, Rule] = {
     "quantization": Table(),
     "quantization_config": Table(),
     "select_layer": Layer(),
-    "downsample_ratio": Number(0, 1, exclusive=True),
+    "downsample_ratio": Number(LEAST_RATIO, 1),
     "ps_version": OneOf(("v1", "v2")),
     "force_image_size": Size(),
     "dynamic_image_size": Switch(),
@@ -204,7 +205,7 @@ HF_TABLE: dict[str, Rule] = {
     "text_config": Table(),
     "quantization": Table(),
     "quantization_config": Table(),
-    "downsample_ratio": Number(0, 1, exclusive=True),
+    "downsample_ratio": Number(LEAST_RATIO, 1),
     "vision_feature_layer": Layer(),
     "vision_feature_select_strategy": OneOf(("default",)),
     "projector_hidden_act": OneOf(("gelu",)),

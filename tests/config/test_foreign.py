@@ -165,6 +165,7 @@ def test_gguf_without_its_suffix_is_known_by_its_first_bytes(tmp_path):
     ("changes", "message"),
     [
         ({"image_fold": 2}, "image_fold is '2'; expected null"),
+        ({"downsample_ratio": 1e-320}, "downsample_ratio is '1e-320'; expected a number from"),
         ({"min_dynamic_patch": 13}, "min_dynamic_patch 13 is more than max_dynamic_patch 12"),
     ],
 )
