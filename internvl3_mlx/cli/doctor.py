@@ -29,7 +29,6 @@ STDOUT = "-"
         ("internvl3 doctor", "check this machine"),
         ("internvl3 doctor --numbers", "and measure what its arithmetic gives"),
         ("internvl3 doctor --report report.md", "everything, with speed, to paste into an issue"),
-        ("internvl3 doctor --json > doctor.json", "a report to attach to an issue"),
     ),
 )
 @flag(
