@@ -15,6 +15,7 @@ MIN_BARS, MAX_BARS = 4, 6
 MIN_POINTS, MAX_POINTS = 5, 10
 TICKS = 5
 LEFT, RIGHT, TOP, BOTTOM = 80, 24, 60, 52  # pixels around the plot
+LABEL_GAP = 18  # pixels between two labels
 
 
 def render_bars(random: Random, fonts: tuple[FontFace, ...]) -> RenderedQuestion:
@@ -90,6 +91,8 @@ class Plot:
     """Axes with ticks and labels, and where values stand."""
 
     def __init__(self, random: Random, series: Series, font: Font, width: int, height: int):
+        widest = max(text_size(font, label)[0] for label in series.labels) + LABEL_GAP
+        width = max(width, LEFT + RIGHT + widest * len(series.labels))
         self.image = paper(random, width, height)
         self.draw = ImageDraw.Draw(self.image)
         self.font, self.ink = font, random.choice(INKS)
