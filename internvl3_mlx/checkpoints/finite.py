@@ -54,6 +54,6 @@ def check_finite(x: NDArray[np.generic], dtype: str, name: str) -> None:
 
 def not_finite_error(name: str) -> CheckpointError:
     return CheckpointError(
-        f"{name} contains NaN or infinite values; the source is damaged or the dtype too narrow: "
-        "download the source again, or choose another dtype"
+        f"{name} contains NaN or infinite values: its file is damaged, or the dtype too narrow; "
+        "download the model again, or choose another dtype"
     )
