@@ -16,13 +16,13 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.user_paths import home_folder
 
 ROOT = os.path.dirname(os.path.dirname(internvl3_mlx.__file__))
-MODEL = str(tiny(Recipe()).folder)
-GENERATE = f"generate -p hi -m 2 --model {MODEL} --quiet"
+GENERATE = "generate -p hi -m 2 --model MODEL --quiet"  # run() names the folder
 CLOSED = "error: cannot write the output: standard output is closed\n"
 FULL = "error: cannot write the output: no space left on the disk; free some and run again\n"
 
 
 def run(words, redirection="", before="", text="", **env):
+    words = words.replace("MODEL", str(tiny(Recipe()).folder))
     command = f"{before} {sys.executable} -m internvl3_mlx {words} {redirection}"
     return subprocess.run(
         ["sh", "-c", command],
@@ -48,7 +48,7 @@ def test_an_answer_needs_neither_input_nor_error_stream(redirection):
 
 def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path):
     # the log of the chat would get number 2, and every message of a library with it
-    chat = f"chat -m 2 --model {MODEL}"
+    chat = "chat -m 2 --model MODEL"
     done = run(chat, "2>&- <&-", INTERNVL3_DATA=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "")
     done = run(chat, "2>&-", text="hi\n", INTERNVL3_DATA=str(tmp_path))
@@ -66,7 +66,7 @@ def test_a_full_disk_is_one_line(words):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_a_chat_whose_output_is_full_takes_every_question():
-    done = run(f"chat -m 2 --model {MODEL} --no-history", "> /dev/full", text="hi\nhi\n")
+    done = run("chat -m 2 --model MODEL --no-history", "> /dev/full", text="hi\nhi\n")
     assert done.returncode == 1
     assert done.stderr.count("no space left on the disk") == 2
 
@@ -75,8 +75,8 @@ def test_a_chat_whose_output_is_full_takes_every_question():
     ("words", "code", "said"),
     [
         (GENERATE, 0, ""),
-        (f"chat -m 2 --model {MODEL} --quiet", 0, ""),
-        (f"convert {MODEL} -o out --no-verify", 1, "the current folder was deleted; change to an"),
+        ("chat -m 2 --model MODEL --quiet", 0, ""),
+        ("convert MODEL -o out --no-verify", 1, "the current folder was deleted; change to an"),
     ],
 )
 def test_a_deleted_current_folder_is_told_where_it_matters(tmp_path, words, code, said):
