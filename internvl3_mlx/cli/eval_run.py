@@ -7,6 +7,7 @@ from internvl3_mlx.cli import console, progress
 from internvl3_mlx.cli.best_of import BestOfRequest, check_critic_flags, load_critic
 from internvl3_mlx.cli.load_model import load_vlm
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.records.json_values import pluralize
 
 if TYPE_CHECKING:
     from internvl3_mlx.evaluation.results import EvalResult
@@ -143,11 +144,16 @@ def result_table(content: dict[str, Any]) -> dict[str, Any]:
 def warnings(content: dict[str, Any]) -> Iterator[str]:
     """Say what of a result needs attention."""
     if count := content["errors"]:
-        yield f"{count:,} of the items could not be asked and count as wrong; scores.jsonl says why"
+        counts = "counts" if count == 1 else "count"
+        yield (
+            f"{pluralize(count, 'item')} could not be asked and {counts} as wrong; "
+            "scores.jsonl says why"
+        )
     if count := content["cut_answers"]:
-        yield f"{count:,} answers were cut at {content['max_tokens']:,} tokens"
+        were = "was" if count == 1 else "were"
+        yield f"{pluralize(count, 'answer')} {were} cut at {content['max_tokens']:,} tokens"
     if count := content["unread_answers"]:
-        yield f"in {count:,} answers nothing was found that could be scored"
+        yield f"nothing was found that could be scored in {pluralize(count, 'answer')}"
     if content["published"] and content["changed"]:
         yield "settings were changed, so the published score was measured otherwise"
     if content["published"] and content["preset"] != "internvl":

@@ -22,6 +22,23 @@ NEWLINE = b"\n"
 
 
 @dataclass(frozen=True)
+class DerivedSetting:
+    """A setting that only follows from others. causes: how the names of those begin."""
+
+    words: str
+    causes: tuple[str, ...]
+
+
+DERIVED = {
+    "data digest": DerivedSetting("the data were changed", ("data ",)),
+    "data fonts_digest": DerivedSetting("the fonts of this machine were changed", ("data ",)),
+    "fingerprint": DerivedSetting("the weights were changed", ("model", "weights", "adapter")),
+    "open_prompt": DerivedSetting("the prompt of open questions was changed", ("prompt",)),
+    "changed": DerivedSetting("other flags were given", ("",)),
+}
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the model wrote about one item. error: why it wrote nothing, if it could not."""
 
@@ -35,6 +52,42 @@ class Prediction:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name the settings that differ, each with both values.
+
+    What only follows from other settings is told in words, and only where none of those differs.
+    """
+    old, new = flatten_settings(before), flatten_settings(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    told = [name for name in names if name not in DERIVED]
+    return [
+        *(f"{name} was {show(old.get(name))} and is {show(new.get(name))}" for name in told),
+        *(
+            DERIVED[name].words
+            for name in names
+            if name in DERIVED and not any(one.startswith(DERIVED[name].causes) for one in told)
+        ),
+    ]
+
+
+def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings by name, those inside of another as ``data path``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            group = "" if name == "how" else f"{name} "
+            flat.update({f"{group}{key}": inner for key, inner in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def show(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else repr(value)
 
 
 @dataclass(frozen=True)
@@ -73,13 +126,7 @@ class RunFolder:
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         if not (self.path / SETTINGS).exists():
             return
-        before = self.settings()
-        changed = [
-            f"{key} was {before.get(key)!r} and is {settings.get(key)!r}"
-            for key in sorted({*before, *settings})
-            if before.get(key) != settings.get(key)
-        ]
-        if changed:
+        if changed := describe_changes(self.settings(), settings):
             raise UserError(
                 f"{self.path} holds an evaluation with other settings: {'; '.join(changed)}. "
                 "Name another folder with -o, or pass --overwrite"
@@ -93,6 +140,8 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """Return the settings of the run; raises ``DataError`` for a folder without one."""
         if not (self.path / SETTINGS).is_file():
+            if not self.path.is_dir():
+                raise DataError(f"no folder {self.path}; name one that internvl3 eval wrote")
             raise DataError(f"{self.path} holds no evaluation: there is no {SETTINGS}")
         return self._read_object(SETTINGS, ("task", "title", "how", "data"))
 

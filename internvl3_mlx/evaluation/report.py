@@ -12,6 +12,7 @@ from internvl3_mlx.evaluation.items import EvalItem, ItemSource
 from internvl3_mlx.files import atomic_write
 from internvl3_mlx.images.load import open_image, preview_jpeg
 from internvl3_mlx.metrics.statistics import PairedDifference
+from internvl3_mlx.records.json_values import pluralize
 from internvl3_mlx.write_guards import check_replaceable_file, starts_with
 
 START = "<!doctype html>\n<!-- internvl3 eval compare -->\n"
@@ -56,7 +57,7 @@ def render(found: Comparison, source: ItemSource | None) -> Iterator[str]:
     )
     yield from summary(found)
     shown = sorted(found.changed, key=lambda item: item.change)[:MAX_ITEMS]
-    yield f"<h2>{len(found.changed):,} items changed</h2>\n"
+    yield f"<h2>{pluralize(len(found.changed), 'item')} changed</h2>\n"
     if len(shown) < len(found.changed):
         yield f'<p class="note">The {len(shown):,} largest losses come first.</p>\n'
     numbers = {} if source is None else {entry.id: entry.number for entry in source.entries}

@@ -19,7 +19,7 @@ def describe_json(value: Any) -> str:
 
 def pluralize(number: int, what: str) -> str:
     """Return a count with its noun: ``no images``, ``1 image``, ``2 images``."""
-    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+    return f"{f'{number:,}' if number else 'no'} {what}{'' if number == 1 else 's'}"
 
 
 def decode_structured(value: Any) -> Any:

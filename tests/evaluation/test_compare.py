@@ -99,6 +99,8 @@ def test_folders_without_a_run_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no evaluation: there is no settings.json"):
         compare_runs(tmp_path / "empty", tmp_path / "empty")
+    with pytest.raises(DataError, match=r"no folder .*nowhere; name one that"):
+        compare_runs(tmp_path / "nowhere", tmp_path / "empty")
     unfinished = run(tmp_path / "a", [1])
     (unfinished / RESULTS).unlink()
     with pytest.raises(DataError, match="run the evaluation to its end"):

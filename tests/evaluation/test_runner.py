@@ -86,12 +86,18 @@ def test_other_settings_are_refused_by_name(vlm, data, tmp_path):
         end(other.run())
     other.overwrite = True
     assert end(other.run()).score.n == 7
+    with pytest.raises(UserError) as refused:
+        end(evaluation(vlm, data, tmp_path / "run", limit=3).run())
+    told = "limit was none and is 3; prompt was '{question} Briefly.' and is '{question}'"
+    assert {*told.split("; ")} == {
+        *str(refused.value).partition(": ")[2].partition(". ")[0].split("; ")
+    }
 
 
 def test_changed_data_are_refused(vlm, data, tmp_path):
     end(evaluation(vlm, data, tmp_path / "run").run())
     data.write_text(data.read_text().replace("red", "pink"))
-    with pytest.raises(UserError, match="data was"):
+    with pytest.raises(UserError, match="settings: the data were changed. Name"):
         end(evaluation(vlm, data, tmp_path / "run").run())
 
 
