@@ -82,9 +82,21 @@ def flags(*groups: tuple[Callable[[Function], Function], ...]) -> Callable[[Func
     return lambda command: apply_flags([each for group in groups for each in group], command)
 
 
+class RunContext(HelpContext):
+    """The context of ``eval TASK``, whose help is that of ``eval``."""
+
+    @property
+    def command_path(self) -> str:
+        return super().command_path if self.parent is None else self.parent.command_path
+
+
+class RunCommand(SectionedCommand):
+    context_class = RunContext
+
+
 @click.command(
     RUN,
-    cls=SectionedCommand,
+    cls=RunCommand,
     short_help="Evaluate a model on a benchmark or on your own data.",
     examples=(
         ("internvl3 eval chartqa --data ChartQA_TEST.tsv --model 2b", "a benchmark"),

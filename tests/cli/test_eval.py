@@ -120,7 +120,7 @@ def test_help_shows_tasks_and_commands():
         (("chartqq",), "no task or file 'chartqq'; did you mean chartqa?"),
         (("chartqa", "--preset", "x"), "'x' is not one of"),
         (("synthetic", "wrds"), "unknown set 'wrds'; did you mean words?"),
-        (("compare", "a", "b"), "a holds no evaluation"),
+        (("compare", "a", "b"), "no folder a; name one that internvl3 eval wrote"),
         (("chartqa", "--output", "x"), "did you mean -o?"),
     ],
 )
@@ -130,6 +130,10 @@ def test_mistakes_get_one_line(words, message, monkeypatch, tmp_path):
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_wrong_flag_points_to_the_help_of_eval():
+    assert run("chartqa", "--limit", "0").stderr.endswith(" eval --help\n")
 
 
 def test_resuming_is_told(data, tmp_path):
