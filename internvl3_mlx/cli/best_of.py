@@ -21,27 +21,34 @@ if TYPE_CHECKING:
 
 MAX_CANDIDATES = 256
 SECTION = "Best of N"
-CRITIC_FLAGS: Mapping[str, Decorator] = {
-    "critic": flag(
-        SECTION, "--critic", "critic", metavar="PATH|REPO",
-        help="Choose by this critic: visualprm-8b, a repository, a folder or a trained adapter.",
-    ),
-    "critic_mode": flag(
-        SECTION, "--critic-mode", "critic_mode", type=click.Choice(("soft", "hard", "orm")),
-        help="Mean of P(+) over the steps, generated replies, or the response as one step.",
-        show_default="soft",
-    ),
-    "critic_bits": flag(
-        SECTION, "--critic-bits", "critic_bits", type=click.Choice(("4", "8", "16")),
-        help="Bits of the critic's language model.", show_default="as stored",
-        callback=lambda _ctx, _param, bits: bits and int(bits),
-    ),
-    "critic_system": flag(
-        SECTION, "--critic-system", "critic_system", metavar="TEXT",
-        help="The critic's system prompt; prm for that of the published critic data.",
-        show_default="the critic's own",
-    ),
-}  # fmt: skip
+
+
+def critic_flags(section: str, purpose: str) -> Mapping[str, Decorator]:
+    """Make the flags that choose a critic, under a heading of the help."""
+    return {
+        "critic": flag(
+            section, "--critic", "critic", metavar="PATH|REPO",
+            help=f"{purpose}: visualprm-8b, a repository, a folder or a trained adapter.",
+        ),
+        "critic_mode": flag(
+            section, "--critic-mode", "critic_mode", type=click.Choice(("soft", "hard", "orm")),
+            help="Mean of P(+) over the steps, generated replies, or the response as one step.",
+            show_default="soft",
+        ),
+        "critic_bits": flag(
+            section, "--critic-bits", "critic_bits", type=click.Choice(("4", "8", "16")),
+            help="Bits of the critic's language model.", show_default="as stored",
+            callback=lambda _ctx, _param, bits: bits and int(bits),
+        ),
+        "critic_system": flag(
+            section, "--critic-system", "critic_system", metavar="TEXT",
+            help="The critic's system prompt; prm for that of the published critic data.",
+            show_default="the critic's own",
+        ),
+    }  # fmt: skip
+
+
+CRITIC_FLAGS = critic_flags(SECTION, "Choose by this critic")
 SELECT_FLAG = flag(
     SECTION, "--select", "method", type=click.Choice(("vote", "log-prob")),
     help="Without a critic: the majority of final answers, or the most likely text.",

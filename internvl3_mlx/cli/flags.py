@@ -21,8 +21,8 @@ HELP_MARGIN, MIN_HELP_WIDTH = 2, 30
 FIRST_COLUMN, TWO_COLUMNS = 30, 78  # the terms of a list, and the width that both columns need
 LINE_CONTINUES = " \\"
 SECTIONS = (
-    "Question", "Images", "Answer", "Reasoning", "Best of N", "Model", "Network", "Serving",
-    "Limits", "Data", "Training", "Weights", "Preference", "Distillation",
+    "Question", "Images", "Answer", "Reasoning", "Best of N", "Critic", "Model", "Network",
+    "Serving", "Limits", "Data", "Training", "Weights", "Preference", "Distillation",
     "Run", "Quantization", "Quality",
     "Upload", "Output", "Speed", "Memory", "Positions", OTHER_SECTION,
 )  # fmt: skip
@@ -192,7 +192,7 @@ def switch_arguments(name: str, info: FieldInfo) -> tuple[tuple[str, ...], dict[
 
 def value_arguments(info: FieldInfo, kind: type) -> dict[str, Any]:
     if info.choices:
-        return {"type": click.Choice(info.choices)}
+        return {"type": click.Choice(info.choices), "metavar": info.metavar or None}
     return {"type": TYPES[kind], "metavar": info.metavar or METAVARS[kind]}
 
 

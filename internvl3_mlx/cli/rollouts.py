@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GENERATION = ("system", "max_tokens", "temperature", "top_p", "top_k", "max_tiles", "v2pe_delta")
 COUNT = click.IntRange(min=1)
+SHOWN_DEFAULTS = {"temperature": 1.0, "top_k": 50, "max_tokens": 4096}  # a test compares them
 ROLLOUT_FLAGS = (
     flag(
         "Data", "-n", "--samples", "samples", metavar="N", type=COUNT,
@@ -50,6 +51,8 @@ ROLLOUT_FLAGS = (
     ),
 )  # fmt: skip
 
+GENERATION_FLAGS = [options.generation_flag(name, SHOWN_DEFAULTS.get(name)) for name in GENERATION]
+
 
 @click.command(
     cls=SectionedCommand,
@@ -67,7 +70,7 @@ ROLLOUT_FLAGS = (
 )  # fmt: skip
 @flag("Data", "--limit", "limit", metavar="N", type=COUNT, help="Use the first N questions alone.")
 @lambda command: apply_flags(ROLLOUT_FLAGS, command)
-@lambda command: apply_flags([options.GENERATION_FLAGS[name] for name in GENERATION], command)
+@lambda command: apply_flags(GENERATION_FLAGS, command)
 @options.load_flags
 @options.JSON_FLAG
 @options.QUIET_FLAG

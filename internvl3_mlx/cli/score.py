@@ -7,8 +7,8 @@ import click
 
 from internvl3_mlx.cli import console, generation_fields, options
 from internvl3_mlx.cli.best_of import (
-    CRITIC_FLAGS,
     BestOfRequest,
+    critic_flags,
     format_score,
     load_critic,
     write_steps,
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
     from internvl3_mlx.test_time_scaling.critic import ResponseScore
 
 IMAGE_OPTIONS = ("max_tiles", "min_tiles", "thumbnail", "upright", "v2pe_delta")
+CRITIC_FLAGS = critic_flags("Critic", "The critic")
 LIMIT_BYTES = 4 * 2**20  # of a response
-
-
-def critic_flags(command: Any) -> Any:
-    return apply_flags([*CRITIC_FLAGS.values()], command)
 
 
 def image_flags(command: Any) -> Any:
@@ -59,11 +56,11 @@ def image_flags(command: Any) -> Any:
     help="An image of the question; may be repeated.",
 )  # fmt: skip
 @flag(
-    "Best of N", "--max-steps", "max_steps", metavar="N", type=click.IntRange(min=1), default=16,
+    "Critic", "--max-steps", "max_steps", metavar="N", type=click.IntRange(min=1), default=16,
     help="Join steps if there are more.", show_default=True,
 )  # fmt: skip
 @image_flags
-@critic_flags
+@lambda command: apply_flags(CRITIC_FLAGS.values(), command)
 @options.JSON_FLAG
 @options.QUIET_FLAG
 @options.debug_flag

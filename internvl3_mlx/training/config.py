@@ -111,7 +111,13 @@ class TrainConfig(DataConfig, RunConfig):
     warmup_steps: int | None = config_field(
         None, "Training", "Number of warmup updates.", low=0, default_text="from --warmup-ratio"
     )
-    optimizer: str = config_field("adamw", "Training", "MLX optimizer.", choices=OPTIMIZERS)
+    optimizer: str = config_field(
+        "adamw",
+        "Training",
+        f"MLX optimizer: {', '.join(OPTIMIZERS)}.",
+        choices=OPTIMIZERS,
+        metavar="NAME",
+    )
     weight_decay: float = config_field(
         0.05, "Training", "Weight decay of matrices; biases and norms have none.", low=0
     )

@@ -9,6 +9,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
+from internvl3_mlx.cli import rollouts
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.generation.generation_config import GenerationConfig
@@ -290,6 +291,13 @@ def test_an_interrupted_command_ends_as_an_uninterrupted_one(tmp_path, monkeypat
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert run("parts").exit_code == 0
     TrainConfig(method="prm", data=str(tmp_path / "parts" / "critic.jsonl"))
+
+
+def test_the_help_shows_the_defaults_of_rollouts():
+    assert rollouts.SHOWN_DEFAULTS == module.ROLLOUT_DEFAULTS
+    text = " ".join(CliRunner().invoke(main, ["rollouts", "--help"]).stdout.split())
+    for shown in ("greedy decoding. [default: 1]", "0 for all. [default: 50]", "[default: 4096]"):
+        assert shown in text
 
 
 @pytest.mark.parametrize(
