@@ -1,6 +1,7 @@
 """Answers to validation data generated during a run: scored by a metric, shown in its report."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from internvl3_mlx.training.session import TrainSession
 
 SAMPLES_FILE = "samples.json"
 MAX_TOKENS = 256
+# a turn of a rendered prompt; the last one may be open
+TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", re.DOTALL)
+IMAGE_PLACE = re.compile(r"<img></img>\n?")
 EXTRA_TOKENS = 32  # beyond four times the length of the expected answer
 
 # name -> score of a generated answer against the expected one, 0 to 1
@@ -36,7 +40,11 @@ ANSWER_METRICS: Mapping[str, Callable[[str, str], float]] = MappingProxyType({
 
 @dataclass(frozen=True)
 class AnswerSample:
-    """A validation record with the answers of the model. answers, scores: by update."""
+    """A validation record with the answers of the model.
+
+    question: what was asked, without the system message and the marks of the chat template.
+    answers, scores: by update.
+    """
 
     location: str
     question: str
@@ -108,8 +116,21 @@ def new_sample(session: TrainSession, question: Question) -> AnswerSample:
     special = {token.id for token in tokenizer.added.values()}
     expected = tokenizer.decode([n for n in question.expected_ids if n not in special])
     return AnswerSample(
-        question.location, decode_with_specials(tokenizer, ids), expected.strip(), {}, {}
+        question.location,
+        readable_question(decode_with_specials(tokenizer, ids)),
+        expected.strip(),
+        {},
+        {},
     )
+
+
+def readable_question(prompt: str) -> str:
+    """Return what a rendered prompt asks, as a person wrote it: of several turns, each by role."""
+    turns = [(role, IMAGE_PLACE.sub("", text).strip()) for role, text in TURN.findall(prompt)]
+    asked = [(role, text) for role, text in turns if text and role != "system"]
+    if len(asked) > 1:
+        return "\n".join(f"{role}: {text}" for role, text in asked)
+    return asked[0][1] if asked else prompt
 
 
 def answer(session: TrainSession, question: Question) -> str:

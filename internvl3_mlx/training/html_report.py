@@ -51,7 +51,8 @@ def page(
 ) -> Iterator[str]:
     """Yield the lines of the page."""
     title = escape(f"{session.config.method}: {session.setup.model_name}")
-    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+    yield '<!doctype html><html lang="en"><meta charset="utf-8">'
+    yield f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
     yield f"<style>{STYLE}</style><h1>{title}</h1>"
     yield from table(cost_values(session, rows))
     if rows:

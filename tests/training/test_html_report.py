@@ -14,7 +14,12 @@ from PIL import Image
 
 from internvl3_mlx import load
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.training.answer_samples import ANSWER_METRICS, build_question, read_samples
+from internvl3_mlx.training.answer_samples import (
+    ANSWER_METRICS,
+    build_question,
+    read_samples,
+    readable_question,
+)
 from internvl3_mlx.training.config_fields import ANSWER_METRICS as NAMES
 from internvl3_mlx.training.events import ValidationDone
 from internvl3_mlx.training.html_report import png_bytes
@@ -72,7 +77,8 @@ def test_the_report_is_one_page_with_plot_samples_settings_and_cost(tmp_path):
     here = small_session(tmp_path, **SETTINGS)
     assert [*run_session(here)]
     text = (here.folder / "report.html").read_text("utf-8")
-    assert "Is 1 &lt; 2?" in text
+    assert "<pre>Is 1 &lt; 2?</pre>" in text
+    assert '<meta name="viewport"' in text
     assert "&lt;b&gt;yes&lt;/b&gt;" in text
     assert "<b>" not in text
     for shown in ("4 of 4", "learning_rate", "update 0", "update 4", "peak memory"):
@@ -81,6 +87,21 @@ def test_the_report_is_one_page_with_plot_samples_settings_and_cost(tmp_path):
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     [image] = re.findall(r"data:image/png;base64,([^\"]+)", text)
     assert Image.open(io.BytesIO(base64.b64decode(image))).size == (112, 112)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n<img></img>\nWho?<|im_end|>\n"
+         "<|im_start|>assistant\n", "Who?"),
+        ("<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
+         "<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n",
+         "user: One?\nassistant: 1\nuser: Two?"),
+        ("Once upon", "Once upon"),
+    ],
+)  # fmt: skip
+def test_a_question_is_shown_as_a_person_wrote_it(prompt, asked):
+    assert readable_question(prompt) == asked
 
 
 def test_a_png_holds_the_pixels():
