@@ -232,11 +232,11 @@ def show_addresses(host: str, port: int, api_key: str | None) -> None:
     shown = own_address() if host in ANY_HOST else host
     base = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     page = base if api_key is None else f"{base}/#key={api_key}"
-    console.hint(f"chat page  {page}")
-    console.hint(f"OpenAI     {base}/v1")
-    console.hint(f"Anthropic, Ollama  {base}")
-    if api_key is not None:
-        console.hint(f"key        {api_key}")
+    key = {} if api_key is None else {"key": api_key}
+    shown_as = {"chat page": page, "OpenAI": f"{base}/v1", "Anthropic, Ollama": base, **key}
+    width = max(map(len, shown_as))
+    for name, address in shown_as.items():
+        console.hint(f"{name:{width}}  {address}")
     if host not in LOOPBACK and console.is_interactive(sys.stderr):
         for line in qr_lines(page):
             console.hint(line)

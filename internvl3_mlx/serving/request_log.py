@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from internvl3_mlx.images.fetch import shorten_name
+from internvl3_mlx.records.json_values import pluralize
 from internvl3_mlx.serving.requests import RequestUsage
 from internvl3_mlx.serving.streams import ClientLeft
 
@@ -68,7 +69,7 @@ def describe_request(scope: Scope, note: RequestNote, seconds: float) -> str:
         usage = note.usage
         line += f" · {usage.prompt_tokens} prompt, {usage.cached_tokens} cached"
         if usage.images:
-            line += f", {len(usage.images)} images"
+            line += f", {pluralize(len(usage.images), 'image')}"
         line += f", {usage.completion_tokens} answer"
     if note.fault:
         line += f" · {note.fault}"

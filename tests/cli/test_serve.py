@@ -105,6 +105,7 @@ def test_the_addresses_are_shown(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "http://192.168.1.23:8080/#key=abc" in shown
     assert "http://192.168.1.23:8080/v1" in shown
+    assert {line.index("http") for line in shown.splitlines() if "http" in line} == {19}
     assert "█" in shown
     serve.show_addresses("127.0.0.1", 8080, None)
     shown = capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_a_line_for_each_request_and_nothing_of_its_content(server):
     first, second = server.lines
     assert re.fullmatch(
         r"\d\d:\d\d:\d\d 127\.0\.0\.1 POST /v1/chat/completions 200 \d+\.\d\d s"
-        r" · 2041 prompt, 1792 cached, 1 images, 2 answer",
+        r" · 2041 prompt, 1792 cached, 1 image, 2 answer",
         first,
     )
     assert "GET /nowhere 404" in second

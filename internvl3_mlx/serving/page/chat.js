@@ -659,9 +659,9 @@ function drawAnswerRow(node) {
 function describeFigures(node) {
   const parts = [];
   if (node.stopped) parts.push("stopped");
-  else if (node.finish === "length") parts.push("cut at the longest length");
+  else if (node.finish === "length") parts.push("cut at the token limit");
   const { usage, timings } = node;
-  if (usage) parts.push(`${usage.completion_tokens} tokens`);
+  if (usage) parts.push(`${usage.completion_tokens.toLocaleString("en")} ${usage.completion_tokens === 1 ? "token" : "tokens"}`);
   if (timings?.decode_tps) parts.push(`${timings.decode_tps.toFixed(1)} tok/s`);
   if (usage?.prompt_tokens) {
     const cached = usage.prompt_tokens_details?.cached_tokens;
