@@ -231,8 +231,7 @@ def samples(case: str, folder: Path) -> list[Any]:
     maker = Preprocessor(load_processor(folder), TrainConfig(method=case.split()[0]))
     data = open_dataset(row_files(folder, case), config=maker.config)
     assert data is not None
-    make = maker.build_pair if maker.config.reads_pairs else maker.build_sample
-    return [make(entry) for entry in data]
+    return [maker.build(entry) for entry in data]
 
 
 def tokens(case: str, folder: Path) -> float:

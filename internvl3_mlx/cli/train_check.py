@@ -139,6 +139,6 @@ def segment_style(span: "PreviewSpan") -> str:
     """Return the style of a span, a key of ``console.SEGMENT_STYLES``."""
     if span.kind == IMAGE_STYLE:
         return IMAGE_STYLE
-    if span.kind == "rejected":
+    if span.kind in ("rejected", "undesirable"):
         return "rejected"
     return "in_loss" if span.in_loss else "context"

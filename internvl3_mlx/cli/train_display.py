@@ -31,7 +31,17 @@ EXIT_CODES: "Mapping[str | None, int]" = {
     "memory": 1,
 }  # by why a run stopped early
 FIGURES = ("accuracy", "step_accuracy", "step_macro_f1")  # of a validation or test
-SHOWN_METRICS = ("dpo", "bco", "sft", "distill", "margin")  # metrics.csv has all of them
+SHOWN_METRICS = (
+    "dpo",
+    "bco",
+    "orpo",
+    "simpo",
+    "kto",
+    "sft",
+    "distill",
+    "kl",
+    "margin",
+)  # metrics.csv has all of them
 FEW_UPDATES = 30  # fewer hardly change a model
 
 

@@ -19,6 +19,7 @@ from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.metrics.box_scores import first_box, iou
 from internvl3_mlx.metrics.scores import anls, exact, relaxed
 from internvl3_mlx.training.data.collate import BatchedDataset
+from internvl3_mlx.training.data.preprocess import PreferencePair, TrainingSample
 from internvl3_mlx.training.data.preview import decode_with_specials
 from internvl3_mlx.training.session import TrainSession
 
@@ -66,11 +67,12 @@ def build_question(dataset: BatchedDataset, number: int) -> Question:
     """Build the question of the ``number``-th usable record: everything before its last answer."""
     preprocessor = dataset.preprocessor
     record = dataset.dataset[int(dataset.sizes.indices[number])]
-    if dataset.config.reads_pairs:
-        pair = preprocessor.build_pair(record)
-        prompt, expected, start = pair.prompt, pair.chosen, len(pair.prompt.input_ids)
+    sample = preprocessor.build(record)
+    if not isinstance(sample, TrainingSample):
+        prompt, start = sample.prompt, len(sample.prompt.input_ids)
+        expected = sample.chosen if isinstance(sample, PreferencePair) else sample.answer
     else:
-        prompt = preprocessor.build_sample(record)
+        prompt = sample
         targets = np.flatnonzero(prompt.loss_mask)
         stop = int(targets[-1]) + 1
         start = stop - int(np.argmin(prompt.loss_mask[:stop][::-1]))

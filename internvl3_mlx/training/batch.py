@@ -1,6 +1,6 @@
 """A micro-batch: samples concatenated into one packed sequence, without padding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,7 +27,9 @@ class Batch:
     chosen and 2i + 1 the rejected answer of pair i. loss_weights: (N,) float32, the weight of each
     target in the SFT loss (token, sample or square averaging). images: in the order of their
     tokens. locations: where in the data each sample comes from, as "file:line". left_out: records
-    that belong here and could not be read.
+    that belong here and could not be read. labels: for unpaired preferences, whether the answer of
+    each sample is desirable. With several samples, answer 2i is then that of sample i, and 2i + 1
+    the answer of the next sample, put after the prompt of sample i.
     """
 
     input_ids: np.ndarray
@@ -41,3 +43,32 @@ class Batch:
     images: tuple[ProcessedImage, ...]
     locations: tuple[str, ...]
     left_out: tuple[BadRecord, ...] = ()
+    labels: tuple[bool, ...] = ()
+
+
+def chosen_only(batch: Batch) -> Batch:
+    """Drop the rejected answer of each pair: the second of the two spans that share a prompt."""
+    keep = np.ones(len(batch.input_ids), bool)
+    rejected = [span for span in batch.spans if span.prefix is not None][1::2]
+    for span in rejected:
+        keep[span.start : span.stop] = False
+    new_index, is_chosen = np.cumsum(keep) - 1, np.asarray(batch.answer_ids) % 2 == 0
+    return replace(
+        batch,
+        input_ids=np.asarray(batch.input_ids)[keep],
+        positions=np.asarray(batch.positions)[keep],
+        spans=tuple(remap_span(span, new_index) for span in batch.spans if span not in rejected),
+        target_positions=new_index[np.asarray(batch.target_positions)[is_chosen]],
+        targets=np.asarray(batch.targets)[is_chosen],
+        answer_ids=np.asarray(batch.answer_ids)[is_chosen],
+        loss_weights=np.asarray(batch.loss_weights)[is_chosen],
+    )
+
+
+def remap_span(span: Span, new_index: np.ndarray) -> Span:
+    """Move a span to where its tokens are after others were dropped. new_index: (L,)."""
+
+    def remap(start: int, stop: int) -> tuple[int, int]:
+        return int(new_index[start]), int(new_index[stop - 1]) + 1
+
+    return Span(*remap(span.start, span.stop), span.prefix and remap(*span.prefix))

@@ -19,21 +19,22 @@ from internvl3_mlx.training.config_fields import (
     METHODS,
     MODEL_PARTS,
     OPTIMIZERS,
+    PAIR_METHODS,
     RANDOM,
-    REWARD_SHIFTS,
     SCHEDULES,
     TRAINABLE_PARTS,
 )
 from internvl3_mlx.training.data_config import DataConfig, check_data_conflicts
+from internvl3_mlx.training.preference_config import PreferenceSettings, check_weights
 from internvl3_mlx.training.run_config import RunConfig
 
-PREFERENCE_METHOD = "mpo"  # the method that reads preference pairs; the others read conversations
+KTO_METHOD = "kto"  # the method that reads answers with labels
 DISTILL_METHOD = "distill"  # the method that learns from a teacher's probabilities
 CRITIC_METHOD = "prm"  # the method whose answers are all + or -
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig, RunConfig):
+class TrainConfig(DataConfig, PreferenceSettings, RunConfig):
     """Everything that decides what a training run computes and where it writes.
 
     A setting that is not given takes the preset of its ``method`` (``PRESETS``), and without one
@@ -170,32 +171,6 @@ class TrainConfig(DataConfig, RunConfig):
         high=1,
         default_text="the checkpoint's",
     )
-    dpo_weight: float = config_field(
-        0.8, "Preference", "Weight of the preference (DPO) term.", low=0
-    )
-    bco_weight: float = config_field(0.2, "Preference", "Weight of the quality (BCO) term.", low=0)
-    sft_weight: float = config_field(
-        1.0, "Preference", "Weight of the generation (SFT) term.", low=0
-    )
-    beta: float = config_field(
-        0.1,
-        "Preference",
-        "Strength of the KL constraint to the reference; lower allows more drift.",
-        low=0,
-    )
-    label_smoothing: float = config_field(
-        0.0,
-        "Preference",
-        "Label smoothing: assumed fraction of flipped preference pairs.",
-        low=0,
-        high=0.5,
-    )
-    reward_shift: str = config_field(
-        "running",
-        "Preference",
-        "Reward shift of the BCO term: the running mean reward, or zero.",
-        choices=REWARD_SHIFTS,
-    )
     teacher: str | None = config_field(
         None,
         "Distillation",
@@ -211,10 +186,6 @@ class TrainConfig(DataConfig, RunConfig):
     distill_temperature: float = config_field(
         1.0, "Distillation", "Temperature of teacher and student.", low=0.1, high=100
     )
-    cache_reference: bool = config_field(
-        False, "Preference", "Cache the reference log-probabilities on disk."
-    )
-
     if not TYPE_CHECKING:  # editors and type checkers read the signature of __init__
 
         def __new__(cls, **given):
@@ -245,12 +216,22 @@ class TrainConfig(DataConfig, RunConfig):
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the model before training."""
-        return self.reads_pairs and bool(self.dpo_weight or self.bco_weight)
+        return self.reads_labels or (self.reads_pairs and bool(self.dpo_weight or self.bco_weight))
 
     @property
     def reads_pairs(self) -> bool:
         """Whether the training data are preference pairs."""
-        return self.method == PREFERENCE_METHOD
+        return self.method in PAIR_METHODS
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the training data are unpaired preferences: answers with labels."""
+        return self.method == KTO_METHOD
+
+    @property
+    def reads_preferences(self) -> bool:
+        """Whether the training data are preferences, paired or not, rather than conversations."""
+        return self.reads_pairs or self.reads_labels
 
     @property
     def trains_critic(self) -> bool:
@@ -273,13 +254,25 @@ class TrainConfig(DataConfig, RunConfig):
 
 
 # method -> settings whose default differs from that of sft
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    "sft": {},
-    "mpo": {
+PREFERENCE_PRESET: Mapping[str, Any] = MappingProxyType(
+    {
         "learning_rate": 5e-6,
         "batch_size": 1,
         "grad_accumulation_steps": 16,
         "max_seq_length": 12288,
+    }
+)
+NO_MPO: Mapping[str, Any] = MappingProxyType({"dpo_weight": 0.0, "bco_weight": 0.0})
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "sft": {},
+    "mpo": PREFERENCE_PRESET,
+    "orpo": {**PREFERENCE_PRESET, **NO_MPO, "orpo_weight": 0.1},
+    "simpo": {
+        **PREFERENCE_PRESET, **NO_MPO, "sft_weight": 0.0, "simpo_weight": 1.0, "beta": 2.0,
+    },
+    "kto": {
+        **PREFERENCE_PRESET, **NO_MPO, "sft_weight": 0.0, "kto_weight": 1.0,
+        "batch_size": 4, "grad_accumulation_steps": 4,
     },
     "prm": {},
     "distill": {},
@@ -311,15 +304,16 @@ def check_conflicts(config: TrainConfig) -> None:
         raise UserError("epochs is 0; set epochs above 0, or iters")
     if not config.uses_adapters and (config.dora or config.rslora):
         raise UserError("dora and rslora apply to LoRA adapters only; add lora to train")
-    if config.compile and (config.packing or config.grad_checkpoint or config.reads_pairs):
+    if config.compile and (config.packing or config.grad_checkpoint or config.reads_preferences):
+        method = config.method if config.reads_preferences else "mpo"
         raise UserError(
-            "compile cannot be combined with packing, grad_checkpoint or method mpo; drop one"
+            f"compile cannot be combined with packing, grad_checkpoint or method {method}; drop one"
         )
     if config.compile and "lm_head" in config.lora_keys:
         raise UserError("compile cannot be combined with an adapted lm_head; drop one")
     check_data_conflicts(config)
     check_distillation(config)
-    if config.reads_pairs:
+    if config.reads_preferences:
         check_preference(config)
 
 
@@ -347,13 +341,23 @@ def check_distillation(config: TrainConfig) -> None:
 def check_preference(config: TrainConfig) -> None:
     """Raise ``UserError`` for settings that preference optimization cannot use."""
     if config.packing:
-        raise UserError("packing cannot be combined with method mpo; drop packing")
-    if not (config.dpo_weight or config.bco_weight or config.sft_weight):
-        raise UserError("dpo_weight, bco_weight and sft_weight are all 0; set at least one above 0")
+        raise UserError(f"packing cannot be combined with method {config.method}; drop packing")
+    check_weights(config, reads_labels=config.reads_labels)
+    if config.reads_labels and not config.adapters_only:
+        raise UserError(
+            f"train is {','.join(config.train)}: with method kto the reference is computed during "
+            "training, by disabling the adapters; train lora only"
+        )
+    if config.kto_weight and config.batch_size == 1:
+        raise UserError(
+            "batch_size is 1, but kto estimates the KL divergence from answers to other prompts of "
+            "the same batch; set batch_size to 2 or more"
+        )
     if config.needs_reference and not (config.adapters_only or config.cache_reference):
         raise UserError(
             f"train is {','.join(config.train)}: training more than adapters changes the reference "
-            "model that mpo compares with; add cache_reference to compute it before training"
+            f"model that {config.method} compares with; add cache_reference to compute it before "
+            "training"
         )
     if config.needs_reference and not config.adapters_only and config.v2pe_delta == RANDOM:
         raise UserError(

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-METHODS = ("sft", "mpo", "prm", "distill", "pretrain")
+PAIR_METHODS = ("mpo", "orpo", "simpo")  # read preference pairs
+METHODS = ("sft", *PAIR_METHODS, "kto", "prm", "distill", "pretrain")
 OPTIMIZERS = (
     "adamw", "adam", "adamax", "adafactor", "adagrad", "adadelta", "lion", "muon", "rmsprop", "sgd",
 )  # fmt: skip

@@ -115,7 +115,7 @@ def evaluate_loss(
 def exact_match_rate(state: TrainState, batches: Iterator[MicroBatch]) -> float:
     """Return the fraction of answers that greedy decoding reproduces exactly, over all ranks.
 
-    For preference pairs only the chosen answers count.
+    Of preferences only the chosen and the desirable answers count.
     """
     state.model.eval()
     matched = total = 0
@@ -123,8 +123,10 @@ def exact_match_rate(state: TrainState, batches: Iterator[MicroBatch]) -> float:
         matches = reproduced_exactly(state.model, batch)
         if state.config.reads_pairs:
             matches = matches[::CHOSEN_STRIDE]
+        if labels := batch.batch.labels:
+            matches = matches[:: len(matches) // len(labels)][np.array(labels)]
         matched, total = matched + int(matches.sum()), total + len(matches)
-    return state.ranks.sum_count(matched) / state.ranks.sum_count(total)
+    return state.ranks.sum_count(matched) / max(state.ranks.sum_count(total), 1)
 
 
 def reproduced_exactly(model: InternVL, micro_batch: MicroBatch) -> np.ndarray:

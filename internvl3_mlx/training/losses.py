@@ -1,7 +1,8 @@
-"""The loss terms of mixed preference optimization (MPO), computed from log-probabilities.
+"""The losses of preference optimization, computed from log-probabilities.
 
 Sources: InternVL3 (arXiv 2504.10479) section 2; MPO (arXiv 2411.10442) section 3; DPO (2305.18290);
-BCO (2404.04656).
+BCO (2404.04656); length-normalized DPO (2411.15124); ORPO (2403.07691); SimPO (2405.14734); KTO
+(2402.01306).
 """
 
 from collections.abc import Callable
@@ -96,10 +97,7 @@ def preference_terms(
     if config.running_shift:
         mean_reward = mx.concatenate([chosen_reward, rejected_reward]).mean()
         shift, count = update_shift(mean_reward, config, shift, count)
-    margin, smoothing = chosen_reward - rejected_reward, config.label_smoothing
-    dpo = -(1 - smoothing) * nn.log_sigmoid(margin) - smoothing * nn.log_sigmoid(
-        rejected_reward - chosen_reward
-    )
+    dpo = smoothed_loss(chosen_reward - rejected_reward, config.label_smoothing)
     bco = -nn.log_sigmoid(chosen_reward - shift) - nn.log_sigmoid(shift - rejected_reward)
     return MPOTerms(dpo.mean(), bco.mean(), sft, chosen_reward, rejected_reward, shift, count)
 
@@ -113,3 +111,55 @@ def update_shift(
         reward = config.all_mean(reward)
     count = count + 1
     return shift + (reward - shift) / count, count
+
+
+def smoothed_loss(margin: mx.array, smoothing: float) -> mx.array:
+    """Compute the loss of preferences by their margin, if a fraction of them is flipped: (B,)."""
+    return -(1 - smoothing) * nn.log_sigmoid(margin) - smoothing * nn.log_sigmoid(-margin)
+
+
+def orpo_losses(chosen: mx.array, rejected: mx.array) -> mx.array:
+    """Compute ORPO's odds ratio loss from mean token log-probabilities: (B,), (B,) -> (B,)."""
+    return -nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+LEAST_SURPRISE = 1e-7  # of an answer; without any its odds would be infinite
+
+
+def log_odds(mean_log_probs: mx.array) -> mx.array:
+    """Compute log(P / (1 - P)) from log P: (B,) -> (B,)."""
+    values = mx.minimum(mean_log_probs, -LEAST_SURPRISE)
+    return values - mx.log(-mx.expm1(values))
+
+
+def simpo_losses(
+    chosen: mx.array, rejected: mx.array, beta: float, gamma: float, smoothing: float = 0.0
+) -> mx.array:
+    """Compute SimPO's losses from mean token log-probabilities: (B,), (B,) -> (B,)."""
+    return smoothed_loss(beta * (chosen - rejected) - gamma, smoothing)
+
+
+def estimate_kl(
+    ratios: mx.array, all_mean: Callable[[mx.array], mx.array] | None = None
+) -> mx.array:
+    """Estimate the KL divergence from the reference, at least 0 and without a gradient.
+
+    ratios: (B,) log-ratios of answers to other prompts; may be empty. -> scalar.
+    """
+    mean = mx.stop_gradient(ratios).mean() if ratios.size else mx.array(0.0)
+    return mx.maximum(all_mean(mean) if all_mean else mean, 0)
+
+
+def kto_losses(
+    ratios: mx.array,
+    desirable: mx.array,
+    kl: mx.array,
+    beta: float,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> mx.array:
+    """Compute KTO's losses from summed log-ratios of policy to reference: (B,) -> (B,).
+
+    desirable: (B,) bool. weights: of desirable and of undesirable answers.
+    """
+    gain = mx.where(desirable, ratios - kl, kl - ratios)
+    return mx.where(desirable, *weights) * (1 - mx.sigmoid(beta * gain))

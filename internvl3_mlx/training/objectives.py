@@ -1,24 +1,30 @@
-"""Training objectives: supervised fine-tuning (SFT), pre-training, distillation, and MPO.
+"""Training objectives: fine-tuning (SFT), pre-training, distillation, and preferences.
 
 An objective returns a numerator, which is differentiated, and a denominator. The trainer sums both
 over micro-batches and ranks and divides once, so that every token has the same weight however a
 batch is split.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.models.packed_sequences import Span
-from internvl3_mlx.training.batch import Batch
+from internvl3_mlx.training.batch import Batch, chosen_only
 from internvl3_mlx.training.distillation import SoftTargets, distillation_losses
 from internvl3_mlx.training.forward import ForwardOptions, target_states
-from internvl3_mlx.training.losses import MPOTerms, PreferenceConfig, preference_terms
+from internvl3_mlx.training.losses import (
+    MPOTerms,
+    PreferenceConfig,
+    estimate_kl,
+    kto_losses,
+    orpo_losses,
+    preference_terms,
+    simpo_losses,
+)
 from internvl3_mlx.training.token_log_probs import token_log_probs
 
 
@@ -89,23 +95,32 @@ class SFT:
 
 @dataclass(frozen=True)
 class MPO:
-    """Mixed preference optimization: weighted DPO, BCO and SFT terms; weight 0 skips a term.
+    """Preference optimization on pairs: a weighted sum of losses; weight 0 skips one.
 
-    The defaults are the published ones. The two answers of a pair share one prompt, which is read
-    once.
+    The defaults are those of mixed preference optimization (MPO); with other weights it is DPO,
+    ORPO or SimPO. The two answers of a pair share one prompt, which is read once.
+    length_normalize: divide the rewards of DPO and BCO by the number of tokens.
     """
 
     name: str = "mpo"
     dpo_weight: float = 0.8
     bco_weight: float = 0.2
     sft_weight: float = 1.0
+    orpo_weight: float = 0.0
+    simpo_weight: float = 0.0
     preference: PreferenceConfig = PreferenceConfig()
+    length_normalize: bool = False
+    simpo_gamma: float = 0.5
     forward: ForwardOptions = ForwardOptions()
     chunk: int | None = None
 
     @property
     def needs_reference(self) -> bool:
         return bool(self.dpo_weight or self.bco_weight)
+
+    @property
+    def needs_rejected(self) -> bool:
+        return bool(self.needs_reference or self.orpo_weight or self.simpo_weight)
 
     def __call__(
         self,
@@ -115,80 +130,150 @@ class MPO:
         reference_log_probs: Reference,
         state: ObjectiveState,
     ) -> tuple[LossOutput, ObjectiveState]:
-        if not self.needs_reference:
+        if not self.needs_rejected:
             chosen = chosen_only(batch)
             loss = chosen_loss(chosen, self.policy_log_probs(model, chosen, vision_features))
             return LossOutput(self.sft_weight * loss, mx.array(1.0), {"sft": loss}), state
-        if not isinstance(reference_log_probs, mx.array):
-            raise UserError(
-                "DPO and BCO compare with a reference model, but no reference log-probabilities "
-                "were given; pass them, or set dpo_weight and bco_weight to 0"
-            )
+        reference = self.check_reference(reference_log_probs)
         policy = self.policy_log_probs(model, batch, vision_features)
-        sums = sum_by_answer(batch, policy - mx.stop_gradient(reference_log_probs))
-        sft = chosen_loss(batch, policy)
-        running = self.preference.running_shift and model.training
-        config = replace(self.preference, running_shift=running)
-        terms = preference_terms(sums[0::2], sums[1::2], sft, config, state.shift, state.count)
-        output = LossOutput(self.weighted_sum(terms), mx.array(1.0), mpo_metrics(terms))
-        return output, ObjectiveState(terms.shift, terms.count)
+        sft, lengths = chosen_loss(batch, policy), answer_lengths(batch)
+        likelihoods = sum_by_answer(batch, policy) / lengths
+        extra = self.likelihood_losses(likelihoods[0::2], likelihoods[1::2])
+        if reference is None:
+            metrics = likelihood_metrics(sft, self.preference.beta * likelihoods)
+        else:
+            sums = sum_by_answer(batch, policy - mx.stop_gradient(reference))
+            sums = sums / lengths if self.length_normalize else sums
+            running = self.preference.running_shift and model.training
+            config = replace(self.preference, running_shift=running)
+            terms = preference_terms(sums[0::2], sums[1::2], sft, config, state.shift, state.count)
+            metrics, state = mpo_metrics(terms), ObjectiveState(terms.shift, terms.count)
+        metrics = metrics | extra
+        return LossOutput(self.weighted_sum(metrics), mx.array(1.0), metrics), state
+
+    def check_reference(self, given: Reference) -> mx.array | None:
+        """Return the reference log-probabilities if the loss has a use for them."""
+        if not self.needs_reference:
+            return None
+        return require_log_probs(given, "DPO and BCO", "set dpo_weight and bco_weight to 0")
 
     def policy_log_probs(
         self, model: InternVL, batch: Batch, vision_features: mx.array | None
     ) -> mx.array:
         return target_log_probs(model, batch, vision_features, self.forward, self.chunk)
 
-    def weighted_sum(self, terms: MPOTerms) -> mx.array:
-        """Add up the weighted terms; a term of weight 0 is never computed."""
-        weighted = (
-            (self.dpo_weight, terms.dpo),
-            (self.bco_weight, terms.bco),
-            (self.sft_weight, terms.sft),
+    def likelihood_losses(self, chosen: mx.array, rejected: mx.array) -> dict[str, mx.array]:
+        """Compute the losses without a reference from mean log-probabilities: (B,), (B,)."""
+        losses, config = {}, self.preference
+        if self.orpo_weight:
+            losses["orpo"] = orpo_losses(chosen, rejected).mean()
+        if self.simpo_weight:
+            losses["simpo"] = simpo_losses(
+                chosen, rejected, config.beta, self.simpo_gamma, config.label_smoothing
+            ).mean()
+        return losses
+
+    def weighted_sum(self, losses: Mapping[str, mx.array]) -> mx.array:
+        """Add up the weighted losses; one of weight 0 is never computed."""
+        weights = (
+            ("dpo", self.dpo_weight),
+            ("bco", self.bco_weight),
+            ("sft", self.sft_weight),
+            ("orpo", self.orpo_weight),
+            ("simpo", self.simpo_weight),
         )
-        return sum((weight * term for weight, term in weighted if weight), start=mx.array(0.0))
+        return sum(
+            (weight * losses[name] for name, weight in weights if weight), start=mx.array(0.0)
+        )
+
+
+def require_log_probs(given: Reference, losses: str, otherwise: str) -> mx.array:
+    """Return the reference log-probabilities; raises ``UserError`` if none were given."""
+    if not isinstance(given, mx.array):
+        raise UserError(
+            f"{losses} compare with a reference model, but no reference log-probabilities were "
+            f"given; pass them, or {otherwise}"
+        )
+    return given
 
 
 def mpo_metrics(terms: MPOTerms) -> dict[str, mx.array]:
     """Collect each term, the rewards, their margin and the preference accuracy. Scalars."""
-    margin = terms.chosen_reward - terms.rejected_reward
     return {
         "dpo": terms.dpo,
         "bco": terms.bco,
         "sft": terms.sft,
         "shift": terms.shift,
-        "chosen_reward": terms.chosen_reward.mean(),
-        "rejected_reward": terms.rejected_reward.mean(),
+        **reward_metrics(terms.chosen_reward, terms.rejected_reward),
+    }
+
+
+def likelihood_metrics(sft: mx.array, rewards: mx.array) -> dict[str, mx.array]:
+    """Collect what there is without a reference. rewards: (2B,), of chosen and rejected answers."""
+    return {"sft": sft, **reward_metrics(rewards[0::2], rewards[1::2])}
+
+
+def reward_metrics(chosen: mx.array, rejected: mx.array) -> dict[str, mx.array]:
+    """Average rewards, their margin, and how often the chosen one is higher: (B,), (B,)."""
+    margin = chosen - rejected
+    return {
+        "chosen_reward": chosen.mean(),
+        "rejected_reward": rejected.mean(),
         "margin": margin.mean(),
         "accuracy": (margin > 0).astype(mx.float32).mean(),
     }
 
 
-def chosen_only(batch: Batch) -> Batch:
-    """Drop the rejected answer of each pair: the second of the two spans that share a prompt."""
-    keep = np.ones(len(batch.input_ids), bool)
-    rejected = [span for span in batch.spans if span.prefix is not None][1::2]
-    for span in rejected:
-        keep[span.start : span.stop] = False
-    new_index, is_chosen = np.cumsum(keep) - 1, np.asarray(batch.answer_ids) % 2 == 0
-    return replace(
-        batch,
-        input_ids=np.asarray(batch.input_ids)[keep],
-        positions=np.asarray(batch.positions)[keep],
-        spans=tuple(remap_span(span, new_index) for span in batch.spans if span not in rejected),
-        target_positions=new_index[np.asarray(batch.target_positions)[is_chosen]],
-        targets=np.asarray(batch.targets)[is_chosen],
-        answer_ids=np.asarray(batch.answer_ids)[is_chosen],
-        loss_weights=np.asarray(batch.loss_weights)[is_chosen],
-    )
+@dataclass(frozen=True)
+class KTO:
+    """Kahneman-Tversky optimization on unpaired preferences, and SFT on the desirable answers.
 
+    The KL divergence that rewards are compared with is estimated in each micro-batch, from the
+    answer of every sample after the prompt of another. A micro-batch of one sample has no such
+    answer; its estimate is 0, which is also the least that an estimate may be.
+    desirable_weight, undesirable_weight: of answers of each label. all_mean: averages a scalar
+    over all processes.
+    """
 
-def remap_span(span: Span, new_index: np.ndarray) -> Span:
-    """Move a span to where its tokens are after others were dropped. new_index: (L,)."""
+    name: str = "kto"
+    kto_weight: float = 1.0
+    sft_weight: float = 0.0
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    all_mean: Callable[[mx.array], mx.array] | None = None
+    forward: ForwardOptions = ForwardOptions()
+    chunk: int | None = None
+    needs_reference: bool = True
 
-    def remap(start: int, stop: int) -> tuple[int, int]:
-        return int(new_index[start]), int(new_index[stop - 1]) + 1
-
-    return Span(*remap(span.start, span.stop), span.prefix and remap(*span.prefix))
+    def __call__(
+        self,
+        model: InternVL,
+        batch: Batch,
+        vision_features: mx.array | None,
+        reference_log_probs: Reference,
+        state: ObjectiveState,
+    ) -> tuple[LossOutput, ObjectiveState]:
+        reference = require_log_probs(reference_log_probs, "KTO's rewards", "use another method")
+        policy = target_log_probs(model, batch, vision_features, self.forward, self.chunk)
+        ratios = sum_by_answer(batch, policy - mx.stop_gradient(reference))
+        stride, desirable = batch.num_answers // len(batch.labels), mx.array(batch.labels)
+        all_mean = self.all_mean if model.training else None  # ranks validate unequal numbers
+        own, kl = ratios[::stride], estimate_kl(ratios[1::2], all_mean)
+        weights = self.desirable_weight, self.undesirable_weight
+        loss = kto_losses(own, desirable, kl, self.beta, weights).mean()
+        gain = mx.where(desirable, own - kl, kl - own)
+        metrics = {
+            "kto": loss,
+            "sft": weighted_loss(batch, policy),
+            "kl": kl,
+            "margin": self.beta * gain.mean(),
+            "label_accuracy": (gain > 0).astype(mx.float32).mean(),
+        }
+        total = self.kto_weight * loss
+        if self.sft_weight:
+            total = total + self.sft_weight * metrics["sft"]
+        return LossOutput(total, mx.array(1.0), metrics), state
 
 
 def target_log_probs(
@@ -210,6 +295,17 @@ def sum_by_answer(batch: Batch, values: mx.array) -> mx.array:
     """Sum the values of each answer, in a fixed order: (N,) -> (num_answers,)."""
     mask = mx.array(batch.answer_ids) == mx.arange(batch.num_answers)[:, None]
     return mx.where(mask, values, 0).sum(axis=-1)
+
+
+def answer_lengths(batch: Batch) -> mx.array:
+    """Count the tokens of each answer: -> (num_answers,)."""
+    return (mx.array(batch.answer_ids) == mx.arange(batch.num_answers)[:, None]).sum(axis=-1)
+
+
+def weighted_loss(batch: Batch, log_probs: mx.array) -> mx.array:
+    """Average the cross-entropy by the loss weights: (N,) -> scalar, 0 without any."""
+    weights = mx.array(batch.loss_weights)
+    return -(log_probs * weights).sum() / mx.maximum(weights.sum(), 1)
 
 
 def chosen_loss(batch: Batch, log_probs: mx.array) -> mx.array:
@@ -265,5 +361,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "prm": lambda **options: SFT(name="prm", **options),
     "pretrain": lambda **options: SFT(name="pretrain", **options),
     "mpo": MPO,
+    "orpo": lambda **options: MPO(name="orpo", **options),
+    "simpo": lambda **options: MPO(name="simpo", **options),
+    "kto": KTO,
     "distill": Distillation,
 }

@@ -44,6 +44,9 @@ PANELS: Mapping[str, tuple[Curve, ...]] = {
     "terms": (
         Curve("dpo", "DPO", "#3b7dd8", smooth=True),
         Curve("bco", "BCO", "#8a63d2", smooth=True),
+        Curve("orpo", "odds ratio", "#c98a1b", smooth=True),
+        Curve("simpo", "SimPO", "#c98a1b", smooth=True),
+        Curve("kto", "KTO", "#3b7dd8", smooth=True),
         Curve("sft", "NLL", "#2f9e6b", smooth=True),
         Curve("distill", "divergence from the teacher", "#c2548b", smooth=True),
     ),
@@ -51,10 +54,13 @@ PANELS: Mapping[str, tuple[Curve, ...]] = {
         Curve("chosen_reward", "chosen", "#2f9e6b", smooth=True),
         Curve("rejected_reward", "rejected", "#d8673b", smooth=True),
         Curve("shift", "shift", "#8a8a96"),
+        Curve("kl", "KL divergence", "#8a8a96"),
     ),
     "accuracy": (
         Curve("accuracy", "chosen preferred", "#3b7dd8", smooth=True),
         Curve("val_accuracy", "chosen preferred, validation", "#d8673b"),
+        Curve("label_accuracy", "labels matched", "#3b7dd8", smooth=True),
+        Curve("val_label_accuracy", "labels matched, validation", "#d8673b"),
         Curve("val_exact", "exact match", "#2f9e6b"),
     ),
     "learning rate": (Curve("learning_rate", "learning rate", "#8a8a96"),),

@@ -42,6 +42,7 @@ from internvl3_mlx.training.lora_setup import add_lora, load_adapter_into_model,
 from internvl3_mlx.training.losses import PreferenceConfig
 from internvl3_mlx.training.objectives import OBJECTIVES, Objective
 from internvl3_mlx.training.optimizers import warmup_updates
+from internvl3_mlx.training.preference_config import PAIR_WEIGHTS
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
 from internvl3_mlx.training.soft_targets import compute_soft_targets
 from internvl3_mlx.training.trainable import count_parameters, set_trainable
@@ -165,15 +166,25 @@ def build_objective(config: TrainConfig, ranks: ProcessGroup) -> Objective:
             temperature=config.distill_temperature,
             forward=forward,
         )
+    if config.reads_labels:
+        return OBJECTIVES[config.method](
+            kto_weight=config.kto_weight,
+            sft_weight=config.sft_weight,
+            beta=config.beta,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+            all_mean=ranks.all_mean,
+            forward=forward,
+        )
     if not config.reads_pairs:
         return OBJECTIVES[config.method](forward=forward)
     running = config.reward_shift == "running"
     preference = PreferenceConfig(config.beta, config.label_smoothing, running, ranks.all_mean)
-    return OBJECTIVES["mpo"](
-        dpo_weight=config.dpo_weight,
-        bco_weight=config.bco_weight,
-        sft_weight=config.sft_weight,
+    return OBJECTIVES[config.method](
+        **{name: getattr(config, name) for name in PAIR_WEIGHTS},
         preference=preference,
+        length_normalize=config.length_normalize,
+        simpo_gamma=config.simpo_gamma,
         forward=forward,
     )
 

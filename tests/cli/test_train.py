@@ -292,6 +292,15 @@ def test_both_answers_of_a_pair_are_marked_apart(folder):
     assert "»cat<|im_end|>«›no cat<|im_end|>‹" in result.stdout.replace("\n", "")
 
 
+def test_check_shows_an_answer_with_its_label(folder):
+    write_data(folder / "rated", 3, labels=True)
+    result = invoke("--data", "rated", "--model", "demo", "--check", "--method", "kto")
+    assert result.exit_code == 0, result.stderr
+    assert "»cat<|im_end|>«" in result.stdout.replace("\n", "")
+    assert "2 records: the answer is desirable" in result.stderr
+    assert "1 record: the answer is undesirable" in result.stderr
+
+
 @pytest.fixture
 def terminal(folder):
     programs = []

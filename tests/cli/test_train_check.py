@@ -109,6 +109,21 @@ def test_several_sources_with_ratios_and_yaml_lists(folder):
         assert json.loads(result.stdout)["records"] == 2 + 6
 
 
+def test_check_names_what_the_rows_of_a_method_must_have(folder):
+    rated = {"prompt": "What?", "completion": "A cat.", "label": True}
+    write_jsonl(folder / "rows.jsonl", [pair_record(), rated])
+    kto, orpo = (check("rows.jsonl", "--method", method) for method in ("kto", "orpo"))
+    assert (
+        "rows.jsonl:1: a preference pair, but --method kto needs answers with a label; expected "
+        "'prompt', 'completion' and 'label', or use --method mpo"
+    ) in kto.stderr
+    assert (
+        "rows.jsonl:2: an answer with a label, but --method orpo needs preference pairs; expected "
+        "'question', 'chosen' and 'rejected', or use --method kto"
+    ) in orpo.stderr
+    assert (kto.exit_code, orpo.exit_code) == (2, 2)
+
+
 def test_pairs_of_trl_train_with_mpo(folder):
     rows = [{"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "images": ["a.jpg"]}]
     write_jsonl(folder / "rows.jsonl", [*rows, pair_record()])

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fixtures.records import write_jsonl
 from fixtures.train_sessions import select, write_data
 
 import internvl3_mlx
@@ -28,9 +29,16 @@ TINY = {
 def test_an_example_configuration_makes_an_update(path, tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
     own = build_config({}, path)
-    write_data(tmp_path / "data", 4, 1, pairs=own.method == "mpo")
-    where = {"data": str(tmp_path / "data"), "adapter_path": str(tmp_path / "run")}
-    config = build_config({**TINY, **where}, path)
+    write_data(tmp_path / "data", 4, 1, pairs=own.reads_pairs, labels=own.reads_labels)
+    tiny = TINY
+    if own.trains_critic:
+        tiny = TINY | {"max_seq_length": 1000}  # the published system prompt is long
+        row = {"question": "Who?", "steps_with_score": [{"step": "A cat.", "score": 1}]}
+        for split in ("train", "valid"):
+            write_jsonl(tmp_path / "data" / f"{split}.jsonl", [row])
+    own_valid = {"valid_data": str(tmp_path / "data" / "valid.jsonl")} if own.valid_data else {}
+    where = own_valid | {"data": str(tmp_path / "data"), "adapter_path": str(tmp_path / "run")}
+    config = build_config({**tiny, **where}, path)
     events = [*train(config)]
     [update] = select(events, UpdateDone)
     assert update.grad_norm > 0
@@ -45,4 +53,6 @@ def test_an_example_configuration_says_how_to_run_it(path):
 
 
 def test_there_is_an_example_for_every_method():
-    assert {build_config({}, path).method for path in CONFIGS} == {"sft", "mpo", "pretrain"}
+    assert {build_config({}, path).method for path in CONFIGS} == {
+        "sft", "mpo", "orpo", "simpo", "kto", "prm", "pretrain",
+    }  # fmt: skip

@@ -70,6 +70,21 @@ def test_a_run_that_is_resumed_equals_the_run_that_was_not(tmp_path):
     assert second.state.objective_state.count.item() == 14
 
 
+KTO = {**MPO, "method": "kto", "batch_size": 3, "iters": 5, "steps_per_eval": 4, "dora": False}
+
+
+def test_a_kto_run_that_is_resumed_equals_the_run_that_was_not(tmp_path):
+    for name in ("one", "two"):
+        write_data(tmp_path / name / "data", 8, 3, labels=True)
+    uninterrupted, end = run_to_end(tmp_path / "one", **KTO)
+    first = small_session(tmp_path / "two", **KTO)
+    began = [*takewhile(lambda e: not isinstance(e, CheckpointSaved), run_session(first))]
+    second = small_session(tmp_path / "two", **KTO)
+    resume_session(second, accept_changes=False)
+    assert losses([*began, *run_session(second)]) == losses(uninterrupted)
+    assert same(arrays(second.state), end)
+
+
 TRAIN = """
 import sys
 from pathlib import Path

@@ -82,7 +82,10 @@ def test_the_v2pe_delta_may_be_written_as_a_number(tmp_path, step):
         ("label_smoothing: 0.7", "label_smoothing is 0.7; it must be at most 0.5"),
         ("model: [a]", r"model is \['a'\]; expected text"),
         ("train: 3", "train is 3; expected a list of names"),
-        ("method: dpo", "method is dpo; choose from sft, mpo, prm, distill, pretrain"),
+        (
+            "method: dpo",
+            "method is dpo; choose from sft, mpo, orpo, simpo, kto, prm, distill, pretrain",
+        ),
         ("optimizer: adamx", "optimizer is adamx; choose from adamw, "),
         ("train: []", "train is empty; expected one or more of lora, language_model"),
         (
@@ -118,6 +121,25 @@ def test_the_v2pe_delta_may_be_written_as_a_number(tmp_path, step):
             "{method: mpo, train: mlp1, cache_reference: true, augment: true}",
             "augment changes the images, and the reference is computed before training",
         ),
+        (
+            "{method: kto, kto_weight: 0}",
+            "kto_weight and sft_weight are both 0; set at least one above 0",
+        ),
+        (
+            "{method: kto, dpo_weight: 1}",
+            "dpo_weight is 1.0, but this loss needs pairs: method mpo; set it to 0 or choose",
+        ),
+        (
+            "{method: orpo, kto_weight: 1}",
+            "kto_weight is 1.0, but this loss needs answers with labels: method kto; set it to 0",
+        ),
+        ("{method: kto, batch_size: 1}", "batch_size is 1, but kto estimates the KL divergence"),
+        (
+            "{method: kto, train: lora mlp1, cache_reference: true}",
+            "with method kto the reference is computed during training",
+        ),
+        ("{method: simpo, packing: true}", "packing cannot be combined with method simpo"),
+        ("{method: kto, compile: true}", "packing, grad_checkpoint or method kto; drop one"),
         ("reward_shift: mean", "reward_shift is mean; choose from running, zero"),
         ("v2pe_delta: auto", "v2pe_delta auto is for generation only; set a number, or random"),
         ("v2pe_delta: 1/3", "1/3"),
@@ -140,9 +162,10 @@ def test_a_missing_file_is_reported(tmp_path):
 
 @pytest.mark.parametrize("method", PRESETS)
 def test_a_written_configuration_reads_back_as_itself(tmp_path, method):
-    config = build_config({"method": method, "learning_rate": 1e-7, "train": "lora, lm_head"} | (
-        {"cache_reference": True} if method == "mpo" else {}
-    ))  # fmt: skip
+    changes = {"mpo": {"cache_reference": True}, "kto": {"train": "lora", "beta": 0.2}}
+    config = build_config({
+        "method": method, "learning_rate": 1e-7, "train": "lora, lm_head", **changes.get(method, {})
+    })  # fmt: skip
     write_config_file(config, tmp_path / "train_config.yaml")
     assert build_config({}, tmp_path / "train_config.yaml") == config
 
@@ -157,6 +180,23 @@ def test_a_setting_given_in_python_overrides_the_preset_even_if_it_equals_the_de
     assert default != PRESETS["mpo"]["batch_size"]
     assert TrainConfig(method="mpo", batch_size=default).batch_size == default
     assert TrainConfig(method="mpo").batch_size == PRESETS["mpo"]["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        ("mpo", {"dpo": 0.8, "bco": 0.2, "sft": 1}),
+        ("orpo", {"sft": 1, "orpo": 0.1}),
+        ("simpo", {"simpo": 1}),
+        ("kto", {"kto": 1}),
+    ],
+)
+def test_a_preference_method_is_a_preset_of_one_table_of_weights(method, weights):
+    config = TrainConfig(method=method)
+    found = {name: getattr(config, f"{name}_weight") for name in ("dpo", "bco", "sft", "orpo")}
+    found |= {name: getattr(config, f"{name}_weight") for name in ("simpo", "kto")}
+    assert {name: weight for name, weight in found.items() if weight} == weights
+    assert config.needs_reference == (method in ("mpo", "kto"))
 
 
 def test_a_copy_keeps_its_settings():

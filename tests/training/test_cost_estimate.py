@@ -38,6 +38,7 @@ CASES = {
     "packing": {**ALL_LAYERS, "batch_size": 1, "packing": True, "max_seq_length": 200},
     "accumulation": {**ALL_LAYERS, "batch_size": 3, "grad_accumulation_steps": 2},
     "pairs": {**ALL_LAYERS, "batch_size": 4, "method": "mpo"},
+    "labels": {**ALL_LAYERS, "batch_size": 4, "method": "kto"},
 }
 # what a fresh process does: predict, then train and measure
 MEASURE = """
@@ -50,7 +51,8 @@ from internvl3_mlx.training.run import run_session
 found = {}
 for name, settings in json.loads(sys.argv[1]).items():
     folder = Path(tempfile.mkdtemp())
-    write_data(folder / "data", 7, pairs=settings.get("method") == "mpo")
+    method = settings.get("method")
+    write_data(folder / "data", 7, pairs=method == "mpo", labels=method == "kto")
     cost = estimate_cost(small_setup(folder, iters=2, save_minutes=0, **settings))
     session = small_session(folder, iters=2, save_minutes=0, **settings)
     peak = [event.peak_memory for event in run_session(session) if hasattr(event, "peak_memory")]

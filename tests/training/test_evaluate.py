@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.records import chat_record, pair_record, write_image, write_jsonl
-from fixtures.train_sessions import small_session, small_setup
+from fixtures.train_sessions import small_session, small_setup, write_data
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.errors import DataError
@@ -57,6 +57,17 @@ def test_only_the_chosen_answer_of_a_pair_counts(tmp_path):
     [batch] = session.validation_batches()
     assert reproduced_exactly(session.state.model, batch).tolist() == [True, False, False, True]
     assert exact_match_rate(session.state, session.validation_batches()) == 0.5
+
+
+def test_exact_match_counts_the_desirable_answers_of_kto(tmp_path):
+    data = tmp_path / "data"
+    write_data(data, 4, 4, labels=True)
+    session = small_session(tmp_path, method="kto", batch_size=4, max_tiles=None)
+    [batch] = session.validation_batches()
+    matches = reproduced_exactly(session.state.model, batch)
+    assert len(matches) == 8
+    [own] = [matches[0::2][np.array(batch.batch.labels)]]
+    assert exact_match_rate(session.state, session.validation_batches()) == own.mean()
 
 
 def critic_rows(folder, count):

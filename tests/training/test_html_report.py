@@ -124,6 +124,11 @@ def test_questions_end_before_the_last_answer(tmp_path):
     write_jsonl(tmp_path / "data" / "train.jsonl", [pair_record("Who?", "cat", "dog")])
     pair = build_question(small_setup(tmp_path, method="mpo").train_dataset, 0)
     assert tokenizer.decode([*pair.expected_ids][:-1]) == "cat"
+    write_jsonl(
+        tmp_path / "data" / "train.jsonl", [{"prompt": "Who?", "completion": "dog", "label": True}]
+    )
+    rated = build_question(small_setup(tmp_path, method="kto").train_dataset, 0)
+    assert tokenizer.decode([*rated.expected_ids][:-1]) == "dog"
 
 
 def test_a_metric_needs_validation_data(tmp_path):

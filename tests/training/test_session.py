@@ -63,6 +63,15 @@ def test_cached_reference_equals_the_model_with_adapters_disabled(tmp_path):
     assert file.stat().st_mtime_ns == before
 
 
+def test_the_reference_of_kto_can_be_cached(tmp_path):
+    """Partners change with every epoch, so more than one answer is cached of each prompt."""
+    write_data(tmp_path / "data", 6, labels=True)
+    settings = {"method": "kto", "iters": 4, "batch_size": 3, "learning_rate": 1e-2}
+    online = losses(small_session(tmp_path, **settings), 4)
+    cached = small_session(tmp_path, cache_reference=True, **settings)
+    assert losses(cached, 4) == pytest.approx(online, abs=1e-6)
+
+
 def test_reference_is_computed_before_whole_parts_are_trained(tmp_path):
     write_data(tmp_path / "data", 5, 2, pairs=True)
     settings = {"method": "mpo", "train": "lora,mlp1", "cache_reference": True, "iters": 3}

@@ -84,16 +84,31 @@ def test_gradient_checkpointing_gives_the_same_updates(tmp_path):
     assert difference(kept, again) < 1e-6
 
 
-@pytest.mark.parametrize("method", ["sft", "mpo"])
+@pytest.mark.parametrize("method", ["sft", "mpo", "orpo", "simpo"])
 def test_training_lowers_the_validation_loss(tmp_path, method):
-    write_data(tmp_path / "data", 6, 3, pairs=method == "mpo")
+    write_data(tmp_path / "data", 6, 3, pairs=method != "sft")
     here = small_session(tmp_path, method=method, iters=12, batch_size=3, learning_rate=3e-3)
     before, _ = evaluate_loss(here.state, here.validation_batches())
     steps = [*make_updates(here.state, here.remaining_batches())]
     after, figures = evaluate_loss(here.state, here.validation_batches())
     assert len(steps) == 12
     assert after < before - 0.2
-    assert ("dpo" in figures) == (method == "mpo")
+    terms = {"sft": set(), "mpo": {"dpo", "bco"}, "orpo": {"orpo"}, "simpo": {"simpo"}}
+    assert figures.keys() & {"dpo", "bco", "orpo", "simpo"} == terms[method]
+
+
+def test_kto_tells_good_from_bad_answers(tmp_path):
+    write_data(tmp_path / "data", 6, 4, labels=True)
+    settings = {"method": "kto", "iters": 12, "batch_size": 3, "beta": 0.5}
+    here = small_session(tmp_path, learning_rate=3e-3, **settings)
+    before, _ = evaluate_loss(here.state, here.validation_batches())
+    steps = [*make_updates(here.state, here.remaining_batches())]
+    after, figures = evaluate_loss(here.state, here.validation_batches())
+    assert before == pytest.approx(0.5, abs=1e-6)
+    assert after < before - 0.05
+    assert figures["margin"] > 0
+    assert figures["label_accuracy"] > 0.5
+    assert all(step.metrics["kl"] >= 0 for step in steps)
 
 
 def test_the_first_mpo_loss_of_a_new_adapter_is_known(tmp_path):

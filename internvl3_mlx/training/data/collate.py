@@ -14,10 +14,15 @@ from internvl3_mlx.training.batch import BadRecord, Batch
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.batch_sampler import SampleSizes, rank_batches
 from internvl3_mlx.training.data.dataset import Dataset
-from internvl3_mlx.training.data.preprocess import PreferencePair, Preprocessor, TrainingSample
+from internvl3_mlx.training.data.preprocess import (
+    PreferencePair,
+    Preprocessor,
+    Sample,
+    TrainingSample,
+    UnpairedPreference,
+)
 from internvl3_mlx.training.data.validate import DataReport
 
-Sample = TrainingSample | PreferencePair
 MAX_REPLACEMENTS = 50  # records that are tried in place of a batch that cannot be read
 # loss_reduction -> what each token of an answer of n loss tokens weighs
 TOKEN_WEIGHTS = {
@@ -90,11 +95,10 @@ class BatchedDataset:
         mounted, raise ``DataError``: a resumed run would find them again and differ.
         """
         preprocessor = self.preprocessor
-        build = preprocessor.build_pair if self.config.reads_pairs else preprocessor.build_sample
         for member in members:
             record = self.dataset[int(self.sizes.indices[member])]
             try:
-                yield build(record, epoch)
+                yield preprocessor.build(record, epoch)
             except DataError as error:
                 if self.config.on_bad_row == "stop" or not preprocessor.has_all_files(record):
                     raise
@@ -102,10 +106,13 @@ class BatchedDataset:
                 left_out.append(BadRecord(record.location, message))
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Concatenate samples or pairs."""
+        """Concatenate samples or preferences."""
         pairs = [sample for sample in samples if isinstance(sample, PreferencePair)]
         if pairs:
             return collate_pairs(pairs)
+        unpaired = [sample for sample in samples if isinstance(sample, UnpairedPreference)]
+        if unpaired:
+            return collate_unpaired(unpaired)
         single = [sample for sample in samples if isinstance(sample, TrainingSample)]
         return collate(single, self.config.loss_reduction)
 
@@ -135,16 +142,20 @@ def collate_pairs(pairs: Sequence[PreferencePair]) -> Batch:
     """Concatenate pairs: a prompt, then both answers, each of which attends to the prompt only."""
     builder = BatchBuilder()
     for pair in pairs:
-        prompt = pair.prompt
-        start = builder.append(prompt.input_ids, prompt.positions)
-        stop, first = builder.length, next_position(prompt.positions)
-        for answer, weight in ((pair.chosen, 1.0), (pair.rejected, 0.0)):
-            positions = first + np.arange(len(answer), dtype=np.float32)
-            offset = builder.append(answer, positions, prefix=(start, stop))
-            predictors = np.arange(offset - 1, offset - 1 + len(answer))
-            predictors[0] = stop - 1  # the last state of the prompt predicts both first tokens
-            builder.add_targets(predictors, answer, weight)
+        builder.add_answers(pair.prompt, ((pair.chosen, 1.0), (pair.rejected, 0.0)))
     return builder.build([pair.prompt for pair in pairs])
+
+
+def collate_unpaired(rows: Sequence[UnpairedPreference]) -> Batch:
+    """Concatenate prompts, each with its answer and that of the next row, as ``Batch`` says."""
+    builder = BatchBuilder()
+    for row, following in zip(rows, [*rows[1:], rows[0]], strict=True):
+        answers = [(row.answer, float(row.desirable))]
+        if len(rows) > 1:
+            answers.append((following.answer[: row.answer_limit], 0.0))
+        builder.add_answers(row.prompt, answers)
+    batch = builder.build([row.prompt for row in rows])
+    return replace(batch, labels=tuple(row.desirable for row in rows))
 
 
 ARRAY_DTYPES = {
@@ -182,6 +193,19 @@ class BatchBuilder:
         self.parts["answer_ids"].append(np.full(len(targets), self.num_answers))
         self.parts["loss_weights"].append(np.full(len(targets), weight))
         self.num_answers += 1
+
+    def add_answers(
+        self, prompt: TrainingSample, answers: Sequence[tuple[np.ndarray, float]]
+    ) -> None:
+        """Append a prompt and answers with their loss weights; each sees the prompt only."""
+        start = self.append(prompt.input_ids, prompt.positions)
+        stop, first = self.length, next_position(prompt.positions)
+        for answer, weight in answers:
+            positions = first + np.arange(len(answer), dtype=np.float32)
+            offset = self.append(answer, positions, prefix=(start, stop))
+            predictors = np.arange(offset - 1, offset - 1 + len(answer))
+            predictors[0] = stop - 1  # the last state of the prompt predicts every first token
+            self.add_targets(predictors, answer, weight)
 
     def build(self, samples: Sequence[TrainingSample]) -> Batch:
         """Return the batch; ``samples`` give the images and locations."""

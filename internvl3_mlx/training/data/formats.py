@@ -23,6 +23,7 @@ from internvl3_mlx.records.json_values import (
 # What a key means. Turns are the messages of a conversation; a text stands for one turn.
 TURNS, QUESTION, INPUT, HISTORY, ANSWER = "turns", "question", "input", "history", "answer"
 CHOSEN, REJECTED, TEXT, STEPS, PAIRS = "chosen", "rejected", "text", "steps", "pairs"
+LABEL = "label"  # whether the answer is desirable
 OPTIONAL = (INPUT, HISTORY)  # may be absent
 
 
@@ -87,9 +88,19 @@ FORMATS = (
     RecordFormat("plain text", {"text": TEXT}, weak=True),
     RecordFormat(
         "TRL unpaired preference",
-        {"prompt": QUESTION, "completion": ANSWER, "label": TEXT},
-        refused="unpaired preferences (KTO) cannot be trained on; train on the good answers "
-        "alone without 'label', or give pairs of 'chosen' and 'rejected'",
+        {"prompt": QUESTION, "completion": ANSWER, "label": LABEL},
+    ),
+    RecordFormat(
+        "unpaired question/answer", {"question": QUESTION, "answer": ANSWER, "label": LABEL}
+    ),
+    RecordFormat("unpaired messages", {"messages": TURNS, "label": LABEL}),
+    RecordFormat("unpaired messages", {"messages": TURNS, "kto_tag": LABEL}),
+    RecordFormat("unpaired conversations", {"conversations": TURNS, "label": LABEL}),
+    RecordFormat("LLaMA-Factory KTO", {"conversations": TURNS, "kto_tag": LABEL}),
+    RecordFormat(
+        "LLaMA-Factory Alpaca KTO",
+        {"instruction": QUESTION, "input": INPUT, "history": HISTORY, "output": ANSWER,
+         "kto_tag": LABEL},
     ),
     RecordFormat(
         "prompt only",
@@ -114,7 +125,8 @@ REFUSED_KEYS = {
     "loss_scale": "expected 'loss' or 'weight' in a message",
     "weight": "expected 'loss' or 'weight' in a message, or a meta JSON with repeat_time",
     "margin": "margins between answers are not supported",
-    "label": "labels of answers are not supported",
+    "label": "expected 'prompt', 'completion' and 'label', or 'messages' and 'label'",
+    "kto_tag": "expected 'messages' or 'conversations' and 'kto_tag'",
 }
 
 
@@ -174,12 +186,16 @@ def unused_keys(record: Mapping[str, Any], form: RecordFormat) -> tuple[str, ...
 
 @dataclass(frozen=True)
 class ConversationRecord:
-    """A record whatever its format: messages as JSON objects, and the last ones of a pair."""
+    """A record whatever its format: messages as JSON objects, and the last ones of a pair.
+
+    label: whether the last message is a desirable answer, of an unpaired preference.
+    """
 
     turns: list[Any]
     chosen: Any = None
     rejected: Any = None
     is_text: bool = False
+    label: bool | None = None
 
     @property
     def is_pair(self) -> bool:
@@ -203,13 +219,29 @@ def read_conversation(record: Mapping[str, Any], form: RecordFormat) -> Conversa
     if ANSWER in keys:
         turns += _read_turns(record, keys[ANSWER], "assistant")
     if REJECTED not in keys:
-        return ConversationRecord(_with_system(record, turns))
+        label = read_label(record, keys[LABEL]) if LABEL in keys else None
+        return ConversationRecord(_with_system(record, turns), label=label)
     rejected = _read_turns(record, keys[REJECTED], "assistant")
     chosen = _read_turns(record, keys[CHOSEN], "assistant") if CHOSEN in keys else []
     if not chosen:  # the last message is the chosen answer, or both lists begin with the prompt
         turns, chosen = ([], turns) if len(rejected) > 1 else (turns[:-1], turns[-1:])
     shared, chosen, rejected = _split_prompt(chosen, rejected)
     return ConversationRecord(_with_system(record, [*turns, *shared]), chosen, rejected)
+
+
+LABELS = {"true": True, "1": True, "false": False, "0": False}  # as in CSV and TSV files
+
+
+def read_label(record: Mapping[str, Any], key: str) -> bool:
+    """Read whether an answer is desirable. Raises ``RecordError``."""
+    value = record[key]
+    label = LABELS.get(str(value).strip().lower())
+    if label is None:
+        raise RecordError(
+            f"{key!r} is {value!r}; expected true for a good answer or false; drop "
+            "the key if it means something else"
+        )
+    return label
 
 
 def _turn(role: str, content: Any) -> dict[str, Any]:

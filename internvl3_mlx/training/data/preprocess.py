@@ -31,6 +31,7 @@ from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_fields import RANDOM
 from internvl3_mlx.training.data.dataset import Record
 from internvl3_mlx.training.data.media import MediaLoader, MediaShape
+from internvl3_mlx.training.data.record_kinds import check_kind
 from internvl3_mlx.training.data.schema import ParsedRecord, RecordError, fill_boxes, parse_record
 
 
@@ -65,6 +66,27 @@ class PreferencePair:
     @property
     def location(self) -> str:
         return self.prompt.location
+
+
+@dataclass(frozen=True, eq=False)
+class UnpairedPreference:
+    """A prompt and an answer to it that is desirable or not.
+
+    prompt, answer: as those of a ``PreferencePair``. answer_limit: the most tokens that any answer
+    to this prompt may have.
+    """
+
+    prompt: TrainingSample
+    answer: np.ndarray
+    desirable: bool
+    answer_limit: int
+
+    @property
+    def location(self) -> str:
+        return self.prompt.location
+
+
+Sample = TrainingSample | PreferencePair | UnpairedPreference
 
 
 @dataclass(frozen=True)
@@ -102,6 +124,11 @@ class Preprocessor:
     def tokenizer(self) -> Tokenizer:
         return self.processor.tokenizer
 
+    def build(self, record: Record, epoch: int = 0) -> Sample:
+        """Build what the training method reads of a record; raises ``DataError``."""
+        reads_preferences = self.config.reads_preferences
+        return (self.build_preference if reads_preferences else self.build_sample)(record, epoch)
+
     def build_sample(self, record: Record, epoch: int = 0) -> TrainingSample:
         """Build the sample of a record with the random draws of ``epoch``; raises ``DataError``."""
         with error_location(record.location):
@@ -118,13 +145,16 @@ class Preprocessor:
                 record.location,
             )
 
-    def build_pair(self, record: Record, epoch: int = 0) -> PreferencePair:
-        """Build the preference pair of a record; raises ``DataError``."""
+    def build_preference(
+        self, record: Record, epoch: int = 0
+    ) -> PreferencePair | UnpairedPreference:
+        """Build the preference of a record, paired or not; raises ``DataError``."""
         with error_location(record.location):
             parsed, generator = self.parse(record), self.random_generator(record, epoch)
             media = self.media_loader.load(parsed, record.file, generator)
             input_ids, answers = self.encoder.encode_preference(parsed, media.shape)
-            chosen, rejected = (answer[: self.answer_limit(input_ids)] for answer in answers)
+            limit = self.answer_limit(input_ids)
+            kept = [answer[:limit] for answer in answers]
             prompt = TrainingSample(
                 input_ids,
                 np.zeros(len(input_ids), bool),
@@ -132,7 +162,9 @@ class Preprocessor:
                 tuple(media.in_token_order(parsed)),
                 record.location,
             )
-            return PreferencePair(prompt, chosen, rejected)
+            if parsed.label is None:
+                return PreferencePair(prompt, *kept)
+            return UnpairedPreference(prompt, kept[0], parsed.label, limit)
 
     def measure(self, record: Record, parsed: ParsedRecord | None = None) -> RecordSize:
         """Measure a record without decoding its images. parsed: what ``parse`` returned for it.
@@ -151,21 +183,14 @@ class Preprocessor:
         limit = self.answer_limit(input_ids)
         answer_tokens = sum(min(len(answer), limit) for answer in answers)
         truncated = sum(len(answer) for answer in answers) - answer_tokens
-        return RecordSize(len(input_ids) + answer_tokens, media.num_tiles, answer_tokens, truncated)
+        # an unpaired preference is read with the answer of another record, about as long
+        read = answer_tokens if parsed.label is None else 2 * answer_tokens
+        return RecordSize(len(input_ids) + read, media.num_tiles, answer_tokens, truncated)
 
     def parse(self, record: Record) -> ParsedRecord:
         """Parse a record and check that its format fits the training method."""
         parsed = parse_record(record.value)
-        if self.config.reads_pairs and parsed.answers is None:
-            raise RecordError(
-                "a conversation, but --method mpo needs preference pairs; expected 'question', "
-                "'chosen' and 'rejected', or use --method sft"
-            )
-        if not self.config.reads_pairs and parsed.answers is not None:
-            raise RecordError(
-                f"a preference pair, but --method {self.config.method} needs conversations; "
-                "expected 'messages' or 'conversations', or use --method mpo"
-            )
+        check_kind(parsed, self.config)
         if self.config.trains_critic:
             check_replies(parsed)
         if parsed.objects is not None:

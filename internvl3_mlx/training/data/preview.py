@@ -8,9 +8,13 @@ import numpy as np
 
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.training.data.collate import BatchedDataset
-from internvl3_mlx.training.data.preprocess import PreferencePair
+from internvl3_mlx.training.data.preprocess import (
+    PreferencePair,
+    TrainingSample,
+    UnpairedPreference,
+)
 
-SpanKind = Literal["text", "image", "chosen", "rejected"]
+SpanKind = Literal["text", "image", "chosen", "rejected", "desirable", "undesirable"]
 
 
 @dataclass(frozen=True)
@@ -47,21 +51,25 @@ def preview_sample(dataset: BatchedDataset, number: int = 0) -> SamplePreview:
     preprocessor = dataset.preprocessor
     record = dataset.dataset[int(dataset.sizes.indices[number])]
     tokenizer = preprocessor.tokenizer
-    if dataset.config.reads_pairs:
-        spans = preview_pair(tokenizer, preprocessor.build_pair(record))
-    else:
-        sample = preprocessor.build_sample(record)
+    sample = preprocessor.build(record)
+    if isinstance(sample, TrainingSample):
         spans = split_spans(tokenizer, sample.input_ids, sample.loss_mask)
+    else:
+        spans = preview_preference(tokenizer, sample)
     return SamplePreview(record.location, tuple(spans))
 
 
-def preview_pair(tokenizer: Tokenizer, pair: PreferencePair) -> Iterator[PreviewSpan]:
-    yield from split_spans(tokenizer, pair.prompt.input_ids, pair.prompt.loss_mask)
-    chosen, rejected = (
-        decode_with_specials(tokenizer, answer) for answer in (pair.chosen, pair.rejected)
-    )
-    yield PreviewSpan(chosen, True, "chosen", len(pair.chosen))
-    yield PreviewSpan(rejected, True, "rejected", len(pair.rejected))
+def preview_preference(
+    tokenizer: Tokenizer, sample: PreferencePair | UnpairedPreference
+) -> Iterator[PreviewSpan]:
+    answers: dict[SpanKind, np.ndarray]
+    if isinstance(sample, PreferencePair):
+        answers = {"chosen": sample.chosen, "rejected": sample.rejected}
+    else:
+        answers = {"desirable" if sample.desirable else "undesirable": sample.answer}
+    yield from split_spans(tokenizer, sample.prompt.input_ids, sample.prompt.loss_mask)
+    for kind, answer in answers.items():
+        yield PreviewSpan(decode_with_specials(tokenizer, answer), True, kind, len(answer))
 
 
 def split_spans(

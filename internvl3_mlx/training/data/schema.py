@@ -3,6 +3,7 @@
     {"messages": [{"role", "content"}], "images": [...]}        OpenAI, TRL
     {"conversations": [{"from", "value"}], "image": ...}        LLaVA, InternVL
     {"question", "chosen", "rejected", "image": ...}            preference pairs, as in MMPR
+    {"prompt", "completion", "label"}                           unpaired preferences, as in TRL
 
 ``image``, ``images``, ``video`` and ``videos`` each take one file or a list of files.
 """
@@ -76,12 +77,13 @@ class ParsedMessage:
 @dataclass(frozen=True)
 class ParsedRecord:
     """A conversation that ends with an answer; or, with ``answers``, a conversation that ends with
-    a question and two answers to it: (chosen, rejected).
+    a question and two answers to it, (chosen, rejected), or one with a label.
 
-    clip: the part of each video to use, (start, end) in seconds. system: None for the model's own
+    label: whether the only answer is desirable. clip: the part of each video to use, (start, end)
+    in seconds. system: None for the model's own
     system prompt. is_text: the only message is plain text, trained on without a chat template.
     objects: what the placeholders for boxes stand for. format: its name. unused: keys that nothing
-    reads. notes: what was converted.
+    reads. notes: what was converted, and what a label says.
     """
 
     messages: tuple[ParsedMessage, ...]
@@ -89,7 +91,8 @@ class ParsedRecord:
     videos: MediaRefs = ()
     clip: tuple[float, float] | None = None
     system: str | None = None
-    answers: tuple[str, str] | None = None
+    answers: tuple[str, ...] | None = None
+    label: bool | None = None
     is_text: bool = False
     objects: Objects | None = None
     format: str = field(default="", compare=False)
@@ -110,6 +113,11 @@ def parse_record(value: Any) -> ParsedRecord:
         parsed = _parse_pair(conversation.turns, conversation.chosen, conversation.rejected, value)
     else:
         parsed = _parse_conversation(conversation.turns, value)
+        if conversation.label is not None:
+            *prompt, reply = parsed.messages
+            parsed = replace(
+                parsed, messages=tuple(prompt), answers=(reply.text,), label=conversation.label
+            )
     texts = [message.text for message in parsed.messages] + [*(parsed.answers or ())]
     if parsed.images or parsed.videos:
         for message in parsed.messages:
@@ -117,9 +125,15 @@ def parse_record(value: Any) -> ParsedRecord:
         for answer in parsed.answers or ():
             check_markup(answer, "an answer")
     objects = parse_objects(value.get("objects"), texts, len(parsed.images))
-    notes = (objects.note,) if objects and objects.note else ()
+    notes = [objects.note] if objects and objects.note else []
+    if parsed.label is not None:
+        notes.append(f"the answer is {'desirable' if parsed.label else 'undesirable'}")
     return replace(
-        parsed, objects=objects, format=form.name, unused=unused_keys(value, form), notes=notes
+        parsed,
+        objects=objects,
+        format=form.name,
+        unused=unused_keys(value, form),
+        notes=tuple(notes),
     )
 
 
@@ -132,7 +146,7 @@ def fill_boxes(record: ParsedRecord, sizes: Sequence[tuple[int, int]]) -> Parsed
         replace(message, text=text)
         for message, text in zip(record.messages, filled[: len(record.messages)], strict=True)
     ]
-    answers = (filled[-2], filled[-1]) if record.answers else None
+    answers = tuple(filled[len(record.messages) :]) if record.answers else None
     return replace(record, messages=tuple(messages), answers=answers, objects=None)
 
 

@@ -55,8 +55,8 @@ class DataReport:
     errors: must be fixed. warnings: records that were truncated or skipped because of their length.
     more_errors, more_warnings: how many are not listed. skipped, truncated: numbers of records.
     sizes: of the usable records. formats: name of a record format -> number of records. kinds: the
-    forms of the files. notes: what was converted, and keys that nothing reads. decoded: how many
-    images and videos were decoded; None if only their headers were read.
+    forms of the files. notes: what was converted, what labels say, and keys that nothing reads.
+    decoded: how many images and videos were decoded; None if only their headers were read.
     """
 
     num_records: int

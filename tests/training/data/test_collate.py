@@ -105,7 +105,7 @@ def fake_sample(loss_tokens):
 
 def test_both_answers_of_a_pair_branch_from_one_prompt(pairs):
     dataset = open_batches(pairs, method="mpo")
-    pairs_made = [dataset.preprocessor.build_pair(dataset.dataset[n]) for n in (1, 0)]
+    pairs_made = [dataset.preprocessor.build_preference(dataset.dataset[n]) for n in (1, 0)]
     batch = collate_pairs(pairs_made)
     at = 0
     for number, one in enumerate(pairs_made):

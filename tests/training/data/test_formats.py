@@ -85,6 +85,24 @@ PAIRS = {
 }
 
 
+UNPAIRED = {
+    "TRL unpaired preference": [
+        {"prompt": "What?", "completion": "A cat.", "label": True},
+        {"prompt": [USER], "completion": [ASSISTANT], "label": 0},
+    ],
+    "unpaired question/answer": [{"question": "What?", "answer": "A cat.", "label": "False"}],
+    "unpaired messages": [
+        {"messages": [USER, ASSISTANT], "label": False},
+        {"messages": [USER, ASSISTANT], "kto_tag": True},
+    ],
+    "unpaired conversations": [{"conversations": [HUMAN, GPT], "label": "1"}],
+    "LLaMA-Factory KTO": [{"conversations": [HUMAN, GPT], "kto_tag": True}],
+    "LLaMA-Factory Alpaca KTO": [
+        {"instruction": "What?", "input": "", "output": "A cat.", "kto_tag": "true"}
+    ],
+}
+
+
 def cases(table):
     return [
         pytest.param(name, record, id=f"{name} {number}")
@@ -112,20 +130,31 @@ def test_a_format_of_pairs_is_named_and_read(name, record):
     assert (question.num_images, parsed.answers) == (1, ("A cat.", "A dog."))
 
 
-@pytest.mark.parametrize(("table", "method"), [(CHATS, "sft"), (PAIRS, "mpo")])
+@pytest.mark.parametrize(("name", "record"), cases(UNPAIRED))
+def test_a_format_of_answers_with_labels_is_named_and_read(name, record):
+    parsed = parse_record({**record, "image": "a.png"})
+    assert parsed.format == name
+    [question] = parsed.messages
+    assert question.text.removeprefix("<image>\n") == "What?"
+    given = record.get("label", record.get("kto_tag"))
+    expected = given in (True, 1, "1", "true")
+    assert (parsed.answers, parsed.label) == (("A cat.",), expected)
+
+
+@pytest.mark.parametrize(("table", "method"), [(CHATS, "sft"), (PAIRS, "mpo"), (UNPAIRED, "kto")])
 def test_files_of_all_formats_become_the_same_sample(tmp_path, table, method):
     write_image(tmp_path / "a.png", 300, 100)
     records = [{"image": "a.png", **record} for rows in table.values() for record in rows]
     if method == "sft":
         records = [record for rows in table.values() for record in rows]
     dataset, preprocessor = open_records(
-        write_jsonl(tmp_path / "r.jsonl", records), method=method, batch_size=1
+        write_jsonl(tmp_path / "r.jsonl", records), method=method, batch_size=2
     )
     report = validation_report(dataset, preprocessor)
     assert report.errors == ()
     assert {*report.formats} == {*table}
     assert {*report.sizes.tokens.tolist()} == {report.sizes.tokens[0]}
-    build = preprocessor.build_sample if method == "sft" else preprocessor.build_pair
+    build = preprocessor.build_sample if method == "sft" else preprocessor.build_preference
     samples = [build(record) for record in dataset]
     first, *others = [s if method == "sft" else s.prompt for s in samples]
     assert all(np.array_equal(first.input_ids, other.input_ids) for other in others)
@@ -133,7 +162,7 @@ def test_files_of_all_formats_become_the_same_sample(tmp_path, table, method):
 
 
 def test_every_format_of_the_table_is_tested():
-    tested = {*CHATS, *PAIRS, "messages pair", "plain text", "VisualPRM steps"}
+    tested = {*CHATS, *PAIRS, *UNPAIRED, "messages pair", "plain text", "VisualPRM steps"}
     assert {form.name for form in FORMATS if not form.refused} == tested
 
 
@@ -252,8 +281,11 @@ ERRORS = {
     "the record has 'tools', which training does not read: tool use is not": chat_record(tools=[1]),
     "the record has 'loss_scale', which training does not read": chat_record(loss_scale=0.5),
     "the record has 'margin'": {**PAIRS["MMPR pair"][0], "margin": 0.3},
-    "TRL unpaired preference: unpaired preferences (KTO) cannot be trained on": {
-        "prompt": "a", "completion": "b", "label": True,
+    "'label' is 3; expected true for a good answer or false": {
+        "prompt": "a", "completion": "b", "label": 3,
+    },
+    "'label', which training does not read: expected 'prompt'": {
+        **PAIRS["MMPR pair"][0], "label": True,
     },
     "prompt only: a prompt without an answer": {"prompt": "a"},
     "'response' is missing; expected text": {"query": "a"},

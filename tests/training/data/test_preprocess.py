@@ -166,17 +166,17 @@ def test_the_answers_of_a_pair_are_truncated_separately(images):
     record = pair_record("?", "cat " * 50, "dog", image="wide.png")
     file = write_jsonl(images / "p.jsonl", [record])
     dataset, preprocessor = open_records(file, method="mpo")
-    whole = preprocessor.build_pair(dataset[0])
+    whole = preprocessor.build_preference(dataset[0])
     limit = len(whole.prompt.input_ids) + 10
     dataset, preprocessor = open_records(file, method="mpo", max_seq_length=limit)
-    short = preprocessor.build_pair(dataset[0])
+    short = preprocessor.build_preference(dataset[0])
     assert short.chosen.tolist() == whole.chosen[:10].tolist()
     assert short.rejected.tolist() == whole.rejected.tolist()
     dataset, preprocessor = open_records(
         file, method="mpo", max_seq_length=len(whole.prompt.input_ids)
     )
     with pytest.raises(DataError, match="a prompt of .* tokens, and no answer begins within"):
-        preprocessor.build_pair(dataset[0])
+        preprocessor.build_preference(dataset[0])
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

@@ -145,7 +145,7 @@ def test_a_pair_shares_the_prompt_that_generation_reads(tmp_path):
     dataset, preprocessor = open_records(
         write_jsonl(tmp_path / "t.jsonl", [record]), "qwen", method="mpo"
     )
-    pair = preprocessor.build_pair(dataset[0])
+    pair = preprocessor.build_preference(dataset[0])
     turn = Message("user", "What?", (MessageMedia((4,)),))
     prompt = make_processor("qwen").build([turn], pair.prompt.images, GenerationConfig())
     assert pair.prompt.input_ids.tolist() == prompt.token_ids

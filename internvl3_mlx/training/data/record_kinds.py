@@ -1,0 +1,36 @@
+"""What the training methods read: conversations, preference pairs, or answers with a label."""
+
+from dataclasses import dataclass
+
+from internvl3_mlx.training.config import TrainConfig
+from internvl3_mlx.training.data.schema import ParsedRecord, RecordError
+
+
+@dataclass(frozen=True)
+class RecordKind:
+    """What a training method reads: its names, the keys of one, and such a method."""
+
+    singular: str
+    plural: str
+    keys: str
+    method: str
+
+
+CONVERSATION = RecordKind("a conversation", "conversations", "'messages' or 'conversations'", "sft")
+PAIR = RecordKind(
+    "a preference pair", "preference pairs", "'question', 'chosen' and 'rejected'", "mpo"
+)
+UNPAIRED = RecordKind(
+    "an answer with a label", "answers with a label", "'prompt', 'completion' and 'label'", "kto"
+)
+
+
+def check_kind(record: ParsedRecord, config: TrainConfig) -> None:
+    """Raise ``RecordError`` for a record that the training method does not read."""
+    given = CONVERSATION if record.answers is None else PAIR if record.label is None else UNPAIRED
+    wanted = PAIR if config.reads_pairs else UNPAIRED if config.reads_labels else CONVERSATION
+    if given != wanted:
+        raise RecordError(
+            f"{given.singular}, but --method {config.method} needs {wanted.plural}; expected "
+            f"{wanted.keys}, or use --method {given.method}"
+        )
