@@ -137,7 +137,7 @@ class Engine:
         submitted = time.perf_counter()
         served, request = self.find_model(request.model), served_request(request)
         if request.critic:
-            self.find_model(request.critic)
+            self.find_model(request.critic, "critic")
         check_request(request, min(self.settings.max_answers, self.settings.max_batch))
         with self.lock:
             self.check_queue()
@@ -211,13 +211,13 @@ class Engine:
         self.worker.command(command)
         return await asyncio.wrap_future(command.done)
 
-    def find_model(self, name: str) -> ServedModel:
+    def find_model(self, name: str, parameter: str = "model") -> ServedModel:
         """Return the model of that name, the first one for "". Raises ``UnknownModel``."""
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
             raise UnknownModel(
-                f"there is no model {name!r} here; {did_you_mean(name, self.models)}"
+                f"there is no model {name!r} here; {did_you_mean(name, self.models)}", parameter
             )
         return self.models[name]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -15,6 +16,8 @@ from internvl3_mlx.serving.requests import (
     UnknownModel,
 )
 
+SHOULD_BE = "Input should be "  # how pydantic begins most of its reasons
+SCALARS = ("str", "int", "float", "bool")
 Dialect = Literal["openai", "anthropic", "ollama"]
 
 BAD_REQUEST, UNAUTHORIZED, FORBIDDEN, NOT_FOUND = 400, 401, 403, 404
@@ -110,7 +113,7 @@ def _rejected(error: Rejected) -> APIError:
     if isinstance(error, ContextTooLong):
         made.code = "context_length_exceeded"
     if isinstance(error, UnknownModel):
-        made.parameter, made.code = "model", "model_not_found"
+        made.parameter, made.code = error.parameter, "model_not_found"
     if isinstance(error, QueueFull):
         made.headers = {"Retry-After": str(error.retry_after_s)}
     return made
@@ -118,11 +121,20 @@ def _rejected(error: Rejected) -> APIError:
 
 def _invalid_field(error: ValidationError) -> APIError:
     """Describe the first field that does not have its type."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    path = _field_path(found[0]["loc"])
     where = ""
-    for step in first["loc"]:
+    for step in path:
         where += f"[{step}]" if isinstance(step, int) else f".{step}" if where else str(step)
-    if first["type"] == "missing":
+    if found[0]["type"] == "missing":
         return invalid(f"{where} is missing", where)
-    reason = first["msg"][:1].lower() + first["msg"][1:]
+    reasons = dict.fromkeys(each["msg"] for each in found if _field_path(each["loc"]) == path)
+    first, *others = reasons
+    others = [text.removeprefix(SHOULD_BE) for text in others if text.startswith(SHOULD_BE)]
+    reason = " or ".join((first[:1].lower() + first[1:], *others))
     return invalid(f"{where or 'the body'} is not valid: {reason}", where or None)
+
+
+def _field_path(steps: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Leave out what tells the types of a union apart, such as ``stop.str``, ``stop.list[str]``."""
+    return tuple(takewhile(lambda step: not (step in SCALARS or "[" in str(step)), steps))

@@ -206,9 +206,13 @@ class ContextTooLong(InvalidRequest):
 
 
 class UnknownModel(Rejected):
-    """A model or adapter that this engine does not serve."""
+    """A model or adapter that this engine does not serve. parameter: the field that names it."""
 
     status = 404
+
+    def __init__(self, message: str, parameter: str = "model"):
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class RequestTooLarge(Rejected):

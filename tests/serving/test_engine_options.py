@@ -162,14 +162,17 @@ def test_a_critic_chooses_among_candidates(vlm):
 
     options = {"temperature": 1.0, "seed": 3, "max_tokens": 6}
     with running_engine(vlm) as engine:
-        everything, best, plain = ask_all(
+        everything, best, plain, refused = ask_all(
             engine,
             [
                 question(IMAGE, ASKED, n=4, **options),
                 question(IMAGE, ASKED, best_of=4, critic=vlm.name, **options),
                 question(IMAGE, ASKED, max_tokens=20),
+                question(IMAGE, ASKED, best_of=4, critic="x", **options),
             ],
         )
+    assert isinstance(refused, UnknownModel)
+    assert refused.parameter == "critic"
     session = open_critic(vlm.runner).open(ASKED, [IMAGE])
     scores = {done.text: session.score(done.text).score for done in everything.done}
     assert best.done[0].text == max(scores, key=scores.__getitem__)
