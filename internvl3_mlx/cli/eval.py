@@ -25,6 +25,7 @@ from internvl3_mlx.user_paths import expand_user
 PRESET_NAMES = ("internvl", "vlmevalkit", "lmms")
 METRIC_NAMES = ("exact", "letter", "relaxed", "anls", "vqa", "contains", "iou", "point")
 RUN, SELF = "run", "self"
+THE_TASKS = "the task's"  # the default of what a preset sets
 
 DATA_FLAGS = (
     flag(
@@ -55,9 +56,9 @@ HOW_FLAGS = (
         help='Prompt with {question}, {hint} and {options}, such as "{question} Answer briefly."',
     ),
     options.GENERATION_FLAGS["cot"],
-    options.GENERATION_FLAGS["max_tiles"],
-    options.GENERATION_FLAGS["num_frames"],
-    options.GENERATION_FLAGS["max_tokens"],
+    options.generation_flag("max_tiles", THE_TASKS),
+    options.generation_flag("num_frames", THE_TASKS),
+    options.generation_flag("max_tokens", THE_TASKS),
 )  # fmt: skip
 RUN_FLAGS = (
     flag(

@@ -132,6 +132,7 @@ def result_table(content: dict[str, Any]) -> dict[str, Any]:
         **best_of,
         **harness,
         "prompt": content["prompt"],
+        **({"reasoning": "asked for (--cot)"} if content["cot"] else {}),
         "tiles": content["max_tiles"] or "the model's own",
         "tokens": content["max_tokens"],
         "parser": content["parser"],

@@ -120,8 +120,8 @@ LOAD_FLAGS: Mapping[str, Decorator] = {
 }  # fmt: skip
 
 
-def generation_flag(name: str, default: object = None) -> Decorator:
-    """Make the flag of one field of ``GenerationConfig``; default: shown instead of its own."""
+def generation_flag(name: str, default_text: str = "") -> Decorator:
+    """Make the flag of a field of ``GenerationConfig``; default_text: shown instead of its own."""
     kind, info = GENERATION_FIELDS[name]
     extra: dict[str, Any] = {}
     if name == "stop":
@@ -130,7 +130,7 @@ def generation_flag(name: str, default: object = None) -> Decorator:
         extra["shell_complete"] = list_model_completions
     if parse := PARSERS.get(name):
         extra["callback"] = lambda _ctx, _param, text: text and parse(text)
-    return make_flag(name, info, kind, default or GENERATION_DEFAULTS.get(name), **extra)
+    return make_flag(name, info, kind, GENERATION_DEFAULTS.get(name), default_text, **extra)
 
 
 GENERATION_FLAGS: Mapping[str, Decorator] = {

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 GENERATION = ("system", "max_tokens", "temperature", "top_p", "top_k", "max_tiles", "v2pe_delta")
 COUNT = click.IntRange(min=1)
-SHOWN_DEFAULTS = {"temperature": 1.0, "top_k": 50, "max_tokens": 4096}  # a test compares them
+# ROLLOUT_DEFAULTS as the help shows them; those would import the model
+SHOWN_DEFAULTS = {"temperature": "1", "top_k": "50", "max_tokens": "4096"}
 ROLLOUT_FLAGS = (
     flag(
         "Data", "-n", "--samples", "samples", metavar="N", type=COUNT,
@@ -51,7 +52,9 @@ ROLLOUT_FLAGS = (
     ),
 )  # fmt: skip
 
-GENERATION_FLAGS = [options.generation_flag(name, SHOWN_DEFAULTS.get(name)) for name in GENERATION]
+GENERATION_FLAGS = [
+    options.generation_flag(name, SHOWN_DEFAULTS.get(name, "")) for name in GENERATION
+]
 
 
 @click.command(

@@ -116,10 +116,11 @@ def read_response(source: str | None) -> str:
         raise UserError(f"cannot read {source}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 text; convert it") from error
+    place = "on standard input" if source == STDIN else f"in {source}"
     if not text.strip():
-        raise UserError(f"the response in {source} is empty; there is nothing to judge")
+        raise UserError(f"the response {place} is empty; there is nothing to judge")
     if len(text) > LIMIT_BYTES:
-        raise UserError(f"the response in {source} has more than {LIMIT_BYTES:,} characters")
+        raise UserError(f"the response {place} has more than {LIMIT_BYTES:,} characters")
     return text.strip()
 
 

@@ -71,6 +71,7 @@ class EvalResult:
             "judge": settings.judge,
             "best_of": settings.best_of,
             "prompt": how.prompt,
+            "cot": how.cot,
             "prompt_digest": content_digest(how.prompt, how.open_prompt or ""),
             "max_tiles": how.max_tiles,
             "max_tokens": how.max_tokens,

@@ -137,7 +137,10 @@ def test_generated_replies_are_shown(score):
             ("--critic", "demo", "-p", "What?", "--response", "/no/such/file"),
             "cannot read /no/such/file: No such file or directory; check the path",
         ),
-        (("--critic", "demo", "-p", "What?", "--response", "-"), "the response in - is empty"),
+        (
+            ("--critic", "demo", "-p", "What?", "--response", "-"),
+            "the response on standard input is empty",
+        ),
         (("--critic", "demo", "-p", "What?", "--response", "/tmp"), "/tmp is not a regular file"),
     ],
 )

@@ -132,6 +132,16 @@ def test_mistakes_get_one_line(words, message, monkeypatch, tmp_path):
     assert "Traceback" not in result.output
 
 
+def test_reasoning_that_was_asked_for_is_named(data, tmp_path):
+    assert "reasoning  asked for (--cot)" in evaluate(data, tmp_path / "run", "--cot").stdout
+    assert "reasoning" not in evaluate(data, tmp_path / "other").stdout
+
+
+def test_the_help_does_not_show_defaults_of_generate_where_a_task_decides():
+    text = " ".join(run("--help").stdout.split())
+    assert text.count("[default: the task's]") == 3
+
+
 def test_a_wrong_flag_points_to_the_help_of_eval():
     assert run("chartqa", "--limit", "0").stderr.endswith(" eval --help\n")
 

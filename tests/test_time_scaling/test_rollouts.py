@@ -294,10 +294,11 @@ def test_an_interrupted_command_ends_as_an_uninterrupted_one(tmp_path, monkeypat
 
 
 def test_the_help_shows_the_defaults_of_rollouts():
-    assert rollouts.SHOWN_DEFAULTS == module.ROLLOUT_DEFAULTS
+    shown = {name: float(text) for name, text in rollouts.SHOWN_DEFAULTS.items()}
+    assert shown == module.ROLLOUT_DEFAULTS
     text = " ".join(CliRunner().invoke(main, ["rollouts", "--help"]).stdout.split())
-    for shown in ("greedy decoding. [default: 1]", "0 for all. [default: 50]", "[default: 4096]"):
-        assert shown in text
+    for part in ("greedy decoding. [default: 1]", "0 for all. [default: 50]", "[default: 4096]"):
+        assert part in text
 
 
 @pytest.mark.parametrize(
