@@ -13,6 +13,7 @@ from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.prompt.tokenizer_files import read_added_tokens
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CARD = "README.md"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TORCH_ADAPTER_WEIGHTS = "adapter_model.bin"  # older versions of PEFT
 MLX_ADAPTER_WEIGHTS = "adapters.safetensors"  # mlx-lm's and mlx-vlm's format

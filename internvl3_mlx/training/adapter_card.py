@@ -9,7 +9,6 @@ from internvl3_mlx.json_files import read_optional_json
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.session import TrainSession
 
-CARD_FILE = "README.md"
 DENSE_BITS = 16
 TAGS = ("lora", "internvl", "internvl3-mlx")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.files import atomic_folder, content_digest, recover_folder
 from internvl3_mlx.json_files import read_json
@@ -29,7 +29,9 @@ from internvl3_mlx.write_guards import FolderKind
 
 FOLDER, ARRAYS, METADATA = "checkpoints", "state.safetensors", "state.json"
 CHECKPOINT_FOLDER = FolderKind(
-    "a training checkpoint", (ARRAYS, METADATA, ADAPTER_CONFIG, ADAPTER_WEIGHTS), ((METADATA,),)
+    "a training checkpoint",
+    (ARRAYS, METADATA, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD),
+    ((METADATA,),),
 )
 NAME = re.compile(r"step-(\d{6,})")
 FORMAT_VERSION = 3  # of state.json: raised when older ones can no longer be read

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from internvl3_mlx.adapters.adapter_files import ADAPTER_CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from internvl3_mlx.checkpoints.reader import mlx_dtype
 from internvl3_mlx.convert.pipeline import (
     ConvertedCheckpoint,
@@ -23,7 +23,7 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import atomic_files, atomic_folder
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear, lora_layers
-from internvl3_mlx.training.adapter_card import CARD_FILE, adapter_card, base_model_id
+from internvl3_mlx.training.adapter_card import adapter_card, base_model_id
 from internvl3_mlx.training.checkpoint import ARRAYS, METADATA
 from internvl3_mlx.training.checkpoint import FOLDER as CHECKPOINTS
 from internvl3_mlx.training.config_file import CONFIG_FILE
@@ -114,7 +114,7 @@ def save_best(session: TrainSession) -> None:
 
 def save_adapter_files(session: TrainSession) -> None:
     """Replace the adapter in the run's folder, file by file, leaving everything else in place."""
-    with atomic_files(session.folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE)) as aside:
+    with atomic_files(session.folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD)) as aside:
         write_adapter_files(session, aside)
 
 
@@ -122,7 +122,7 @@ def write_adapter_files(session: TrainSession, folder: Path) -> None:
     """Write the run's adapter into an existing folder."""
     config = lora_config(session.config)
     write_adapter_into(session.state.model, folder, config, base_model=base_model_id(session))
-    (folder / CARD_FILE).write_text(adapter_card(session), encoding="utf-8")
+    (folder / ADAPTER_CARD).write_text(adapter_card(session), encoding="utf-8")
 
 
 def write_model(session: TrainSession, target: Path) -> None:
@@ -165,6 +165,6 @@ def remove_run(folder: Path) -> None:
                 part.rmdir()
     with suppress(OSError):  # other files are in it, or it is not there
         (folder / CHECKPOINTS).rmdir()
-    written = (CARD_FILE, METRICS_FILE, PLOT_FILE, CONFIG_FILE, "samples.json", "report.html")
+    written = (ADAPTER_CARD, METRICS_FILE, PLOT_FILE, CONFIG_FILE, "samples.json", "report.html")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *written):
         (folder / name).unlink(missing_ok=True)

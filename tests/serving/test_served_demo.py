@@ -233,11 +233,8 @@ def test_the_page_asks_the_demo(server):
         ready = "return document.documentElement.dataset.ready"
         assert wait_for(lambda: driver.execute_script(ready), WAIT_S)
         driver.find_element("css selector", ".sample").click()
-        found = wait_for(
-            lambda: (
-                [e.text for e in driver.find_elements("css selector", ".assistant .markdown")]
-                == ["dog"]
-            ),
-            WAIT_S,
+        # read in one step: the page replaces its nodes while the answer arrives
+        texts = (
+            "return [...document.querySelectorAll('.assistant .markdown')].map(n => n.innerText)"
         )
-        assert found
+        assert wait_for(lambda: driver.execute_script(texts) == ["dog"], WAIT_S)
