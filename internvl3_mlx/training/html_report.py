@@ -26,6 +26,7 @@ from internvl3_mlx.training.trainable import count_parameters
 REPORT_FILE = "report.html"
 MAX_IMAGE_SIDE = 224  # pixels
 GB = 1e9
+SAMPLE_COLUMNS = ("question", "expected", "before", "now")
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -33,6 +34,12 @@ table { border-collapse: collapse; width: 100% } td, th { text-align: left; vert
 padding: .35rem .6rem; border-bottom: 1px solid #8884 } img { max-width: 14rem } svg { max-width:
 100%; height: auto } .good { color: #2f9e6b } .bad { color: #d8673b } pre { white-space: pre-wrap;
 margin: 0; font: inherit } .loc { opacity: .6; font-size: .8em }
+td { overflow-wrap: anywhere }
+@media (max-width: 40rem) {
+  .samples tr:first-child { display: none } .samples td { display: block; border: 0 }
+  .samples tr { display: block; border-bottom: 1px solid #8884 }
+  .samples td[data-name]::before { content: attr(data-name); opacity: .6; font-size: .8em }
+}
 """
 
 
@@ -99,8 +106,8 @@ def samples_table(session: TrainSession, samples: Sequence[AnswerSample]) -> Ite
     """Yield the validation records with their first and last answers."""
     dataset = session.setup.valid_dataset
     metric = escape(session.config.eval_metric or "score")
-    yield f"<h2>Answers on validation data ({metric})</h2><table>"
-    yield "<tr><th></th><th>question</th><th>expected</th><th>before</th><th>now</th></tr>"
+    yield f'<h2>Answers on validation data ({metric})</h2><table class="samples">'
+    yield f"<tr><th></th>{''.join(f'<th>{name}</th>' for name in SAMPLE_COLUMNS)}</tr>"
     for number, sample in enumerate(samples):
         image = (
             shown_image(build_question(dataset, number).inputs.processed_images)
@@ -109,14 +116,16 @@ def samples_table(session: TrainSession, samples: Sequence[AnswerSample]) -> Ite
         )
         updates = sorted(sample.answers, key=int)
         place = f'<span class="loc">{escape(sample.location)}</span>'
+        picture = f'<img alt="" src="{data_uri(image)}">' if image is not None else ""
         cells = [
-            f'<img alt="" src="{data_uri(image)}">' if image is not None else "",
             f"<pre>{escape(sample.question)}</pre>{place}",
             f"<pre>{escape(sample.expected)}</pre>",
             answer_cell(sample, updates[0]),
             answer_cell(sample, updates[-1]) if len(updates) > 1 else "",
         ]
-        yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        named = zip(SAMPLE_COLUMNS, cells, strict=True)
+        row = "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in named)
+        yield f"<tr><td>{picture}</td>{row}</tr>"
     yield "</table>"
 
 

@@ -79,6 +79,7 @@ def test_the_report_is_one_page_with_plot_samples_settings_and_cost(tmp_path):
     text = (here.folder / "report.html").read_text("utf-8")
     assert "<pre>Is 1 &lt; 2?</pre>" in text
     assert '<meta name="viewport"' in text
+    assert text.count('<td data-name="expected">') == 2
     assert "&lt;b&gt;yes&lt;/b&gt;" in text
     assert "<b>" not in text
     for shown in ("4 of 4", "learning_rate", "update 0", "update 4", "peak memory"):
