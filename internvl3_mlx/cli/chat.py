@@ -41,7 +41,12 @@ BANNER_WIDTH = 66  # without its corners
         ("internvl3 chat report.pdf --model 8b", "attach a PDF to the first question"),
         ("internvl3 chat --continue", "the last conversation again"),
     ),
-    suggestions={"-q": "--quiet", "--quantize": "--q-bits", "-p": "generate -p"},
+    suggestions={
+        "-q": "--quiet",
+        "--quantize": "--q-bits",
+        "-p": "generate -p",
+        "--best-of": "/best N in the chat",
+    },
 )
 @click.argument("images", nargs=-1)
 @IMAGE_FLAG

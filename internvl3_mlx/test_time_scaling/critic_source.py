@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.json_files import read_json
 from internvl3_mlx.test_time_scaling.critic import PRM_SYSTEM
 from internvl3_mlx.user_paths import expand_user
@@ -35,11 +36,11 @@ def find_critic(name: str) -> CriticSource:
     """Resolve a critic's name; a folder with an adapter is loaded with its base model.
 
     A critic that ``internvl3 train --method prm`` wrote is used with the system prompt of its data.
-    Raises UserError for an adapter that does not name its base model.
+    Raises UserError for a misspelled name, and for an adapter that does not name its base model.
     """
     folder = expand_user(name)
     if not folder.is_dir():
-        return CriticSource(PUBLISHED_CRITICS.get(name.lower(), name))
+        return CriticSource(PUBLISHED_CRITICS.get(name.lower()) or check_spelling(name))
     system = PRM_SYSTEM if is_prm_run(folder) or is_prm_run(folder.parent) else None
     if not (folder / ADAPTER_CONFIG).is_file():
         return CriticSource(name, system=system)
@@ -50,6 +51,14 @@ def find_critic(name: str) -> CriticSource:
             f"{ADAPTER_CONFIG}); fuse it with internvl3 fuse and name the result"
         )
     return CriticSource(base, str(folder), system)
+
+
+def check_spelling(name: str) -> str:
+    """Return the name of a model; raises UserError for one that is almost a published critic's."""
+    near = did_you_mean(name.lower(), PUBLISHED_CRITICS, otherwise="")
+    if near and "/" not in name:
+        raise UserError(f"no critic {name!r}; {near}")
+    return name
 
 
 def is_prm_run(folder: Path) -> bool:

@@ -273,6 +273,8 @@ def test_a_trained_adapter_is_a_critic_with_the_prompt_of_its_data(tmp_path):
     assert (source.model, source.adapter, source.system) == ("demo", str(folder), "prm")
     (tmp_path / "run" / "train_config.yaml").write_text("method: sft\n")
     assert find_critic(str(folder)).system is None
+    with pytest.raises(UserError, match="no critic 'visualprm8b'; did you mean visualprm-8b?"):
+        find_critic("visualprm8b")
     assert load_critic("demo", system="prm").system == PRM_SYSTEM_PROMPT
 
 
