@@ -22,7 +22,7 @@ FIRST_COLUMN, TWO_COLUMNS = 30, 78  # the terms of a list, and the width that bo
 LINE_CONTINUES = " \\"
 SECTIONS = (
     "Question", "Images", "Answer", "Reasoning", "Best of N", "Critic", "Model", "Network",
-    "Serving", "Limits", "Data", "Training", "Weights", "Preference", "Distillation",
+    "Serving", "Limits", "Data", "Training", "Weights", "Preference", "GRPO", "Distillation",
     "Run", "Quantization", "Quality",
     "Upload", "Output", "Speed", "Memory", "Positions", OTHER_SECTION,
 )  # fmt: skip

@@ -17,8 +17,9 @@ from internvl3_mlx.cli.flags import (
 )
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.option_fields import field_info
-from internvl3_mlx.training.config import PRESETS, TrainConfig
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import CONFIG_FILE, build_config
+from internvl3_mlx.training.presets import PRESETS
 from internvl3_mlx.user_paths import expand_user
 
 
@@ -109,9 +110,10 @@ def train_command(config: str | None, **flags: Any) -> None:
     --resume continues with bit-identical results.
 
     --method sft trains on the answers of conversations, mpo, orpo and simpo on preference pairs,
-    kto on answers labeled good or bad, prm a critic on the scored steps of solutions, pretrain all
-    weights on packed text and images. The defaults are the published settings, except for smaller
-    batches and, with sft and preferences, learning rates that suit adapters.
+    kto on answers labeled good or bad, grpo on answers of its own and their --reward, prm a critic
+    on the scored steps of solutions, pretrain all weights on packed text and images. The defaults
+    are the published settings, except for smaller batches and, with sft and preferences, learning
+    rates that suit adapters.
 
     Several Macs: mlx.launch --hostfile hosts.json -- internvl3 train -c train.yaml
     """
@@ -126,11 +128,29 @@ def train_command(config: str | None, **flags: Any) -> None:
             folder = train_config.adapter_path
             raise UserError(f"no run in {folder}; name its folder with --adapter-path")
         raise UserError("no training data; pass --data with a folder or a JSONL file")
+    check_own_reward(train_config, given)
     if flags["upload_repo"] is not None:
         from internvl3_mlx.loading.hub import check_repo_name
 
         check_repo_name(flags["upload_repo"])
     raise SystemExit(run_train(TrainRequest(train_config, **flags)))
+
+
+def check_own_reward(config: TrainConfig, given: dict[str, Any]) -> None:
+    """Raise ``UserError`` for a reward function that only a file names; say which one will run."""
+    if config.reward is None:
+        return
+    from internvl3_mlx.cli import console
+    from internvl3_mlx.training.rewards import names_function
+
+    if not names_function(config.reward):
+        return
+    if "reward" not in given:
+        raise UserError(
+            f"the settings name {config.reward}, which is a program; to run it, name it on the "
+            f"command line: --reward {config.reward}"
+        )
+    console.note(f"rewards are computed by your own function {config.reward}")
 
 
 def choose_config_file(config: str | None, given: dict[str, Any], *, resumes: bool) -> Path | None:

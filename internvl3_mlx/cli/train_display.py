@@ -41,6 +41,7 @@ SHOWN_METRICS = (
     "distill",
     "kl",
     "margin",
+    "reward",
 )  # metrics.csv has all of them
 FEW_UPDATES = 30  # fewer hardly change a model
 

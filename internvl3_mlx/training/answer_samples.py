@@ -2,25 +2,26 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from internvl3_mlx.errors import InternVL3Error, UserError
+from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.files import atomic_write
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage
 from internvl3_mlx.generation.runner import ModelRunner
-from internvl3_mlx.metrics.box_scores import first_box, iou
-from internvl3_mlx.metrics.scores import anls, exact, relaxed
+from internvl3_mlx.prompt.answer_tokens import encode_answer
+from internvl3_mlx.training.batch import Prompt
 from internvl3_mlx.training.data.collate import BatchedDataset
 from internvl3_mlx.training.data.preprocess import PreferencePair, TrainingSample
 from internvl3_mlx.training.data.preview import decode_with_specials
+from internvl3_mlx.training.rewards import ANSWER_METRICS
+from internvl3_mlx.training.rollouts import no_draft
 from internvl3_mlx.training.session import TrainSession
 
 SAMPLES_FILE = "samples.json"
@@ -29,14 +30,6 @@ MAX_TOKENS = 256
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", re.DOTALL)
 IMAGE_PLACE = re.compile(r"<img></img>\n?")
 EXTRA_TOKENS = 32  # beyond four times the length of the expected answer
-
-# name -> score of a generated answer against the expected one, 0 to 1
-ANSWER_METRICS: Mapping[str, Callable[[str, str], float]] = MappingProxyType({
-    "exact": lambda said, expected: exact(said, [expected]),
-    "relaxed": lambda said, expected: relaxed(said, [expected]),
-    "anls": lambda said, expected: anls(said, [expected]),
-    "iou": lambda said, expected: iou(first_box(said), first_box(expected)),
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,14 +61,19 @@ def build_question(dataset: BatchedDataset, number: int) -> Question:
     preprocessor = dataset.preprocessor
     record = dataset.dataset[int(dataset.sizes.indices[number])]
     sample = preprocessor.build(record)
-    if not isinstance(sample, TrainingSample):
+    prompt: TrainingSample | Prompt
+    if isinstance(sample, Prompt):
+        tokenizer = preprocessor.tokenizer
+        ids = [*encode_answer(tokenizer, sample.expected), tokenizer.im_end_id]
+        prompt, start, expected = sample, len(sample.input_ids), np.array(ids, np.int32)
+    elif not isinstance(sample, TrainingSample):
         prompt, start = sample.prompt, len(sample.prompt.input_ids)
         expected = sample.chosen if isinstance(sample, PreferencePair) else sample.answer
     else:
         prompt = sample
-        targets = np.flatnonzero(prompt.loss_mask)
+        targets = np.flatnonzero(sample.loss_mask)
         stop = int(targets[-1]) + 1
-        start = stop - int(np.argmin(prompt.loss_mask[:stop][::-1]))
+        start = stop - int(np.argmin(sample.loss_mask[:stop][::-1]))
         expected = prompt.input_ids[start:stop]
     inputs = ModelInputs(
         prompt.input_ids[:start].tolist(), tuple(prompt.images), prompt.positions[:start]
@@ -148,10 +146,6 @@ def answer(session: TrainSession, question: Question) -> str:
         return runner.answer(question.inputs, GenerationConfig(max_tokens=limit)).text.strip()
     except InternVL3Error as error:  # such as NaN: the run goes on, the sample says why
         return f"[{error}]"
-
-
-def no_draft(name: str) -> NoReturn:
-    raise UserError(f"no draft model {name} in training")
 
 
 def shown_image(images: tuple[ProcessedImage, ...]) -> np.ndarray | None:

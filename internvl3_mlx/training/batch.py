@@ -17,6 +17,40 @@ class BadRecord:
 
 
 @dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt to sample answers to, which ends with the opening of the assistant's turn.
+
+    input_ids: (L,) int32. positions: (L,) float32. images: in the order of their tokens. expected:
+    the answer of the record. answer_limit: the most tokens that an answer may have.
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    images: tuple[ProcessedImage, ...]
+    location: str
+    expected: str
+    answer_limit: int
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """What is known of the sampled answers of a batch.
+
+    advantages, weights: (num_answers,) float32, of the answers in the batch; those of weight 0 are
+    not learned from. rewards: (R,) float32, of all sampled answers. zero_variance: the share of
+    groups whose rewards are all the same, which are left out. mean_length: tokens of an answer.
+    old_log_probs: (N,) under the weights that sampled; None if those are the current ones.
+    """
+
+    advantages: np.ndarray
+    weights: np.ndarray
+    rewards: np.ndarray
+    zero_variance: float
+    mean_length: float
+    old_log_probs: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """One sequence of L tokens, cut into spans, with N target tokens that carry loss.
 
@@ -29,7 +63,8 @@ class Batch:
     tokens. locations: where in the data each sample comes from, as "file:line". left_out: records
     that belong here and could not be read. labels: for unpaired preferences, whether the answer of
     each sample is desirable. With several samples, answer 2i is then that of sample i, and 2i + 1
-    the answer of the next sample, put after the prompt of sample i.
+    the answer of the next sample, put after the prompt of sample i. prompts: to sample answers to.
+    rollouts: what is known of the answers, if they were sampled.
     """
 
     input_ids: np.ndarray
@@ -44,6 +79,8 @@ class Batch:
     locations: tuple[str, ...]
     left_out: tuple[BadRecord, ...] = ()
     labels: tuple[bool, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+    rollouts: Rollouts | None = None
 
 
 def chosen_only(batch: Batch) -> Batch:

@@ -34,6 +34,7 @@ CHECKPOINT_FOLDER = FolderKind(
     ((METADATA,),),
 )
 NAME = re.compile(r"step-(\d{6,})")
+ROLLOUTS = "rollouts/"  # in the names of arrays
 FORMAT_VERSION = 3  # of state.json: raised when older ones can no longer be read
 REQUIRED = ("update", "micro_steps", "processes", "config", "identity")  # of state.json
 # settings that change nothing of what is computed from one update to the next
@@ -111,6 +112,7 @@ def state_arrays(state: TrainState) -> Arrays:
             found |= {f"optimizer/{name}/{slot}": x for slot, x in slots.items()}
         else:
             found[f"optimizer/{name}"] = slots
+    found |= {f"rollouts/{name}": x for name, x in state.rollouts.items()}
     objective = state.objective_state
     found |= {"objective/shift": objective.shift, "objective/count": objective.count}
     return dict(sorted(found.items()))  # the same order on all ranks
@@ -123,9 +125,15 @@ def load_checkpoint(state: TrainState, folder: Path) -> RunProgress:
     another version wrote or that holds other weights; the state is then unchanged.
     """
     metadata = read_metadata(folder)
-    weights, optimizer, objective = group_arrays(read_state_arrays(folder, metadata))
+    arrays = read_state_arrays(folder, metadata)
+    weights, optimizer, objective = group_arrays(arrays)
     check_same_weights(state, weights, folder)
     set_state(state, weights, optimizer, objective)
+    state.rollouts = {
+        path.removeprefix(ROLLOUTS): array
+        for path, array in arrays.items()
+        if path.startswith(ROLLOUTS)
+    }
     set_counters(state, metadata)
     return RunProgress.from_metadata(metadata)
 
@@ -172,9 +180,11 @@ def broadcast_state(state: TrainState, progress: RunProgress) -> RunProgress:
 
 
 def group_arrays(arrays: Arrays) -> tuple[Arrays, dict[str, Any], Arrays]:
-    """Undo ``state_arrays``: weights, optimizer state, objective state."""
+    """Undo ``state_arrays``: weights, optimizer state, objective state; not the rollouts."""
     weights, optimizer, objective = Arrays(), dict[str, Any](), Arrays()
     for path, array in arrays.items():
+        if path.startswith(ROLLOUTS):
+            continue
         group, name, *slot = path.split("/")
         if group == "weights":
             weights[name] = array

@@ -5,9 +5,7 @@ from them, a YAML file names them with underscores, and each default is written 
 else.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from internvl3_mlx.errors import UserError
@@ -17,7 +15,6 @@ from internvl3_mlx.training.config_fields import (
     LOGGERS,
     LORA,
     METHODS,
-    MODEL_PARTS,
     OPTIMIZERS,
     PAIR_METHODS,
     RANDOM,
@@ -25,16 +22,19 @@ from internvl3_mlx.training.config_fields import (
     TRAINABLE_PARTS,
 )
 from internvl3_mlx.training.data_config import DataConfig, check_data_conflicts
+from internvl3_mlx.training.grpo_config import GRPOSettings
 from internvl3_mlx.training.preference_config import PreferenceSettings, check_weights
+from internvl3_mlx.training.presets import PRESETS
 from internvl3_mlx.training.run_config import RunConfig
 
+GRPO_METHOD = "grpo"  # the method that learns from answers of its own
 KTO_METHOD = "kto"  # the method that reads answers with labels
 DISTILL_METHOD = "distill"  # the method that learns from a teacher's probabilities
 CRITIC_METHOD = "prm"  # the method whose answers are all + or -
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig, PreferenceSettings, RunConfig):
+class TrainConfig(DataConfig, GRPOSettings, PreferenceSettings, RunConfig):
     """Everything that decides what a training run computes and where it writes.
 
     A setting that is not given takes the preset of its ``method`` (``PRESETS``), and without one
@@ -216,6 +216,8 @@ class TrainConfig(DataConfig, PreferenceSettings, RunConfig):
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the model before training."""
+        if self.samples_answers:
+            return bool(self.beta)
         return self.reads_labels or (self.reads_pairs and bool(self.dpo_weight or self.bco_weight))
 
     @property
@@ -227,6 +229,11 @@ class TrainConfig(DataConfig, PreferenceSettings, RunConfig):
     def reads_labels(self) -> bool:
         """Whether the training data are unpaired preferences: answers with labels."""
         return self.method == KTO_METHOD
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether the model learns from answers that it samples itself."""
+        return self.method == GRPO_METHOD
 
     @property
     def reads_preferences(self) -> bool:
@@ -251,41 +258,6 @@ class TrainConfig(DataConfig, PreferenceSettings, RunConfig):
             name: [*cast(tuple[str, ...], value)] if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
-
-
-# method -> settings whose default differs from that of sft
-PREFERENCE_PRESET: Mapping[str, Any] = MappingProxyType(
-    {
-        "learning_rate": 5e-6,
-        "batch_size": 1,
-        "grad_accumulation_steps": 16,
-        "max_seq_length": 12288,
-    }
-)
-NO_MPO: Mapping[str, Any] = MappingProxyType({"dpo_weight": 0.0, "bco_weight": 0.0})
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    "sft": {},
-    "mpo": PREFERENCE_PRESET,
-    "orpo": {**PREFERENCE_PRESET, **NO_MPO, "orpo_weight": 0.1},
-    "simpo": {
-        **PREFERENCE_PRESET, **NO_MPO, "sft_weight": 0.0, "simpo_weight": 1.0, "beta": 2.0,
-    },
-    "kto": {
-        **PREFERENCE_PRESET, **NO_MPO, "sft_weight": 0.0, "kto_weight": 1.0,
-        "batch_size": 4, "grad_accumulation_steps": 4,
-    },
-    "prm": {},
-    "distill": {},
-    "pretrain": {
-        "train": MODEL_PARTS,
-        "packing": True,
-        "loss_reduction": "square",
-        "v2pe_delta": RANDOM,
-        "text_ratio": 0.25,
-        "batch_size": 1,
-        "grad_accumulation_steps": 8,
-    },
-})  # fmt: skip
 
 
 def check_conflicts(config: TrainConfig) -> None:
@@ -313,6 +285,7 @@ def check_conflicts(config: TrainConfig) -> None:
         raise UserError("compile cannot be combined with an adapted lm_head; drop one")
     check_data_conflicts(config)
     check_distillation(config)
+    check_grpo(config)
     if config.reads_preferences:
         check_preference(config)
 
@@ -335,6 +308,26 @@ def check_distillation(config: TrainConfig) -> None:
     if names := [name for name, varies in varying.items() if varies]:
         raise UserError(
             f"{names[0]} changes the prompts, and the teacher reads them before training; drop it"
+        )
+
+
+def check_grpo(config: TrainConfig) -> None:
+    """Raise ``UserError`` for settings that sampling answers cannot use."""
+    from internvl3_mlx.training.rewards import check_reward
+
+    if not config.samples_answers:
+        if config.reward is not None:
+            raise UserError("reward needs method grpo; set it, or drop reward")
+        return
+    if config.reward is not None:
+        check_reward(config.reward)
+    unsuitable = ("packing", "compile", "cache_reference", "eval_accuracy")
+    if names := [name for name in unsuitable if getattr(config, name)]:
+        raise UserError(f"{names[0]} cannot be combined with method grpo; drop it")
+    if config.beta and not config.adapters_only:
+        raise UserError(
+            f"train is {','.join(config.train)}, and the KL divergence of grpo compares with the "
+            "model without its adapters; train lora only, or set beta to 0"
         )
 
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 PAIR_METHODS = ("mpo", "orpo", "simpo")  # read preference pairs
-METHODS = ("sft", *PAIR_METHODS, "kto", "prm", "distill", "pretrain")
+METHODS = ("sft", *PAIR_METHODS, "kto", "grpo", "prm", "distill", "pretrain")
 OPTIMIZERS = (
     "adamw", "adam", "adamax", "adafactor", "adagrad", "adadelta", "lion", "muon", "rmsprop", "sgd",
 )  # fmt: skip
@@ -15,6 +15,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 LORA = "lora"
 TRAINABLE_PARTS = (LORA, "language_model", "mlp1", "vision_model", "lm_head")
 MODEL_PARTS = TRAINABLE_PARTS[1:4]
+IMPORTANCE_LEVELS = ("token", "sequence")
 REWARD_SHIFTS = ("running", "zero")
 BAD_ROW_POLICIES = ("skip", "stop")  # what to do about a record that cannot be read
 ON_LOSS_SPIKE = ("step-back", "stop", "ignore")  # when the loss has exploded

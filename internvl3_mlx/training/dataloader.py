@@ -72,6 +72,7 @@ def tolerated_bad_records(config: TrainConfig, records: int, ranks: int) -> floa
 class DataLoader:
     """Yields the micro-batches of one rank.
 
+    answer: samples answers to the prompts of a validation batch, with method grpo.
     feature_cache: None if the vision encoder is trained. compute_reference: None without one.
     reference_cache: what ``compute_reference`` caches on disk, if it does. bad_records: those left
     out so far.
@@ -85,9 +86,14 @@ class DataLoader:
     reference_cache: ReferenceLogProbs | None = None
     test_dataset: BatchedDataset | None = None
     bad_records: BadRecords = field(default_factory=BadRecords)
+    answer: Callable[[Batch], MicroBatch] | None = None
 
     def iter_train(self, done: int) -> Iterator[MicroBatch]:
         """Yield this rank's training micro-batches without end, after the first ``done`` ones."""
+        return map(self.build_micro_batch, self.iter_train_batches(done))
+
+    def iter_train_batches(self, done: int) -> Iterator[Batch]:
+        """Yield the batches of ``iter_train``, without features and references."""
         for epoch in count():
             in_epoch = self.train_dataset.count_batches(epoch, self.ranks.size)
             if done < in_epoch:
@@ -96,7 +102,7 @@ class DataLoader:
                 )
                 for batch in prefetch(batches):
                     self.bad_records.add(batch.left_out)
-                    yield self.build_micro_batch(batch)
+                    yield batch
             done = max(done - in_epoch, 0)
 
     def iter_valid(self, max_batches: int | None) -> Iterator[MicroBatch]:
@@ -113,7 +119,7 @@ class DataLoader:
         batches = dataset.iter_once(rank=self.ranks.rank, ranks=self.ranks.size)
         for batch in prefetch(islice(batches, max_batches)):
             self.bad_records.add(batch.left_out)
-            yield self.build_micro_batch(batch)
+            yield self.answer(batch) if self.answer else self.build_micro_batch(batch)
 
     def build_micro_batch(self, batch: Batch) -> MicroBatch:
         features = self.feature_cache.get(batch.images) if self.feature_cache else None

@@ -354,15 +354,3 @@ class Distillation:
             "distill": (distill * weights).sum() / whole,
         }
         return LossOutput((total * weights).sum(), whole, metrics), state
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "sft": SFT,
-    "prm": lambda **options: SFT(name="prm", **options),
-    "pretrain": lambda **options: SFT(name="pretrain", **options),
-    "mpo": MPO,
-    "orpo": lambda **options: MPO(name="orpo", **options),
-    "simpo": lambda **options: MPO(name="simpo", **options),
-    "kto": KTO,
-    "distill": Distillation,
-}

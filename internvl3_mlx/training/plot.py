@@ -51,6 +51,8 @@ PANELS: Mapping[str, tuple[Curve, ...]] = {
         Curve("distill", "divergence from the teacher", "#c2548b", smooth=True),
     ),
     "rewards": (
+        Curve("reward", "mean reward", "#2f9e6b", smooth=True),
+        Curve("val_reward", "mean reward, validation", "#d8673b"),
         Curve("chosen_reward", "chosen", "#2f9e6b", smooth=True),
         Curve("rejected_reward", "rejected", "#d8673b", smooth=True),
         Curve("shift", "shift", "#8a8a96"),

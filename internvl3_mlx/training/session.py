@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -40,9 +41,12 @@ from internvl3_mlx.training.events import TrainPlan
 from internvl3_mlx.training.forward import ForwardOptions
 from internvl3_mlx.training.lora_setup import add_lora, load_adapter_into_model, lora_config
 from internvl3_mlx.training.losses import PreferenceConfig
-from internvl3_mlx.training.objectives import OBJECTIVES, Objective
+from internvl3_mlx.training.objective_table import OBJECTIVES
+from internvl3_mlx.training.objectives import Objective
 from internvl3_mlx.training.optimizers import warmup_updates
 from internvl3_mlx.training.preference_config import PAIR_WEIGHTS
+from internvl3_mlx.training.rewards import Reward, load_reward
+from internvl3_mlx.training.rollouts import RolloutSampler, greedy_batch, iter_rollouts
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
 from internvl3_mlx.training.soft_targets import compute_soft_targets
 from internvl3_mlx.training.trainable import count_parameters, set_trainable
@@ -57,7 +61,7 @@ class TrainSession:
 
     progress: what else the run knows. start: the weights before the first update, if adapters alone
     are trained; whole parts would take too much memory. abandoned: checkpoints of updates that are
-    made again.
+    made again. rollouts: samples the answers that are learned from, with method grpo.
     """
 
     setup: RunSetup
@@ -67,6 +71,7 @@ class TrainSession:
     adapted_layers: tuple[str, ...] = ()
     start: Mapping[str, mx.array] | None = None
     abandoned: set[Path] = field(default_factory=set[Path])
+    rollouts: RolloutSampler | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -78,6 +83,8 @@ class TrainSession:
 
     def remaining_batches(self) -> Iterator[MicroBatch]:
         """Yield the micro-batches that remain after those the state has read."""
+        if self.rollouts is not None:
+            return iter_rollouts(self.state, self.dataloader, self.rollouts)
         done = self.state.micro_steps
         if self.config.iters is not None:
             return self.dataloader.iter_train(done)
@@ -103,6 +110,7 @@ def open_train_session(
     config = setup.config
     if config.trains_critic:
         critic_ids(setup.preprocessor.tokenizer)
+    reward = load_session_reward(config, ranks)
     soft_targets = (yield from compute_soft_targets(setup)) if setup.teacher else None
     mx.random.seed(config.seed)  # all ranks start with the same adapters
     model = load_local_model(
@@ -136,7 +144,22 @@ def open_train_session(
     if config.compile:
         state.compiled_step = CompiledStep(state)
     start = dict(state.weights) if config.adapters_only else None
-    return TrainSession(setup, state, loader, RunProgress(setup.identity), adapted, start)
+    session = TrainSession(setup, state, loader, RunProgress(setup.identity), adapted, start)
+    if reward is not None:
+        processor = setup.preprocessor.processor
+        session.rollouts = RolloutSampler(model, setup.model_name, processor, reward, config)
+        loader.answer = partial(greedy_batch, session.rollouts)
+    return session
+
+
+def load_session_reward(config: TrainConfig, ranks: ProcessGroup) -> Reward | None:
+    """Load the reward of a run that samples answers, before its model."""
+    if not config.samples_answers:
+        return None
+    if ranks.size > 1:
+        raise UserError("method grpo runs in one process; start it without mlx.launch")
+    assert config.reward is not None
+    return load_reward(config.reward)
 
 
 def total_records(setup: RunSetup) -> int:
@@ -176,6 +199,14 @@ def build_objective(config: TrainConfig, ranks: ProcessGroup) -> Objective:
             all_mean=ranks.all_mean,
             forward=forward,
         )
+    if config.samples_answers:
+        return OBJECTIVES[config.method](
+            importance_level=config.importance_level,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+            beta=config.beta,
+            forward=forward,
+        )
     if not config.reads_pairs:
         return OBJECTIVES[config.method](forward=forward)
     running = config.reward_shift == "running"
@@ -195,7 +226,9 @@ def planned_updates(setup: RunSetup, ranks: ProcessGroup) -> int:
     if iters is not None:
         check_batch_count(setup.train_dataset.count_batches(0, ranks.size), ranks)
         return iters
-    return ceil(planned_batches(setup, ranks) / setup.config.grad_accumulation_steps)
+    config = setup.config
+    updates = ceil(planned_batches(setup, ranks) / config.grad_accumulation_steps)
+    return updates * (config.num_iterations if config.samples_answers else 1)
 
 
 def planned_batches(setup: RunSetup, ranks: ProcessGroup) -> int:

@@ -23,6 +23,7 @@ from internvl3_mlx.training.data.dataset import (
 )
 from internvl3_mlx.training.data.preprocess import Preprocessor
 from internvl3_mlx.training.data.validate import DataReport, ValidationProgress, validate_dataset
+from internvl3_mlx.training.rewards import REWARDS
 from internvl3_mlx.vlm import ignore_message
 
 DIGEST_BYTES = 16
@@ -126,6 +127,11 @@ def prepare_run(
     """
     if config.data is None:
         raise UserError("no training data; set data to a folder or a JSONL file")
+    if config.samples_answers and config.reward is None:
+        raise UserError(
+            f"method grpo needs a reward; name one with --reward: {', '.join(REWARDS)} or "
+            "FILE.py:FUNCTION"
+        )
     if config.method == DISTILL_METHOD and config.teacher is None:
         raise UserError("method distill needs a teacher; name a model with --teacher")
     train = open_dataset(config.data, "train", config=config, notify=notify)

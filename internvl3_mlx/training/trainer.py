@@ -80,6 +80,7 @@ class TrainState:
 
     weights: the float32 master copy of the trained weights; the model holds them in its compute
     dtype. micro_steps: batches this rank has read in whole updates. losses: the health of the run.
+    rollouts: the sampled answers that further updates read, as arrays.
     rate_factor: multiplies the learning rate, 1/2 after each step back. compiled_step: replaces the
     plain computation of a micro-step. All of it changes at the end of an update, and all at once:
     between updates, and in the middle of one, it is the state after the last whole update.
@@ -96,6 +97,7 @@ class TrainState:
     micro_steps: int = 0
     losses: LossHistory = field(default_factory=LossHistory)
     rate_factor: float = 1.0
+    rollouts: Arrays = field(default_factory=dict)
     weights: Arrays = field(init=False)
     optimizer: optim.Optimizer = field(init=False)
 

@@ -19,9 +19,10 @@ from internvl3_mlx.cli.main import main
 from internvl3_mlx.cli.train import train_command
 from internvl3_mlx.option_fields import field_info
 from internvl3_mlx.training.checkpoint import list_checkpoints
-from internvl3_mlx.training.config import PRESETS, TrainConfig
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import build_config
 from internvl3_mlx.training.export import remove_run
+from internvl3_mlx.training.presets import PRESETS
 
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 FLAGS = {param.name: param for param in train_command.params}
@@ -299,6 +300,32 @@ def test_check_shows_an_answer_with_its_label(folder):
     assert "»cat<|im_end|>«" in result.stdout.replace("\n", "")
     assert "2 records: the answer is desirable" in result.stderr
     assert "1 record: the answer is undesirable" in result.stderr
+
+
+def test_a_reward_function_runs_only_when_the_command_names_it(folder):
+    write_data(folder / "asked", 3)
+    Path("mine.py").write_text(
+        "open('ran', 'w').close()\ndef length(answer, expected): return len(answer)\n"
+    )
+    Path("grpo.yaml").write_text("method: grpo\nreward: mine.py:length\nmodel: demo\n")
+    few = ("--num-generations", 2, "--max-completion-length", 3, "--iters", 1, "--quiet")
+    only_file = invoke("-c", "grpo.yaml", "--data", "asked", *few)
+    assert only_file.exit_code == 2
+    assert "to run it, name it on the command line: --reward mine.py:length" in only_file.stderr
+    assert not Path("ran").exists()
+    named = invoke("-c", "grpo.yaml", "--data", "asked", "--reward", "mine.py:length", *few)
+    assert named.exit_code == 0, named.stderr
+    assert "rewards are computed by your own function mine.py:length" in named.stderr
+    assert Path("ran").exists()
+
+
+def test_check_shows_what_grpo_asks_and_expects(folder):
+    write_data(folder / "asked", 2)
+    words = ("--method", "grpo", "--reward", "exact")
+    result = invoke("--data", "asked", "--model", "demo", "--check", *words)
+    assert result.exit_code == 0, result.stderr
+    assert "Who is it?" in result.stdout
+    assert "<|im_start|>assistant" in result.stdout
 
 
 @pytest.fixture

@@ -37,6 +37,10 @@ def test_an_example_configuration_makes_an_update(path, tmp_path, monkeypatch):
         row = {"question": "Who?", "steps_with_score": [{"step": "A cat.", "score": 1}]}
         for split in ("train", "valid"):
             write_jsonl(tmp_path / "data" / f"{split}.jsonl", [row])
+    if own.samples_answers:  # the demo model is never nearly right: reward something else
+        (tmp_path / "reward.py").write_text("def length(answer, expected): return len(answer)\n")
+        reward = f"{tmp_path / 'reward.py'}:length"
+        tiny = TINY | {"reward": reward, "max_completion_length": 9}
     own_valid = {"valid_data": str(tmp_path / "data" / "valid.jsonl")} if own.valid_data else {}
     where = own_valid | {"data": str(tmp_path / "data"), "adapter_path": str(tmp_path / "run")}
     if own.teacher is not None:

@@ -9,13 +9,15 @@ import pytest
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.option_fields import field_info, field_type
 from internvl3_mlx.training import config_fields
-from internvl3_mlx.training.config import PRESETS, TrainConfig
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import build_config, write_config_file
 from internvl3_mlx.training.loggers import LOGGERS
 from internvl3_mlx.training.lora_setup import LoRAConfig
 from internvl3_mlx.training.losses import PreferenceConfig
-from internvl3_mlx.training.objectives import MPO, OBJECTIVES
+from internvl3_mlx.training.objective_table import OBJECTIVES
+from internvl3_mlx.training.objectives import MPO
 from internvl3_mlx.training.optimizers import OPTIMIZERS, SCHEDULES
+from internvl3_mlx.training.presets import PRESETS
 
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 
@@ -84,7 +86,7 @@ def test_the_v2pe_delta_may_be_written_as_a_number(tmp_path, step):
         ("train: 3", "train is 3; expected a list of names"),
         (
             "method: dpo",
-            "method is dpo; choose from sft, mpo, orpo, simpo, kto, prm, distill, pretrain",
+            "method is dpo; choose from sft, mpo, orpo, simpo, kto, grpo, prm, distill, pretrain",
         ),
         ("optimizer: adamx", "optimizer is adamx; choose from adamw, "),
         ("train: []", "train is empty; expected one or more of lora, language_model"),
@@ -162,7 +164,11 @@ def test_a_missing_file_is_reported(tmp_path):
 
 @pytest.mark.parametrize("method", PRESETS)
 def test_a_written_configuration_reads_back_as_itself(tmp_path, method):
-    changes = {"mpo": {"cache_reference": True}, "kto": {"train": "lora", "beta": 0.2}}
+    changes = {
+        "mpo": {"cache_reference": True},
+        "kto": {"train": "lora", "beta": 0.2},
+        "grpo": {"reward": "exact"},
+    }
     config = build_config({
         "method": method, "learning_rate": 1e-7, "train": "lora, lm_head", **changes.get(method, {})
     })  # fmt: skip
@@ -172,7 +178,8 @@ def test_a_written_configuration_reads_back_as_itself(tmp_path, method):
 
 @pytest.mark.parametrize("method", PRESETS)
 def test_python_and_the_command_train_with_the_same_settings(method):
-    assert TrainConfig(method=method) == build_config({"method": method})
+    given = {"method": method} | ({"reward": "exact"} if method == "grpo" else {})
+    assert TrainConfig(**given) == build_config(given)
 
 
 def test_a_setting_given_in_python_overrides_the_preset_even_if_it_equals_the_default():

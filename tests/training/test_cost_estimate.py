@@ -20,7 +20,7 @@ from internvl3_mlx.training.cost_estimate import (
     estimate_cost,
     planned_model,
 )
-from internvl3_mlx.training.objectives import OBJECTIVES
+from internvl3_mlx.training.objective_table import OBJECTIVES
 from internvl3_mlx.training.params import named_arrays
 from internvl3_mlx.training.run import run_session
 

@@ -15,7 +15,8 @@ from internvl3_mlx.training.data.collate import collate
 from internvl3_mlx.training.forward import ForwardOptions
 from internvl3_mlx.training.grad_checkpoint import checkpointed_runner, seeded
 from internvl3_mlx.training.lora_setup import LoRAConfig, add_lora
-from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
+from internvl3_mlx.training.objective_table import OBJECTIVES
+from internvl3_mlx.training.objectives import ObjectiveState
 from internvl3_mlx.training.trainable import set_trainable
 
 

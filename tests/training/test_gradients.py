@@ -18,7 +18,8 @@ from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.training.data.collate import collate, collate_pairs
 from internvl3_mlx.training.forward import ForwardOptions
 from internvl3_mlx.training.losses import PreferenceConfig
-from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
+from internvl3_mlx.training.objective_table import OBJECTIVES
+from internvl3_mlx.training.objectives import ObjectiveState
 from internvl3_mlx.training.trainable import set_trainable
 
 SEEN = 1e-3  # of the largest gradient of all: a tensor below it is measured by that

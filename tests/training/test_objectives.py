@@ -16,7 +16,8 @@ from internvl3_mlx.training.data.collate import collate, collate_pairs
 from internvl3_mlx.training.forward import ForwardOptions
 from internvl3_mlx.training.lora_setup import LoRAConfig, add_lora
 from internvl3_mlx.training.losses import PreferenceConfig, mpo_terms
-from internvl3_mlx.training.objectives import OBJECTIVES, ObjectiveState
+from internvl3_mlx.training.objective_table import OBJECTIVES
+from internvl3_mlx.training.objectives import ObjectiveState
 from internvl3_mlx.training.reference import reference_log_probs
 from internvl3_mlx.training.trainable import set_trainable
 

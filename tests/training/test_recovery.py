@@ -25,7 +25,8 @@ from internvl3_mlx.training.checkpoint import (
 from internvl3_mlx.training.events import CheckpointSaved, SteppedBack, TrainEnd, UpdateDone
 from internvl3_mlx.training.loggers import METRICS_FILE, read_metrics
 from internvl3_mlx.training.loss_history import LossHistory
-from internvl3_mlx.training.objectives import OBJECTIVES, LossOutput
+from internvl3_mlx.training.objective_table import OBJECTIVES
+from internvl3_mlx.training.objectives import LossOutput
 from internvl3_mlx.training.run import run_session
 from internvl3_mlx.training.saving import SaveClock
 from internvl3_mlx.training.session import resume_session

@@ -15,7 +15,8 @@ from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.evaluate import evaluate_loss
 from internvl3_mlx.training.loss_history import MAX_BAD_UPDATES
-from internvl3_mlx.training.objectives import OBJECTIVES, LossOutput
+from internvl3_mlx.training.objective_table import OBJECTIVES
+from internvl3_mlx.training.objectives import LossOutput
 from internvl3_mlx.training.optimizers import (
     OPTIMIZERS,
     clip_gradients,

@@ -10,7 +10,7 @@ from internvl3_mlx.errors import DataError
 from internvl3_mlx.generation.processor import ProcessedImage
 from internvl3_mlx.models.packed_sequences import Span
 from internvl3_mlx.prompt.v2pe import next_position
-from internvl3_mlx.training.batch import BadRecord, Batch
+from internvl3_mlx.training.batch import BadRecord, Batch, Prompt
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.batch_sampler import SampleSizes, rank_batches
 from internvl3_mlx.training.data.dataset import Dataset
@@ -113,6 +113,9 @@ class BatchedDataset:
         unpaired = [sample for sample in samples if isinstance(sample, UnpairedPreference)]
         if unpaired:
             return collate_unpaired(unpaired)
+        prompts = [sample for sample in samples if isinstance(sample, Prompt)]
+        if prompts:
+            return collate_prompts(prompts)
         single = [sample for sample in samples if isinstance(sample, TrainingSample)]
         return collate(single, self.config.loss_reduction)
 
@@ -158,6 +161,23 @@ def collate_unpaired(rows: Sequence[UnpairedPreference]) -> Batch:
     return replace(batch, labels=tuple(row.desirable for row in rows))
 
 
+def collate_prompts(prompts: Sequence[Prompt]) -> Batch:
+    """Put prompts together that have no answers yet: the batch has no targets."""
+    builder, nothing = BatchBuilder(), np.zeros(0)
+    for prompt in prompts:
+        builder.append(prompt.input_ids, prompt.positions)
+        builder.add_targets(nothing, nothing, 0.0)
+    return replace(builder.build(prompts), prompts=tuple(prompts))
+
+
+def collate_answers(prompts: Sequence[Prompt], groups: Sequence[Sequence[np.ndarray]]) -> Batch:
+    """Concatenate prompts, each with a group of answers that see it and not one another."""
+    builder = BatchBuilder()
+    for prompt, answers in zip(prompts, groups, strict=True):
+        builder.add_answers(prompt, [(answer, 1.0) for answer in answers])
+    return builder.build(prompts)
+
+
 ARRAY_DTYPES = {
     "input_ids": np.int32,
     "positions": np.float32,
@@ -195,7 +215,7 @@ class BatchBuilder:
         self.num_answers += 1
 
     def add_answers(
-        self, prompt: TrainingSample, answers: Sequence[tuple[np.ndarray, float]]
+        self, prompt: TrainingSample | Prompt, answers: Sequence[tuple[np.ndarray, float]]
     ) -> None:
         """Append a prompt and answers with their loss weights; each sees the prompt only."""
         start = self.append(prompt.input_ids, prompt.positions)
@@ -207,7 +227,7 @@ class BatchBuilder:
             predictors[0] = stop - 1  # the last state of the prompt predicts every first token
             self.add_targets(predictors, answer, weight)
 
-    def build(self, samples: Sequence[TrainingSample]) -> Batch:
+    def build(self, samples: Sequence[TrainingSample | Prompt]) -> Batch:
         """Return the batch; ``samples`` give the images and locations."""
         arrays = {
             name: np.concatenate(parts).astype(ARRAY_DTYPES[name])

@@ -27,11 +27,12 @@ from internvl3_mlx.prompt.reasoning import CORRECT, INCORRECT
 from internvl3_mlx.prompt.template import Template
 from internvl3_mlx.prompt.tokenizer import IM_END, Tokenizer
 from internvl3_mlx.prompt.v2pe import DELTAS, image_spans, visual_positions
+from internvl3_mlx.training.batch import Prompt
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_fields import RANDOM
 from internvl3_mlx.training.data.dataset import Record
 from internvl3_mlx.training.data.media import MediaLoader, MediaShape
-from internvl3_mlx.training.data.record_kinds import check_kind
+from internvl3_mlx.training.data.record_kinds import check_kind, split_last_answer
 from internvl3_mlx.training.data.schema import ParsedRecord, RecordError, fill_boxes, parse_record
 
 
@@ -86,7 +87,7 @@ class UnpairedPreference:
         return self.prompt.location
 
 
-Sample = TrainingSample | PreferencePair | UnpairedPreference
+Sample = TrainingSample | PreferencePair | UnpairedPreference | Prompt
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ class Preprocessor:
 
     def build(self, record: Record, epoch: int = 0) -> Sample:
         """Build what the training method reads of a record; raises ``DataError``."""
-        reads_preferences = self.config.reads_preferences
-        return (self.build_preference if reads_preferences else self.build_sample)(record, epoch)
+        splits_answers = self.config.reads_preferences or self.config.samples_answers
+        return (self.build_preference if splits_answers else self.build_sample)(record, epoch)
 
     def build_sample(self, record: Record, epoch: int = 0) -> TrainingSample:
         """Build the sample of a record with the random draws of ``epoch``; raises ``DataError``."""
@@ -147,8 +148,8 @@ class Preprocessor:
 
     def build_preference(
         self, record: Record, epoch: int = 0
-    ) -> PreferencePair | UnpairedPreference:
-        """Build the preference of a record, paired or not; raises ``DataError``."""
+    ) -> PreferencePair | UnpairedPreference | Prompt:
+        """Build the preference or the prompt of a record; raises ``DataError``."""
         with error_location(record.location):
             parsed, generator = self.parse(record), self.random_generator(record, epoch)
             media = self.media_loader.load(parsed, record.file, generator)
@@ -162,6 +163,12 @@ class Preprocessor:
                 tuple(media.in_token_order(parsed)),
                 record.location,
             )
+            if self.config.samples_answers:
+                assert parsed.answers is not None
+                return Prompt(
+                    prompt.input_ids, prompt.positions, prompt.images, prompt.location,
+                    parsed.answers[0], limit,
+                )  # fmt: skip
             if parsed.label is None:
                 return PreferencePair(prompt, *kept)
             return UnpairedPreference(prompt, kept[0], parsed.label, limit)
@@ -181,6 +188,10 @@ class Preprocessor:
             return RecordSize(length, media.num_tiles, loss_tokens, len(input_ids) - length)
         input_ids, answers = self.encoder.encode_preference(parsed, media)
         limit = self.answer_limit(input_ids)
+        if self.config.samples_answers:
+            longest = min(self.config.max_completion_length, limit)
+            sampled = self.config.num_generations * longest
+            return RecordSize(len(input_ids) + sampled, media.num_tiles, sampled, 0)
         answer_tokens = sum(min(len(answer), limit) for answer in answers)
         truncated = sum(len(answer) for answer in answers) - answer_tokens
         # an unpaired preference is read with the answer of another record, about as long
@@ -193,6 +204,8 @@ class Preprocessor:
         check_kind(parsed, self.config)
         if self.config.trains_critic:
             check_replies(parsed)
+        if self.config.samples_answers:
+            parsed = split_last_answer(parsed)
         if parsed.objects is not None:
             sizes = self.media_loader.image_sizes(parsed, record.file)
             parsed = fill_boxes(parsed, sizes)

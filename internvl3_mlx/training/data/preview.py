@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from internvl3_mlx.prompt.tokenizer import Tokenizer
+from internvl3_mlx.training.batch import Prompt
 from internvl3_mlx.training.data.collate import BatchedDataset
 from internvl3_mlx.training.data.preprocess import (
     PreferencePair,
@@ -14,7 +15,7 @@ from internvl3_mlx.training.data.preprocess import (
     UnpairedPreference,
 )
 
-SpanKind = Literal["text", "image", "chosen", "rejected", "desirable", "undesirable"]
+SpanKind = Literal["text", "image", "chosen", "rejected", "desirable", "undesirable", "expected"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,16 @@ def preview_sample(dataset: BatchedDataset, number: int = 0) -> SamplePreview:
     sample = preprocessor.build(record)
     if isinstance(sample, TrainingSample):
         spans = split_spans(tokenizer, sample.input_ids, sample.loss_mask)
+    elif isinstance(sample, Prompt):
+        spans = preview_prompt(tokenizer, sample)
     else:
         spans = preview_preference(tokenizer, sample)
     return SamplePreview(record.location, tuple(spans))
+
+
+def preview_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Iterator[PreviewSpan]:
+    yield from split_spans(tokenizer, prompt.input_ids, np.zeros(len(prompt.input_ids), bool))
+    yield PreviewSpan(prompt.expected, False, "expected", 0)
 
 
 def preview_preference(

@@ -1,6 +1,6 @@
 """What the training methods read: conversations, preference pairs, or answers with a label."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.schema import ParsedRecord, RecordError
@@ -23,6 +23,17 @@ PAIR = RecordKind(
 UNPAIRED = RecordKind(
     "an answer with a label", "answers with a label", "'prompt', 'completion' and 'label'", "kto"
 )
+
+
+def split_last_answer(record: ParsedRecord) -> ParsedRecord:
+    """Take the last answer of a conversation out of it, to sample others in its place."""
+    if record.is_text:
+        raise RecordError(
+            "plain text, but --method grpo answers questions; expected 'messages' or "
+            "'conversations', or use --method sft"
+        )
+    *prompt, last = record.messages
+    return replace(record, messages=tuple(prompt), answers=(last.text,))
 
 
 def check_kind(record: ParsedRecord, config: TrainConfig) -> None:
