@@ -6,12 +6,13 @@ A reward is a score from the table below, or a function of the user's own:
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import regex
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.metrics.box_scores import first_box, iou
@@ -30,9 +31,13 @@ ANSWER_METRICS: Mapping[str, Callable[[str, str], float]] = MappingProxyType({
 })  # fmt: skip
 
 
+MATCH_SECONDS = 1.0  # some expressions would take forever on an unlucky answer
+
+
 def matches(answer: str, expected: str) -> float:
     """Return 1 if the whole answer matches the expected one, a regular expression."""
-    return float(re.fullmatch(expected, answer, re.DOTALL) is not None)
+    found = regex.fullmatch(expected, answer, regex.DOTALL, timeout=MATCH_SECONDS)
+    return float(found is not None)
 
 
 REWARDS: Mapping[str, Reward] = MappingProxyType({**ANSWER_METRICS, "regex": matches})

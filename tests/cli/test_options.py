@@ -8,6 +8,7 @@ from internvl3_mlx.cli import options
 from internvl3_mlx.cli.flags import OTHER_SECTION, SECTIONS, SectionedOption, format_default
 from internvl3_mlx.cli.generate import generate_command
 from internvl3_mlx.cli.main import COMMANDS, main
+from internvl3_mlx.cli.slash_commands import COMMANDS_BY_NAME
 from internvl3_mlx.cli.train import train_command
 from internvl3_mlx.generation.generation_config import GenerationConfig
 
@@ -109,4 +110,4 @@ def test_suggested_flags_exist():
         }
         for former, suggested in command.suggestions.items():
             assert former not in known
-            assert suggested.split()[0] in {*known, *COMMANDS}
+            assert suggested.split()[0] in {*known, *COMMANDS, *COMMANDS_BY_NAME}

@@ -158,6 +158,11 @@ def test_a_reward_is_a_metric_a_pattern_or_a_function_of_a_file(tmp_path):
     assert load_reward(f"{file}:short")("abcd", "") == 0.25
 
 
+def test_a_pattern_that_would_match_forever_is_one_line():
+    with pytest.raises(UserError, match="rows.jsonl:7: the reward of 'aaaa.*' failed: TimeoutErr"):
+        score_answer(load_reward("regex"), "a" * 60 + "!", r"((a+)+)+b?c|(a|a)*d", "rows.jsonl:7")
+
+
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
