@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -54,7 +55,8 @@ def test_a_table_for_every_stage():
         "kernels",
     ]
     assert f"not measured  {METAL_MISSING}" in lines
-    shares = [line for line in lines if line.endswith("%")]
+    # a share of over 100%, on a fast machine, is followed by a remark
+    shares = [line for line in lines if re.search(r"\d%( \([^)]*\))?$", line)]
     assert len(shares) == 1 + 2 + 3 * 2  # a tile, two contexts, three caches at both
 
 
