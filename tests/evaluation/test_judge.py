@@ -1,6 +1,7 @@
 """The judge: a text model that mlx-lm loads."""
 
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -31,6 +32,9 @@ def text_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(
+    "PRETEND_GPU" in os.environ, reason="mlx-lm opens a stream on the GPU that is only pretended"
+)
 def test_a_text_model_judges_greedily(text_model):
     judge, vlm = load_text_judge(str(text_model)), load("demo")
     assert judge.name == str(text_model)
