@@ -23,11 +23,13 @@ class ThoughtSplitter:
     """Splits streamed text. A tag may be split across pieces, and a thought may never end.
 
     An answer that does not begin with ``<think>`` has no thought. ``pending``: text that may still
-    turn out to be a tag, or whitespace at the end of the thought, which is dropped.
+    turn out to be a tag, or whitespace at the end of the thought, which is dropped. ``has_thought``:
+    the answer began with the tag.
     """
 
     part: Part = Part.START
     pending: str = ""
+    has_thought: bool = False
     has_thought_text: bool = False
 
     def add(self, text: str) -> tuple[str, str]:
@@ -48,6 +50,7 @@ class ThoughtSplitter:
         shown = self.pending.lstrip()
         if shown.startswith(THINK_START):
             self.part, self.pending = Part.THOUGHT, shown.removeprefix(THINK_START)
+            self.has_thought = True
         elif not THINK_START.startswith(shown):
             self.part = Part.ANSWER
 
