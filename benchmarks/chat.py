@@ -6,19 +6,17 @@ turn; also with its ``PromptCacheState``, which compares token ids but not image
 """
 
 import argparse
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.arguments import benchmark_parser, write_results
 from benchmarks.checkpoint import SHAPES, write_checkpoint
-from benchmarks.photos import SIZES, write_photo
+from benchmarks.photos import write_photo
 from benchmarks.prompt import QUESTION
-from benchmarks.report import machine_info
 
 FOLLOW_UP = "And which color is there most of?"
 FIRST_ANSWER = (
@@ -33,20 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     photo = write_photo(args.work / "photos", args.photo)
     found = dict(measure_ways(folder, photo, args.runs))
     print(table(found, args.photo, args.shape))
-    if args.json:
-        content = {"machine": machine_info(), "seconds": found, "runs": args.runs}
-        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_results(args.json, {"seconds": found, "runs": args.runs})
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.chat", description=__doc__)
-    work = Path(tempfile.gettempdir()) / "internvl3-benchmarks"
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
-    parser.add_argument("--runs", type=int, default=3, help="medians are taken")
-    parser.add_argument("--shape", default="photo", choices=list(SHAPES))
-    parser.add_argument("--photo", default="7 tiles", choices=list(SIZES))
-    parser.add_argument("--work", type=Path, default=work, help="where checkpoints are written")
-    return parser
+    return benchmark_parser("chat", __doc__, photo="7 tiles")
 
 
 def measure_ways(folder: Path, photo: Path, runs: int) -> Iterator[tuple[str, float]]:

@@ -6,18 +6,16 @@ pass for each step. The scores agree to 1e-4.
 """
 
 import argparse
-import json
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.arguments import benchmark_parser, write_results
 from benchmarks.checkpoint import SHAPES, write_checkpoint
-from benchmarks.photos import SIZES, write_photo
+from benchmarks.photos import write_photo
 from benchmarks.prompt import QUESTION
-from benchmarks.report import machine_info
 
 STEP = "Step {step} of response {number}: the left part of the photo has {count} things in it."
 TOLERANCE = 1e-4
@@ -29,21 +27,13 @@ def main(argv: list[str] | None = None) -> None:
     photo = write_photo(args.work / "photos", args.photo)
     found = measure_ways(folder, photo, responses(args.n, args.steps), args.runs)
     print(table(found, args))
-    if args.json:
-        content = {"machine": machine_info(), "ways": found, "n": args.n, "steps": args.steps}
-        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_results(args.json, {"ways": found, "n": args.n, "steps": args.steps})
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.critic", description=__doc__)
-    work = Path(tempfile.gettempdir()) / "internvl3-benchmarks"
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser = benchmark_parser("critic", __doc__, photo="1 tile")
     parser.add_argument("-n", type=int, default=8, help="responses")
     parser.add_argument("--steps", type=int, default=8, help="steps of each")
-    parser.add_argument("--runs", type=int, default=3, help="medians are taken")
-    parser.add_argument("--shape", default="photo", choices=list(SHAPES))
-    parser.add_argument("--photo", default="1 tile", choices=list(SIZES))
-    parser.add_argument("--work", type=Path, default=work, help="where checkpoints are written")
     return parser
 
 

@@ -6,19 +6,17 @@ is encoded once. All sample the same tokens: answer i has seed i.
 """
 
 import argparse
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.arguments import benchmark_parser, write_results
 from benchmarks.checkpoint import SHAPES, write_checkpoint
-from benchmarks.photos import SIZES, write_photo
+from benchmarks.photos import write_photo
 from benchmarks.prompt import QUESTION
-from benchmarks.report import machine_info
 
 # random weights find all tokens alike; among few of them rounding cannot change a choice
 SAMPLING = {"temperature": 1.0, "top_k": 20, "max_tokens": 16}
@@ -30,20 +28,12 @@ def main(argv: list[str] | None = None) -> None:
     photo = write_photo(args.work / "photos", args.photo)
     found = measure_ways(folder, photo, args.n, args.runs)
     print(table(found, args.n, args.photo, args.shape))
-    if args.json:
-        content = {"machine": machine_info(), "ways": found, "n": args.n, "runs": args.runs}
-        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_results(args.json, {"ways": found, "n": args.n, "runs": args.runs})
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.samples", description=__doc__)
-    work = Path(tempfile.gettempdir()) / "internvl3-benchmarks"
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser = benchmark_parser("samples", __doc__, photo="7 tiles")
     parser.add_argument("-n", type=int, default=8, help="answers")
-    parser.add_argument("--runs", type=int, default=3, help="medians are taken")
-    parser.add_argument("--shape", default="photo", choices=list(SHAPES))
-    parser.add_argument("--photo", default="7 tiles", choices=list(SIZES))
-    parser.add_argument("--work", type=Path, default=work, help="where checkpoints are written")
     return parser
 
 

@@ -19,7 +19,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -35,10 +34,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.arguments import benchmark_parser, write_results
 from benchmarks.checkpoint import SHAPES, write_checkpoint
 from benchmarks.photos import JPEG_QUALITY, SIZES, synthetic_photo
 from benchmarks.processes import ROOT, installed_sides
-from benchmarks.report import machine_info
 from benchmarks.sides import OURS
 
 START_TIMEOUT_S, ANSWER_TIMEOUT_S = 180, 600
@@ -52,20 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     folder = write_checkpoint(args.work / args.shape, SHAPES[args.shape])
     found = {side: measure_server(side, folder, args) for side in installed_sides()}
     print(table(found, args))
-    if args.json:
-        content = {"machine": machine_info(), "sides": found, "clients": args.clients}
-        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_results(args.json, {"sides": found, "clients": args.clients})
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.serving", description=__doc__)
-    work = Path(tempfile.gettempdir()) / "internvl3-benchmarks"
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser = benchmark_parser("serving", __doc__, shape="server")
     parser.add_argument("--clients", type=int, default=8, help="at once")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
-    parser.add_argument("--runs", type=int, default=3, help="medians are taken")
-    parser.add_argument("--shape", default="server", choices=list(SHAPES))
-    parser.add_argument("--work", type=Path, default=work, help="where checkpoints are written")
     return parser
 
 
