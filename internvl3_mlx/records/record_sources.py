@@ -57,16 +57,11 @@ class RecordSource(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class LineIndex:
-    """JSON Lines: one record on each non-blank line.
-
-    offsets: (R,) int64, the byte at which each line begins. line_numbers: (R,) int32, from 1.
-    """
+class ByteIndex:
+    """Records of one file by the bytes at which they begin. offsets: (R,) int64."""
 
     path: Path
     offsets: np.ndarray
-    line_numbers: np.ndarray
-    kind: str = "JSON Lines"
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -74,6 +69,14 @@ class LineIndex:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class LineIndex(ByteIndex):
+    """JSON Lines: one record on each non-blank line. line_numbers: (R,) int32, from 1."""
+
+    line_numbers: np.ndarray
+    kind: str = "JSON Lines"
 
     def __getitem__(self, index: int) -> Any:
         with self.path.open("rb") as file:
@@ -85,20 +88,11 @@ class LineIndex:
 
 
 @dataclass(frozen=True, eq=False)
-class ArrayIndex:
-    """A JSON array of objects. offsets, ends: (R,) int64, the bytes of each object."""
+class ArrayIndex(ByteIndex):
+    """A JSON array of objects. ends: (R,) int64, the byte after each object."""
 
-    path: Path
-    offsets: np.ndarray
     ends: np.ndarray
     kind: str = "JSON array"
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return (self.path,)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
 
     def __getitem__(self, index: int) -> Any:
         start, end = int(self.offsets[index]), int(self.ends[index])
