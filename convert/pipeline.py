@@ -147,14 +147,7 @@ def convert_checkpoint(
         write_json(folder / "config.json", build_config(plan, tokenizer, options.dtype))
         write_aux_files(plan, tokenizer, folder)
         verify_checkpoint(folder, entries, writer.checksums)
-        same = not calibrated and not any(tensor.quantization for tensor in plan.tensors)
-        check = raw_check = None
-        if options.check_output and not plan.reader.adapters:
-            if options.adapter is None:
-                configs = plan.config, read_config(folder)
-                raw_check = check_raw(source, folder, configs, rounded=bool(calibrated))
-            elapsed = time.monotonic() - started + options.spent_seconds
-            check = check_outputs(source, folder, options, same, elapsed)
+        raw_check, check = compare_with_source(source, folder, plan, options, started)
         converted = ConvertedCheckpoint(
             target=target,
             layout=plan.layout,
@@ -181,6 +174,25 @@ def open_target(
         replaceable=replaceable_folder(source),
         on_wait=options.on_wait,
     )
+
+
+def compare_with_source(
+    source: Path, target: Path, plan: ConversionPlan, options: ConvertOptions, started: float
+) -> tuple[RawCheck | None, OutputCheck | None]:
+    """Compare what was written with the source, by two readings and by outputs.
+
+    started: when the conversion began, on the monotonic clock. Adapters inside of the source
+    cannot be run to be compared, and a merged adapter changes what is read.
+    """
+    if not options.check_output or plan.reader.adapters:
+        return None, None
+    calibrated, raw_check = options.calibrated_weights, None
+    if options.adapter is None:
+        configs = plan.config, read_config(target)
+        raw_check = check_raw(source, target, configs, rounded=bool(calibrated))
+    same = not calibrated and not any(tensor.quantization for tensor in plan.tensors)
+    elapsed = time.monotonic() - started + options.spent_seconds
+    return raw_check, check_outputs(source, target, options, same, elapsed)
 
 
 def check_outputs(
