@@ -6,7 +6,7 @@ everything that the answer's log-probabilities depend on.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
@@ -91,17 +91,13 @@ class ReferenceLogProbs:
         """Write what is not saved yet to a new file."""
         if not self.unsaved:
             return
-        path = self.folder / f"{content_digest(*sorted(self.unsaved))}.safetensors"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary:
-                mx.save_safetensors(str(temporary), to_mx_arrays(self.unsaved))
+            self.saved |= save_answers(self.folder, self.unsaved)
         except (WriteError, OSError, RuntimeError) as error:
             raise TrainingError(
                 f"cannot cache the reference in {self.folder}: {error}; free some disk space, or "
                 "drop --cache-reference"
             ) from error
-        self.saved |= {info.name: info for info in read_header(path)}
         self.unsaved.clear()
 
     def freeze(self) -> None:
@@ -126,8 +122,17 @@ def index_saved_answers(folder: Path) -> Iterator[tuple[str, TensorInfo]]:
             yield from ((info.name, info) for info in read_header(path))
 
 
-def to_mx_arrays(answers: dict[str, np.ndarray]) -> dict[str, mx.array]:
-    return {key: mx.array(scores) for key, scores in answers.items()}
+def save_answers(folder: Path, answers: Mapping[str, np.ndarray]) -> dict[str, TensorInfo]:
+    """Write arrays by their keys to a new file in a folder; return where each is.
+
+    Raises WriteError, OSError or RuntimeError.
+    """
+    path = folder / f"{content_digest(*sorted(answers))}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        arrays = {key: mx.array(values) for key, values in answers.items()}
+        mx.save_safetensors(str(temporary), arrays)
+    return {info.name: info for info in read_header(path)}
 
 
 def answer_keys(batch: Batch, image_id: int) -> list[str]:

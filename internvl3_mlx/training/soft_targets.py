@@ -12,14 +12,19 @@ import numpy as np
 
 from internvl3_mlx.checkpoints.reader import TensorInfo
 from internvl3_mlx.errors import TrainingError, UserError, WriteError
-from internvl3_mlx.files import atomic_write, cache_folder, content_digest
+from internvl3_mlx.files import cache_folder
 from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.distillation import SoftTargets
 from internvl3_mlx.training.forward import target_states
-from internvl3_mlx.training.reference import answer_keys, base_fingerprint, index_saved_answers
+from internvl3_mlx.training.reference import (
+    answer_keys,
+    base_fingerprint,
+    index_saved_answers,
+    save_answers,
+)
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
 from internvl3_mlx.training.token_log_probs import states_per_chunk
 
@@ -96,17 +101,12 @@ class SoftTargetStore:
         """Write what is not saved yet to a new file."""
         if not self.unsaved:
             return
-        path = self.folder / f"{content_digest(*sorted(self.unsaved))}.safetensors"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary:
-                arrays = {name: mx.array(x) for name, x in self.unsaved.items()}
-                mx.save_safetensors(str(temporary), arrays)
+            self.saved |= save_answers(self.folder, self.unsaved)
         except (WriteError, OSError, RuntimeError) as error:
             raise TrainingError(
                 f"cannot keep the soft targets in {self.folder}: {error}; free some disk space"
             ) from error
-        self.saved |= dict(index_saved_answers(self.folder))
         self.unsaved.clear()
 
 
