@@ -12,6 +12,7 @@ from internvl3_mlx.serving.content import (
     ParsedMessage,
     PartReader,
     joined_text,
+    numbered_messages,
     read_parts,
     read_text,
     text_of,
@@ -98,10 +99,7 @@ PART_READERS: Mapping[str, PartReader] = {
 def parse_messages(messages: Sequence[Any], system: Any) -> ParsedChat:
     """Read the messages. Chains of thought of earlier answers are dropped."""
     parsed: list[ParsedMessage] = []
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise invalid(f"{where} must be an object with role and content", where)
+    for where, message in numbered_messages(messages):
         role, content = message.get("role"), message.get("content")
         if isinstance(content, list):
             content = [block for block in content if not is_thinking(block)]

@@ -6,7 +6,7 @@ files.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -73,6 +73,17 @@ class ParsedChat:
 
     messages: tuple[ParsedMessage, ...]
     system: str | None = None
+
+
+def numbered_messages(
+    messages: Sequence[Any], field: str = "messages"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each message of a request with its place, such as ``messages[0]``."""
+    for number, message in enumerate(messages):
+        where = f"{field}[{number}]"
+        if not isinstance(message, dict):
+            raise invalid(f"{where} must be an object with role and content", where)
+        yield where, message
 
 
 def read_parts(content: Any, where: str, readers: Mapping[str, PartReader]) -> tuple[Part, ...]:

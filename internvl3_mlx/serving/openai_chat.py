@@ -20,6 +20,7 @@ from internvl3_mlx.serving.content import (
     ParsedMessage,
     PartReader,
     joined_text,
+    numbered_messages,
     read_parts,
     read_text,
     read_url,
@@ -151,10 +152,7 @@ def parse_messages(messages: Sequence[Any], readers: Mapping[str, PartReader]) -
     """Read the messages. Those of the system are joined, wherever they are."""
     parsed: list[ParsedMessage] = []
     system: list[str] = []
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise invalid(f"{where} must be an object with role and content", where)
+    for where, message in numbered_messages(messages):
         role = message.get("role")
         if message.get("tool_calls"):
             raise unsupported(f"{where}.tool_calls")
@@ -299,7 +297,7 @@ class ChatReply:
         return sse({**content, **more})
 
     async def stream(self, running: RunningAnswer) -> AsyncIterator[bytes]:
-        """Yield the chunks; what fails after the start is told as an error event."""
+        """Yield the chunks; a failure after the start becomes an error event."""
         parts = AnswerParts()
         for index in range(self.body.n or 1):
             yield self.chunk([delta_choice(index, {"role": "assistant", "content": ""})])

@@ -13,6 +13,7 @@ from internvl3_mlx.serving.content import (
     ParsedMessage,
     PartReader,
     joined_text,
+    numbered_messages,
     read_parts,
     read_text,
     read_url,
@@ -107,10 +108,7 @@ def parse_input(given: str | Sequence[Any], instructions: str | None) -> ParsedC
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     system = [] if instructions is None else [instructions]
     messages: list[ParsedMessage] = []
-    for number, item in enumerate(items):
-        where = f"input[{number}]"
-        if not isinstance(item, dict):
-            raise invalid(f"{where} must be an object with role and content", where)
+    for where, item in numbered_messages(items, "input"):
         kind, role = item.get("type", "message"), item.get("role")
         if kind == "reasoning":
             continue
