@@ -138,19 +138,26 @@ def answer_best_of(
     output: OutputOptions,
 ) -> None:
     """Write the candidates, choose the best and print it."""
-    from internvl3_mlx.test_time_scaling.best_of import BestOfQuestion, BestOfResult
+    from internvl3_mlx.test_time_scaling.best_of import BestOfQuestion
 
     config = generation_fields.make_config(generation_options)
     asked = BestOfQuestion(question, images, config)
-    result: BestOfResult | None = None
     events = start_best_of(request, asked, load_options, quiet=output.quiet)
-    with closing(events), progress.progress_bar(quiet=output.quiet) as advance:  # type: ignore[type-var]
+    show_result(run_best_of(events, quiet=output.quiet), request, output)
+
+
+def run_best_of(events: "Iterator[BestOfEvent]", *, quiet: bool) -> "BestOfResult":
+    """Show the progress of all events and return the last one's result."""
+    from internvl3_mlx.test_time_scaling.best_of import BestOfResult
+
+    result: BestOfResult | None = None
+    with closing(events), progress.progress_bar(quiet=quiet) as advance:  # type: ignore[type-var]
         for event in events:
             show_progress(event, advance)
             if isinstance(event, BestOfResult):
                 result = event
     assert result is not None
-    show_result(result, request, output)
+    return result
 
 
 def start_best_of(

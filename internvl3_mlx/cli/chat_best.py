@@ -1,16 +1,15 @@
 """``/best N`` of the chat: answer the last question again with the best of N candidates."""
 
-from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from internvl3_mlx.cli import console, progress
+from internvl3_mlx.cli import console
 from internvl3_mlx.cli.best_of import (
     MAX_CANDIDATES,
     BestOfRequest,
     describe_result,
     load_critic,
-    show_progress,
+    run_best_of,
 )
 from internvl3_mlx.cli.chat_session import ANSWER_UNCHANGED, ChatSession, make_answer_writer
 from internvl3_mlx.errors import UserError
@@ -96,7 +95,6 @@ def find_best(
     from internvl3_mlx.test_time_scaling.best_of import (
         BestOfConfig,
         BestOfQuestion,
-        BestOfResult,
         best_of_events,
         default_method,
     )
@@ -113,11 +111,4 @@ def find_best(
         asked, how, conversation.runner, critic, inputs=inputs, cache=conversation.prompt_cache
     )
     stream = conversation.stream_exclusively(conversation.exchanges, events)
-    result: BestOfResult | None = None
-    with closing(stream), progress.progress_bar(quiet=session.quiet) as advance:  # type: ignore[type-var]
-        for event in stream:
-            show_progress(event, advance)
-            if isinstance(event, BestOfResult):
-                result = event
-    assert result is not None
-    return result
+    return run_best_of(stream, quiet=session.quiet)

@@ -1,7 +1,6 @@
 """``internvl3 eval``: benchmarks and data of one's own, with the settings of three harnesses."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -9,7 +8,7 @@ import click
 from internvl3_mlx.cli import console, options
 from internvl3_mlx.cli.best_of import eval_best_flags
 from internvl3_mlx.cli.eval_compare import compare_command
-from internvl3_mlx.cli.eval_run import run_evaluation
+from internvl3_mlx.cli.eval_run import RUN_FLAGS, run_evaluation
 from internvl3_mlx.cli.eval_synthetic import synthetic_command
 from internvl3_mlx.cli.flags import (
     Function,
@@ -60,22 +59,12 @@ HOW_FLAGS = (
     options.generation_flag("num_frames", THE_TASKS),
     options.generation_flag("max_tokens", THE_TASKS),
 )  # fmt: skip
-RUN_FLAGS = (
+JUDGE_FLAG = (
     flag(
         "Run", "--judge", "judge", metavar="REPO|self|none",
         help="Text model that reads unclear answers where the benchmark has a judge; self is the "
         "model under test.", default=SELF, show_default=True,
     ),
-    flag(
-        "Speed", "--batch-size", "batch_size", metavar="N", type=click.IntRange(min=1), default=8,
-        show_default=True, help="Number of answers generated in parallel.",
-    ),
-    flag(
-        "Output", "-o", "--output-path", "output", metavar="FOLDER",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder of the predictions and results; an interrupted run continues there.",
-    ),
-    flag("Output", "--overwrite", "overwrite", is_flag=True, help="Start again in that folder."),
 )  # fmt: skip
 
 
@@ -113,7 +102,7 @@ class RunCommand(SectionedCommand):
 @flags(DATA_FLAGS, HOW_FLAGS)
 @options.load_flags
 @eval_best_flags
-@flags(RUN_FLAGS)
+@flags(JUDGE_FLAG, RUN_FLAGS)
 @options.JSON_FLAG
 @options.QUIET_FLAG
 @options.debug_flag

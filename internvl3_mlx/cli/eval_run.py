@@ -1,10 +1,14 @@
 """Run an evaluation on the terminal: progress, the table of results, and what to know about it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from internvl3_mlx.cli import console, progress
 from internvl3_mlx.cli.best_of import BestOfRequest, check_critic_flags, load_critic
+from internvl3_mlx.cli.flags import flag
 from internvl3_mlx.cli.load_model import load_vlm
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.records.json_values import pluralize
@@ -17,6 +21,19 @@ if TYPE_CHECKING:
     from internvl3_mlx.test_time_scaling.critic import Critic
 
 SHOWN_ERRORS = 3
+# of every command that runs an evaluation
+RUN_FLAGS = (
+    flag(
+        "Speed", "--batch-size", "batch_size", metavar="N", type=click.IntRange(min=1), default=8,
+        show_default=True, help="Number of answers generated in parallel.",
+    ),
+    flag(
+        "Output", "-o", "--output-path", "output", metavar="FOLDER",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of the predictions and results; an interrupted run continues there.",
+    ),
+    flag("Output", "--overwrite", "overwrite", is_flag=True, help="Start again in that folder."),
+)  # fmt: skip
 
 
 def run_evaluation(plan: "EvalPlan", given: dict[str, Any]) -> None:

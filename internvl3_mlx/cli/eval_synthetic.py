@@ -6,11 +6,15 @@ from typing import Any
 import click
 
 from internvl3_mlx.cli import console, options
-from internvl3_mlx.cli.eval_run import run_evaluation
-from internvl3_mlx.cli.flags import SectionedCommand, flag
+from internvl3_mlx.cli.eval_run import RUN_FLAGS, run_evaluation
+from internvl3_mlx.cli.flags import Function, SectionedCommand, apply_flags, flag
 
 ITEMS = 50
 SET_NAMES = ("words", "page", "table", "bars", "line", "counting", "position", "difference")
+
+
+def run_flags(command: Function) -> Function:
+    return apply_flags(RUN_FLAGS, command)
 
 
 @click.command(
@@ -65,26 +69,7 @@ SET_NAMES = ("words", "page", "table", "bars", "line", "counting", "position", "
 )
 @options.GENERATION_FLAGS["max_tiles"]
 @options.load_flags
-@flag(
-    "Speed",
-    "--batch-size",
-    "batch_size",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Number of answers generated in parallel.",
-)
-@flag(
-    "Output",
-    "-o",
-    "--output-path",
-    "output",
-    metavar="FOLDER",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the predictions and results; an interrupted run continues there.",
-)
-@flag("Output", "--overwrite", "overwrite", is_flag=True, help="Start again in that folder.")
+@run_flags
 @options.JSON_FLAG
 @options.QUIET_FLAG
 @options.debug_flag
