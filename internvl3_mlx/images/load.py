@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from internvl3_mlx.errors import ImageError, MissingExtraError
@@ -335,9 +336,18 @@ def preview_jpeg(picture: LoadedImage, longest: int = PREVIEW_PIXELS) -> bytes:
     return _encode(picture, longest, "JPEG")
 
 
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """Encode an image (H, W, 3) uint8 as PNG."""
+    return _encoded(Image.fromarray(pixels), "PNG")
+
+
 def _encode(picture: LoadedImage, longest: int, form: str) -> bytes:
     small = picture.image.copy()
     small.thumbnail((longest, longest), Image.Resampling.BICUBIC)
+    return _encoded(small, form)
+
+
+def _encoded(image: Image.Image, form: str) -> bytes:
     file = io.BytesIO()
-    small.save(file, form)
+    image.save(file, form)
     return file.getvalue()

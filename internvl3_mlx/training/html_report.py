@@ -3,8 +3,6 @@ is needed to show it.
 """
 
 import base64
-import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from internvl3_mlx.files import atomic_write
+from internvl3_mlx.images.load import png_bytes
 from internvl3_mlx.training.answer_samples import (
     AnswerSample,
     build_question,
@@ -140,15 +139,3 @@ def data_uri(pixels: np.ndarray) -> str:
     """Return an image (S, S, 3) uint8 as the address of a small PNG."""
     step = -(-max(pixels.shape[:2]) // MAX_IMAGE_SIDE)
     return "data:image/png;base64," + base64.b64encode(png_bytes(pixels[::step, ::step])).decode()
-
-
-def png_bytes(pixels: np.ndarray) -> bytes:
-    """Encode an image (H, W, 3) uint8 as PNG."""
-    height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + np.ascontiguousarray(row).tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
