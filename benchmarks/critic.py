@@ -62,13 +62,13 @@ def measure_ways(
         cpu, wall = [], []
         for _ in range(runs):
             started, used = time.perf_counter(), time.process_time()
-            told = way(critic, photo, texts)
+            given = way(critic, photo, texts)
             cpu.append(time.process_time() - used)
             wall.append(time.perf_counter() - started)
-        scores.append(told)
+        scores.append(given)
         found[name] = {"cpu": median(cpu), "wall": median(wall)}
-    for told in scores:
-        if any(abs(a - b) > TOLERANCE for a, b in zip(told, scores[0], strict=True)):
+    for given in scores:
+        if any(abs(a - b) > TOLERANCE for a, b in zip(given, scores[0], strict=True)):
             raise RuntimeError("the ways do not give the same scores")
     return found
 
@@ -83,7 +83,7 @@ def score_apart(critic: Any, photo: Path, texts: list[str]) -> list[float]:
 
 
 def score_by_steps(critic: Any, photo: Path, texts: list[str]) -> list[float]:
-    """Read each step's whole prompt anew, as the published soft scores do."""
+    """Read the whole prompt again for each step, as the published soft scores do."""
     found = []
     for text in texts:
         steps = text.split("\n\n")

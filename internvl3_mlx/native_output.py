@@ -1,7 +1,7 @@
 """Keep what native libraries write to standard error by themselves off the terminal.
 
 Rust prints a backtrace when it panics, libtiff its own words about a damaged file: neither passes
-through our console, and both are told in one line of ours anyway.
+through our console, and a line of ours reports both anyway.
 """
 
 import os

@@ -16,7 +16,7 @@ SAMPLE_IMAGE, SAMPLE_QUESTION, EXPECTED_ANSWER = (
     "dog.jpg",
     "What is this?",
     "dog",
-)  # what the demo model tells for sure
+)  # which the demo model answers reliably
 OK, FALLS_BACK, WRONG = "ok", "falls back", "WRONG"
 NO_METAL = "not run: Metal is not available; MLX's own operations are used instead"
 STDOUT = "-"

@@ -14,6 +14,7 @@ from typing import Any
 from internvl3_mlx.errors import CheckpointError, DataError, UserError, WriteError
 from internvl3_mlx.files import atomic_write
 from internvl3_mlx.json_files import read_json
+from internvl3_mlx.records.json_values import write_json_lines
 
 SETTINGS, PREDICTIONS, JUDGMENTS = "settings.json", "predictions.jsonl", "judgments.jsonl"
 RESULTS, SCORES = "results.json", "scores.jsonl"
@@ -57,17 +58,17 @@ class Prediction:
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the settings that differ, each with both values.
 
-    What only follows from other settings is told in words, and only where none of those differs.
+    A setting that follows from others is described in words, and only if none of those differs.
     """
     old, new = flatten_settings(before), flatten_settings(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    told = [name for name in names if name not in DERIVED]
+    own = [name for name in names if name not in DERIVED]
     return [
-        *(f"{name} was {show(old.get(name))} and is {show(new.get(name))}" for name in told),
+        *(f"{name} was {show(old.get(name))} and is {show(new.get(name))}" for name in own),
         *(
             DERIVED[name].words
             for name in names
-            if name in DERIVED and not any(one.startswith(DERIVED[name].causes) for one in told)
+            if name in DERIVED and not any(one.startswith(DERIVED[name].causes) for one in own)
         ),
     ]
 
@@ -168,8 +169,7 @@ class RunFolder:
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write JSON Lines, replacing the file at once."""
-        with atomic_write(self.path / name) as part, part.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_json_lines(self.path / name, rows)
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """Read the complete lines of a file; raises ``DataError`` for a damaged one."""

@@ -23,8 +23,8 @@ class ThoughtSplitter:
     """Splits streamed text. A tag may be split across pieces, and a thought may never end.
 
     An answer that does not begin with ``<think>`` has no thought. ``pending``: text that may still
-    turn out to be a tag, or whitespace at the end of the thought, which is dropped. ``has_thought``:
-    the answer began with the tag.
+    turn out to be a tag, or whitespace at the end of the thought, which is dropped.
+    ``has_thought``: the answer began with the tag.
     """
 
     part: Part = Part.START

@@ -67,10 +67,10 @@ def fetch_model(
         )
     if Path(location.size).is_dir():
         notify(f"{model} is the published size; the folder of that name is ./{location.size}")
-    wanted = None if bits == DENSE_BITS else asked or uniform_recipe(DEFAULT_BITS)
-    if wanted is None:
+    recipe = None if bits == DENSE_BITS else asked or uniform_recipe(DEFAULT_BITS)
+    if recipe is None:
         return LocalModel(download_if_missing(location, revision, quantized=False, notify=notify))
-    return LocalModel(quantized_copy(location, wanted, revision, notify))
+    return LocalModel(quantized_copy(location, recipe, revision, notify))
 
 
 def download_if_missing(

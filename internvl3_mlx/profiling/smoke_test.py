@@ -49,7 +49,7 @@ HEADS, KV_HEADS, LENGTH = 6, 2, 37
 
 
 class Outcome(Enum):
-    """``REDUCED``: float32 products have fewer bits here, as the device was told to compute."""
+    """``REDUCED``: the device computes float32 products with fewer bits, as it was set to."""
 
     OK = "ok"
     REDUCED = "TF32"

@@ -1,8 +1,12 @@
-"""Describe and decode values of records for errors and for columns that hold text."""
+"""Describe and decode values of records for errors and for columns of text; write records."""
 
 import ast
 import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+from internvl3_mlx.files import atomic_write
 
 
 class RecordError(Exception):
@@ -36,3 +40,9 @@ def decode_structured(value: Any) -> Any:
             continue
         return found if isinstance(found, list | dict) else value
     return value
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write an object a line, replacing the file at once."""
+    with atomic_write(path) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -345,7 +345,7 @@ def guarded(server: Server, serve: Handler) -> Callable[[Request], Any]:
 
 
 async def error_answer(server: Server, request: Request, fault: Exception) -> Response:
-    """Return the answer that tells of an error; one that nobody foresaw is reported."""
+    """Return the response for an error; an unforeseen one is reported."""
     error = as_api_error(fault)
     headers = dict(error.headers)
     if error.status >= FAILED and not isinstance(fault, APIError | Rejected):

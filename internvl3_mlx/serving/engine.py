@@ -217,7 +217,7 @@ class Engine:
             return next(iter(self.models.values()))
         if name not in self.models:
             raise UnknownModel(
-                f"there is no model {name!r} here; {did_you_mean(name, self.models)}", parameter
+                f"no model {name!r} is served here; {did_you_mean(name, self.models)}", parameter
             )
         return self.models[name]
 

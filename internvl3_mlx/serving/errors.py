@@ -42,7 +42,7 @@ ANTHROPIC_TYPES = {
 
 @dataclass(eq=False)
 class APIError(Exception):
-    """An error that a client is told.
+    """An error that is sent to a client.
 
     parameter: the field that is to blame, if one is. unread: the request's body was not read to
     its end, so the connection cannot be used again.

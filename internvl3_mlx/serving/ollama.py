@@ -15,6 +15,7 @@ from internvl3_mlx.serving.content import (
     Part,
     TextPart,
     joined_text,
+    numbered_messages,
 )
 from internvl3_mlx.serving.errors import as_api_error, invalid, unsupported
 from internvl3_mlx.serving.fields import (
@@ -102,10 +103,7 @@ def parse_body(content: Mapping[str, Any]) -> tuple[OllamaBody, ParsedChat | Non
 def parse_messages(messages: Sequence[Any]) -> ParsedChat:
     parsed: list[ParsedMessage] = []
     system: list[str] = []
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise invalid(f"{where} must be an object with role and content", where)
+    for where, message in numbered_messages(messages):
         role, content = message.get("role"), message.get("content")
         if message.get("tool_calls"):
             raise unsupported(f"{where}.tool_calls")
@@ -166,13 +164,13 @@ def make_request(
     )
 
 
-def read_format(wanted: str | Mapping[str, Any] | None) -> Any:
+def read_format(value: str | Mapping[str, Any] | None) -> Any:
     """Return the JSON schema that ``format`` asks for: "json" or a schema."""
-    if wanted is None or wanted == "":
+    if value is None or value == "":
         return None
-    if wanted == "json":
+    if value == "json":
         return ANY_OBJECT
-    return read_schema(wanted, "format")
+    return read_schema(value, "format")
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ class OllamaReply:
         return self.piece("", done=True, done_reason=reason)
 
     async def stream(self, running: RunningAnswer) -> AsyncIterator[bytes]:
-        """Yield a line for each piece; what fails after the start is told in the last one."""
+        """Yield a line for each piece; a failure after the start is in the last one."""
         parts = AnswerParts()
         try:
             async for event in running.events():
@@ -263,7 +261,7 @@ def describe_running(model: ModelStatus) -> dict[str, Any]:
 
 
 def show_model(model: ModelStatus) -> dict[str, Any]:
-    """Return what /api/show tells of a model."""
+    """Return what /api/show says about a model."""
     return {
         "capabilities": ["completion", "vision"],
         "details": model_details(model),

@@ -122,7 +122,7 @@ class BestOfQuestion:
     config: GenerationConfig
 
     @property
-    def told(self) -> str:
+    def prompt(self) -> str:
         """All that the policy is asked: a critic reads the instructions too."""
         return cot_question(self.question) if self.config.cot else self.question
 
@@ -214,10 +214,10 @@ def choose(
         yield BestOfResult(candidates, first_best(scores), config.method)
         return
     reviews = yield from review_all(asked, config, answers, critic)
-    told = [reviews[response_text(answer)] for answer in answers]
+    own_reviews = [reviews[response_text(answer)] for answer in answers]
     candidates = tuple(
         Candidate(answer, review.score, review)
-        for answer, review in zip(answers, told, strict=True)
+        for answer, review in zip(answers, own_reviews, strict=True)
     )
     best = first_best([candidate.score for candidate in candidates])
     yield BestOfResult(candidates, best, CRITIC, critic.runner.name, config.critic_mode)
@@ -227,7 +227,7 @@ def review_all(
     asked: BestOfQuestion, config: BestOfConfig, answers: Sequence[Answer], critic: Critic
 ) -> Generator[BestOfEvent, None, Mapping[str, ResponseScore]]:
     """Let the critic score every different text once."""
-    session = critic.open(asked.told, asked.images, asked.config)
+    session = critic.open(asked.prompt, asked.images, asked.config)
     texts = [response_text(answer) for answer in answers]
     first = {text: texts.index(text) for text in texts}
     reviews: dict[str, ResponseScore] = {}

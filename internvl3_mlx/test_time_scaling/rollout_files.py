@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from internvl3_mlx.errors import UserError, WriteError
-from internvl3_mlx.files import atomic_write
 from internvl3_mlx.metrics.answers import vote_key
+from internvl3_mlx.records.json_values import write_json_lines
 from internvl3_mlx.test_time_scaling.rollout_questions import KnownQuestion
 from internvl3_mlx.test_time_scaling.rollouts import (
     JudgedResponse,
@@ -124,7 +124,7 @@ def rollouts_to_json(rollouts: QuestionRollouts) -> dict[str, Any]:
     return {
         "number": question.number,
         "question": question.question,
-        "told": rollouts.told,
+        "prompt": rollouts.prompt,
         "answers": [*question.answers],
         "responses": [asdict(response) for response in rollouts.responses],
     }
@@ -144,15 +144,15 @@ def rollouts_from_json(row: Mapping[str, Any], question: KnownQuestion) -> Quest
         )
         for response in row["responses"]
     )
-    return QuestionRollouts(question, row["told"], responses)
+    return QuestionRollouts(question, row["prompt"], responses)
 
 
 def write_training_data(folder: Path, rollouts: Sequence[QuestionRollouts]) -> RolloutSummary:
     """Write critic rows and preference pairs of all finished questions."""
     rows = critic_rows(rollouts)
     pairs = [pair for one in rollouts for pair in preference_pairs(one)]
-    write_lines(folder / CRITIC_ROWS, rows)
-    write_lines(folder / PAIRS, pairs)
+    write_json_lines(folder / CRITIC_ROWS, rows)
+    write_json_lines(folder / PAIRS, pairs)
     return RolloutSummary(
         questions=len(rollouts),
         responses=sum(len(one.responses) for one in rollouts),
@@ -161,12 +161,6 @@ def write_training_data(folder: Path, rollouts: Sequence[QuestionRollouts]) -> R
         mixed_rows=sum(map(has_mixed_labels, rows)),
         pairs=len(pairs),
     )
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_write(path) as part, part.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def critic_rows(rollouts: Sequence[QuestionRollouts]) -> list[dict[str, Any]]:
@@ -196,7 +190,7 @@ def critic_row(rollouts: QuestionRollouts, response: JudgedResponse) -> dict[str
     ]
     return {
         **image_values(rollouts.question),
-        "question": rollouts.told,
+        "question": rollouts.prompt,
         "question_orig": rollouts.question.question,
         "response": response.text,
         "answer_gt": rollouts.question.answers[0],
@@ -232,7 +226,7 @@ def preference_pairs(rollouts: QuestionRollouts) -> list[dict[str, Any]]:
     return [
         {
             **image_values(rollouts.question),
-            "question": rollouts.told,
+            "question": rollouts.prompt,
             "chosen": pairs[index][0],
             "rejected": pairs[index][1],
             "answer_gt": rollouts.question.answers[0],

@@ -95,10 +95,10 @@ class JudgedResponse:
 
 @dataclass(frozen=True)
 class QuestionRollouts:
-    """All that was sampled for one question. told: the question as the model was asked it."""
+    """All that was sampled for one question. prompt: the question as the model was asked it."""
 
     question: KnownQuestion
-    told: str
+    prompt: str
     responses: tuple[JudgedResponse, ...]
 
     @property
@@ -123,8 +123,8 @@ def roll_out_question(
     config: RolloutConfig,
     generation: GenerationConfig,
 ) -> QuestionRollouts:
-    told, cache = config.ask(question.question), PromptCache()
-    inputs = runner.build_inputs(told, question.images, generation)
+    prompt, cache = config.ask(question.question), PromptCache()
+    inputs = runner.build_inputs(prompt, question.images, generation)
     sampler = Sampling(runner, inputs, generation, cache)
     texts = sampler.texts(config.samples, (config.seed, question.number))
     responses = [JudgedResponse(text, is_correct(text, question.answers)) for text in texts]
@@ -132,7 +132,7 @@ def roll_out_question(
         seed = (config.seed, question.number, index + 1)
         steps = judge_steps(sampler, responses[index], question.answers, config, seed)
         responses[index] = replace(responses[index], steps=steps)
-    return QuestionRollouts(question, told, tuple(responses))
+    return QuestionRollouts(question, prompt, tuple(responses))
 
 
 def choose_judged(responses: Sequence[JudgedResponse], count: int) -> list[int]:
