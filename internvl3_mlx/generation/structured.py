@@ -103,9 +103,9 @@ class TokenTable:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self.bos_token_id, self.eos_token_id = tokenizer.bos_id, tokenizer.im_end_id
         self.special_token_ids = sorted(entry.id for entry in tokenizer.added.values())
-        names = {entry.id: name.encode() for name, entry in tokenizer.added.items()}
-        self.tokens = [names.get(n) or tokenizer.token_bytes(n) for n in range(vocab_size)]
-        plain = [n for n in range(vocab_size) if n not in names and self.tokens[n]]
+        self.tokens = [tokenizer.spelling(n) for n in range(vocab_size)]
+        added = {*self.special_token_ids}
+        plain = [n for n in range(vocab_size) if n not in added and self.tokens[n]]
         self.ids = {self.tokens[n]: n for n in plain}
         self.longest = max(map(len, self.ids))
 

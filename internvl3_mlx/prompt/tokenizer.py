@@ -59,6 +59,7 @@ class Tokenizer:
                 f"the tokenizer in {source} lacks {', '.join(sorted(missing))}: "
                 "take the tokenizer files of an InternVL3 repository"
             )
+        self._added_names = {entry.id: name.encode() for name, entry in self.added.items()}
         self.vocab_size = max(vocabulary.size, 1 + max(a.id for a in self.added.values()))
         self.bos_id = vocabulary.bos_id
         self.image_start_id = self.added[IMAGE_START].id
@@ -116,6 +117,10 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a plain token, which may be part of a character."""
         return self._vocabulary.token_bytes(token_id)
+
+    def spelling(self, token_id: int) -> bytes:
+        """Return the bytes of any token: those of an added one are its name."""
+        return self._added_names.get(token_id) or self.token_bytes(token_id)
 
     def decode(self, ids: Iterable[int], *, keep_boxes: bool = False) -> str:
         """Decode ids, skipping special tokens; ``keep_boxes`` keeps grounding tags."""

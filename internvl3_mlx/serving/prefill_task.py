@@ -14,6 +14,7 @@ from internvl3_mlx.generation.generation_config import CONSTRAINTS, GenerationCo
 from internvl3_mlx.generation.prefill import Prefill, open_prefill
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage
 from internvl3_mlx.generation.prompt_cache import CacheKey, ImageFeatureCache
+from internvl3_mlx.generation.row_sampler import RowSampler
 from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.models.cache import LayerCache
@@ -22,8 +23,7 @@ from internvl3_mlx.prompt.v2pe import image_spans
 from internvl3_mlx.serving.image_features import FeatureStore
 from internvl3_mlx.serving.prefix_cache import PrefixCache, copy_layer
 from internvl3_mlx.serving.queued_request import QueuedRequest
-from internvl3_mlx.serving.requests import PromptRead
-from internvl3_mlx.serving.row_sampler import RowSampler
+from internvl3_mlx.serving.requests import AnswerRequest, PromptRead
 from internvl3_mlx.serving.running_answer import RunningAnswer
 
 # tokens between two decode steps of the others: a short enough wait, and still large products
@@ -171,29 +171,41 @@ class PrefillTask:
 
     def make_answer(self, index: int) -> RunningAnswer:
         queued, tokenizer = self.queued, self.runner.tokenizer
-        config = queued.request.config
-        sampler = RowSampler.from_request(
-            queued.request,
+        request, config = queued.request, queued.request.config
+        sampler = RowSampler(
+            config,
+            queued.seed + index,
             queued.inputs.token_ids,
             self.runner.config.text.vocab_size,
-            queued.seed + index,
+            request.frequency_penalty,
+            request.presence_penalty,
+            request.logit_bias,
+            top_scores(request),
             queued.constraints[index] if queued.constraints else None,
         )
         text = TextStream(
             tokenizer.detokenizer(keep_boxes=config.keep_boxes, keep_tags=True),
             tokenizer.stop_ids,
             config.stop,
-            continues=queued.request.continue_final_message,
+            continues=request.continue_final_message,
         )
         return RunningAnswer(
             queued,
             index,
             sampler,
             text,
+            tokenizer,
             position=queued.inputs.next_position,
             ntk=queued.ntk,
             tokens_left=queued.max_tokens,
         )
+
+
+def top_scores(request: AnswerRequest) -> int | None:
+    """Return how many tokens to score beside the chosen one; None where nothing is scored."""
+    if request.logprobs:
+        return request.top_logprobs
+    return 0 if request.best_of is not None else None
 
 
 def default_chunk() -> int:

@@ -1,20 +1,18 @@
 """One answer while it is decoded: its text, its position, and the events that it gives."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from internvl3_mlx.generation.answer import FinishReason
 from internvl3_mlx.generation.engine import check_token
+from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.serving.queued_request import QueuedRequest
 from internvl3_mlx.serving.requests import AnswerDone, RequestTiming, TextDelta, TokenLogprob
-from internvl3_mlx.serving.row_sampler import RowSampler, TokenScores
-
-TokenBytes = Callable[[int], bytes]  # a token's id -> its bytes
 
 
 @dataclass(eq=False)
@@ -30,6 +28,7 @@ class RunningAnswer:
     index: int
     sampler: RowSampler
     text: TextStream
+    tokenizer: Tokenizer
     position: float
     ntk: bool
     tokens_left: int
@@ -39,7 +38,7 @@ class RunningAnswer:
     started: float = field(default_factory=time.perf_counter)
     finish_reason: FinishReason | None = None
 
-    def accept(self, token: int, scores: TokenScores | None, token_bytes: TokenBytes) -> None:
+    def accept(self, token: int, scores: TokenScores | None) -> None:
         """Append a token and give its text. Raises NumericError for logits without numbers.
 
         ``finish_reason`` is set when the answer is complete.
@@ -51,7 +50,7 @@ class RunningAnswer:
         is_stop_token = not texts
         logprobs = tuple[TokenLogprob, ...]()
         if scores is not None and not is_stop_token:
-            logprobs = (read_scores(token, scores, token_bytes),)
+            logprobs = (read_scores(token, scores, self.tokenizer),)
         self.logprobs += logprobs
         constraint = self.sampler.constraint
         complete = constraint is not None and not constraint.accept(token)
@@ -83,19 +82,13 @@ class RunningAnswer:
         return self.queued.timing(time.perf_counter() - self.started)
 
 
-def read_scores(token: int, scores: TokenScores, token_bytes: TokenBytes) -> TokenLogprob:
+def read_scores(token: int, scores: TokenScores, tokenizer: Tokenizer) -> TokenLogprob:
     """Turn computed log probabilities into what requests get, the most likely first."""
 
     def one(token_id: int, logprob: float, top: Sequence[TokenLogprob] = ()) -> TokenLogprob:
-        return TokenLogprob(token_id, token_bytes(token_id), logprob, tuple(top))
+        return TokenLogprob(token_id, tokenizer.spelling(token_id), logprob, tuple(top))
 
     ids, values = np.array(scores.top_ids), np.array(scores.top)
     order = np.argsort(-values, kind="stable")
     top = [one(int(ids[n]), float(values[n])) for n in order]
     return one(token, float(scores.chosen.item()), top)  # type: ignore[arg-type]
-
-
-def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes:
-    """Return a function that gives the bytes of any token: an added one's are its name."""
-    names = {entry.id: name.encode() for name, entry in tokenizer.added.items()}
-    return lambda token_id: names.get(token_id) or tokenizer.token_bytes(token_id)

@@ -16,11 +16,11 @@ from traceback import clear_frames
 import mlx.core as mx
 
 from internvl3_mlx.generation.answer import FinishReason
+from internvl3_mlx.generation.decode_batch import Ended
 from internvl3_mlx.generation.prompt_cache import CacheKey
 from internvl3_mlx.memory import MemoryNeed, working_memory
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.serving.best_candidates import ScoringTask, log_prob_scores
-from internvl3_mlx.serving.decode_batch import Ended
 from internvl3_mlx.serving.image_features import FeatureStore
 from internvl3_mlx.serving.model_pool import ModelPool
 from internvl3_mlx.serving.prefill_task import PrefillTask, default_chunk
@@ -186,7 +186,7 @@ class Scheduler:
         if ended:
             mx.clear_cache()
 
-    def finish(self, served: ServedModel, ended: Ended) -> None:
+    def finish(self, served: ServedModel, ended: Ended[RunningAnswer]) -> None:
         """End an answer, and keep what was read for it."""
         answer, queued = ended.answer, ended.answer.queued
         if ended.error is not None:

@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from internvl3_mlx.generation.decode_batch import DecodeBatch
 from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.serving.decode_batch import DecodeBatch
 from internvl3_mlx.serving.image_features import vision_fingerprint
 from internvl3_mlx.serving.prefill_task import PrefillTask
-from internvl3_mlx.serving.running_answer import token_bytes_of
+from internvl3_mlx.serving.running_answer import RunningAnswer
 from internvl3_mlx.serving.status import ModelStatus
 
 
@@ -26,7 +26,7 @@ class LoadedParts:
     """
 
     runner: ModelRunner
-    decode: DecodeBatch
+    decode: DecodeBatch[RunningAnswer]
     fingerprint: str
     parameters: int
     bits: int | None
@@ -54,7 +54,7 @@ class ServedModel:
             runner = self.load_runner()
             self.parts = LoadedParts(
                 runner,
-                DecodeBatch.for_model(runner.model, token_bytes_of(runner.tokenizer)),
+                DecodeBatch[RunningAnswer].for_model(runner.model),
                 vision_fingerprint(runner.model),
                 count_parameters(runner.model),
                 weight_bits(runner.model),

@@ -23,8 +23,9 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.errors import GPUError, NumericError
+from internvl3_mlx.generation import decode_batch
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.serving import decode_batch, prompt_inputs, running_answer
+from internvl3_mlx.serving import prompt_inputs, running_answer
 from internvl3_mlx.serving.engine import Engine
 from internvl3_mlx.serving.prefill_task import PrefillTask
 from internvl3_mlx.serving.requests import (

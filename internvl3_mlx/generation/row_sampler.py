@@ -13,7 +13,6 @@ import mlx.core as mx
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.sampler import needs_history
 from internvl3_mlx.generation.structured import Constraint
-from internvl3_mlx.serving.requests import AnswerRequest
 
 REPETITION_WINDOW = 20  # tokens that mlx-lm's repetition penalty looks back at
 
@@ -59,27 +58,6 @@ class RowSampler:
     def __post_init__(self) -> None:
         self.processors = logits_processors(self.config, self.logit_bias)
         self.replay([])
-
-    @classmethod
-    def from_request(
-        cls,
-        request: AnswerRequest,
-        prompt_ids: Sequence[int],
-        vocab_size: int,
-        seed: int,
-        constraint: Constraint | None = None,
-    ) -> "RowSampler":
-        return cls(
-            request.config,
-            seed,
-            prompt_ids,
-            vocab_size,
-            request.frequency_penalty,
-            request.presence_penalty,
-            request.logit_bias,
-            top_scores(request),
-            constraint,
-        )
 
     @property
     def is_plain(self) -> bool:
@@ -156,13 +134,6 @@ class RowSampler:
         else:
             top = mx.argpartition(-log_probs, kth=count - 1)[:count]
         return TokenScores(log_probs[token], top.astype(mx.int32), log_probs[top])
-
-
-def top_scores(request: AnswerRequest) -> int | None:
-    """Return how many tokens to score beside the chosen one; None where nothing is scored."""
-    if request.logprobs:
-        return request.top_logprobs
-    return 0 if request.best_of is not None else None
 
 
 def logits_processors(

@@ -6,23 +6,45 @@ waits for the host; only a constraint must see a token before the next one can b
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
+from internvl3_mlx.generation.answer import FinishReason
 from internvl3_mlx.generation.engine import NOT_FINITE
+from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.ragged_cache import RaggedBatch
-from internvl3_mlx.serving.row_sampler import TokenScores
-from internvl3_mlx.serving.running_answer import RunningAnswer, TokenBytes
+
+
+class BatchedAnswer(Protocol):
+    """An answer as the batch knows it; a server's and a command's are made of it.
+
+    row: its number in the batch. position: of the next token. ntk: whether dynamic NTK may apply
+    to it. tokens_left: how many tokens may still follow. finish_reason: None while it goes on.
+    """
+
+    row: int
+    sampler: RowSampler
+    position: float
+    ntk: bool
+    tokens_left: int
+    finish_reason: FinishReason | None
+
+    def accept(self, token: int, scores: TokenScores | None) -> None:
+        """Append a token. An error that is raised ends this answer alone."""
+        ...
+
+
+AnswerT = TypeVar("AnswerT", bound=BatchedAnswer)
 
 
 @dataclass(frozen=True, eq=False)
-class Ended:
+class Ended(Generic[AnswerT]):
     """An answer that is complete, or that failed, with the caches of what was read for it."""
 
-    answer: RunningAnswer
+    answer: AnswerT
     layers: list[LayerCache]
     error: Exception | None = None
 
@@ -59,22 +81,21 @@ class Chosen:
 
 
 @dataclass(eq=False)
-class DecodeBatch:
+class DecodeBatch(Generic[AnswerT]):
     """The answers in progress by their row, and the tokens that come next."""
 
     model: InternVL
-    token_bytes: TokenBytes
     batch: RaggedBatch
-    answers: dict[int, RunningAnswer] = field(default_factory=dict[int, RunningAnswer])
+    answers: dict[int, AnswerT] = field(default_factory=dict[int, AnswerT])
     chosen: Chosen | None = None
     steps: int = 0
 
     @classmethod
-    def for_model(cls, model: InternVL, token_bytes: TokenBytes) -> "DecodeBatch":
-        return cls(model, token_bytes, RaggedBatch(len(model.language_model.model.layers)))
+    def for_model(cls, model: InternVL) -> "DecodeBatch[AnswerT]":
+        return cls(model, RaggedBatch(len(model.language_model.model.layers)))
 
     def join(
-        self, answers: Sequence[RunningAnswer], caches: Sequence[list[LayerCache]], logits: mx.array
+        self, answers: Sequence[AnswerT], caches: Sequence[list[LayerCache]], logits: mx.array
     ) -> None:
         """Take in answers to a prompt that has been read. logits: (1, vocab) of their first token.
 
@@ -89,7 +110,7 @@ class DecodeBatch:
         new = choose_tokens(rows, answers, copies)
         self.chosen = new if self.chosen is None else self.chosen.joined(new)
 
-    def remove(self, answer: RunningAnswer) -> list[LayerCache]:
+    def remove(self, answer: AnswerT) -> list[LayerCache]:
         """Drop an answer, and return the caches of what was read for it."""
         layers = self.batch.extract(answer.row)
         self.batch.remove(answer.row)
@@ -98,14 +119,14 @@ class DecodeBatch:
             self.chosen = None
         return layers
 
-    def reset(self) -> list[RunningAnswer]:
+    def reset(self) -> list[AnswerT]:
         """Drop all arrays, computed or not; return the answers that were in progress."""
         answers = [*self.answers.values()]
         self.batch, self.answers = RaggedBatch(self.batch.num_layers), {}
         self.chosen = None
         return answers
 
-    def step(self) -> list[Ended]:
+    def step(self) -> list[Ended[AnswerT]]:
         """Give one token of each answer and begin the next; return those that ended.
 
         Raises what the forward pass raises; then no token was given.
@@ -140,32 +161,29 @@ class DecodeBatch:
             answer.position += 1
         self.steps += 1
 
-    def give(self, chosen: Chosen) -> list[Ended]:
+    def give(self, chosen: Chosen) -> list[Ended[AnswerT]]:
         """Hand the chosen tokens to their answers; remove and return those that ended."""
         mx.eval(chosen.arrays)
         tokens = dict(zip(chosen.rows, cast(list[int], chosen.tokens.tolist()), strict=True))
-        ended = []
+        ended = list[Ended[AnswerT]]()
         for row, answer in [*self.answers.items()]:
-            error = chosen.failures.get(row) or attempt(
-                answer, tokens[row], chosen.scores.get(row), self.token_bytes
-            )
+            error = chosen.failures.get(row)
+            error = error or attempt(answer, tokens[row], chosen.scores.get(row))
             if error is not None or answer.finish_reason is not None:
                 ended.append(Ended(answer, self.remove(answer), error))
         return ended
 
 
-def attempt(
-    answer: RunningAnswer, token: int, scores: TokenScores | None, token_bytes: TokenBytes
-) -> Exception | None:
+def attempt(answer: BatchedAnswer, token: int, scores: TokenScores | None) -> Exception | None:
     """Append a token to an answer; return what that raised, which concerns this answer alone."""
     try:
-        answer.accept(token, scores, token_bytes)
+        answer.accept(token, scores)
     except Exception as error:  # noqa: BLE001
         return error
     return None
 
 
-def choose_tokens(rows: list[int], answers: Sequence[RunningAnswer], logits: mx.array) -> Chosen:
+def choose_tokens(rows: list[int], answers: Sequence[BatchedAnswer], logits: mx.array) -> Chosen:
     """Choose the next token of each answer: logits (B, vocab). A failure concerns its row alone."""
     finite = mx.all(mx.isfinite(logits), axis=-1)
     scores: dict[int, TokenScores] = {}
@@ -188,7 +206,7 @@ def choose_tokens(rows: list[int], answers: Sequence[RunningAnswer], logits: mx.
     return Chosen(rows, signed, scores, failures)
 
 
-def choose_one(answer: RunningAnswer, logits: mx.array) -> tuple[mx.array, TokenScores | None]:
+def choose_one(answer: BatchedAnswer, logits: mx.array) -> tuple[mx.array, TokenScores | None]:
     """Choose a token from logits (1, vocab), and score it by the logits as they were."""
     raw = mx.array(logits) if answer.sampler.num_top is not None else logits
     token = answer.sampler.choose(logits)
