@@ -1,22 +1,23 @@
 """Estimate what a model takes in memory from its headers, before it is loaded."""
 
+from internvl3_mlx.checkpoints.build_model import compute_dtype
 from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
 from internvl3_mlx.config import read_config
-from internvl3_mlx.device import on_cpu
 from internvl3_mlx.loading.fetch_model import LocalModel
 from internvl3_mlx.loading.resolve import QUANTIZED_BYTES_PER_PARAMETER
 
-STORED_BITS, CPU_BITS = 16, 32  # of what is not quantized, on a GPU and on a CPU
 LANGUAGE_MODEL = "language_model"
 
 
 def estimate_weights_nbytes(local: LocalModel, bits: int | None = None) -> int:
     """Estimate the bytes of a model's weights. bits: those that it is quantized to on loading.
 
-    A CPU computes in float32, so what is not quantized takes twice its 16 bits there.
+    What is not quantized takes the dtype that the model computes in: float32 on a CPU, otherwise
+    the checkpoint's own.
     """
-    dense = (CPU_BITS if on_cpu() else STORED_BITS) / 8
-    parts = parameters_by_part(open_checkpoint(local.folder), read_config(local.folder))
+    config = read_config(local.folder)
+    dense = compute_dtype(None, config.dtype).size
+    parts = parameters_by_part(open_checkpoint(local.folder), config)
     total = 0.0
     for name, part in parts.items():
         if local.recipe is not None and name == LANGUAGE_MODEL:

@@ -3,9 +3,10 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from fixtures.inputs import token_row
+from fixtures.inputs import relative_error, token_row
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
+from fixtures.tolerances import rows_tolerance
 from mlx.utils import tree_flatten
 
 from internvl3_mlx import load
@@ -34,7 +35,7 @@ def test_logits_are_cut_to_the_vocabulary_and_stay_the_same(tied, mode):
     states = mx.random.normal((2, 3, fused.config.text.hidden_size), key=mx.random.key(1))
     ours, theirs = (model.language_model.head(states) for model in (fused, plain))
     assert ours.shape == (2, 3, vocabulary)
-    assert mx.array_equal(ours, theirs)
+    assert relative_error(ours, theirs) <= rows_tolerance()
     ids = mx.array([token_row(checkpoint)])
     assert mx.array_equal(fused.embed(ids), plain.embed(ids))
 
@@ -47,7 +48,8 @@ def test_a_published_vocabulary_costs_six_rows():
     after = sum(part.nbytes for _, part in tree_flatten(layer.parameters()))
     assert layer.weight.shape[0] == 151_680
     assert after - before == before // 151_674 * 6
-    assert mx.array_equal(layer(mx.ones((1, 128)))[:, :151_674], rows)
+    padded = layer(mx.ones((1, 128)))[:, :151_674]
+    assert relative_error(padded, rows) <= rows_tolerance()
 
 
 def test_other_heads_stay_as_they_are():

@@ -122,7 +122,8 @@ def test_a_session_gives_each_response_what_it_gets_alone(critic):
     found = [session.score(response).score for response in responses]
     alone = [critic.open(*ASKED).score(response).score for response in responses]
     np.testing.assert_allclose(found, alone, atol=1e-5)
-    assert len({round(score, 6) for score in found}) == 3
+    distances = np.diff(np.sort(found))  # two responses are the same
+    assert sum(distances > 1e-4) == 2
 
 
 def test_steps_are_found_whatever_the_size_of_a_prefill_chunk(vlm, monkeypatch):
