@@ -304,10 +304,10 @@ def merge_attention(
 
 
 def batch_to_queries(q: mx.array) -> mx.array:
-    """Make a batch the rows of one sequence, to share a prefix: (N, H, 1, D) -> (1, H, N, D)."""
-    return q.swapaxes(0, 2)
+    """Make a batch the rows of one sequence, to share a prefix: (N, H, L, D) -> (1, H, N * L, D)."""
+    return q.swapaxes(0, 1).flatten(1, 2)[None]
 
 
-def queries_to_batch(x: mx.array) -> mx.array:
-    """Undo ``batch_to_queries``: (1, H, N, D) -> (N, H, 1, D), (1, H, N) -> (N, H, 1)."""
-    return x.swapaxes(0, 2)
+def queries_to_batch(x: mx.array, length: int = 1) -> mx.array:
+    """Undo ``batch_to_queries``: (1, H, N * L, D) -> (N, H, L, D), (1, H, N * L) -> (N, H, L)."""
+    return mx.unflatten(x[0], 1, (-1, length)).swapaxes(0, 1)

@@ -8,7 +8,7 @@ it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -189,4 +189,32 @@ class QuantizedKVRows:
         return self.rows, self.rows
 
 
-KVStore = DenseKV | QuantizedKVRows
+KVStore = DenseKV | QuantizedKVRows  # what our kernels read
+
+
+@dataclass(frozen=True)
+class QuantizedKV:
+    """What ``mx.quantize`` makes of keys and values: (B, KV, C, *) each, the whole buffers.
+
+    MLX's operations read it; our kernels do not.
+    """
+
+    keys: QuantizedArrays
+    values: QuantizedArrays
+    bits: int
+    group_size: int
+
+    def dequantize(self) -> tuple[mx.array, mx.array]:
+        keys, values = (
+            mx.dequantize(*arrays, group_size=self.group_size, bits=self.bits)
+            for arrays in (self.keys, self.values)
+        )
+        return keys, values
+
+    def first_tokens(self, length: int) -> "QuantizedKV":
+        one, two, three, four, five, six = (array[..., :length, :] for array in self.arrays)
+        return replace(self, keys=(one, two, three), values=(four, five, six))
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        return *self.keys, *self.values
