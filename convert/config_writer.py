@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from internvl3_mlx.config import ModelConfig, Quantization
+from internvl3_mlx.config.decoders import FAMILIES
 from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.json_files import read_json
@@ -16,10 +17,6 @@ from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm3": "InternLM2ForCausalLM"}
-HF_TEXT_TYPES = {"qwen2": "qwen2", "internlm3": "llama"}
-# Where the published code of the original layout is; transformers downloads it from there.
-REMOTE_CODE_REPOS = {"qwen2": "OpenGVLab/InternVL3-8B", "internlm3": "OpenGVLab/InternVL3-9B"}
 AUTO_MAP = {
     "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
     "AutoModel": "modeling_internvl_chat.InternVLChatModel",
@@ -88,7 +85,7 @@ def original_config(own: Json, plan: ConversionPlan, _: Tokenizer) -> Json:
         content["system_message"] = content.get("system_message") or own_system_text(plan)
     has_code = bool(visible_files(plan.source, "modeling_*.py"))
     if "auto_map" not in content or not has_code:
-        repo = REMOTE_CODE_REPOS[plan.config.text.family]
+        repo = FAMILIES[plan.config.text.family].remote_code
         content["auto_map"] = {kind: f"{repo}--{name}" for kind, name in AUTO_MAP.items()}
     return content
 
@@ -103,11 +100,9 @@ def own_system_text(plan: ConversionPlan) -> str | None:
 
 def original_from_hf(config: ModelConfig) -> Json:
     """Translate a config of the hf layout to the keys of the original layout."""
-    vision, text = asdict(config.vision), asdict(config.text)
-    text["rope_scaling"] = config.text.rope_scaling.to_dict()
-    family = text.pop("family")
-    text["architectures"] = [ARCHITECTURES[family]]
-    text["model_type"] = {"qwen2": "qwen2", "internlm3": "internlm2"}[family]
+    vision, text = asdict(config.vision), text_keys(config)
+    family = FAMILIES[text.pop("family")]
+    text["architectures"], text["model_type"] = [family.architecture], family.original_type
     text["torch_dtype"] = config.dtype
     top = asdict(config)
     return {
@@ -125,6 +120,13 @@ def original_from_hf(config: ModelConfig) -> Json:
         "torch_dtype": config.dtype,
         **{key: top[key] for key in TOP_KEYS},
     }
+
+
+def text_keys(config: ModelConfig) -> Json:
+    """Return the language model's fields under the keys that files have, and ``family``."""
+    text = asdict(config.text)
+    del text["qk_norm"]  # the family says it
+    return {**text, "rope_scaling": config.text.rope_scaling.to_dict()}
 
 
 def hf_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
@@ -174,17 +176,16 @@ def hf_vision_config(config: ModelConfig) -> Json:
 
 
 def hf_text_config(config: ModelConfig, tokenizer: Tokenizer) -> Json:
-    """Build the Qwen2 or Llama config of the language model."""
-    text = asdict(config.text)
-    kind = HF_TEXT_TYPES[text.pop("family")]
+    """Build transformers' config of the language model."""
+    text = text_keys(config)
+    family = FAMILIES[text.pop("family")]
     bias = text.pop("qkv_bias")
     return {
         **text,
-        **({"attention_bias": bias} if kind == "llama" else {}),
-        "model_type": kind,
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        **({"attention_bias": bias} if not family.qkv_bias else {}),  # Qwen2 has no such key
+        "model_type": family.hf_type,
+        "architectures": [family.hf_architecture],
         "hidden_act": "silu",
-        "rope_scaling": config.text.rope_scaling.to_dict(),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.im_end_id,
         "torch_dtype": config.dtype,

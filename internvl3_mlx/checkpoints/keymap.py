@@ -50,6 +50,7 @@ TOWER_NAMES = (
 QWEN_NAMES = (
     "language_model.model.embed_tokens.*",
     *(TEXT_LAYER + f"self_attn.{p}_proj.*" for p in "qkvo"),
+    *(TEXT_LAYER + f"self_attn.{p}_norm.*" for p in "qk"),
     *(TEXT_LAYER + f"mlp.{p}_proj.*" for p in ("gate", "up", "down")),
     *(TEXT_LAYER + f"{p}_layernorm.*" for p in ("input", "post_attention")),
     "language_model.model.norm.*",
@@ -108,14 +109,10 @@ HF = (  # transformers' "-hf" checkpoints, after ``normalize_name`` has unified 
 )
 READ_RULES = {"original": ORIGINAL, "mlx": ORIGINAL, "hf": HF}
 TOWER = tuple(key_rule(name) for name in TOWER_NAMES)
-WRITE_RULES = {  # layout and decoder -> the names to write; the first rule for a tensor applies
-    ("mlx", "qwen2"): (*TOWER, *QWEN),
-    ("mlx", "internlm3"): (*TOWER, *QWEN),
-    ("original", "qwen2"): (*TOWER, *QWEN),
-    ("original", "internlm3"): (*TOWER, *INTERNLM2, *QWEN),
-    ("hf", "qwen2"): HF,
-    ("hf", "internlm3"): HF,
-}
+# layout -> the names to write; the first rule for a tensor applies
+WRITE_RULES = {"mlx": (*TOWER, *QWEN), "original": (*TOWER, *QWEN), "hf": HF}
+# where a family's own names take precedence over the layout's
+FAMILY_WRITE_RULES = {("original", "internlm3"): INTERNLM2}
 IGNORED = re.compile(
     r"(^|\.)(position_ids|rotary_emb\.inv_freq)$"
 )  # buffers that some writers save
@@ -150,7 +147,7 @@ class KeyMap:
     @classmethod
     def inverse(cls, layout: str, family: str) -> "KeyMap":
         """Return the map from the model's names to those of a layout."""
-        rules = WRITE_RULES[layout, family]
+        rules = (*FAMILY_WRITE_RULES.get((layout, family), ()), *WRITE_RULES[layout])
         return cls(
             layout, [KeyRule(entry.sources, entry.targets, entry.grouped) for entry in rules]
         )

@@ -69,10 +69,11 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The decoder. ``family`` is our own field: qwen2 (all sizes but the 9B) or internlm3 (9B).
+    """The decoder. ``family`` is our own field: a row of ``config.decoders.FAMILIES``.
 
     ``tie_word_embeddings``: the checkpoint may lack an output head of its own. ``qkv_bias``: it
-    must have these biases; None where the published code leaves it to the file.
+    must have these biases; None where the published code leaves it to the file. ``qk_norm``: each
+    head of q and k has a norm before it is rotated.
     """
 
     family: str
@@ -89,6 +90,7 @@ class TextConfig:
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
     qkv_bias: bool | None = True
+    qk_norm: bool = False
 
     @property
     def rope_dynamic_factor(self) -> float | None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl3_mlx.config.decoders import FAMILIES, FAMILY_OF_NAME
 from internvl3_mlx.config.foreign import (
     check_no_pointers,
     check_quantization_method,
@@ -31,18 +32,6 @@ from internvl3_mlx.errors import CheckpointError, ConfigError
 from internvl3_mlx.json_files import read_json
 
 Json = Mapping[str, Any]
-
-TEXT_FAMILIES = {  # the name of the decoder in config.json -> our implementation of it
-    "qwen2": "qwen2",
-    "Qwen2ForCausalLM": "qwen2",
-    "internlm2": "internlm3",
-    "InternLM2ForCausalLM": "internlm3",
-    "internlm3": "internlm3",
-    "InternLM3ForCausalLM": "internlm3",
-    "llama": "internlm3",
-    "LlamaForCausalLM": "internlm3",
-}
-FAMILY_HAS_QKV_BIAS = {"qwen2": True, "internlm3": None}
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -182,11 +171,17 @@ HF_VISION_DEFAULTS: dict[str, Any] = {
 
 def _text_config(text: Json, where: str, *, tied: bool) -> TextConfig:
     name = (text.get("architectures") or [None])[0] or text.get("model_type")
-    family = TEXT_FAMILIES.get(str(name)) or TEXT_FAMILIES.get(str(text.get("model_type", "")))
+    family = FAMILY_OF_NAME.get(str(name)) or FAMILY_OF_NAME.get(str(text.get("model_type", "")))
     if family is None:
+        titles = ", ".join(row.title for row in FAMILIES.values())
         raise ConfigError(
-            f"the language model is {str(name)[:60]!r}; expected Qwen2, InternLM2 or InternLM3"
+            f"the language model is {str(name)[:60]!r}; expected one of {titles}; use an InternVL3 "
+            "or InternVL3.5 model"
         )
+    text = {
+        **FAMILIES[family].defaults,
+        **{key: value for key, value in text.items() if value is not None},
+    }
     check_values(text, TEXT_TABLE, where)
     _check_attention(text, where)
     theta, scaling = read_rope(text, where)
@@ -195,7 +190,7 @@ def _text_config(text: Json, where: str, *, tied: bool) -> TextConfig:
     known = _select_fields(
         text,
         TextConfig,
-        skip={"family", "tie_word_embeddings", "rope_theta", "rope_scaling", "qkv_bias"},
+        skip={"family", "tie_word_embeddings", "rope_theta", "rope_scaling", "qkv_bias", "qk_norm"},
     )
     filled = {"head_dim": natural, "num_key_value_heads": heads}
     return TextConfig(
@@ -205,6 +200,7 @@ def _text_config(text: Json, where: str, *, tied: bool) -> TextConfig:
         rope_scaling=scaling,
         tie_word_embeddings=tied,
         qkv_bias=_qkv_bias(text, family),
+        qk_norm=FAMILIES[family].qk_norm,
     )
 
 
@@ -213,7 +209,7 @@ def _qkv_bias(text: Json, family: str) -> bool | None:
     for key in ("qkv_bias", "attention_bias"):
         if text.get(key) is not None:
             return bool(text[key])
-    return FAMILY_HAS_QKV_BIAS[family]
+    return FAMILIES[family].qkv_bias
 
 
 def _check_attention(text: Json, where: str) -> None:

@@ -1,5 +1,6 @@
-"""The language models, Qwen2.5 (1B 2B 8B 14B 38B 78B) and InternLM3 (9B): one decoder, with or
-without qkv bias.
+"""The language models: one decoder, built of the parts that its config names.
+
+``config.decoders`` lists the families; none of them is known here.
 
 Not mlx-lm's, because V2PE needs explicit positions, which the offset of a cache cannot express.
 Attribute names are the Qwen checkpoint's. ``fuse`` concatenates q, k, v and gate, up into one
@@ -39,6 +40,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
 
     def __call__(
         self,
@@ -61,13 +65,24 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
     def project_qkv(self, x: mx.array) -> list[mx.array]:
-        """x: (B, L, D) -> q and k, to be rotated together, (B, L, H + KV, D'), v (B, L, KV, D')."""
+        """x: (B, L, D) -> q and k, to be rotated together, (B, L, H + KV, D'), v (B, L, KV, D').
+
+        Where the family has norms of q and k, they come after the split into heads.
+        """
         if "qkv_proj" in self:
             joint = self.qkv_proj(x)
         else:
             joint = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         heads = joint.reshape(*x.shape[:2], -1, self.head_dim)
-        return list(mx.split(heads, [self.heads + self.kv_heads], axis=2))
+        qk, v = mx.split(heads, [self.heads + self.kv_heads], axis=2)
+        return [self.norm_heads(qk), v]
+
+    def norm_heads(self, qk: mx.array) -> mx.array:
+        """Normalize each head of q and k, if the layer has norms for them: (B, L, H + KV, D')."""
+        if "q_norm" not in self:
+            return qk
+        q, k = mx.split(qk, [self.heads], axis=2)
+        return mx.concatenate([self.q_norm(q), self.k_norm(k)], axis=2)
 
     def fuse(self) -> None:
         fuse_linears(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
