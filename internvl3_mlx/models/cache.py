@@ -5,10 +5,9 @@ queries, keys and values of a layer and gets the output of attention, however ke
 read. So a new cache is a class with ``attend``; ``models.attention`` and ``models.decoder`` do not
 change:
 
-- A buffer of fixed size whose length is an array, for a compiled decode step: ``attend`` writes
-  with ``mx.slice_update`` at the length and reads by a mask or by ``flash_decode``, which takes
-  lengths as arrays; ``state`` gives and takes the buffers and the length, so that a step is a
-  function from state to state. The decoder never reads ``offset``.
+- A compiled decode step is a function from arrays to arrays, whose lengths are arrays too: inside
+  it, ``models.static_cache`` attends with the ``arrays`` of a cache that ``reserve`` made long
+  enough, and the cache takes them back with ``take_step``. The decoder never reads ``offset``.
 - A segmented cache (a long segment that never changes, and a short tail): ``attend`` appends to the
   tail and merges both segments by their log-sum-exp, as ``SharedPrefixKVCache`` does.
 - A ragged batch padded on the right: ``attend`` writes each sequence at its own length, and
@@ -31,7 +30,8 @@ from internvl3_mlx.models.attention import (
     store_attention,
 )
 
-GROWTH_STEP = 256  # tokens; buffers grow in whole steps so that appending rarely copies
+# tokens: buffers grow in whole steps, of a quarter of their length where that is more
+GROWTH_STEP, BUCKETS_PER_OCTAVE = 256, 4
 
 
 class AttentionContext(ABC):
@@ -88,6 +88,19 @@ class LayerCache(AttentionContext):
     def select(self, rows: mx.array) -> None:
         """Keep only some sequences of the batch, given by their indices."""
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The whole buffers, as a compiled step takes and returns them; [] for none."""
+        return []
+
+    def reserve(self, tokens: int) -> None:
+        """Make the buffers long enough for ``tokens``, and a bucket long. Only after an append."""
+        raise NotImplementedError(f"{type(self).__name__} has no buffers of a fixed size")
+
+    def take_step(self, arrays: list[mx.array], length: int) -> None:
+        """Take the buffers back from a step that wrote ``length`` tokens into them."""
+        raise NotImplementedError(f"{type(self).__name__} has no buffers of a fixed size")
+
     def trim(self, count: int) -> int:
         """Drop the last ``count`` tokens; return how many were dropped."""
         count = max(0, min(self.offset, count))
@@ -108,20 +121,24 @@ NO_CACHE = NoCache()
 
 
 class KVCache(LayerCache):
-    """Keys and values in the model's own dtype: (B, KV, N, D)."""
+    """Keys and values in the model's own dtype.
+
+    ``kv``: (2 * B, KV, N, D), the keys of all sequences before the values, so that both are
+    contiguous and a compiled step appends to one buffer.
+    """
 
     def __init__(self, capacity: int = 0):
         self.offset, self.capacity = 0, capacity
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.kv: mx.array | None = None
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Add L tokens: (B, KV, L, D)."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = grow(self.keys, keys, self.offset, self.capacity)
-        self.values = grow(self.values, values, self.offset, self.capacity)
-        self.keys[..., start : self.offset, :] = keys
-        self.values[..., start : self.offset, :] = values
+        if self.kv is None or self.kv.shape[2] < self.offset:
+            both = mx.concatenate([keys, values])  # for its shape alone
+            self.kv = grow(self.kv, both, self.offset, self.capacity)
+        self.kv[: keys.shape[0], :, start : self.offset] = keys
+        self.kv[keys.shape[0] :, :, start : self.offset] = values
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Add L tokens and return all: (B, KV, L, D) -> (B, KV, N, D), twice."""
@@ -140,29 +157,46 @@ class KVCache(LayerCache):
     @property
     def buffers(self) -> DenseKV:
         """The whole buffers, as the kernels take them. Only after an append."""
-        assert self.keys is not None
-        assert self.values is not None
-        return DenseKV(self.keys, self.values)
+        assert self.kv is not None
+        return split_kv(self.kv)
 
     @property
     def state(self) -> list[mx.array]:
         """Keys and values, (B, KV, N, D) each."""
-        if self.keys is None or self.values is None:
+        if self.kv is None:
             return []
-        return [self.keys[..., : self.offset, :], self.values[..., : self.offset, :]]
+        return [part[:, :, : self.offset] for part in (self.buffers.keys, self.buffers.values)]
 
     @state.setter
     def state(self, arrays: list[mx.array]) -> None:
-        self.keys, self.values = arrays
-        self.offset = self.keys.shape[2]
+        self.kv = mx.concatenate(arrays)
+        self.offset = self.kv.shape[2]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [] if self.kv is None else [self.kv]
+
+    def reserve(self, tokens: int) -> None:
+        assert self.kv is not None
+        self.kv = pad_to_bucket(self.kv, tokens)
+
+    def take_step(self, arrays: list[mx.array], length: int) -> None:
+        [self.kv] = arrays
+        self.offset += length
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.keys is None or self.values is None else self.buffers.nbytes
+        return 0 if self.kv is None else self.kv.nbytes
 
     def select(self, rows: mx.array) -> None:
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.kv is not None:
+            self.kv = self.kv[mx.concatenate([rows, rows + self.kv.shape[0] // 2])]
+
+
+def split_kv(kv: mx.array) -> DenseKV:
+    """Return keys and values of (2 * B, KV, N, D) as they are, without copying."""
+    keys, values = mx.split(kv, 2)
+    return DenseKV(keys, values)
 
 
 class BatchKVCache(LayerCache):
@@ -222,10 +256,30 @@ def grow(buffer: mx.array | None, new: mx.array, needed: int, capacity: int) -> 
     size = 0 if buffer is None else buffer.shape[2]
     if buffer is not None and size >= needed:
         return buffer
-    wanted = max(-(-needed // GROWTH_STEP) * GROWTH_STEP, capacity)
+    wanted = max(bucket_length(needed), capacity)
     batch, heads, _, width = new.shape
     space = mx.zeros((batch, heads, wanted - size, width), dtype=new.dtype)
     return space if buffer is None else mx.concatenate([buffer, space], axis=2)
+
+
+def bucket_length(tokens: int) -> int:
+    """Return how long buffers are made for ``tokens``: so that few lengths occur.
+
+    Multiples of 256 up to 1,024, then four to an octave: at most a quarter stays unused, and a
+    compiled step is traced log-many times.
+    """
+    octave = max((tokens - 1).bit_length() - 1, 0)
+    step = max(GROWTH_STEP, 2**octave // BUCKETS_PER_OCTAVE)
+    return max(-(-tokens // step), 1) * step
+
+
+def pad_to_bucket(buffer: mx.array, tokens: int) -> mx.array:
+    """Return a buffer of a bucket's length with space for ``tokens`` along axis 2."""
+    size = buffer.shape[2]
+    wanted = bucket_length(max(tokens, size))
+    if wanted == size:
+        return buffer
+    return mx.pad(buffer, [(0, 0), (0, 0), (0, wanted - size), (0, 0)])
 
 
 def pad_left(part: mx.array, count: int) -> mx.array:

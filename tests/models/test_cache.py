@@ -33,7 +33,7 @@ def test_everything_appended_comes_back_in_order(capacity, steps):
 def test_the_capacity_is_allocated_at_once():
     cache = KVCache(1000)
     cache.update_and_fetch(rows(3), rows(3))
-    assert cache.keys.shape[2] == 1000
+    assert cache.kv.shape[2] == 1000
 
 
 def reference(q, keys, values):
