@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+from internvl3_mlx.adapters.base_bits import other_bits_warning
 from internvl3_mlx.checkpoints.build_model import LoadedModel
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.generation.answer import Answer, AnswerChunk
@@ -79,9 +80,8 @@ def load(
 
     quantize: bits of the language model. Published sizes default to 4, quantized once and cached;
     16 keeps them unquantized. Other models are loaded as they are stored unless bits are given.
-    adapter: folder or repository of a LoRA or DoRA adapter in PEFT's layout, merged into
-    unquantized weights and
-    applied at run time to quantized ones.
+    adapter: folder or repository of a LoRA or DoRA adapter of PEFT, mlx-lm or mlx-vlm, merged into
+    unquantized weights and applied at run time to quantized ones.
     dtype: compute type, "float32", "bfloat16" or "float16"; by default the checkpoint's own, or
     float32 on a CPU.
     notify: called with one line before anything that takes long, and when memory is tight.
@@ -94,8 +94,10 @@ def load(
     loaded = load_local_model(
         local.folder, quantize=local.recipe, adapter=adapter_folder, dtype=dtype
     )
-    warning = tight_memory_warning(model_nbytes(loaded.model))
-    if warning is not None:
+    warnings = [tight_memory_warning(model_nbytes(loaded.model))]
+    if adapter_folder is not None:
+        warnings.append(other_bits_warning(adapter_folder, loaded.model))
+    for warning in filter(None, warnings):
         notify(warning)
     template = load_template(loaded.config, local.folder)
     name = model if model is not None else local.folder.name

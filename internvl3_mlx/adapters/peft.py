@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, find_adapter_files, is_mlx_adapter
-from internvl3_mlx.adapters.mlx_lm import read_mlx_adapter
+from internvl3_mlx.adapters.mlx_adapter import read_mlx_adapter
 from internvl3_mlx.adapters.patterns import PatternTable
 from internvl3_mlx.checkpoints.keymap import KeyMap, ResolvedRule, normalize_name
 from internvl3_mlx.checkpoints.reader import Checkpoint

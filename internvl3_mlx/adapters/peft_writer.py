@@ -3,13 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from internvl3_mlx.adapters.base_bits import BASE_BITS, read_base_bits
 from internvl3_mlx.adapters.peft import (
     Adapter,
     load_adapter,
@@ -37,6 +38,7 @@ class PeftOptions:
     use_rslora: bool = False
     dropout: float = 0.0
     base_model: str | None = None  # the model that the adapter was trained on
+    base_bits: int | None = None  # of its weights, for our own metadata
 
     @classmethod
     def from_config(cls, settings: Mapping[str, Any]) -> "PeftOptions":
@@ -62,7 +64,10 @@ def convert_adapter_layout(
     config, _ = plan_remap(open_checkpoint(model), read_config(model))
     adapter = load_adapter(source, config)
     with atomic_folder(target, overwrite=overwrite, on_wait=on_wait) as part:
-        save_adapter(adapter, part, config, PeftOptions.from_config(adapter.peft_config), layout)
+        options = PeftOptions.from_config(adapter.peft_config)
+        save_adapter(
+            adapter, part, config, replace(options, base_bits=read_base_bits(source)), layout
+        )
         written: Json = read_json(part / ADAPTER_CONFIG)
     return [str(name) for name in written["target_modules"]]
 
@@ -85,7 +90,10 @@ def save_adapter(
     tensors = {f"{PEFT_PREFIX}{name}": x for name, x in saved.items()}
     for module, weights in modules.items():
         tensors |= lora_tensors(f"{PEFT_PREFIX}{module}", weights)
-    mx.save_safetensors(str(folder / ADAPTER_WEIGHTS), tensors, metadata={"format": "pt"})
+    metadata = {"format": "pt"}
+    if options.base_bits is not None:
+        metadata[BASE_BITS] = str(options.base_bits)
+    mx.save_safetensors(str(folder / ADAPTER_WEIGHTS), tensors, metadata=metadata)
     content = adapter_config(modules, [*saved], options)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

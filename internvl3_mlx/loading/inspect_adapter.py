@@ -14,7 +14,7 @@ from internvl3_mlx.adapters.adapter_files import (
     find_adapter_files,
     is_mlx_adapter,
 )
-from internvl3_mlx.adapters.mlx_lm import read_mlx_adapter
+from internvl3_mlx.adapters.mlx_adapter import read_mlx_adapter
 from internvl3_mlx.adapters.peft import LORA_TENSOR, read_adapter_config
 from internvl3_mlx.json_files import read_json_leniently
 from internvl3_mlx.yaml_files import read_yaml

@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from internvl3_mlx.config import ModelConfig
+from internvl3_mlx.adapters.base_bits import DENSE_BITS, language_model_bits
 from internvl3_mlx.convert.model_card import find_base_model, hub_link, read_license
 from internvl3_mlx.json_files import read_optional_json
-from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.session import TrainSession
 
-DENSE_BITS = 16
 TAGS = ("lora", "internvl", "internvl3-mlx")
 
 
@@ -23,19 +21,11 @@ def base_model_id(session: TrainSession) -> str:
     return found if "/" in found else session.setup.model_name
 
 
-def base_bits(config: TrainConfig, model: ModelConfig) -> int:
-    """Return the bits of the weights that the adapter was trained over."""
-    if model.quantization is not None:
-        return model.quantization.default.bits
-    return config.q_bits or DENSE_BITS
-
-
 def adapter_card(session: TrainSession) -> str:
     """Return the text of the card."""
     import yaml
 
     config, base = session.config, base_model_id(session)
-    model = session.setup.preprocessor.processor.config
     front: dict[str, Any] = {
         **read_license(session.setup.model_folder),
         "library_name": "peft",
@@ -46,7 +36,7 @@ def adapter_card(session: TrainSession) -> str:
     }
     header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     kind = ("rs" if config.rslora else "") + ("DoRA" if config.dora else "LoRA")
-    bits = base_bits(config, model)
+    bits = language_model_bits(session.state.model)
     weights = "16-bit or 32-bit weights" if bits == DENSE_BITS else f"weights of {bits} bits"
     facts: Mapping[str, Any] = {
         "trained": f"{', '.join(config.train)} ({config.method})",

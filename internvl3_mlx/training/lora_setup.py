@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.adapters.attach import attach_adapter
+from internvl3_mlx.adapters.base_bits import language_model_bits
 from internvl3_mlx.adapters.peft import Adapter, load_adapter, unchanged_siblings
 from internvl3_mlx.adapters.peft_writer import PeftOptions, layout_keymap, save_adapter
 from internvl3_mlx.errors import UserError
@@ -147,7 +148,8 @@ def write_adapter_into(
     base_model: str | None = None,
 ) -> None:
     """Write the two files of an adapter into an existing folder, such as a checkpoint's."""
-    options = PeftOptions(config.alpha, config.rslora, config.dropout, base_model)
+    bits = language_model_bits(model)
+    options = PeftOptions(config.alpha, config.rslora, config.dropout, base_model, bits)
     save_adapter(collect_adapter(model, layout), folder, model.config, options, layout)
 
 

@@ -1,4 +1,4 @@
-"""Adapters that mlx-lm trained: what its own layers compute, ours compute too."""
+"""Adapters of mlx-lm and mlx-vlm: what their layers compute, ours compute too."""
 
 import json
 
@@ -82,8 +82,13 @@ def test_layers_compute_what_those_of_mlx_lm_do(loaded, tmp_path, kind, prefix):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"fine_tune_type": "full"}, UserError, "is a 'full' adapter of mlx-lm; expected lora"),
+        (
+            {"fine_tune_type": "full"},
+            UserError,
+            "is a 'full' adapter of mlx-lm or mlx-vlm; expected",
+        ),
         ({"lora_parameters": {}}, CheckpointError, "has no scale in lora_parameters"),
+        ({"lora_parameters": {}, "rank": 0, "alpha": 1}, CheckpointError, "and no rank and alpha"),
         ({"fine_tune_type": "dora"}, KeyMapError, "has lora_a, lora_b; expected"),
     ],
 )
@@ -96,7 +101,7 @@ def test_what_cannot_be_read_is_told(loaded, tmp_path, changes, error, message):
 def test_other_tensors_and_untrained_adapters_are_told(loaded, tmp_path):
     layers = their_layers(loaded, "lora")
     folder = write(tmp_path / "a", layers, "lora", "vision.layers.1.")
-    with pytest.raises(KeyMapError, match="is not a LoRA weight of a language model"):
+    with pytest.raises(KeyMapError, match="is not a LoRA weight of a linear layer"):
         load_adapter(folder, loaded.config)
     for layer in layers.values():
         layer.lora_b = mx.zeros_like(layer.lora_b)
@@ -106,3 +111,36 @@ def test_other_tensors_and_untrained_adapters_are_told(loaded, tmp_path):
     (folder / "adapters.safetensors").write_bytes(b"\0" * 30)
     with pytest.raises(InternVL3Error, match=r"cannot read .*adapters.safetensors"):
         load_adapter(folder, loaded.config)
+
+
+VISION = "vision_model.encoder.layers.1.attn.qkv"
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["new", "legacy"])
+def test_adapters_of_mlx_vlm_reach_every_part(loaded, tmp_path, legacy):
+    """mlx-vlm names modules as the checkpoint does; earlier versions wrote A, B and alpha."""
+    rng = np.random.default_rng(3)
+    modules = dict(loaded.model.named_modules())
+    a, b = ("A", "B") if legacy else ("lora_a", "lora_b")
+    names = (VISION, "mlp1.1", OURS + "mlp.up_proj")
+    expected, tensors, inputs = {}, {}, {}
+    for name in names:
+        weight = np.array(getattr(modules[name], "base", modules[name]).weight)
+        down = rng.standard_normal((weight.shape[1], 4)).astype(np.float32)
+        up = rng.standard_normal((4, weight.shape[0])).astype(np.float32) / 20
+        x = rng.standard_normal((3, weight.shape[1])).astype(np.float32)
+        tensors |= {f"{name}.{a}": mx.array(down), f"{name}.{b}": mx.array(up)}
+        inputs[name], expected[name] = x, 1.5 * (x.astype(np.float64) @ down @ up)
+    new = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 1.5, "keys": [*names]}}
+    config = {"rank": 4, "alpha": 6.0, "dropout": 0.1} if legacy else new
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
+    fresh = load_local_model(loaded.folder, for_training=True).model
+    attach_adapter(fresh, load_adapter(tmp_path, loaded.config))
+    fresh.eval()
+    for name, layer in lora_layers(fresh):
+        x = mx.array(inputs[name])
+        added = np.array(layer(x) - layer.base(x))
+        error = np.abs(added - expected[name]).max() / np.abs(expected[name]).max()
+        assert error < 1e-4, name
+    assert {name for name, _ in lora_layers(fresh)} == {*names}
