@@ -75,9 +75,10 @@ class ConversionResult:
     """What ``convert_model`` wrote, or with ``dry_run`` would have written.
 
     ``quantized`` maps module paths to their quantization; ``skipped_modules`` maps those that could
-    not be quantized to their widths, which no group size divides. ``output_check`` compares source
-    and target on one generated question and on a passage of English; ``quality`` compares them on
-    ``measure_images``. ``raw_check`` says how much a second reading of both files has compared.
+    not be quantized to their widths, which no group size divides. ``unused_tensors`` were left out:
+    the published model never reads them. ``output_check`` compares source and target on one
+    generated question and on a passage of English; ``quality`` compares them on ``measure_images``.
+    ``raw_check`` says how much a second reading of both files has compared.
     """
 
     source: Path
@@ -87,6 +88,7 @@ class ConversionResult:
     num_tensors: int
     quantized: Mapping[str, Quantization]
     skipped_modules: Mapping[str, int]
+    unused_tensors: tuple[str, ...] = ()
     dry_run: bool = False
     num_files: int = 0
     bits_per_part: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -118,6 +120,7 @@ class ConversionResult:
             "bits_per_parameter": {k: round(v, 2) for k, v in self.bits_per_part.items()} or None,
             "quantization": count_quantizations(self.quantized),
             "skipped_modules": dict(self.skipped_modules),
+            "unused_tensors": [*self.unused_tensors] or None,
             "calibration": self.calibration and calibration_report(self.calibration),
             "verification_kl": self.output_check and round(self.output_check.kl, DIGITS),
             "reading_kl": self.output_check and self.output_check.reading,
@@ -173,6 +176,7 @@ class Conversion:
             num_tensors=len(entries),
             quantized=plan.quantized,
             skipped_modules=plan.skipped_modules,
+            unused_tensors=plan.unused_tensors,
             dry_run=True,
             adapter=self.options.adapter,
         )
@@ -224,6 +228,7 @@ class Conversion:
             num_files=converted.num_files,
             quantized=converted.quantized,
             skipped_modules=converted.skipped_modules,
+            unused_tensors=converted.unused_tensors,
             bits_per_part=bits_per_part(folder),
             adapter=self.options.adapter,
             calibration=calibration,
@@ -278,6 +283,7 @@ def card_data(result: ConversionResult, command: str) -> CardData:
         bits_per_part=result.bits_per_part,
         quantized=result.quantized,
         skipped_modules=result.skipped_modules,
+        unused_tensors=result.unused_tensors,
         num_tensors=result.num_tensors,
         quality=result.quality,
         output_check=result.output_check,

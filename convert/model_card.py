@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl3_mlx.checkpoints.reader import PART_NAMES
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.metrics import OutputCheck, QualityMetrics, describe_quality
 from internvl3_mlx.prompt.tokenizer_files import read_optional_text
 
 GB, MB = 1e9, 1e6
+ROUTER_NAME = PART_NAMES["router"]
 HUB_OWNER = "OpenGVLab"
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -32,6 +34,7 @@ class CardData:
     quantized: Mapping[str, Quantization]
     skipped_modules: Mapping[str, int]
     num_tensors: int
+    unused_tensors: tuple[str, ...] = ()
     quality: QualityMetrics | None = None
     output_check: OutputCheck | None = None
     adapter: str | None = None  # name of the adapter that was merged
@@ -137,6 +140,13 @@ def quantization_section(card: CardData) -> list[str]:
         names = ", ".join(f"`{path}` ({width})" for path, width in card.skipped_modules.items())
         lines.append(
             f"Not quantized, because their width is not a multiple of the group size: {names}."
+        )
+    if card.quantized and ROUTER_NAME in card.bits_per_part:
+        lines.append("The visual resolution router is not quantized: its decisions stay exact.")
+    if card.unused_tensors:
+        lines.append(
+            f"Left out: {len(card.unused_tensors)} tensors that the original stores and never "
+            f"uses, from `{card.unused_tensors[0]}` to `{card.unused_tensors[-1]}`."
         )
     return lines
 

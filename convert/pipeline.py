@@ -101,6 +101,7 @@ class ConvertedCheckpoint:
     num_files: int
     quantized: Mapping[str, Quantization]
     skipped_modules: Mapping[str, int]
+    unused_tensors: tuple[str, ...] = ()
     output_check: OutputCheck | None = None
     raw_check: RawCheck | None = None
     merged: bool = False  # adapters inside of the source, which cannot be run to be compared
@@ -155,6 +156,7 @@ def convert_checkpoint(
             num_files=len(writer.shards),
             quantized=plan.quantized,
             skipped_modules=plan.skipped_modules,
+            unused_tensors=plan.unused_tensors,
             output_check=check,
             raw_check=raw_check,
             merged=bool(plan.reader.adapters),

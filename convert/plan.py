@@ -13,7 +13,7 @@ from internvl3_mlx.adapters.embedded import split_embedded_adapters
 from internvl3_mlx.adapters.merge import deltas_by_tensor
 from internvl3_mlx.adapters.peft import Adapter, load_adapter
 from internvl3_mlx.checkpoints.build_model import only_divisible
-from internvl3_mlx.checkpoints.keymap import KeyMap
+from internvl3_mlx.checkpoints.keymap import KeyMap, unused_tensors
 from internvl3_mlx.checkpoints.reader import (
     Checkpoint,
     mlx_dtype,
@@ -74,7 +74,8 @@ class PlannedTensor:
 @dataclass(frozen=True)
 class ConversionPlan:
     """What a conversion will write. ``skipped_modules`` are modules that the recipe would quantize
-    but whose width is not a multiple of the group size, with their widths."""
+    but whose width is not a multiple of the group size, with their widths. ``unused_tensors`` are
+    stored in the source, but no part of what the model computes: they are left out."""
 
     source: Path
     layout: str
@@ -82,6 +83,7 @@ class ConversionPlan:
     reader: RowReader
     tensors: tuple[PlannedTensor, ...]
     skipped_modules: dict[str, int] = field(default_factory=dict)
+    unused_tensors: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> dict[str, Quantization]:
@@ -147,7 +149,8 @@ def plan_conversion(
         replace(tensor, quantization=find_quantization(tensor.parameter, quantizations))
         for tensor in dense
     )
-    return ConversionPlan(source, layout, config, reader, tensors, skipped)
+    unused = tuple(unused_tensors(stored.tensors))
+    return ConversionPlan(source, layout, config, reader, tensors, skipped, unused)
 
 
 def find_quantization(name: str, quantizations: Mapping[str, Quantization]) -> Quantization | None:
@@ -194,6 +197,7 @@ def not_in_transformers(config: ModelConfig) -> str | None:
     settings = {  # transformers always adds a thumbnail where an image has several tiles
         "use_thumbnail false": cuts and not config.use_thumbnail,
         "ps_version v1": config.ps_version != "v2",
+        "flash_mode": config.flash_mode,
         "biases of q, k and v alone": biases,  # its Llama has one of o_proj as well
     }
     return next((name for name, found in settings.items() if found), None)

@@ -51,6 +51,10 @@ FACTS = {  # attribute of our config -> where files state it
     "vision.qk_normalization": ("vision_config.qk_normalization", "vision_config.use_qk_norm"),
     "downsample_ratio": ("downsample_ratio",),
     "select_layer": ("select_layer", "vision_feature_layer"),
+    **{
+        name: (name,)
+        for name in ("flash_mode", "flash_relative_threshold", "flash_absolute_threshold")
+    },
 }
 
 

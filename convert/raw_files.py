@@ -30,6 +30,7 @@ TEXT_LAYER = TEXT + r"layers\.(?P<n>\d+)\."
 TOWER = r"(?:(?:model\.)?vision_tower|vision_model)\."
 TOWER_LAYER = TOWER + r"encoder\.layers?\.(?P<n>\d+)\."
 PROJECTOR = r"(?:mlp1\.|(?:model\.)?multi_modal_projector\.)"
+ROUTER_POOLING = r"pooling_before_gating\."
 NEUTRAL = (  # pattern of a published name -> neutral name; parts that are joined, in their order
     (TEXT + r"(?:embed_tokens|tok_embeddings)", "text.embedding"),
     (TEXT + r"norm", "text.norm"),
@@ -56,8 +57,18 @@ NEUTRAL = (  # pattern of a published name -> neutral name; parts that are joine
     (PROJECTOR + r"(?:0|layer_norm)", "projector.norm"),
     (PROJECTOR + r"(?:1|linear_1)", "projector.1"),
     (PROJECTOR + r"(?:3|linear_2)", "projector.2"),
+    (r"mlp2\.(?P<part>[0147])", "compressing.{part}"),
+    (ROUTER_POOLING + r"query_token", "pooling.query"),
+    (ROUTER_POOLING + r"attn(?P<n>[12])\.out_proj", "pooling.{n}.o"),
+    (ROUTER_POOLING + r"norm(?P<n>[12])", "pooling.{n}.norm"),
+    (ROUTER_POOLING + r"attn(?P<n>[12])\.in_proj_(?P<part>weight|bias)", "pooling.{n}.in_{part}"),
+    (r"gating\.block(?P<n>[1-4])\.(?P<part>[035])", "gating.{n}.{part}"),
+    (r"gating\.gate\.(?P<part>[01])", "gating.gate.{part}"),
 )
-BARE = re.compile(r".*\.(?:class_embedding|cls_token|position_embeddings?|ls[12]|lambda_[12])")
+BARE = re.compile(
+    r".*\.(?:class_embedding|cls_token|position_embeddings?|ls[12]|lambda_[12]|query_token"
+    r"|in_proj_(?:weight|bias))"
+)
 NAMES = tuple((re.compile(pattern), neutral) for pattern, neutral in NEUTRAL)
 
 

@@ -13,8 +13,9 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import check_keys, did_you_mean
 from internvl3_mlx.yaml_files import read_yaml
 
-PROJECTOR_BITS = 8  # every image passes through mlp1: fewer bits would degrade all of them
-PROJECTOR = re.compile(r"mlp1\.")
+PROJECTOR_BITS = 8  # every image passes through mlp1 or mlp2: fewer bits would degrade all of them
+PROJECTOR = re.compile(r"mlp[12]\.")
+ROUTER = re.compile(r"(pooling_before_gating|gating)\.")  # of Flash; its decisions stay exact
 VISION = re.compile(r"vision_model\.")
 LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
 BITS = (2, 3, 4, 5, 6, 8)
@@ -82,7 +83,9 @@ class QuantizationRecipe:
     num_layers: int = 0
 
     def choose(self, path: str) -> QuantizationChoice:
-        """Return the quantization of the module at ``path``."""
+        """Return the quantization of the module at ``path``; a router has none."""
+        if ROUTER.match(path):
+            return None
         for rule in self.rules:
             if rule.matches(path, self.num_layers):
                 return protect_projector(path, rule.quantization)

@@ -8,12 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
+from internvl3_mlx.checkpoints.reader import PART_NAMES, open_checkpoint, parameters_by_part
 from internvl3_mlx.config import read_config
 from internvl3_mlx.convert.calibration.data import CalibrationSample
 from internvl3_mlx.models.internvl import InternVL
 
-PARTS = {"vision_model": "vision tower", "mlp1": "projector", "language_model": "language model"}
 FLOAT_BYTES = 4
 MAX_EXPONENT = 700  # of e, in a float
 FLOAT32_LIMIT_BYTES = 2e9  # of log-probabilities; beyond that they are kept in float16
@@ -167,4 +166,4 @@ def describe_quality(metrics: QualityMetrics) -> str:
 def bits_per_part(folder: Path) -> dict[str, float]:
     """Return the mean bits per parameter of each part of the model, scales and biases included."""
     sizes = parameters_by_part(open_checkpoint(folder), read_config(folder))
-    return {PARTS[part]: size.bits for part, size in sizes.items() if size.parameters}
+    return {PART_NAMES[part]: size.bits for part, size in sizes.items() if size.parameters}

@@ -47,6 +47,15 @@ TOWER_NAMES = (
     "mlp1.1.*",
     "mlp1.3.*",
 )
+POOLING = "pooling_before_gating."
+ROUTER_NAMES = (  # of Flash: the projector of compressed tiles, and what chooses them
+    *(f"mlp2.{i}.*" for i in (0, 1, 4, 7)),
+    POOLING + "query_token",
+    *(POOLING + f"attn{i}.in_proj_{kind}" for i in (1, 2) for kind in ("weight", "bias")),
+    *(POOLING + f"{name}.*" for name in ("attn1.out_proj", "attn2.out_proj", "norm1", "norm2")),
+    *(f"gating.block{block}.{i}.*" for block in range(1, 5) for i in (0, 3, 5)),
+    *(f"gating.gate.{i}.*" for i in (0, 1)),
+)
 QWEN_NAMES = (
     "language_model.model.embed_tokens.*",
     *(TEXT_LAYER + f"self_attn.{p}_proj.*" for p in "qkvo"),
@@ -77,7 +86,8 @@ MISSPELLED = tuple(
     key_rule(VISION_LAYER + f"attn.{p}_norm.*", VISION_LAYER + f"attention.{p}_norm.*")
     for p in "qk"
 )
-ORIGINAL = (*(key_rule(name) for name in TOWER_NAMES), *MISSPELLED, *QWEN, *INTERNLM2)
+TOWER = tuple(key_rule(name) for name in (*TOWER_NAMES, *ROUTER_NAMES))
+ORIGINAL = (*TOWER, *MISSPELLED, *QWEN, *INTERNLM2)
 
 HF_VISION_LAYER = "vision_tower.encoder.layer.{n}."
 HF = (  # transformers' "-hf" checkpoints, after ``normalize_name`` has unified their prefixes
@@ -108,7 +118,6 @@ HF = (  # transformers' "-hf" checkpoints, after ``normalize_name`` has unified 
     *QWEN,
 )
 READ_RULES = {"original": ORIGINAL, "mlx": ORIGINAL, "hf": HF}
-TOWER = tuple(key_rule(name) for name in TOWER_NAMES)
 # layout -> the names to write; the first rule for a tensor applies
 WRITE_RULES = {"mlx": (*TOWER, *QWEN), "original": (*TOWER, *QWEN), "hf": HF}
 # where a family's own names take precedence over the layout's
@@ -116,6 +125,8 @@ FAMILY_WRITE_RULES = {("original", "internlm3"): INTERNLM2}
 IGNORED = re.compile(
     r"(^|\.)(position_ids|rotary_emb\.inv_freq)$"
 )  # buffers that some writers save
+# weights of Flash that its published forward pass never uses; conversions leave them out
+UNUSED = re.compile(r"pooling_before_gating\.(attn|norm)[34]\..*")
 
 
 def normalize_name(name: str) -> str:
@@ -126,6 +137,11 @@ def normalize_name(name: str) -> str:
         r"^language_model\.(?=embed_tokens\.|layers\.|norm\.)", "language_model.model.", name
     )
     return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+
+
+def unused_tensors(names: Iterable[str]) -> list[str]:
+    """List the tensors that are stored and unused."""
+    return sorted(name for name in names if UNUSED.fullmatch(name))
 
 
 @dataclass(frozen=True)
@@ -184,7 +200,7 @@ class KeyMap:
         """
         found: dict[tuple[str, ...], tuple[KeyRule, dict[int, str]]] = {}
         for name in names:
-            if IGNORED.search(name):
+            if IGNORED.search(name) or UNUSED.fullmatch(name):
                 continue
             entry, part, fill = self.match(name)
             targets = tuple(fill(target) for target in entry.targets)

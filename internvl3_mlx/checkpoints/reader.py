@@ -24,7 +24,21 @@ from internvl3_mlx.json_files import parse_json, read_json
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model*.bin"
-PARTS = ("vision_model", "mlp1", "language_model")  # the first component of each tensor's name
+PARTS = {  # the first component of a tensor's name -> the part that it belongs to
+    "vision_model": "vision_model",
+    "mlp1": "mlp1",
+    "mlp2": "mlp2",
+    "pooling_before_gating": "router",
+    "gating": "router",
+    "language_model": "language_model",
+}
+PART_NAMES = {  # part -> what people call it
+    "vision_model": "vision tower",
+    "mlp1": "projector",
+    "mlp2": "projector of compressed tiles",
+    "router": "visual resolution router",
+    "language_model": "language model",
+}
 
 
 class ElementType(NamedTuple):
@@ -297,11 +311,15 @@ class PartSize:
 
 
 def parameters_by_part(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, PartSize]:
-    """Count the parameters of each of ``PARTS``; quantized ones count, their scales do not."""
-    totals = {part: [0, 0] for part in PARTS}
+    """Count the parameters of each part; quantized ones count, their scales do not.
+
+    Only a Flash model has all of ``PARTS``.
+    """
+    optional = () if config.flash_mode else ("mlp2", "router")
+    totals = {part: [0, 0] for part in PART_NAMES if part not in optional}
     for rule in KeyMap(config.layout).resolve(checkpoint.tensors):
         target = rule.targets[0]
-        total = totals[target.split(".", 1)[0]]
+        total = totals[PARTS[target.split(".", 1)[0]]]
         for source in rule.sources:
             info = checkpoint.tensors[source]
             total[0] += parameter_count(info, target, config)

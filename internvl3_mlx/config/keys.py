@@ -198,6 +198,9 @@ CHAT_TABLE: dict[str, Rule] = {
     "use_backbone_lora": Whole(),
     "use_llm_lora": Whole(),
     "demo_trained": Switch(),
+    "flash_mode": Switch(),
+    "flash_relative_threshold": RATE,
+    "flash_absolute_threshold": RATE,
 }
 HF_TABLE: dict[str, Rule] = {
     **COMMON,

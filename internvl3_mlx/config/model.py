@@ -160,6 +160,9 @@ class ModelConfig:
     trained: bool = True
     dtype: str = "bfloat16"
     image_token_id: int | None = None
+    flash_mode: bool = False
+    flash_relative_threshold: float | None = None
+    flash_absolute_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.ps_version not in ("v1", "v2"):
@@ -179,6 +182,20 @@ class ModelConfig:
                 f"a grid of {self.vision.grid} patches is not divisible by the pixel shuffle "
                 f"factor {self.shuffle_factor}; check downsample_ratio"
             )
+        if self.flash_mode:
+            self._check_flash()
+
+    def _check_flash(self) -> None:
+        for name in FLASH_THRESHOLDS:
+            if getattr(self, name) is None:
+                raise ConfigError(
+                    f"config.json has flash_mode but no {name}; add the published one, from 0 to 1"
+                )
+        if self.vision.grid % self.compressed_shuffle_factor:
+            raise ConfigError(
+                f"a grid of {self.vision.grid} patches is not divisible by "
+                f"{self.compressed_shuffle_factor}, as flash_mode requires; check downsample_ratio"
+            )
 
     @property
     def shuffle_factor(self) -> int:
@@ -191,10 +208,21 @@ class ModelConfig:
         return (self.vision.grid // self.shuffle_factor) ** 2
 
     @property
+    def compressed_shuffle_factor(self) -> int:
+        """Patches per side of a visual token of a compressed tile (Flash): 4."""
+        return self.shuffle_factor**2
+
+    @property
+    def num_compressed_token(self) -> int:
+        """Visual tokens of a compressed tile (Flash): 64."""
+        return (self.vision.grid // self.compressed_shuffle_factor) ** 2
+
+    @property
     def patch_size(self) -> int:
         return self.vision.patch_size
 
 
+FLASH_THRESHOLDS = ("flash_relative_threshold", "flash_absolute_threshold")
 MAY_BE_ZERO = ("drop_path_rate",)
 
 

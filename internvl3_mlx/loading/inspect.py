@@ -7,9 +7,11 @@ from typing import Any
 from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
 from internvl3_mlx.adapters.peft import read_adapter_config
 from internvl3_mlx.checkpoints.agreement import check_vocabulary
-from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
+from internvl3_mlx.checkpoints.keymap import unused_tensors
+from internvl3_mlx.checkpoints.reader import PART_NAMES, open_checkpoint, parameters_by_part
 from internvl3_mlx.checkpoints.remap import plan_remap
 from internvl3_mlx.config import ModelConfig, read_config
+from internvl3_mlx.config.model import FLASH_THRESHOLDS
 from internvl3_mlx.loading.fetch_adapter import adapter_snapshot
 from internvl3_mlx.loading.hub import (
     cached_snapshot,
@@ -27,12 +29,6 @@ from internvl3_mlx.loading.inspect_adapter import (
 )
 from internvl3_mlx.loading.resolve import resolve_model
 from internvl3_mlx.prompt.tokenizer import Tokenizer
-
-PART_NAMES = {
-    "vision_model": "vision tower",
-    "mlp1": "projector",
-    "language_model": "language model",
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,7 @@ class ModelInfo:
     nbytes: int
     stop_tokens: dict[str, int]
     ignored_keys: dict[str, list[str]]
+    unused_tensors: list[str]
 
     @property
     def parameters(self) -> int:
@@ -79,6 +76,8 @@ class ModelInfo:
             "tokens_per_tile": self.config.num_image_token,
             "stop_tokens": self.stop_tokens,
             "ignored_keys": self.ignored_keys,
+            **({"unused_tensors": self.unused_tensors} if self.unused_tensors else {}),
+            **flash_info(self.config),
             "trained": self.config.trained,
             "config": config,
         }
@@ -104,6 +103,7 @@ class RepositoryInfo:
             "hidden_size": self.config.text.hidden_size,
             "context": self.config.text.max_position_embeddings,
             "tokens_per_tile": self.config.num_image_token,
+            **flash_info(self.config),
             "config": asdict(self.config),
         }
 
@@ -137,6 +137,7 @@ def inspect_model(model: str) -> Description:
         nbytes=checkpoint.nbytes,
         stop_tokens=stop_tokens(tokenizer),
         ignored_keys=list_ignored_keys(folder, config.layout),
+        unused_tensors=unused_tensors(checkpoint.tensors),
     )
 
 
@@ -157,6 +158,14 @@ def inspect_repository(repo: str) -> Description:
         return AdapterRepositoryInfo(repo, remote.nbytes, settings)
     check_contents(remote)
     return RepositoryInfo(repo, remote.nbytes, download_config(repo))
+
+
+def flash_info(config: ModelConfig) -> dict[str, Any]:
+    """Describe how a Flash model compresses tiles; nothing for other models."""
+    if not config.flash_mode:
+        return {}
+    thresholds = {name: getattr(config, name) for name in FLASH_THRESHOLDS}
+    return {"tokens_per_compressed_tile": config.num_compressed_token, **thresholds}
 
 
 def stop_tokens(tokenizer: Tokenizer) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """InternVL3: from tiles and token ids to logits.
 
 tiles (T, S, S, 3) -> vision_model -> drop class token -> shuffle -> mlp1 -> features (T, V, D)
+                                         Flash: also -> shuffle again -> mlp2 -> (T, V/4, D)
 ids (B, L) -> embed_tokens -> features in place of image tokens -> language_model -> logits
 """
 
@@ -15,6 +16,14 @@ from internvl3_mlx.device import on_gpu
 from internvl3_mlx.errors import PromptError
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.decoder import LanguageModel
+from internvl3_mlx.models.flash import (
+    COMPRESS,
+    CrossAttentionPooling,
+    Gating,
+    RoutedTiles,
+    build_compressing_projector,
+    run_layers,
+)
 from internvl3_mlx.models.projector import build_projector, pixel_shuffle
 from internvl3_mlx.models.rope import Positions
 from internvl3_mlx.models.vision import VisionModel
@@ -37,6 +46,10 @@ class InternVL(nn.Module):
         self.config, self.image_id = config, image_id
         self.vision_model = VisionModel(config.vision)
         self.mlp1 = build_projector(config)
+        if config.flash_mode:
+            self.mlp2 = build_compressing_projector(config)
+            self.pooling_before_gating = CrossAttentionPooling(config.vision.hidden_size)
+            self.gating = Gating(config.vision.hidden_size)
         self.language_model = LanguageModel(config.text)
 
     def get_image_features(self, pixels: mx.array) -> mx.array:
@@ -58,14 +71,30 @@ class InternVL(nn.Module):
 
     def project(self, states: mx.array) -> mx.array:
         """Project vision states: (T, 1 + G*G, C) -> (T, V, D)."""
-        config = self.config
-        grid = config.vision.grid
+        return self.shuffle_and_project(states, self.config.shuffle_factor, self.mlp1)
+
+    def shuffle_and_project(
+        self, states: mx.array, factor: int, projector: list[nn.Module]
+    ) -> mx.array:
+        """Join cells of factor x factor patches and project them: (T, 1 + G*G, C) -> (T, V, D)."""
+        grid = self.config.vision.grid
         patches = states[:, 1:].reshape(states.shape[0], grid, grid, -1)
-        x = pixel_shuffle(patches, config.shuffle_factor, version=config.ps_version)
-        x = x.reshape(states.shape[0], config.num_image_token, -1)
-        for layer in self.mlp1:
-            x = layer(x)
-        return x
+        x = pixel_shuffle(patches, factor, version=self.config.ps_version)
+        return run_layers(projector, x.reshape(states.shape[0], -1, x.shape[-1]))
+
+    @property
+    def has_router(self) -> bool:
+        """Whether this is a Flash model, which can compress tiles."""
+        return self.config.flash_mode
+
+    def route_tiles(self, pixels: mx.array) -> RoutedTiles:
+        """Compute both forms of a few tiles, and how likely each may be compressed (Flash)."""
+        states = self.vision_model(pixels, self.config.select_layer)
+        factor = self.config.compressed_shuffle_factor
+        compressed = self.shuffle_and_project(states, factor, self.mlp2)
+        features = mx.concatenate([self.project(states), compressed], axis=1)
+        classes = self.gating(self.pooling_before_gating(states[:, 1:]))
+        return RoutedTiles(features, classes[:, COMPRESS])
 
     def embed(self, ids: mx.array, features: mx.array | None = None) -> mx.array:
         """Embed tokens, with features in place of image tokens: (B, L), (T, V, D) -> (B, L, D).
