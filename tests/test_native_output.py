@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -60,3 +62,17 @@ def test_standard_error_is_back_when_the_last_of_several_threads_is_done(capfd):
         thread.join()
     os.write(2, b"shown")
     assert capfd.readouterr().err == "shown"
+
+
+def test_what_another_thread_prints_meanwhile_arrives():
+    program = """
+import os, sys, threading
+from internvl3_mlx.native_output import native_errors_hidden
+for turn in range(2):
+    with native_errors_hidden():
+        os.write(2, b"hidden ")
+        print("shown", turn, file=sys.stderr)
+print("after", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr == "shown 0\nshown 1\nafter\n"

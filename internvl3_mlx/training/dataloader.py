@@ -1,18 +1,16 @@
 """Data loader: adds cached vision features and reference log-probabilities to each batch."""
 
 import math
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import TypeVar
 
 import mlx.core as mx
 
 from internvl3_mlx.disk import make_cache_folder
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.prefetch import prefetch
 from internvl3_mlx.training.batch import BadRecord, Batch
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.collate import BatchedDataset
@@ -173,48 +171,3 @@ def open_feature_cache(
 def online_reference(model: InternVL) -> ReferenceFunction:
     """Compute the reference of every batch again, with the adapters disabled."""
     return lambda batch, vision_features: reference_log_probs(model, batch, vision_features)
-
-
-T = TypeVar("T")
-PREFETCH_DEPTH = 2  # batches that wait; the images of more would only take memory
-POLL_SECONDS = 0.1  # how soon the thread notices that its reader is gone
-
-
-def prefetch(items: Iterator[T], depth: int = PREFETCH_DEPTH) -> Iterator[T]:
-    """Yield the items in order, made by a background thread up to ``depth`` items ahead.
-
-    An exception of ``items`` is raised here, after the items before it.
-    """
-    ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(kind: str, value: T | BaseException | None) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put((kind, value), timeout=POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put("item", item):
-                    return
-            put("end", None)
-        except BaseException as error:  # noqa: BLE001  raised again in the reader's thread
-            put("error", error)
-
-    threading.Thread(target=produce, daemon=True).start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                assert isinstance(value, BaseException)
-                raise value
-            if kind == "end":
-                return
-            yield value  # type: ignore[misc]
-    finally:
-        closed.set()
