@@ -1,5 +1,8 @@
 """All errors that users see: what was given, what was expected and what to do next."""
 
+# What ends a program on purpose, or because nobody reads its output any more: never an item's error
+LEAVING = (KeyboardInterrupt, SystemExit, GeneratorExit, BrokenPipeError)
+
 
 class InternVL3Error(Exception):
     """Base class of all expected failures. ``exit_code`` is that of the command line."""

@@ -11,7 +11,7 @@ from internvl3_mlx.adapters.base_bits import other_bits_warning
 from internvl3_mlx.checkpoints.build_model import LoadedModel
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.generation.answer import Answer, AnswerChunk
-from internvl3_mlx.generation.batch_generate import batch_generate
+from internvl3_mlx.generation.batch_generate import BatchItem, batch_generate
 from internvl3_mlx.generation.conversation import Conversation
 from internvl3_mlx.generation.generation_config import (
     DraftSource,
@@ -32,6 +32,7 @@ from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 from internvl3_mlx.loading.fetch_model import Notify, fetch_model
 from internvl3_mlx.memory import tight_memory_warning
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.prefetch import map_ahead
 from internvl3_mlx.prompt.template import Template, load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.test_time_scaling.best_of import (
@@ -234,11 +235,18 @@ class VLM:
     ) -> Iterator[Answer]:
         """Ask the same question about one image after another, ``batch_size`` in parallel.
 
-        Each answer is what ``ask`` would return.
+        Each answer is what ``ask`` would return. The next image is read on a thread meanwhile; an
+        error of an image is raised in its turn.
         """
         config = with_overrides(GenerationConfig(), options)
-        inputs = (self.runner.build_inputs(question, [image], config) for image in images)
-        return batch_generate(self.runner, inputs, config, batch_size)
+
+        def build(image: InputImage) -> BatchItem:
+            try:
+                return self.runner.build_inputs(question, [image], config)
+            except Exception as error:  # noqa: BLE001
+                return error
+
+        return batch_generate(self.runner, map_ahead(build, images), config, batch_size)
 
     def ask_many(
         self,

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl3_mlx.cli import console, generation_fields, options
+from internvl3_mlx.cli.answer_each import SOME_FAILED
 from internvl3_mlx.cli.best_of import BestOfRequest, chat_best_flags, check_critic_flags
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.flags import SectionedCommand, flag
-from internvl3_mlx.cli.generate import IMAGE_FLAG, SOME_FAILED, load_vlm
+from internvl3_mlx.cli.generate import IMAGE_FLAG, load_vlm
 from internvl3_mlx.cli.input_line import SAMPLE_PREFIX, MediaSource, expand_sample, media_source
 from internvl3_mlx.cli.line_reader import open_line_reader, without_echo
 from internvl3_mlx.cli.past_chats import continue_past_chat, find_past_chat, new_log

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from internvl3_mlx.cli.streams import CLOSED
-from internvl3_mlx.errors import InternVL3Error, UnforeseenError
+from internvl3_mlx.errors import LEAVING, InternVL3Error, UnforeseenError
 from internvl3_mlx.files import is_disk_full
 
 T = TypeVar("T")
-# These end a program on purpose, or because nobody reads its output any more.
-LEAVING = (KeyboardInterrupt, SystemExit, GeneratorExit, BrokenPipeError)
 NO_SPACE = "no space left on the disk; free some and run again"
 
 

@@ -3,60 +3,36 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from internvl3_mlx.cli import console, generation_fields, options
-from internvl3_mlx.cli.best_of import BestOfRequest, answer_best_of, best_of_flags, read_best_of
-from internvl3_mlx.cli.endings import FLAG, describe_ending, require_complete
-from internvl3_mlx.cli.faults import attempt
+from internvl3_mlx.cli.answer_each import EachAnswer
+from internvl3_mlx.cli.best_of import answer_best_of, best_of_flags, read_best_of
+from internvl3_mlx.cli.endings import require_complete
 from internvl3_mlx.cli.flags import SectionedCommand, flag
-from internvl3_mlx.cli.input_line import expand_sample, media_source, open_media
+from internvl3_mlx.cli.generate_request import (
+    GenerateRequest,
+    open_sources,
+    show_answer,
+    show_ending,
+    stream_answer,
+)
+from internvl3_mlx.cli.input_line import expand_sample
 from internvl3_mlx.cli.line_reader import MAX_LINE
 from internvl3_mlx.cli.load_model import load_vlm
 from internvl3_mlx.cli.options import STDIN, OutputOptions
-from internvl3_mlx.cli.thoughts import show_thoughts
-from internvl3_mlx.errors import InternVL3Error, UserError
-
-if TYPE_CHECKING:
-    from internvl3_mlx import VLM, Answer, ModelInputs
-    from internvl3_mlx.generation.generation_config import GenerationConfig
-    from internvl3_mlx.images.load import LoadedImage
+from internvl3_mlx.errors import UserError
 
 GREEDY_SAMPLES_NOTE = "without --temp all answers are the same; try --temp 0.8"
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,4}$")
-SOME_FAILED, ALL_FAILED = 1, 2
 MAX_SAMPLES = 256  # generated in parallel; more would run out of memory
 IMAGE_FLAG = flag(
     "Images", "-i", "--image", "more_images", multiple=True, metavar="IMAGE",
     help="An image, like IMAGES; may be repeated.",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """The command line, checked as far as possible without a model."""
-
-    question: str
-    sources: tuple[str, ...]
-    generation_options: dict[str, Any]
-    load_options: dict[str, Any]
-    output: OutputOptions
-    batch_size: int = 1
-    num_samples: int = 0
-    best_of: BestOfRequest | None = None
-
-    @property
-    def upright(self) -> bool:
-        return bool(self.generation_options.get("upright", True))
-
-    @property
-    def config(self) -> "GenerationConfig":
-        return generation_fields.make_config(self.generation_options)
 
 
 @click.command(
@@ -156,8 +132,7 @@ def _names_image(word: str) -> bool:
 
 def run_generate(request: GenerateRequest) -> None:
     if request.output.each:
-        answer_each = answer_in_batches if request.batch_size > 1 else answer_one_by_one
-        raise SystemExit(answer_each(request))
+        raise SystemExit(EachAnswer(request).run())
     if request.best_of is not None:
         answer_best_of(
             request.best_of,
@@ -219,154 +194,11 @@ def answer_once(request: GenerateRequest) -> None:
         answer = vlm.ask(request.question, images, **request.generation_options)
         console.print_json(answer.to_dict(), indent=2 if output.as_json else None)
     else:
-        answer = _stream(vlm, images, request)
+        chunks = vlm.stream(request.question, images, **request.generation_options)
+        answer = stream_answer(chunks, request)
     if output.stats:
         console.print_stats(answer)
     show_ending(require_complete(answer, request.config), request)
-
-
-def answer_one_by_one(request: GenerateRequest) -> int:
-    """Answer about each image in turn and return the exit code. An error skips only its image."""
-    vlm: VLM | None = None
-    failed = 0
-    for source in request.sources:
-        opened = attempt(partial(open_source, source, request))
-        if isinstance(opened, InternVL3Error):
-            error: InternVL3Error | None = opened
-        else:
-            vlm = vlm or load_vlm(request.load_options, quiet=request.output.quiet)
-            error = attempt(partial(_answer_image, vlm, opened, source, request))
-        if error is not None:
-            failed += 1
-            report_failure(source, error, request.output)
-    return exit_code(failed, any_read=vlm is not None)
-
-
-def exit_code(failed: int, *, any_read: bool) -> int:
-    if not failed:
-        return 0
-    return SOME_FAILED if any_read else ALL_FAILED
-
-
-def _answer_image(
-    vlm: "VLM", pages: "list[LoadedImage]", source: str, request: GenerateRequest
-) -> None:
-    """Answer about one source: an image, or all pages of a document together."""
-    output = request.output
-    if output.as_jsonl:
-        answer = vlm.ask(request.question, pages, **request.generation_options)
-        require_complete(answer, request.config)
-        console.print_json({"source": source, **answer.to_dict()})
-    else:
-        console.write_heading(source)
-        answer = _stream(vlm, pages, request)
-    if output.stats:
-        console.print_stats(answer)
-    show_ending(require_complete(answer, request.config), request)
-
-
-def show_ending(answer: "Answer", request: GenerateRequest) -> None:
-    """Note that an answer was cut or is empty; JSON says so in ``finish_reason``."""
-    output = request.output
-    ending = describe_ending(answer, request.config, FLAG)
-    if ending and not (output.quiet or output.as_json or output.as_jsonl):
-        console.note(ending)
-
-
-def report_failure(source: str, error: InternVL3Error, output: OutputOptions) -> None:
-    if output.as_jsonl:
-        console.print_json({"source": source, "error": str(error)})
-    else:
-        console.error(str(error) if source in str(error) else f"{source}: {error}")
-
-
-def open_source(source: str, request: GenerateRequest) -> "list[LoadedImage]":
-    """Open one image, or every page of a PDF or TIFF."""
-    return open_media(media_source(source), upright=request.upright, quiet=request.output.quiet)
-
-
-def open_sources(request: GenerateRequest) -> "list[LoadedImage]":
-    return [image for source in request.sources for image in open_source(source, request)]
-
-
-def _stream(vlm: "VLM", images: "list[LoadedImage]", request: GenerateRequest) -> "Answer":
-    """Write the answer as it is generated, and end its last line."""
-    last, answer = "", None
-    chunks = vlm.stream(request.question, images, **request.generation_options)
-    for chunk in show_thoughts(chunks, quiet=request.output.quiet):
-        console.write_answer(chunk.text)
-        last, answer = chunk.text or last, chunk.answer
-    if not last.endswith("\n"):
-        console.write_line()
-    if answer is None:
-        raise InternVL3Error("generation ended without statistics; please report this")
-    return answer
-
-
-def answer_in_batches(request: GenerateRequest) -> int:
-    """Answer about several images in parallel and return the exit code."""
-    vlm: VLM | None = None
-    failed = 0
-    for start in range(0, len(request.sources), request.batch_size):
-        sources = request.sources[start : start + request.batch_size]
-        opened = [attempt(partial(open_source, source, request)) for source in sources]
-        if vlm is None and any(not isinstance(item, InternVL3Error) for item in opened):
-            vlm = load_vlm(request.load_options, quiet=request.output.quiet)
-        for source, found in zip(sources, batch_answers(vlm, opened, request), strict=True):
-            if not isinstance(found, InternVL3Error):
-                found = attempt(partial(require_complete, found, request.config))
-            if isinstance(found, InternVL3Error):
-                failed += 1
-                report_failure(source, found, request.output)
-            else:
-                _show_answer(source, {"source": source}, found, request.output)
-                show_ending(found, request)
-    return exit_code(failed, any_read=vlm is not None)
-
-
-def batch_answers(
-    vlm: "VLM | None",
-    opened: "Sequence[list[LoadedImage] | InternVL3Error]",
-    request: GenerateRequest,
-) -> "Iterator[Answer | InternVL3Error]":
-    """Yield an answer for every source, and every error as it is."""
-    if vlm is None:  # there are only errors
-        yield from (item for item in opened if isinstance(item, InternVL3Error))
-        return
-    config = request.config
-    build = partial(vlm.runner.build_inputs, request.question, generation_config=config)
-    prepared = [
-        item if isinstance(item, InternVL3Error) else attempt(partial(build, images=item))
-        for item in opened
-    ]
-    inputs = [item for item in prepared if not isinstance(item, InternVL3Error)]
-    answers = iter(answer_together(vlm, inputs, config))
-    for item in prepared:
-        yield item if isinstance(item, InternVL3Error) else next(answers)
-
-
-def answer_together(
-    vlm: "VLM", inputs: "Sequence[ModelInputs]", config: "GenerationConfig"
-) -> "Sequence[Answer | InternVL3Error]":
-    """Answer a batch; if it fails, answer one by one, so that only what is at fault fails."""
-    from internvl3_mlx.generation.batch_generate import batch_generate
-
-    together = attempt(lambda: [*batch_generate(vlm.runner, inputs, config, max(len(inputs), 1))])
-    if not isinstance(together, InternVL3Error):
-        return together
-    return [attempt(partial(vlm.runner.answer, one, config)) for one in inputs]
-
-
-def _show_answer(
-    heading: str, keys: dict[str, object], answer: "Answer", output: OutputOptions
-) -> None:
-    if output.as_jsonl:
-        console.print_json({**keys, **answer.to_dict()})
-    else:
-        console.write_heading(heading)
-        console.write_answer(answer.text + "\n")
-    if output.stats:
-        console.print_stats(answer)
 
 
 def answer_samples(request: GenerateRequest) -> None:
@@ -383,7 +215,7 @@ def answer_samples(request: GenerateRequest) -> None:
         console.print_json([answer.to_dict() for answer in answers], indent=2)
     else:
         for number, answer in enumerate(answers, start=1):
-            _show_answer(str(number), {"sample": number}, answer, output)
+            show_answer(str(number), {"sample": number}, answer, output)
             show_ending(answer, request)
     for answer in answers:
         require_complete(answer, request.config)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
@@ -126,20 +126,28 @@ def path_problem(word: str) -> str | None:
 
 def open_media(dropped: MediaSource, *, upright: bool, quiet: bool = False) -> "list[LoadedImage]":
     """Open an image, or every page of a PDF or TIFF; note what is not looked at unless quiet."""
+    images = read_media(dropped, upright=upright)
+    for note in media_notes(images) if not quiet else ():
+        console.note(note)
+    return images
+
+
+def media_notes(images: "Sequence[LoadedImage]") -> list[str]:
+    """Say what of some images the model does not see."""
+    return [f"{image.name}: {image.note}" for image in images if image.note]
+
+
+def read_media(dropped: MediaSource, *, upright: bool) -> "list[LoadedImage]":
+    """Open an image, or every page of a PDF or TIFF."""
     from internvl3_mlx.images.load import CLIPBOARD, open_image
     from internvl3_mlx.images.pages import open_pages
     from internvl3_mlx.images.pdf import read_pages
 
     if dropped.kind == "document":
-        images = read_pages(dropped.source)
-    elif dropped.source == CLIPBOARD:
-        images = [open_image(dropped.source, upright=upright)]
-    else:
-        images = open_pages(dropped.source, upright=upright)
-    for image in images:
-        if image.note and not quiet:
-            console.note(f"{image.name}: {image.note}")
-    return images
+        return read_pages(dropped.source)
+    if dropped.source == CLIPBOARD:
+        return [open_image(dropped.source, upright=upright)]
+    return open_pages(dropped.source, upright=upright)
 
 
 def join_words(before: str, after: str) -> str:

@@ -1,73 +1,152 @@
-"""Batched generation: prefill each prompt by itself, then decode all of them together.
+"""Batched generation: prompts are read one by one, and their answers decoded together.
 
 Decoding is bound by memory bandwidth, and a batch reads the weights once for all its answers: eight
-take little longer than one. Only greedy answers are batched, and each is what it would be alone.
+take little longer than one. Whenever an answer ends, the next prompt takes its place. Each answer
+is what it would be alone, sampled ones with random numbers of their own.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 
-from internvl3_mlx.generation.answer import Answer
-from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
-from internvl3_mlx.generation.engine import Engine, check_finite
+from internvl3_mlx.errors import LEAVING
+from internvl3_mlx.generation.answer import Answer, FinishReason
+from internvl3_mlx.generation.decode_batch import DecodeBatch, Ended
+from internvl3_mlx.generation.engine import check_token
 from internvl3_mlx.generation.generate import Generation, StageTimer
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
+from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores
 from internvl3_mlx.generation.runner import ModelRunner
-from internvl3_mlx.generation.sampler import needs_history
 from internvl3_mlx.generation.stream import TextStream
-from internvl3_mlx.generation.structured import is_structured
+from internvl3_mlx.generation.structured import make_constraint, needs_constraint
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import BufferCache, MemoryNeed, working_memory
-from internvl3_mlx.models.cache import BatchKVCache, KVCache
+
+SEED_RANGE = 2**31  # a seed is drawn from it for each answer when none is given
+
+BatchItem = ModelInputs | BaseException  # built inputs, or what building them raised
+BatchResult = Answer | BaseException
 
 
 def batch_generate(
-    runner: ModelRunner, inputs: Iterable[ModelInputs], config: GenerationConfig, batch_size: int
+    runner: ModelRunner, inputs: Iterable[BatchItem], config: GenerationConfig, batch_size: int
 ) -> Iterator[Answer]:
-    """Yield the answers to built inputs in their order, decoding ``batch_size`` at a time."""
-    waiting = iter(inputs)
-    while batch := list(islice(waiting, batch_size)):
-        if len(batch) > 1 and can_batch(runner, batch, config):
-            yield from generate_together(runner, batch, config)
-        else:
-            yield from (runner.answer(one, config) for one in batch)
+    """Yield the answers to built inputs in their order, decoding up to ``batch_size`` together.
+
+    An item that is an error, or whose answer fails, is raised when its turn comes.
+    """
+    for result in batch_results(runner, inputs, config, batch_size):
+        if isinstance(result, BaseException):
+            raise result
+        yield result
 
 
-def can_batch(runner: ModelRunner, batch: Sequence[ModelInputs], config: GenerationConfig) -> bool:
-    """Tell whether a batch gives what each would alone: greedy, unquantized, no dynamic NTK."""
-    sampled = config.temperature or needs_history(config)
-    special = config.kv_bits or config.lookup or config.draft_model is not None
+def batch_results(
+    runner: ModelRunner, inputs: Iterable[BatchItem], config: GenerationConfig, batch_size: int
+) -> Iterator[BatchResult]:
+    """Yield for each item, in order, its answer or the error that it ended by."""
+    finished: dict[int, BatchResult] = {}
+    turn = 0
+    for index, result in finished_results(runner, inputs, config, batch_size):
+        finished[index] = result
+        while turn in finished:
+            yield finished.pop(turn)
+            turn += 1
+
+
+def finished_results(
+    runner: ModelRunner, inputs: Iterable[BatchItem], config: GenerationConfig, batch_size: int
+) -> Iterator[tuple[int, BatchResult]]:
+    """Yield the result of each item with its index, as it is finished."""
+    items = read_items(inputs)
+    if batch_size > 1 and can_batch(config):
+        yield from AnswerBatch(runner, config, batch_size).results(items)
+        return
+    for index, item in items:
+        yield index, answer_alone(runner, item, config)
+
+
+def read_items(inputs: Iterable[BatchItem]) -> Iterator[tuple[int, BatchItem]]:
+    """Number the items. What reading one raises is the last item, so it is raised in its turn."""
+    index, waiting = 0, iter(inputs)
+    while True:
+        try:
+            item: BatchItem = next(waiting)
+        except StopIteration:
+            return
+        except LEAVING:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            yield index, error
+            return
+        yield index, item
+        index += 1
+
+
+def can_batch(config: GenerationConfig) -> bool:
+    """Tell whether answers can be decoded together.
+
+    Speculation, ranked choices and thought budgets have loops of their own, and a batch does not
+    quantize a cache on its way.
+    """
+    special = config.lookup or config.draft_model is not None or config.ranks_choices
     special = special or config.think_budget is not None
-    if sampled or special or is_structured(config):
-        return False
-    text = runner.config.text
-    longest = max(len(inputs.token_ids) for inputs in batch) + config.max_tokens
-    return longest <= text.max_position_embeddings or text.rope_dynamic_factor is None
+    return not special and (config.kv_bits is None or config.quantized_kv_start == 0)
+
+
+def answer_alone(runner: ModelRunner, item: BatchItem, config: GenerationConfig) -> BatchResult:
+    if isinstance(item, BaseException):
+        return item
+    return attempt(partial(runner.answer, item, config))
+
+
+def attempt(action: Callable[[], Answer]) -> BatchResult:
+    """Return an answer, or the error in its place. What ends the program passes."""
+    try:
+        return action()
+    except LEAVING:
+        raise
+    except BaseException as error:  # noqa: BLE001  a library in Rust raises panics as such
+        return error
 
 
 @dataclass(eq=False)
-class BatchSequence:
-    """One sequence of the batch: its last token, and how many may still follow."""
+class BatchAnswer:
+    """One answer of the batch, number ``index`` of the items.
 
+    memory: what it wires until it ends. row, position, ntk, tokens_left, finish_reason: as in
+    ``BatchedAnswer``.
+    """
+
+    index: int
     generation: Generation
-    engine: Engine
     timer: StageTimer
     text: TextStream
-    token: int
+    sampler: RowSampler
+    position: float
+    ntk: bool
     tokens_left: int
+    memory: ExitStack
+    row: int = -1
+    finish_reason: FinishReason | None = None
 
-    def accept(self) -> bool:
-        """Append the chosen token; return False when the answer is complete."""
-        for _ in self.text.decode([self.token]):
+    def accept(self, token: int, scores: TokenScores | None = None) -> None:
+        """Append the chosen token. Raises NumericError for logits that are not numbers."""
+        check_token(token)
+        for _ in self.text.decode([token]):
             self.timer.mark_token()
         self.tokens_left -= 1
-        return self.tokens_left > 0 and self.text.finish_reason != "stop"
+        constraint = self.sampler.constraint
+        if constraint is not None and not constraint.accept(token):
+            self.text.finish_reason = "stop"
+        if self.text.finish_reason == "stop" or self.tokens_left <= 0:
+            self.finish_reason = self.text.finish_reason
 
     def make_answer(self, held_nbytes: int) -> Answer:
         self.timer.mark_token()
@@ -75,70 +154,133 @@ class BatchSequence:
         return self.generation.make_answer(self.text, self.timer, 0, held_nbytes)
 
 
-def generate_together(
-    runner: ModelRunner, batch: Sequence[ModelInputs], config: GenerationConfig
-) -> list[Answer]:
-    """Prefill one after another, then decode one token of each at every step."""
-    weights, owner = runner.weights_nbytes, id(runner.model)
-    tokens = sum(len(inputs.token_ids) + config.max_tokens for inputs in batch)
-    need = MemoryNeed(weights, tokens * kv_nbytes_per_token(runner.model, config), owner)
-    with explained_gpu_errors(Task.ANSWER), working_memory(need) as buffers:
-        return decode_together(runner, batch, config, buffers)
+@dataclass(eq=False)
+class AnswerBatch:
+    """Answers up to ``size`` items together. live: those in progress, by index."""
 
+    runner: ModelRunner
+    config: GenerationConfig
+    size: int
+    live: dict[int, BatchAnswer] = field(default_factory=dict[int, BatchAnswer])
 
-def decode_together(
-    runner: ModelRunner,
-    batch: Sequence[ModelInputs],
-    config: GenerationConfig,
-    buffers: BufferCache,
-) -> list[Answer]:
-    """Decode a batch; ``buffers`` are cleared whenever the KV caches grow."""
-    sequences = [start_sequence(runner, inputs, config) for inputs in batch]
-    done: dict[int, Answer] = {}
-    live = dict(enumerate(sequences))
-    num_layers = len(runner.model.language_model.model.layers)
-    layers = [[one.engine.cache[n] for one in sequences] for n in range(num_layers)]
-    caches = [BatchKVCache(cast(list[KVCache], layer)) for layer in layers]
-    while True:
-        buffers.end_token(sum(cache.nbytes for cache in caches))
-        continuing = {index: one for index, one in live.items() if one.accept()}
-        ended = [index for index in live if index not in continuing]
-        done |= {index: live[index].make_answer(buffers.measure()) for index in ended}
-        if not continuing:
-            return [done[index] for index in sorted(done)]
-        if len(continuing) < len(live):
-            rows = [row for row, index in enumerate(live) if index in continuing]
-            for cache in caches:
-                cache.select(mx.array(rows))
-        live = continuing
-        tokens = batch_step(runner, list(live.values()), caches)
-        for one, token in zip(live.values(), tokens, strict=True):
-            one.token = token
+    def __post_init__(self) -> None:
+        self.decode = DecodeBatch[BatchAnswer].for_model(self.runner.model)
 
+    def results(self, items: Iterator[tuple[int, BatchItem]]) -> Iterator[tuple[int, BatchResult]]:
+        """Yield each result as it is there, and fill its place with the next item."""
+        mx.reset_peak_memory()
+        weights = MemoryNeed(self.runner.weights_nbytes, owner=id(self.runner.model))
+        with explained_gpu_errors(Task.ANSWER), working_memory(weights) as buffers, self.closing():
+            while True:
+                yield from self.fill(items)
+                if not self.live:
+                    return
+                yield from self.step(buffers)
 
-def start_sequence(
-    runner: ModelRunner, inputs: ModelInputs, config: GenerationConfig
-) -> BatchSequence:
-    """Prefill one prompt and choose the first token of its answer."""
-    generation = runner.open_generation(inputs, config)
-    timer = StageTimer(time.perf_counter())
-    prefill, logits = generation.start(timer)
-    token = int(mx.argmax(logits, axis=-1).item())  # type: ignore[arg-type]
-    text = generation.make_text_stream()
-    return BatchSequence(generation, prefill.engine, timer, text, token, prefill.max_tokens)
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Drop what is in progress at the end, also after an interruption."""
+        try:
+            yield
+        finally:
+            self.drop_all()
 
+    def fill(self, items: Iterator[tuple[int, BatchItem]]) -> Iterator[tuple[int, BatchResult]]:
+        """Read prompts until all places are taken; yield the items that are or become errors."""
+        while len(self.live) < self.size:
+            index, item = next(items, (-1, None))
+            if item is None:
+                return
+            failed = item if isinstance(item, BaseException) else self.try_join(index, item)
+            if failed is not None:
+                yield index, failed
 
-def batch_step(
-    runner: ModelRunner, sequences: Sequence[BatchSequence], caches: list[BatchKVCache]
-) -> list[int]:
-    """Read the last token of each sequence and choose the next."""
-    language = runner.model.language_model
-    positions = mx.array([[one.engine.next_position] for one in sequences], dtype=mx.float32)
-    tokens = mx.array([[one.token] for one in sequences], dtype=mx.int32)
-    rotary = language.rotary(positions, 1, ntk=False)
-    states = language.model(runner.model.embed(tokens), rotary, caches)
-    for one in sequences:
-        one.engine.next_position += 1
-    logits = language.head(states[:, -1])
-    check_finite(logits)
-    return cast(list[int], mx.argmax(logits, axis=-1).tolist())
+    def try_join(self, index: int, inputs: ModelInputs) -> BaseException | None:
+        try:
+            with explained_gpu_errors(Task.ANSWER):
+                self.join(index, inputs)
+        except LEAVING:
+            raise
+        except BaseException as error:  # noqa: BLE001  it concerns this item alone
+            return error
+        return None
+
+    def join(self, index: int, inputs: ModelInputs) -> None:
+        """Read one prompt, and let its answer take part from the next step on."""
+        generation = self.runner.open_generation(inputs, self.config)
+        with ExitStack() as memory:
+            memory.enter_context(working_memory(generation.memory_need()))
+            timer = StageTimer(time.perf_counter())
+            prefill = generation.open_prefill()
+            features = prefill.encode_images()
+            timer.lap("vision_s")
+            logits = prefill.run_rows(features, [len(inputs.token_ids) - 1])
+            answer = BatchAnswer(
+                index,
+                generation,
+                timer,
+                generation.make_text_stream(),
+                self.make_sampler(inputs),
+                inputs.next_position,
+                prefill.engine.ntk,
+                prefill.max_tokens,
+                memory=memory.pop_all(),
+            )
+        self.live[index] = answer
+        try:
+            self.decode.join([answer], [prefill.engine.cache], logits)
+        except BaseException:
+            self.end(answer)
+            raise
+        generation.prompt_cache = PromptCache()  # the batch has the keys and values
+
+    def make_sampler(self, inputs: ModelInputs) -> RowSampler:
+        runner, config = self.runner, self.config
+        vocab_size, seed = runner.config.text.vocab_size, config.seed
+        if seed is None and config.temperature:
+            seed = int(mx.random.randint(0, SEED_RANGE).item())  # type: ignore[arg-type]
+        sampler = RowSampler(config, seed or 0, inputs.token_ids, vocab_size)
+        if needs_constraint(config):
+            sampler.constraint = make_constraint(config, runner.tokenizer, vocab_size)
+        return sampler
+
+    def step(self, buffers: BufferCache) -> Iterator[tuple[int, BatchResult]]:
+        """Decode one token of each answer; yield the answers that ended."""
+        try:
+            ended = self.decode.step()
+        except LEAVING:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            yield from self.recover(error)
+            return
+        buffers.end_token(self.decode.batch.nbytes)
+        for one in ended:
+            yield one.answer.index, self.result(one, buffers)
+
+    def result(self, ended: Ended[BatchAnswer], buffers: BufferCache) -> BatchResult:
+        self.end(ended.answer)
+        if ended.error is not None:
+            return ended.error
+        return attempt(lambda: ended.answer.make_answer(buffers.measure()))
+
+    def recover(self, error: BaseException) -> Iterator[tuple[int, BatchResult]]:
+        """After a step that failed, answer those in progress alone; then go on with fewer.
+
+        Their arrays may never have been computed, and together they may take too much memory.
+        """
+        error.__traceback__ = None  # its frames hold arrays
+        self.size = max(len(self.live) // 2, 1)
+        begun = [*self.live.items()]
+        self.drop_all()
+        mx.clear_cache()
+        for index, answer in begun:
+            yield index, answer_alone(self.runner, answer.generation.inputs, self.config)
+
+    def drop_all(self) -> None:
+        self.decode.reset()
+        for answer in [*self.live.values()]:
+            self.end(answer)
+
+    def end(self, answer: BatchAnswer) -> None:
+        self.live.pop(answer.index, None)
+        answer.memory.close()

@@ -1,4 +1,4 @@
-"""The protocol of key-value caches, and the dense ones: one sequence, and a batch.
+"""The protocol of key-value caches, and the dense one.
 
 Names are mlx-lm's where it has them. The decoder knows only ``AttentionContext``: it passes the
 queries, keys and values of a layer and gets the output of attention, however keys are stored and
@@ -15,7 +15,6 @@ change:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -199,58 +198,6 @@ def split_kv(kv: mx.array) -> DenseKV:
     return DenseKV(keys, values)
 
 
-class BatchKVCache(LayerCache):
-    """Sequences that were read one by one and are continued together, one token each at a time.
-
-    ``left_padding``: the number of empty columns before each sequence, (B,) int32.
-    """
-
-    def __init__(self, caches: Sequence[KVCache]):
-        self.offset = max(cache.offset for cache in caches)
-        padding = [self.offset - cache.offset for cache in caches]
-        pairs = [
-            [pad_left(part, count) for part in cache.state]
-            for cache, count in zip(caches, padding, strict=True)
-        ]
-        self.keys = mx.concatenate([keys for keys, _ in pairs])
-        self.values = mx.concatenate([values for _, values in pairs])
-        self.left_padding = mx.array(padding, dtype=mx.int32)
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Add a token of each sequence and return all: (B, KV, 1, D) -> (B, KV, N, D), twice."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = grow(self.keys, keys, self.offset, self.capacity)
-        self.values = grow(self.values, values, self.offset, self.capacity)
-        self.keys[..., start : self.offset, :] = keys
-        self.values[..., start : self.offset, :] = values
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
-
-    def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
-    ) -> mx.array:
-        keys, values = self.update_and_fetch(k, v)
-        return causal_attention(q[:, :, rows], keys, values, self.mask)
-
-    @property
-    def mask(self) -> mx.array:
-        """(B, 1, 1, N): True where a sequence has a token."""
-        return (mx.arange(self.offset) >= self.left_padding[:, None])[:, None, None]
-
-    @property
-    def state(self) -> list[mx.array]:
-        """Keys and values, (B, KV, N, D) each, then the padding (B,)."""
-        end = self.offset
-        return [self.keys[..., :end, :], self.values[..., :end, :], self.left_padding]
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    def select(self, rows: mx.array) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        self.left_padding = self.left_padding[rows]
-
-
 def grow(buffer: mx.array | None, new: mx.array, needed: int, capacity: int) -> mx.array:
     """Return ``buffer`` with space for ``needed`` tokens along axis 2, otherwise like ``new``."""
     size = 0 if buffer is None else buffer.shape[2]
@@ -280,8 +227,3 @@ def pad_to_bucket(buffer: mx.array, tokens: int) -> mx.array:
     if wanted == size:
         return buffer
     return mx.pad(buffer, [(0, 0), (0, 0), (0, wanted - size), (0, 0)])
-
-
-def pad_left(part: mx.array, count: int) -> mx.array:
-    """Put ``count`` empty columns before (1, KV, N, D)."""
-    return mx.pad(part, [(0, 0), (0, 0), (count, 0), (0, 0)])

@@ -1,6 +1,7 @@
 """``generate --each --batch-size``: the same lines as one by one."""
 
 import json
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -8,7 +9,11 @@ from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
+from internvl3_mlx.cli import answer_each
 from internvl3_mlx.cli.main import main
+from internvl3_mlx.generation.generate import Generation
+
+PATIENCE_S = 20
 
 
 @pytest.fixture
@@ -66,3 +71,44 @@ def test_an_image_too_large_for_the_window_is_an_error_of_its_own(tmp_path):
     small, large = map(json.loads, result.stdout.splitlines())
     assert "text" in small
     assert "the model's context has 96" in large["error"]
+
+
+@pytest.mark.parametrize("words", [["--jsonl"], ["--jsonl", "--batch-size", "2"]])
+def test_the_next_image_is_read_while_the_model_works(sources, monkeypatch, words):
+    """No answer is finished before the images after it are on their way, and only those."""
+    read, ahead = answer_each.read_media, []
+
+    def counted(media, **options):
+        ahead.append(media.source)
+        return read(media, **options)
+
+    make_answer, finished = Generation.make_answer, []
+
+    def after_the_next(self, *args):
+        needed = min(len(finished) + 2, len(sources))
+        deadline = time.monotonic() + PATIENCE_S
+        while len(ahead) < needed and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert len(ahead) >= needed
+        finished.append(len(ahead))
+        return make_answer(self, *args)
+
+    monkeypatch.setattr(answer_each, "read_media", counted)
+    monkeypatch.setattr(Generation, "make_answer", after_the_next)
+    result = run(sources, *words)
+    assert ahead == sources
+    assert result.stdout.count('"text"') == 3
+    together = 2 if "--batch-size" in words else 1
+    assert finished[0] <= together + 1  # one image ahead of those that are answered
+
+
+def test_a_note_about_an_image_comes_with_its_own_answer(tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    random_image(60, 60, 1).save(paths[0])
+    transparent = random_image(60, 60, 2).convert("RGBA")
+    transparent.putalpha(100)
+    transparent.save(paths[1])
+    for words in ([], ["--batch-size", "2"]):
+        result = run(map(str, paths), *words)
+        told = ["transparen" in line for line in result.stderr.splitlines() if "note" in line]
+        assert told == [False, True, False]  # the others: that each answer was cut

@@ -8,7 +8,7 @@ from fixtures.loaded_models import bare_model
 from fixtures.tolerances import OPERATION_TOLERANCE, TOLERANCE
 
 from internvl3_mlx.models.attention import ALL_ROWS, causal_attention
-from internvl3_mlx.models.cache import GROWTH_STEP, BatchKVCache, KVCache, LayerCache
+from internvl3_mlx.models.cache import GROWTH_STEP, KVCache, LayerCache
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 64
@@ -119,26 +119,6 @@ def test_selected_sequences_attend_as_before(make):
     cache.trim(1)
     cache.select(mx.array([1]))
     assert mx.array_equal(cache.attend(*(part[1:] for part in step)), whole[1:])
-
-
-def test_a_left_padded_batch_attends_as_its_sequences_do_alone():
-    singles = []
-    for seed, length in enumerate((3, 8, 1)):
-        cache = KVCache()
-        cache.append(rows(length, seed=seed)[:1], rows(length, seed=seed + 9)[:1])
-        singles.append(cache)
-    batch = BatchKVCache(singles)
-    assert batch.nbytes == 2 * 3 * KV_HEADS * 8 * DIM * 4
-    q, k, v = (
-        mx.random.normal((3, heads, 1, DIM), key=mx.random.key(seed))
-        for seed, heads in ((30, HEADS), (31, KV_HEADS), (32, KV_HEADS))
-    )
-    together = batch.attend(q, k, v)
-    for i, cache in enumerate(singles):
-        alone = cache.attend(*(part[i : i + 1] for part in (q, k, v)))
-        assert relative_error(np.array(together[i : i + 1]), np.array(alone)) < OPERATION_TOLERANCE
-    batch.select(mx.array([2, 0]))
-    assert batch.state[2].tolist() == [7, 5]
 
 
 class FixedKVCache(LayerCache):

@@ -24,9 +24,10 @@ from fixtures.tolerances import TOLERANCE, chain_tolerance, quantized_tolerance
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.models.attention import causal_attention
-from internvl3_mlx.models.cache import BatchKVCache, KVCache
+from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.models.packed_sequences import PackedSequences, Span
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache, RowQuantizedKVCache
+from internvl3_mlx.models.ragged_cache import RaggedBatch
 from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
 from internvl3_mlx.models.vision import fused_attention
 
@@ -69,10 +70,15 @@ def test_a_batch_masks_the_padding_of_shorter_sequences(dim, dtype):
     q, k, v = draw(dtype, (3, HEADS, 1, dim), *[(3, KV_HEADS, 1, dim)] * 2)
 
     def attend():
-        caches = [KVCache() for _ in lengths]
-        for cache, (keys, values) in zip(caches, kept, strict=True):
+        batch = RaggedBatch(1)
+        for keys, values in kept:
+            cache = KVCache()
             cache.append(keys, values)
-        return BatchKVCache(caches).attend(q, k, v)
+            batch.insert([cache])
+        order = mx.array(batch.rows)
+        batch.begin_step()
+        out = batch.layers[0].attend(q[order], k[order], v[order])
+        return out[mx.argsort(order)]
 
     for ours in results_to_compare(attend):
         for i, (keys, values) in enumerate(kept):
