@@ -109,11 +109,11 @@ def train_command(config: str | None, **flags: Any) -> None:
     in PEFT's format, checkpoints, the settings, metrics.csv and loss.svg. Ctrl-C saves, and
     --resume continues with bit-identical results.
 
-    --method sft trains on the answers of conversations, mpo, orpo and simpo on preference pairs,
-    kto on answers labeled good or bad, grpo on answers of its own and their --reward, prm a critic
-    on the scored steps of solutions, pretrain all weights on packed text and images. The defaults
-    are the published settings, except for smaller batches and, with sft and preferences, learning
-    rates that suit adapters.
+    --method sft trains on the answers of conversations, mpo, dpo, orpo and simpo on preference
+    pairs, kto on answers labeled good or bad, grpo on answers of its own and their --reward, prm a
+    critic on the scored steps of solutions, pretrain all weights on packed text and images. The
+    defaults are the published settings, except for smaller batches and, with sft and preferences,
+    learning rates that suit adapters.
 
     Several Macs: mlx.launch --hostfile hosts.json -- internvl3 train -c train.yaml
     """

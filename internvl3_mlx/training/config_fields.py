@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-PAIR_METHODS = ("mpo", "orpo", "simpo")  # read preference pairs
+PAIR_METHODS = ("mpo", "dpo", "orpo", "simpo")  # read preference pairs
 METHODS = ("sft", *PAIR_METHODS, "kto", "grpo", "prm", "distill", "pretrain")
 OPTIMIZERS = (
     "adamw", "adam", "adamax", "adafactor", "adagrad", "adadelta", "lion", "muon", "rmsprop", "sgd",

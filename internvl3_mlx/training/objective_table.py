@@ -10,6 +10,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "prm": lambda **options: SFT(name="prm", **options),
     "pretrain": lambda **options: SFT(name="pretrain", **options),
     "mpo": MPO,
+    "dpo": lambda **options: MPO(name="dpo", **options),
     "orpo": lambda **options: MPO(name="orpo", **options),
     "simpo": lambda **options: MPO(name="simpo", **options),
     "kto": KTO,

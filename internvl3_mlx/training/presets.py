@@ -19,6 +19,7 @@ NO_MPO: Mapping[str, Any] = MappingProxyType({"dpo_weight": 0.0, "bco_weight": 0
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "sft": {},
     "mpo": PREFERENCE_PRESET,
+    "dpo": {**PREFERENCE_PRESET, "dpo_weight": 1.0, "bco_weight": 0.0, "sft_weight": 0.0},
     "orpo": {**PREFERENCE_PRESET, **NO_MPO, "orpo_weight": 0.1},
     "simpo": {
         **PREFERENCE_PRESET, **NO_MPO, "sft_weight": 0.0, "simpo_weight": 1.0, "beta": 2.0,

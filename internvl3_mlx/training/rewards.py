@@ -48,6 +48,11 @@ def names_function(reward: str) -> bool:
     return reward.rpartition(":")[0].endswith(".py")
 
 
+def reward_file(reward: str) -> Path | None:
+    """Return the file of a reward of the user's; None for one of the table."""
+    return expand_user(reward.rpartition(":")[0]) if names_function(reward) else None
+
+
 def check_reward(reward: str) -> None:
     """Raise ``UserError`` unless a reward is in the table or has the form FILE.py:FUNCTION."""
     if reward not in REWARDS and not names_function(reward):
@@ -60,9 +65,8 @@ def load_reward(reward: str) -> Reward:
     """Return a reward by its name; of FILE.py:FUNCTION, run the file and return the function."""
     if reward in REWARDS:
         return REWARDS[reward]
-    file, _, name = reward.rpartition(":")
-    path = expand_user(file)
-    if not path.is_file():
+    path, name = reward_file(reward), reward.rpartition(":")[2]
+    if path is None or not path.is_file():
         raise UserError(f"no file at {path}; check the path in --reward {reward}")
     function = getattr(run_file(path), name, None)
     if not callable(function):

@@ -23,7 +23,7 @@ from internvl3_mlx.training.data.dataset import (
 )
 from internvl3_mlx.training.data.preprocess import Preprocessor
 from internvl3_mlx.training.data.validate import DataReport, ValidationProgress, validate_dataset
-from internvl3_mlx.training.rewards import REWARDS
+from internvl3_mlx.training.rewards import REWARDS, reward_file
 from internvl3_mlx.vlm import ignore_message
 
 DIGEST_BYTES = 16
@@ -110,11 +110,15 @@ class RunSetup:
         files = self.train.files
         uses = [(len(f.selected), f.repeats, f.augment, f.max_tiles) for f in files]
         weights = visible_files(self.model_folder, "*.safetensors*")
-        return {
+        found = {
             "model": files_digest(weights, full=False),
             "data": files_digest([path for f in files for path in f.source.paths], full=True),
             "use of the data": repr(uses),  # the selections and limits of a meta JSON
         }
+        own_reward = reward_file(self.config.reward or "")
+        if own_reward is not None and own_reward.is_file():
+            found["file of the reward"] = files_digest([own_reward], full=True)
+        return found
 
 
 def prepare_run(

@@ -85,8 +85,9 @@ def test_the_v2pe_delta_may_be_written_as_a_number(tmp_path, step):
         ("model: [a]", r"model is \['a'\]; expected text"),
         ("train: 3", "train is 3; expected a list of names"),
         (
-            "method: dpo",
-            "method is dpo; choose from sft, mpo, orpo, simpo, kto, grpo, prm, distill, pretrain",
+            "method: ppo",
+            "method is ppo; choose from sft, mpo, dpo, orpo, simpo, kto, grpo, prm, distill, "
+            "pretrain",
         ),
         ("optimizer: adamx", "optimizer is adamx; choose from adamw, "),
         ("train: []", "train is empty; expected one or more of lora, language_model"),
@@ -193,6 +194,7 @@ def test_a_setting_given_in_python_overrides_the_preset_even_if_it_equals_the_de
     ("method", "weights"),
     [
         ("mpo", {"dpo": 0.8, "bco": 0.2, "sft": 1}),
+        ("dpo", {"dpo": 1}),
         ("orpo", {"sft": 1, "orpo": 0.1}),
         ("simpo", {"simpo": 1}),
         ("kto", {"kto": 1}),
@@ -203,7 +205,7 @@ def test_a_preference_method_is_a_preset_of_one_table_of_weights(method, weights
     found = {name: getattr(config, f"{name}_weight") for name in ("dpo", "bco", "sft", "orpo")}
     found |= {name: getattr(config, f"{name}_weight") for name in ("simpo", "kto")}
     assert {name: weight for name, weight in found.items() if weight} == weights
-    assert config.needs_reference == (method in ("mpo", "kto"))
+    assert config.needs_reference == (method in ("mpo", "dpo", "kto"))
 
 
 def test_a_copy_keeps_its_settings():

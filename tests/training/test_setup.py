@@ -35,6 +35,20 @@ def test_a_meta_file_with_other_sampling_is_other_data(tmp_path):
     assert identity() == identity()
 
 
+def test_a_reward_file_that_was_edited_is_another_run(tmp_path):
+    write_data(tmp_path / "data", 3)
+    file = tmp_path / "reward.py"
+    settings = {"method": "grpo", "reward": f"{file}:worth"}
+
+    def identity(body):
+        file.write_text(f"def worth(answer, expected):\n    return {body}\n")
+        return small_setup(tmp_path, **settings).identity
+
+    first, second = identity(0), identity(1)
+    assert {name for name in first if first[name] != second[name]} == {"file of the reward"}
+    assert "file of the reward" not in small_setup(tmp_path, method="grpo", reward="exact").identity
+
+
 def test_a_folder_without_training_data_is_reported(tmp_path):
     write_jsonl(tmp_path / "data" / "valid.jsonl", [chat_record()])
     with pytest.raises(UserError, match=r"no train.jsonl in"):

@@ -85,7 +85,7 @@ def test_gradient_checkpointing_gives_the_same_updates(tmp_path):
     assert difference(kept, again) < 1e-6
 
 
-@pytest.mark.parametrize("method", ["sft", "mpo", "orpo", "simpo"])
+@pytest.mark.parametrize("method", ["sft", "mpo", "dpo", "orpo", "simpo"])
 def test_training_lowers_the_validation_loss(tmp_path, method):
     write_data(tmp_path / "data", 6, 3, pairs=method != "sft")
     here = small_session(tmp_path, method=method, iters=12, batch_size=3, learning_rate=3e-3)
@@ -93,8 +93,11 @@ def test_training_lowers_the_validation_loss(tmp_path, method):
     steps = [*make_updates(here.state, here.remaining_batches())]
     after, figures = evaluate_loss(here.state, here.validation_batches())
     assert len(steps) == 12
-    assert after < before - 0.2
-    terms = {"sft": set(), "mpo": {"dpo", "bco"}, "orpo": {"orpo"}, "simpo": {"simpo"}}
+    assert after < before - (0.05 if method == "dpo" else 0.2)  # DPO's loss begins at 0.69
+    of_rewards = {"dpo", "bco"}  # computed together, whatever their weights
+    terms = {"sft": set(), "mpo": of_rewards, "dpo": of_rewards} | {
+        name: {name} for name in ("orpo", "simpo")
+    }
     assert figures.keys() & {"dpo", "bco", "orpo", "simpo"} == terms[method]
 
 
