@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from internvl3_mlx.config import ModelConfig, Quantization
-from internvl3_mlx.config.decoders import FAMILIES
+from internvl3_mlx.config.decoders import FAMILIES, FULL, SLIDING
 from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.json_files import read_json
@@ -123,10 +123,25 @@ def original_from_hf(config: ModelConfig) -> Json:
 
 
 def text_keys(config: ModelConfig) -> Json:
-    """Return the language model's fields under the keys that files have, and ``family``."""
-    text = asdict(config.text)
-    del text["qk_norm"]  # the family says it
-    return {**text, "rope_scaling": config.text.rope_scaling.to_dict()}
+    """Return the language model's fields under the keys that files have, and ``family``.
+
+    What the family says by itself (norms, sinks, the names of parts) is no key.
+    """
+    text = {key: x for key, x in asdict(config.text).items() if key not in SAID_BY_FAMILY}
+    text["rope_scaling"] = config.text.rope_scaling.to_dict()
+    names, experts = FAMILIES[config.text.family].experts, config.text.experts
+    if names is not None and experts is not None:
+        text[names.count[0]], text[names.per_token] = experts.count, experts.per_token
+        text[names.intermediate_size] = experts.intermediate_size
+        if names.renormalize is not None:
+            text[names.renormalize] = experts.renormalize
+    if windows := config.text.windows:
+        text["layer_types"] = [SLIDING if window else FULL for window in windows]
+        text["sliding_window"] = next(filter(None, windows), None)
+    return text
+
+
+SAID_BY_FAMILY = ("o_bias", "qk_norm", "sinks", "windows", "experts")
 
 
 def hf_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:

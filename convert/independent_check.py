@@ -20,7 +20,7 @@ from internvl3_mlx.errors import CheckpointError
 
 LIBRARIES = ("torch", "transformers")
 TEXT_TYPES = {  # model_type of a language model -> transformers' class for it
-    **dict.fromkeys(("qwen2",), "qwen2"),
+    **{name: name for name in ("qwen2", "qwen3")},
     **dict.fromkeys(("llama", "internlm2", "internlm3"), "llama"),
 }
 TEXT_CONFIGS = ("llm_config", "text_config")
@@ -51,6 +51,7 @@ BARE = {
 }
 TEXT_MODULES = {
     **{part: f"self_attn.{part}_proj" for part in "qkvo"},
+    **{f"{part}_norm": f"self_attn.{part}_norm" for part in "qk"},
     **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
     "norm1": "input_layernorm",
     "norm2": "post_attention_layernorm",

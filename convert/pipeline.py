@@ -309,7 +309,7 @@ def compute_ahead(slabs: Iterable[Slab]) -> Iterator[Slab]:
 def bytes_per_row(checkpoint: Checkpoint, name: str) -> int:
     """Return the bytes of one row of a stored tensor."""
     info = checkpoint.tensors[name]
-    return info.nbytes // max(info.shape[0], 1)
+    return info.nbytes // max(info.rows, 1)
 
 
 def write_array(writer: ShardWriter, name: str, x: mx.array) -> None:

@@ -13,7 +13,7 @@ from internvl3_mlx.adapters.embedded import split_embedded_adapters
 from internvl3_mlx.adapters.merge import deltas_by_tensor
 from internvl3_mlx.adapters.peft import Adapter, load_adapter
 from internvl3_mlx.checkpoints.build_model import only_divisible
-from internvl3_mlx.checkpoints.keymap import KeyMap, unused_tensors
+from internvl3_mlx.checkpoints.keymap import MXFP4_WORDS, KeyMap, unused_tensors
 from internvl3_mlx.checkpoints.reader import (
     Checkpoint,
     mlx_dtype,
@@ -27,6 +27,9 @@ from internvl3_mlx.checkpoints.remap import (
     compose_rows,
     plan_remap,
     resolve_rows,
+    row_shape,
+    source_heights,
+    stacked_shape,
 )
 from internvl3_mlx.checkpoints.writer import TensorSpec
 from internvl3_mlx.config import WORD_BITS, ModelConfig, Quantization, read_config
@@ -60,12 +63,12 @@ class PlannedTensor:
         """Return the tensors of the file that it becomes. Quantizing one row shows their shapes."""
         if self.quantization is None:
             return [TensorSpec(self.name, self.dtype, self.shape)]
-        sample = mx.zeros((1, self.shape[1]), dtype=mlx_dtype(self.dtype))
+        sample = mx.zeros((1, self.shape[-1]), dtype=mlx_dtype(self.dtype))
         parts = quantize_array(sample, self.quantization)
         module = self.name.removesuffix(".weight")
         return [
             TensorSpec(
-                f"{module}.{part}", safetensors_dtype(x.dtype), (self.shape[0], *x.shape[1:])
+                f"{module}.{part}", safetensors_dtype(x.dtype), (*self.shape[:-1], *x.shape[1:])
             )
             for part, x in zip(QUANTIZED_PARTS, parts, strict=False)
         ]
@@ -125,12 +128,13 @@ def plan_conversion(
     checkpoint = Checkpoint(source, base)
     config, rules = plan_remap(checkpoint, read_config(source))
     check_conversion(source, config, recipe, layout, dequantize)
-    row_counts = {name: info.shape[0] for name, info in base.items()}
     rows_by_name = {
         target: rows
         for rule in rules
         for target, rows in zip(
-            rule.targets, resolve_rows(rule, row_counts, config.text), strict=True
+            rule.targets,
+            resolve_rows(rule, source_heights(rule, base), config.text),
+            strict=True,
         )
     }
     adapter_weights = load_adapter(adapter, config) if adapter else Adapter({})
@@ -238,10 +242,10 @@ def dense_shapes(
     """Return the shapes of the model's parameters, those of quantized weights as dequantized."""
     quantizations, shapes = source_quantization(rows_by_name, config), {}
     for name, rows in rows_by_name.items():
-        tail = checkpoint.tensors[rows[0].name].shape[1:]
+        tail = row_shape(checkpoint.tensors[rows[0].name], rows[0])
         if quantization := quantizations.get(rows[0].name):
             tail = (tail[0] * WORD_BITS // quantization.bits,)
-        shapes[name] = (sum(part.count for part in rows), *tail)
+        shapes[name] = stacked_shape(name, sum(part.count for part in rows), tail, config.text)
     return shapes
 
 
@@ -267,32 +271,36 @@ def plan_tensors(
     }
     remaining = {name: rows for name, rows in rows_by_name.items() if name not in dropped}
     row_counts = {name: sum(part.count for part in rows) for name, rows in remaining.items()}
-    for rule in KeyMap.inverse(layout, config.text.family).resolve(remaining):
+    for rule in KeyMap.inverse(layout, config.text).resolve(remaining):
         resolved = resolve_rows(rule, row_counts, config.text)
         for name, target_rows in zip(rule.targets, resolved, strict=True):
             rows, parameter = compose_rows(target_rows, remaining), target_rows[0].name
-            shape = target_shape(rows, parameter, reader, layout)
+            height, tail = (
+                sum(part.count for part in rows),
+                row_tail(rows, parameter, reader, layout),
+            )
+            shape = stacked_shape(name, height, tail, config.text)
             yield PlannedTensor(name, parameter, rows, shape, target_dtype(rows, reader, dtype))
 
 
-def target_shape(
+def row_tail(
     rows: tuple[RowRange, ...], parameter: str, reader: RowReader, layout: str
 ) -> tuple[int, ...]:
-    """Return the shape in the target's layout, before quantization."""
+    """Return the shape of a row in the target's layout, before quantization."""
     info = reader.checkpoint.tensors[rows[0].name]
-    tail = info.shape[1:]
+    tail = row_shape(info, rows[0])
     if quantization := reader.dequantized.get(info.name):
         tail = (tail[0] * WORD_BITS // quantization.bits,)
     if parameter == PATCH_WEIGHT:
         side = tail[1]
         tail = (side, side, CHANNELS) if layout == "mlx" else (CHANNELS, side, side)
-    return sum(part.count for part in rows), *tail
+    return tail
 
 
 def target_dtype(rows: tuple[RowRange, ...], reader: RowReader, requested: str | None) -> str:
     """Return the source's dtype, or ``requested`` for floats; words and mx scales are integers."""
     info = reader.checkpoint.tensors[rows[0].name]
-    stored = info.dtype
+    stored = "U32" if info.name.endswith(MXFP4_WORDS) else info.dtype
     if info.name in reader.dequantized:
         scales = reader.checkpoint.tensors[info.name.removesuffix("weight") + "scales"].dtype
         stored = scales if scales in FLOATS.values() else "BF16"

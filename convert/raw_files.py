@@ -36,6 +36,7 @@ NEUTRAL = (  # pattern of a published name -> neutral name; parts that are joine
     (TEXT + r"norm", "text.norm"),
     (r"(?:language_model\.)?(?:lm_head|output)", "text.head"),
     (TEXT_LAYER + r"self_attn\.(?P<part>[qkvo])_proj", "text.{n}.{part}"),
+    (TEXT_LAYER + r"self_attn\.(?P<part>[qk])_norm", "text.{n}.{part}_norm"),
     (TEXT_LAYER + r"attention\.wqkv", "text.{n}.q text.{n}.k text.{n}.v"),
     (TEXT_LAYER + r"attention\.wo", "text.{n}.o"),
     (TEXT_LAYER + r"(?:mlp\.gate_proj|feed_forward\.w1)", "text.{n}.gate"),

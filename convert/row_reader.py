@@ -15,6 +15,7 @@ import numpy as np
 from internvl3_mlx.adapters.embedded import EmbeddedLoRA
 from internvl3_mlx.adapters.merge import RowDelta, apply_row_deltas
 from internvl3_mlx.checkpoints.finite import FLOAT_BITS, check_finite, not_finite_error
+from internvl3_mlx.checkpoints.keymap import MXFP4_WORDS
 from internvl3_mlx.checkpoints.reader import ELEMENT_TYPES, Checkpoint
 from internvl3_mlx.checkpoints.remap import RowRange
 from internvl3_mlx.config import Quantization
@@ -46,10 +47,12 @@ class RowReader:
         while self.open_files:
             self.open_files.popitem()[1].close()
 
-    def can_copy(self, rows: Iterable[RowRange]) -> bool:
+    def can_copy(self, rows: Sequence[RowRange]) -> bool:
         """Return whether these rows can be copied as bytes, without being computed."""
         names = {part.name for part in rows}
         if names & {*self.adapters, *self.dequantized, *self.fused}:
+            return False
+        if any(part.step > 1 or part.transposed for part in rows):
             return False
         return all(self.checkpoint.tensors[name].start is not None for name in names)
 
@@ -66,11 +69,11 @@ class RowReader:
                 f"{part.name} has dtype {info.dtype}, which cannot be converted; "
                 f"supported are {', '.join(name for name, e in ELEMENT_TYPES.items() if e.numpy)}"
             )
-        width = prod(info.shape[1:]) * element.nbytes
-        data = self.read_into_buffer(info.file, info.start + part.start * width, part.count * width)
+        width, count = prod(info.row_shape) * element.nbytes, part.stop - part.start
+        data = self.read_into_buffer(info.file, info.start + part.start * width, count * width)
         x: np.ndarray = data.view(element.numpy)
         check_finite(x, info.dtype, part.name)
-        return x.reshape(part.count, *info.shape[1:])
+        return x.reshape(count, *info.row_shape)
 
     def read_into_buffer(self, file: Path, start: int, count: int) -> np.ndarray:
         """Read bytes into a reused buffer: allocating one for each slab costs as much as
@@ -90,14 +93,32 @@ class RowReader:
         return view
 
     def read_stored(self, part: RowRange) -> mx.array:
-        """Read rows as they are stored."""
+        """Read rows as they are stored, bytes of mxfp4 numbers as words."""
+        if part.transposed:
+            return self.read_columns(part)
+        x = self.read_rows(part)[:: part.step]
+        return x.flatten(1).view(mx.uint32) if part.name.endswith(MXFP4_WORDS) else x
+
+    def read_columns(self, part: RowRange) -> mx.array:
+        """Read rows of the transposed matrix of one expert, which is read once for all of them."""
+        _, height, width = self.checkpoint.tensors[part.name].shape
+        expert, first = divmod(part.start, width)
+        key = f"{part.name}[{expert}]"
+        if self.cached_tensor is None or self.cached_tensor[0] != key:
+            rows = RowRange(part.name, expert * height, (expert + 1) * height)
+            self.cached_tensor = key, mx.contiguous(self.read_rows(rows).T)
+        return self.cached_tensor[1][first : first + part.stop - part.start : part.step]
+
+    def read_rows(self, part: RowRange) -> mx.array:
+        """Read all rows from the first to the last."""
         info = self.checkpoint.tensors[part.name]
         if (
             info.start is None
         ):  # a PyTorch file: read the tensor once, keep it until another is read
             if self.cached_tensor is None or self.cached_tensor[0] != part.name:
                 self.cached_tensor = None
-                self.cached_tensor = part.name, self.checkpoint.read_uncached(part.name)
+                stored = self.checkpoint.read_uncached(part.name)
+                self.cached_tensor = part.name, stored.reshape(-1, *info.row_shape)
             x = self.cached_tensor[1][part.start : part.stop]
             if not bool(mx.isfinite(x).all()):
                 raise not_finite_error(part.name)
@@ -135,7 +156,7 @@ class RowReader:
         return dequantize_array(parts, quantization)
 
     def num_rows(self, name: str) -> int:
-        return self.checkpoint.tensors[name].shape[0]
+        return self.checkpoint.tensors[name].rows
 
 
 def check_all_finite(checkpoint: Checkpoint) -> None:
@@ -145,7 +166,7 @@ def check_all_finite(checkpoint: Checkpoint) -> None:
         for name, info in checkpoint.tensors.items():
             if info.dtype not in FLOAT_BITS or not info.nbytes:
                 continue
-            rows = info.shape[0] if info.shape else 1
+            rows = info.rows
             for part in split_into_slabs([RowRange(name, 0, rows)], info.nbytes // rows):
                 reader.read_stored(part)
     finally:
@@ -175,8 +196,8 @@ def split_into_slabs(rows: Iterable[RowRange], row_bytes: int) -> Iterable[RowRa
     """Split ranges of rows into slabs of about SLAB_BYTES."""
     step = max(SLAB_BYTES // max(row_bytes, 1), 1)
     for part in rows:
-        for start in range(part.start, part.stop, step):
-            yield RowRange(part.name, start, min(start + step, part.stop))
+        for start in range(0, part.count, step):
+            yield part.slice(start, min(start + step, part.count))
 
 
 def to_bytes(x: mx.array) -> memoryview:

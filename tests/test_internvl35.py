@@ -9,7 +9,7 @@ from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx import load
 
-STYLES = ("qwen3",)
+STYLES = ("qwen3", "qwen3_moe", "gpt_oss")
 STEPS = 32
 QUESTION = "What changes from the first picture to the video? 有什么变化？"
 

@@ -338,7 +338,7 @@ def source_row_counts(deltas: Deltas, move: ResolvedRule, text: TextConfig) -> d
     known = {name: deltas[name].shape[0] for name in move.sources if name in deltas}
     if len(known) == len(move.sources):
         return known
-    if not move.grouped:  # the vision tower's q, k and v have equally many rows
+    if move.order != "grouped":  # the vision tower's q, k and v have equally many rows
         return dict.fromkeys(move.sources, max(known.values()))
     heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
     per_head = [known[n] // h for n, h in zip(move.sources, heads, strict=True) if n in known]

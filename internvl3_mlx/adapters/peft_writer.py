@@ -111,7 +111,7 @@ def layout_keymap(layout: str, config: ModelConfig) -> KeyMap:
     """Return the map from the model's names to those of a layout."""
     if layout not in NAMED_LAYOUTS:
         raise UserError(f"unknown layout {layout!r}; {did_you_mean(layout, NAMED_LAYOUTS)}")
-    return KeyMap.inverse(layout, config.text.family)
+    return KeyMap.inverse(layout, config.text)
 
 
 def module_name(weight: str, layout: str) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from internvl3_mlx.checkpoints.keymap import ResolvedRule
+from internvl3_mlx.checkpoints.keymap import MXFP4_WORDS, ResolvedRule
 from internvl3_mlx.checkpoints.reader import TensorInfo
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import ConfigError, KeyMapError
@@ -64,6 +64,8 @@ def check_dtypes(rules: Sequence[ResolvedRule], tensors: Mapping[str, TensorInfo
             allowed = ("U32",)
         for source in rule.sources:
             dtype = tensors[source].dtype
+            if source.endswith(MXFP4_WORDS):
+                allowed = ("U8",)
             if dtype not in allowed:
                 raise KeyMapError(
                     f"{source} is stored as {dtype}; expected {' or '.join(allowed)}; use a "

@@ -2,17 +2,25 @@
 
 The model uses the names of the original Qwen-based checkpoints. A rule maps published names to
 those names and is also read in the other direction, to write a layout. In a name ``{n}`` is a layer
-number and ``*`` the last component: weight, bias, or the scales and biases of quantized tensors.
+number, ``{e}`` the number of an expert, and ``*`` the last component: weight, bias, or the scales
+and biases of quantized tensors.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
+from internvl3_mlx.config import TextConfig
 from internvl3_mlx.errors import KeyMapError
 
+# How the rows of the targets lie in the sources. joined: one source after another. grouped: for each
+# key-value head its queries, its key and its value (InternLM2's wqkv). halves: for each expert the
+# rows of one target, then those of the other. alternating: the rows of two targets in turn. columns,
+# alternating columns: an expert's matrix is transposed. The last four are of stacked experts.
+RowOrder = Literal["joined", "grouped", "halves", "alternating", "columns", "alternating columns"]
 MAX_LISTED = 6  # names listed in an error; the others are counted
 
 
@@ -22,13 +30,11 @@ class KeyRule:
 
     targets: tuple[str, ...]
     sources: tuple[str, ...]
-    grouped: bool = False  # rows are interleaved by key-value head (InternLM2's wqkv)
+    order: RowOrder = "joined"
 
 
-def key_rule(ours: str | Sequence[str], *theirs: str, grouped: bool = False) -> KeyRule:
-    return KeyRule(
-        (ours,) if isinstance(ours, str) else tuple(ours), theirs or (str(ours),), grouped
-    )
+def key_rule(ours: str | Sequence[str], *theirs: str, order: RowOrder = "joined") -> KeyRule:
+    return KeyRule((ours,) if isinstance(ours, str) else tuple(ours), theirs or (str(ours),), order)
 
 
 VISION_LAYER = "vision_model.encoder.layers.{n}."
@@ -56,11 +62,14 @@ ROUTER_NAMES = (  # of Flash: the projector of compressed tiles, and what choose
     *(f"gating.block{block}.{i}.*" for block in range(1, 5) for i in (0, 3, 5)),
     *(f"gating.gate.{i}.*" for i in (0, 1)),
 )
+MXFP4_WORDS = "_blocks"  # the end of a name of bytes that each hold two mxfp4 numbers
+GATE_UP_DOWN = ("gate", "up", "down")
 QWEN_NAMES = (
     "language_model.model.embed_tokens.*",
     *(TEXT_LAYER + f"self_attn.{p}_proj.*" for p in "qkvo"),
     *(TEXT_LAYER + f"self_attn.{p}_norm.*" for p in "qk"),
-    *(TEXT_LAYER + f"mlp.{p}_proj.*" for p in ("gate", "up", "down")),
+    TEXT_LAYER + "self_attn.sinks",
+    *(TEXT_LAYER + f"mlp.{p}_proj.*" for p in GATE_UP_DOWN),
     *(TEXT_LAYER + f"{p}_layernorm.*" for p in ("input", "post_attention")),
     "language_model.model.norm.*",
     "language_model.lm_head.*",
@@ -71,7 +80,7 @@ INTERNLM2 = (  # the 9B stores InternLM3 weights under InternLM2's names
     key_rule(
         [TEXT_LAYER + f"self_attn.{p}_proj.*" for p in "qkv"],
         TEXT_LAYER + "attention.wqkv.*",
-        grouped=True,
+        order="grouped",
     ),
     key_rule(TEXT_LAYER + "self_attn.o_proj.*", TEXT_LAYER + "attention.wo.*"),
     key_rule(TEXT_LAYER + "mlp.gate_proj.*", TEXT_LAYER + "feed_forward.w1.*"),
@@ -80,6 +89,46 @@ INTERNLM2 = (  # the 9B stores InternLM3 weights under InternLM2's names
     key_rule(TEXT_LAYER + "input_layernorm.*", TEXT_LAYER + "attention_norm.*"),
     key_rule(TEXT_LAYER + "post_attention_layernorm.*", TEXT_LAYER + "ffn_norm.*"),
     key_rule("language_model.lm_head.*", "language_model.output.*"),
+)
+QWEN_EXPERTS = (  # one tensor for each expert, or as transformers holds them: all in two
+    *(
+        key_rule(
+            TEXT_LAYER + f"mlp.switch_mlp.{p}_proj.*", TEXT_LAYER + f"mlp.experts.{{e}}.{p}_proj.*"
+        )
+        for p in GATE_UP_DOWN
+    ),
+    key_rule(
+        [TEXT_LAYER + f"mlp.switch_mlp.{p}_proj.weight" for p in ("gate", "up")],
+        TEXT_LAYER + "mlp.experts.gate_up_proj",
+        order="halves",
+    ),
+    key_rule(TEXT_LAYER + "mlp.switch_mlp.down_proj.weight", TEXT_LAYER + "mlp.experts.down_proj"),
+    key_rule(TEXT_LAYER + "mlp.gate.*"),
+    *(key_rule(TEXT_LAYER + f"mlp.switch_mlp.{p}_proj.*") for p in GATE_UP_DOWN),
+)
+
+
+def gpt_oss_experts(last: str, suffix: str, order: RowOrder) -> tuple[KeyRule, KeyRule]:
+    """Return the rules for one kind of GPT-OSS's tensors: gate and up together, and down."""
+    alternating: RowOrder = "alternating columns" if order == "columns" else "alternating"
+    experts = TEXT_LAYER + "mlp.experts."
+    return (
+        key_rule(
+            [f"{experts}{p}_proj.{last}" for p in ("gate", "up")],
+            f"{experts}gate_up_proj{suffix}",
+            order=alternating,
+        ),
+        key_rule(f"{experts}down_proj.{last}", f"{experts}down_proj{suffix}", order=order),
+    )
+
+
+GPT_OSS_EXPERTS = (
+    *gpt_oss_experts("weight", "", "columns"),
+    *gpt_oss_experts("bias", "_bias", "joined"),
+    *gpt_oss_experts("weight", MXFP4_WORDS, "joined"),
+    *gpt_oss_experts("scales", "_scales", "joined"),
+    key_rule(TEXT_LAYER + "mlp.router.*"),
+    *(key_rule(TEXT_LAYER + f"mlp.experts.{p}_proj.*") for p in GATE_UP_DOWN),
 )
 # the published conversion tools write the q/k norms of an -hf checkpoint under this name
 MISSPELLED = tuple(
@@ -120,8 +169,16 @@ HF = (  # transformers' "-hf" checkpoints, after ``normalize_name`` has unified 
 READ_RULES = {"original": ORIGINAL, "mlx": ORIGINAL, "hf": HF}
 # layout -> the names to write; the first rule for a tensor applies
 WRITE_RULES = {"mlx": (*TOWER, *QWEN), "original": (*TOWER, *QWEN), "hf": HF}
-# where a family's own names take precedence over the layout's
-FAMILY_WRITE_RULES = {("original", "internlm3"): INTERNLM2}
+# decoder -> rules beside those of the layout, all of them layouts' own names at once
+FAMILY_READ_RULES = {"qwen3_moe": QWEN_EXPERTS, "gpt_oss": GPT_OSS_EXPERTS}
+# where a family's names take precedence over the layout's; its own names in the mlx layout
+FAMILY_WRITE_RULES = {
+    ("original", "internlm3"): INTERNLM2,
+    ("mlx", "qwen3_moe"): QWEN_EXPERTS[-4:],
+    ("original", "qwen3_moe"): QWEN_EXPERTS,
+    ("hf", "qwen3_moe"): QWEN_EXPERTS,
+    ("mlx", "gpt_oss"): GPT_OSS_EXPERTS[-4:],
+}
 IGNORED = re.compile(
     r"(^|\.)(position_ids|rotary_emb\.inv_freq)$"
 )  # buffers that some writers save
@@ -150,23 +207,27 @@ class ResolvedRule:
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    grouped: bool = False
+    order: RowOrder = "joined"
 
 
 class KeyMap:
-    """Maps a checkpoint's tensors by one layout's table."""
+    """Maps a checkpoint's tensors by one layout's table.
 
-    def __init__(self, layout: str, rules: Sequence[KeyRule] = ()):
-        self.layout = layout
-        self.rules = rules or READ_RULES[layout]
+    experts: how many there are, for rules that make a tensor for each of them.
+    """
+
+    def __init__(
+        self, layout: str, family: str = "", rules: Sequence[KeyRule] = (), experts: int = 0
+    ):
+        self.layout, self.experts = layout, experts
+        self.rules = rules or (*FAMILY_READ_RULES.get(family, ()), *READ_RULES[layout])
 
     @classmethod
-    def inverse(cls, layout: str, family: str) -> "KeyMap":
+    def inverse(cls, layout: str, text: TextConfig) -> "KeyMap":
         """Return the map from the model's names to those of a layout."""
-        rules = (*FAMILY_WRITE_RULES.get((layout, family), ()), *WRITE_RULES[layout])
-        return cls(
-            layout, [KeyRule(entry.sources, entry.targets, entry.grouped) for entry in rules]
-        )
+        rules = (*FAMILY_WRITE_RULES.get((layout, text.family), ()), *WRITE_RULES[layout])
+        inverted = [KeyRule(entry.sources, entry.targets, entry.order) for entry in rules]
+        return cls(layout, rules=inverted, experts=text.experts.count if text.experts else 0)
 
     @cached_property
     def patterns(self) -> list[tuple[re.Pattern[str], KeyRule, int]]:
@@ -176,14 +237,15 @@ class KeyMap:
             for i, name in enumerate(entry.sources)
         ]
 
-    def match(self, name: str) -> tuple[KeyRule, int, Callable[[str], str]]:
+    def match(self, name: str) -> tuple[KeyRule, int, "NameFormatter"]:
         """Find the rule for a name, its index among the sources, and a formatter of other names.
 
-        Raises KeyMapError if there is no rule.
+        The index is the number of the expert where each has a tensor. Raises KeyMapError if there is no rule.
         """
         for pattern, entry, part in self.patterns:
             if match := pattern.fullmatch(normalize_name(name)):
-                return entry, part, name_formatter(match.groupdict())
+                fill = NameFormatter(match.groupdict(), self.experts)
+                return entry, int(fill.found.get("e", part)), fill
         if "lora_" in name:
             raise KeyMapError(
                 f"{name!r} belongs to a LoRA adapter; merge the adapter into its model first"
@@ -203,7 +265,7 @@ class KeyMap:
             if IGNORED.search(name) or UNUSED.fullmatch(name):
                 continue
             entry, part, fill = self.match(name)
-            targets = tuple(fill(target) for target in entry.targets)
+            targets = tuple(target for pattern in entry.targets for target in fill.all(pattern))
             parts = found.setdefault(targets, (entry, {}))[1]
             if part in parts or found[targets][0] is not entry:
                 raise KeyMapError(
@@ -216,12 +278,12 @@ class KeyMap:
         partial = [
             targets[0]
             for targets, (entry, parts) in found.items()
-            if len(parts) < len(entry.sources)
+            if len(parts) < len(entry.sources) or max(parts) >= len(parts)
         ]
         if partial:
             raise KeyMapError(f"incomplete: {summarize_names(partial)}")
         return [
-            ResolvedRule(tuple(parts[i] for i in sorted(parts)), targets, entry.grouped)
+            ResolvedRule(tuple(parts[i] for i in sorted(parts)), targets, entry.order)
             for targets, (entry, parts) in found.items()
         ]
 
@@ -230,16 +292,29 @@ def compile_pattern(name: str) -> re.Pattern[str]:
     escaped = (
         re.escape(name)
         .replace(r"\{n\}", r"(?P<n>\d+)")
+        .replace(r"\{e\}", r"(?P<e>\d{1,5})")
         .replace(r"\*", r"(?P<last>weight|bias|scales|biases)")
     )
     return re.compile(escaped)
 
 
-def name_formatter(found: dict[str, str]) -> Callable[[str], str]:
-    def fill(name: str) -> str:
-        return name.replace("{n}", found.get("n", "")).replace("*", found.get("last", ""))
+@dataclass(frozen=True)
+class NameFormatter:
+    """Fills in the patterns of a rule with what was found in a name that it matches."""
 
-    return fill
+    found: dict[str, str]
+    experts: int
+
+    def __call__(self, pattern: str) -> str:
+        for key in ("n", "e"):
+            pattern = pattern.replace(f"{{{key}}}", self.found.get(key, ""))
+        return pattern.replace("*", self.found.get("last", ""))
+
+    def all(self, pattern: str) -> list[str]:
+        """Return the name, or one for each expert where the pattern has a number that was not."""
+        if "{e}" not in pattern or "e" in self.found:
+            return [self(pattern)]
+        return [self(pattern.replace("{e}", str(e))) for e in range(self.experts)]
 
 
 def summarize_names(names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Read checkpoints: safetensors files, or an old PyTorch file."""
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from internvl3_mlx.checkpoints.keymap import KeyMap
+from internvl3_mlx.checkpoints.keymap import MXFP4_WORDS, KeyMap
 from internvl3_mlx.config import WORD_BITS, ModelConfig
 from internvl3_mlx.config.foreign import (
     check_tensor_names,
@@ -92,6 +93,21 @@ class TensorInfo:
     nbytes: int
     file: Path
     start: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix, or those of all matrices of a stack of experts."""
+        axes = 2 if STACKED_EXPERTS.search(self.name) else 1
+        return prod(self.shape[:axes])
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one of ``rows``."""
+        return self.shape[2:] if STACKED_EXPERTS.search(self.name) else self.shape[1:]
+
+
+# the experts of a layer in one tensor, (E, out, in): weights and biases under any layout's names
+STACKED_EXPERTS = re.compile(r"\.mlp\.(?:switch_mlp|experts)\.(?:gate|up|down|gate_up)_proj")
 
 
 @dataclass
@@ -317,7 +333,7 @@ def parameters_by_part(checkpoint: Checkpoint, config: ModelConfig) -> dict[str,
     """
     optional = () if config.flash_mode else ("mlp2", "router")
     totals = {part: [0, 0] for part in PART_NAMES if part not in optional}
-    for rule in KeyMap(config.layout).resolve(checkpoint.tensors):
+    for rule in KeyMap(config.layout, config.text.family).resolve(checkpoint.tensors):
         target = rule.targets[0]
         total = totals[PARTS[target.split(".", 1)[0]]]
         for source in rule.sources:
@@ -335,4 +351,6 @@ def parameter_count(info: TensorInfo, target: str, config: ModelConfig) -> int:
     plan = config.quantization
     if info.dtype == "U32" and plan is not None:
         return prod(info.shape) * WORD_BITS // plan.for_module(module).bits
+    if info.name.endswith(MXFP4_WORDS):
+        return 2 * prod(info.shape)
     return prod(info.shape)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import mlx.core as mx
 
@@ -11,9 +12,14 @@ from internvl3_mlx.checkpoints.agreement import (
     check_head,
     check_layer_counts,
 )
-from internvl3_mlx.checkpoints.keymap import KeyMap, ResolvedRule, summarize_names
-from internvl3_mlx.checkpoints.reader import Checkpoint
-from internvl3_mlx.config import ModelConfig, TextConfig
+from internvl3_mlx.checkpoints.keymap import (
+    MXFP4_WORDS,
+    KeyMap,
+    ResolvedRule,
+    summarize_names,
+)
+from internvl3_mlx.checkpoints.reader import STACKED_EXPERTS, Checkpoint, TensorInfo
+from internvl3_mlx.config import WORD_BITS, ModelConfig, TextConfig
 from internvl3_mlx.config.foreign import check_layout_names
 from internvl3_mlx.errors import KeyMapError
 
@@ -30,7 +36,7 @@ def plan_remap(
     Raises KeyMapError where config and tensors are of two models.
     """
     check_layout_names(config.layout, checkpoint.tensors)
-    moves = KeyMap(config.layout).resolve(checkpoint.tensors)
+    moves = KeyMap(config.layout, config.text.family).resolve(checkpoint.tensors)
     names = {target for move in moves for target in move.targets}
     check_dtypes(moves, checkpoint.tensors)
     check_layer_counts(names, config)
@@ -54,7 +60,7 @@ def check_head_dim(checkpoint: Checkpoint, moves: list[ResolvedRule], text: Text
     move = next((move for move in moves if target in move.targets), None)
     if move is None:
         return
-    heads = text.num_attention_heads + 2 * text.num_key_value_heads * move.grouped
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads * (move.order == "grouped")
     name, rows = move.sources[0], checkpoint.tensors[move.sources[0]].shape[0]
     if rows != heads * text.head_dim:
         raise KeyMapError(
@@ -76,28 +82,84 @@ def remap(
 def apply_rule(
     sources: Mapping[str, mx.array], move: ResolvedRule, config: ModelConfig
 ) -> Iterator[tuple[str, mx.array]]:
-    heights = {name: source.shape[0] for name, source in sources.items()}
+    transposed = move.order in TRANSPOSED
+    matrices = {name: as_matrix(name, x, transposed) for name, x in sources.items()}
+    heights = {name: matrix.shape[0] for name, matrix in matrices.items()}
     for target, rows in zip(move.targets, resolve_rows(move, heights, config.text), strict=True):
-        parts = [select_rows(sources[part.name], part) for part in rows]
+        parts = [select_rows(matrices[part.name], part) for part in rows]
         x = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
-        yield target, channels_last(x) if target == PATCH_WEIGHT else x
+        yield target, channels_last(x) if target == PATCH_WEIGHT else as_stored(target, x, config)
+
+
+WORD_BYTES = WORD_BITS // 8
+TRANSPOSED = ("columns", "alternating columns")
+
+
+def source_heights(move: ResolvedRule, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Return the rows of each source of a rule, as ``resolve_rows`` counts them."""
+    if move.order in TRANSPOSED:
+        return {name: tensors[name].shape[0] * tensors[name].shape[2] for name in move.sources}
+    return {name: tensors[name].rows for name in move.sources}
+
+
+def row_shape(info: TensorInfo, rows: "RowRange") -> tuple[int, ...]:
+    """Return the shape of one row, once read."""
+    if info.name.endswith(MXFP4_WORDS):
+        return (prod(info.row_shape) // WORD_BYTES,)
+    return info.shape[1:2] if rows.transposed else info.row_shape
+
+
+def stacked_shape(name: str, rows: int, tail: tuple[int, ...], text: TextConfig) -> tuple[int, ...]:
+    """Return the shape of a tensor of so many rows: (E, out, in) for stacked experts."""
+    if text.experts is None or not STACKED_EXPERTS.search(name):
+        return rows, *tail
+    return text.experts.count, rows // text.experts.count, *tail
+
+
+def as_matrix(name: str, x: mx.array, transposed: bool = False) -> mx.array:
+    """Put the matrices of stacked experts one under the other; other tensors stay as they are.
+
+    ``transposed``: the stored ones are (E, in, out). Bytes of mxfp4 numbers become MLX's words.
+    """
+    if not STACKED_EXPERTS.search(name):
+        return x
+    if transposed:
+        x = x.swapaxes(1, 2)
+    x = x.flatten(0, 1)
+    return x.flatten(1).view(mx.uint32) if name.endswith(MXFP4_WORDS) else x
+
+
+def as_stored(name: str, x: mx.array, config: ModelConfig) -> mx.array:
+    """Undo ``as_matrix`` for a tensor of the model: (E * out, ...) -> (E, out, ...)."""
+    return x.reshape(stacked_shape(name, x.shape[0], x.shape[1:], config.text))
 
 
 @dataclass(frozen=True)
 class RowRange:
-    """Rows ``start`` to ``stop`` of the tensor ``name``."""
+    """Every ``step``-th of the rows ``start`` to ``stop`` of the tensor ``name``.
+
+    The rows of stacked experts count on from one expert to the next; ``transposed``: they are the
+    stored columns.
+    """
 
     name: str
     start: int
     stop: int
+    step: int = 1
+    transposed: bool = False
 
     @property
     def count(self) -> int:
-        return self.stop - self.start
+        return -(-(self.stop - self.start) // self.step)
+
+    def slice(self, low: int, high: int) -> "RowRange":
+        """Return rows ``low`` to ``high``, counted from the first of these."""
+        start, stop = self.start + low * self.step, self.start + high * self.step
+        return replace(self, start=start, stop=min(stop, self.stop))
 
 
 def select_rows(source: mx.array, rows: RowRange) -> mx.array:
-    return source if rows.count == source.shape[0] else source[rows.start : rows.stop]
+    return source if rows.count == source.shape[0] else source[rows.start : rows.stop : rows.step]
 
 
 def channels_last(weight: mx.array) -> mx.array:
@@ -132,9 +194,20 @@ def resolve_rows(
     move: ResolvedRule, heights: RowCounts, text: TextConfig
 ) -> list[tuple[RowRange, ...]]:
     """Return for each target of ``move`` the rows of the sources that it is made of."""
-    whole = [RowRange(name, 0, heights[name]) for name in move.sources]
-    if move.grouped:
+    whole = [
+        RowRange(name, 0, heights[name], transposed=move.order in TRANSPOSED)
+        for name in move.sources
+    ]
+    if move.order == "grouped":
         return resolve_grouped_rows(whole, text)
+    if move.order in EXPERT_ROWS:
+        [source], experts = whole, text.experts
+        if experts is None or source.count % (experts.count * len(move.targets)):
+            raise KeyMapError(
+                f"{source.name} has {source.count} rows, which are not those of "
+                f"{experts.count if experts else 0} experts"
+            )
+        return EXPERT_ROWS[move.order](source, experts.count)
     if len(move.targets) == 1:
         return [tuple(whole)]
     [source] = whole
@@ -143,6 +216,39 @@ def resolve_rows(
         raise KeyMapError(f"{source.name} has {source.count} rows, not a multiple of {parts}")
     height = source.count // parts
     return [(RowRange(source.name, i * height, (i + 1) * height),) for i in range(parts)]
+
+
+def split_halves(source: RowRange, experts: int) -> list[tuple[RowRange, ...]]:
+    """Split rows that are for each expert those of one target, then those of the other."""
+    half = source.count // experts // 2
+    starts = [range(target * half, source.count, 2 * half) for target in range(2)]
+    return [tuple(source.slice(at, at + half) for at in target) for target in starts]
+
+
+def split_alternating(source: RowRange, experts: int) -> list[tuple[RowRange, ...]]:
+    """Split rows of two targets in turn, an expert at a time."""
+    height = source.count // experts
+    return [
+        tuple(
+            replace(source, start=at + target, stop=at + height, step=2)
+            for at in range(0, source.count, height)
+        )
+        for target in range(2)
+    ]
+
+
+def split_experts(source: RowRange, experts: int) -> list[tuple[RowRange, ...]]:
+    """Split rows by expert, since each has columns of its own."""
+    height = source.count // experts
+    return [tuple(source.slice(at, at + height) for at in range(0, source.count, height))]
+
+
+EXPERT_ROWS = {
+    "halves": split_halves,
+    "alternating": split_alternating,
+    "alternating columns": split_alternating,
+    "columns": split_experts,
+}
 
 
 def resolve_grouped_rows(whole: Sequence[RowRange], text: TextConfig) -> list[tuple[RowRange, ...]]:
@@ -192,11 +298,17 @@ def compose_rows(
     for rows in outer:
         for part in slice_rows(inner[rows.name], rows.start, rows.stop):
             last = found[-1] if found else None
-            if last is not None and (last.name, last.stop) == (part.name, part.start):
-                found[-1] = RowRange(last.name, last.start, part.stop)
+            if last is not None and last.step == part.step == 1 and continues(last, part):
+                found[-1] = replace(last, stop=part.stop)
             else:
                 found.append(part)
     return tuple(found)
+
+
+def continues(first: RowRange, second: RowRange) -> bool:
+    """Tell whether one range begins where the other ends, in the same tensor."""
+    same = (first.name, first.transposed) == (second.name, second.transposed)
+    return same and first.stop == second.start and not first.transposed
 
 
 def slice_rows(parts: Iterable[RowRange], start: int, stop: int) -> list[RowRange]:
@@ -205,6 +317,6 @@ def slice_rows(parts: Iterable[RowRange], start: int, stop: int) -> list[RowRang
     for part in parts:
         low, high = max(start - at, 0), min(stop - at, part.count)
         if low < high:
-            taken.append(RowRange(part.name, part.start + low, part.start + high))
+            taken.append(part.slice(low, high))
         at += part.count
     return taken

@@ -95,9 +95,10 @@ CACHE_ROOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
 def check_quantization_method(content: Mapping[str, Any], folder: Path | None = None) -> None:
     """Raise ConfigError if any level of a config.json says that another tool quantized the model.
 
-    A table of MLX itself, ``quantization``, decides where there is one.
+    A table of MLX itself, ``quantization``, decides where there is one; GPT-OSS's own mxfp4 is
+    MLX's, too.
     """
-    if isinstance(content.get("quantization"), Mapping):
+    if isinstance(content.get("quantization"), Mapping) or stores_mxfp4(content):
         return
     found = next(filter(None, map(find_method, quantization_tables(content))), None)
     if found is None and folder is not None:
@@ -113,6 +114,12 @@ def quantization_tables(content: Mapping[str, Any]) -> Iterable[Mapping[str, Any
             for key in ("quantization_config", "compression_config"):
                 if isinstance(level.get(key), Mapping):
                     yield level[key]
+
+
+def stores_mxfp4(content: Mapping[str, Any]) -> bool:
+    """Tell whether the experts are stored in mxfp4, as GPT-OSS's original weights are."""
+    methods = [str(table.get("quant_method")).lower() for table in quantization_tables(content)]
+    return "mxfp4" in methods and {*methods} == {"mxfp4"}
 
 
 def find_method(table: Mapping[str, Any]) -> str | None:

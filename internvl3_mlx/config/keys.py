@@ -256,6 +256,14 @@ TEXT_TABLE: dict[str, Rule] = {
     "sliding_window": Whole(1),
     "max_window_layers": Whole(0),
     "eos_token_id": Ids(),
+    "num_experts": COUNT,
+    "num_local_experts": COUNT,
+    "num_experts_per_tok": COUNT,
+    "moe_intermediate_size": WIDTH,
+    "norm_topk_prob": Switch(),
+    "decoder_sparse_step": OneOf((1,)),
+    "swiglu_alpha": OneOf((1.702,)),
+    "swiglu_limit": OneOf((7, 7.0)),
 }
 QUANTIZATION_TABLE: dict[str, Rule] = {
     "bits": OneOf((2, 3, 4, 5, 6, 8)),
@@ -293,6 +301,7 @@ READ_ELSEWHERE = {  # keys that are read by name where they are needed, whatever
     "image_mean",
     "image_std",
     "layer_types",
+    "mlp_only_layers",
     "attention_dropout",
 }
 HARMLESS = {

@@ -68,12 +68,39 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The mixture of experts that each layer has for its MLP.
+
+    ``per_token``: experts that a token goes through. ``renormalize``: their weights sum to 1.
+    ``router``, ``module``: the names of both parts. ``bias``: router and experts have biases.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    renormalize: bool = True
+    router: str = "gate"
+    module: str = "switch_mlp"
+    bias: bool = False
+    activation: str = "swiglu"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.per_token <= self.count:
+            raise ConfigError(
+                f"text config: {self.per_token} experts per token of {self.count} experts; "
+                "expected at least one and no more than there are"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """The decoder. ``family`` is our own field: a row of ``config.decoders.FAMILIES``.
 
     ``tie_word_embeddings``: the checkpoint may lack an output head of its own. ``qkv_bias``: it
-    must have these biases; None where the published code leaves it to the file. ``qk_norm``: each
-    head of q and k has a norm before it is rotated.
+    must have these biases; None where the published code leaves it to the file. ``o_bias``: the
+    output projection has one. ``qk_norm``: each head of q and k has a norm before it is rotated.
+    ``sinks``: each head has an attention sink. ``windows``: for each layer the tokens that a token
+    attends to, itself included, None for all before it; () if all layers attend to all.
     """
 
     family: str
@@ -90,7 +117,17 @@ class TextConfig:
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
     qkv_bias: bool | None = True
+    o_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
+    windows: tuple[int | None, ...] = ()
+    experts: ExpertsConfig | None = None
+
+    @property
+    def active_intermediate_size(self) -> int:
+        """The width of the MLP that one token goes through: of its experts together."""
+        experts = self.experts
+        return experts.per_token * experts.intermediate_size if experts else self.intermediate_size
 
     @property
     def rope_dynamic_factor(self) -> float | None:

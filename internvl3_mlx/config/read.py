@@ -5,11 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from internvl3_mlx.config.decoders import FAMILIES, FAMILY_OF_NAME
+from internvl3_mlx.config.decoders import (
+    FAMILIES,
+    FAMILY_OF_NAME,
+    FULL,
+    SLIDING,
+    ExpertsFamily,
+)
 from internvl3_mlx.config.foreign import (
     check_no_pointers,
     check_quantization_method,
     describe_folder,
+    stores_mxfp4,
 )
 from internvl3_mlx.config.keys import (
     CHAT_TABLE,
@@ -20,6 +27,7 @@ from internvl3_mlx.config.keys import (
     check_values,
 )
 from internvl3_mlx.config.model import (
+    ExpertsConfig,
     ModelConfig,
     Quantization,
     QuantizationPlan,
@@ -178,30 +186,37 @@ def _text_config(text: Json, where: str, *, tied: bool) -> TextConfig:
             f"the language model is {str(name)[:60]!r}; expected one of {titles}; use an InternVL3 "
             "or InternVL3.5 model"
         )
-    text = {
-        **FAMILIES[family].defaults,
-        **{key: value for key, value in text.items() if value is not None},
-    }
+    row = FAMILIES[family]
+    text = {**row.defaults, **{key: value for key, value in text.items() if value is not None}}
     check_values(text, TEXT_TABLE, where)
-    _check_attention(text, where)
     theta, scaling = read_rope(text, where)
     heads, width = text["num_attention_heads"], text["hidden_size"]
     natural = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
-    known = _select_fields(
-        text,
-        TextConfig,
-        skip={"family", "tie_word_embeddings", "rope_theta", "rope_scaling", "qkv_bias", "qk_norm"},
-    )
     filled = {"head_dim": natural, "num_key_value_heads": heads}
+    experts = _experts(text, row.experts, where) if row.experts else None
+    if experts is not None:
+        filled["intermediate_size"] = experts.intermediate_size  # of no MLP where all are experts
     return TextConfig(
-        **{**filled, **{key: value for key, value in known.items() if value is not None}},
+        **{**filled, **_select_fields(text, TextConfig, skip=TEXT_FIELDS_READ_APART)},
         family=family,
         rope_theta=10000.0 if theta is None else theta,
         rope_scaling=scaling,
         tie_word_embeddings=tied,
         qkv_bias=_qkv_bias(text, family),
-        qk_norm=FAMILIES[family].qk_norm,
+        o_bias=row.o_bias,
+        qk_norm=row.qk_norm,
+        sinks=row.sinks,
+        windows=_windows(text, where, sliding=row.sliding),
+        experts=experts,
     )
+
+
+TEXT_FIELDS_READ_APART = frozenset(
+    {
+        *("family", "tie_word_embeddings", "rope_theta", "rope_scaling", "experts", "windows"),
+        *("qkv_bias", "o_bias", "qk_norm", "sinks"),
+    }
+)
 
 
 def _qkv_bias(text: Json, family: str) -> bool | None:
@@ -212,12 +227,51 @@ def _qkv_bias(text: Json, family: str) -> bool | None:
     return FAMILIES[family].qkv_bias
 
 
-def _check_attention(text: Json, where: str) -> None:
+def _experts(text: Json, names: ExpertsFamily, where: str) -> ExpertsConfig:
+    """Read the mixture of experts. Raises ConfigError where some layers have an MLP instead."""
+    if text.get("mlp_only_layers"):
+        raise ConfigError(
+            f"{where}.mlp_only_layers is {str(text['mlp_only_layers'])[:60]}; expected [], since "
+            "this package computes models whose layers all have experts"
+        )
+    renormalize = names.renormalize is None or bool(text.get(names.renormalize, False))
+    return ExpertsConfig(
+        count=text[next((key for key in names.count if key in text), names.count[0])],
+        per_token=text[names.per_token],
+        intermediate_size=text[names.intermediate_size],
+        renormalize=renormalize,
+        router=names.router,
+        module=names.module,
+        bias=names.bias,
+        activation=names.activation,
+    )
+
+
+def _windows(text: Json, where: str, *, sliding: bool) -> tuple[int | None, ...]:
+    """Return each layer's window, () where all layers attend to all tokens before.
+
+    ``sliding``: the family may have windows; its layers alternate where the file lists none.
+    Raises ConfigError for windows in other families, and for kinds of layers that are unknown.
+    """
+    layers = text.get("num_hidden_layers", 0)
+    if not sliding:
+        _check_full_attention(text, where)
+        return ()
+    kinds = text.get("layer_types") or [(SLIDING, FULL)[i % 2] for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or {*kinds} - {SLIDING, FULL}:
+        raise ConfigError(
+            f"{where}.layer_types is {str(kinds)[:60]!r}; expected {SLIDING} or {FULL} for each of "
+            f"{layers} layers"
+        )
+    return tuple(text["sliding_window"] if kind == SLIDING else None for kind in kinds)
+
+
+def _check_full_attention(text: Json, where: str) -> None:
     """Raise ConfigError where a layer does not see all tokens before it."""
     window, first = text.get("sliding_window"), text.get("max_window_layers", 28)
     layers, context = text.get("num_hidden_layers", 0), text.get("max_position_embeddings", 32768)
     kinds = text.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+    if not isinstance(kinds, list) or any(kind != FULL for kind in kinds):
         raise ConfigError(
             f"{where}.layer_types is {str(kinds)[:60]!r}; this package computes full_attention only"
         )
@@ -269,8 +323,13 @@ def _image_token_id(content: Json, keys: tuple[str, ...]) -> int | None:
     return next(iter(stated), None)
 
 
+MXFP4 = Quantization(4, 32, "mxfp4")
+
+
 def _parse_quantization(content: Json) -> QuantizationPlan | None:
     """Read ``quantization``; ``quantization_config`` is a copy of it."""
+    if stores_mxfp4(content):
+        return QuantizationPlan(MXFP4)
     table = content.get("quantization") or content.get("quantization_config")
     if not table:
         return None

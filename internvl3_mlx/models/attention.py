@@ -4,6 +4,8 @@ Pure functions of arrays. Which of them answers for a layer is the choice of its
 (``models.cache``), so a new kind of cache changes nothing here.
 """
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import dispatch, flash_decode, registry
@@ -27,6 +29,45 @@ def causal_attention(
     causal = "causal" if q.shape[2] > 1 else None
     return mx.fast.scaled_dot_product_attention(
         q, k, v, scale=q.shape[-1] ** -0.5, mask=causal if mask is None else mask
+    )
+
+
+@dataclass(frozen=True)
+class SlidingAttention:
+    """What attention has beside queries, keys and values in some families' layers.
+
+    ``window``: tokens that a token attends to, itself included; None for all before it. ``sinks``:
+    one logit for each head that joins the softmax and adds no value, (H,) (arXiv 2309.17453).
+    """
+
+    window: int | None = None
+    sinks: mx.array | None = None
+
+
+def sliding_attention(
+    q: mx.array, k: mx.array, v: mx.array, layer: SlidingAttention, mask: mx.array | None = None
+) -> mx.array:
+    """Attend causally within a window and with sinks. q: (B, H, L, D), k v: (B, KV, N, D).
+
+    The L rows are the last of the N tokens. mask: broadcast to (B, 1, 1, N), True for the keys that
+    exist; None for all -> (B, H, L, D).
+    """
+    length, stored = q.shape[2], k.shape[2]
+    if layer.window is not None and stored > layer.window + length - 1:  # the rest is out of sight
+        first = stored - layer.window - length + 1
+        k, v, stored = k[:, :, first:], v[:, :, first:], stored - first
+        mask = None if mask is None else mask[..., first:]
+    row, column = mx.arange(stored - length, stored)[:, None], mx.arange(stored)
+    visible = row >= column
+    if layer.window is not None:
+        visible = visible & (row - column < layer.window)
+    return mx.fast.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        scale=q.shape[-1] ** -0.5,
+        mask=visible if mask is None else visible & mask,
+        sinks=None if layer.sinks is None else layer.sinks.astype(q.dtype),
     )
 
 

@@ -24,8 +24,10 @@ from internvl3_mlx.models.attention import (
     ALL_ROWS,
     MAX_KERNEL_ROWS,
     RowSelection,
+    SlidingAttention,
     causal_attention,
     kernels_enabled,
+    sliding_attention,
     store_attention,
 )
 
@@ -44,6 +46,27 @@ class AttentionContext(ABC):
 
         q: (B, H, L, D), k v: (B, KV, L, D), q and k rotated -> (B, H, R, D).
         """
+
+    def attend_sliding(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        layer: SlidingAttention,
+        rows: RowSelection = ALL_ROWS,
+    ) -> mx.array:
+        """Do the same in a layer that has a window or sinks."""
+        keys, values, mask = self.append_and_read(k, v)
+        return sliding_attention(q[:, :, rows], keys, values, layer, mask)
+
+    def append_and_read(
+        self, k: mx.array, v: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Take in L new tokens and return all as dense keys and values, (B, KV, N, D).
+
+        The third: (B, 1, 1, N), True where a sequence has a token; None if all have N.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be read as dense keys and values")
 
     def accepts_pre_rope(self, length: int) -> bool:
         """Return whether ``attend_pre_rope`` is to be used for ``length`` new tokens."""
@@ -115,6 +138,11 @@ class NoCache(AttentionContext):
     ) -> mx.array:
         return causal_attention(q[:, :, rows], k, v)
 
+    def append_and_read(
+        self, k: mx.array, v: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        return k, v, None
+
 
 NO_CACHE = NoCache()
 
@@ -152,6 +180,11 @@ class KVCache(LayerCache):
         if q.shape[2] <= MAX_KERNEL_ROWS and kernels_enabled():
             return store_attention(q, self.buffers, self.offset)
         return causal_attention(q, keys, values)
+
+    def append_and_read(
+        self, k: mx.array, v: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        return *self.update_and_fetch(k, v), None
 
     @property
     def buffers(self) -> DenseKV:

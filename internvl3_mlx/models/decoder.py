@@ -14,8 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.config import TextConfig
-from internvl3_mlx.models.attention import ALL_ROWS, RowSelection
+from internvl3_mlx.models.attention import ALL_ROWS, RowSelection, SlidingAttention
 from internvl3_mlx.models.cache import NO_CACHE, AttentionContext
+from internvl3_mlx.models.experts import MixtureOfExperts
 from internvl3_mlx.models.fused_linear import fuse_linears, pad_quantized_rows
 from internvl3_mlx.models.layers import BlockRunner, run_block, swiglu
 from internvl3_mlx.models.rope import (
@@ -30,7 +31,7 @@ from internvl3_mlx.models.rope import (
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions given from outside."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, window: int | None = None):
         super().__init__()
         width, dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -39,7 +40,10 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, self.heads * dim, bias=bias)
         self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
+        self.o_proj = nn.Linear(self.heads * dim, width, bias=config.o_bias)
+        self.window = window
+        if config.sinks:
+            self.sinks = mx.zeros(self.heads)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
@@ -53,7 +57,12 @@ class Attention(nn.Module):
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D): ``context`` takes in all L tokens, ``rows`` of them attend."""
         qk, v = self.project_qkv(x)
-        if context.accepts_pre_rope(x.shape[1]):
+        sliding = self.sliding
+        if sliding is not None:
+            q, k = mx.split(rotary(qk), [self.heads], axis=1)
+            q = scale_scores(q, rotary)
+            out = context.attend_sliding(q, k, v.transpose(0, 2, 1, 3), sliding, rows)
+        elif context.accepts_pre_rope(x.shape[1]):
             q, k = mx.split(qk, [self.heads], axis=2)
             rope = rotary.rope_params(x.shape[1])
             q = scale_scores(rotary(q), rotary)
@@ -83,6 +92,14 @@ class Attention(nn.Module):
             return qk
         q, k = mx.split(qk, [self.heads], axis=2)
         return mx.concatenate([self.q_norm(q), self.k_norm(k)], axis=2)
+
+    @property
+    def sliding(self) -> SlidingAttention | None:
+        """The window and the sinks of this layer, None if it has neither."""
+        sinks = self.sinks if "sinks" in self else None
+        return (
+            None if sinks is None and self.window is None else SlidingAttention(self.window, sinks)
+        )
 
     def fuse(self) -> None:
         fuse_linears(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
@@ -115,11 +132,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, window: int | None = None):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.self_attn = Attention(config, window)
+        self.mlp = MixtureOfExperts(config) if config.experts else MLP(config)
 
     def __call__(
         self,
@@ -139,7 +157,8 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        windows = config.windows or (None,) * config.num_hidden_layers
+        self.layers = [Block(config, window) for window in windows]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from internvl3_mlx.models.attention import ALL_ROWS, RowSelection
+from internvl3_mlx.models.attention import (
+    ALL_ROWS,
+    RowSelection,
+    SlidingAttention,
+    sliding_attention,
+)
 from internvl3_mlx.models.cache import AttentionContext
 from internvl3_mlx.models.chunked_attention import chunked_attention
 
@@ -36,6 +41,26 @@ class PackedSequences(AttentionContext):
         outputs = [
             chunked_attention(  # aligned to the lower right: a branch sees its whole prefix
                 q[:, :, span.start : span.stop], visible_keys(k, span), visible_keys(v, span)
+            )
+            for span in self.spans
+        ]
+        return mx.concatenate(outputs, axis=2)[:, :, rows]
+
+    def attend_sliding(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        layer: SlidingAttention,
+        rows: RowSelection = ALL_ROWS,
+    ) -> mx.array:
+        """Do the same in a layer that has a window or sinks."""
+        outputs = [
+            sliding_attention(
+                q[:, :, span.start : span.stop],
+                visible_keys(k, span),
+                visible_keys(v, span),
+                layer,
             )
             for span in self.spans
         ]

@@ -95,6 +95,12 @@ class QuantizedKVCache(LayerCache):
         dense = (self.dequantize(arrays).astype(q.dtype) for arrays in (keys, values))
         return causal_attention(q, *dense)
 
+    def append_and_read(
+        self, k: mx.array, v: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        keys, values = map(self.dequantize, self.update_and_fetch(k, v))
+        return keys.astype(k.dtype), values.astype(v.dtype), None
+
     def dequantize(self, arrays: QuantizedArrays) -> mx.array:
         """Return the numbers of keys or values: (B, KV, N, D)."""
         return mx.dequantize(*arrays, group_size=self.group_size, bits=self.bits)
@@ -181,6 +187,13 @@ class RowQuantizedKVCache(LayerCache):
     ) -> mx.array:
         self.append(k, v)
         return store_attention(q[:, :, rows], self.buffers, self.offset)
+
+    def append_and_read(
+        self, k: mx.array, v: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        self.append(k, v)
+        keys, values = self.buffers.first_tokens(self.offset).dequantize()
+        return keys.astype(k.dtype), values.astype(v.dtype), None
 
     def accepts_pre_rope(self, length: int) -> bool:
         return length <= MAX_KERNEL_ROWS
