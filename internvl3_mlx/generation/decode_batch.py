@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar, cast
 import mlx.core as mx
 
 from internvl3_mlx.generation.answer import FinishReason
-from internvl3_mlx.generation.engine import NOT_FINITE
+from internvl3_mlx.generation.compiled_step import NOT_FINITE
 from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import InternVL

@@ -9,8 +9,14 @@ import numpy as np
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.errors import NumericError, UserError
+from internvl3_mlx.generation.compiled_step import (
+    NOT_FINITE,
+    StepRunner,
+    compile_mode,
+    mark_not_finite,
+)
 from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, GenerationConfig
-from internvl3_mlx.generation.sampler import Sampler
+from internvl3_mlx.generation.sampler import Sampler, greedy
 from internvl3_mlx.metal_kernels.flash_decode import prefers_row_layout
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW
@@ -120,16 +126,43 @@ class Engine:
         history = ids.reshape(-1)
         token = mark_not_finite(self.sampler(history, logits), logits)
         mx.async_eval(token)
+        runner = self.step_runner()
         for left in range(limit - 1, -1, -1):
             following = token
             if left:
                 if self.track_ids:
                     history = mx.concatenate([history, token])
-                logits = self.step(token)
-                following = mark_not_finite(self.sampler(history, logits), logits)
+                compiled = self.compiled_step(runner, token)
+                following = self.plain_step(history, token) if compiled is None else compiled
                 mx.async_eval(following)
             forced = yield check_token(int(token.item()))  # type: ignore[arg-type]
             token = following if forced is None else mx.array([forced], dtype=mx.int32)
+
+    def step_runner(self) -> StepRunner | None:
+        """Return what runs compiled steps of this answer, None where the sampler cannot be."""
+        return (
+            StepRunner(self.model, self.cache, compile_mode()) if self.sampler is greedy else None
+        )
+
+    def compiled_step(self, runner: StepRunner | None, token: mx.array) -> mx.array | None:
+        """Read one token, (1,) -> the next one, (1,) int32; None where a plain step has to.
+
+        It has to while the base of the rotary embedding changes with every token, and while a
+        dense cache waits to be quantized.
+        """
+        is_waiting = self.kv_quantization is not None and isinstance(self.cache[-1], KVCache)
+        if runner is None or is_waiting or self.uses_dynamic_ntk(0):
+            return None
+        following = runner.next_token(token, int(self.next_position))
+        if following is not None:
+            self.next_position += 1
+            self.num_cached += 1
+        return following
+
+    def plain_step(self, history: mx.array, token: mx.array) -> mx.array:
+        """Read one token, (1,) -> the next one, (1,) int32."""
+        logits = self.step(token)
+        return mark_not_finite(self.sampler(history, logits), logits)
 
     def step(self, token: mx.array) -> mx.array:
         """Read one token, (1,) -> logits (1, vocab). Positions of generated text step by 1."""
@@ -186,18 +219,6 @@ class Engine:
                 # No token depends on these arrays yet, and what is lazy belongs to this thread.
                 # This also frees the dense cache a step earlier.
                 mx.async_eval([layer.state for layer in self.cache])
-
-
-NOT_FINITE = -1  # in place of a token that was chosen from logits that are not numbers
-
-
-def mark_not_finite(token: mx.array, logits: mx.array) -> mx.array:
-    """Replace a token by NOT_FINITE where its logits are not finite. token: (1,), logits: (1, V).
-
-    A part of the graph, so that nothing waits for the host.
-    """
-    signed = token.astype(mx.int32)
-    return mx.where(mx.all(mx.isfinite(logits)), signed, mx.array(NOT_FINITE, mx.int32))
 
 
 def check_token(token: int) -> int:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.config import TextConfig
+from internvl3_mlx.device import on_gpu
 from internvl3_mlx.models.attention import ALL_ROWS, RowSelection, SlidingAttention
 from internvl3_mlx.models.cache import NO_CACHE, AttentionContext
 from internvl3_mlx.models.experts import MixtureOfExperts
@@ -215,6 +216,14 @@ class LanguageModel(nn.Module):
         if isinstance(positions, int):
             return Rotary(dim, stretched, positions)
         return Rotary(dim, ntk_frequencies(positions, dim, base, stretched), positions)
+
+    def step_rotary(self, positions: mx.array) -> Rotary:
+        """Return the rotary embedding of one new token of each sequence. positions: (B,) int32.
+
+        A GPU rotates in one fused operation; on a CPU that would compute its tables in each layer.
+        """
+        at = positions if on_gpu() else positions.astype(mx.float32)[:, None]
+        return self.rotary(at, 0, ntk=False)
 
     def ragged_rotary(self, positions: Sequence[float], lengths: Sequence[int | None]) -> Rotary:
         """Return the rotary embedding of one new token of each of several sequences.

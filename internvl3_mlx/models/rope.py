@@ -19,7 +19,8 @@ from internvl3_mlx.config import RopeScaling, TextConfig
 from internvl3_mlx.metal_kernels.kv_append import RopeParams
 from internvl3_mlx.models.layers import compile_on_gpu
 
-# the first of consecutive integer positions, or one position for each token: (L,) or (B, L) float32
+# The first of consecutive integer positions: one for all sequences, or (B,) int32; or one position
+# for each token: (L,) or (B, L) float32.
 Positions = int | mx.array
 
 
@@ -38,7 +39,9 @@ class Rotary:
     tables: tuple[mx.array, mx.array] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        tables = None if isinstance(self.positions, int) else self.make_tables(self.positions)
+        positions, tables = self.positions, None
+        if isinstance(positions, mx.array) and positions.dtype != mx.int32:
+            tables = self.make_tables(positions)
         object.__setattr__(self, "tables", tables)
 
     def make_tables(self, positions: mx.array) -> tuple[mx.array, mx.array]:
@@ -52,9 +55,8 @@ class Rotary:
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotate pairs (i, i + D/2), as Qwen2 and Llama do. x: (B, L, H, D) -> (B, H, L, D)."""
-        if isinstance(self.positions, int):
+        if self.tables is None:
             return self.apply_rope(x.transpose(0, 2, 1, 3), self.positions)
-        assert self.tables is not None
         rotated = rotate_pairs(*mx.split(x, 2, axis=-1), *self.tables)
         return mx.concatenate(list(rotated), axis=-1).transpose(0, 2, 1, 3)
 
@@ -69,8 +71,8 @@ class Rotary:
             return RopeParams(positions, base)
         return RopeParams.from_base(positions, self.head_dim, base)
 
-    def apply_rope(self, x: mx.array, offset: int) -> mx.array:
-        """Rotate x: (B, H, L, D), the first token by ``offset``."""
+    def apply_rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        """Rotate x: (B, H, L, D), the first token by ``offset``, (B,) for one of each sequence."""
         base, freqs = (None, self.base) if isinstance(self.base, mx.array) else (self.base, None)
         return mx.fast.rope(
             x, self.head_dim, traditional=False, base=base, scale=1.0, offset=offset, freqs=freqs

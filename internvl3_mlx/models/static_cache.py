@@ -6,7 +6,6 @@ share, made once for each step. A ``StaticKind`` says how the arrays of a layer 
 read; it is part of the key under which the traced step is kept.
 """
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,18 +44,23 @@ class StaticContext(AttentionContext):
 class StaticKind(Protocol):
     """How one kind of cache works inside a step. Hashable; equal kinds share a trace."""
 
-    num_arrays: int
+    @property
+    def num_arrays(self) -> int:
+        """Buffers of a layer."""
+        ...
 
-    @abstractmethod
     def context(self, arrays: list[mx.array], plan: StepPlan) -> StaticContext:
         """Return the context of a layer with these buffers."""
+        ...
 
 
 @dataclass(frozen=True)
 class DenseKind:
     """``KVCache``."""
 
-    num_arrays: int = 1
+    @property
+    def num_arrays(self) -> int:
+        return 1
 
     def context(self, arrays: list[mx.array], plan: StepPlan) -> StaticContext:
         return StaticDense(arrays, plan)
@@ -77,11 +81,11 @@ class StaticDense(StaticContext):
         return ragged_attention(q[:, :, rows], split_kv(kv), plan.read, plan.capacity, plan.mask)
 
 
-KINDS = {KVCache: DenseKind()}
+KINDS: dict[type[LayerCache], StaticKind] = {KVCache: DenseKind()}
 
 
 def static_kind(caches: Sequence[LayerCache]) -> StaticKind | None:
     """Return the kind that all layers have, None where a step cannot be compiled for them."""
-    kinds = {KINDS.get(type(cache)) for cache in caches}  # type: ignore[call-overload]
+    kinds = {KINDS.get(type(cache)) for cache in caches}
     has_arrays = all(cache.arrays for cache in caches)
     return kinds.pop() if len(kinds) == 1 and has_arrays else None

@@ -1,0 +1,222 @@
+"""A decode step compiled by MLX: a pure function from arrays to arrays (ADR 16).
+
+Python builds the graph of a step once, and MLX replays it for every token after it. Weights and
+buffers are arguments, so that a trace keeps none of them alive, and an adapter that is swapped in
+needs another trace only if it changes the structure of the modules.
+"""
+
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from internvl3_mlx.device import on_gpu
+from internvl3_mlx.errors import UserError
+from internvl3_mlx.generation.sampler import greedy
+from internvl3_mlx.models.cache import LayerCache
+from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.static_cache import StaticKind, StepPlan, static_kind
+
+MODE_VARIABLE = "INTERNVL3_COMPILE"
+OFF, ON, AUTO = MODES = ("off", "on", "auto")
+CPU_COMPILER = "g++"  # that MLX calls on a CPU, once for each elementwise operation of the step
+# tokens that a model decodes before ``auto`` compiles its step (docs/performance.md)
+GPU_TOKENS_BEFORE, CPU_TOKENS_BEFORE = 32, 4096
+MAX_TRACES = 16  # of one model; the one that was not used for longest is dropped
+NOT_FINITE = -1  # in place of a token that was chosen from logits that are not numbers
+
+
+def compile_mode() -> str:
+    """Read INTERNVL3_COMPILE: off, on, or auto (where it pays). Raises UserError."""
+    given = os.environ.get(MODE_VARIABLE, AUTO).strip().lower() or AUTO
+    if given not in MODES:
+        raise UserError(
+            f"{MODE_VARIABLE}={given} is not a mode; choose from {', '.join(MODES)}, or unset it"
+        )
+    return given
+
+
+@cache
+def can_compile() -> bool:
+    """Return whether MLX can compile here: on a CPU it calls a C++ compiler, which may be missing.
+
+    A compiler that is there but does not work is found by compiling one operation.
+    """
+    if on_gpu():
+        return True
+    if shutil.which(CPU_COMPILER) is None:
+        return False
+    try:
+        mx.eval(mx.compile(lambda x: x * 2 + 1)(mx.zeros(1)))
+    except RuntimeError:
+        return False
+    return True
+
+
+def mark_not_finite(tokens: mx.array, logits: mx.array) -> mx.array:
+    """Replace a token by NOT_FINITE where its logits are not finite. tokens: (B,), logits: (B, V).
+
+    A part of the graph, so that nothing waits for the host.
+    """
+    signed = tokens.astype(mx.int32)
+    finite = mx.all(mx.isfinite(logits), axis=-1)
+    return mx.where(finite, signed, mx.array(NOT_FINITE, mx.int32))
+
+
+@dataclass(frozen=True)
+class TraceKey:
+    """All that a trace depends on beside the shapes of its arguments."""
+
+    structure: Hashable
+    kind: StaticKind
+    capacity: int
+    on_gpu: bool
+
+
+@dataclass(eq=False)
+class CompiledSteps:
+    """The traced steps of one model, and how many tokens it has decoded without them."""
+
+    traces: dict[TraceKey, Callable[..., Any]] = field(
+        default_factory=dict[TraceKey, Callable[..., Any]]
+    )
+    tokens_before: int = 0
+
+    @classmethod
+    def of(cls, model: InternVL) -> "CompiledSteps":
+        """Return those of a model; they end with it."""
+        steps: CompiledSteps | None = model.__dict__.get("compiled_steps")
+        if steps is None:
+            steps = model.__dict__["compiled_steps"] = cls()
+        return steps
+
+    def get(self, key: TraceKey, model: InternVL) -> Callable[..., Any]:
+        """Return the step for a key; it is traced at its first call."""
+        step = self.traces.pop(key, None) or trace_step(weakref.ref(model), key)
+        self.traces[key] = step  # the last one used comes last
+        if len(self.traces) > MAX_TRACES:
+            del self.traces[next(iter(self.traces))]
+        return step
+
+    def is_due(self, mode: str) -> bool:
+        """Return whether to compile now. Counts a token that is decoded without."""
+        if mode == AUTO:
+            wait = GPU_TOKENS_BEFORE if on_gpu() else CPU_TOKENS_BEFORE
+            if self.tokens_before < wait:
+                self.tokens_before += 1
+                return False
+        return mode != OFF and can_compile()
+
+
+@dataclass(eq=False)
+class StepRunner:
+    """Reads one token of a sequence at a time by compiled steps, wherever one can be used.
+
+    The caches are at any time what they would be without: steps may alternate with plain ones.
+    """
+
+    model: InternVL
+    caches: list[LayerCache]
+    mode: str
+
+    @cached_property
+    def slots(self) -> list[tuple[nn.Module, str]]:
+        return list(weight_slots(self.model.language_model))
+
+    @cached_property
+    def structure(self) -> Hashable:
+        return module_structure(self.model.language_model)
+
+    def next_token(self, token: mx.array, position: int) -> mx.array | None:
+        """Read a token, (1,) -> the next one, (1,) int32; None where a plain step has to.
+
+        position: of the token that is read.
+        """
+        kind = static_kind(self.caches)
+        if kind is None or not CompiledSteps.of(self.model).is_due(self.mode):
+            return None
+        length = self.caches[0].offset
+        for layer in self.caches:
+            layer.reserve(length + 1)
+        buffers = [array for layer in self.caches for array in layer.arrays]
+        key = TraceKey(self.structure, kind, buffers[0].shape[2], on_gpu())
+        step = CompiledSteps.of(self.model).get(key, self.model)
+        weights = [module[name] for module, name in self.slots]
+        place = (mx.array([position], dtype=mx.int32), mx.array([length], dtype=mx.int32))
+        token, buffers = step(weights, token, *place, buffers)
+        for index, layer in enumerate(self.caches):
+            start = index * kind.num_arrays
+            layer.take_step(buffers[start : start + kind.num_arrays], 1)
+        return token
+
+
+def trace_step(model: Callable[[], InternVL | None], key: TraceKey) -> Callable[..., Any]:
+    """Return the compiled step: (weights, token, position, length, buffers) -> (token, buffers).
+
+    ``model``, which is not kept alive, is only needed while the step is traced.
+    """
+
+    def step(
+        weights: list[mx.array],
+        token: mx.array,
+        position: mx.array,
+        length: mx.array,
+        buffers: list[mx.array],
+    ) -> tuple[mx.array, list[mx.array]]:
+        traced = model()
+        assert traced is not None
+        plan = StepPlan.from_lengths(length, key.capacity)
+        size = key.kind.num_arrays
+        contexts = [
+            key.kind.context(buffers[start : start + size], plan)
+            for start in range(0, len(buffers), size)
+        ]
+        slots = list(weight_slots(traced.language_model))
+        own = [module[name] for module, name in slots]
+        fill_slots(slots, weights)
+        try:
+            language = traced.language_model
+            rotary = language.step_rotary(position)
+            states = language.model(traced.embed(token[:, None]), rotary, contexts)
+            logits = language.head(states[:, -1])
+        finally:
+            fill_slots(slots, own)
+        chosen = mark_not_finite(greedy(token, logits), logits)
+        return chosen, [array for context in contexts for array in context.arrays]
+
+    compiled: Callable[..., Any] = mx.compile(step)
+    return compiled
+
+
+def weight_slots(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield where each array of a module is: its owner and its name there."""
+    for owner in module.modules():
+        for name, value in owner.items():
+            if isinstance(value, mx.array):
+                yield owner, name
+
+
+def fill_slots(slots: Sequence[tuple[nn.Module, str]], arrays: Sequence[mx.array]) -> None:
+    for (owner, name), array in zip(slots, arrays, strict=True):
+        owner[name] = array
+
+
+def module_structure(module: nn.Module) -> Hashable:
+    """Return what the graph of a module depends on beside the shapes of its arrays.
+
+    The types of all modules, which arrays they have, and their settings: bits, scales, switches.
+    """
+    return tuple(
+        (
+            type(owner),
+            *(name for name, value in owner.items() if isinstance(value, mx.array)),
+            *((k, v) for k, v in vars(owner).items() if isinstance(v, bool | int | float | str)),
+        )
+        for owner in module.modules()
+    )
