@@ -1,12 +1,16 @@
 """The device that computes: GPU or CPU, and how much memory a model may take there."""
 
 import os
+import platform
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 TF32_VARIABLE = "MLX_ENABLE_TF32"
 RECOMMENDED_SIZE = "max_recommended_working_set_size"
+MACOS_VERSION_FILE = Path("/System/Library/CoreServices/SystemVersion.plist")
 
 
 def on_gpu() -> bool:
@@ -41,3 +45,18 @@ def gpu_memory_limit() -> int:
     if recommended:
         return int(recommended)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@lru_cache(maxsize=1)
+def macos_version() -> str:
+    """Return the version and build of macOS, such as 15.3.1 (24D70); on Linux, the kernel's.
+
+    The build changes with every update, those that keep the version included.
+    """
+    import plistlib  # not needed to start
+
+    try:
+        facts = plistlib.loads(MACOS_VERSION_FILE.read_bytes())
+        return f"{facts['ProductVersion']} ({facts['ProductBuildVersion']})"
+    except Exception:  # noqa: BLE001  no such file, or damaged in any way
+        return platform.release()

@@ -41,7 +41,7 @@ class AttentionCost:
     @property
     def parts_nbytes(self) -> int:
         """Bytes of the partial results of all splits, float32, written once and read once."""
-        splits = split_count(self.tokens, self.kv_heads)
+        splits = split_count(self.tokens, self.kv_heads, self.rows)
         return 2 * splits * self.heads * self.draft * (self.head_dim + 2) * FLOAT32_BYTES
 
     @property

@@ -16,6 +16,8 @@ from internvl3_mlx.errors import UserError
 MODE_VARIABLE = "INTERNVL3_KERNELS"
 OFF, ON, FORCE = MODES = ("off", "on", "force")
 SIMD_WIDTH = 32  # lanes of a simdgroup, on every Apple GPU
+# MLX passes an input of fewer elements in constant memory, which is another text of the kernel
+MIN_DEVICE_ELEMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ def device_name() -> str:
     if not metal_available():
         return "no Metal device"
     return str(gpu_info().get("device_name", "unknown device"))
+
+
+def architecture() -> str:
+    """Return Metal's name of the GPU's architecture, such as applegpu_g15s."""
+    return str(gpu_info().get("architecture", "unknown architecture"))
 
 
 def warn_user(line: str) -> None:

@@ -6,22 +6,26 @@ byte of the store is read once for all rows of its head. The log-sum-exp lets ``
 combine segments of keys that were attended to separately.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test
-from internvl3_mlx.metal_kernels.dispatch import SIMD_WIDTH, KernelSource, LaunchConfig
+from internvl3_mlx.metal_kernels.dispatch import (
+    MIN_DEVICE_ELEMENTS,
+    SIMD_WIDTH,
+    KernelSource,
+    LaunchConfig,
+)
 from internvl3_mlx.metal_kernels.kv_layout import (
     DENSE_BITS,
     HEAD_DIMS,
-    DenseKV,
     KVRowLayout,
     KVStore,
-    QuantizedKVRows,
-    quantize_rows,
 )
+from internvl3_mlx.metal_kernels.self_test_inputs import SELF_TEST_RUNS, attention_inputs
 
 MAX_QUERY_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
 MAX_DRAFT_TOKENS = 8  # new tokens; with more, dequantizing and MLX's attention cost less
@@ -30,7 +34,6 @@ SIMDGROUPS = 4  # of a threadgroup whose rows fit one tile; each reads its own t
 BLOCK_TOKENS = 32  # between two rescalings of the output
 WIDE_KEY_BYTES = 512  # of one key; from here on, blocks are half as long
 TOKENS_PER_SPLIT, TARGET_THREADGROUPS, MAX_SPLITS = 512, 160, 64  # 160: two for each of 80 cores
-SELF_TEST_TOKENS = 37  # before the draft: both splits get some, and the last block is not full
 LOWEST = -3.0e38  # in place of minus infinity for rows without keys, as in shaders/kv_store.metal
 
 INPUTS = ("q", "keys", "values", "lengths", "scale")
@@ -112,7 +115,7 @@ def flash_decode_reference(
     batch, heads, length, dim = q.shape
     keys, values = (part.astype(mx.float32) for part in store.dequantize())
     kv_heads, capacity = keys.shape[1:3]
-    ends = mx.broadcast_to(mx.array(lengths, mx.int32), (batch,))[:, None]
+    ends = kernel_lengths(lengths, batch)[:batch, None]
     ends = ends - mx.arange(length - 1, -1, -1) if causal else mx.repeat(ends, length, axis=1)
     seen = mx.arange(capacity) < ends[:, None, None, :, None]
     grouped = q.astype(mx.float32).reshape(batch, kv_heads, -1, length, dim)
@@ -146,23 +149,48 @@ def flash_decode_kernel(
     *,
     scale: float | None = None,
     causal: bool = False,
+    splits: int | None = None,
 ) -> AttentionOutput:
-    """Run the kernels: one over all splits, one that joins them. As ``flash_decode``."""
+    """Run the kernels: one over all splits, one that joins them. As ``flash_decode``.
+
+    ``splits``: parts of each head's tokens; by default, as many as fill the GPU.
+    """
     kv_heads, capacity = store.arrays[0].shape[1:3]
-    plan = plan_launches(FlashVariant.from_inputs(q, store, causal), q.shape[0], kv_heads, capacity)
-    given = lengths if isinstance(lengths, mx.array) else scalar_array(lengths, mx.int32)
-    factor = scalar_array(q.shape[-1] ** -0.5 if scale is None else scale, mx.float32)
-    inputs = [q.astype(store.dtype), *store.arrays, given.astype(mx.int32), factor]
+    variant = FlashVariant.from_inputs(q, store, causal)
+    plan = plan_launches(variant, q.shape[0], kv_heads, capacity, splits)
+    factor = scalar_array(q.shape[-1] ** -0.5 if scale is None else scale)
+    inputs = [q.astype(store.dtype), *store.arrays, kernel_lengths(lengths, q.shape[0]), factor]
     out, lse = dispatch.launch_kernel(
         JOIN_KERNEL, dispatch.launch_kernel(plan.program, inputs, plan.split), plan.join
     )
     return out.astype(q.dtype), lse
 
 
+def kernel_lengths(lengths: Lengths, batch: int) -> mx.array:
+    """Return the lengths as the kernels take them: (max(B, 8),) int32, one for each sequence first.
+
+    MLX compiles another text where an input has fewer elements. Where lengths are an array, call
+    this once for all layers: what has that form already is returned as it is.
+    """
+    count = max(batch, MIN_DEVICE_ELEMENTS)
+    if not isinstance(lengths, mx.array):
+        return repeated_length(lengths, count)
+    if lengths.ndim == 0:
+        return mx.broadcast_to(lengths.astype(mx.int32), (count,))
+    missing = count - lengths.size
+    return mx.pad(lengths.astype(mx.int32), (0, missing)) if missing > 0 else lengths
+
+
 @lru_cache(maxsize=64)
-def scalar_array(value: float, dtype: mx.Dtype) -> mx.array:
+def repeated_length(length: int, count: int) -> mx.array:
+    """Return an array of one length, the same array for every layer."""
+    return mx.full((count,), length, mx.int32)
+
+
+@lru_cache(maxsize=64)
+def scalar_array(value: float) -> mx.array:
     """Return a 0-d array, the same one for every layer."""
-    return mx.array(value, dtype)
+    return mx.array(value, mx.float32)
 
 
 @dataclass(frozen=True)
@@ -175,12 +203,15 @@ class LaunchPlan:
 
 
 @lru_cache(maxsize=256)
-def plan_launches(variant: "FlashVariant", batch: int, kv_heads: int, capacity: int) -> LaunchPlan:
+def plan_launches(
+    variant: "FlashVariant", batch: int, kv_heads: int, capacity: int, splits: int | None = None
+) -> LaunchPlan:
     """Divide the work into threadgroups: each takes one split of one head's tokens."""
     dim, rows, dtype = variant.head_dim, variant.rows * variant.draft, variant.dtype
     tiles = -(-rows // TILE_ROWS)
     simdgroups = tiles if tiles > 1 else SIMDGROUPS
-    heads, splits = batch * kv_heads, split_count(capacity, batch * kv_heads)
+    heads = batch * kv_heads
+    splits = splits or split_count(capacity, heads, rows)
     values = {
         "T": dtype, "BITS": variant.bits, "D": dim, "GS": variant.group_size,
         "M": rows, "L": variant.draft, "CAUSAL": variant.causal, "SG": simdgroups,
@@ -206,10 +237,14 @@ def plan_launches(variant: "FlashVariant", batch: int, kv_heads: int, capacity: 
     )  # fmt: skip
 
 
-def split_count(capacity: int, heads: int) -> int:
-    """Return how many threadgroups share a head's tokens: enough to fill the GPU, none short."""
+def split_count(capacity: int, heads: int, rows: int = MIN_DEVICE_ELEMENTS) -> int:
+    """Return how many threadgroups share a head's tokens: enough to fill the GPU, none short.
+
+    Very few ``rows`` get more: MLX compiles another text for fewer than 8 partial results.
+    """
     target = -(-TARGET_THREADGROUPS // heads)
-    return max(1, min(-(-capacity // TOKENS_PER_SPLIT), target, MAX_SPLITS))
+    wanted = min(-(-capacity // TOKENS_PER_SPLIT), target, MAX_SPLITS)
+    return max(1, wanted, -(-MIN_DEVICE_ELEMENTS // (heads * rows)))
 
 
 @dataclass(frozen=True)
@@ -260,27 +295,29 @@ class FlashVariant:
         """The key of the measured threshold, which is for one new token."""
         return registry.KernelThreshold("flash_decode", self.bits, self.head_dim, self.rows).key
 
-    def self_test_pairs(self) -> list[tuple[mx.array, mx.array]]:
-        """Run two sequences with two key-value heads and two splits, by kernel and reference."""
-        key = mx.random.key(0)
-        batch, kv_heads, capacity = 2, 2, TOKENS_PER_SPLIT + 1
-        q, keys, values = (
-            mx.random.normal((batch, heads, count, self.head_dim), self.dtype, key=part)
-            for part, heads, count in zip(
-                mx.random.split(key, 3),
-                (kv_heads * self.rows, kv_heads, kv_heads),
-                (self.draft, capacity, capacity),
-                strict=True,
+    @cached_property
+    def row_layout(self) -> KVRowLayout | None:
+        """The layout of a quantized store, None for a dense one."""
+        if self.bits == DENSE_BITS:
+            return None
+        return KVRowLayout(self.head_dim, self.bits, self.group_size, self.dtype)
+
+    def self_test_pairs(self) -> Iterator[tuple[mx.array, mx.array]]:
+        """Run the kernels, and the reference in float32 on the CPU: outputs, then sums of weights.
+
+        The sums are compared by their ratio, as the difference of both log-sum-exps.
+        """
+        for run in SELF_TEST_RUNS:
+            given = attention_inputs(run.lengths, self)
+            out, lse = flash_decode_kernel(
+                given.q, given.store, given.lengths, causal=self.causal, splits=run.splits
             )
-        )
-        store: KVStore = DenseKV(keys, values)
-        if self.bits != DENSE_BITS:
-            layout = KVRowLayout(self.head_dim, self.bits, self.group_size, self.dtype)
-            store = QuantizedKVRows(quantize_rows(keys, values, layout), layout)
-        length = SELF_TEST_TOKENS + self.draft
-        actual = flash_decode_kernel(q, store, length, causal=self.causal)
-        expected = flash_decode_reference(q, store, length, causal=self.causal)
-        return [*zip(actual, expected, strict=True)]
+            with mx.stream(mx.cpu):
+                expected, expected_lse = flash_decode_reference(
+                    given.q.astype(mx.float32), given.dense, given.lengths, causal=self.causal
+                )
+            yield out, expected
+            yield mx.exp(lse - expected_lse), mx.ones(lse.shape)
 
 
 flash_variant = lru_cache(maxsize=256)(
@@ -304,7 +341,7 @@ def merge_attention(
 
 
 def batch_to_queries(q: mx.array) -> mx.array:
-    """Make a batch the rows of one sequence, to share a prefix: (N, H, L, D) -> (1, H, N * L, D)."""
+    """Make a batch the rows of one sequence, to share a prefix: (N, H, L, D) -> (1, H, N*L, D)."""
     return q.swapaxes(0, 1).flatten(1, 2)[None]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from internvl3_mlx.device import macos_version
 from internvl3_mlx.errors import WriteError
 from internvl3_mlx.files import atomic_write, cache_folder, content_digest
 from internvl3_mlx.json_files import read_json_leniently
@@ -19,7 +20,7 @@ SELF_TESTS_FILE, THRESHOLDS_FILE = "self_tests.json", "thresholds.json"
 
 
 def read_record(name: str) -> dict[str, Any]:
-    """Return the content of a file; {} if it was written for another GPU, MLX or kernels."""
+    """Return the content of a file; {} if it was written in another environment."""
     record = read_json_leniently(cache_folder(FOLDER) / name)
     content = record.get("content") if record.get("environment") == environment_key() else None
     return content if isinstance(content, dict) else {}
@@ -39,20 +40,32 @@ def write_record(name: str, content: dict[str, Any]) -> bool:
 
 
 def environment_key() -> dict[str, str]:
-    """Return all that a result depends on: the GPU, MLX, and the text of the kernels."""
+    """Return all that a result depends on.
+
+    The GPU; macOS, which brings Metal's compiler and driver; MLX; and the kernels.
+    """
     return {
         "device": dispatch.device_name(),
+        "architecture": dispatch.architecture(),
+        "macos": macos_version(),
         "mlx": str(getattr(mx, "__version__", "unknown")),
-        "kernels": shader_digest(),
+        "kernels": kernels_digest(),
     }
 
 
 @lru_cache(maxsize=1)
-def shader_digest() -> str:
-    """Return a digest of all shader files."""
-    shaders = sorted((files(__package__) / "shaders").iterdir(), key=lambda file: file.name)
-    texts = [file.read_bytes() for file in shaders if file.name.endswith(".metal")]
-    return content_digest(*texts, size=8)
+def kernels_digest() -> str:
+    """Return a digest of this package: shaders, how they are launched, and how they are tested.
+
+    Whatever shapes a kernel's text is here, so that no constant can be forgotten.
+    """
+    sources = [
+        file.read_bytes()
+        for folder in (files(__package__), files(__package__) / "shaders")
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
+        if file.name.endswith((".py", ".metal"))
+    ]
+    return content_digest(*sources, size=8)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ import numpy as np
 
 from internvl3_mlx.metal_kernels import dispatch, registry
 
-TOLERANCES = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}  # of the largest value
+# of the largest value of a row; the reference is float32, so half of it is rounding to the dtype
+TOLERANCES = {mx.float32: 2e-4, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 
+LEAST_ROW = 1e-6  # of values; what is smaller is zero
 COMPILER_ERROR = " error: "  # program_source:12:3: error: use of undeclared identifier
-CRASHED = "its self-test ended the process"
+CRASHED = "its self-test ended the process; internvl3 doctor --retry tests it again"
 
 
 class KernelVariant(Protocol):
@@ -109,10 +111,13 @@ def reject_variant(variant: KernelVariant, reason: str) -> SelfTestResult:
 
 
 def max_relative_error(actual: mx.array, expected: mx.array) -> float:
-    """Return the largest error relative to the largest value; evaluates both."""
-    actual, expected = actual.astype(mx.float32), expected.astype(mx.float32)
-    error = mx.abs(actual - expected).max() / mx.maximum(mx.abs(expected).max(), 1e-6)
-    return np.asarray(error).item()
+    """Return the largest error relative to the largest value of its row; evaluates both.
+
+    A row is the last axis: a small row must not hide behind a large one.
+    """
+    found, wanted = (np.array(part.astype(mx.float32)) for part in (actual, expected))
+    largest = np.maximum(np.abs(wanted).max(axis=-1, keepdims=True), LEAST_ROW)
+    return float((np.abs(found - wanted) / largest).max())  # NaN if any is
 
 
 def all_results() -> list[SelfTestResult]:
@@ -120,14 +125,20 @@ def all_results() -> list[SelfTestResult]:
     return sorted({**load_results(), **results}.values(), key=lambda result: result.name)
 
 
-def run_self_tests(variants: Iterable[KernelVariant]) -> Iterator[SelfTestResult]:
-    """Test variants again, except those that ended the process; save and yield each result."""
+def run_self_tests(
+    variants: Iterable[KernelVariant], *, retry: bool = False
+) -> Iterator[SelfTestResult]:
+    """Test variants again; save and yield each result.
+
+    Those that ended the process are tested only to ``retry`` them.
+    """
     handler: Callable[[str], None] = dispatch.notify
     results.update({**load_results(), **results})
     for variant in variants:
+        saved = results.get(variant.name)
         dispatch.set_fallback_handler(lambda line: None)  # the caller shows the results
         try:
-            if variant.name not in results or results[variant.name].detail != CRASHED:
+            if saved is None or saved.detail != CRASHED or retry:
                 run_and_record(variant)
         finally:
             dispatch.set_fallback_handler(handler)

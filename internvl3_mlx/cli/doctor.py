@@ -28,6 +28,7 @@ STDOUT = "-"
     examples=(
         ("internvl3 doctor", "check this machine"),
         ("internvl3 doctor --numbers", "and measure what its arithmetic gives"),
+        ("internvl3 doctor --retry", "also test kernels again that ended the process"),
         ("internvl3 doctor --report report.md", "everything, with speed, to paste into an issue"),
     ),
 )
@@ -40,10 +41,16 @@ STDOUT = "-"
     type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
     help="Write one Markdown report of all checks, numbers and a quick benchmark.",
 )  # fmt: skip
+@flag(
+    "Output", "--retry", "retry", is_flag=True,
+    help="Also test kernels again whose self-test ended the process.",
+)  # fmt: skip
 @options.JSON_FLAG
 @options.QUIET_FLAG
 @options.debug_flag
-def doctor_command(numbers: bool, report: Path | None, as_json: bool, quiet: bool) -> None:
+def doctor_command(
+    numbers: bool, report: Path | None, retry: bool, as_json: bool, quiet: bool
+) -> None:
     """Run self-checks of operations, kernels and the demo model, and print a report.
 
     The report lists device, system, versions and memory. It contains no paths and no names, so it
@@ -59,7 +66,7 @@ def doctor_command(numbers: bool, report: Path | None, as_json: bool, quiet: boo
     machine = describe_machine()
     if not (as_json or report):  # at once: a fault of the GPU may end the process
         console.print_table(system_info.format_sizes(machine))
-    checks = collect("checks", run_checks(), quiet=quiet)
+    checks = collect("checks", run_checks(retry=retry), quiet=quiet)
     result: dict[str, Any] = {**machine, "checks": checks, "verdict": summarize_checks(checks)}
     if report is not None:
         for grown in doctor_report.complete(result, quiet=quiet):
@@ -114,11 +121,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def run_checks() -> Iterator[dict[str, str]]:
+def run_checks(*, retry: bool = False) -> Iterator[dict[str, str]]:
     """Run all checks: MLX's operations, what we build of them, our kernels, the demo model."""
     yield from smoke_test()
     yield from check_operations()
-    yield from check_kernels()
+    yield from check_kernels(retry=retry)
     yield check_demo_model()
 
 
@@ -129,13 +136,13 @@ def smoke_test() -> Iterator[dict[str, str]]:
         yield check_row(result.name, result.outcome.value, result.detail)
 
 
-def check_kernels() -> Iterator[dict[str, str]]:
+def check_kernels(*, retry: bool) -> Iterator[dict[str, str]]:
     from internvl3_mlx.metal_kernels import dispatch, self_test, variants
 
     if not dispatch.metal_available():
         yield check_row("Metal kernels", "skipped", NO_METAL)
         return
-    for state in self_test.run_self_tests(variants.all_variants()):
+    for state in self_test.run_self_tests(variants.all_variants(), retry=retry):
         yield check_row(state.name, OK if state.passed else FALLS_BACK, state.detail)
 
 

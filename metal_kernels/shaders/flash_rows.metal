@@ -14,7 +14,7 @@
     uint head = threadgroup_position_in_grid.z;
     uint split = threadgroup_position_in_grid.y;
     uint splits = threadgroups_per_grid.y;
-    int length = length_of(lengths, head / keys_shape[1]);
+    int length = lengths[head / keys_shape[1]];
     int share = ((length + int(splits) - 1) / int(splits) + 7) / 8 * 8;
     int begin = int(split) * share;
     int end = metal::min(length, begin + share);

@@ -7,10 +7,6 @@
 // In place of minus infinity: ordered under fast math too, and differences of it are never NaN.
 constant constexpr float LOWEST = -3.0e38f;
 
-inline int length_of(const constant int& length, uint) { return length; }
-inline int length_of(const constant int* lengths, uint b) { return lengths[b]; }
-inline int length_of(const device int* lengths, uint b) { return lengths[b]; }
-
 // Narrow and wide reads, one overload for each address space.
 inline uint half_word(const device uint* words, uint i) {
   return reinterpret_cast<const device ushort*>(words)[i];

@@ -74,7 +74,7 @@ def test_the_report_is_one_json_object():
 
 
 def test_the_device_is_shown_before_anything_is_tried(monkeypatch):
-    def die():
+    def die(**_):
         raise KeyboardInterrupt  # as a fault of the GPU ends the process
 
     monkeypatch.setattr(doctor_module, "run_checks", die)

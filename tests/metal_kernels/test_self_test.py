@@ -1,12 +1,15 @@
 """A kernel is used once its self-test passed on this machine, else rejected in one line."""
 
 import json
+import platform
+import plistlib
 from dataclasses import dataclass
 
 import mlx.core as mx
 import pytest
 from fixtures.attention_cases import Ragged
 
+from internvl3_mlx import device
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 from internvl3_mlx.metal_kernels.flash_decode import (
@@ -20,6 +23,7 @@ from internvl3_mlx.metal_kernels.flash_decode import (
 )
 from internvl3_mlx.metal_kernels.kv_append import KVAppendVariant
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
+from internvl3_mlx.metal_kernels.self_test_inputs import SELF_TEST_RUNS
 from internvl3_mlx.metal_kernels.variants import all_variants
 
 FAST = {"schedules": ("forward",), "checked": False}
@@ -85,9 +89,11 @@ def test_a_self_test_runs_the_source_that_an_answer_uses(emulated, lines, monkey
     q, store = Ragged((9, 9), 3, 32, 4).made(mx.float16)
     with emulated(**FAST) as metal:
         attend_fastest(q, store, 9)
-    trial, trial_join, answer, answer_join = metal.dispatches
-    assert (trial.text, trial_join.text) == (answer.text, answer_join.text)
-    assert trial.grid[1] == 2  # splits, which the second kernel joins
+    *tried, answer, answer_join = metal.dispatches
+    assert {one.text for one in tried} == {answer.text, answer_join.text}
+    assert len(tried) == 2 * len(SELF_TEST_RUNS)
+    splits = {one.grid[1] for one in tried if one.kernel == answer.kernel}
+    assert min(splits) >= 3  # which the second kernel joins
 
 
 def test_the_first_compiler_error_is_quoted(lines, a_mac):
@@ -112,6 +118,9 @@ def test_a_self_test_that_ended_the_process_is_not_repeated(lines, a_mac):
     again = Odd(lambda: pytest.fail("it was tried again"))
     assert not self_test.is_usable(again)
     assert [state.detail for state in self_test.run_self_tests([again])] == [self_test.CRASHED]
+    works = Odd(lambda: None)
+    assert [state.passed for state in self_test.run_self_tests([works], retry=True)] == [True]
+    assert self_test.is_usable(works)
 
 
 def test_an_interrupted_self_test_saves_nothing(lines, a_mac):
@@ -143,17 +152,41 @@ def test_a_result_is_saved_for_later_processes(emulated, lines):
     assert len(lines) == 1
 
 
-@pytest.mark.parametrize("what", ["device", "mlx", "kernels"])
-def test_another_machine_mlx_or_source_is_tested_again(emulated, lines, a_mac, what):
-    with emulated(mutate=[REFUSED], **FAST):
-        assert not self_test.is_usable(SMALL)
+@pytest.mark.parametrize("what", ["device", "architecture", "macos", "mlx", "kernels"])
+def test_another_machine_system_mlx_or_source_is_tested_again(lines, a_mac, what):
+    refused = Odd(lambda: 1 / 0)
+    assert not self_test.is_usable(refused)
     path = a_mac / registry.SELF_TESTS_FILE
     content = json.loads(path.read_text("utf-8"))
     content["environment"][what] = "another"
     path.write_text(json.dumps(content), "utf-8")
     self_test.results.clear()
-    with emulated(**FAST):
-        assert self_test.is_usable(SMALL)
+    assert self_test.is_usable(Odd(lambda: None))
+
+
+def test_the_environment_names_the_system_and_changes_with_any_source(monkeypatch, tmp_path):
+    plist = tmp_path / "SystemVersion.plist"
+    monkeypatch.setattr(device, "MACOS_VERSION_FILE", plist)
+    macos_version = device.macos_version.__wrapped__
+    assert macos_version() == platform.release()
+    for damaged in (b"", b"<plist>", plistlib.dumps(["26.1"]), plistlib.dumps({})):
+        plist.write_bytes(damaged)
+        assert macos_version() == platform.release()
+    plist.write_bytes(plistlib.dumps({"ProductVersion": "26.1", "ProductBuildVersion": "25B78"}))
+    assert macos_version() == "26.1 (25B78)"
+
+    package = tmp_path / "kernels"
+    (package / "shaders").mkdir(parents=True)
+    sources = [package / "flash_decode.py", package / "shaders" / "flash.metal"]
+    monkeypatch.setattr(registry, "files", lambda _: package)
+    digests = []
+    for text in ("a", "b"):
+        for source in sources:
+            source.write_text(text)
+            digests.append(registry.kernels_digest.__wrapped__())
+    (package / "notes.txt").write_text("no part of a kernel")
+    assert len({*digests}) == len(digests)
+    assert registry.kernels_digest.__wrapped__() == digests[-1]
 
 
 @pytest.mark.parametrize(
