@@ -185,6 +185,7 @@ def format_stats(answer: "Answer") -> str:
         if drafted
         else ""
     )
+    compiled = getattr(usage, "compiled_tokens", 0)
     prompt_s = timing.preprocess_s + timing.vision_s + timing.prefill_s
     parts_of_line = [
         format_count(usage.completion_tokens, "token"),
@@ -193,6 +194,7 @@ def format_stats(answer: "Answer") -> str:
         f"peak {format_size(answer.peak_memory_gb * GB)}",
         f"held {format_size(answer.held_memory_gb * GB)}",
         accepted,
+        f"{compiled:,} by a compiled step" if compiled else "",
     ]
     return " · ".join(filter(None, parts_of_line))
 

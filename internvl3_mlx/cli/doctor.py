@@ -56,7 +56,8 @@ def doctor_command(
     The report lists device, system, versions and memory. It contains no paths and no names, so it
     can be pasted into an issue as it is. A kernel that fails falls back to MLX's own operations;
     the exit code is 1 only if a result is wrong. INTERNVL3_KERNELS=off, on or force selects the
-    kernels to use. --report takes a minute or two and shows how fast this machine is, too.
+    kernels to use, INTERNVL3_COMPILE=off, on or auto when a decode step is compiled. --report
+    takes a minute or two and shows how fast this machine is, too.
     """
     if report is not None and as_json:
         raise UserError("--report writes Markdown and --json prints JSON; choose one")
@@ -106,6 +107,7 @@ def collect(name: str, checks: Iterator[dict[str, str]], *, quiet: bool) -> list
 
 def describe_machine() -> dict[str, Any]:
     """Return versions, device, and the state of the kernels."""
+    from internvl3_mlx.generation import compiled_step
     from internvl3_mlx.metal_kernels import dispatch, registry
 
     thresholds = {
@@ -117,6 +119,10 @@ def describe_machine() -> dict[str, Any]:
         "kernels": {
             "setting": dispatch.kernel_mode(),
             "used": thresholds or "nowhere yet; internvl3 bench measures where they are faster",
+        },
+        "compiled decode step": {
+            "setting": compiled_step.compile_mode(),
+            "used": compiled_step.describe_use(),
         },
     }
 

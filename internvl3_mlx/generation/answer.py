@@ -17,7 +17,8 @@ class Usage:
     """Token counts of one run.
 
     ``cached_tokens``: prompt tokens that were in the prompt cache. ``drafted_tokens``: tokens that
-    speculative decoding proposed, of which ``accepted_tokens`` were accepted.
+    speculative decoding proposed, of which ``accepted_tokens`` were accepted. ``compiled_tokens``:
+    tokens that a compiled step chose.
     """
 
     prompt_tokens: int
@@ -26,6 +27,7 @@ class Usage:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    compiled_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,26 @@ def can_compile() -> bool:
     return True
 
 
+def tokens_before_compiling() -> int:
+    """Return how many tokens a model decodes before ``auto`` compiles its step.
+
+    On a CPU every elementwise operation of the step starts a C++ compiler, about 20 seconds in all.
+    """
+    return GPU_TOKENS_BEFORE if on_gpu() else CPU_TOKENS_BEFORE
+
+
+def describe_use() -> str:
+    """Say in a few words whether decode steps are compiled on this machine, and from when on."""
+    mode = compile_mode()
+    if mode == OFF:
+        return "nowhere"
+    if not can_compile():
+        return f"nowhere: MLX needs a C++ compiler on a CPU, and {CPU_COMPILER} does not work"
+    if mode == ON:
+        return "from the first token"
+    return f"once a model has decoded {tokens_before_compiling():,} tokens"
+
+
 def mark_not_finite(tokens: mx.array, logits: mx.array) -> mx.array:
     """Replace a token by NOT_FINITE where its logits are not finite. tokens: (B,), logits: (B, V).
 
@@ -106,11 +126,9 @@ class CompiledSteps:
 
     def is_due(self, mode: str) -> bool:
         """Return whether to compile now. Counts a token that is decoded without."""
-        if mode == AUTO:
-            wait = GPU_TOKENS_BEFORE if on_gpu() else CPU_TOKENS_BEFORE
-            if self.tokens_before < wait:
-                self.tokens_before += 1
-                return False
+        if mode == AUTO and self.tokens_before < tokens_before_compiling():
+            self.tokens_before += 1
+            return False
         return mode != OFF and can_compile()
 
 

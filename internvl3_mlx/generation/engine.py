@@ -52,6 +52,7 @@ class Engine:
     track_ids: bool = False  # the repetition penalty looks back at the ids
     ntk: bool = True
     kv_quantization: KVQuantization | None = None
+    compiled_tokens: int = 0  # that a compiled step chose
 
     def prefill(
         self,
@@ -157,6 +158,7 @@ class Engine:
         if following is not None:
             self.next_position += 1
             self.num_cached += 1
+            self.compiled_tokens += 1
         return following
 
     def plain_step(self, history: mx.array, token: mx.array) -> mx.array:

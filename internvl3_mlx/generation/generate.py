@@ -85,7 +85,9 @@ class Generation:
         timer.mark_token()
         rest = text.flush()
         held = buffers.measure()
-        answer = self.make_answer(text, timer, prefill.num_reused, held)
+        answer = self.make_answer(
+            text, timer, prefill.num_reused, held, prefill.engine.compiled_tokens
+        )
         yield AnswerChunk(rest, None, answer, text.new_reasoning)
 
     @contextmanager
@@ -172,7 +174,12 @@ class Generation:
         return TextStream(detokenizer, self.tokenizer.stop_ids, config.stop, thought=splitter)
 
     def make_answer(
-        self, text: TextStream, timer: "StageTimer", num_reused: int, held_nbytes: int
+        self,
+        text: TextStream,
+        timer: "StageTimer",
+        num_reused: int,
+        held_nbytes: int,
+        compiled_tokens: int = 0,
     ) -> Answer:
         """Put together the finished answer.
 
@@ -187,6 +194,7 @@ class Generation:
             cached_tokens=num_reused,
             drafted_tokens=self.acceptance.drafted,
             accepted_tokens=self.acceptance.accepted,
+            compiled_tokens=compiled_tokens,
         )
         text_with_tags = self.tokenizer.decode(text.token_ids, keep_boxes=True)
         return Answer(

@@ -69,6 +69,10 @@ def test_the_report_is_one_json_object():
     report = json.loads(doctor("--json").stdout)
     assert report["versions"]["mlx"] == mx.__version__.split("+")[0]
     assert report["kernels"]["setting"] == "on"
+    assert report["compiled decode step"] == {
+        "setting": "auto",
+        "used": "once a model has decoded 4,096 tokens",
+    }
     assert [check["result"] for check in report["checks"]] == [*["ok"] * 8, "skipped", "ok"]
     assert "numbers" not in report
 

@@ -13,6 +13,7 @@ from fixtures.tiny import Bits, Recipe
 from internvl3_mlx import load
 from internvl3_mlx.adapters.attach import attach_adapter
 from internvl3_mlx.adapters.peft import Adapter
+from internvl3_mlx.cli.console import format_stats
 from internvl3_mlx.errors import NumericError, UserError
 from internvl3_mlx.generation import compiled_step
 from internvl3_mlx.generation.compiled_step import CompiledSteps
@@ -81,6 +82,12 @@ def test_every_model_gives_the_same_tokens(models, compiled_calls, monkeypatch, 
     compiled = answer(vlm, "on", monkeypatch, **WAYS[way])
     assert compiled_calls.count(True) == len(plain.token_ids) - 1
     assert compiled.token_ids == plain.token_ids
+    assert (plain.usage.compiled_tokens, compiled.usage.compiled_tokens) == (
+        0,
+        len(plain.token_ids) - 1,
+    )
+    assert f"{len(plain.token_ids) - 1} by a compiled step" in format_stats(compiled)
+    assert "compiled" not in format_stats(plain)
 
 
 @pytest.fixture
@@ -242,9 +249,11 @@ def test_dynamic_ntk_is_left_to_the_plain_step(compiled_calls, monkeypatch):
 def test_auto_compiles_once_a_model_has_decoded_enough(models, compiled_calls, monkeypatch):
     vlm = models("plain")
     monkeypatch.setattr(compiled_step, "CPU_TOKENS_BEFORE", 12)
+    monkeypatch.setenv(MODE, "auto")
     CompiledSteps.of(vlm.model).tokens_before = 0
     for before in (9, 3, 0):
         compiled_calls.clear()
+        assert compiled_step.describe_use() == "once a model has decoded 12 tokens"
         answer(vlm, "auto", monkeypatch, max_tokens=10)
         assert compiled_calls == [False] * before + [True] * (9 - before)
 
@@ -254,12 +263,14 @@ def test_without_a_compiler_the_plain_step_stays(vlm, compiled_calls, monkeypatc
     def fail(*_):
         raise RuntimeError("[Compile::eval_cpu] failed")
 
+    monkeypatch.setenv(MODE, "on")
     if fault == "missing":
         monkeypatch.setattr(compiled_step.shutil, "which", lambda _: None)
     else:
         monkeypatch.setattr(compiled_step.mx, "compile", lambda _: fail)
     compiled_step.can_compile.cache_clear()
     try:
+        assert compiled_step.describe_use().startswith("nowhere: MLX needs a C++ compiler")
         assert len(answer(vlm, "on", monkeypatch, max_tokens=4).token_ids) == 4
         assert True not in compiled_calls
     finally:
