@@ -3,11 +3,8 @@
 import secrets
 import socket
 import sys
-import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import fields
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -203,7 +200,6 @@ def run(
 
     def on_ready(port: int) -> None:
         show_addresses(host, port, api_key)
-        threading.Thread(target=import_slow_libraries, daemon=True).start()
 
     console.hint(f"loading {next(iter(settings.models))}")
     run_server(app, engine, ServerSettings(host, chosen["port"]), on_ready)
@@ -215,12 +211,6 @@ def describe_failure(fault: BaseException) -> str:
     if isinstance(fault, InternVL3Error):
         return str(fault)
     return f"{type(fault).__name__} while answering; start with --debug for the traceback"
-
-
-def import_slow_libraries() -> None:
-    """Import what the first sampled answer needs: that takes seconds, now nobody waits for it."""
-    with suppress(ImportError):
-        import_module("mlx_lm.sample_utils")
 
 
 def split_names(text: str) -> tuple[str, ...]:

@@ -23,12 +23,11 @@ from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores
 from internvl3_mlx.generation.runner import ModelRunner
+from internvl3_mlx.generation.sampler import choose_seed
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import make_constraint, needs_constraint
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import BufferCache, MemoryNeed, working_memory
-
-SEED_RANGE = 2**31  # a seed is drawn from it for each answer when none is given
 
 BatchItem = ModelInputs | BaseException  # built inputs, or what building them raised
 BatchResult = Answer | BaseException
@@ -236,10 +235,8 @@ class AnswerBatch:
 
     def make_sampler(self, inputs: ModelInputs) -> RowSampler:
         runner, config = self.runner, self.config
-        vocab_size, seed = runner.config.text.vocab_size, config.seed
-        if seed is None and config.temperature:
-            seed = int(mx.random.randint(0, SEED_RANGE).item())  # type: ignore[arg-type]
-        sampler = RowSampler(config, seed or 0, inputs.token_ids, vocab_size)
+        vocab_size, seed = runner.config.text.vocab_size, choose_seed(config)
+        sampler = RowSampler(config, seed, inputs.token_ids, vocab_size)
         if needs_constraint(config):
             sampler.constraint = make_constraint(config, runner.tokenizer, vocab_size)
         return sampler

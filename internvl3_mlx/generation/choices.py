@@ -14,6 +14,7 @@ from internvl3_mlx.errors import PromptError
 from internvl3_mlx.generation.answer import ChoiceScore
 from internvl3_mlx.generation.engine import Engine, check_finite
 from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.generation.sampler import choose_seed
 from internvl3_mlx.prompt.answer_tokens import encode_answer
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -62,7 +63,9 @@ def rank_choices(scores: Sequence[float], config: GenerationConfig) -> int:
     """Return the index of the chosen one: the most likely, or one drawn at a temperature."""
     if not config.temperature:
         return max(range(len(scores)), key=scores.__getitem__)  # the first of equal ones
-    return int(mx.random.categorical(mx.array(scores) / config.temperature).item())  # type: ignore[arg-type]
+    own = mx.random.split(mx.random.key(choose_seed(config)))[1]
+    drawn = mx.random.categorical(mx.array([*scores]) / config.temperature, key=own)
+    return int(drawn.item())  # type: ignore[arg-type]
 
 
 def choice_scores(choices: Sequence[str], scores: Sequence[float]) -> tuple[ChoiceScore, ...]:

@@ -18,7 +18,6 @@ import mlx.nn as nn
 
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.generation.sampler import greedy
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.static_cache import StaticKind, StepPlan, static_kind
@@ -205,7 +204,7 @@ def trace_step(model: Callable[[], InternVL | None], key: TraceKey) -> Callable[
             logits = language.head(states[:, -1])
         finally:
             fill_slots(slots, own)
-        chosen = mark_not_finite(greedy(token, logits), logits)
+        chosen = mark_not_finite(mx.argmax(logits, axis=-1), logits)
         return chosen, [array for context in contexts for array in context.arrays]
 
     compiled: Callable[..., Any] = mx.compile(step)

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from internvl3_mlx.generation.answer import FinishReason
 from internvl3_mlx.generation.compiled_step import NOT_FINITE
-from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores
+from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores, sample_rows, score_token
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.ragged_cache import RaggedBatch
@@ -105,9 +105,7 @@ class DecodeBatch(Generic[AnswerT]):
         for row, answer in zip(rows, answers, strict=True):
             answer.row = row
             self.answers[row] = answer
-        # a processor may write into the logits that it is given
-        copies = mx.repeat(logits, len(rows), axis=0)
-        new = choose_tokens(rows, answers, copies)
+        new = choose_tokens(rows, answers, mx.repeat(logits, len(rows), axis=0))
         self.chosen = new if self.chosen is None else self.chosen.joined(new)
 
     def remove(self, answer: AnswerT) -> list[LayerCache]:
@@ -186,28 +184,30 @@ def attempt(answer: BatchedAnswer, token: int, scores: TokenScores | None) -> Ex
 def choose_tokens(rows: list[int], answers: Sequence[BatchedAnswer], logits: mx.array) -> Chosen:
     """Choose the next token of each answer: logits (B, vocab). A failure concerns its row alone."""
     finite = mx.all(mx.isfinite(logits), axis=-1)
+    samplers = [answer.sampler for answer in answers]
+    masked, failures = mask_rows(rows, samplers, logits)
+    plain = all(sampler.is_plain for sampler in samplers)
+    tokens = mx.argmax(logits, axis=-1) if plain else sample_rows(samplers, masked)
     scores: dict[int, TokenScores] = {}
-    failures: dict[int, Exception] = {}
-    if all(answer.sampler.is_plain and answer.sampler.num_top is None for answer in answers):
-        tokens = mx.argmax(logits, axis=-1)
-    else:
-        parts = mx.split(logits, len(rows))
-        found = []
-        for row, answer, part in zip(rows, answers, parts, strict=True):
-            try:
-                token, score = choose_one(answer, part)
-            except Exception as error:  # noqa: BLE001
-                failures[row], token, score = error, mx.zeros(1, dtype=mx.uint32), None
-            found.append(token)
-            if score is not None:
-                scores[row] = score
-        tokens = mx.concatenate(found)
+    for place, (row, sampler) in enumerate(zip(rows, samplers, strict=True)):
+        if sampler.num_top is not None and row not in failures:
+            own = slice(place, place + 1)
+            scores[row] = score_token(logits[own], tokens[own], sampler.num_top)
     signed = mx.where(finite, tokens.astype(mx.int32), mx.array(NOT_FINITE, mx.int32))
     return Chosen(rows, signed, scores, failures)
 
 
-def choose_one(answer: BatchedAnswer, logits: mx.array) -> tuple[mx.array, TokenScores | None]:
-    """Choose a token from logits (1, vocab), and score it by the logits as they were."""
-    raw = mx.array(logits) if answer.sampler.num_top is not None else logits
-    token = answer.sampler.choose(logits)
-    return token, answer.sampler.score(raw, token)
+def mask_rows(
+    rows: list[int], samplers: Sequence[RowSampler], logits: mx.array
+) -> tuple[mx.array, dict[int, Exception]]:
+    """Apply the constraints: (B, vocab) -> (B, vocab), and what a constraint raised, by row."""
+    failures: dict[int, Exception] = {}
+    if not any(sampler.waits for sampler in samplers):
+        return logits, failures
+    parts = list(mx.split(logits, len(rows)))
+    for place, (row, sampler) in enumerate(zip(rows, samplers, strict=True)):
+        try:
+            parts[place] = sampler.mask(parts[place])
+        except Exception as error:  # noqa: BLE001
+            failures[row] = error
+    return mx.concatenate(parts), failures

@@ -1,7 +1,7 @@
 """The decoding engine: prefill and decode steps over ids and arrays; it knows no text or images."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,7 @@ from internvl3_mlx.generation.compiled_step import (
     mark_not_finite,
 )
 from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, GenerationConfig
-from internvl3_mlx.generation.sampler import Sampler, greedy
+from internvl3_mlx.generation.sampler import GREEDY, Sampler, SamplerState
 from internvl3_mlx.metal_kernels.flash_decode import prefers_row_layout
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW
@@ -45,11 +45,11 @@ class Engine:
     """One sequence and its KV cache. ``num_cached``: tokens that every layer of the cache holds."""
 
     model: InternVL
-    sampler: Sampler
     cache: list[LayerCache]
     next_position: float
+    sampler: Sampler = GREEDY
+    sampler_state: SamplerState = field(default_factory=GREEDY.init_state)
     num_cached: int = 0
-    track_ids: bool = False  # the repetition penalty looks back at the ids
     ntk: bool = True
     kv_quantization: KVQuantization | None = None
     compiled_tokens: int = 0  # that a compiled step chose
@@ -117,33 +117,39 @@ class Engine:
                 yield None
         yield self.model.language_model.head(mx.concatenate(found))
 
-    def decode(
-        self, ids: mx.array, logits: mx.array, limit: int
-    ) -> Generator[int, int | None, None]:
+    def decode(self, logits: mx.array, limit: int) -> Generator[int, int | None, None]:
         """Yield up to ``limit`` tokens; the next is computed while the caller handles this one.
 
         A token that is sent takes the place of the next one.
         """
-        history = ids.reshape(-1)
-        token = mark_not_finite(self.sampler(history, logits), logits)
+        token = self.sample(logits)
         mx.async_eval(token)
         runner = self.step_runner()
         for left in range(limit - 1, -1, -1):
             following = token
             if left:
-                if self.track_ids:
-                    history = mx.concatenate([history, token])
                 compiled = self.compiled_step(runner, token)
-                following = self.plain_step(history, token) if compiled is None else compiled
+                following = self.sample(self.step(token)) if compiled is None else compiled
                 mx.async_eval(following)
             forced = yield check_token(int(token.item()))  # type: ignore[arg-type]
-            token = following if forced is None else mx.array([forced], dtype=mx.int32)
+            token = following if forced is None else self.force(forced, following)
+
+    def sample(self, logits: mx.array) -> mx.array:
+        """Choose the next token, NOT_FINITE where it has no logits: (1, vocab) -> (1,)."""
+        token, self.sampler_state = self.sampler(logits, self.sampler_state)
+        return mark_not_finite(token, logits)
+
+    def force(self, token: int, drawn: mx.array) -> mx.array:
+        """Take ``token`` in place of the one that was drawn last: (1,)."""
+        forced = mx.array([token], dtype=mx.int32)
+        self.sampler_state = self.sampler_state.replace_last(forced, drawn)
+        return forced
 
     def step_runner(self) -> StepRunner | None:
         """Return what runs compiled steps of this answer, None where the sampler cannot be."""
-        return (
-            StepRunner(self.model, self.cache, compile_mode()) if self.sampler is greedy else None
-        )
+        if not self.sampler.is_greedy:
+            return None
+        return StepRunner(self.model, self.cache, compile_mode())
 
     def compiled_step(self, runner: StepRunner | None, token: mx.array) -> mx.array | None:
         """Read one token, (1,) -> the next one, (1,) int32; None where a plain step has to.
@@ -160,11 +166,6 @@ class Engine:
             self.num_cached += 1
             self.compiled_tokens += 1
         return following
-
-    def plain_step(self, history: mx.array, token: mx.array) -> mx.array:
-        """Read one token, (1,) -> the next one, (1,) int32."""
-        logits = self.step(token)
-        return mark_not_finite(self.sampler(history, logits), logits)
 
     def step(self, token: mx.array) -> mx.array:
         """Read one token, (1,) -> logits (1, vocab). Positions of generated text step by 1."""

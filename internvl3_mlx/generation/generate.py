@@ -136,16 +136,15 @@ class Generation:
         """
         logits = prefill.run(features)
         config, engine, limit = self.generation_config, prefill.engine, prefill.max_tokens
-        ids = self.inputs.input_ids[None]
         if config.ranks_choices:
             return self.choose(prefill, logits)
         if needs_constraint(config):
             vocab_size = self.model.config.text.vocab_size
             constraint = make_constraint(config, self.tokenizer, vocab_size)
-            return constraint.decode(engine, ids, logits, limit)
+            return constraint.decode(engine, logits, limit)
         if self.make_drafter is None:
             budget = make_thought_budget(config, self.tokenizer)
-            tokens = engine.decode(ids, logits, limit)
+            tokens = engine.decode(logits, limit)
             return tokens if budget is None else decode_within_budget(tokens, budget, text)
         decoder = SpeculativeDecoder(self.make_drafter(), config.num_draft_tokens, self.acceptance)
         return decoder.decode(engine, self.inputs.token_ids, logits, limit)

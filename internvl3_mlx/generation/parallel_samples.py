@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -26,16 +26,13 @@ from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.runner import ModelRunner
-from internvl3_mlx.generation.sampler import Sampler, make_sampler, needs_history
+from internvl3_mlx.generation.sampler import Sampler, SamplerState, SamplingParams, choose_seed
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import is_structured
 from internvl3_mlx.generation.thinking import ThoughtBudget, make_thought_budget
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import BufferCache, working_memory
 from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
-
-SEED_RANGE = 2**31  # a base seed is drawn from it when none is given
-KEY_WORD_BITS = 32  # MLX's random key is a 64-bit seed as two words
 
 
 def generate_samples(
@@ -48,9 +45,7 @@ def generate_samples(
     """
     if count < 1:
         raise UserError(f"n is {count}; ask for at least one answer")
-    seed = config.seed
-    if seed is None:
-        seed = int(mx.random.randint(0, SEED_RANGE).item())  # type: ignore[arg-type]
+    seed = choose_seed(config)
     configs = [replace(config, seed=one) for one in range(seed, seed + count)]
     if count == 1:
         return [runner.answer(inputs, configs[0])]
@@ -94,39 +89,22 @@ def can_sample_together(runner: ModelRunner, config: GenerationConfig) -> bool:
 
 @dataclass(eq=False)
 class Candidate:
-    """One of the answers. ``rng_seed``: the state of its random numbers, as a seed of MLX.
+    """One of the answers. ``params``, ``seed``: how it samples.
 
-    prompt_ids: empty where the sampler needs no history. forced: the id that the next token must
-    have. log_prob: the sum over its tokens.
+    forced: the id that the next token must have. log_prob: the sum over its tokens.
     """
 
     text: TextStream
-    sampler: Sampler
-    rng_seed: int
+    params: SamplingParams
+    seed: int
     tokens_left: int
-    prompt_ids: list[int]
     budget: ThoughtBudget | None = None
     forced: int | None = None
     log_prob: float = 0.0
     generated_ids: list[int] = field(default_factory=list[int])
 
-    def sample(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """Sample a token with this answer's random numbers: logits (1, vocab) -> (1,).
-
-        Returns with it the random key to continue with, (2,). A forced token draws as well, as it
-        does where an answer is decoded alone.
-        """
-        mx.random.seed(self.rng_seed)
-        history = [*self.prompt_ids, *self.generated_ids] if self.prompt_ids else []
-        token = self.sampler(mx.array(history, dtype=mx.int32), logits)
-        if self.forced is not None:
-            token = mx.array([self.forced], dtype=token.dtype)
-        state: Any = mx.random.state
-        return token, state[0]
-
-    def accept(self, token: int, key: Sequence[int], log_prob: float) -> bool:
+    def accept(self, token: int, log_prob: float) -> bool:
         """Append the sampled token; return False when the answer is complete."""
-        self.rng_seed = key[0] << KEY_WORD_BITS | key[1]
         self.generated_ids.append(token)
         self.log_prob += log_prob
         for _ in self.text.decode([token]):
@@ -167,7 +145,11 @@ def decode_together(
     with generation.committed(prefill):
         logits = generation.read_prompt(prefill, timer)
         candidates = [make_candidate(generation, one, prefill.max_tokens) for one in configs]
-        steps = decode_samples(prefill.engine, candidates, logits, log_probs=log_probs)
+        sampler = Sampler(tuple(one.params for one in candidates))
+        seeds, prompts = [one.seed for one in candidates], [inputs.token_ids] * len(candidates)
+        state = sampler.init_state(seeds, prompts, generation.model.config.text.vocab_size)
+        samples = Samples(dict(enumerate(candidates)), sampler, state)
+        steps = decode_samples(prefill.engine, samples, logits, log_probs=log_probs)
         with closing(steps):  # type: ignore[type-var]
             for cache_nbytes, ended in steps:
                 buffers.end_token(cache_nbytes)
@@ -183,19 +165,55 @@ def decode_together(
 
 def make_candidate(generation: Generation, config: GenerationConfig, max_tokens: int) -> Candidate:
     """Prepare one answer. config: decides how it samples, and its seed."""
-    assert config.seed is not None
     return Candidate(
         text=generation.make_text_stream(),
-        sampler=make_sampler(replace(config, seed=None)),
-        rng_seed=config.seed,
+        params=SamplingParams.from_config(config),
+        seed=choose_seed(config),
         tokens_left=max_tokens,
-        prompt_ids=generation.inputs.token_ids if needs_history(config) else [],
         budget=make_thought_budget(config, generation.tokenizer),
     )
 
 
+@dataclass(eq=False)
+class Samples:
+    """The answers that are decoded together, by index, and how their next tokens are drawn."""
+
+    live: dict[int, Candidate]
+    sampler: Sampler
+    state: SamplerState
+
+    def choose(self, logits: mx.array) -> mx.array:
+        """Choose the next token of every answer: logits (N, vocab) -> (N,).
+
+        A forced token is drawn as well, as it is where an answer is decoded alone.
+        """
+        tokens, self.state = self.sampler(logits, self.state)
+        forced = [one.forced for one in self.live.values()]
+        if all(token is None for token in forced):
+            return tokens
+        drawn = tokens
+        tokens = mx.where(
+            mx.array([token is None for token in forced]),
+            drawn,
+            mx.array([token or 0 for token in forced], mx.int32),
+        )
+        self.state = self.state.replace_last(tokens, drawn)
+        return tokens
+
+    def accept(self, tokens: Sequence[int], scores: Sequence[float]) -> list[int]:
+        """Hand out tokens; return the rows of the answers that go on."""
+        chosen = zip(self.live.values(), tokens, scores, strict=True)
+        return [row for row, (one, token, score) in enumerate(chosen) if one.accept(token, score)]
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with some of the rows."""
+        kept = [*self.live.items()]
+        self.live = dict(kept[row] for row in rows)
+        self.sampler, self.state = self.sampler.select(rows), self.state.select(mx.array(rows))
+
+
 def decode_samples(
-    engine: Engine, candidates: Sequence[Candidate], logits: mx.array, *, log_probs: bool
+    engine: Engine, samples: Samples, logits: mx.array, *, log_probs: bool
 ) -> Iterator[tuple[int, list[int]]]:
     """Decode all answers together.
 
@@ -207,28 +225,22 @@ def decode_samples(
     layout = None if quantization is None else supported_row_layout(engine.model, quantization)
     caches = [SharedPrefixKVCache(layer, layout, CACHE_HEADROOM) for layer in engine.cache]
     engine.cache.clear()  # the shared caches hold their own copy: free the prompt's
-    live = dict(enumerate(candidates))
-    logits = mx.repeat(logits, len(live), axis=0)
+    logits = mx.repeat(logits, len(samples.live), axis=0)
     try:
         while True:
-            # an array each: the repetition penalty writes into the one it is given
-            rows = mx.split(logits, len(live))
-            sampled = [one.sample(row) for one, row in zip(live.values(), rows, strict=True)]
-            tokens = mx.concatenate([token for token, _ in sampled])
-            keys = mx.stack([key for _, key in sampled])
-            scores = token_log_probs(logits, tokens) if log_probs else mx.zeros(len(live))
-            chosen = zip(live.items(), to_host(tokens, keys, scores), strict=True)
-            continuing = {index: one for (index, one), new in chosen if one.accept(*new)}
-            nbytes = sum(cache.nbytes for cache in caches)
-            yield nbytes, [index for index in live if index not in continuing]
-            if not continuing:
+            tokens = samples.choose(logits)
+            scores = token_log_probs(logits, tokens) if log_probs else mx.zeros(tokens.shape)
+            rows = samples.accept(*to_host(tokens, scores))
+            ended = [index for row, index in enumerate(samples.live) if row not in rows]
+            yield sum(cache.nbytes for cache in caches), ended
+            if not rows:
                 return
-            if len(continuing) < len(live):
-                kept = mx.array([row for row, index in enumerate(live) if index in continuing])
+            if ended:
+                samples.select(rows)
+                kept = mx.array(rows)
                 tokens = tokens[kept]
                 for cache in caches:
                     cache.select(kept)
-            live = continuing
             logits = sample_step(engine, caches, tokens)
     finally:
         engine.cache[:] = [cache.prefix for cache in caches]
@@ -241,13 +253,10 @@ def token_log_probs(logits: mx.array, tokens: mx.array) -> mx.array:
     return chosen - mx.logsumexp(wide, axis=-1)
 
 
-def to_host(
-    tokens: mx.array, keys: mx.array, scores: mx.array
-) -> Iterator[tuple[int, list[int], float]]:
-    """Copy tokens (N,), random keys (N, 2) and scores (N,) from the device at once."""
-    mx.eval(tokens, keys, scores)
-    values = (tokens.tolist(), keys.tolist(), scores.tolist())
-    return zip(*cast(tuple[list[int], list[list[int]], list[float]], values), strict=True)
+def to_host(tokens: mx.array, scores: mx.array) -> tuple[list[int], list[float]]:
+    """Copy tokens and scores, (N,) each, from the device at once."""
+    mx.eval(tokens, scores)
+    return cast(list[int], tokens.tolist()), cast(list[float], scores.tolist())
 
 
 def sample_step(

@@ -12,7 +12,7 @@ from internvl3_mlx.generation.engine import Engine, check_finite, remaining_cont
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import CacheKey, PromptCache
-from internvl3_mlx.generation.sampler import make_sampler, needs_history
+from internvl3_mlx.generation.sampler import Sampler, SamplingParams, choose_seed
 from internvl3_mlx.models.internvl import InternVL, check_token_ids
 
 
@@ -88,13 +88,16 @@ def open_prefill(
     num_reused, quantization = cache.reuse_prefix(
         model, key, config, uses_dynamic_ntk=uses_dynamic_ntk
     )
+    sampler = Sampler((SamplingParams.from_config(config),))
     engine = Engine(
         model=model,
-        sampler=make_sampler(config),
         cache=cache.layers,
         next_position=inputs.next_position,
+        sampler=sampler,
+        sampler_state=sampler.init_state(
+            [choose_seed(config)], [inputs.token_ids], text.vocab_size
+        ),
         num_cached=num_reused,
-        track_ids=needs_history(config),
         ntk=ntk,
         kv_quantization=quantization,
     )

@@ -18,7 +18,7 @@ from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prefill import Prefill, open_prefill
 from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
-from internvl3_mlx.generation.sampler import needs_history
+from internvl3_mlx.generation.sampler import SamplingParams
 from internvl3_mlx.models.internvl import InternVL
 
 MAX_MATCH_TOKENS, MIN_MATCH_TOKENS = 4, 2  # last tokens that must have occurred before
@@ -46,7 +46,7 @@ class AcceptanceStats:
 
 def check_greedy(config: GenerationConfig) -> None:
     """Raise UserError where tokens are sampled or penalized."""
-    if config.temperature or needs_history(config):
+    if not SamplingParams.from_config(config).is_greedy:
         raise UserError(
             "speculative decoding is greedy; drop temperature and repetition_penalty, "
             "or lookup and draft_model"

@@ -72,18 +72,17 @@ class Constraint:
         """Append the next token; return False when the answer is complete."""
         return self.matcher.consume_token(token) and not self.matcher.is_stopped()
 
-    def decode(self, engine: Engine, ids: mx.array, logits: mx.array, limit: int) -> Iterator[int]:
-        """Yield up to ``limit`` tokens, and the end token after a complete answer. ids: (1, L)."""
-        history = ids.reshape(-1)
+    def decode(self, engine: Engine, logits: mx.array, limit: int) -> Iterator[int]:
+        """Yield up to ``limit`` tokens, and the end token after a complete answer."""
         for left in range(limit - 1, -1, -1):
-            chosen = engine.sampler(history, self.mask_logits(logits))
+            masked = self.mask_logits(logits)
+            chosen, engine.sampler_state = engine.sampler(masked, engine.sampler_state)
             token = int(chosen.item())  # type: ignore[arg-type]
             yield token
             if not self.accept(token):
                 yield self.end_id
                 return
             if left:
-                history = mx.concatenate([history, chosen]) if engine.track_ids else history
                 logits = engine.step(chosen)
                 check_finite(logits)
 

@@ -9,7 +9,6 @@ import mlx.core as mx
 from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.generation.engine import Engine, kv_quantization_for, prefill_step_size
 from internvl3_mlx.generation.generation_config import GenerationConfig
-from internvl3_mlx.generation.sampler import greedy
 from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import InternVL
@@ -101,7 +100,7 @@ class StageBenchmark:
         engine = self.filled_engine(context, bits)
 
         def decode(token: mx.array) -> mx.array:
-            chosen = greedy(token, engine.step(token))
+            chosen = engine.sample(engine.step(token))
             mx.async_eval(chosen)  # as the engine does: the next graph is built while this runs
             engine.rewind(1)
             return chosen
@@ -119,9 +118,7 @@ class StageBenchmark:
         dtype = self.model.language_model.model.norm.weight.dtype
         shape = (text.num_key_value_heads, context, text.head_dim, dtype)
         cache: list[LayerCache] = [random_cache(*shape) for _ in range(text.num_hidden_layers)]
-        engine = Engine(
-            self.model, greedy, cache, context, num_cached=context, kv_quantization=packing
-        )
+        engine = Engine(self.model, cache, context, num_cached=context, kv_quantization=packing)
         engine.quantize_cache()
         mx.eval([layer.state for layer in engine.cache])
         return engine

@@ -19,6 +19,7 @@ from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.generation.prompt_cache import ImageFeatureCache
 from internvl3_mlx.generation.runner import ModelRunner
+from internvl3_mlx.generation.sampler import SEED_RANGE
 from internvl3_mlx.serving.counters import Counters
 from internvl3_mlx.serving.event_stream import EventChannel, EventStream, Outbox
 from internvl3_mlx.serving.image_features import FeatureStore
@@ -48,7 +49,6 @@ from internvl3_mlx.serving.tiled_images import TiledImages
 from internvl3_mlx.serving.worker import STOPPING, ModelCommand, Worker
 from internvl3_mlx.vlm import ignore_message
 
-SEED_RANGE = 2**31  # a base seed is drawn from it when none is given
 LONGEST_RETRY_S = 60
 TILED_NBYTES = 128 * 2**20  # about fifteen photos of twelve tiles
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from internvl3_mlx.generation.answer import Answer
 from internvl3_mlx.generation.generation_config import GenerationConfig
-from internvl3_mlx.generation.parallel_samples import SEED_RANGE, generate_samples
+from internvl3_mlx.generation.parallel_samples import generate_samples
 from internvl3_mlx.generation.processor import ModelInputs, Processor
 from internvl3_mlx.generation.runner import ModelRunner
+from internvl3_mlx.generation.sampler import SEED_RANGE
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.batch import Batch, Prompt, Rollouts
 from internvl3_mlx.training.config import TrainConfig

@@ -1,6 +1,8 @@
 """Flags that read a file or a list do so before any model loads."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,32 @@ def run(*words):
 @pytest.fixture(scope="module")
 def model():
     return str(tiny(Recipe()).folder)
+
+
+def test_a_sampled_answer_imports_no_library_of_models():
+    words = [
+        "generate",
+        "--model",
+        "demo",
+        "-p",
+        "Hi",
+        "-m",
+        "3",
+        "--temp",
+        "0.7",
+        "--top-p",
+        "0.9",
+    ]
+    code = (
+        "import json, sys; from click.testing import CliRunner; "
+        "from internvl3_mlx.cli.main import main; "
+        f"result = CliRunner().invoke(main, {words}); "
+        "print(json.dumps([result.exit_code, len(result.output), sorted(sys.modules)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    exit_code, length, modules = json.loads(done.stdout)
+    assert (exit_code, length > 0) == (0, True)
+    assert {"mlx_lm", "transformers", "torch"}.isdisjoint(modules)
 
 
 def test_a_choice_is_written_with_commas(model):
