@@ -146,7 +146,7 @@ def forced_tokens(vlm):
     inputs = vlm.prepare_inputs(QUESTION, IMAGES)
     prefill = open_prefill(vlm.model, inputs, GenerationConfig(), PromptCache())
     logits = prefill.run(prefill.encode_images())
-    tokens = prefill.engine.decode(inputs.input_ids[None], logits, 8)
+    tokens = prefill.engine.decode(logits, 8)
     found = [next(tokens), tokens.send(None), tokens.send(None), tokens.send(77)]
     return found + [token for token in tokens]
 
