@@ -98,6 +98,17 @@ GENERATION_FIELDS: Mapping[str, tuple[type, FieldInfo]] = {
     "upright": (bool, FieldInfo(
         "Images", "Ignore the EXIF orientation of photos.", flags=("--no-exif",),
     )),
+    "visual_compression": (bool, FieldInfo(
+        "Images", "Let a Flash model read tiles without detail in a quarter of the tokens.",
+    )),
+    "flash_relative_threshold": (float, FieldInfo(
+        "Images", "Flash: compress tiles above this quantile of the router's probabilities.",
+        default_text=MODEL_DEFAULT,
+    )),
+    "flash_absolute_threshold": (float, FieldInfo(
+        "Images", "Flash: compress tiles of at least this probability.",
+        default_text=MODEL_DEFAULT,
+    )),
     "v2pe_delta": (str, FieldInfo(
         "Positions", "Position step of image tokens: 1, 1/2 ... 1/256, auto, or one per image "
         "separated by commas.", metavar="STEP",

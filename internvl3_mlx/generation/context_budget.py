@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.device import gpu_memory_limit
+from internvl3_mlx.errors import PromptError
+from internvl3_mlx.generation.engine import remaining_context
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
@@ -81,3 +84,22 @@ def kv_nbytes_per_token(model: InternVL, config: GenerationConfig) -> int:
     else:
         bits = config.kv_bits + SCALE_AND_BIAS_BITS / group_size
     return int(num_values * bits / 8)
+
+
+def check_context_length(inputs: ModelInputs, model: ModelConfig, config: GenerationConfig) -> None:
+    """Raise PromptError when a prompt is longer than the model's context window."""
+    ntk = config.ntk and inputs.uses_unit_positions
+    if remaining_context(inputs.next_position, model.text, ntk=ntk) < 0:
+        raise PromptError(context_overflow_message(inputs, model))
+
+
+def context_overflow_message(inputs: ModelInputs, config: ModelConfig) -> str:
+    """Say by how much a prompt is too long, and what would make it fit."""
+    mostly_images = inputs.image_tokens > len(inputs.token_ids) / 2
+    hint = (
+        "fewer tiles (max_tiles) or a smaller v2pe_delta" if mostly_images else "a shorter question"
+    )
+    return (
+        f"the prompt takes {inputs.next_position:,.0f} positions ({inputs.image_tokens:,} image "
+        f"tokens), but the model's context has {config.text.max_position_embeddings:,}; try {hint}"
+    )

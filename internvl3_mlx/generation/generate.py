@@ -114,7 +114,10 @@ class Generation:
         return MemoryNeed(self.weights_nbytes, tokens * per_token, owner=id(self.model))
 
     def open_prefill(self) -> Prefill:
-        return open_prefill(self.model, self.inputs, self.generation_config, self.prompt_cache)
+        """Prepare to read the prompt; from now on ``inputs`` are what is read."""
+        prefill = open_prefill(self.model, self.inputs, self.generation_config, self.prompt_cache)
+        self.inputs = prefill.inputs
+        return prefill
 
     def start(self, timer: "StageTimer") -> tuple[Prefill, mx.array]:
         """Encode the images and read the prompt; return logits (1, vocab) of the first token."""

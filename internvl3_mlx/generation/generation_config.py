@@ -16,6 +16,7 @@ KV_GROUP_SIZES = (32, 64, 128)
 CONSTRAINTS = ("json_schema", "regex", "choice")
 LIKELIHOOD, GREEDY = "likelihood", "greedy"
 CHOICE_MODES = (LIKELIHOOD, GREEDY)
+FLASH_OPTIONS = ("flash_relative_threshold", "flash_absolute_threshold")
 
 V2PEDelta = float | str | Fraction
 JSONSchema = Mapping[str, Any] | str | bool
@@ -51,6 +52,7 @@ class GenerationConfig:
     history: earlier messages; their images come first in ``images``.
     video: videos of this question, ``num_frames`` frames each, with ``frame_times`` in the prompt.
     upright: apply the EXIF orientation of photos.
+    visual_compression: let a Flash model compress tiles; the thresholds replace the checkpoint's.
     v2pe_delta: position step of image tokens: 1, 1/2 ... 1/256, ``"auto"``, or one per image.
     ntk: extend the rotary base beyond the trained window as the checkpoint's rope_scaling says.
     keep_boxes: keep the tags of grounding answers in the text.
@@ -72,6 +74,9 @@ class GenerationConfig:
     min_tiles: int | None = None
     thumbnail: bool | None = None
     upright: bool = True
+    visual_compression: bool = True
+    flash_relative_threshold: float | None = None
+    flash_absolute_threshold: float | None = None
     v2pe_delta: V2PEDelta | Sequence[V2PEDelta] = 1
     ntk: bool = True
     max_tokens: int = 1024
@@ -168,6 +173,9 @@ class GenerationOptions(TypedDict, total=False):
     min_tiles: int | None
     thumbnail: bool | None
     upright: bool
+    visual_compression: bool
+    flash_relative_threshold: float | None
+    flash_absolute_threshold: float | None
     v2pe_delta: V2PEDelta | Sequence[V2PEDelta]
     ntk: bool
     max_tokens: int
@@ -200,6 +208,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_frames": (1, 4096),
     "max_tiles": (1, 4096),
     "min_tiles": (1, 4096),
+    "flash_relative_threshold": (0, 1),
+    "flash_absolute_threshold": (0, 1),
     "max_tokens": (1, UNBOUNDED),
     "temperature": (0, 100),
     "top_p": (0, 1),

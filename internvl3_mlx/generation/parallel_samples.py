@@ -138,7 +138,6 @@ def decode_together(
     log_probs: bool,
 ) -> Iterator[tuple[int, Answer]]:
     """Decode one answer for each config; ``buffers`` are cleared whenever the KV caches grow."""
-    inputs = generation.inputs
     timer = StageTimer(time.perf_counter())
     mx.reset_peak_memory()
     prefill = generation.open_prefill()
@@ -157,7 +156,8 @@ def decode_together(
                 for index in ended:
                     one = candidates[index]
                     one.text.flush()
-                    num_reused = len(inputs.token_ids) if index else prefill.num_reused
+                    read = len(prefill.inputs.token_ids)
+                    num_reused = read if index else prefill.num_reused
                     answer = generation.make_answer(one.text, timer, num_reused, buffers.measure())
                     mean = one.log_prob / len(one.generated_ids) if log_probs else None
                     yield index, replace(answer, mean_log_prob=mean)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from internvl3_mlx.generation.context_budget import check_context_length
 from internvl3_mlx.generation.engine import Engine, check_finite, remaining_context
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import CacheKey, PromptCache
 from internvl3_mlx.generation.sampler import Sampler, SamplingParams, choose_seed
+from internvl3_mlx.generation.visual_router import route_inputs
 from internvl3_mlx.models.internvl import InternVL, check_token_ids
 
 
@@ -78,7 +80,14 @@ class Prefill:
 def open_prefill(
     model: InternVL, inputs: ModelInputs, config: GenerationConfig, cache: PromptCache
 ) -> Prefill:
-    """Prepare to read ``inputs``: trim ``cache`` to the common prefix, or clear it."""
+    """Prepare to read ``inputs``: trim ``cache`` to the common prefix, or clear it.
+
+    A Flash model decides now which tiles are compressed: ``Prefill.inputs`` are the shorter ones.
+    Raises PromptError where even those are longer than the context window.
+    """
+    inputs = route_inputs(model, inputs, config, cache.features)
+    if inputs.is_routed:
+        check_context_length(inputs, model.config, config)
     check_token_ids(inputs.token_ids, model.config.text.vocab_size)
     ntk = config.ntk and inputs.uses_unit_positions
     key = CacheKey.from_inputs(inputs, model.image_id)

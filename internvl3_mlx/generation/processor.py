@@ -38,7 +38,8 @@ HASH_BYTES = 16  # 128 bits: no two images share a hash by accident
 class ImageInfo:
     """Where one image or frame came from, its size in pixels, and its tiles and tokens.
 
-    note: what of the file the model does not see, if anything.
+    note: what of the file the model does not see, if anything. compressed_tiles: how many of the
+    tiles a Flash model reads in the compressed form; None where it was not decided.
     """
 
     source: str
@@ -47,14 +48,19 @@ class ImageInfo:
     tiles: int
     tokens: int
     note: str | None = None
+    compressed_tiles: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ProcessedImage:
-    """One tiled image or frame. tiles: RGB (T, S, S, 3) uint8."""
+    """One tiled image or frame. tiles: RGB (T, S, S, 3) uint8.
+
+    compressed: for each tile whether a Flash model compresses it; empty until that is decided.
+    """
 
     tiles: NDArray[np.uint8]
     info: ImageInfo
+    compressed: tuple[bool, ...] = ()
 
     @cached_property
     def content_hash(self) -> bytes:
@@ -62,6 +68,13 @@ class ProcessedImage:
         digest = blake2b(str(self.tiles.shape).encode(), digest_size=HASH_BYTES)
         digest.update(np.ascontiguousarray(self.tiles).data)
         return digest.digest()
+
+    @property
+    def token_hash(self) -> bytes:
+        """A hash of what the visual tokens are made of: the tiles, and which are compressed."""
+        if not any(self.compressed):
+            return self.content_hash
+        return blake2b(self.content_hash + bytes(self.compressed), digest_size=HASH_BYTES).digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +98,8 @@ class ModelInputs:
     """What the model reads.
 
     processed_images: images and frames in the order of their tokens. positions: (L,) float32.
-    deltas: the V2PE position step of each image.
+    deltas: the V2PE position step of each image. message_images: how many images and frames each
+    message has, which a Flash model needs; empty for prompts that are built by hand.
     """
 
     token_ids: list[int]
@@ -93,6 +107,12 @@ class ModelInputs:
     positions: NDArray[np.float32]
     deltas: tuple[float, ...] = ()
     preprocess_s: float = 0.0
+    message_images: tuple[int, ...] = ()
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it was decided which tiles are compressed."""
+        return any(image.compressed for image in self.processed_images)
 
     @property
     def images(self) -> tuple[ImageInfo, ...]:
@@ -208,7 +228,8 @@ class Processor:
             segments = [*segments, TextSegment(continued, untrusted=True)]
         ids = self.tokenizer.encode(segments, self.config.num_image_token)
         positions, deltas = self.compute_positions(ids, generation_config)
-        return ModelInputs(ids, tuple(images), positions, deltas)
+        counts = tuple(sum(medium.num_images for medium in one.media) for one in messages)
+        return ModelInputs(ids, tuple(images), positions, deltas, message_images=counts)
 
     def tile_policy(self, generation_config: GenerationConfig) -> TilePolicy:
         """Combine the options with the checkpoint's defaults; raise UserError if contradictory."""

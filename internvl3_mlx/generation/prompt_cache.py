@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.generation.engine import kv_quantization_for, make_kv_cache
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage
@@ -44,7 +45,7 @@ class CacheKey:
         hashes = np.zeros((len(ids), HASH_WORDS), dtype=np.uint64)
         spans = image_spans(ids, image_id)
         for (start, stop), image in zip(spans, inputs.processed_images, strict=True):
-            hashes[start:stop] = np.frombuffer(image.content_hash, dtype=np.uint64)
+            hashes[start:stop] = np.frombuffer(image.token_hash, dtype=np.uint64)
         return cls(ids, hashes, inputs.positions.astype(np.float32))
 
     @classmethod
@@ -108,10 +109,16 @@ class ImageFeatureCache:
         return [found[key] for key in hashes]
 
     def put(self, key: bytes, features: mx.array) -> None:
+        """Keep an array, as the most recently used."""
         self.entries[key] = features
         self.entries.move_to_end(key)
         while len(self.entries) > 1 and self.nbytes > self.limit_bytes:
             self.entries.popitem(last=False)
+
+
+def probability_key(image: ProcessedImage) -> bytes:
+    """Return the key of how likely each tile may be compressed, (T,), beside the visual tokens."""
+    return b"probability" + image.content_hash
 
 
 def split_evaluated(features: mx.array, ends: list[int]) -> list[mx.array]:
@@ -119,6 +126,23 @@ def split_evaluated(features: mx.array, ends: list[int]) -> list[mx.array]:
     parts = list(mx.split(features, ends))
     mx.eval(parts)
     return parts
+
+
+def select_rows(features: mx.array, image: ProcessedImage, config: ModelConfig) -> mx.array:
+    """Return the visual tokens of an image: (T, V, D) -> (N, D).
+
+    Of a Flash model features have both forms of each tile, the full one first; the decision about
+    the image chooses.
+    """
+    flat = features.reshape(-1, features.shape[-1])
+    if not config.flash_mode:
+        return flat
+    full, short = config.num_image_token, config.num_compressed_token
+    compressed = image.compressed or (False,) * len(image.tiles)
+    rows = [np.arange(full, full + short) if small else np.arange(full) for small in compressed]
+    starts = np.arange(len(rows)) * (full + short)
+    chosen = np.concatenate([start + own for start, own in zip(starts, rows, strict=True)])
+    return mx.take(flat, mx.array(chosen.astype(np.int32)), axis=0)
 
 
 @dataclass(eq=False)
@@ -188,10 +212,10 @@ class PromptCache:
         ]
         if not uncached:
             return None
-        found = self.features.get([image for image, _ in uncached], model.get_image_features)
+        found = self.features.get([image for image, _ in uncached], model.encode_images)
         rows = [
-            features.reshape(-1, features.shape[-1])[skip:]
-            for features, (_, skip) in zip(found, uncached, strict=True)
+            select_rows(features, image, model.config)[skip:]
+            for features, (image, skip) in zip(found, uncached, strict=True)
         ]
         return mx.concatenate(rows)
 

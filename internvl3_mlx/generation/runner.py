@@ -9,9 +9,10 @@ from typing import Any, cast
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import ModelConfig
-from internvl3_mlx.errors import PromptError, UserError
+from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.answer import Answer, AnswerChunk
-from internvl3_mlx.generation.engine import kv_quantization_for, remaining_context
+from internvl3_mlx.generation.context_budget import check_context_length
+from internvl3_mlx.generation.engine import kv_quantization_for
 from internvl3_mlx.generation.generate import Generation, MakeDrafter
 from internvl3_mlx.generation.generation_config import DraftSource, GenerationConfig
 from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processor, as_sequence
@@ -19,6 +20,7 @@ from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.speculative import DraftModel, PromptLookup, check_greedy
 from internvl3_mlx.generation.structured import make_constraint, needs_constraint
+from internvl3_mlx.generation.visual_router import check_flash_options, is_routable, route_inputs
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -54,7 +56,11 @@ class ModelRunner:
     @cached_property
     def vision_fingerprint(self) -> str:
         """Identify encoder and projector by their weights: equal ones can share features."""
-        return model_fingerprint(self.model.vision_model) + model_fingerprint(self.model.mlp1)
+        model = self.model
+        parts = [model.vision_model, model.mlp1]
+        if model.has_router:
+            parts += [model.mlp2, model.pooling_before_gating, model.gating]
+        return "".join(map(model_fingerprint, parts))
 
     def build_inputs(
         self,
@@ -64,6 +70,7 @@ class ModelRunner:
     ) -> ModelInputs:
         """Turn a question and images into inputs; raise PromptError where they do not fit."""
         self.check_process()
+        check_flash_options(self.config, generation_config, self.name)
         inputs = self.processor(question, as_sequence(images), generation_config)
         self.check_context_length(inputs, generation_config)
         return inputs
@@ -79,10 +86,12 @@ class ModelRunner:
     def check_context_length(
         self, inputs: ModelInputs, generation_config: GenerationConfig
     ) -> None:
-        """Raise PromptError when a prompt is longer than the model's context window."""
-        ntk = generation_config.ntk and inputs.uses_unit_positions
-        if remaining_context(inputs.next_position, self.config.text, ntk=ntk) < 0:
-            raise PromptError(context_overflow_message(inputs, self.config))
+        """Raise PromptError when a prompt is longer than the model's context window.
+
+        A Flash model may still shorten it: the check is made once that is decided.
+        """
+        if not is_routable(self.config, inputs, generation_config):
+            check_context_length(inputs, self.config, generation_config)
 
     def check_config(self, config: GenerationConfig) -> None:
         """Raise UserError for options that this model or this installation cannot follow.
@@ -92,6 +101,7 @@ class ModelRunner:
         if needs_constraint(config):
             make_constraint(config, self.tokenizer, self.config.text.vocab_size)
         kv_quantization_for(config, self.config.text.head_dim)
+        check_flash_options(self.config, config, self.name)
         self.processor.tile_policy(config)
         if config.lookup or config.draft_model is not None:
             check_greedy(config)
@@ -130,6 +140,8 @@ class ModelRunner:
     ) -> Iterator[AnswerChunk]:
         """Yield the answer to built inputs; what ``prompt_cache`` holds is not read again."""
         cache = PromptCache() if prompt_cache is None else prompt_cache
+        if generation_config.draft_model is not None:  # which reads the same prompt
+            inputs = route_inputs(self.model, inputs, generation_config, cache.features)
         make_drafter = self.choose_drafter(inputs, generation_config, cache)
         return self.open_generation(inputs, generation_config, cache, make_drafter).stream()
 
@@ -153,6 +165,11 @@ class ModelRunner:
         if draft is None:
             return PromptLookup
         small = self.load_draft_model(draft)
+        if inputs.is_routed and not small.model.has_router:
+            raise UserError(
+                f"{small.name} cannot draft for {self.name}, whose compressed tiles it cannot read; "
+                "use a Flash model, or turn visual_compression off"
+            )
         cache.draft = cache.draft or PromptCache()
         if small.vision_fingerprint == self.vision_fingerprint:
             cache.draft.features = cache.features
@@ -191,15 +208,3 @@ def final_answer(chunks: Iterator[AnswerChunk]) -> Answer:
     *_, last = chunks
     assert last.answer is not None
     return last.answer
-
-
-def context_overflow_message(inputs: ModelInputs, config: ModelConfig) -> str:
-    """Say by how much a prompt is too long, and what would make it fit."""
-    mostly_images = inputs.image_tokens > len(inputs.token_ids) / 2
-    hint = (
-        "fewer tiles (max_tiles) or a smaller v2pe_delta" if mostly_images else "a shorter question"
-    )
-    return (
-        f"the prompt takes {inputs.next_position:,.0f} positions ({inputs.image_tokens:,} image "
-        f"tokens), but the model's context has {config.text.max_position_embeddings:,}; try {hint}"
-    )

@@ -143,7 +143,8 @@ class DraftModel:
 
     def __post_init__(self) -> None:
         # Decoding stops speculating before dynamic NTK begins, so the draft model needs none.
-        config = replace(self.generation_config, ntk=False, seed=None)
+        # It reads what the large model reads, and decides nothing about tiles.
+        config = replace(self.generation_config, ntk=False, seed=None, visual_compression=False)
         self.prefill = open_prefill(self.model, self.inputs, config, self.prompt_cache)
         self.prefill.run(self.prefill.encode_images())
         self.fed_ids = list(self.inputs.token_ids)

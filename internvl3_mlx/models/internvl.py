@@ -6,7 +6,7 @@ ids (B, L) -> embed_tokens -> features in place of image tokens -> language_mode
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -58,12 +58,22 @@ class InternVL(nn.Module):
         pixels: (T, S, S, 3), normalized floats or raw bytes -> (T, V, D). Each chunk of tiles is
         evaluated before the next, so that memory does not grow with their number.
         """
-        step = tiles_per_chunk()
-        chunks = range(0, pixels.shape[0], step)
-        return mx.concatenate(
-            [eval_unless_traced(self.encode_tiles(pixels[i : i + step])) for i in chunks],
-            axis=0,
-        )
+        chunks = [eval_unless_traced(self.encode_tiles(chunk)) for chunk in in_chunks(pixels)]
+        return mx.concatenate(chunks, axis=0)
+
+    def encode_images(self, pixels: mx.array) -> mx.array:
+        """Compute what generation keeps of tiles: of a Flash model both forms, else as above."""
+        if self.has_router:
+            return self.route_images(pixels).features
+        return self.get_image_features(pixels)
+
+    def route_images(self, pixels: mx.array) -> RoutedTiles:
+        """Run ``route_tiles`` on chunks of tiles, each evaluated before the next."""
+        chunks = list[RoutedTiles]()
+        for chunk in in_chunks(pixels):
+            chunks.append(self.route_tiles(chunk))
+            mx.eval(chunks[-1])
+        return RoutedTiles(*(mx.concatenate(parts) for parts in zip(*chunks, strict=True)))
 
     def encode_tiles(self, pixels: mx.array) -> mx.array:
         """Run vision model and projector on a few tiles: (T, S, S, 3) -> (T, V, D)."""
@@ -143,6 +153,13 @@ class InternVL(nn.Module):
         """Fold and fuse weights in place; they no longer have the checkpoint's names."""
         self.vision_model.fold()
         self.language_model.fuse()
+
+
+def in_chunks(pixels: mx.array) -> Iterator[mx.array]:
+    """Yield as many tiles as are encoded at a time."""
+    step = tiles_per_chunk()
+    for start in range(0, pixels.shape[0], step):
+        yield pixels[start : start + step]
 
 
 def eval_unless_traced(array: mx.array) -> mx.array:

@@ -23,6 +23,11 @@ class MessageMedia:
     kind: Literal["image", "video"] = "image"
     times: tuple[float, ...] | None = None
 
+    @property
+    def num_images(self) -> int:
+        """How many runs of image tokens it becomes: one, or one for each frame."""
+        return len(self.tiles) if self.kind == "video" else 1
+
     def __post_init__(self) -> None:
         if not self.tiles or min(self.tiles) < 1:
             raise PromptError(

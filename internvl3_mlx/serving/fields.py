@@ -42,6 +42,9 @@ class OwnFields(Body):
     v2pe_delta: float | str | list[float | str] | None = None
     max_tiles: Whole | None = None
     min_tiles: Whole | None = None
+    visual_compression: bool | None = None
+    flash_relative_threshold: float | None = None
+    flash_absolute_threshold: float | None = None
     best_of: Annotated[Whole, Field(ge=1, le=MAX_BEST_OF)] | None = None
     critic: str | None = None
     think: bool | str | None = None
@@ -55,6 +58,9 @@ class OwnFields(Body):
             "v2pe_delta": self.v2pe_delta,
             "max_tiles": self.max_tiles,
             "min_tiles": self.min_tiles,
+            "visual_compression": self.visual_compression,
+            "flash_relative_threshold": self.flash_relative_threshold,
+            "flash_absolute_threshold": self.flash_absolute_threshold,
             "keep_boxes": self.keep_boxes,
             "num_frames": self.num_frames,
         }

@@ -8,7 +8,7 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.engine import remaining_context
 from internvl3_mlx.generation.generation_config import GREEDY, GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage, Processor
-from internvl3_mlx.generation.runner import context_overflow_message
+from internvl3_mlx.generation.context_budget import context_overflow_message
 from internvl3_mlx.generation.structured import Constraint, make_constraint, needs_constraint
 from internvl3_mlx.prompt.messages import Message, MessageMedia
 from internvl3_mlx.serving.requests import (
