@@ -211,6 +211,7 @@ class AnswerBatch:
             memory.enter_context(working_memory(generation.memory_need()))
             timer = StageTimer(time.perf_counter())
             prefill = generation.open_prefill()
+            inputs = prefill.inputs
             features = prefill.encode_images()
             timer.lap("vision_s")
             logits = prefill.run_rows(features, [len(inputs.token_ids) - 1])

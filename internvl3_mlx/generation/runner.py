@@ -167,7 +167,7 @@ class ModelRunner:
         small = self.load_draft_model(draft)
         if inputs.is_routed and not small.model.has_router:
             raise UserError(
-                f"{small.name} cannot draft for {self.name}, whose compressed tiles it cannot read; "
+                f"{small.name} cannot draft for {self.name}: it cannot read compressed tiles; "
                 "use a Flash model, or turn visual_compression off"
             )
         cache.draft = cache.draft or PromptCache()

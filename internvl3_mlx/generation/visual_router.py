@@ -61,7 +61,7 @@ def check_flash_options(model: ModelConfig, config: GenerationConfig, name: str)
 
 
 def is_routable(model: ModelConfig, inputs: ModelInputs, config: GenerationConfig) -> bool:
-    """Tell whether a prompt is still to be decided about; what is built by hand is left as it is."""
+    """Tell whether a prompt is to be decided about; one that is built by hand is left alone."""
     if not inputs.processed_images or flash_thresholds(model, config) is None:
         return False
     return bool(inputs.message_images) and not inputs.is_routed

@@ -179,9 +179,7 @@ class KVSegment:
 
     def select(self, rows: mx.array) -> "KVSegment":
         """Return only some of the sequences, given by their indices."""
-        return replace(
-            self, arrays=[mx.take(array, rows, axis=-4) for array in self.arrays], is_frozen=False
-        )
+        return replace(self, arrays=[mx.take(array, rows, axis=-4) for array in self.arrays], is_frozen=False)
 
     def to(self, target: KVFormat) -> "KVSegment":
         """Return the same tokens in another format, without free space; itself in its own."""

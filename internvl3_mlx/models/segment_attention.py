@@ -104,10 +104,7 @@ def kernel_attention(
         ]
         if segment.sequences != batch:
             parts = [
-                (
-                    flash_decode.queries_to_batch(out, length),
-                    flash_decode.queries_to_batch(lse, length),
-                )
+                (flash_decode.queries_to_batch(out, length), flash_decode.queries_to_batch(lse, length))
                 for out, lse in parts
             ]
         out, lse = (mx.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts))

@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from internvl3_mlx.files import content_digest
 from internvl3_mlx.generation.processor import ProcessedImage
-from internvl3_mlx.generation.prompt_cache import ImageFeatureCache
+from internvl3_mlx.generation.prompt_cache import ImageFeatureCache, probability_key
+from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.feature_cache import DiskCache, encoder_fingerprint, ignore_progress
 
@@ -35,23 +36,40 @@ class FeatureStore:
 
     def find(self, fingerprint: str, image: ProcessedImage) -> mx.array | None:
         """Return the visual tokens (T, V, D) of an image, None where it was not seen before."""
-        key = feature_key(fingerprint, image)
+        found = self.find_array(fingerprint, image.content_hash, len(image.tiles))
+        self.reused += found is not None
+        return found
+
+    def find_probability(self, fingerprint: str, image: ProcessedImage) -> mx.array | None:
+        """Return how likely each tile may be compressed (Flash), (T,), where it is known."""
+        return self.find_array(fingerprint, probability_key(image), len(image.tiles))
+
+    def find_array(self, fingerprint: str, name: bytes, tiles: int) -> mx.array | None:
+        key = fingerprint.encode() + name
         found = self.memory.entries.get(key)
         disk = self.disk(fingerprint)
         if found is None and disk is not None:
-            found = disk.get(image.content_hash, len(image.tiles))
+            found = disk.get(name, tiles)
         if found is not None:
-            self.reused += 1
             self.memory.put(key, found)
         return found
 
     def put(self, fingerprint: str, image: ProcessedImage, features: mx.array) -> None:
         """Keep what was computed. features: (T, V, D), evaluated."""
         self.computed += 1
-        self.memory.put(feature_key(fingerprint, image), features)
+        self.put_array(fingerprint, image.content_hash, features)
+
+    def put_probability(
+        self, fingerprint: str, image: ProcessedImage, probability: mx.array
+    ) -> None:
+        """Keep how likely each tile may be compressed. probability: (T,), evaluated."""
+        self.put_array(fingerprint, probability_key(image), probability)
+
+    def put_array(self, fingerprint: str, name: bytes, array: mx.array) -> None:
+        self.memory.put(fingerprint.encode() + name, array)
         disk = self.disk(fingerprint)
         if disk is not None:
-            disk.put(image.content_hash, features)
+            disk.put(name, array)
 
     @contextlib.contextmanager
     def computing(self, fingerprint: str, image: ProcessedImage) -> Iterator[None]:
@@ -92,4 +110,8 @@ def feature_key(fingerprint: str, image: ProcessedImage) -> bytes:
 def vision_fingerprint(model: InternVL) -> str:
     """Identify what computes features: weights, configuration and data type."""
     dtype = model.language_model.model.norm.weight.dtype
-    return content_digest(encoder_fingerprint(model, "features"), str(dtype))
+    parts = [encoder_fingerprint(model, "features"), str(dtype)]
+    if model.has_router:
+        router = (model.mlp2, model.pooling_before_gating, model.gating)
+        parts += ["both forms", *map(model_fingerprint, router)]
+    return content_digest(*parts)

@@ -13,18 +13,26 @@ from internvl3_mlx.generation.engine import check_finite
 from internvl3_mlx.generation.generation_config import CONSTRAINTS, GenerationConfig
 from internvl3_mlx.generation.prefill import Prefill, open_prefill
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage
-from internvl3_mlx.generation.prompt_cache import CacheKey, ImageFeatureCache
+from internvl3_mlx.generation.prompt_cache import (
+    CacheKey,
+    ImageFeatureCache,
+    probability_key,
+)
 from internvl3_mlx.generation.row_sampler import RowSampler
 from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.generation.stream import TextStream
+from internvl3_mlx.generation.visual_router import is_routable, route_inputs
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import tiles_per_chunk
 from internvl3_mlx.prompt.v2pe import image_spans
 from internvl3_mlx.serving.image_features import FeatureStore
 from internvl3_mlx.serving.prefix_cache import PrefixCache, copy_layer
+from internvl3_mlx.serving.prompt_inputs import answer_limit
 from internvl3_mlx.serving.queued_request import QueuedRequest
 from internvl3_mlx.serving.requests import AnswerRequest, PromptRead
 from internvl3_mlx.serving.running_answer import RunningAnswer
+
+EncodedTiles = tuple[mx.array, ...]  # (T, V, D), and of a Flash model the probabilities (T,)
 
 # tokens between two decode steps of the others: a short enough wait, and still large products
 GPU_CHUNK, CPU_CHUNK = 512, 128
@@ -67,10 +75,11 @@ class PrefillTask:
 
     def run(self) -> Generator[PrefillResult | None, None, None]:
         """Yield None after each piece of work, and the result after the last one."""
-        inputs = self.inputs()
-        prefill = self.open(inputs)
         features = ImageFeatureCache(sys.maxsize)
-        prefill.prompt_cache.features = features
+        for _ in self.route(features):
+            yield None
+        inputs = self.inputs()
+        prefill = self.open(inputs, features)
         for _ in self.encode_images(prefill, features):
             yield None
         positions = None if inputs.uses_unit_positions else inputs.positions
@@ -103,11 +112,31 @@ class PrefillTask:
         positions = np.concatenate([inputs.positions, added])
         return replace(inputs, token_ids=[*inputs.token_ids, *ids], positions=positions)
 
-    def open(self, inputs: ModelInputs) -> Prefill:
+    def route(self, found: ImageFeatureCache) -> Iterator[None]:
+        """Let a Flash model decide which tiles are compressed, and shorten the prompt.
+
+        Images whose probabilities are not known are encoded into ``found``. Raises
+        ``ContextTooLong`` where even the shorter prompt does not fit.
+        """
+        queued, model = self.queued, self.runner.model
+        config = queued.request.config
+        if not is_routable(model.config, queued.inputs, config):
+            return
+        for image in queued.inputs.processed_images:
+            probability = self.features.find_probability(self.fingerprint, image)
+            if probability is not None:
+                found.put(probability_key(image), probability)
+            elif probability_key(image) not in found.entries:
+                yield from self.encode_image(image, found)
+        queued.inputs = route_inputs(model, queued.inputs, config, found)
+        queued.max_tokens = answer_limit(queued.inputs, model.config, config)
+
+    def open(self, inputs: ModelInputs, features: ImageFeatureCache) -> Prefill:
         """Find the longest prefix that is cached, and prepare to read the rest."""
         queued, model = self.queued, self.runner.model
         key = CacheKey.from_inputs(inputs, model.image_id)
         cache = self.prefixes.lookup(queued.model, key, len(key) + HEADROOM)
+        cache.features = features
         prefill = open_prefill(model, inputs, prefill_config(queued.request.config), cache)
         if self.resumed is None:
             queued.cached_tokens = prefill.num_reused
@@ -134,22 +163,27 @@ class PrefillTask:
         features = store.find(fingerprint, image)
         if features is None:
             with store.computing(fingerprint, image):
-                parts = list[mx.array]()
+                parts = list[EncodedTiles]()
                 for part in self.encode_tiles(image):
                     parts.append(part)
                     yield
-                features = mx.concatenate(parts)
-                mx.eval(features)
+                arrays = [mx.concatenate(one) for one in zip(*parts, strict=True)]
+                mx.eval(arrays)
+                features, *probability = arrays
                 store.put(fingerprint, image, features)
+                for one in probability:
+                    store.put_probability(fingerprint, image, one)
+                    found.put(probability_key(image), one)
         found.put(image.content_hash, features)
 
-    def encode_tiles(self, image: ProcessedImage) -> Iterator[mx.array]:
-        """Yield the features of a few tiles at a time."""
+    def encode_tiles(self, image: ProcessedImage) -> Iterator[EncodedTiles]:
+        """Yield the features of a few tiles at a time; of a Flash model, ``RoutedTiles``."""
+        model = self.runner.model
         step = tiles_per_chunk()
         for start in range(0, len(image.tiles), step):
             begun = time.perf_counter()
             pixels = mx.array(image.tiles[start : start + step])
-            part = self.runner.model.encode_tiles(pixels)
+            part = model.route_tiles(pixels) if model.has_router else (model.encode_tiles(pixels),)
             mx.eval(part)
             self.work += default_chunk()
             self.vision_s += time.perf_counter() - begun

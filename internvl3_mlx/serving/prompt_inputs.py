@@ -4,12 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from threading import Lock
 
+from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.generation.context_budget import context_overflow_message
 from internvl3_mlx.generation.engine import remaining_context
 from internvl3_mlx.generation.generation_config import GREEDY, GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage, Processor
-from internvl3_mlx.generation.context_budget import context_overflow_message
 from internvl3_mlx.generation.structured import Constraint, make_constraint, needs_constraint
+from internvl3_mlx.generation.visual_router import check_flash_options, is_routable
 from internvl3_mlx.prompt.messages import Message, MessageMedia
 from internvl3_mlx.serving.requests import (
     AnswerRequest,
@@ -48,20 +50,34 @@ def prepare_request(
     used.
     """
     try:
+        check_flash_options(processor.config, request.config, request.model or "this model")
         inputs = build_inputs(processor, request, tiled)
         constraints = make_constraints(processor, request)
     except InvalidRequest:
         raise
     except UserError as error:
         raise InvalidRequest(str(error)) from error
-    config, text = request.config, processor.config.text
+    config = request.config
     ntk = config.ntk and inputs.uses_unit_positions
-    left = remaining_context(inputs.next_position, text, ntk=ntk)
-    if left < 0:
-        raise ContextTooLong(context_overflow_message(inputs, processor.config), "messages")
+    if is_routable(processor.config, inputs, config):
+        limit = config.max_tokens  # decided once it is known which tiles are compressed
+    else:
+        limit = answer_limit(inputs, processor.config, config)
     for image in inputs.processed_images:
         _ = image.content_hash  # computed here, where it holds up nobody
-    return PreparedRequest(inputs, min(config.max_tokens, max(left, 1)), ntk, constraints)
+    return PreparedRequest(inputs, limit, ntk, constraints)
+
+
+def answer_limit(inputs: ModelInputs, model: ModelConfig, config: GenerationConfig) -> int:
+    """Return how many tokens an answer may have, also by the context that is left.
+
+    Raises ``ContextTooLong`` where none is.
+    """
+    ntk = config.ntk and inputs.uses_unit_positions
+    left = remaining_context(inputs.next_position, model.text, ntk=ntk)
+    if left < 0:
+        raise ContextTooLong(context_overflow_message(inputs, model), "messages")
+    return min(config.max_tokens, max(left, 1))
 
 
 def build_inputs(processor: Processor, request: AnswerRequest, tiled: TiledImages) -> ModelInputs:
