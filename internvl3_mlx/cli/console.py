@@ -173,19 +173,12 @@ def print_stats(answer: "Answer") -> None:
     hint(format_stats(answer))
 
 
-def format_compression(answer: "Answer") -> str:
-    """Say how many tiles a Flash model compressed; nothing for other models."""
-    counts = [image.compressed_tiles for image in answer.images]
-    if not any(count is not None for count in counts):
-        return ""
-    tiles = sum(image.tiles for image in answer.images)
-    return f" ({sum(count or 0 for count in counts)} of {tiles} tiles compressed)"
-
-
 def format_stats(answer: "Answer") -> str:
     """Format the statistics of an answer: ``18 tokens · 61.3 tok/s · prompt 2,041 …``."""
     usage, timing = answer.usage, answer.timing
-    parts = [f"{usage.image_tokens:,} image{format_compression(answer)}"] * bool(usage.image_tokens)
+    parts = [f"{usage.image_tokens:,} image"] if usage.image_tokens else []
+    if compressed := getattr(answer, "compressed_tiles", None):  # (compressed, all)
+        parts.append("{} of {} tiles compressed".format(*compressed))
     parts += [f"{usage.cached_tokens:,} cached"] if getattr(usage, "cached_tokens", 0) else []
     images = f" ({', '.join(parts)})" if parts else ""
     drafted = getattr(usage, "drafted_tokens", 0)

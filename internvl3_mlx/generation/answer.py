@@ -102,6 +102,14 @@ class Answer:
     choices: tuple[ChoiceScore, ...] = ()
     mean_log_prob: float | None = None
 
+    @property
+    def compressed_tiles(self) -> tuple[int, int] | None:
+        """How many tiles a Flash model compressed, and of how many; None for other models."""
+        counts = [image.compressed_tiles for image in self.images]
+        if all(count is None for count in counts):
+            return None
+        return sum(count or 0 for count in counts), sum(image.tiles for image in self.images)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the command line's ``--json`` prints them.
 

@@ -141,6 +141,7 @@ def decode_together(
     timer = StageTimer(time.perf_counter())
     mx.reset_peak_memory()
     prefill = generation.open_prefill()
+    inputs = prefill.inputs
     with generation.committed(prefill):
         logits = generation.read_prompt(prefill, timer)
         candidates = [make_candidate(generation, one, prefill.max_tokens) for one in configs]
@@ -156,8 +157,7 @@ def decode_together(
                 for index in ended:
                     one = candidates[index]
                     one.text.flush()
-                    read = len(prefill.inputs.token_ids)
-                    num_reused = read if index else prefill.num_reused
+                    num_reused = len(inputs.token_ids) if index else prefill.num_reused
                     answer = generation.make_answer(one.text, timer, num_reused, buffers.measure())
                     mean = one.log_prob / len(one.generated_ids) if log_probs else None
                     yield index, replace(answer, mean_log_prob=mean)

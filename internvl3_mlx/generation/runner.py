@@ -57,10 +57,8 @@ class ModelRunner:
     def vision_fingerprint(self) -> str:
         """Identify encoder and projector by their weights: equal ones can share features."""
         model = self.model
-        parts = [model.vision_model, model.mlp1]
-        if model.has_router:
-            parts += [model.mlp2, model.pooling_before_gating, model.gating]
-        return "".join(map(model_fingerprint, parts))
+        parts = (model.vision_model, model.mlp1, *model.router_parts)
+        return "".join(model_fingerprint(part) for part in parts)
 
     def build_inputs(
         self,

@@ -73,7 +73,7 @@ class InternVL(nn.Module):
         for chunk in in_chunks(pixels):
             chunks.append(self.route_tiles(chunk))
             mx.eval(chunks[-1])
-        return RoutedTiles(*(mx.concatenate(parts) for parts in zip(*chunks, strict=True)))
+        return RoutedTiles(*(mx.concatenate([*parts]) for parts in zip(*chunks, strict=True)))
 
     def encode_tiles(self, pixels: mx.array) -> mx.array:
         """Run vision model and projector on a few tiles: (T, S, S, 3) -> (T, V, D)."""
@@ -96,6 +96,11 @@ class InternVL(nn.Module):
     def has_router(self) -> bool:
         """Whether this is a Flash model, which can compress tiles."""
         return self.config.flash_mode
+
+    @property
+    def router_parts(self) -> list[nn.Module | list[nn.Module]]:
+        """What a Flash model has beside the others; empty for other models."""
+        return [self.mlp2, self.pooling_before_gating, self.gating] if self.has_router else []
 
     def route_tiles(self, pixels: mx.array) -> RoutedTiles:
         """Compute both forms of a few tiles, and how likely each may be compressed (Flash)."""

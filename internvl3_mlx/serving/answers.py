@@ -137,11 +137,13 @@ def boxes_of(answer: AnswerDone) -> list[dict[str, Any]]:
 
 
 def images_of(usage: RequestUsage) -> list[dict[str, int]]:
-    """Return size, tiles and tokens of every image, as an extra field of the usage."""
-    return [
-        {"width": one.width, "height": one.height, "tiles": one.tiles, "tokens": one.tokens}
-        for one in usage.images
-    ]
+    """Return size, tiles and tokens of every image, as an extra field of the usage.
+
+    Of a Flash model also how many tiles were compressed.
+    """
+    names = ("width", "height", "tiles", "tokens", "compressed_tiles")
+    found = ({name: getattr(one, name) for name in names} for one in usage.images)
+    return [{name: n for name, n in one.items() if n is not None} for one in found]
 
 
 @dataclass(eq=False)

@@ -112,6 +112,5 @@ def vision_fingerprint(model: InternVL) -> str:
     dtype = model.language_model.model.norm.weight.dtype
     parts = [encoder_fingerprint(model, "features"), str(dtype)]
     if model.has_router:
-        router = (model.mlp2, model.pooling_before_gating, model.gating)
-        parts += ["both forms", *map(model_fingerprint, router)]
+        parts += ["both forms", *(model_fingerprint(part) for part in model.router_parts)]
     return content_digest(*parts)

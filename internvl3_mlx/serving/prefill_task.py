@@ -167,7 +167,7 @@ class PrefillTask:
                 for part in self.encode_tiles(image):
                     parts.append(part)
                     yield
-                arrays = [mx.concatenate(one) for one in zip(*parts, strict=True)]
+                arrays = [mx.concatenate([*one]) for one in zip(*parts, strict=True)]
                 mx.eval(arrays)
                 features, *probability = arrays
                 store.put(fingerprint, image, features)

@@ -122,7 +122,7 @@ def test_speculation_with_sampling_is_refused_at_once(send):
 def test_set_alone_lists_all_with_values_and_defaults(send):
     send("/set temp 0.7")
     shown = send("/set")
-    assert "temp                0.7" in shown
+    assert "temp                      0.7" in shown
     assert "(default: 0)" in shown
     assert len(shown.splitlines()) == len(generation_fields.GENERATION_FIELDS)
     assert [name for name, _, _ in list_settings(GenerationConfig())][:3] == [

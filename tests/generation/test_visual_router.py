@@ -9,6 +9,7 @@ from fixtures.loaded_models import numbers
 from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx import UserError, load
+from internvl3_mlx.cli.console import format_stats
 from internvl3_mlx.errors import PromptError
 from internvl3_mlx.generation.prefill import open_prefill
 from internvl3_mlx.generation.prompt_cache import PromptCache
@@ -63,6 +64,7 @@ def test_decisions_tokens_and_logits_equal_torch(vlm, theirs, images):
     assert answer.usage.prompt_tokens == len(shortened)
     assert answer.usage.image_tokens == sum(image.tokens for image in answer.images)
     assert sum(image.compressed_tiles for image in answer.images) == sum(decided)
+    assert f"{sum(decided)} of {len(decided)} tiles compressed" in format_stats(answer)
     assert answer.to_dict()["images"][0]["compressed_tiles"] == answer.images[0].compressed_tiles
 
 
