@@ -23,6 +23,7 @@ from internvl3_mlx.prompt.template import Template, load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 SCALES = ".scales"
+NO_IMAGE_ID = -1  # of a model until its tokenizer is read
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,35 @@ def build_model(folder: Path, *, dtype: str | None = None) -> LoadedModel:
 
 
 def assemble_model(
-    folder: Path, *, dtype: str | None = None, for_training: bool = False
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    for_training: bool = False,
+    begin: Callable[[InternVL], object] | None = None,
 ) -> LoadedModel:
-    """Build the model of a folder; its tensors are read when they are first evaluated."""
+    """Build the model of a folder; its tensors are read when they are first evaluated.
+
+    begin: called with the model before the tokenizer is read, to have its first weights read
+    meanwhile.
+    """
     checkpoint = open_checkpoint(folder)
     config, rules = plan_remap(checkpoint, read_config(folder))
-    tokenizer = Tokenizer.from_folder(folder)
-    check_vocabulary(tokenizer, config)
-    model = empty_model(config, rules, tokenizer.image_id)
+    model = empty_model(config, rules)
     compute = compute_dtype(dtype, config.dtype, for_training=for_training)
     load_weights(
         model, {name: cast_floats(x, compute) for name, x in remap(checkpoint, config, rules)}
     )
+    if begin is not None:
+        begin(model)
+    tokenizer = Tokenizer.from_folder(folder)
+    check_vocabulary(tokenizer, config)
+    model.image_id = tokenizer.image_id
     return LoadedModel(folder, config, tokenizer, model)
 
 
-def empty_model(config: ModelConfig, rules: list[ResolvedRule], image_id: int) -> InternVL:
+def empty_model(config: ModelConfig, rules: list[ResolvedRule]) -> InternVL:
     """Build a model without its weights; the layers that have scales are quantized ones."""
-    model = InternVL(config, image_id)
+    model = InternVL(config, NO_IMAGE_ID)
     names = {target for rule in rules for target in rule.targets}
     quantized = {name.removesuffix(SCALES) for name in names if name.endswith(SCALES)}
     plan = config.quantization

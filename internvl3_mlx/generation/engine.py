@@ -92,10 +92,14 @@ class Engine:
         rows: Sequence[int],
         step: int | None = None,
     ) -> Iterator[mx.array | None]:
-        """Do the same chunk by chunk: yield None after each, and the logits after the last one."""
+        """Do the same chunk by chunk: yield None after each, and the logits after the last one.
+
+        At most two chunks are in progress: one is computed while the next is prepared.
+        """
         length, known, step = ids.shape[1], self.num_cached, step or prefill_step_size()
         embeds = self.model.embed(ids[:, known:], features)
         found: list[mx.array] = []
+        begun: mx.array | None = None  # a number at the end of the chunk before
         for start in range(known, length, step):
             stop = min(start + step, length)
             rotary = self.rotary(slice_positions(positions, start, stop), length)
@@ -112,8 +116,12 @@ class Engine:
             self.quantize_cache()
             self.num_cached = stop
             if stop < length:
-                mx.eval([layer.state for layer in self.cache], found)
-                mx.clear_cache()
+                last = states[0, -1, :1]
+                mx.async_eval([layer.state for layer in self.cache], found, last)
+                if begun is not None:
+                    mx.eval(begun)
+                    mx.clear_cache()
+                begun = last
                 yield None
         yield self.model.language_model.head(mx.concatenate(found))
 

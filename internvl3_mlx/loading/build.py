@@ -1,7 +1,7 @@
 """Load a model folder for inference or for training, with an adapter or quantized on the way."""
 
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +28,8 @@ from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import lora_layers
 
+BEGUN_NBYTES = 512 * 2**20  # what a disk reads in about the time that a tokenizer takes
+
 
 def load_local_model(
     folder: Path,
@@ -46,7 +48,10 @@ def load_local_model(
 
     Raises KeyMapError for a tensor that has no place in the model.
     """
-    loaded = assemble_model(folder, dtype=dtype, for_training=for_training)
+    as_stored = adapter is None and quantize is None and not for_training
+    loaded = assemble_model(
+        folder, dtype=dtype, for_training=for_training, begin=begin_reading if as_stored else None
+    )
     lora = load_adapter(adapter, loaded.config) if adapter is not None else None
     if adapter is not None and lora is not None:
         loaded = with_adapter_vocabulary(loaded, lora, adapter)
@@ -63,13 +68,40 @@ def load_local_model(
         attach_adapter(model, lora)
     if not for_training:
         compute = compute_dtype(dtype, config.dtype)
-        model.optimize_for_inference()
+        if not as_stored:
+            model.optimize_for_inference()
         for _, layer in lora_layers(model):
             layer.finalize(compute)
     model.eval()
     if not evaluate_by_layer(model, fused=not for_training):
         raise_not_finite(folder, compute_dtype(dtype, config.dtype, for_training=for_training))
     return loaded
+
+
+def begin_reading(model: InternVL) -> None:
+    """Prepare the weights for inference and have the first of them read in the background.
+
+    Reading a tokenizer keeps the processor busy and the disk idle. What is in progress at once is
+    bounded: beside each fused weight stand its parts until it is computed.
+    """
+    model.optimize_for_inference()
+    begun = 0
+    for block in weight_blocks(model):
+        arrays = [array for _, array in parameters_of(block)]
+        begun += sum(array.nbytes for array in arrays)
+        if begun > BEGUN_NBYTES:
+            return
+        mx.async_eval(arrays)
+
+
+def weight_blocks(model: InternVL) -> list[nn.Module]:
+    """Return the modules whose weights are evaluated together, in order; the last is the rest."""
+    return [*model.vision_model.encoder.layers, *model.language_model.model.layers, model]
+
+
+def parameters_of(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """Return a module's parameters by name."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
 
 
 def check_not_quantized(config: ModelConfig, why: str) -> None:
@@ -87,9 +119,8 @@ def evaluate_by_layer(model: InternVL, *, fused: bool) -> bool:
     """
     finite = True
     checked: set[int] = set()
-    for block in [*model.vision_model.encoder.layers, *model.language_model.model.layers, model]:
-        flat: dict[str, mx.array] = dict(tree_flatten(block.parameters()))
-        arrays = [x for x in flat.values() if id(x) not in checked]
+    for block in weight_blocks(model):
+        arrays = [x for _, x in parameters_of(block) if id(x) not in checked]
         mx.eval(arrays)
         finite = finite and all_finite(arrays)
         checked |= {id(x) for x in arrays}

@@ -6,7 +6,8 @@ ids (B, L) -> embed_tokens -> features in place of image tokens -> language_mode
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +32,7 @@ from internvl3_mlx.models.vision import VisionModel
 # a tile has 1025 rows for each matrix product: more tiles at once mostly cost memory, and on a CPU
 # speed (docs/performance.md)
 GPU_TILES_PER_CHUNK, CPU_TILES_PER_CHUNK = 2, 1
+Encoded = TypeVar("Encoded", mx.array, RoutedTiles)
 
 
 def tiles_per_chunk() -> int:
@@ -55,11 +57,9 @@ class InternVL(nn.Module):
     def get_image_features(self, pixels: mx.array) -> mx.array:
         """Compute the visual tokens of tiles.
 
-        pixels: (T, S, S, 3), normalized floats or raw bytes -> (T, V, D). Each chunk of tiles is
-        evaluated before the next, so that memory does not grow with their number.
+        pixels: (T, S, S, 3), normalized floats or raw bytes -> (T, V, D).
         """
-        chunks = [eval_unless_traced(self.encode_tiles(chunk)) for chunk in in_chunks(pixels)]
-        return mx.concatenate(chunks, axis=0)
+        return mx.concatenate(compute_in_chunks(self.encode_tiles, pixels), axis=0)
 
     def encode_images(self, pixels: mx.array) -> mx.array:
         """Compute what generation keeps of tiles: of a Flash model both forms, else as above."""
@@ -68,11 +68,8 @@ class InternVL(nn.Module):
         return self.get_image_features(pixels)
 
     def route_images(self, pixels: mx.array) -> RoutedTiles:
-        """Run ``route_tiles`` on chunks of tiles, each evaluated before the next."""
-        chunks = list[RoutedTiles]()
-        for chunk in in_chunks(pixels):
-            chunks.append(self.route_tiles(chunk))
-            mx.eval(chunks[-1])
+        """Run ``route_tiles`` on chunks of tiles."""
+        chunks = compute_in_chunks(self.route_tiles, pixels)
         return RoutedTiles(*(mx.concatenate([*parts]) for parts in zip(*chunks, strict=True)))
 
     def encode_tiles(self, pixels: mx.array) -> mx.array:
@@ -160,18 +157,19 @@ class InternVL(nn.Module):
         self.language_model.fuse()
 
 
-def in_chunks(pixels: mx.array) -> Iterator[mx.array]:
-    """Yield as many tiles as are encoded at a time."""
-    step = tiles_per_chunk()
+def compute_in_chunks(encode: Callable[[mx.array], Encoded], pixels: mx.array) -> list[Encoded]:
+    """Encode a few tiles at a time, (T, S, S, 3) -> a part for each chunk.
+
+    At most two chunks are in progress: memory does not grow with their number, and the device never
+    waits for the next one to be prepared.
+    """
+    step, parts = tiles_per_chunk(), list[Encoded]()
     for start in range(0, pixels.shape[0], step):
-        yield pixels[start : start + step]
-
-
-def eval_unless_traced(array: mx.array) -> mx.array:
-    """Evaluate now, unless a compiled function is being traced."""
-    with contextlib.suppress(ValueError):
-        mx.eval(array)
-    return array
+        parts.append(encode(pixels[start : start + step]))
+        with contextlib.suppress(ValueError):  # a compiled function is being traced
+            mx.async_eval(parts[-1])
+            mx.eval(parts[-2:-1])
+    return parts
 
 
 def check_token_ids(ids: mx.array | Sequence[int], vocab_size: int) -> None:

@@ -18,7 +18,7 @@ from internvl3_mlx.errors import WriteError
 from internvl3_mlx.files import atomic_write, content_digest, remove_partial_files
 from internvl3_mlx.generation.processor import ProcessedImage
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
-from internvl3_mlx.models.internvl import InternVL, eval_unless_traced, tiles_per_chunk
+from internvl3_mlx.models.internvl import InternVL, compute_in_chunks
 
 MEMORY_BYTES = 2**30  # of features held in memory beside the model
 DISK_BYTES = 20 * 2**30  # about 900 images of 13 tiles for the 8B model
@@ -99,9 +99,7 @@ def compute_features(model: InternVL, tiles: mx.array, stage: FeatureStage) -> m
     if stage == "features":
         return model.get_image_features(tiles)
     layer = model.config.select_layer
-    step = tiles_per_chunk()
-    chunks = (tiles[i : i + step] for i in range(0, tiles.shape[0], step))
-    states = [eval_unless_traced(model.vision_model(chunk, layer)) for chunk in chunks]
+    states = compute_in_chunks(lambda chunk: model.vision_model(chunk, layer), tiles)
     return mx.concatenate(states, axis=0)
 
 
