@@ -1,7 +1,7 @@
 """The answers of one model that are decoded together: a step reads one token of each.
 
 The next step is begun before the tokens of the last one are looked at, so that the device never
-waits for the host; only a constraint must see a token before the next one can be chosen.
+waits for the host. A constraint sees a token while the model reads it, before the next is chosen.
 """
 
 from collections.abc import Sequence
@@ -131,17 +131,20 @@ class DecodeBatch(Generic[AnswerT]):
         """
         chosen = self.chosen
         assert chosen is not None
-        if any(answer.sampler.waits for answer in self.answers.values()):
-            ended = self.give(chosen)
-            if self.answers:
-                self.advance(chosen)
-            return ended
-        if any(answer.tokens_left > 1 for answer in self.answers.values()):
-            self.advance(chosen)
-        return self.give(chosen)
+        if all(answer.tokens_left <= 1 for answer in self.answers.values()):
+            return self.give(chosen)
+        waits = any(answer.sampler.waits for answer in self.answers.values())
+        rows, logits = self.advance(chosen)
+        if not waits:
+            self.choose(rows, logits)
+            return self.give(chosen)
+        mx.async_eval(logits, chosen.arrays)
+        ended = self.give(chosen)  # and the constraints are asked while the device reads
+        self.choose(rows, logits)
+        return ended
 
-    def advance(self, chosen: Chosen) -> None:
-        """Read the chosen tokens and choose the next ones; nothing waits for the result."""
+    def advance(self, chosen: Chosen) -> tuple[list[int], mx.array]:
+        """Read the chosen tokens; return the rows and their logits (B, vocab), not computed yet."""
         rows = self.batch.rows
         answers = [self.answers[row] for row in rows]
         positions = [answer.position for answer in answers]
@@ -152,12 +155,20 @@ class DecodeBatch(Generic[AnswerT]):
         rotary = language.ragged_rotary(positions, lengths)
         states = language.model(self.model.embed(tokens[:, None]), rotary, self.batch.layers)
         self.batch.end_step()
-        logits = language.head(states[:, -1])
-        self.chosen = choose_tokens(rows, answers, logits)
-        mx.async_eval(self.chosen.arrays)
         for answer in answers:
             answer.position += 1
         self.steps += 1
+        return rows, language.head(states[:, -1])
+
+    def choose(self, rows: list[int], logits: mx.array) -> None:
+        """Choose the next tokens of the answers that go on; nothing waits for the result."""
+        places = [place for place, row in enumerate(rows) if row in self.answers]
+        if not places:
+            return
+        if len(places) < len(rows):
+            rows, logits = [rows[place] for place in places], logits[mx.array(places)]
+        self.chosen = choose_tokens(rows, [self.answers[row] for row in rows], logits)
+        mx.async_eval(self.chosen.arrays)
 
     def give(self, chosen: Chosen) -> list[Ended[AnswerT]]:
         """Hand the chosen tokens to their answers; remove and return those that ended."""

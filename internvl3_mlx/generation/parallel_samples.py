@@ -14,10 +14,11 @@ import mlx.core as mx
 
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.answer import Answer
+from internvl3_mlx.generation.compiled_step import mark_not_finite
 from internvl3_mlx.generation.engine import (
     CACHE_HEADROOM,
     Engine,
-    check_finite,
+    check_token,
     kv_quantization_for,
     supported_row_layout,
 )
@@ -105,7 +106,7 @@ class Candidate:
 
     def accept(self, token: int, log_prob: float) -> bool:
         """Append the sampled token; return False when the answer is complete."""
-        self.generated_ids.append(token)
+        self.generated_ids.append(check_token(token))
         self.log_prob += log_prob
         for _ in self.text.decode([token]):
             self.tokens_left -= 1
@@ -183,15 +184,15 @@ class Samples:
     state: SamplerState
 
     def choose(self, logits: mx.array) -> mx.array:
-        """Choose the next token of every answer: logits (N, vocab) -> (N,).
-
-        A forced token is drawn as well, as it is where an answer is decoded alone.
-        """
+        """Draw the next token of every answer, NOT_FINITE without logits: (N, vocab) -> (N,)."""
         tokens, self.state = self.sampler(logits, self.state)
+        return mark_not_finite(tokens, logits)
+
+    def force(self, drawn: mx.array) -> mx.array:
+        """Replace drawn tokens, (N,), by those that a thought budget forces."""
         forced = [one.forced for one in self.live.values()]
         if all(token is None for token in forced):
-            return tokens
-        drawn = tokens
+            return drawn
         tokens = mx.where(
             mx.array([token is None for token in forced]),
             drawn,
@@ -215,7 +216,7 @@ class Samples:
 def decode_samples(
     engine: Engine, samples: Samples, logits: mx.array, *, log_probs: bool
 ) -> Iterator[tuple[int, list[int]]]:
-    """Decode all answers together.
+    """Decode all answers together; the next tokens are computed while the caller handles these.
 
     Yields at each step the bytes of the KV caches, and the indices of the answers that ended.
 
@@ -226,10 +227,15 @@ def decode_samples(
     caches = [SharedPrefixKVCache(layer, layout, CACHE_HEADROOM) for layer in engine.cache]
     engine.cache.clear()  # the shared caches hold their own copy: free the prompt's
     logits = mx.repeat(logits, len(samples.live), axis=0)
+    tokens = samples.choose(logits)
     try:
         while True:
-            tokens = samples.choose(logits)
             scores = token_log_probs(logits, tokens) if log_probs else mx.zeros(tokens.shape)
+            following = tokens
+            if any(one.tokens_left > 1 for one in samples.live.values()):
+                logits = sample_step(engine, caches, tokens)
+                following = samples.choose(logits)
+                mx.async_eval(following, logits if log_probs else following)
             rows = samples.accept(*to_host(tokens, scores))
             ended = [index for row, index in enumerate(samples.live) if row not in rows]
             yield sum(cache.nbytes for cache in caches), ended
@@ -238,10 +244,10 @@ def decode_samples(
             if ended:
                 samples.select(rows)
                 kept = mx.array(rows)
-                tokens = tokens[kept]
+                following, logits = following[kept], logits[kept]
                 for cache in caches:
                     cache.select(kept)
-            logits = sample_step(engine, caches, tokens)
+            tokens = samples.force(following)
     finally:
         engine.cache[:] = [cache.prefix for cache in caches]
 
@@ -270,6 +276,4 @@ def sample_step(
     if engine.kv_quantization is not None and length > engine.kv_quantization.start:
         for cache in caches:
             cache.quantize()
-    logits = language.head(states[:, -1])
-    check_finite(logits)
-    return logits
+    return language.head(states[:, -1])

@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from internvl3_mlx.errors import MissingExtraError, UserError
-from internvl3_mlx.generation.engine import Engine, check_finite
+from internvl3_mlx.generation.compiled_step import mark_not_finite
+from internvl3_mlx.generation.engine import Engine, check_token
 from internvl3_mlx.generation.generation_config import CONSTRAINTS, GenerationConfig
 from internvl3_mlx.json_files import parse_json_value
 from internvl3_mlx.prompt.tokenizer import Tokenizer
@@ -61,30 +62,47 @@ class Constraint:
     end_id: int
     vocab_size: int
 
-    def mask_logits(self, logits: mx.array) -> mx.array:
-        """Set tokens that are not allowed to -inf: (1, vocab) -> (1, vocab)."""
+    def next_mask(self) -> mx.array:
+        """Compute which tokens may come next, as the bits of uint32 words, the lowest first: (W,).
+
+        On the host: while the device reads the last token, this costs no time.
+        """
         words = np.zeros(-(-self.vocab_size // MASK_WORD_BITS), dtype=np.uint32)
         self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: self.vocab_size]
-        return mx.where(mx.array(bits.astype(bool)), logits, mx.array(-mx.inf, logits.dtype))
+        return mx.array(words)
+
+    def mask_logits(self, logits: mx.array) -> mx.array:
+        """Set tokens that are not allowed to -inf: (1, vocab) -> (1, vocab)."""
+        return apply_mask(logits, self.next_mask())
 
     def accept(self, token: int) -> bool:
         """Append the next token; return False when the answer is complete."""
         return self.matcher.consume_token(token) and not self.matcher.is_stopped()
 
     def decode(self, engine: Engine, logits: mx.array, limit: int) -> Iterator[int]:
-        """Yield up to ``limit`` tokens, and the end token after a complete answer."""
+        """Yield up to ``limit`` tokens, and the end token after a complete answer.
+
+        A token is read by the model before it is known here: the mask of the next one is
+        computed meanwhile, and only the next choice waits for both.
+        """
         for left in range(limit - 1, -1, -1):
             masked = self.mask_logits(logits)
             chosen, engine.sampler_state = engine.sampler(masked, engine.sampler_state)
-            token = int(chosen.item())  # type: ignore[arg-type]
+            chosen = mark_not_finite(chosen, logits)
+            logits = engine.step(chosen) if left else logits
+            mx.async_eval(chosen, logits)
+            token = check_token(int(chosen.item()))  # type: ignore[arg-type]
             yield token
             if not self.accept(token):
                 yield self.end_id
                 return
-            if left:
-                logits = engine.step(chosen)
-                check_finite(logits)
+
+
+def apply_mask(logits: mx.array, words: mx.array) -> mx.array:
+    """Set logits (B, vocab) to -inf where the bit of a token, in (W,) uint32, is 0."""
+    bits = (words[:, None] >> mx.arange(MASK_WORD_BITS, dtype=mx.uint32)) & 1
+    allowed = bits.reshape(-1)[: logits.shape[-1]].astype(mx.bool_)
+    return mx.where(allowed, logits, mx.array(-mx.inf, logits.dtype))
 
 
 def matches_regex(pattern: str, text: str) -> bool:
