@@ -306,7 +306,6 @@ STAGES = {
     "encode image": (PrefillTask, "encode_image"),
     "read prompt": (PrefillTask, "open"),
     "join": (PrefillTask, "result"),
-    "sample": (decode_batch, "choose_one"),
     "detokenize": (running_answer.RunningAnswer, "accept"),
 }
 
