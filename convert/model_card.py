@@ -187,5 +187,5 @@ def find_base_model(source: Path, content: Mapping[str, Any]) -> str:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
     named = content.get("_name_or_path") or source.resolve().name
-    match = re.search(r"InternVL3-\d+B[\w-]*", str(named))
+    match = re.search(r"InternVL3(?:_5)?-(?:GPT-OSS-)?\d+B[\w-]*", str(named))
     return f"{HUB_OWNER}/{match[0]}" if match else str(named).rsplit("/", maxsplit=1)[-1]

@@ -16,10 +16,11 @@ from typing import Literal
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.errors import KeyMapError
 
-# How the rows of the targets lie in the sources. joined: one source after another. grouped: for each
-# key-value head its queries, its key and its value (InternLM2's wqkv). halves: for each expert the
-# rows of one target, then those of the other. alternating: the rows of two targets in turn. columns,
-# alternating columns: an expert's matrix is transposed. The last four are of stacked experts.
+# How the rows of the targets lie in the sources. joined: one source after another. grouped: for
+# each key-value head its queries, its key and its value (InternLM2's wqkv). halves: for each expert
+# the rows of one target, then those of the other. alternating: the rows of two targets in turn.
+# columns, alternating columns: an expert's matrix is transposed. The last four are of stacked
+# experts.
 RowOrder = Literal["joined", "grouped", "halves", "alternating", "columns", "alternating columns"]
 MAX_LISTED = 6  # names listed in an error; the others are counted
 
@@ -240,10 +241,12 @@ class KeyMap:
     def match(self, name: str) -> tuple[KeyRule, int, "NameFormatter"]:
         """Find the rule for a name, its index among the sources, and a formatter of other names.
 
-        The index is the number of the expert where each has a tensor. Raises KeyMapError if there is no rule.
+        The index is the number of the expert where each has a tensor. Raises KeyMapError if there
+        is no rule.
         """
+        normal = normalize_name(name)
         for pattern, entry, part in self.patterns:
-            if match := pattern.fullmatch(normalize_name(name)):
+            if match := pattern.fullmatch(normal):
                 fill = NameFormatter(match.groupdict(), self.experts)
                 return entry, int(fill.found.get("e", part)), fill
         if "lora_" in name:

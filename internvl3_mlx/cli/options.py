@@ -44,8 +44,9 @@ def list_model_completions(
     _ctx: click.Context | None, _param: click.Parameter | None, typed: str
 ) -> list[CompletionItem]:
     """Complete ``--model``: sizes, the demo, aliases, cached repositories, folders."""
+    from internvl3_mlx.config.published import PUBLISHED_SIZES
     from internvl3_mlx.loading.model_store import download_names
-    from internvl3_mlx.loading.resolve import DEMO, PUBLISHED_SIZES
+    from internvl3_mlx.loading.resolve import DEMO
 
     names = [*PUBLISHED_SIZES, DEMO, *alias_names(), *download_names()]
     return [CompletionItem(name) for name in [*names, *folders(typed)] if name.startswith(typed)]

@@ -103,11 +103,12 @@ def check_config(content: Mapping[Any, Any], place: str) -> dict[str, Any]:
 
 
 def check_alias_name(name: object, place: str) -> str:
-    from internvl3_mlx.loading.resolve import DEMO, PUBLISHED_SIZES
+    from internvl3_mlx.config.published import find_size
+    from internvl3_mlx.loading.resolve import DEMO
 
     if not isinstance(name, str) or not name or set(name) & set("/.:~") or name.isspace():
         raise UserError(f"{place}: {name!r} cannot be an alias; use letters, digits and hyphens")
-    if name in (*PUBLISHED_SIZES, DEMO):
+    if name == DEMO or find_size(name):
         raise UserError(f"{place}: {name} is the name of a model; choose another alias")
     return name
 

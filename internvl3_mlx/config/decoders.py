@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-
 SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of layers in ``layer_types``
 
 

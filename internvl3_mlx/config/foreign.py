@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from internvl3_mlx.config.published import size_in
 from internvl3_mlx.errors import CheckpointError, ConfigError
 from internvl3_mlx.json_files import LFS_HEAD, lfs_pointer_error, read_json_leniently
 
 APPLE_DOUBLE = "._"  # macOS writes these beside every file on exFAT and network disks
 GGUF_HEAD = b"GGUF"
 TEXT_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")  # a model's files besides its weights
-SIZE_IN_NAME = re.compile(r"InternVL[\d.]*3(?:_5)?-(\d+)B", re.IGNORECASE)
-PUBLISHED = ("1b", "2b", "8b", "9b", "14b", "38b", "78b")
 
 QUANTIZATION_METHODS = {  # quant_method in config.json -> what people call it
     "awq": "AWQ",
@@ -156,9 +155,8 @@ def refusal(method: str, folder: Path | None, content: Mapping[str, Any]) -> str
 def what_to_take(folder: Path | None, content: Mapping[str, Any]) -> str:
     """Name the 16-bit repository or the size to take instead, by the names a model goes by."""
     names = (str(folder.resolve()) if folder else "", str(content.get("_name_or_path", "")))
-    for match in filter(None, map(SIZE_IN_NAME.search, names)):
-        if (size := f"{match[1]}b") in PUBLISHED:
-            return f"take the 16-bit model (--model {size}) and quantize it with --q-bits"
+    for size in filter(None, map(size_in, names)):
+        return f"take the 16-bit model (--model {size.name}) and quantize it with --q-bits"
     return "take the 16-bit repository it was made from, or a size such as --model 2b"
 
 

@@ -3,8 +3,8 @@
 from internvl3_mlx.checkpoints.build_model import compute_dtype
 from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
 from internvl3_mlx.config import read_config
+from internvl3_mlx.config.published import QUANTIZED_BYTES_PER_PARAMETER
 from internvl3_mlx.loading.fetch_model import LocalModel
-from internvl3_mlx.loading.resolve import QUANTIZED_BYTES_PER_PARAMETER
 
 LANGUAGE_MODEL = "language_model"
 

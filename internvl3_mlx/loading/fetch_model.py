@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx.checkpoints.reader import open_checkpoint
+from internvl3_mlx.config.published import PUBLISHED_SIZES
 from internvl3_mlx.convert.pipeline import ConvertOptions, convert_checkpoint
 from internvl3_mlx.convert.recipes import QuantizationRecipe, uniform_recipe
 from internvl3_mlx.disk import make_cache_folder
@@ -15,7 +16,6 @@ from internvl3_mlx.loading.resolve import (
     DEFAULT_MODEL,
     DEMO_FOLDER,
     GB,
-    PUBLISHED_SIZES,
     ModelLocation,
     resolve_model,
 )

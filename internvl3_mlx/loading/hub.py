@@ -8,10 +8,11 @@ from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
 from internvl3_mlx.checkpoints.reader import weight_files
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.config.foreign import describe_names
+from internvl3_mlx.config.published import PUBLISHED_SIZES
 from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.disk import find_free_space
 from internvl3_mlx.errors import CheckpointError, DownloadError, UserError
-from internvl3_mlx.loading.resolve import GB, PUBLISHED_SIZES
+from internvl3_mlx.loading.resolve import GB
 
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 TORCH_MODEL_PATTERNS = (*MODEL_PATTERNS, "pytorch_model*.bin")
@@ -150,12 +151,11 @@ def check_free_disk(remote: RepoInfo, *, quantized: bool) -> None:
 
 def suggest_size(limit: float) -> str:
     """Suggest the largest size that fits when quantized."""
-    fitting = [name for name, size in PUBLISHED_SIZES.items() if size.quantized_bytes < limit]
+    fitting = [size for size in PUBLISHED_SIZES.values() if size.quantized_bytes < limit]
     if not fitting:
         return "no published size fits this machine"
-    largest = fitting[-1]
-    nbytes = PUBLISHED_SIZES[largest].quantized_bytes
-    return f"try --model {largest} (4-bit, about {nbytes / GB:.1f} GB)"
+    largest = max(fitting, key=lambda size: size.quantized_bytes)
+    return f"try --model {largest.name} (4-bit, about {largest.quantized_bytes / GB:.1f} GB)"
 
 
 def download(remote: RepoInfo, revision: str | None = None) -> Path:

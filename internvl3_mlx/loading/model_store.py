@@ -1,5 +1,6 @@
 """The models on this machine: downloads in the hub's cache, and our quantized copies of them."""
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -7,13 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl3_mlx.config.published import (
+    HF,
+    OWNER,
+    STAGES,
+    find_pasted_size,
+    find_size,
+)
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import cache_folder, did_you_mean, recover_folder
 from internvl3_mlx.loading.hub import hub_cache
-from internvl3_mlx.loading.resolve import PUBLISHED_SIZES
 
 FAMILY = "internvl3"  # part of the names of the family's repositories
 DAY_S = 86_400
+OTHER_REPOSITORY = re.compile(  # how the name of another stage or layout of a size goes on
+    "|".join([*(end[1:] for stages in STAGES.values() for end in stages.values()), HF["3"][1:]]),
+    re.IGNORECASE,
+)
 
 Origin = Literal["download", "quantized copy"]
 
@@ -82,20 +93,26 @@ def find_stored(name: str) -> list[StoredModel]:
     A size stands for its download and all copies of it. Raises UserError if nothing is stored.
     """
     models = list_models()
-    size = PUBLISHED_SIZES.get(name.lower())
+    size = find_size(name)
     repo = size.repo if size else name
     short = repo.rpartition("/")[2]
     found = [
         model
         for model in models
         if model.name in (name, repo)
-        or (size is not None and model.name.startswith(f"{short}-") and not model.revisions)
+        or (size is not None and is_copy_of(model.name, short) and not model.revisions)
     ]
     if not found:
         names = [model.name for model in models]
         hint = did_you_mean(name, names) if names else "no model is stored"
         raise UserError(f"no stored model {name!r}; {hint}")
     return found
+
+
+def is_copy_of(name: str, short: str) -> bool:
+    """Tell whether a copy was made from a repository, and not from another stage of its size."""
+    rest = name.removeprefix(f"{short}-")
+    return rest != name and not OTHER_REPOSITORY.match(rest)
 
 
 def find_unneeded() -> list[StoredModel]:
@@ -107,8 +124,8 @@ def find_unneeded() -> list[StoredModel]:
     return [
         model
         for model in list_downloads()
-        if any(model.name == size.repo for size in PUBLISHED_SIZES.values())
-        and any(name.startswith(f"{model.name.rpartition('/')[2]}-") for name in copies)
+        if find_pasted_size(model.name.removeprefix(f"{OWNER}/"))
+        and any(is_copy_of(name, model.name.rpartition("/")[2]) for name in copies)
     ]
 
 

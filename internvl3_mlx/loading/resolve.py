@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx.config.foreign import describe_file
+from internvl3_mlx.config.published import PUBLISHED_SIZES, find_pasted_size, find_size
 from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.files import did_you_mean
 
@@ -26,39 +27,6 @@ HUB_ADDRESS = re.compile(
     re.IGNORECASE,
 )
 CACHE_FOLDER_NAME = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
-SIZE_NAME = re.compile(r"internvl3[-:_ ](?P<size>\d+b)", re.IGNORECASE)
-# 4 bits with the scale and bias of the group, and some layers that stay at 16 bits
-QUANTIZED_BYTES_PER_PARAMETER = 0.6
-
-
-@dataclass(frozen=True)
-class PublishedSize:
-    """A published size, to estimate its memory before a download."""
-
-    repo: str
-    parameters: float
-
-    @property
-    def dense_bytes(self) -> float:
-        return 2 * self.parameters
-
-    @property
-    def quantized_bytes(self) -> float:
-        return QUANTIZED_BYTES_PER_PARAMETER * self.parameters
-
-
-PUBLISHED_SIZES = {
-    name: PublishedSize(f"OpenGVLab/InternVL3-{name.upper()}", parameters * 1e9)
-    for name, parameters in {
-        "1b": 0.94,
-        "2b": 2.09,
-        "8b": 7.94,
-        "9b": 9.14,
-        "14b": 15.12,
-        "38b": 38.39,
-        "78b": 78.41,
-    }.items()
-}
 
 
 @dataclass(frozen=True)
@@ -80,8 +48,8 @@ def resolve_model(model: str) -> ModelLocation:
     path = Path(os.path.expanduser(name))
     if name == DEMO:
         return ModelLocation(folder=DEMO_FOLDER)
-    if size := PUBLISHED_SIZES.get(name.lower()):
-        return ModelLocation(repo=size.repo, size=name.lower())
+    if size := find_size(name):
+        return ModelLocation(repo=size.repo, size=size.name)
     if name and path.is_dir():
         return ModelLocation(folder=path)
     if path.is_file():
@@ -89,8 +57,8 @@ def resolve_model(model: str) -> ModelLocation:
             describe_file(path)
             or f"{model} is a file; name the folder with config.json and the weights"
         )
-    if (named := SIZE_NAME.fullmatch(name)) and named["size"].lower() in PUBLISHED_SIZES:
-        return resolve_model(named["size"])
+    if size := find_pasted_size(name):
+        return ModelLocation(repo=size.repo, size=size.name)
     if repo := repository_name(name):
         return ModelLocation(repo=repo)
     otherwise = f"choose from {', '.join(PUBLISHED_SIZES)}, or name a repository as OWNER/NAME"

@@ -12,7 +12,14 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from internvl3_mlx.models.attention import ALL_ROWS, RowSelection, ragged_attention
+from internvl3_mlx.metal_kernels.kv_layout import DenseKV
+from internvl3_mlx.models.attention import (
+    ALL_ROWS,
+    RowSelection,
+    SlidingAttention,
+    ragged_attention,
+    ragged_sliding_attention,
+)
 from internvl3_mlx.models.cache import AttentionContext, KVCache, LayerCache, split_kv
 
 
@@ -75,10 +82,28 @@ class StaticDense(StaticContext):
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
     ) -> mx.array:
-        plan, [kv] = self.plan, self.arrays
-        kv = mx.slice_update(kv, mx.concatenate([k, v]), plan.lengths, axes=(2,))
+        plan, store = self.plan, self.write(k, v)
+        return ragged_attention(q[:, :, rows], store, plan.read, plan.capacity, plan.mask)
+
+    def attend_sliding(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        layer: SlidingAttention,
+        rows: RowSelection = ALL_ROWS,
+    ) -> mx.array:
+        store = self.write(k, v)
+        return ragged_sliding_attention(
+            q[:, :, rows], store.keys, store.values, layer, self.plan.read
+        )
+
+    def write(self, k: mx.array, v: mx.array) -> DenseKV:
+        """Add the new token; return all buffers."""
+        [kv] = self.arrays
+        kv = mx.slice_update(kv, mx.concatenate([k, v]), self.plan.lengths, axes=(2,))
         self.arrays = [kv]
-        return ragged_attention(q[:, :, rows], split_kv(kv), plan.read, plan.capacity, plan.mask)
+        return split_kv(kv)
 
 
 KINDS: dict[type[LayerCache], StaticKind] = {KVCache: DenseKind()}

@@ -5,14 +5,53 @@ from pathlib import Path
 
 import pytest
 
+from internvl3_mlx.config.published import PUBLISHED_SIZES
 from internvl3_mlx.errors import CheckpointError, UserError
-from internvl3_mlx.loading.resolve import DEMO_FOLDER, PUBLISHED_SIZES, resolve_model
+from internvl3_mlx.loading.resolve import DEMO_FOLDER, resolve_model
 
 
 @pytest.mark.parametrize("size", ["1b", "2b", "8b", "9b", "14b", "38b", "78b"])
 def test_each_published_size_is_its_repository(size):
     assert resolve_model(size).repo == f"OpenGVLab/InternVL3-{size.upper()}"
     assert resolve_model(size.upper()).size == size
+
+
+NEWER = ("1b", "2b", "4b", "8b", "14b", "38b", "30b-a3b", "241b-a28b")
+
+
+@pytest.mark.parametrize("size", NEWER)
+def test_each_size_of_3_5_is_its_repository(size):
+    assert resolve_model(f"3.5-{size}").repo == f"OpenGVLab/InternVL3_5-{size.upper()}"
+    for pasted in (f"InternVL3_5-{size.upper()}", f"internvl3.5:{size}", f"3_5-{size}"):
+        assert resolve_model(pasted) == resolve_model(f"3.5-{size}")
+
+
+@pytest.mark.parametrize(
+    ("name", "repo"),
+    [
+        ("3.5-8b-instruct", "InternVL3_5-8B-Instruct"),
+        ("3.5-8b-mpo", "InternVL3_5-8B-MPO"),
+        ("3.5-8b-pretrained", "InternVL3_5-8B-Pretrained"),
+        ("3.5-8b-hf", "InternVL3_5-8B-HF"),
+        ("3.5-8b-flash", "InternVL3_5-8B-Flash"),
+        ("InternVL3_5-8B-MPO-HF", "InternVL3_5-8B-MPO-HF"),
+        ("3.5-30b-a3b-instruct-hf", "InternVL3_5-30B-A3B-Instruct-HF"),
+        ("3.5-20b-a4b", "InternVL3_5-GPT-OSS-20B-A4B-Preview"),
+        ("InternVL3_5-GPT-OSS-20B-A4B-Preview", "InternVL3_5-GPT-OSS-20B-A4B-Preview"),
+        ("8b-instruct", "InternVL3-8B-Instruct"),
+        ("8b-hf", "InternVL3-8B-hf"),
+    ],
+)
+def test_stages_and_layouts_of_a_size_are_its_repositories(name, repo):
+    found = resolve_model(name)
+    assert found.repo == f"OpenGVLab/{repo}"
+    assert found.size == resolve_model(found.size).size  # a name to quantize on first use
+
+
+@pytest.mark.parametrize("name", ["8b-mpo", "3.5-9b", "3.5-8b-best", "8b-a3b"])
+def test_sizes_and_stages_that_do_not_exist_are_explained(name):
+    with pytest.raises(UserError, match="no model folder, size or repository"):
+        resolve_model(name)
 
 
 def test_a_repository_is_taken_by_its_name():
@@ -109,6 +148,9 @@ def test_a_file_is_no_model_folder(tmp_path):
 
 
 def test_estimates_grow_with_the_sizes():
-    estimates = [size.quantized_bytes for size in PUBLISHED_SIZES.values()]
-    assert estimates == sorted(estimates)
+    for family in ("3", "3.5"):
+        sizes = [size for size in PUBLISHED_SIZES.values() if size.family == family]
+        estimates = [size.quantized_bytes for size in sizes]
+        assert estimates == sorted(estimates)
+        assert len(sizes) > 6
     assert all(size.quantized_bytes < size.dense_bytes for size in PUBLISHED_SIZES.values())
