@@ -95,13 +95,13 @@ class DecodeBatch(Generic[AnswerT]):
         return cls(model, RaggedBatch(len(model.language_model.model.layers)))
 
     def join(
-        self, answers: Sequence[AnswerT], caches: Sequence[list[LayerCache]], logits: mx.array
+        self, answers: Sequence[AnswerT], layers: Sequence[LayerCache], logits: mx.array
     ) -> None:
         """Take in answers to a prompt that has been read. logits: (1, vocab) of their first token.
 
-        caches: of the prompt's layers, for each answer its own.
+        layers: the caches of the prompt, which all of the answers share.
         """
-        rows = [self.batch.insert(own) for own in caches]
+        rows = self.batch.insert(layers, len(answers))
         for row, answer in zip(rows, answers, strict=True):
             answer.row = row
             self.answers[row] = answer

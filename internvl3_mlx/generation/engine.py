@@ -17,17 +17,14 @@ from internvl3_mlx.generation.compiled_step import (
 )
 from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, GenerationConfig
 from internvl3_mlx.generation.sampler import GREEDY, Sampler, SamplerState
-from internvl3_mlx.metal_kernels.flash_decode import prefers_row_layout
-from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
+from internvl3_mlx.metal_kernels.flash_decode import flash_variant, prefers_row_layout, should_use_kernel
+from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, KVRowLayout
 from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW
-from internvl3_mlx.models.cache import KVCache, LayerCache
+from internvl3_mlx.models.cache import LayerCache
+from internvl3_mlx.models.cache_kind import CacheKind, format_of
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.models.quantized_cache import (
-    KVQuantization,
-    QuantizedKVCache,
-    RowQuantizedKVCache,
-    quantize_layer,
-)
+from internvl3_mlx.models.kv_segment import DENSE, QuantizedFormat, RowFormat
+from internvl3_mlx.models.quantized_cache import KVQuantization
 from internvl3_mlx.models.rope import Positions, Rotary
 
 # Tokens per chunk. A CPU computes the scores behind the causal mask too; short chunks have fewer.
@@ -165,7 +162,7 @@ class Engine:
         It has to while the base of the rotary embedding changes with every token, and while a
         dense cache waits to be quantized.
         """
-        is_waiting = self.kv_quantization is not None and isinstance(self.cache[-1], KVCache)
+        is_waiting = self.kv_quantization is not None and format_of(self.cache[-1]) == DENSE
         if runner is None or is_waiting or self.uses_dynamic_ntk(0):
             return None
         following = runner.next_token(token, int(self.next_position))
@@ -222,10 +219,10 @@ class Engine:
         quantization = self.kv_quantization
         if quantization is None or self.cache[-1].offset <= quantization.start:
             return
-        if not isinstance(self.cache[-1], RowQuantizedKVCache):
-            layout = preferred_row_layout(self.model, quantization, self.cache[-1].offset)
+        if not isinstance(format_of(self.cache[-1]), RowFormat):
+            kind = preferred_kind(self.model, quantization, self.cache[-1].offset)
             before = self.cache[-1]
-            self.cache[:] = [quantize_layer(layer, quantization, layout) for layer in self.cache]
+            self.cache[:] = [kind.adopt(layer) for layer in self.cache]
             if self.cache[-1] is not before:
                 # No token depends on these arrays yet, and what is lazy belongs to this thread.
                 # This also frees the dense cache a step earlier.
@@ -265,26 +262,32 @@ def make_kv_cache(
     A cache that is quantized from the first token is quantized chunk by chunk as it is filled, so
     the chunk size does not change the result.
     """
-    capacity, layers = (
-        prompt_tokens + min(max_tokens, CACHE_HEADROOM),
-        model.language_model.model.layers,
-    )
-    if quantization is None or quantization.start:
-        return [KVCache(capacity) for _ in layers]
-    if layout := preferred_row_layout(model, quantization, prompt_tokens):
-        return [RowQuantizedKVCache(layout, capacity) for _ in layers]
-    return [QuantizedKVCache(quantization.bits, quantization.group_size, capacity) for _ in layers]
+    layers = model.language_model.model.layers
+    from_start = quantization if quantization and not quantization.start else None
+    kind = preferred_kind(model, from_start, prompt_tokens)
+    return [kind.make(cache_capacity(prompt_tokens, max_tokens)) for _ in layers]
 
 
-def preferred_row_layout(
-    model: InternVL, quantization: KVQuantization, tokens: int
-) -> KVRowLayout | None:
-    """Return the row layout if our kernels read ``tokens`` rows faster than MLX its own layout."""
+def cache_capacity(prompt_tokens: int, max_tokens: int) -> int:
+    """Return for how many tokens a cache makes space that reads a prompt."""
+    return prompt_tokens + min(max_tokens, CACHE_HEADROOM)
+
+
+def preferred_kind(model: InternVL, quantization: KVQuantization | None, tokens: int) -> CacheKind:
+    """Return how keys and values are kept: as our kernels read them where they are faster.
+
+    Whether they are was measured on this machine, for so many tokens in the cache.
+    """
+    config, dtype = model.config.text, model.language_model.model.norm.weight.dtype
+    queries, dim = config.num_attention_heads // config.num_key_value_heads, config.head_dim
+    if quantization is None:
+        variant = flash_variant(dtype, DENSE_BITS, dim, dim, queries)
+        return CacheKind(DENSE, segmented=should_use_kernel(variant, tokens))
+    bits, group_size = quantization.bits, quantization.group_size
     layout = supported_row_layout(model, quantization)
-    queries_per_kv_head = (
-        model.config.text.num_attention_heads // model.config.text.num_key_value_heads
-    )
-    return layout if layout and prefers_row_layout(layout, queries_per_kv_head, tokens) else None
+    if layout and prefers_row_layout(layout, queries, tokens):
+        return CacheKind(RowFormat(layout), segmented=True)
+    return CacheKind(QuantizedFormat(bits, group_size))
 
 
 def supported_row_layout(model: InternVL, quantization: KVQuantization) -> KVRowLayout | None:

@@ -108,10 +108,13 @@ class Generation:
 
     def memory_need(self) -> MemoryNeed:
         """Return what prompt and answer take at most, beside the weights."""
+        return MemoryNeed(self.weights_nbytes, self.cache_nbytes(), owner=id(self.model))
+
+    def cache_nbytes(self, answers: int = 1) -> int:
+        """Return what the prompt and so many answers to it take at most; they share the prompt."""
         config, num_tokens = self.generation_config, len(self.inputs.token_ids)
-        tokens = num_tokens + config.max_tokens
-        per_token = kv_nbytes_per_token(self.model, config)
-        return MemoryNeed(self.weights_nbytes, tokens * per_token, owner=id(self.model))
+        tokens = num_tokens + answers * config.max_tokens
+        return tokens * kv_nbytes_per_token(self.model, config)
 
     def open_prefill(self) -> Prefill:
         """Prepare to read the prompt; from now on ``inputs`` are what is read."""

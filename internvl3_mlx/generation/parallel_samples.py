@@ -16,11 +16,9 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.answer import Answer
 from internvl3_mlx.generation.compiled_step import mark_not_finite
 from internvl3_mlx.generation.engine import (
-    CACHE_HEADROOM,
     Engine,
     check_token,
-    kv_quantization_for,
-    supported_row_layout,
+    preferred_kind,
 )
 from internvl3_mlx.generation.generate import Generation, StageTimer
 from internvl3_mlx.generation.generation_config import GenerationConfig
@@ -33,7 +31,9 @@ from internvl3_mlx.generation.structured import is_structured
 from internvl3_mlx.generation.thinking import ThoughtBudget, make_thought_budget
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import BufferCache, working_memory
-from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
+from internvl3_mlx.models.cache_kind import kind_of, spread
+from internvl3_mlx.models.kv_segment import DENSE
+from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 
 
 def generate_samples(
@@ -69,23 +69,20 @@ def stream_samples(
     where answers are decoded together.
     """
     cache = PromptCache() if cache is None else cache
-    if can_sample_together(runner, configs[0]):
+    if can_sample_together(configs[0]):
         yield from sample_together(runner, inputs, configs, cache, log_probs=log_probs)
         return
     for index, config in enumerate(configs):
         yield index, runner.answer(inputs, config, cache)
 
 
-def can_sample_together(runner: ModelRunner, config: GenerationConfig) -> bool:
+def can_sample_together(config: GenerationConfig) -> bool:
     """Tell whether answers can be decoded together.
 
-    They can without speculation and constraints, with a KV cache that can be split in a shared
-    prefix and own tails. Otherwise each is decoded alone, the prompt still read once.
+    They can without speculation and constraints. Otherwise each is decoded alone, the prompt still
+    read once.
     """
-    if config.lookup or config.draft_model is not None or is_structured(config):
-        return False
-    quantization = kv_quantization_for(config, runner.config.text.head_dim)
-    return quantization is None or supported_row_layout(runner.model, quantization) is not None
+    return not (config.lookup or config.draft_model is not None or is_structured(config))
 
 
 @dataclass(eq=False)
@@ -126,7 +123,7 @@ def sample_together(
     """Prefill once, then decode one token of every answer at each step; yield each as it ends."""
     generation = runner.open_generation(inputs, configs[0], cache)
     need = generation.memory_need()
-    need = replace(need, cache=need.cache * len(configs))
+    need = replace(need, cache=generation.cache_nbytes(len(configs)))
     with explained_gpu_errors(Task.ANSWER), working_memory(need) as buffers:
         yield from decode_together(generation, configs, buffers, log_probs=log_probs)
 
@@ -222,10 +219,9 @@ def decode_samples(
 
     logits: (1, vocab) of the first token. The engine's cache holds the prompt again at the end.
     """
-    quantization = engine.kv_quantization
-    layout = None if quantization is None else supported_row_layout(engine.model, quantization)
-    caches = [SharedPrefixKVCache(layer, layout, CACHE_HEADROOM) for layer in engine.cache]
-    engine.cache.clear()  # the shared caches hold their own copy: free the prompt's
+    kinds = [kind_of(layer) for layer in engine.cache]
+    caches, prompt_tokens = [spread(layer) for layer in engine.cache], engine.cache[0].offset
+    engine.cache.clear()  # so that a prompt that is quantized on the way is not kept twice
     logits = mx.repeat(logits, len(samples.live), axis=0)
     tokens = samples.choose(logits)
     try:
@@ -249,7 +245,12 @@ def decode_samples(
                     cache.select(kept)
             tokens = samples.force(following)
     finally:
-        engine.cache[:] = [cache.prefix for cache in caches]
+        for cache in caches:
+            cache.trim(cache.offset - prompt_tokens)
+        engine.cache[:] = [
+            replace(kind, format=cache.format).adopt(cache)
+            for kind, cache in zip(kinds, caches, strict=True)
+        ]
 
 
 def token_log_probs(logits: mx.array, tokens: mx.array) -> mx.array:
@@ -265,15 +266,14 @@ def to_host(tokens: mx.array, scores: mx.array) -> tuple[list[int], list[float]]
     return cast(list[int], tokens.tolist()), cast(list[float], scores.tolist())
 
 
-def sample_step(
-    engine: Engine, caches: Sequence[SharedPrefixKVCache], tokens: mx.array
-) -> mx.array:
+def sample_step(engine: Engine, caches: list[SegmentedKVCache], tokens: mx.array) -> mx.array:
     """Read one token of every answer, all at the same position: (N,) -> logits (N, vocab)."""
     length, language = caches[0].offset + 1, engine.model.language_model
     rotary = engine.rotary(int(engine.next_position), length)
     engine.next_position += 1
     states = language.model(engine.model.embed(tokens[:, None]), rotary, caches)
-    if engine.kv_quantization is not None and length > engine.kv_quantization.start:
-        for cache in caches:
-            cache.quantize()
+    quantization = engine.kv_quantization
+    if quantization is not None and length > quantization.start and caches[0].format == DENSE:
+        form = preferred_kind(engine.model, quantization, length).format
+        caches[:] = [cache.to(form) for cache in caches]
     return language.head(states[:, -1])

@@ -9,16 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl3_mlx.config import ModelConfig
-from internvl3_mlx.generation.engine import kv_quantization_for, make_kv_cache
+from internvl3_mlx.generation.engine import (
+    cache_capacity,
+    kv_quantization_for,
+    make_kv_cache,
+    preferred_kind,
+)
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage
-from internvl3_mlx.models.cache import KVCache, LayerCache
+from internvl3_mlx.models.cache import LayerCache
+from internvl3_mlx.models.cache_kind import format_of
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.models.quantized_cache import (
-    KVQuantization,
-    QuantizedKVCache,
-    RowQuantizedKVCache,
-)
+from internvl3_mlx.models.kv_segment import DENSE
+from internvl3_mlx.models.quantized_cache import KVQuantization
 from internvl3_mlx.prompt.v2pe import image_spans
 
 HASH_WORDS = 2  # a content hash as two 64-bit words
@@ -175,6 +178,10 @@ class PromptCache:
             self.layers = make_kv_cache(model, len(key), config.max_tokens, quantization)
         self.uses_dynamic_ntk = uses_dynamic_ntk
         self.truncate(key, num_reused)
+        kind = preferred_kind(model, quantization if self.is_quantized else None, len(key))
+        self.layers = [kind.adopt(layer) for layer in self.layers]
+        for layer in self.layers:
+            layer.capacity = cache_capacity(len(key), config.max_tokens)
         return num_reused, quantization
 
     def reset(self) -> None:
@@ -187,12 +194,11 @@ class PromptCache:
 
         An unquantized cache can be quantized later; a quantized one cannot be changed.
         """
-        kinds = (QuantizedKVCache, RowQuantizedKVCache)
-        quantized = [layer for layer in self.layers if isinstance(layer, kinds)]
+        quantized = [form for layer in self.layers if (form := format_of(layer)) != DENSE]
         if quantization is None:
             return not quantized
         wanted = (quantization.bits, quantization.group_size)
-        return all((layer.bits, layer.group_size) == wanted for layer in quantized)
+        return all((form.bits, form.group_size) == wanted for form in quantized)
 
     def truncate(self, key: CacheKey, length: int) -> None:
         """Record that the cache holds the first ``length`` tokens of ``key``, and drop the rest."""
@@ -226,4 +232,4 @@ class PromptCache:
 
     @property
     def is_quantized(self) -> bool:
-        return not all(isinstance(layer, KVCache) for layer in self.layers)
+        return not all(format_of(layer) == DENSE for layer in self.layers)

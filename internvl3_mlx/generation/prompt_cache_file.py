@@ -31,8 +31,10 @@ from internvl3_mlx.generation.generation_config import KV_BITS, KV_GROUP_SIZES
 from internvl3_mlx.generation.prompt_cache import HASH_WORDS, CacheKey, PromptCache
 from internvl3_mlx.json_files import parse_json
 from internvl3_mlx.models.cache import KVCache, LayerCache
+from internvl3_mlx.models.cache_kind import CacheKind, format_of
+from internvl3_mlx.models.kv_segment import DENSE, QuantizedFormat, RowFormat
 from internvl3_mlx.models.lora import lora_layers
-from internvl3_mlx.models.quantized_cache import QuantizedKVCache, RowQuantizedKVCache
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 METADATA_KEY = "internvl3_mlx"  # our entry in the metadata
 MAX_HEADER_BYTES = 100 * 2**20  # what safetensors allows
@@ -81,7 +83,7 @@ def save_prompt_cache(path: Path, cache: PromptCache, fingerprint: str) -> None:
         arrays |= {f"{index}.{name}": mx.array(number) for name, number in numbers.items()}
         scalars += [f"{index}.{name}" for name in numbers]
         metadata[f"1.{index}"] = (
-            KVCache if isinstance(layer, KVCache) else QuantizedKVCache
+            KVCache if format_of(layer) == DENSE else QuantizedKVCache
         ).__name__
     metadata["2.0"] = ""
     for number, name in enumerate(scalars, start=1):
@@ -166,8 +168,10 @@ def layer_arrays(layer: LayerCache) -> tuple[dict[str, mx.array], dict[str, int]
 
     The row layout is written as MLX's own, with the same values, so that any machine can read it.
     """
-    if isinstance(layer, RowQuantizedKVCache):
-        layer = layer.to_quantized()
+    form = format_of(layer)
+    if isinstance(form, RowFormat):
+        form = QuantizedFormat(form.bits, form.group_size)
+    layer = CacheKind(form).adopt(layer)
     if not isinstance(layer, QuantizedKVCache):
         keys, values = layer.state
         return {"0": keys, "1": values}, {"2": layer.offset}

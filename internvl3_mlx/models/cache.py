@@ -8,12 +8,13 @@ change:
 - A compiled decode step is a function from arrays to arrays, whose lengths are arrays too: inside
   it, ``models.static_cache`` attends with the ``arrays`` of a cache that ``reserve`` made long
   enough, and the cache takes them back with ``take_step``. The decoder never reads ``offset``.
-- A segmented cache (a long segment that never changes, and a short tail): ``attend`` appends to the
-  tail and merges both segments by their log-sum-exp, as ``SharedPrefixKVCache`` does.
-- A ragged batch padded on the right: ``attend`` writes each sequence at its own length, and
-  ``flash_decode`` takes the lengths (B,).
+- A segmented cache (``models.segmented_cache``): ``attend`` appends to a short tail, and merges
+  attention to it and to the parts before it by their log-sum-exp.
+- A ragged batch padded on the right (``models.ragged_cache``): ``attend`` writes each sequence at
+  its own length, and ``flash_decode`` takes the lengths (B,).
 """
 
+import copy
 from abc import ABC, abstractmethod
 
 import mlx.core as mx
@@ -123,6 +124,21 @@ class LayerCache(AttentionContext):
         """Take the buffers back from a step that wrote ``length`` tokens into them."""
         raise NotImplementedError(f"{type(self).__name__} has no buffers of a fixed size")
 
+    def fork(self) -> "LayerCache":
+        """Return a cache of the same tokens that is continued by itself.
+
+        Both refer to the same arrays until one of them is written to.
+        """
+        twin = copy.copy(self)
+        twin.state = self.state  # type: ignore[misc]
+        return twin
+
+    def compact(self) -> "LayerCache":
+        """Return a copy without free space."""
+        twin = self.fork()
+        twin.state = [mx.contiguous(array) for array in self.state]  # type: ignore[misc]
+        return twin
+
     def trim(self, count: int) -> int:
         """Drop the last ``count`` tokens; return how many were dropped."""
         count = max(0, min(self.offset, count))
@@ -219,6 +235,11 @@ class KVCache(LayerCache):
     @property
     def nbytes(self) -> int:
         return 0 if self.kv is None else self.kv.nbytes
+
+    def fork(self) -> "KVCache":
+        twin = copy.copy(self)
+        twin.kv = None if self.kv is None else mx.array(self.kv)  # the same memory
+        return twin
 
     def select(self, rows: mx.array) -> None:
         if self.kv is not None:

@@ -22,9 +22,8 @@ from internvl3_mlx.metal_kernels.kv_layout import (
     split_rows,
 )
 from internvl3_mlx.models.attention import MAX_KERNEL_ROWS
+from internvl3_mlx.models.cache import bucket_length
 from internvl3_mlx.models.segment_attention import SegmentStore
-
-GROWTH_STEP = 256  # tokens; buffers grow in whole steps so that appending rarely copies
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,11 @@ class KVSegment:
         """The whole buffers, as attention takes them. Only after an append."""
         return self.format.store(self.arrays)
 
+    def dense(self, sequences: int, dtype: mx.Dtype) -> list[mx.array]:
+        """Return keys and values for so many sequences, (B, KV, length, D) twice."""
+        parts = self.store.first_tokens(self.length).dequantize()
+        return [mx.broadcast_to(part.astype(dtype), (sequences, *part.shape[1:])) for part in parts]
+
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
@@ -179,7 +183,9 @@ class KVSegment:
 
     def select(self, rows: mx.array) -> "KVSegment":
         """Return only some of the sequences, given by their indices."""
-        return replace(self, arrays=[mx.take(array, rows, axis=-4) for array in self.arrays], is_frozen=False)
+        return replace(
+            self, arrays=[mx.take(array, rows, axis=-4) for array in self.arrays], is_frozen=False
+        )
 
     def to(self, target: KVFormat) -> "KVSegment":
         """Return the same tokens in another format, without free space; itself in its own."""
@@ -194,6 +200,6 @@ def grown(buffer: mx.array | None, new: mx.array, needed: int, capacity: int) ->
     size = 0 if buffer is None else buffer.shape[-2]
     if buffer is not None and size >= needed:
         return buffer
-    wanted = max(-(-needed // GROWTH_STEP) * GROWTH_STEP, capacity)
+    wanted = max(bucket_length(needed), capacity)
     space = mx.zeros((*new.shape[:-2], wanted - size, new.shape[-1]), dtype=new.dtype)
     return space if buffer is None else mx.concatenate([buffer, space], axis=-2)

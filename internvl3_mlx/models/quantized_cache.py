@@ -1,8 +1,6 @@
-"""Caches of 8 or 4 bits, in two layouts that hold the same numbers.
+"""A cache of 8 or 4 bits as ``mx.quantize`` stores them, which MLX's own operations read fastest.
 
-``QuantizedKVCache`` keeps ``mx.quantize``'s arrays, which MLX's own operations read fastest.
-``RowQuantizedKVCache`` keeps one row of words for each token and head, which our Metal kernels read
-fastest.
+Our Metal kernels read the same numbers in rows, which a segmented cache keeps.
 """
 
 from dataclasses import dataclass
@@ -10,25 +8,16 @@ from itertools import zip_longest
 
 import mlx.core as mx
 
-from internvl3_mlx.affine_quantize import quantize_exactly
-from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append
-from internvl3_mlx.metal_kernels.kv_layout import (
-    KVRowLayout,
-    QuantizedArrays,
-    QuantizedKVRows,
-    join_rows,
-    quantize_rows,
-    split_rows,
-)
+from internvl3_mlx.metal_kernels.kv_layout import QuantizedArrays
 from internvl3_mlx.models.attention import (
     ALL_ROWS,
     MAX_KERNEL_ROWS,
     RowSelection,
     causal_attention,
     quantized_attention,
-    store_attention,
 )
 from internvl3_mlx.models.cache import KVCache, LayerCache, grow
+from internvl3_mlx.models.kv_segment import QuantizedFormat
 
 
 @dataclass(frozen=True)
@@ -77,14 +66,8 @@ class QuantizedKVCache(LayerCache):
             buffer[..., start : self.offset, :] = part
 
     def quantize(self, new: mx.array) -> QuantizedArrays:
-        """Quantize (B, KV, L, D); the few rows of a decode step in a single kernel.
-
-        Where Metal's kernel is less exact than the CPU's, mending that takes four more.
-        """
-        if new.shape[2] > MAX_KERNEL_ROWS:
-            return quantize_exactly(new, group_size=self.group_size, bits=self.bits)
-        words, scales, biases = mx.quantize(new, group_size=self.group_size, bits=self.bits)
-        return words, scales, biases
+        """Quantize (B, KV, L, D)."""
+        return QuantizedFormat(self.bits, self.group_size).quantize(new)
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
@@ -134,126 +117,3 @@ class QuantizedKVCache(LayerCache):
     def select(self, rows: mx.array) -> None:
         self.keys = [buffer[rows] for buffer in self.keys]
         self.values = [buffer[rows] for buffer in self.values]
-
-
-class RowQuantizedKVCache(LayerCache):
-    """Keys and values of a token and head in one row of 32-bit words: (B, KV, N, W) uint32."""
-
-    def __init__(self, layout: KVRowLayout, capacity: int = 0):
-        self.layout = layout
-        self.offset, self.capacity = 0, capacity
-        self.rows: mx.array | None = None
-
-    @property
-    def bits(self) -> int:
-        return self.layout.bits
-
-    @property
-    def group_size(self) -> int:
-        return self.layout.group_size
-
-    @classmethod
-    def from_quantized(cls, cache: QuantizedKVCache, layout: KVRowLayout) -> "RowQuantizedKVCache":
-        """Lay out the same numbers in rows."""
-        rows = cls(layout, cache.capacity)
-        if cache.keys:
-            rows.append_rows(join_rows(cache.quantized_keys, cache.quantized_values, layout))
-        return rows
-
-    def to_quantized(self) -> QuantizedKVCache:
-        """Return the same numbers as ``mx.quantize`` lays them out."""
-        cache = QuantizedKVCache(self.bits, self.group_size, self.capacity)
-        if self.rows is not None:
-            keys, values = split_rows(self.rows[..., : self.offset, :], self.layout)
-            cache.state = [*keys, *values]
-        return cache
-
-    def append(self, keys: mx.array, values: mx.array) -> None:
-        """Quantize L tokens, keys rotated: (B, KV, L, D)."""
-        self.append_rows(quantize_rows(keys, values, self.layout))
-
-    def append_pre_rope(self, keys: mx.array, values: mx.array, rope: RopeParams) -> None:
-        """Rotate keys and quantize both in one kernel: (B, L, KV, D), as projected."""
-        self.append_rows(kv_append(keys, values, self.layout, rope))
-
-    def append_rows(self, rows: mx.array) -> None:
-        """Add rows of L tokens: (B, KV, L, W)."""
-        start, self.offset = self.offset, self.offset + rows.shape[2]
-        self.rows = grow(self.rows, rows, self.offset, self.capacity)
-        self.rows[..., start : self.offset, :] = rows
-
-    def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
-    ) -> mx.array:
-        self.append(k, v)
-        return store_attention(q[:, :, rows], self.buffers, self.offset)
-
-    def append_and_read(
-        self, k: mx.array, v: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array | None]:
-        self.append(k, v)
-        keys, values = self.buffers.first_tokens(self.offset).dequantize()
-        return keys.astype(k.dtype), values.astype(v.dtype), None
-
-    def accepts_pre_rope(self, length: int) -> bool:
-        return length <= MAX_KERNEL_ROWS
-
-    def attend_pre_rope(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        rope: RopeParams,
-        rows: RowSelection = ALL_ROWS,
-    ) -> mx.array:
-        self.append_pre_rope(k, v, rope)
-        return store_attention(q[:, :, rows], self.buffers, self.offset)
-
-    @property
-    def buffers(self) -> QuantizedKVRows:
-        """The whole buffer, as the kernels take it. Only after an append."""
-        assert self.rows is not None
-        return QuantizedKVRows(self.rows, self.layout)
-
-    def dequantize(self) -> tuple[mx.array, mx.array]:
-        """Return the numbers of keys and values: (B, KV, N, D), twice."""
-        return self.buffers.first_tokens(self.offset).dequantize()
-
-    @property
-    def state(self) -> list[mx.array]:
-        """The rows of the tokens read so far."""
-        return [] if self.rows is None else [self.rows[..., : self.offset, :]]
-
-    @state.setter
-    def state(self, arrays: list[mx.array]) -> None:
-        [self.rows] = arrays
-        self.offset = self.rows.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.rows is None else self.rows.nbytes
-
-    def select(self, rows: mx.array) -> None:
-        if self.rows is not None:
-            self.rows = self.rows[rows]
-
-
-def quantize_layer(
-    cache: LayerCache, quantization: KVQuantization, layout: KVRowLayout | None
-) -> LayerCache:
-    """Quantize the cache of a layer, in rows if there is a ``layout``, unless it already is."""
-    if layout is not None:
-        return quantize_to_rows(cache, layout)
-    if isinstance(cache, KVCache):
-        return QuantizedKVCache.from_dense(cache, quantization.bits, quantization.group_size)
-    return cache
-
-
-def quantize_to_rows(cache: LayerCache, layout: KVRowLayout) -> RowQuantizedKVCache:
-    """Return the cache of one sequence quantized in rows."""
-    if isinstance(cache, KVCache):
-        cache = QuantizedKVCache.from_dense(cache, layout.bits, layout.group_size)
-    if isinstance(cache, QuantizedKVCache):
-        cache = RowQuantizedKVCache.from_quantized(cache, layout)
-    assert isinstance(cache, RowQuantizedKVCache)
-    return cache

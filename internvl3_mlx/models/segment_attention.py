@@ -5,14 +5,15 @@ A segment is read by all sequences, or by each its own; its tokens may be fewer 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import flash_decode, self_test
 from internvl3_mlx.metal_kernels.flash_decode import AttentionOutput, FlashVariant, Lengths
-from internvl3_mlx.metal_kernels.kv_layout import DenseKV, KVStore, QuantizedKV
-from internvl3_mlx.models.attention import causal_attention, kernels_enabled
+from internvl3_mlx.metal_kernels.kv_layout import KVStore, QuantizedKV
+from internvl3_mlx.models.attention import ragged_attention, store_attention
 
 SegmentStore = KVStore | QuantizedKV
 
@@ -51,6 +52,11 @@ def segment_attention(q: mx.array, segments: Sequence[VisibleKV]) -> mx.array:
     With our kernel, where it is usable, each segment by itself, and merged by their log-sum-exp.
     Otherwise MLX computes the scores of all segments and one softmax over them.
     """
+    [first, *others] = segments
+    if not others and first.sequences == q.shape[0] and not isinstance(first.store, QuantizedKV):
+        if first.lengths is None or first.mask is None:
+            return store_attention(q, first.store, first.length)
+        return ragged_attention(q, first.store, first.lengths, first.length, first.mask)
     questions = [query_rows(q, segment) for segment in segments]
     if prefers_kernel(questions, segments):
         return kernel_attention(q, questions, segments)
@@ -70,56 +76,42 @@ def query_rows(q: mx.array, segment: VisibleKV) -> list[mx.array]:
 
 
 def prefers_kernel(questions: Sequence[list[mx.array]], segments: Sequence[VisibleKV]) -> bool:
-    """Return whether our kernel reads the segments, all or none.
-
-    Several segments and quantized rows wherever it is usable; one of dense keys only where it was
-    measured to be faster than MLX's fused attention.
-    """
+    """Return whether our kernel reads the segments, all or none: wherever it is usable."""
     if any(isinstance(segment.store, QuantizedKV) for segment in segments):
         return False
-    variants = [
-        (FlashVariant.from_inputs(rows, segment.store, segment.causal), segment.length)
+    variants = (
+        FlashVariant.from_inputs(rows, segment.store, segment.causal)
         for asked, segment in zip(questions, segments, strict=True)
         for rows in asked
-    ]
-    if len(segments) == 1 and isinstance(segments[0].store, DenseKV):
-        return kernels_enabled() and all(
-            flash_decode.should_use_kernel(*variant) for variant in variants
-        )
-    return all(variant.is_supported and self_test.is_usable(variant) for variant, _ in variants)
+    )
+    return all(variant.is_supported and self_test.is_usable(variant) for variant in variants)
 
 
 def kernel_attention(
     q: mx.array, questions: Sequence[list[mx.array]], segments: Sequence[VisibleKV]
 ) -> mx.array:
     """Attend to each segment by itself, and merge the results by their log-sum-exp."""
-    batch, _, length, _ = q.shape
-    total: AttentionOutput | None = None
-    for asked, segment in zip(questions, segments, strict=True):
-        parts = [
-            flash_decode.flash_decode_kernel(
-                rows, segment.store, segment.ends, causal=segment.causal
-            )
-            for rows in asked
-        ]
-        if segment.sequences != batch:
-            parts = [
-                (flash_decode.queries_to_batch(out, length), flash_decode.queries_to_batch(lse, length))
-                for out, lse in parts
-            ]
-        out, lse = (mx.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts))
-        total = (out, lse) if total is None else flash_decode.merge_attention(*total, out, lse)
-    assert total is not None
-    return total[0]
+    (out, lse), *others = map(partial(attend_segment, q), questions, segments)
+    for other in others:
+        out, lse = flash_decode.merge_attention(out, lse, *other)
+    return out
+
+
+def attend_segment(q: mx.array, asked: list[mx.array], segment: VisibleKV) -> AttentionOutput:
+    """Attend to one segment by the kernel: out (B, H, L, D), lse (B, H, L)."""
+    outputs = [
+        flash_decode.flash_decode_kernel(rows, segment.store, segment.ends, causal=segment.causal)
+        for rows in asked
+    ]
+    if segment.sequences == q.shape[0]:
+        return outputs[0]
+    back = partial(flash_decode.queries_to_batch, length=q.shape[2])
+    out = mx.concatenate([back(part) for part, _ in outputs])
+    return out, mx.concatenate([back(part) for _, part in outputs])
 
 
 def mlx_attention(q: mx.array, segments: Sequence[VisibleKV]) -> mx.array:
     """Attend with MLX's operations; keys and values of a shared segment are read once."""
-    [first, *others] = segments
-    if not others and isinstance(first.store, DenseKV) and first.sequences == q.shape[0]:
-        dense = first.store.first_tokens(first.length).dequantize()
-        mask = visibility(first, q.shape[2]) if first.lengths is not None else None
-        return causal_attention(q, *dense, mask)
     scaled = q * q.shape[-1] ** -0.5
     scores = [segment_scores(scaled, segment) for segment in segments]
     weights = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1, precise=True)

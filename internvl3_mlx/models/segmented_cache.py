@@ -69,6 +69,17 @@ class SegmentedKVCache(LayerCache):
             return causal_attention(q, *(part.astype(q.dtype) for part in store.dequantize()))
         return self.attend_segments(q)
 
+    def append_and_read(
+        self, k: mx.array, v: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        if k.shape[2] > MAX_KERNEL_ROWS:
+            self.read_prompt(self.format.encode(k, v))
+        else:
+            self.append(self.format.encode(k, v))
+        sides = zip(*(segment.dense(k.shape[0], k.dtype) for segment in self.segments), strict=True)
+        keys, values = (mx.concatenate(side, axis=2) for side in sides)
+        return keys, values, None
+
     def accepts_pre_rope(self, length: int) -> bool:
         return isinstance(self.format, RowFormat) and length <= MAX_KERNEL_ROWS
 

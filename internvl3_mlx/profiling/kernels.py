@@ -14,11 +14,17 @@ from internvl3_mlx.generation.context_budget import SCALE_AND_BIAS_BITS
 from internvl3_mlx.metal_kernels import dispatch, self_test
 from internvl3_mlx.metal_kernels.cost_model import PUBLISHED_SHAPES
 from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, FlashVariant, flash_decode
-from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, KVRowLayout, KVStore
+from internvl3_mlx.metal_kernels.kv_layout import (
+    DENSE_BITS,
+    KVRowLayout,
+    KVStore,
+    QuantizedKVRows,
+    quantize_rows,
+)
 from internvl3_mlx.metal_kernels.registry import KernelThreshold
 from internvl3_mlx.models.attention import quantized_attention
 from internvl3_mlx.models.cache import KVCache
-from internvl3_mlx.models.quantized_cache import QuantizedKVCache, quantize_to_rows
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 from internvl3_mlx.profiling.results import Measurement
 from internvl3_mlx.profiling.timing import RUNS, measure_seconds, random_cache
 
@@ -120,7 +126,7 @@ def build_store(trial: AttentionTrial, filled: KVCache) -> KVStore:
     if trial.bits == DENSE_BITS:
         return filled.buffers
     layout = KVRowLayout(trial.dim, trial.bits, GROUP_SIZE, filled.buffers.keys.dtype)
-    return quantize_to_rows(filled, layout).buffers
+    return QuantizedKVRows(quantize_rows(*filled.state, layout), layout)
 
 
 def kernel_thresholds(

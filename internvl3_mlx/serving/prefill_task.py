@@ -26,7 +26,7 @@ from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import tiles_per_chunk
 from internvl3_mlx.prompt.v2pe import image_spans
 from internvl3_mlx.serving.image_features import FeatureStore
-from internvl3_mlx.serving.prefix_cache import PrefixCache, copy_layer
+from internvl3_mlx.serving.prefix_cache import PrefixCache
 from internvl3_mlx.serving.prompt_inputs import answer_limit
 from internvl3_mlx.serving.queued_request import QueuedRequest
 from internvl3_mlx.serving.requests import AnswerRequest, PromptRead
@@ -41,10 +41,10 @@ HEADROOM = 64  # tokens of an answer that a cache has space for when it joins th
 
 @dataclass(frozen=True, eq=False)
 class PrefillResult:
-    """A prompt that has been read. caches: for each answer its own. logits: (1, vocab)."""
+    """A prompt that has been read. layers: its caches. logits: (1, vocab) of the next token."""
 
     answers: list[RunningAnswer]
-    caches: list[list[LayerCache]]
+    layers: list[LayerCache]
     logits: mx.array
 
 
@@ -196,12 +196,11 @@ class PrefillTask:
             resumed = self.resumed
             resumed.sampler.replay(resumed.generated_ids)
             resumed.position = queued.inputs.next_position + len(resumed.generated_ids)
-            return PrefillResult([resumed], [layers], logits)
+            return PrefillResult([resumed], layers, logits)
         queued.prefill_s = time.perf_counter() - self.started
         queued.emit(PromptRead(queued.usage()))
         answers = [self.make_answer(index) for index in range(queued.num_answers)]
-        copies = [[copy_layer(layer) for layer in layers] for _ in answers[1:]]
-        return PrefillResult(answers, [layers, *copies], logits)
+        return PrefillResult(answers, layers, logits)
 
     def make_answer(self, index: int) -> RunningAnswer:
         queued, tokenizer = self.queued, self.runner.tokenizer

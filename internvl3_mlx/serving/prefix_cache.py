@@ -1,6 +1,5 @@
 """Keys and values of prompts and answers that may be continued, over turns and requests."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -66,7 +65,7 @@ class PrefixCache:
         self.entries.remove(best)
         self.entries.append(best)
         best.is_conversation |= length >= best.prompt_tokens
-        layers = [copy_layer(layer) for layer in best.layers]
+        layers = [layer.fork() for layer in best.layers]
         for layer in layers:
             layer.capacity = capacity
         return PromptCache(layers=layers, key=best.key)
@@ -93,17 +92,8 @@ class PrefixCache:
         self.entries = [entry for entry in self.entries if entry.model != model]
 
 
-def copy_layer(layer: LayerCache) -> LayerCache:
-    """Return a cache that can be continued by itself: arrays are copied when they are written."""
-    twin = copy.copy(layer)
-    twin.state = layer.state  # type: ignore[misc]
-    return twin
-
-
 def compact_layers(layers: Sequence[LayerCache]) -> list[LayerCache]:
     """Copy caches without their free space, and evaluate them."""
-    compact = [copy_layer(layer) for layer in layers]
-    for layer in compact:
-        layer.state = [mx.contiguous(array) for array in layer.state]  # type: ignore[misc]
+    compact = [layer.compact() for layer in layers]
     mx.eval([layer.state for layer in compact])
     return compact

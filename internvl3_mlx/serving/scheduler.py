@@ -159,7 +159,7 @@ class Scheduler:
             return
         served.prefills.remove(task)
         assert served.parts is not None
-        served.parts.decode.join(read.answers, read.caches, read.logits)
+        served.parts.decode.join(read.answers, read.layers, read.logits)
         task.pieces.close()  # task and generator refer to each other, and hold the prompt
         if task.resumed is None:
             self.pool.counters.add("prompt_tokens", len(task.queued.inputs.token_ids))

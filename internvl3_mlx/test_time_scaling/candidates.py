@@ -37,9 +37,9 @@ def candidate_configs(config: GenerationConfig, count: int) -> list[GenerationCo
     return [greedy, *sampled]
 
 
-def check_log_probs(runner: ModelRunner, config: GenerationConfig) -> None:
+def check_log_probs(config: GenerationConfig) -> None:
     """Raise UserError where the log-probabilities of answers cannot be measured."""
-    if not can_sample_together(runner, config):
+    if not can_sample_together(config):
         raise UserError(
             "choosing by log-probability needs answers that are decoded together; drop structured "
             "output, choice, lookup and draft_model, or choose by vote or with a critic"
@@ -59,6 +59,6 @@ def write_candidates(
     if config.lookup or config.draft_model is not None:
         raise UserError("best-of-N samples its answers; drop lookup and draft_model")
     if log_probs:
-        check_log_probs(runner, config)
+        check_log_probs(config)
     configs = candidate_configs(config, count)
     return stream_samples(runner, inputs, configs, cache, log_probs=log_probs)

@@ -8,8 +8,8 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.generation import parallel_samples
-from internvl3_mlx.models.quantized_cache import RowQuantizedKVCache
-from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
+from internvl3_mlx.models.kv_segment import QuantizedFormat
+from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 
 CAT, DOG = random_image(130, 70), random_image(60, 60, 1)
 ASKED = ("Which is larger?", [CAT, DOG])
@@ -24,11 +24,13 @@ def vlm():
 @pytest.fixture
 def shared(monkeypatch):
     """Keep every shared cache that is made."""
-    made = []
-    begin = SharedPrefixKVCache.__init__
-    monkeypatch.setattr(
-        SharedPrefixKVCache, "__init__", lambda self, *args: made.append(self) or begin(self, *args)
-    )
+    made, spread = [], SegmentedKVCache.spread
+
+    def keep(self):
+        made.append(spread(self))
+        return made[-1]
+
+    monkeypatch.setattr(SegmentedKVCache, "spread", keep)
     return made
 
 
@@ -65,16 +67,23 @@ def test_without_a_seed_mlx_decides(vlm):
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("count", [2, 9])
-def test_what_was_read_stands_in_memory_once(vlm, shared, cache, count):
+def test_what_was_read_stands_in_memory_once(vlm, shared, monkeypatch, cache, count):
+    held = []
+    step = parallel_samples.sample_step
+
+    def measured(engine, caches, tokens):
+        logits = step(engine, caches, tokens)
+        held.append([[one.sequences for one in cache.segments] for cache in caches])
+        held.append([[one.length for one in cache.segments] for cache in caches])
+        assert engine.cache == []
+        return logits
+
+    monkeypatch.setattr(parallel_samples, "sample_step", measured)
     found = vlm.ask_many(*ASKED, n=count, max_tokens=5, **cache)
-    prompt = found[0].usage.prompt_tokens
-    for layer in shared:
-        assert layer.prefix.offset == prompt
-        assert {part.shape[0] for part in layer.prefix.state} == {1}
-        assert {part.shape[0] for part in layer.suffix.state} == {count}
-        assert layer.suffix.offset == 4
-        assert layer.suffix.buffers.arrays[0].shape[2] < prompt + 256
-    assert isinstance(shared[0].prefix, RowQuantizedKVCache) == bool(cache)
+    prompt, layers = found[0].usage.prompt_tokens, len(vlm.model.language_model.model.layers)
+    assert held[0] == [[1, count]] * layers
+    assert held[-1] == [[prompt, 4]] * layers
+    assert isinstance(shared[0].format, QuantizedFormat) == bool(cache)
 
 
 def test_the_prompt_is_read_once(vlm, monkeypatch):
@@ -102,12 +111,17 @@ def test_answers_end_at_their_own_time(vlm):
     assert len({len(answer.token_ids) for answer in found}) > 1
 
 
-def test_a_cache_that_is_packed_on_the_way_answers_as_alone(vlm, shared):
+def test_a_cache_that_is_packed_on_the_way_answers_as_alone(vlm, shared, monkeypatch):
     prompt = vlm.prepare_inputs(*ASKED)
     settings = {"kv_bits": 8, "quantized_kv_start": len(prompt.token_ids) + 4, "max_tokens": 12}
+    packed, to = [], SegmentedKVCache.to
+    monkeypatch.setattr(
+        SegmentedKVCache, "to", lambda self, form: packed.append(form) or to(self, form)
+    )
     found = vlm.ask_many(*ASKED, n=3, **settings)
     assert [a.token_ids for a in found] == [vlm.ask(*ASKED, **settings).token_ids] * 3
-    assert isinstance(shared[0].prefix, RowQuantizedKVCache)
+    assert not isinstance(shared[0].format, QuantizedFormat)
+    assert {type(form) for form in packed} == {QuantizedFormat}
 
 
 def test_beyond_the_window_answers_are_those_of_ask(shared):
@@ -118,9 +132,7 @@ def test_beyond_the_window_answers_are_those_of_ask(shared):
     assert shared
 
 
-@pytest.mark.parametrize(
-    "settings", [{"lookup": True}, {"choice": ("a", "b")}, {"kv_bits": 8, "kv_group_size": 128}]
-)
+@pytest.mark.parametrize("settings", [{"lookup": True}, {"choice": ("a", "b")}])
 def test_what_cannot_go_together_is_answered_one_by_one(settings, shared, monkeypatch):
     vlm = load(str(tiny(Recipe(head_dim=128)).folder))
     looked = []
@@ -148,4 +160,4 @@ def test_no_answers_at_all_is_a_mistake(vlm):
     with pytest.raises(UserError, match="n is 0; ask for at least one answer"):
         vlm.ask_many(*ASKED, n=0)
     assert len(vlm.ask_many(*ASKED, n=1, max_tokens=2)) == 1
-    assert parallel_samples.can_sample_together(vlm, vlm.conversation().generation_config)
+    assert parallel_samples.can_sample_together(vlm.conversation().generation_config)

@@ -148,7 +148,7 @@ def test_several_answers_close_their_thoughts_as_alone(vlm, opened):
     assert [a.token_ids for a in found] == [a.token_ids for a in alone]
     assert [a.reasoning for a in found] == [a.reasoning for a in alone]
     config = vlm.conversation(**asked).generation_config
-    assert parallel_samples.can_sample_together(vlm.runner, config)
+    assert parallel_samples.can_sample_together(config)
 
 
 def test_a_thought_is_no_part_of_the_history(vlm, opened):

@@ -10,7 +10,8 @@ from internvl3_mlx.metal_kernels import dispatch
 from internvl3_mlx.metal_kernels.kv_append import SELF_TEST_SHAPES
 from internvl3_mlx.metal_kernels.registry import KernelThreshold, write_thresholds
 from internvl3_mlx.metal_kernels.self_test_inputs import SELF_TEST_RUNS
-from internvl3_mlx.models.quantized_cache import QuantizedKVCache, RowQuantizedKVCache
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
+from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 
 CAT, DOG = random_image(130, 70), random_image(60, 60, 1)
 ASKED = ("the the the image the the image", [CAT])
@@ -110,7 +111,7 @@ def test_a_conversation_is_saved_and_read_with_and_without_kernels(vlm, by_kerne
         assert chat.load(path)
         assert isinstance(chat.prompt_cache.layers[0], QuantizedKVCache)
         answer = chat.ask("And?", [DOG])
-        assert isinstance(chat.prompt_cache.layers[0], RowQuantizedKVCache)
+        assert isinstance(chat.prompt_cache.layers[0], SegmentedKVCache)
         chat.save(tmp_path / "later.zip", cache=True)
         return answer, chat.ask("Why?")
 
@@ -140,8 +141,8 @@ def test_the_cache_takes_the_layout_that_was_measured_to_be_faster(vlm, by_kerne
     found, launched = by_kernels(ask, setting="on")
     assert found == plain.token_ids
     assert forms[0] is QuantizedKVCache
-    assert forms[-1] is RowQuantizedKVCache
-    assert LAYERS < launched["flash_rows"] < LAYERS * 10
+    assert forms[-1] is SegmentedKVCache
+    assert 2 * LAYERS < launched["flash_rows"] < 2 * LAYERS * 10  # the prompt, and the tail
 
 
 @pytest.mark.parametrize("setting", ["on", "off"])

@@ -25,10 +25,12 @@ from internvl3_mlx.device import on_gpu
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.models.attention import causal_attention
 from internvl3_mlx.models.cache import KVCache
+from internvl3_mlx.models.cache_kind import spread
+from internvl3_mlx.models.kv_segment import DENSE, QuantizedFormat, RowFormat
 from internvl3_mlx.models.packed_sequences import PackedSequences, Span
-from internvl3_mlx.models.quantized_cache import QuantizedKVCache, RowQuantizedKVCache
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 from internvl3_mlx.models.ragged_cache import RaggedBatch
-from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
+from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 from internvl3_mlx.models.vision import fused_attention
 
 GROUP, HEADS, KV_HEADS = 32, 3, 1
@@ -93,7 +95,7 @@ def quantized_cache(bits):
 
 
 def row_cache(bits):
-    return lambda dim, dtype: RowQuantizedKVCache(KVRowLayout(dim, bits, GROUP, dtype))
+    return lambda dim, dtype: SegmentedKVCache(RowFormat(KVRowLayout(dim, bits, GROUP, dtype)))
 
 
 CACHES = {
@@ -102,6 +104,8 @@ CACHES = {
     "4 bits": quantized_cache(4),
     "8 bits in rows": row_cache(8),
     "4 bits in rows": row_cache(4),
+    "dense in segments": lambda dim, dtype: SegmentedKVCache(DENSE),
+    "8 bits in segments": lambda dim, dtype: SegmentedKVCache(QuantizedFormat(8, GROUP)),
 }
 
 
@@ -109,12 +113,38 @@ def held_by(cache):
     """Return keys and values as a cache holds them: (B, KV, N, D) float32."""
     if isinstance(cache, KVCache):
         return cache.state
-    if isinstance(cache, RowQuantizedKVCache):
-        cache = cache.to_quantized()
-    form = {"group_size": cache.group_size, "bits": cache.bits}
+    if isinstance(cache, SegmentedKVCache):
+        segments = [held_in(segment) for segment in cache.segments]
+        batch = max(keys.shape[0] for keys, _ in segments)
+        return [
+            mx.concatenate(
+                [mx.broadcast_to(part, (batch, *part.shape[1:])) for part in side], axis=2
+            )
+            for side in zip(*segments, strict=True)
+        ]
+    return dequantized(cache.state, QuantizedFormat(cache.bits, cache.group_size))
+
+
+def held_in(segment):
+    """Return keys and values of a segment: (B, KV, N, D) float32."""
+    if segment.format == DENSE:
+        return [*segment.used[0]]
+    plain = segment
+    if isinstance(segment.format, RowFormat):
+        plain = segment.to(QuantizedFormat(segment.format.bits, GROUP))
+    return dequantized(plain.used, plain.format)
+
+
+def dequantized(arrays, form):
     return [
-        mx.dequantize(words, scales.astype(mx.float32), biases.astype(mx.float32), **form)
-        for words, scales, biases in (cache.quantized_keys, cache.quantized_values)
+        mx.dequantize(
+            words,
+            scales.astype(mx.float32),
+            biases.astype(mx.float32),
+            group_size=form.group_size,
+            bits=form.bits,
+        )
+        for words, scales, biases in (arrays[:3], arrays[3:])
     ]
 
 
@@ -135,32 +165,28 @@ def test_new_tokens_attend_to_a_cache_of_every_kind(kind, length, dim, dtype):
 
     for ours, cache in zip(results_to_compare(attend), filled, strict=True):
         expected = attention_float64(q, *held_by(cache), causal(length, PAST + length))
-        tolerance = chain_tolerance(dtype) if kind == "dense" else quantized_tolerance(dtype)
+        tolerance = chain_tolerance(dtype) if "dense" in kind else quantized_tolerance(dtype)
         assert relative_error(ours, expected) < tolerance
 
 
 @each_dtype
 @each_dim
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_answers_attend_to_the_prompt_that_they_share(bits, dim, dtype):
-    layout = None if bits is None else KVRowLayout(dim, bits, GROUP, dtype)
+@pytest.mark.parametrize("kind", CACHES)
+def test_answers_attend_to_the_prompt_that_they_share(kind, dim, dtype):
     prompt = draw(dtype, *[(1, KV_HEADS, PAST, dim)] * 2)
     q, k, v = draw(dtype, (3, HEADS, 1, dim), *[(3, KV_HEADS, 1, dim)] * 2)
     filled = []
 
     def attend():
-        prefix = KVCache() if layout is None else RowQuantizedKVCache(layout)
-        prefix.append(*prompt)
-        filled.append(SharedPrefixKVCache(prefix, layout))
+        read = CACHES[kind](dim, dtype)
+        read.attend(mx.repeat(prompt[0][:, :, :1], HEADS, axis=1), *prompt)
+        filled.append(spread(read))
         return filled[-1].attend(q, k, v)
 
     for ours, cache in zip(results_to_compare(attend), filled, strict=True):
-        together = [
-            mx.concatenate([mx.broadcast_to(old, (3, *old.shape[1:])), new], axis=2)
-            for old, new in zip(held_by(cache.prefix), held_by(cache.suffix), strict=True)
-        ]
-        expected = attention_float64(q, *together)
-        assert relative_error(ours, expected) < chain_tolerance(dtype)
+        expected = attention_float64(q, *held_by(cache))
+        tolerance = chain_tolerance(dtype) if "dense" in kind else quantized_tolerance(dtype)
+        assert relative_error(ours, expected) < tolerance
 
 
 @each_dtype

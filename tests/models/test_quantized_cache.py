@@ -10,12 +10,12 @@ from internvl3_mlx.metal_kernels import flash_decode
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.models import cache as dense_cache
 from internvl3_mlx.models.cache import GROWTH_STEP, NO_CACHE, KVCache
+from internvl3_mlx.models.cache_kind import CacheKind, format_of
+from internvl3_mlx.models.kv_segment import RowFormat
 from internvl3_mlx.models.packed_sequences import PackedSequences, Span
-from internvl3_mlx.models.quantized_cache import (
-    QuantizedKVCache,
-    RowQuantizedKVCache,
-)
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 from internvl3_mlx.models.rope import Rotary, ntk_frequencies
+from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 
 BATCH, HEADS, KV_HEADS, DIM, GROUP = 2, 6, 3, 64, 32
 LAYOUTS = [KVRowLayout(DIM, bits, GROUP, mx.float32) for bits in (8, 4)]
@@ -28,12 +28,21 @@ def rows(length, heads=KV_HEADS, seed=0, batch=BATCH):
 
 def both(layout, *lengths):
     """Fill a cache in rows and one as MLX packs with the same tokens."""
-    ours, theirs = RowQuantizedKVCache(layout), QuantizedKVCache(layout.bits, GROUP)
+    ours, theirs = row_cache(layout), QuantizedKVCache(layout.bits, GROUP)
     for seed, length in enumerate(lengths):
         new = rows(length, seed=seed), rows(length, seed=seed + 50)
-        ours.append(*new)
+        ours.append_and_read(*new)
         theirs.update_and_fetch(*new)
     return ours, theirs
+
+
+def row_cache(layout):
+    return SegmentedKVCache(RowFormat(layout))
+
+
+def held(cache):
+    """Return the rows that a cache holds, in one array."""
+    return cache.joined().used
 
 
 def same(ours, theirs):
@@ -45,9 +54,11 @@ def same(ours, theirs):
 def test_rows_hold_the_numbers_of_mx_quantize(layout, lengths):
     ours, theirs = both(layout, *lengths)
     assert ours.offset == theirs.offset == sum(lengths)
-    assert same(ours.to_quantized().state, theirs.state)
-    assert same(RowQuantizedKVCache.from_quantized(theirs, layout).state, ours.state)
-    assert (ours.bits, ours.group_size) == (theirs.bits, theirs.group_size)
+    plain, in_rows = CacheKind(format_of(theirs)), CacheKind(RowFormat(layout), segmented=True)
+    assert same(plain.adopt(ours).state, theirs.state)
+    assert same(held(in_rows.adopt(theirs)), held(ours))
+    assert plain.adopt(theirs) is theirs
+    assert in_rows.adopt(ours) is ours
 
 
 @each_layout
@@ -62,9 +73,9 @@ def test_both_layouts_attend_alike(layout, length):
 @each_layout
 def test_trimmed_rows_leave_no_trace(layout):
     ours, theirs = both(layout, 7)
-    ours.append(rows(5, seed=8), rows(5, seed=9))
+    ours.append_and_read(rows(5, seed=8), rows(5, seed=9))
     assert ours.trim(5) == 5
-    assert same(ours.state, RowQuantizedKVCache.from_quantized(theirs, layout).state)
+    assert same(CacheKind(format_of(theirs)).adopt(ours).state, theirs.state)
 
 
 POSITIONS = [37, mx.array([37.0, 37.0625, 37.125]), mx.array([[3.0, 4, 5], [900.25, 900.5, 901]])]
@@ -79,16 +90,18 @@ def test_keys_rotated_by_the_cache_equal_keys_rotated_before(layout, positions, 
         base = ntk_frequencies(mx.arange(3.0), DIM, 1e6, 3e6)
     rotary = Rotary(DIM, base, positions)
     keys, values = (rows(3, seed=n).transpose(0, 2, 1, 3) for n in (1, 2))
-    ours, theirs = RowQuantizedKVCache(layout), RowQuantizedKVCache(layout)
-    ours.append_pre_rope(keys, values, rotary.rope_params(3))
-    theirs.append(rotary(keys), values.transpose(0, 2, 1, 3))
+    ours, theirs = row_cache(layout), row_cache(layout)
+    q = rows(3, HEADS)
+    ours.attend_pre_rope(q, keys, values, rotary.rope_params(3))
+    theirs.attend(q, rotary(keys), values.transpose(0, 2, 1, 3))
     step = 1 / (2**layout.bits - 1)  # of a group's range: rounding may fall to the neighbor
-    for found, expected in zip(ours.dequantize(), theirs.dequantize(), strict=True):
+    sides = [cache.tail.dense(BATCH, mx.float32) for cache in (ours, theirs)]
+    for found, expected in zip(*sides, strict=True):
         assert relative_error(np.array(found), np.array(expected)) <= 2 * step
         assert (mx.abs(found - expected) > 1e-3).mean() < 0.02
 
 
-@pytest.mark.parametrize("make", [KVCache, lambda: RowQuantizedKVCache(LAYOUTS[0])])
+@pytest.mark.parametrize("make", [KVCache, lambda: row_cache(LAYOUTS[0])])
 def test_kernels_are_considered_for_a_few_rows_and_never_for_a_prompt(monkeypatch, make):
     asked = []
     monkeypatch.setattr(dense_cache, "kernels_enabled", lambda: True)

@@ -1,5 +1,7 @@
 """Sequences of different lengths are continued together as each would be alone."""
 
+import copy
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,16 +9,14 @@ from fixtures.inputs import relative_error
 from fixtures.tolerances import OPERATION_TOLERANCE
 
 from internvl3_mlx.metal_kernels import flash_decode
+from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.models import attention, ragged_cache
 from internvl3_mlx.models.cache import KVCache
+from internvl3_mlx.models.kv_segment import DENSE, RowFormat
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
-from internvl3_mlx.models.ragged_cache import (
-    PaddedGroup,
-    RaggedBatch,
-    SingleGroup,
-    length_class,
-    row_bucket,
-)
+from internvl3_mlx.models.ragged_cache import ANSWER_TOKENS, RaggedBatch, length_class
+from internvl3_mlx.models.ragged_groups import PaddedGroup, SingleGroup, row_bucket
+from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 
 HEADS, KV_HEADS, DIM, LAYERS = 6, 3, 32, 2
 
@@ -34,10 +34,15 @@ class Alone:
         for layer in range(LAYERS):
             keys, values = (states(length, 1000 * seed + 10 * layer + n) for n in range(2))
             cache = make()
-            cache.update_and_fetch(keys, values)
+            cache.attend(mx.zeros((1, HEADS, 1, DIM)), keys, values)
             self.caches.append(cache)
             self.keys.append(keys)
             self.values.append(values)
+
+    def twin(self, seed):
+        other = copy.copy(self)
+        other.seed, other.keys, other.values = seed, [*self.keys], [*self.values]
+        return other
 
     def next_token(self, layer, step):
         """Return q, k and v of the next token."""
@@ -64,9 +69,17 @@ class Together:
 
     def join(self, length, seed, make=KVCache):
         one = Alone(length, seed, make)
-        row = self.batch.insert(one.caches)
+        [row] = self.batch.insert(one.caches)
         self.alone[row] = one
         return row
+
+    def answer(self, length, seed, count, make=KVCache):
+        """Take in several answers to one prompt, which go on differently."""
+        prompt = Alone(length, seed, make)
+        rows = self.batch.insert(prompt.caches, count)
+        for row in rows:
+            self.alone[row] = prompt.twin(seed + row)
+        return rows
 
     def leave(self, row):
         self.batch.remove(row)
@@ -130,14 +143,13 @@ def test_a_slot_that_is_used_again_shows_nothing_of_before(together):
     keep, gone = together.join(20, 0), together.join(200, 1)
     together.join(30, 2)
     [group] = together.batch.groups
-    for side in (group.keys, group.values):
-        side[0][group.slots.index(gone)] = mx.nan
+    group.layers[0][0][:, group.slots.index(gone)] = mx.nan
     together.leave(gone)
     again = together.join(10, 3)
     assert together.step(3) < OPERATION_TOLERANCE
     slot = group.slots.index(again)
-    assert not mx.any(mx.isnan(group.values[0][slot])).item()
-    assert mx.all(group.keys[1][slot, :, 13:] == 0).item()
+    assert not mx.any(mx.isnan(group.layers[0][0][:, slot])).item()
+    assert mx.all(group.layers[1][0][:, slot, :, 13:] == 0).item()
     assert together.batch.length(keep) == 23
 
 
@@ -151,14 +163,83 @@ def test_a_sequence_moves_when_it_has_become_long(together, monkeypatch):
     assert together.lengths_agree()
 
 
-@pytest.mark.parametrize("make", [lambda: QuantizedKVCache(8, 32)])
-def test_quantized_sequences_stay_by_themselves(together, make):
-    for seed, length in enumerate((9, 12)):
+LAYOUT = KVRowLayout(DIM, 8, 32, mx.float32)
+KINDS = {
+    "dense": (KVCache, OPERATION_TOLERANCE),
+    "8 bits": (lambda: QuantizedKVCache(8, 32), 0.02),
+    "4 bits": (lambda: QuantizedKVCache(4, 32), 0.3),
+    "8 bits in rows": (lambda: SegmentedKVCache(RowFormat(LAYOUT)), 0.02),
+    "dense in segments": (lambda: SegmentedKVCache(DENSE), OPERATION_TOLERANCE),
+}
+each_kind = pytest.mark.parametrize(("make", "tolerance"), KINDS.values(), ids=KINDS)
+
+
+@each_kind
+def test_sequences_share_buffers_where_they_are_stored_alike(together, make, tolerance):
+    for seed, length in enumerate((9, 12, 200)):
         together.join(length, seed, make)
-    together.join(11, 2)
-    together.join(17, 3)
-    assert together.step(3) < 0.02  # of 8 bits
-    assert [len(group.rows) for group in together.batch.groups] == [1, 1, 2]
+    together.join(11, 3, lambda: QuantizedKVCache(6, 32))
+    tolerance = max(tolerance, 0.1)  # of 6 bits
+    assert together.step(3) < tolerance
+    together.join(17, 4, make)
+    row = together.join(600, 5, make)
+    assert together.step(2) < tolerance
+    assert [len(group.rows) for group in together.batch.groups] == [4, 1, 1]
+    together.leave(row)
+    assert together.step() < tolerance
+    assert together.lengths_agree()
+
+
+@each_kind
+@pytest.mark.parametrize("length", [5, 700])
+def test_answers_to_one_prompt_have_it_once(together, make, tolerance, length):
+    other = together.join(30, 1, make)
+    rows = together.answer(length, 2, 5, make)
+    assert together.step(3) < tolerance
+    together.leave(rows[1])
+    together.leave(rows[4])
+    assert together.step(2) < tolerance
+    group = together.batch.group_of(rows[0])
+    assert {part.sequences for layer in group.prefixes for part in layer} == {1}
+    alone = [one for layer in group.prefixes for part in layer for one in [part.length]]
+    assert alone == [length] * LAYERS
+    assert group.longest == length + 5
+    together.leave(rows[0])
+    together.leave(rows[2])
+    again = together.join(40, 3, make)  # another prompt, which never joins the answers
+    assert together.step(2) < tolerance
+    assert together.batch.group_of(again) is together.batch.group_of(other)
+    together.leave(rows[3])
+    assert together.step() < tolerance
+    assert together.lengths_agree()
+
+
+@each_kind
+def test_an_answer_that_shares_its_prompt_is_taken_out_and_continued(together, make, tolerance):
+    rows = together.answer(21, 0, 3, make)
+    together.step(2)
+    taken = Together()
+    for row in rows[:2]:
+        caches = together.batch.extract(row)
+        assert caches[0].offset == 23
+        [own] = taken.batch.insert(caches)
+        taken.alone[own] = together.alone[row].twin(50 + row)
+    assert taken.step(2) < tolerance
+    assert together.step(2) < tolerance
+
+
+def test_answers_take_a_prompt_once_and_a_tail_each(together):
+    """Not a prompt each, and not while they begin, either."""
+    prompt = Alone(4000, 0)
+    mx.eval([cache.state for cache in prompt.caches])
+    prompt_nbytes = sum(cache.nbytes for cache in prompt.caches)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    together.batch.insert(prompt.caches, 8)
+    mx.eval(together.batch.state)
+    tails = 8 * ANSWER_TOKENS * prompt_nbytes / 4096
+    assert mx.get_peak_memory() - before < 1.2 * tails + 0.05 * prompt_nbytes
 
 
 def test_a_sequence_can_be_taken_out_as_it_was_read(together):

@@ -1,4 +1,4 @@
-"""A cache of shared parts and a short tail attends as one buffer does, and never copies the parts."""
+"""A cache of shared parts and a short tail attends as one buffer does, and copies no part."""
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +23,7 @@ each_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 def short_tails(monkeypatch):
     monkeypatch.setattr(segmented_cache, "TAIL_TOKENS", 16)
     monkeypatch.setattr(segmented_cache, "PART_TOKENS", 32)
-    monkeypatch.setattr(kv_segment, "GROWTH_STEP", 4)
+    monkeypatch.setattr(kv_segment, "bucket_length", lambda tokens: -(-tokens // 4) * 4)
 
 
 def draw(seed, length, batch=1):
@@ -136,7 +136,7 @@ def test_forks_go_their_own_ways(form):
 @each_format
 @pytest.mark.parametrize("tail", [0, 3])
 def test_answers_share_what_was_read_before(form, tail):
-    """Five answers to one prompt, which are more than the tail has tokens, two of them to the end."""
+    """Five answers to one prompt, longer than a tail, two of them to the end."""
     prompt = Pair(form)
     prompt.read(0, 20)
     if tail:
@@ -161,7 +161,7 @@ def test_answers_share_what_was_read_before(form, tail):
 
 
 def bytes_taken(act):
-    """Return how many bytes are taken at most while the arrays that ``act`` returns are computed."""
+    """Return how many bytes the arrays that ``act`` returns take while they are computed."""
     mx.synchronize()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -190,7 +190,7 @@ def test_no_token_writes_more_than_a_tail(form):
 
     for _ in range(40):
         held = [[mx.array(array) for array in one.arrays] for one in (*cache.parts, cache.tail)]
-        assert bytes_taken(append) <= (2 * 16 + 32) * per_token
+        assert bytes_taken(append) <= 2 * (16 + 32) * per_token
         del held
     assert cache.offset == 4040
     assert cache.parts[0].arrays is read.arrays

@@ -14,7 +14,7 @@ from fixtures.tiny import Recipe
 from internvl3_mlx import UserError, load, load_critic
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prompt_cache import PromptCache
-from internvl3_mlx.models.shared_prefix_cache import SharedPrefixKVCache
+from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 from internvl3_mlx.prompt.reasoning import PRM_SYSTEM_PROMPT, cot_question
 from internvl3_mlx.test_time_scaling import best_of as module
 from internvl3_mlx.test_time_scaling.best_of import (
@@ -49,10 +49,8 @@ def other():
 @pytest.mark.parametrize("cache", [{}, {"kv_bits": 8, "kv_group_size": 32}])
 def test_candidates_are_the_greedy_answer_and_those_of_the_next_seeds(vlm, monkeypatch, cache):
     made = []
-    begin = SharedPrefixKVCache.__init__
-    monkeypatch.setattr(
-        SharedPrefixKVCache, "__init__", lambda self, *args: made.append(self) or begin(self, *args)
-    )
+    spread = SegmentedKVCache.spread
+    monkeypatch.setattr(SegmentedKVCache, "spread", lambda self: made.append(self) or spread(self))
     found = vlm.best_of(*ASKED, n=4, method="log-prob", **SHORT, **cache)
     greedy = vlm.ask(*ASKED, max_tokens=10, **cache)
     settings = {**SHORT, "top_p": 0.95, **cache}

@@ -1,0 +1,257 @@
+"""The groups of a ragged batch: a sequence by itself, and sequences in padded buffers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from internvl3_mlx.models.cache import LayerCache
+from internvl3_mlx.models.cache_kind import CacheKind, as_segmented, format_of
+from internvl3_mlx.models.kv_segment import KVFormat, KVSegment, grown
+from internvl3_mlx.models.segment_attention import VisibleKV, segment_attention
+from internvl3_mlx.models.segmented_cache import SegmentedKVCache
+
+ROW_BUCKETS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # rows that a group's buffers have space for
+
+
+def row_bucket(rows: int) -> int:
+    """Return for how many rows buffers are made that need ``rows``."""
+    fitting = (bucket for bucket in ROW_BUCKETS if bucket >= rows)
+    return next(fitting, -(-rows // ROW_BUCKETS[-1]) * ROW_BUCKETS[-1])
+
+
+@dataclass(eq=False)
+class SingleGroup:
+    """One sequence with the caches of its layers as they are."""
+
+    row: int
+    caches: list[LayerCache]
+
+    has_prefix = False
+
+    @property
+    def rows(self) -> list[int]:
+        return [self.row]
+
+    def length(self, row: int) -> int:
+        return self.caches[0].offset
+
+    @property
+    def longest(self) -> int:
+        return self.caches[0].offset
+
+    @property
+    def format(self) -> KVFormat | None:
+        """How its tokens are stored; None while some layers are stored differently."""
+        formats = {format_of(cache) for cache in self.caches}
+        return formats.pop() if len(formats) == 1 else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def state(self) -> list[mx.array]:
+        return [array for cache in self.caches for array in cache.state]
+
+    def begin_step(self) -> None:
+        """Nothing is shared by the layers."""
+
+    def end_step(self) -> None:
+        """The caches count their tokens themselves."""
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return self.caches[layer].attend(q, k, v)
+
+    def extract(self, row: int) -> list[LayerCache]:
+        """Return the caches of the sequence, to be continued elsewhere."""
+        return self.caches
+
+
+@dataclass(frozen=True, eq=False)
+class GroupStep:
+    """What all layers share in one step of a padded group.
+
+    slots, columns: where the new token of each sequence goes, (b,) int32. lengths: own tokens of
+    each slot with it, (R,) int32. mask: (R, 1, 1, N), True where a slot has a token. queries: the
+    row of the step that each slot reads, (R,) int32, or None where that is the order of the rows.
+    """
+
+    slots: mx.array
+    columns: mx.array
+    lengths: mx.array
+    mask: mx.array
+    queries: mx.array | None
+    longest: int
+
+
+@dataclass(eq=False)
+class PaddedGroup:
+    """Sequences in the slots of common buffers, (..., R, KV, N, *), padded on the right.
+
+    layers: the buffers of each layer, as ``format`` has them. slots: the sequence in each slot,
+    None for a free one. lengths: tokens of each slot. prefixes: for each layer what all sequences
+    begin with, beside the tokens of their slots; nothing where they have different prompts.
+    """
+
+    format: KVFormat
+    layers: list[list[mx.array]]
+    slots: list[int | None]
+    lengths: list[int]
+    prefixes: list[list[KVSegment]]
+    step: GroupStep | None = field(default=None, repr=False)
+
+    @classmethod
+    def for_lengths(cls, caches: Sequence[LayerCache], slots: int, capacity: int) -> "PaddedGroup":
+        """Make free slots for sequences with caches like these."""
+        likes = [as_segmented(cache).joined().arrays for cache in caches]
+        layers = [[empty_slots(like, slots, capacity) for like in layer] for layer in likes]
+        prefixes = [list[KVSegment]() for _ in caches]
+        return cls(format_of(caches[0]), layers, [None] * slots, [0] * slots, prefixes)
+
+    @classmethod
+    def for_answers(
+        cls, caches: Sequence[LayerCache], rows: Sequence[int], capacity: int
+    ) -> "PaddedGroup":
+        """Continue one prompt by several answers, which share its keys and values."""
+        slots = row_bucket(len(rows))
+        group = cls.for_lengths(caches, slots, capacity)
+        group.slots[: len(rows)] = rows
+        group.prefixes = [as_segmented(cache).spread().parts for cache in caches]
+        return group
+
+    @property
+    def has_prefix(self) -> bool:
+        return bool(self.prefixes[0])
+
+    @property
+    def prefix_length(self) -> int:
+        return sum(segment.length for segment in self.prefixes[0])
+
+    @property
+    def rows(self) -> list[int]:
+        """The sequences in the order of their slots, which is that of the step's rows."""
+        return [row for row in self.slots if row is not None]
+
+    def length(self, row: int) -> int:
+        return self.prefix_length + self.lengths[self.slots.index(row)]
+
+    @property
+    def longest(self) -> int:
+        return self.prefix_length + max(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.state)
+
+    @property
+    def state(self) -> list[mx.array]:
+        prefixes = [array for layer in self.prefixes for part in layer for array in part.arrays]
+        return [*prefixes, *(array for layer in self.layers for array in layer)]
+
+    def insert(self, row: int, caches: Sequence[LayerCache]) -> None:
+        """Copy a sequence into a free slot. The whole slot is written: nothing of an earlier
+        sequence stays behind, not even where no length reaches.
+        """
+        if None not in self.slots:
+            self.resize(row_bucket(len(self.slots) + 1))
+        slot = self.slots.index(None)
+        for layer, cache in enumerate(caches):
+            own = as_segmented(cache).joined().used
+            pairs = zip(self.layers[layer], own, strict=True)
+            self.layers[layer] = [write_slot(buffer, slot, part) for buffer, part in pairs]
+        self.slots[slot], self.lengths[slot] = row, caches[0].offset
+
+    def remove(self, row: int) -> None:
+        slot = self.slots.index(row)
+        self.slots[slot], self.lengths[slot] = None, 0
+        used = len(self.rows)
+        if used and used <= len(self.slots) // 2:
+            self.resize(row_bucket(used))
+
+    def resize(self, slots: int) -> None:
+        """Change the number of slots, keeping the sequences in their order."""
+        used = [slot for slot, row in enumerate(self.slots) if row is not None]
+        take = mx.array(used, dtype=mx.int32)
+        free = slots - len(used)
+
+        def resized(buffer: mx.array) -> mx.array:
+            before = [(0, 0)] * (buffer.ndim - 4)
+            return mx.pad(mx.take(buffer, take, axis=-4), [*before, (0, free), *[(0, 0)] * 3])
+
+        self.layers = [[resized(buffer) for buffer in layer] for layer in self.layers]
+        self.slots = [self.slots[slot] for slot in used] + [None] * free
+        self.lengths = [self.lengths[slot] for slot in used] + [0] * free
+
+    def begin_step(self) -> None:
+        """Compute what all layers need: where tokens go, and what each slot sees."""
+        used = [slot for slot, row in enumerate(self.slots) if row is not None]
+        longest = max(self.lengths) + 1
+        slots = mx.array(used, dtype=mx.int32)
+        columns = mx.array([self.lengths[slot] for slot in used], dtype=mx.int32)
+        lengths = mx.array([length + 1 for length in self.lengths], dtype=mx.int32)
+        mask = (mx.arange(longest) < lengths[:, None])[:, None, None]
+        queries = None
+        if len(used) < len(self.slots):  # a free slot reads the first row; its result is not used
+            order = {slot: row for row, slot in enumerate(used)}
+            queries = mx.array([order.get(n, 0) for n in range(len(self.slots))], dtype=mx.int32)
+        self.step = GroupStep(slots, columns, lengths, mask, queries, longest)
+
+    def end_step(self) -> None:
+        self.step = None
+        for slot, row in enumerate(self.slots):
+            if row is not None:
+                self.lengths[slot] += 1
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        step = self.step
+        assert step is not None
+        pairs = zip(self.layers[layer], self.format.encode(k, v), strict=True)
+        buffers = [write_tokens(buffer, new, step) for buffer, new in pairs]
+        self.layers[layer] = buffers
+        asked = q if step.queries is None else q[step.queries]
+        prefix = [VisibleKV(part.store, part.length) for part in self.prefixes[layer]]
+        own = VisibleKV(self.format.store(buffers), step.longest, step.lengths, step.mask)
+        out = segment_attention(asked, [*prefix, own])
+        return out if step.queries is None else out[step.slots]
+
+    def extract(self, row: int) -> list[LayerCache]:
+        """Copy a sequence into caches of its own; a prefix stays shared."""
+        slot = self.slots.index(row)
+        length = self.lengths[slot]
+        caches = list[LayerCache]()
+        for buffers, prefix in zip(self.layers, self.prefixes, strict=True):
+            taken = [
+                mx.contiguous(buffer[..., slot : slot + 1, :, :length, :]) for buffer in buffers
+            ]
+            parts = [*(part.fork() for part in prefix), KVSegment(self.format, taken, length, True)]
+            cache = SegmentedKVCache(self.format, parts=parts)
+            caches.append(cache if prefix else CacheKind(self.format).adopt(cache))
+        return caches
+
+
+def empty_slots(like: mx.array, slots: int, capacity: int) -> mx.array:
+    """Return zeros for ``slots`` sequences like (..., 1, KV, N, *)."""
+    *lead, _, heads, _, width = like.shape
+    return mx.zeros((*lead, slots, heads, capacity, width), dtype=like.dtype)
+
+
+def write_slot(buffer: mx.array, slot: int, part: mx.array) -> mx.array:
+    """Write (..., 1, KV, L, *) into a slot of (..., R, KV, N, *), and zeros behind it."""
+    length = part.shape[-2]
+    buffer = grown(buffer, buffer, length + 1, 0)
+    buffer[..., slot : slot + 1, :, :length, :] = part
+    if length < buffer.shape[-2]:
+        buffer[..., slot : slot + 1, :, length:, :] = 0
+    return buffer
+
+
+def write_tokens(buffer: mx.array, new: mx.array, step: GroupStep) -> mx.array:
+    """Write one token of each sequence, (..., b, KV, 1, *), where the step says."""
+    buffer = grown(buffer, buffer, step.longest, 0)
+    lead = (slice(None),) * (buffer.ndim - 4)
+    buffer[(*lead, step.slots, slice(None), step.columns)] = mx.moveaxis(new[..., 0, :], -3, 0)
+    return buffer
+
+
+Group = SingleGroup | PaddedGroup
