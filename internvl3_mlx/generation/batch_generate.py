@@ -228,7 +228,7 @@ class AnswerBatch:
             )
         self.live[index] = answer
         try:
-            self.decode.join([answer], [prefill.engine.cache], logits)
+            self.decode.join([answer], prefill.engine.cache, logits)
         except BaseException:
             self.end(answer)
             raise

@@ -17,7 +17,11 @@ from internvl3_mlx.generation.compiled_step import (
 )
 from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, GenerationConfig
 from internvl3_mlx.generation.sampler import GREEDY, Sampler, SamplerState
-from internvl3_mlx.metal_kernels.flash_decode import flash_variant, prefers_row_layout, should_use_kernel
+from internvl3_mlx.metal_kernels.flash_decode import (
+    flash_variant,
+    prefers_row_layout,
+    should_use_kernel,
+)
 from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, KVRowLayout
 from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW
 from internvl3_mlx.models.cache import LayerCache

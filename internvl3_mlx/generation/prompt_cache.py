@@ -20,7 +20,7 @@ from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.cache_kind import format_of
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.models.kv_segment import DENSE
+from internvl3_mlx.models.kv_segment import DENSE, DenseFormat
 from internvl3_mlx.models.quantized_cache import KVQuantization
 from internvl3_mlx.prompt.v2pe import image_spans
 
@@ -194,7 +194,8 @@ class PromptCache:
 
         An unquantized cache can be quantized later; a quantized one cannot be changed.
         """
-        quantized = [form for layer in self.layers if (form := format_of(layer)) != DENSE]
+        formats = map(format_of, self.layers)
+        quantized = [form for form in formats if not isinstance(form, DenseFormat)]
         if quantization is None:
             return not quantized
         wanted = (quantization.bits, quantization.group_size)

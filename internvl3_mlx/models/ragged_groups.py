@@ -249,8 +249,9 @@ def write_slot(buffer: mx.array, slot: int, part: mx.array) -> mx.array:
 def write_tokens(buffer: mx.array, new: mx.array, step: GroupStep) -> mx.array:
     """Write one token of each sequence, (..., b, KV, 1, *), where the step says."""
     buffer = grown(buffer, buffer, step.longest, 0)
-    lead = (slice(None),) * (buffer.ndim - 4)
-    buffer[(*lead, step.slots, slice(None), step.columns)] = mx.moveaxis(new[..., 0, :], -3, 0)
+    place = step.slots, slice(None), step.columns
+    index = place if buffer.ndim == 4 else (slice(None), *place)
+    buffer[index] = mx.moveaxis(new[..., 0, :], -3, 0)
     return buffer
 
 

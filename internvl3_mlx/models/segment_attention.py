@@ -77,14 +77,16 @@ def query_rows(q: mx.array, segment: VisibleKV) -> list[mx.array]:
 
 def prefers_kernel(questions: Sequence[list[mx.array]], segments: Sequence[VisibleKV]) -> bool:
     """Return whether our kernel reads the segments, all or none: wherever it is usable."""
-    if any(isinstance(segment.store, QuantizedKV) for segment in segments):
-        return False
-    variants = (
-        FlashVariant.from_inputs(rows, segment.store, segment.causal)
+    return all(
+        not isinstance(segment.store, QuantizedKV)
+        and is_usable(FlashVariant.from_inputs(rows, segment.store, segment.causal))
         for asked, segment in zip(questions, segments, strict=True)
         for rows in asked
     )
-    return all(variant.is_supported and self_test.is_usable(variant) for variant in variants)
+
+
+def is_usable(variant: FlashVariant) -> bool:
+    return variant.is_supported and self_test.is_usable(variant)
 
 
 def kernel_attention(
@@ -99,8 +101,10 @@ def kernel_attention(
 
 def attend_segment(q: mx.array, asked: list[mx.array], segment: VisibleKV) -> AttentionOutput:
     """Attend to one segment by the kernel: out (B, H, L, D), lse (B, H, L)."""
+    store = segment.store
+    assert not isinstance(store, QuantizedKV)
     outputs = [
-        flash_decode.flash_decode_kernel(rows, segment.store, segment.ends, causal=segment.causal)
+        flash_decode.flash_decode_kernel(rows, store, segment.ends, causal=segment.causal)
         for rows in asked
     ]
     if segment.sequences == q.shape[0]:

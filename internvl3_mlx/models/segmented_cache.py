@@ -77,7 +77,7 @@ class SegmentedKVCache(LayerCache):
         else:
             self.append(self.format.encode(k, v))
         sides = zip(*(segment.dense(k.shape[0], k.dtype) for segment in self.segments), strict=True)
-        keys, values = (mx.concatenate(side, axis=2) for side in sides)
+        keys, values = (mx.concatenate([*side], axis=2) for side in sides)
         return keys, values, None
 
     def accepts_pre_rope(self, length: int) -> bool:

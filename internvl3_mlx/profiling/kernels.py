@@ -126,7 +126,8 @@ def build_store(trial: AttentionTrial, filled: KVCache) -> KVStore:
     if trial.bits == DENSE_BITS:
         return filled.buffers
     layout = KVRowLayout(trial.dim, trial.bits, GROUP_SIZE, filled.buffers.keys.dtype)
-    return QuantizedKVRows(quantize_rows(*filled.state, layout), layout)
+    keys, values = filled.state
+    return QuantizedKVRows(quantize_rows(keys, values, layout), layout)
 
 
 def kernel_thresholds(
