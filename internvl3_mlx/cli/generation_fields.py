@@ -2,17 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from internvl3_mlx.cli.flags import flag_name
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.generation.generation_config import CHOICE_MODES, GenerationConfig
+from internvl3_mlx.generation.generation_config import (
+    CHOICE_MODES,
+    GenerationConfig,
+    with_overrides,
+)
 from internvl3_mlx.json_files import parse_json_value
 from internvl3_mlx.option_fields import FieldInfo
 from internvl3_mlx.user_paths import expand_user, read_small_file
 
 if TYPE_CHECKING:
     from fractions import Fraction
+
+    from internvl3_mlx.generation.generation_config import GenerationOptions
 
 
 MODEL_DEFAULT = "the model's own"
@@ -164,7 +170,7 @@ GENERATION_DEFAULTS = {entry.name: entry.default for entry in fields(GenerationC
 
 def make_config(options: Mapping[str, Any]) -> GenerationConfig:
     """Return a ``GenerationConfig`` with some options set; raises UserError for an invalid one."""
-    return GenerationConfig(**options)
+    return with_overrides(GenerationConfig(), cast("GenerationOptions", options))
 
 
 def setting_names() -> dict[str, tuple[str, bool]]:

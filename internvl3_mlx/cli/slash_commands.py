@@ -218,6 +218,23 @@ def show_past_chats(session: ChatSession, argument: str) -> None:
     console.hint("/history N continues one" if rows else NONE_YET)
 
 
+def set_thinking(session: ChatSession, argument: str) -> None:
+    """Turn thinking on or off, or bound the thought; alone, say how it is."""
+    conversation = session.conversation
+    if argument in ("on", "off"):
+        conversation.configure(think=argument == "on", think_budget=None)
+    elif argument.isdecimal() and int(argument) > 0:
+        conversation.configure(think=True, think_budget=int(argument))
+    elif argument:
+        raise UserError(f"/think cannot be {argument}; choose on, off or a number of tokens")
+    config = conversation.generation_config
+    if not config.think:
+        console.hint("think = off")
+        return
+    budget = f", at most {config.think_budget:,} tokens" if config.think_budget else ""
+    console.hint(f"think = on{budget} · temp {config.temperature:g}")
+
+
 def show_state(session: ChatSession, _: str) -> None:
     """Show the model, the context and memory in use, and the options that were changed."""
     from internvl3_mlx import GenerationConfig
@@ -303,6 +320,10 @@ COMMANDS = (
     SlashCommand(
         "/set", "set an option, by the names of the flags; alone, list all", set_option,
         optional="[NAME VALUE]",
+    ),
+    SlashCommand(
+        "/think", "think before answering: on, off, or at most N tokens", set_thinking,
+        optional="[on|off|N]",
     ),
     SlashCommand(
         "/model", "change the model and keep the conversation", change_model, required="NAME"

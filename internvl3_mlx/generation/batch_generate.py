@@ -26,6 +26,7 @@ from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.generation.sampler import choose_seed
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.structured import make_constraint, needs_constraint
+from internvl3_mlx.generation.thinking import make_thought_constraint
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import BufferCache, MemoryNeed, working_memory
 
@@ -91,11 +92,10 @@ def read_items(inputs: Iterable[BatchItem]) -> Iterator[tuple[int, BatchItem]]:
 def can_batch(config: GenerationConfig) -> bool:
     """Tell whether answers can be decoded together.
 
-    Speculation, ranked choices and thought budgets have loops of their own, and a batch does not
-    quantize a cache on its way.
+    Speculation and ranked choices have loops of their own, and a batch does not quantize a cache on
+    its way.
     """
     special = config.lookup or config.draft_model is not None or config.ranks_choices
-    special = special or config.think_budget is not None
     return not special and (config.kv_bits is None or config.quantized_kv_start == 0)
 
 
@@ -240,6 +240,8 @@ class AnswerBatch:
         sampler = RowSampler(config, seed, inputs.token_ids, vocab_size)
         if needs_constraint(config):
             sampler.constraint = make_constraint(config, runner.tokenizer, vocab_size)
+        else:
+            sampler.constraint = make_thought_constraint(config, runner.tokenizer)
         return sampler
 
     def step(self, buffers: BufferCache) -> Iterator[tuple[int, BatchResult]]:

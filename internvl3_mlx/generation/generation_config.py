@@ -62,7 +62,8 @@ class GenerationConfig:
     text. choice_mode: ``likelihood`` scores each choice as a whole answer, ``greedy`` decodes token
     by token within the choices.
     think: ask for a thought before the answer, which becomes ``Answer.reasoning`` and no part of
-    the history; it is closed after think_budget tokens. cot: ask for step by step reasoning.
+    the history; it is closed after think_budget tokens. ``THINKING_DEFAULTS`` apply where options
+    turn it on. cot: ask for step by step reasoning.
     """
 
     system: str | None = None
@@ -203,6 +204,9 @@ class GenerationOptions(TypedDict, total=False):
     cot: bool
 
 
+# sampling while the model thinks, where nothing else is asked for: the temperature is the model
+# card's, and so many tokens fit the window of 40,960 beside a few images
+THINKING_DEFAULTS: Mapping[str, Any] = {"temperature": 0.6, "max_tokens": 32_768}
 UNBOUNDED = 10**9
 RANGES: dict[str, tuple[float, float]] = {
     "num_frames": (1, 4096),
@@ -225,12 +229,35 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def with_overrides(config: GenerationConfig, overrides: GenerationOptions) -> GenerationConfig:
-    """Return ``config`` with ``overrides``; raise UserError for an unknown name."""
+    """Return ``config`` with ``overrides``; raise UserError for an unknown name.
+
+    Where they turn ``think`` on or off, the defaults of sampling change with it.
+    """
     names = [field.name for field in fields(GenerationConfig)]
     for name in overrides:
         if name not in names:
             raise UserError(f"unknown generation option {name!r}; {did_you_mean(name, names)}")
-    return replace(config, **cast(dict[str, Any], overrides))
+    given = cast(dict[str, Any], overrides)
+    return replace(config, **{**sampling_defaults(config, given), **given})
+
+
+def sampling_defaults(config: GenerationConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults that thinking changes, if ``overrides`` turn it on or off.
+
+    What has another value than the default was asked for, and stays. Speculation stays greedy.
+    """
+    think = bool(overrides.get("think", config.think))
+    if think == config.think:
+        return {}
+    plain = {field.name: field.default for field in fields(GenerationConfig)}
+    before, after = (plain, THINKING_DEFAULTS) if think else (THINKING_DEFAULTS, plain)
+    found = {
+        name: after[name] for name in THINKING_DEFAULTS if getattr(config, name) == before[name]
+    }
+    speculates = (overrides.get(name, getattr(config, name)) for name in ("lookup", "draft_model"))
+    if think and any(speculates):
+        found.pop("temperature", None)
+    return found
 
 
 def as_tuple(value: object) -> tuple[object, ...]:

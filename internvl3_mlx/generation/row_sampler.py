@@ -7,6 +7,7 @@ leaves the batch.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -18,7 +19,6 @@ from internvl3_mlx.generation.sampler import (
     join_states,
     split_state,
 )
-from internvl3_mlx.generation.structured import Constraint
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,14 @@ class TokenScores:
         return [self.chosen, self.top_ids, self.top]
 
 
+class TokenConstraint(Protocol):
+    """Masks the tokens that may not come next: a grammar, or a thought budget."""
+
+    def mask_logits(self, logits: mx.array) -> mx.array: ...
+
+    def accept(self, token: int) -> bool: ...
+
+
 @dataclass(eq=False)
 class RowSampler:
     """How one answer samples, and the state in which it is.
@@ -53,7 +61,7 @@ class RowSampler:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     num_top: int | None = None
-    constraint: Constraint | None = None
+    constraint: TokenConstraint | None = None
     params: SamplingParams = field(init=False)
     state: SamplerState = field(init=False)
 

@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+import mlx.core as mx
+
 from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer
 from internvl3_mlx.prompt.reasoning import THINK_END, THINK_START
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -101,6 +104,41 @@ class ThoughtBudget:
         if self.spent >= self.limit and part is Part.THOUGHT and not self.is_used_up:
             self.is_used_up, self.forced = True, [*self.closing_ids]
         return self.forced.pop(0) if self.forced else None
+
+
+@dataclass(eq=False)
+class ThoughtConstraint:
+    """A thought budget for answers that are decoded together: it allows only the forced token.
+
+    detokenizer: of this answer, keeping the tags of a thought.
+    """
+
+    budget: ThoughtBudget
+    detokenizer: StreamingDetokenizer
+    splitter: ThoughtSplitter
+    forced: int | None = None
+
+    def mask_logits(self, logits: mx.array) -> mx.array:
+        """Set all tokens but the forced one, if any, to -inf: (1, vocab) -> (1, vocab)."""
+        if self.forced is None:
+            return logits
+        is_forced = mx.arange(logits.shape[-1]) == self.forced
+        return mx.where(is_forced, mx.zeros_like(logits), mx.array(-mx.inf, logits.dtype))
+
+    def accept(self, token: int) -> bool:
+        """Append the next token. The answer goes on: a budget ends no answer."""
+        self.splitter.add(self.detokenizer.add_token(token))
+        self.forced = self.budget.next_token(self.splitter.part)
+        return True
+
+
+def make_thought_constraint(
+    config: GenerationConfig, tokenizer: Tokenizer
+) -> ThoughtConstraint | None:
+    budget = make_thought_budget(config, tokenizer)
+    if budget is None:
+        return None
+    return ThoughtConstraint(budget, tokenizer.detokenizer(keep_tags=True), ThoughtSplitter())
 
 
 def make_thought_budget(config: GenerationConfig, tokenizer: Tokenizer) -> ThoughtBudget | None:

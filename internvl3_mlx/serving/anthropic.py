@@ -61,6 +61,18 @@ class CountBody(OwnFields):
         kind = (self.thinking or {}).get("type")
         return bool(self.think) or kind in ("enabled", "adaptive")
 
+    def own_options(self) -> dict[str, Any]:
+        """Return them with the budget of ``thinking`` as the budget of the thought."""
+        options, budget = super().own_options(), (self.thinking or {}).get("budget_tokens")
+        if budget is not None and (type(budget) is not int or budget < 1):
+            raise invalid(
+                f"thinking.budget_tokens is {str(budget)[:40]}; give a whole number of tokens",
+                "thinking.budget_tokens",
+            )
+        if self.wants_thinking and options["think_budget"] is None:
+            options["think_budget"] = budget
+        return options
+
 
 class MessagesBody(CountBody):
     """A request for a message."""

@@ -1,11 +1,15 @@
 """The fields of requests: their types, and what becomes of them in a generation config."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.generation.generation_config import (
+    GenerationConfig,
+    GenerationOptions,
+    with_overrides,
+)
 from internvl3_mlx.option_fields import parse_int
 from internvl3_mlx.serving.errors import invalid, unsupported
 from internvl3_mlx.serving.limits import ServerLimits
@@ -15,6 +19,7 @@ MAX_TOP_LOGPROBS = 20
 RANDOM_SEED = -1  # what llama.cpp and its relatives call no seed
 MAX_BEST_OF = 64
 ANY_OBJECT = {"type": "object"}
+THINKING_EFFORTS = ("low", "medium", "high", "xhigh")  # of OpenAI's; none and minimal do not think
 HOUSEKEEPING_START = "### Task:"  # Open WebUI's requests for titles, tags and follow-ups
 
 
@@ -48,6 +53,8 @@ class OwnFields(Body):
     best_of: Annotated[Whole, Field(ge=1, le=MAX_BEST_OF)] | None = None
     critic: str | None = None
     think: bool | str | None = None
+    think_budget: Whole | None = None
+    reasoning_effort: str | None = None
     keep_boxes: bool | None = None
     num_frames: Whole | None = None
     housekeeping: bool | None = None
@@ -61,6 +68,8 @@ class OwnFields(Body):
             "visual_compression": self.visual_compression,
             "flash_relative_threshold": self.flash_relative_threshold,
             "flash_absolute_threshold": self.flash_absolute_threshold,
+            "think": self.wants_thinking or None,
+            "think_budget": self.think_budget,
             "keep_boxes": self.keep_boxes,
             "num_frames": self.num_frames,
         }
@@ -75,7 +84,14 @@ class OwnFields(Body):
 
     @property
     def wants_thinking(self) -> bool:
-        return bool(self.think)
+        """Whether a thought is asked for: by ``think``, else by OpenAI's ``reasoning_effort``."""
+        if self.think is not None:
+            return bool(self.think)
+        return self.effort in THINKING_EFFORTS
+
+    @property
+    def effort(self) -> str | None:
+        return self.reasoning_effort
 
 
 def refuse_fields(body: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
@@ -91,7 +107,8 @@ def refuse_fields(body: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]
 
 def make_config(options: Mapping[str, Any]) -> GenerationConfig:
     """Make a config of the options that are given; raises UserError, which names the option."""
-    return GenerationConfig(**{name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    return with_overrides(GenerationConfig(), cast("GenerationOptions", given))
 
 
 def token_limit(limits: ServerLimits, *given: int | None) -> int:

@@ -77,6 +77,11 @@ class ResponsesBody(OwnFields):
     previous_response_id: str | None = None
     text: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+
+    @property
+    def effort(self) -> str | None:
+        return (self.reasoning or {}).get("effort") or self.reasoning_effort
 
 
 def read_input_image(part: Mapping[str, Any], where: str) -> MediaSource:

@@ -10,7 +10,9 @@ from internvl3_mlx.generation.context_budget import context_overflow_message
 from internvl3_mlx.generation.engine import remaining_context
 from internvl3_mlx.generation.generation_config import GREEDY, GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage, Processor
-from internvl3_mlx.generation.structured import Constraint, make_constraint, needs_constraint
+from internvl3_mlx.generation.row_sampler import TokenConstraint
+from internvl3_mlx.generation.structured import make_constraint, needs_constraint
+from internvl3_mlx.generation.thinking import make_thought_constraint
 from internvl3_mlx.generation.visual_router import check_flash_options, is_routable
 from internvl3_mlx.prompt.messages import Message, MessageMedia
 from internvl3_mlx.serving.requests import (
@@ -38,7 +40,7 @@ class PreparedRequest:
     inputs: ModelInputs
     max_tokens: int
     ntk: bool
-    constraints: tuple[Constraint, ...]
+    constraints: tuple[TokenConstraint, ...]
 
 
 def prepare_request(
@@ -97,8 +99,6 @@ def served_request(request: AnswerRequest) -> AnswerRequest:
     Choices are decoded token by token within their grammar. Raises ``InvalidRequest`` for options
     that exclude each other.
     """
-    if request.config.think_budget is not None:
-        raise InvalidRequest("think_budget is not served; lower max_tokens", "think_budget")
     try:
         config = replace(
             request.config,
@@ -173,22 +173,24 @@ def tile_limits(config: GenerationConfig, max_tiles: int | None) -> GenerationCo
     return replace(config, max_tiles=most, min_tiles=least)
 
 
-def make_constraints(processor: Processor, request: AnswerRequest) -> tuple[Constraint, ...]:
-    """Compile a constraint for each answer."""
-    if not needs_constraint(request.config):
+def make_constraints(processor: Processor, request: AnswerRequest) -> tuple[TokenConstraint, ...]:
+    """Make a constraint for each answer: a grammar, or the budget of its thought."""
+    config = request.config
+    if not (needs_constraint(config) or config.think_budget is not None):
         return ()
     if request.continue_final_message:
         raise InvalidRequest(
-            "a constraint holds for a whole answer and cannot begin within one; drop it, or "
-            "continue_final_message",
+            "a constraint or a think_budget holds for a whole answer and cannot begin within one; "
+            "drop it, or continue_final_message",
             "continue_final_message",
         )
-    vocab_size = processor.config.text.vocab_size
+    tokenizer, vocab_size = processor.tokenizer, processor.config.text.vocab_size
+    made = list[TokenConstraint]()
     with GRAMMAR_LOCK:
-        return tuple(
-            make_constraint(request.config, processor.tokenizer, vocab_size)
-            for _ in range(request.best_of or request.n)
-        )
+        for _ in range(request.best_of or request.n):
+            thought = make_thought_constraint(config, tokenizer)
+            made.append(thought or make_constraint(config, tokenizer, vocab_size))
+    return tuple(made)
 
 
 def check_request(request: AnswerRequest, most_answers: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from internvl3_mlx.errors import GPUError, InternVL3Error
 from internvl3_mlx.generation.processor import ModelInputs
-from internvl3_mlx.generation.structured import Constraint
+from internvl3_mlx.generation.row_sampler import TokenConstraint
 from internvl3_mlx.gpu_errors import Task, describe_gpu_error
 from internvl3_mlx.serving.event_stream import EventChannel, Outbox
 from internvl3_mlx.serving.requests import (
@@ -39,7 +39,7 @@ class QueuedRequest:
     seed: int
     channel: EventChannel
     outbox: Outbox
-    constraints: tuple[Constraint, ...] = ()
+    constraints: tuple[TokenConstraint, ...] = ()
     submitted: float = field(default_factory=time.perf_counter)
     preprocess_s: float = 0.0
     admitted: float = 0.0

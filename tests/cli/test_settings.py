@@ -173,3 +173,11 @@ def test_a_model_that_cannot_be_loaded_leaves_the_conversation_as_it_is(send):
     send.session.load_model = fail
     assert "error" in send("/model other")
     assert send.session.conversation is before
+
+
+def test_think_turns_thinking_on_off_and_bounds_it(send):
+    assert send("/think") == "think = off\n"
+    assert send("/think on") == "think = on · temp 0.6\n"
+    assert send("/think 500") == "think = on, at most 500 tokens · temp 0.6\n"
+    assert send("/think off") == "think = off\n"
+    assert "on, off or a number of tokens" in send("/think maybe")

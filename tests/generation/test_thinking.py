@@ -8,7 +8,11 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
+from internvl3_mlx.cli.generation_fields import make_config
 from internvl3_mlx.generation import generate, parallel_samples
+from internvl3_mlx.generation import thinking as thinking_module
+from internvl3_mlx.generation.batch_generate import batch_generate
+from internvl3_mlx.generation.generation_config import GenerationConfig, with_overrides
 from internvl3_mlx.generation.stream import TextStream
 from internvl3_mlx.generation.thinking import Part, ThoughtBudget, ThoughtSplitter
 from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM
@@ -112,7 +116,7 @@ def test_cot_wraps_the_question_after_its_images(vlm):
     assert cot == plain.replace("How many?", wrapped)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 5}])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0, "seed": 5}])
 def test_a_used_up_budget_closes_the_thought_and_the_answer_follows(vlm, opened, settings):
     free = vlm.ask("What?", [CAT], think=True, max_tokens=60, **settings)
     assert (free.text, free.finish_reason) == ("", "length")
@@ -128,7 +132,8 @@ def test_a_used_up_budget_closes_the_thought_and_the_answer_follows(vlm, opened,
 
 def test_the_model_goes_on_from_the_closed_thought(vlm, opened):
     """After the forced tokens the model answers as it would to a prompt that ends with them."""
-    answer = vlm.ask("What?", [CAT], think=True, think_budget=4, max_tokens=20)
+    asked = {"think": True, "temperature": 0}
+    answer = vlm.ask("What?", [CAT], **asked, think_budget=4, max_tokens=20)
     prompt = vlm.prepare_inputs("What?", [CAT], think=True)
     closed = len(vlm.tokenizer.encode_text("\n</think>\n\n", specials=True)) + 4
     from internvl3_mlx.generation.processor import ModelInputs
@@ -152,16 +157,15 @@ def test_several_answers_close_their_thoughts_as_alone(vlm, opened):
 
 
 def test_a_thought_is_no_part_of_the_history(vlm, opened):
-    chat = vlm.conversation(think=True, think_budget=5, max_tokens=24)
+    asked = {"think": True, "think_budget": 5, "max_tokens": 24, "temperature": 0}
+    chat = vlm.conversation(**asked)
     chunks = [*chat.stream("What?", [CAT])]
     answer = chunks[-1].answer
     assert "".join(chunk.reasoning for chunk in chunks) == answer.reasoning != ""
     assert "".join(chunk.text for chunk in chunks) == answer.text == chat.exchanges[0].answer
     assert chat.exchanges[0].token_ids == ()
     follow_up = chat.ask("Why?")
-    wanted = vlm.ask(
-        "Why?", [CAT], history=chat.history[:2], think=True, think_budget=5, max_tokens=24
-    )
+    wanted = vlm.ask("Why?", [CAT], history=chat.history[:2], **asked)
     assert follow_up.token_ids == wanted.token_ids
 
 
@@ -183,7 +187,7 @@ def test_json_names_the_reasoning_only_where_it_was_asked_for(vlm, opened):
 
 def test_without_a_tag_all_is_the_answer(vlm):
     plain = vlm.ask("What?", [CAT], max_tokens=8, system=R1_SYSTEM_PROMPT)
-    thinking = vlm.ask("What?", [CAT], max_tokens=8, think=True, think_budget=3)
+    thinking = vlm.ask("What?", [CAT], max_tokens=8, think=True, think_budget=3, temperature=0)
     assert (thinking.text, thinking.reasoning) == (plain.text, "")
 
 
@@ -214,3 +218,32 @@ def test_every_split_of_a_short_tag():
                 pieces.append(text[last:at])
                 last = at
         assert split([*pieces, text[last:]]) == ("a", "b")
+
+
+def test_thinking_brings_its_own_defaults_of_sampling():
+    plain = GenerationConfig()
+    thinking = with_overrides(plain, {"think": True})
+    assert (thinking.temperature, thinking.max_tokens) == (0.6, 32_768)
+    assert with_overrides(thinking, {"think": False}) == plain
+    chosen = with_overrides(plain, {"think": True, "temperature": 0.0, "max_tokens": 5})
+    assert (chosen.temperature, chosen.max_tokens) == (0.0, 5)
+    kept = with_overrides(with_overrides(plain, {"temperature": 0.3}), {"think": True})
+    assert (kept.temperature, kept.max_tokens) == (0.3, 32_768)
+    assert with_overrides(kept, {"think": False}).temperature == 0.3
+    assert with_overrides(plain, {"think": True, "lookup": True}).temperature == 0
+    assert make_config({"think": True}) == thinking
+
+
+def test_answers_of_a_batch_close_their_thoughts_as_alone(vlm, opened, monkeypatch):
+    """The batch forces the tokens that decoding alone forces, greedy and sampled."""
+    monkeypatch.setattr(thinking_module, "ThoughtSplitter", generate.ThoughtSplitter)
+    images = [CAT, random_image(60, 60), random_image(70, 150)]
+    for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 4}):
+        asked = {"think": True, "think_budget": 5, "max_tokens": 24, **sampling}
+        alone = [vlm.ask("What?", [image], **asked) for image in images]
+        config = vlm.conversation(**asked).generation_config
+        inputs = [vlm.prepare_inputs("What?", [image], think=True) for image in images]
+        found = [*batch_generate(vlm.runner, inputs, config, 3)]
+        assert [a.token_ids for a in found] == [a.token_ids for a in alone]
+        assert [a.reasoning for a in found] == [a.reasoning for a in alone]
+        assert all(a.text for a in found)
