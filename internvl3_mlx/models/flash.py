@@ -62,15 +62,20 @@ class MultiheadAttention(nn.Module):
         self.in_proj_bias = mx.zeros(3 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def __call__(self, query: mx.array, states: mx.array) -> mx.array:
-        """query: (T, 1, C), states: (T, N, C) -> (T, 1, C)."""
-        weights, biases = mx.split(self.in_proj_weight, 3), mx.split(self.in_proj_bias, 3)
-        q, k, v = (
-            split_heads(mx.addmm(bias, x, weight.T))
-            for x, weight, bias in zip((query, states, states), weights, biases, strict=True)
-        )
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    def keys_values(self, states: mx.array) -> tuple[mx.array, mx.array]:
+        """Project what is attended to: (T, N, C) -> keys and values, (T, H, N, C/H) each."""
+        return self.project(states, 1), self.project(states, 2)
+
+    def __call__(self, query: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """query: (T, 1, C) -> (T, 1, C)."""
+        q = self.project(query, 0)
+        out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=q.shape[-1] ** -0.5)
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(query.shape))
+
+    def project(self, x: mx.array, part: int) -> mx.array:
+        """Apply one of the three projections that are stored joined, and split into heads."""
+        weight = mx.split(self.in_proj_weight, 3)[part]
+        return split_heads(mx.addmm(mx.split(self.in_proj_bias, 3)[part], x, weight.T))
 
 
 def split_heads(x: mx.array) -> mx.array:
@@ -94,9 +99,10 @@ class CrossAttentionPooling(nn.Module):
     def __call__(self, states: mx.array) -> mx.array:
         """states: (T, N, C) -> (T, C)."""
         query = mx.broadcast_to(self.query_token, (states.shape[0], *self.query_token.shape))
-        x = self.norm1(self.attn1(query, states))
+        x = self.norm1(self.attn1(query, *self.attn1.keys_values(states)))
+        keys, values = self.attn2.keys_values(states)  # the same in all rounds
         for _ in range(POOLING_ROUNDS):
-            x = self.norm2(self.attn2(x, states))
+            x = self.norm2(self.attn2(x, keys, values))
         return x[:, 0]
 
 
