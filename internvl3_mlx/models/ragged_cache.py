@@ -7,7 +7,7 @@ to one prompt are a group that has it once. A sequence that is alone in its grou
 that read its prompt, whatever its kind: it is continued exactly as it would be by itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -16,7 +16,7 @@ from typing import cast
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels.kv_append import RopeParams
-from internvl3_mlx.models.attention import ALL_ROWS, RowSelection
+from internvl3_mlx.models.attention import ALL_ROWS, RowSelection, SlidingAttention
 from internvl3_mlx.models.cache import AttentionContext, LayerCache
 from internvl3_mlx.models.ragged_groups import Group, PaddedGroup, SingleGroup, row_bucket
 
@@ -44,8 +44,24 @@ class RaggedKVCache(AttentionContext):
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
     ) -> mx.array:
-        q = q[:, :, rows]
         attend = [partial(group.attend, self.layer) for group in self.batch.groups]
+        return self.by_group(attend, q[:, :, rows], k, v)
+
+    def attend_sliding(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        layer: SlidingAttention,
+        rows: RowSelection = ALL_ROWS,
+    ) -> mx.array:
+        attend = [partial(group.attend_sliding, self.layer, layer) for group in self.batch.groups]
+        return self.by_group(attend, q[:, :, rows], k, v)
+
+    def by_group(
+        self, attend: Sequence[Callable[..., mx.array]], q: mx.array, k: mx.array, v: mx.array
+    ) -> mx.array:
+        """Let each group attend with its own rows."""
         if len(attend) == 1:
             return attend[0](q, k, v)
         ends = self.batch.group_ends

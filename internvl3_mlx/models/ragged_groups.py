@@ -1,10 +1,11 @@
 """The groups of a ragged batch: a sequence by itself, and sequences in padded buffers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
+from internvl3_mlx.models.attention import SlidingAttention, sliding_attention
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.cache_kind import CacheKind, as_segmented, format_of
 from internvl3_mlx.models.kv_segment import KVFormat, KVSegment, grown
@@ -63,6 +64,11 @@ class SingleGroup:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return self.caches[layer].attend(q, k, v)
 
+    def attend_sliding(
+        self, layer: int, sliding: SlidingAttention, q: mx.array, k: mx.array, v: mx.array
+    ) -> mx.array:
+        return self.caches[layer].attend_sliding(q, k, v, sliding)
+
     def extract(self, row: int) -> list[LayerCache]:
         """Return the caches of the sequence, to be continued elsewhere."""
         return self.caches
@@ -83,6 +89,14 @@ class GroupStep:
     mask: mx.array
     queries: mx.array | None
     longest: int
+
+    def asked(self, q: mx.array) -> mx.array:
+        """Return what each slot asks: (b, H, 1, D) -> (R, H, 1, D)."""
+        return q if self.queries is None else q[self.queries]
+
+    def rows(self, out: mx.array) -> mx.array:
+        """Undo ``asked``."""
+        return out if self.queries is None else out[self.slots]
 
 
 @dataclass(eq=False)
@@ -204,16 +218,36 @@ class PaddedGroup:
                 self.lengths[slot] += 1
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        step, buffers = self.append(layer, k, v)
+        prefix = [VisibleKV(part.store, part.length) for part in self.prefixes[layer]]
+        own = VisibleKV(self.format.store(buffers), step.longest, step.lengths, step.mask)
+        return step.rows(segment_attention(step.asked(q), [*prefix, own]))
+
+    def attend_sliding(
+        self, layer: int, sliding: SlidingAttention, q: mx.array, k: mx.array, v: mx.array
+    ) -> mx.array:
+        """Attend in a layer that has a window or sinks, to dense keys of all segments."""
+        step, buffers = self.append(layer, k, v)
+        own = KVSegment(self.format, buffers, step.longest)
+        segments = [*self.prefixes[layer], own]
+        sides = zip(*(one.dense(len(self.slots), k.dtype) for one in segments), strict=True)
+        keys, values = (mx.concatenate([*side], axis=2) for side in sides)
+        column = mx.arange(self.prefix_length + step.longest)
+        newest = (step.lengths + self.prefix_length - 1)[:, None]
+        seen = column <= newest
+        if sliding.window is not None:
+            seen = seen & (newest - column < sliding.window)
+        everywhere = replace(sliding, window=None)
+        mask = seen[:, None, None]
+        return step.rows(sliding_attention(step.asked(q), keys, values, everywhere, mask))
+
+    def append(self, layer: int, k: mx.array, v: mx.array) -> tuple[GroupStep, list[mx.array]]:
+        """Write the new tokens of a layer; return the step and the layer's buffers."""
         step = self.step
         assert step is not None
         pairs = zip(self.layers[layer], self.format.encode(k, v), strict=True)
-        buffers = [write_tokens(buffer, new, step) for buffer, new in pairs]
-        self.layers[layer] = buffers
-        asked = q if step.queries is None else q[step.queries]
-        prefix = [VisibleKV(part.store, part.length) for part in self.prefixes[layer]]
-        own = VisibleKV(self.format.store(buffers), step.longest, step.lengths, step.mask)
-        out = segment_attention(asked, [*prefix, own])
-        return out if step.queries is None else out[step.slots]
+        self.layers[layer] = [write_tokens(buffer, new, step) for buffer, new in pairs]
+        return step, self.layers[layer]
 
     def extract(self, row: int) -> list[LayerCache]:
         """Copy a sequence into caches of its own; a prefix stays shared."""

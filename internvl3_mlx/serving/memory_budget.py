@@ -41,10 +41,10 @@ class MemoryBudget:
 def request_nbytes(
     runner: ModelRunner, request: AnswerRequest, inputs: ModelInputs, max_tokens: int
 ) -> int:
-    """Return what prompt and answers take at most, beside the weights."""
+    """Return what prompt and answers take at most, beside the weights. Answers share the prompt."""
     text, length = runner.config.text, len(inputs.token_ids)
     item = runner.model.language_model.model.norm.weight.dtype.size
-    tokens = (length + max_tokens) * (request.best_of or request.n)
+    tokens = length + max_tokens * (request.best_of or request.n)
     tiles = sum(image.tiles.nbytes for image in inputs.processed_images)
     embeddings = EMBEDDING_COPIES * length * text.hidden_size * item
     return tokens * kv_nbytes_per_token(runner.model, request.config) + embeddings + tiles

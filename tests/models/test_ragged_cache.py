@@ -11,6 +11,7 @@ from fixtures.tolerances import OPERATION_TOLERANCE
 from internvl3_mlx.metal_kernels import flash_decode
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.models import attention, ragged_cache
+from internvl3_mlx.models.attention import SlidingAttention
 from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.models.kv_segment import DENSE, RowFormat
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
@@ -19,6 +20,7 @@ from internvl3_mlx.models.ragged_groups import PaddedGroup, SingleGroup, row_buc
 from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 
 HEADS, KV_HEADS, DIM, LAYERS = 6, 3, 32, 2
+SHAPES = (HEADS, KV_HEADS, KV_HEADS)  # of q, k and v
 
 
 def states(length, seed, heads=KV_HEADS):
@@ -226,6 +228,29 @@ def test_an_answer_that_shares_its_prompt_is_taken_out_and_continued(together, m
         taken.alone[own] = together.alone[row].twin(50 + row)
     assert taken.step(2) < tolerance
     assert together.step(2) < tolerance
+
+
+@pytest.mark.parametrize("window", [None, 4, 30])
+def test_rows_of_a_layer_with_a_window_and_sinks_see_what_they_do_alone(window):
+    layer = SlidingAttention(window, mx.random.normal((HEADS,), key=mx.random.key(7)))
+    batch, alone = RaggedBatch(1), {}
+    for seed, length in enumerate((9, 21, 700)):
+        caches = [KVCache(), KVCache()]
+        for cache in caches:
+            cache.append(states(length, seed), states(length, seed + 50))
+        for row in batch.insert(caches[:1], 2 if seed == 1 else 1):
+            alone[row] = caches[1].fork()
+    for step in range(3):
+        new = {row: [states(1, 100 * row + 10 * step + n, h) for n, h in enumerate(SHAPES)]
+               for row in alone}  # fmt: skip
+        given = [
+            mx.concatenate(part) for part in zip(*(new[row] for row in batch.rows), strict=True)
+        ]
+        batch.begin_step()
+        found = batch.layers[0].attend_sliding(*given, layer)
+        batch.end_step()
+        wanted = mx.concatenate([alone[row].attend_sliding(*new[row], layer) for row in batch.rows])
+        assert relative_error(np.array(found), np.array(wanted)) < OPERATION_TOLERANCE
 
 
 def test_answers_take_a_prompt_once_and_a_tail_each(together):
