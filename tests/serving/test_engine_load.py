@@ -24,9 +24,11 @@ from fixtures.tiny import Recipe
 from internvl3_mlx import UserError, load
 from internvl3_mlx.errors import GPUError, NumericError
 from internvl3_mlx.generation import decode_batch
+from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
 from internvl3_mlx.models.internvl import InternVL, tiles_per_chunk
 from internvl3_mlx.serving import prompt_inputs, running_answer
 from internvl3_mlx.serving.engine import Engine
+from internvl3_mlx.serving.memory_budget import request_nbytes
 from internvl3_mlx.serving.prefill_task import PrefillTask
 from internvl3_mlx.serving.requests import (
     AnswerFailed,
@@ -258,6 +260,17 @@ def test_what_can_never_fit_is_refused_before_anything_is_computed(vlm):
     assert found[0].status == 413
     assert "max_tiles" in str(found[0])
     assert metrics.image_features_computed == 0
+
+
+@pytest.mark.parametrize(("missing", "outcome"), [(0, Reply), (1, RequestTooLarge)])
+def test_answers_to_one_prompt_need_it_once(vlm, missing, outcome):
+    inputs = vlm.prepare_inputs(ASKED, [WIDE])
+    one = request_nbytes(vlm.runner, question(WIDE, ASKED), inputs, 4)
+    tail = 4 * kv_nbytes_per_token(vlm.model, vlm.conversation().generation_config)
+    limit = vlm.runner.weights_nbytes + one + 7 * tail - missing
+    with running_engine(vlm, memory_nbytes=limit) as engine:
+        [found] = ask_all(engine, [question(WIDE, ASKED, max_tokens=4, n=8)])
+    assert type(found) is outcome
 
 
 def test_what_does_not_fit_beside_others_waits(vlm):

@@ -23,6 +23,7 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx import load
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.ragged_cache import RaggedBatch
 from internvl3_mlx.prompt.reasoning import R1_SYSTEM_PROMPT
 from internvl3_mlx.serving.engine import Engine, ModelSource, model_sources
 from internvl3_mlx.serving.queued_request import QueuedRequest
@@ -194,6 +195,42 @@ def test_quantized_caches_are_decoded_together_too(vlm, kv_bits):
     assert found[2].token_ids == vlm.ask(ASKED, [WIDE], max_tokens=8).token_ids
     assert [reply.read.usage.cached_tokens > 0 for reply in again] == [True, True]
     assert kv_bits == 4 or [reply.token_ids for reply in again] == wanted
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """Keep what kinds of groups every step of a batch has: answers, and tokens of their prompt."""
+    seen, begin = [], RaggedBatch.begin_step
+
+    def begin_step(self):
+        seen.append([(len(one.rows), getattr(one, "prefix_length", 0)) for one in self.groups])
+        begin(self)
+
+    monkeypatch.setattr(RaggedBatch, "begin_step", begin_step)
+    return seen
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_answers_to_one_prompt_share_its_keys(vlm, groups, kv_bits):
+    options = {"kv_bits": kv_bits, "kv_group_size": 32, "max_tokens": 6, "temperature": 1.0}
+    wanted = [vlm.ask(ASKED, [IMAGE], seed=3 + n, **options).token_ids for n in range(4)]
+    with running_engine(vlm) as engine:
+        [reply] = ask_all(engine, [question(IMAGE, ASKED, n=4, seed=3, **options)])
+        [again] = ask_all(engine, [question(IMAGE, ASKED, n=2, seed=3, **options)])
+    assert [reply.ids_of(n) for n in range(4)] == wanted
+    assert [again.ids_of(n) for n in range(2)] == wanted[:2]
+    assert again.read.usage.cached_tokens > 0
+    prompt = reply.read.usage.prompt_tokens
+    assert [(4, prompt)] in groups
+    assert [(2, prompt)] in groups
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8, 4])
+def test_requests_of_one_quantization_are_one_group(vlm, groups, kv_bits):
+    options = {"kv_bits": kv_bits, "kv_group_size": 32, "max_tokens": 30}
+    with running_engine(vlm) as engine:
+        ask_all(engine, [question("Hi " * n, **options) for n in (2, 9, 30)])
+    assert [(3, 0)] in groups
 
 
 def test_features_on_disk_are_found_by_the_next_run(vlm, encoded, tmp_path):
