@@ -11,23 +11,24 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.errors import UserError
-from internvl3_mlx.models.cache import LayerCache
+from internvl3_mlx.generation.sampler import Sampler, SamplerState, SamplingParams
+from internvl3_mlx.metal_kernels.dispatch import kernel_mode
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.models.static_cache import StaticKind, StepPlan, static_kind
+from internvl3_mlx.models.static_cache import StaticContext
 
 MODE_VARIABLE = "INTERNVL3_COMPILE"
 OFF, ON, AUTO = MODES = ("off", "on", "auto")
 CPU_COMPILER = "g++"  # that MLX calls on a CPU, once for each elementwise operation of the step
 # tokens that a model decodes before ``auto`` compiles its step (docs/performance.md)
 GPU_TOKENS_BEFORE, CPU_TOKENS_BEFORE = 32, 4096
-MAX_TRACES = 16  # of one model; the one that was not used for longest is dropped
+MAX_TRACES = 32  # of one model; the one that was not used for longest is dropped
 NOT_FINITE = -1  # in place of a token that was chosen from logits that are not numbers
 
 
@@ -88,13 +89,41 @@ def mark_not_finite(tokens: mx.array, logits: mx.array) -> mx.array:
     return mx.where(finite, signed, mx.array(NOT_FINITE, mx.int32))
 
 
+class Layout(Protocol):
+    """The caches of a step as it sees them. Hashable; equal layouts share a trace."""
+
+    def contexts(
+        self, plan: Sequence[mx.array], buffers: list[mx.array]
+    ) -> Sequence[StaticContext]:
+        """Return the context of each layer, with these buffers."""
+        ...
+
+
+class StaticCaches(Protocol):
+    """Caches that are ready for a step. plan: the arrays that say where it reads and writes."""
+
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def plan(self) -> list[mx.array]: ...
+    @property
+    def buffers(self) -> list[mx.array]: ...
+
+    def take(self, buffers: list[mx.array]) -> None:
+        """Take the buffers back after a step, and count its tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class TraceKey:
-    """All that a trace depends on beside the shapes of its arguments."""
+    """All that a trace depends on beside the shapes of its arguments.
+
+    sampling: of each row; None for a step that ends with the logits.
+    """
 
     structure: Hashable
-    kind: StaticKind
-    capacity: int
+    layout: Layout
+    sampling: tuple[SamplingParams, ...] | None
     on_gpu: bool
 
 
@@ -123,24 +152,23 @@ class CompiledSteps:
             del self.traces[next(iter(self.traces))]
         return step
 
-    def is_due(self, mode: str) -> bool:
-        """Return whether to compile now. Counts a token that is decoded without."""
+    def is_due(self, mode: str, tokens: int) -> bool:
+        """Return whether to compile now. Counts the tokens that are decoded without."""
         if mode == AUTO and self.tokens_before < tokens_before_compiling():
-            self.tokens_before += 1
+            self.tokens_before += tokens
             return False
         return mode != OFF and can_compile()
 
 
 @dataclass(eq=False)
 class StepRunner:
-    """Reads one token of a sequence at a time by compiled steps, wherever one can be used.
+    """Reads tokens by compiled steps, wherever one can be used.
 
     The caches are at any time what they would be without: steps may alternate with plain ones.
     """
 
     model: InternVL
-    caches: list[LayerCache]
-    mode: str
+    mode: str = field(default_factory=compile_mode)
 
     @cached_property
     def slots(self) -> list[tuple[nn.Module, str]]:
@@ -148,64 +176,70 @@ class StepRunner:
 
     @cached_property
     def structure(self) -> Hashable:
-        return module_structure(self.model.language_model)
+        return module_structure(self.model.language_model), kernel_mode()
 
-    def next_token(self, token: mx.array, position: int) -> mx.array | None:
-        """Read a token, (1,) -> the next one, (1,) int32; None where a plain step has to.
+    def is_due(self, tokens: int = 1) -> bool:
+        """Return whether the next tokens are to be read by a compiled step."""
+        return CompiledSteps.of(self.model).is_due(self.mode, tokens)
 
-        position: of the token that is read.
+    def run(
+        self,
+        caches: StaticCaches,
+        tokens: mx.array,
+        positions: Sequence[int],
+        sampler: Sampler | None = None,
+        state: SamplerState | None = None,
+    ) -> tuple[mx.array, SamplerState | None]:
+        """Read L tokens of each sequence, (B, L), whose positions begin at ``positions``.
+
+        Returns the next tokens, (B,) int32, and the sampler's state; without a sampler the logits
+        after each token, (B, L, vocab).
         """
-        kind = static_kind(self.caches)
-        if kind is None or not CompiledSteps.of(self.model).is_due(self.mode):
-            return None
-        length = self.caches[0].offset
-        for layer in self.caches:
-            layer.reserve(length + 1)
-        buffers = [array for layer in self.caches for array in layer.arrays]
-        key = TraceKey(self.structure, kind, buffers[0].shape[2], on_gpu())
+        params = None if sampler is None else sampler.params
+        key = TraceKey(self.structure, caches.layout, params, on_gpu())
         step = CompiledSteps.of(self.model).get(key, self.model)
         weights = [module[name] for module, name in self.slots]
-        place = (mx.array([position], dtype=mx.int32), mx.array([length], dtype=mx.int32))
-        token, buffers = step(weights, token, *place, buffers)
-        for index, layer in enumerate(self.caches):
-            start = index * kind.num_arrays
-            layer.take_step(buffers[start : start + kind.num_arrays], 1)
-        return token
+        first = mx.array([*positions], dtype=mx.int32)
+        out, buffers, after = step(
+            weights, tokens, first, caches.plan, caches.buffers, list(state or ())
+        )
+        caches.take(buffers)
+        return out, SamplerState(*after) if after else None
 
 
 def trace_step(model: Callable[[], InternVL | None], key: TraceKey) -> Callable[..., Any]:
-    """Return the compiled step: (weights, token, position, length, buffers) -> (token, buffers).
+    """Return the compiled step of ``StepRunner.run``, as a function of arrays alone.
 
     ``model``, which is not kept alive, is only needed while the step is traced.
     """
+    sampler = None if key.sampling is None else Sampler(key.sampling)
 
     def step(
         weights: list[mx.array],
-        token: mx.array,
-        position: mx.array,
-        length: mx.array,
+        tokens: mx.array,
+        positions: mx.array,
+        plan: list[mx.array],
         buffers: list[mx.array],
-    ) -> tuple[mx.array, list[mx.array]]:
+        state: list[mx.array],
+    ) -> tuple[mx.array, list[mx.array], list[mx.array]]:
         traced = model()
         assert traced is not None
-        plan = StepPlan.from_lengths(length, key.capacity)
-        size = key.kind.num_arrays
-        contexts = [
-            key.kind.context(buffers[start : start + size], plan)
-            for start in range(0, len(buffers), size)
-        ]
-        slots = list(weight_slots(traced.language_model))
+        language = traced.language_model
+        contexts = key.layout.contexts(plan, buffers)
+        slots = list(weight_slots(language))
         own = [module[name] for module, name in slots]
         fill_slots(slots, weights)
         try:
-            language = traced.language_model
-            rotary = language.step_rotary(position)
-            states = language.model(traced.embed(token[:, None]), rotary, contexts)
-            logits = language.head(states[:, -1])
+            rotary = language.step_rotary(positions, tokens.shape[1])
+            states = language.model(traced.embed(tokens), rotary, contexts)
+            logits = language.head(states if sampler is None else states[:, -1])
         finally:
             fill_slots(slots, own)
-        chosen = mark_not_finite(mx.argmax(logits, axis=-1), logits)
-        return chosen, [array for context in contexts for array in context.arrays]
+        written = [array for context in contexts for array in context.arrays]
+        if sampler is None:
+            return logits, written, []
+        chosen, after = sampler(logits, SamplerState(*state))
+        return mark_not_finite(chosen, logits), written, [*after]
 
     compiled: Callable[..., Any] = mx.compile(step)
     return compiled

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -9,12 +10,7 @@ import numpy as np
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.errors import NumericError, UserError
-from internvl3_mlx.generation.compiled_step import (
-    NOT_FINITE,
-    StepRunner,
-    compile_mode,
-    mark_not_finite,
-)
+from internvl3_mlx.generation.compiled_step import NOT_FINITE, StepRunner, mark_not_finite
 from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, GenerationConfig
 from internvl3_mlx.generation.sampler import GREEDY, Sampler, SamplerState
 from internvl3_mlx.metal_kernels.flash_decode import (
@@ -23,13 +19,14 @@ from internvl3_mlx.metal_kernels.flash_decode import (
     should_use_kernel,
 )
 from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, KVRowLayout
-from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW
+from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW, MAX_KERNEL_ROWS
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.cache_kind import CacheKind, format_of
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.kv_segment import DENSE, QuantizedFormat, RowFormat
 from internvl3_mlx.models.quantized_cache import KVQuantization
 from internvl3_mlx.models.rope import Positions, Rotary
+from internvl3_mlx.models.static_cache import StaticSequence
 
 # Tokens per chunk. A CPU computes the scores behind the causal mask too; short chunks have fewer.
 GPU_PREFILL_STEP_SIZE, CPU_PREFILL_STEP_SIZE = 2048, 512
@@ -133,12 +130,10 @@ class Engine:
         """
         token = self.sample(logits)
         mx.async_eval(token)
-        runner = self.step_runner()
         for left in range(limit - 1, -1, -1):
             following = token
             if left:
-                compiled = self.compiled_step(runner, token)
-                following = self.sample(self.step(token)) if compiled is None else compiled
+                following = self.next_token(token)
                 mx.async_eval(following)
             forced = yield check_token(int(token.item()))  # type: ignore[arg-type]
             token = following if forced is None else self.force(forced, following)
@@ -154,49 +149,63 @@ class Engine:
         self.sampler_state = self.sampler_state.replace_last(forced, drawn)
         return forced
 
-    def step_runner(self) -> StepRunner | None:
-        """Return what runs compiled steps of this answer, None where the sampler cannot be."""
-        if not self.sampler.is_greedy:
-            return None
-        return StepRunner(self.model, self.cache, compile_mode())
-
-    def compiled_step(self, runner: StepRunner | None, token: mx.array) -> mx.array | None:
-        """Read one token, (1,) -> the next one, (1,) int32; None where a plain step has to.
-
-        It has to while the base of the rotary embedding changes with every token, and while a
-        dense cache waits to be quantized.
-        """
-        is_waiting = self.kv_quantization is not None and format_of(self.cache[-1]) == DENSE
-        if runner is None or is_waiting or self.uses_dynamic_ntk(0):
-            return None
-        following = runner.next_token(token, int(self.next_position))
-        if following is not None:
-            self.next_position += 1
-            self.num_cached += 1
-            self.compiled_tokens += 1
+    def next_token(self, token: mx.array) -> mx.array:
+        """Read a token, (1,) -> the next one, (1,) int32."""
+        following = self.compiled_step(token[None], self.sampler)
+        if following is None:
+            return self.sample(self.plain_step(token[None])[:, -1])
+        self.compiled_tokens += 1
         return following
 
     def step(self, token: mx.array) -> mx.array:
-        """Read one token, (1,) -> logits (1, vocab). Positions of generated text step by 1."""
-        length = self.cache[0].offset + 1
-        rotary = self.rotary(int(self.next_position), length)
-        self.next_position += 1
-        embeds = self.model.embed(token[None])
-        states = self.model.language_model.model(embeds, rotary, self.cache)
-        self.quantize_cache()
-        self.num_cached = length
-        return self.model.language_model.head(states[:, -1])
+        """Read one token, (1,) -> logits (1, vocab)."""
+        return self.read_tokens(token[None])[:, -1]
 
     def verify(self, tokens: list[int]) -> mx.array:
         """Read several tokens at once: (K,) -> logits after each, (1, K, vocab)."""
-        length = self.num_cached + len(tokens)
+        return self.read_tokens(mx.array([tokens], dtype=mx.int32))
+
+    def read_tokens(self, tokens: mx.array) -> mx.array:
+        """Read tokens (1, K), whose positions step by 1 -> logits after each, (1, K, vocab)."""
+        logits = self.compiled_step(tokens)
+        return self.plain_step(tokens) if logits is None else logits
+
+    def plain_step(self, tokens: mx.array) -> mx.array:
+        """Do the same without compilation."""
+        length = self.num_cached + tokens.shape[1]
         rotary = self.rotary(int(self.next_position), length)
-        self.next_position += len(tokens)
-        embeds = self.model.embed(mx.array([tokens], dtype=mx.int32))
+        self.next_position += tokens.shape[1]
+        embeds = self.model.embed(tokens)
         states = self.model.language_model.model(embeds, rotary, self.cache)
         self.quantize_cache()
         self.num_cached = length
         return self.model.language_model.head(states)
+
+    def compiled_step(self, tokens: mx.array, sampler: Sampler | None = None) -> mx.array | None:
+        """Do the same by a compiled step; None where a plain step has to.
+
+        With a sampler the next token, (1,) int32. A plain step has to while the base of the rotary
+        embedding changes with every token, and while a dense cache waits to be quantized.
+        """
+        num_new = tokens.shape[1]
+        is_waiting = self.kv_quantization is not None and format_of(self.cache[-1]) == DENSE
+        if is_waiting or num_new > MAX_KERNEL_ROWS or self.uses_dynamic_ntk(num_new - 1):
+            return None
+        if not self.runner.is_due(num_new):
+            return None
+        caches = StaticSequence.prepare(self.cache, num_new)
+        if caches is None:
+            return None
+        place, state = [int(self.next_position)], None if sampler is None else self.sampler_state
+        found, after = self.runner.run(caches, tokens, place, sampler, state)
+        self.sampler_state = after or self.sampler_state
+        self.next_position += num_new
+        self.num_cached += num_new
+        return found
+
+    @cached_property
+    def runner(self) -> StepRunner:
+        return StepRunner(self.model)
 
     def rewind(self, count: int) -> None:
         """Drop the last ``count`` tokens, whose positions step by 1."""

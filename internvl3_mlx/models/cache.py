@@ -69,6 +69,15 @@ class AttentionContext(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be read as dense keys and values")
 
+    accepts_joint = False  # whether ``attend_joint`` is to be used, for one new token
+
+    def attend_joint(self, q: mx.array, kv: mx.array) -> mx.array:
+        """Do the same with keys and values in one array, for one new token.
+
+        q: (B, H, 1, D), kv: (B, 2 * KV, 1, D), the rotated keys first -> (B, H, 1, D).
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes keys and values by themselves")
+
     def accepts_pre_rope(self, length: int) -> bool:
         """Return whether ``attend_pre_rope`` is to be used for ``length`` new tokens."""
         return False

@@ -57,8 +57,13 @@ class Attention(nn.Module):
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D): ``context`` takes in all L tokens, ``rows`` of them attend."""
-        qk, v = self.project_qkv(x)
-        sliding = self.sliding
+        heads, sliding = self.project_heads(x), self.sliding
+        if sliding is None and context.accepts_joint and x.shape[1] == 1:
+            rotated = rotary.rotate_heads(heads, self.heads + self.kv_heads)
+            q, kv = mx.split(rotated, [self.heads], axis=1)
+            out = context.attend_joint(scale_scores(q, rotary), kv)
+            return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
+        qk, v = mx.split(heads, [self.heads + self.kv_heads], axis=2)
         if sliding is not None:
             q, k = mx.split(rotary(qk), [self.heads], axis=1)
             q = scale_scores(q, rotary)
@@ -74,8 +79,8 @@ class Attention(nn.Module):
             out = context.attend(q, k, v.transpose(0, 2, 1, 3), rows)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
-    def project_qkv(self, x: mx.array) -> list[mx.array]:
-        """x: (B, L, D) -> q and k, to be rotated together, (B, L, H + KV, D'), v (B, L, KV, D').
+    def project_heads(self, x: mx.array) -> mx.array:
+        """x: (B, L, D) -> queries, keys and values together: (B, L, H + 2 KV, D').
 
         Where the family has norms of q and k, they come after the split into heads.
         """
@@ -84,15 +89,10 @@ class Attention(nn.Module):
         else:
             joint = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         heads = joint.reshape(*x.shape[:2], -1, self.head_dim)
-        qk, v = mx.split(heads, [self.heads + self.kv_heads], axis=2)
-        return [self.norm_heads(qk), v]
-
-    def norm_heads(self, qk: mx.array) -> mx.array:
-        """Normalize each head of q and k, if the layer has norms for them: (B, L, H + KV, D')."""
         if "q_norm" not in self:
-            return qk
-        q, k = mx.split(qk, [self.heads], axis=2)
-        return mx.concatenate([self.q_norm(q), self.k_norm(k)], axis=2)
+            return heads
+        q, k, v = mx.split(heads, [self.heads, self.heads + self.kv_heads], axis=2)
+        return mx.concatenate([self.q_norm(q), self.k_norm(k), v], axis=2)
 
     @property
     def sliding(self) -> SlidingAttention | None:
@@ -217,13 +217,15 @@ class LanguageModel(nn.Module):
             return Rotary(dim, stretched, positions)
         return Rotary(dim, ntk_frequencies(positions, dim, base, stretched), positions)
 
-    def step_rotary(self, positions: mx.array) -> Rotary:
-        """Return the rotary embedding of one new token of each sequence. positions: (B,) int32.
+    def step_rotary(self, positions: mx.array, num_new: int = 1) -> Rotary:
+        """Return the rotary embedding of new tokens of each sequence. positions: (B,) int32.
 
         A GPU rotates in one fused operation; on a CPU that would compute its tables in each layer.
         """
-        at = positions if on_gpu() else positions.astype(mx.float32)[:, None]
-        return self.rotary(at, 0, ntk=False)
+        if on_gpu():
+            return self.rotary(positions, 0, ntk=False)
+        each = positions[:, None] + mx.arange(num_new)
+        return self.rotary(each.astype(mx.float32), 0, ntk=False)
 
     def ragged_rotary(self, positions: Sequence[float], lengths: Sequence[int | None]) -> Rotary:
         """Return the rotary embedding of one new token of each of several sequences.

@@ -37,6 +37,9 @@ class Rotary:
     positions: Positions
     score_scale: float = 1.0
     tables: tuple[mx.array, mx.array] | None = field(init=False, repr=False)
+    by_head: dict[tuple[int, int], tuple[mx.array, ...]] = field(
+        init=False, repr=False, default_factory=dict[tuple[int, int], tuple[mx.array, ...]]
+    )
 
     def __post_init__(self) -> None:
         positions, tables = self.positions, None
@@ -59,6 +62,33 @@ class Rotary:
             return self.apply_rope(x.transpose(0, 2, 1, 3), self.positions)
         rotated = rotate_pairs(*mx.split(x, 2, axis=-1), *self.tables)
         return mx.concatenate(list(rotated), axis=-1).transpose(0, 2, 1, 3)
+
+    def rotate_heads(self, x: mx.array, count: int) -> mx.array:
+        """Rotate the first ``count`` heads of one token, and pass on the others as they are.
+
+        x: (B, 1, H, D) -> (B, H, 1, D). So one operation takes queries, keys and values together:
+        a rotation by 0 changes nothing. Positions: (B,) int32 or (B, 1) float32.
+        """
+        batch, _, heads, dim = x.shape
+        if (heads, count) not in self.by_head:  # made once for all layers
+            self.by_head[heads, count] = self.head_rotations(heads, count)
+        rotations = self.by_head[heads, count]
+        if self.tables is None:
+            rotated = self.apply_rope(x.reshape(-1, 1, 1, dim), rotations[0])
+        else:
+            cos, sin = rotations
+            halves = rotate_pairs(*mx.split(x, 2, axis=-1), cos, sin)
+            rotated = mx.concatenate(list(halves), axis=-1)
+        return rotated.reshape(batch, heads, 1, dim)
+
+    def head_rotations(self, heads: int, count: int) -> tuple[mx.array, ...]:
+        """Return an offset for each head, (B * H,) int32; or cosines and sines, (B, 1, H, D/2)."""
+        rotates = mx.arange(heads) < count
+        if self.tables is None:
+            offsets = mx.where(rotates, mx.array(self.positions)[:, None], 0)
+            return (offsets.reshape(-1),)
+        cos, sin = self.tables
+        return mx.where(rotates[:, None], cos, 1.0), mx.where(rotates[:, None], sin, 0.0)
 
     def rope_params(self, length: int) -> RopeParams:
         """Return the same rotation as arrays, for the ``kv_append`` kernel."""

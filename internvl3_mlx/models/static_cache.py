@@ -1,9 +1,8 @@
 """Caches inside a compiled decode step: buffers of a fixed size, whose lengths are arrays.
 
-A step is traced once for each kind and capacity of its caches and then replayed, so nothing in it
-may depend on a number of Python's that changes from token to token. ``StepPlan`` is what all layers
-share, made once for each step. A ``StaticKind`` says how the arrays of a layer are written and
-read; it is part of the key under which the traced step is kept.
+A step is traced once for each layout of its caches and then replayed, so nothing in it may depend
+on a number of Python's that changes from token to token. ``StepPlan`` is what all layers share,
+made once for each step. A ``StaticKind`` says how the arrays of a layer are written and read.
 """
 
 from collections.abc import Sequence
@@ -12,23 +11,25 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from internvl3_mlx.metal_kernels import flash_decode
 from internvl3_mlx.metal_kernels.kv_layout import DenseKV
 from internvl3_mlx.models.attention import (
     ALL_ROWS,
+    MAX_KERNEL_ROWS,
     RowSelection,
     SlidingAttention,
-    ragged_attention,
-    ragged_sliding_attention,
+    causal_attention,
+    kernels_enabled,
 )
 from internvl3_mlx.models.cache import AttentionContext, KVCache, LayerCache, split_kv
 
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What the layers of a step share. One sequence, one new token.
+    """What the layers of a step of one sequence share.
 
-    lengths: tokens before the step, (1,) int32. read: those with the new one, (1,) int32. mask:
-    (1, 1, 1, N), True where there is a token to read.
+    lengths: tokens before the step, (1,) int32. read: those with the L new ones, (1,) int32. mask:
+    (1, 1, L, N), True where a new token sees a token.
     """
 
     lengths: mx.array
@@ -37,9 +38,10 @@ class StepPlan:
     capacity: int
 
     @classmethod
-    def from_lengths(cls, lengths: mx.array, capacity: int) -> "StepPlan":
-        mask = (mx.arange(capacity) <= lengths[:, None])[:, None, None]
-        return cls(lengths, lengths + 1, mask, capacity)
+    def from_lengths(cls, lengths: mx.array, num_new: int, capacity: int) -> "StepPlan":
+        last = lengths[:, None] + mx.arange(num_new)
+        mask = (mx.arange(capacity) <= last[..., None])[:, None]
+        return cls(lengths, lengths + num_new, mask, capacity)
 
 
 class StaticContext(AttentionContext):
@@ -74,16 +76,20 @@ class DenseKind:
 
 
 class StaticDense(StaticContext):
-    """Keys and values (2 * B, KV, N, D), as ``KVCache`` has them."""
+    """Keys and values (2, KV, N, D), as ``KVCache`` has them."""
+
+    accepts_joint = True
 
     def __init__(self, arrays: list[mx.array], plan: StepPlan):
         self.arrays, self.plan = arrays, plan
 
+    def attend_joint(self, q: mx.array, kv: mx.array) -> mx.array:
+        return static_attention(q, self.append(kv.reshape(2, -1, 1, kv.shape[-1])), self.plan)
+
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
     ) -> mx.array:
-        plan, store = self.plan, self.write(k, v)
-        return ragged_attention(q[:, :, rows], store, plan.read, plan.capacity, plan.mask)
+        return static_attention(q[:, :, rows], self.append(mx.concatenate([k, v])), self.plan)
 
     def attend_sliding(
         self,
@@ -93,17 +99,34 @@ class StaticDense(StaticContext):
         layer: SlidingAttention,
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
-        store = self.write(k, v)
-        return ragged_sliding_attention(
-            q[:, :, rows], store.keys, store.values, layer, self.plan.read
+        store, plan, mask = self.append(mx.concatenate([k, v])), self.plan, self.plan.mask
+        if layer.window is not None:
+            last = plan.lengths[:, None] + mx.arange(q.shape[2])
+            first = last[..., None] - layer.window
+            mask = mask & (mx.arange(plan.capacity) > first)[:, None]
+        sinks = None if layer.sinks is None else layer.sinks.astype(q.dtype)
+        return mx.fast.scaled_dot_product_attention(
+            q, store.keys, store.values, scale=q.shape[-1] ** -0.5, mask=mask, sinks=sinks
         )
 
-    def write(self, k: mx.array, v: mx.array) -> DenseKV:
-        """Add the new token; return all buffers."""
+    def append(self, new: mx.array) -> DenseKV:
+        """Write L tokens, (2, KV, L, D), in one operation; return all."""
         [kv] = self.arrays
-        kv = mx.slice_update(kv, mx.concatenate([k, v]), self.plan.lengths, axes=(2,))
-        self.arrays = [kv]
-        return split_kv(kv)
+        self.arrays = [mx.slice_update(kv, new, self.plan.lengths, axes=(2,))]
+        return split_kv(self.arrays[0])
+
+
+def static_attention(q: mx.array, store: DenseKV, plan: StepPlan) -> mx.array:
+    """Attend from the new tokens of one sequence: (1, H, L, D) -> (1, H, L, D).
+
+    By our kernel, which reads no further than the length, where it was measured to be faster.
+    """
+    is_draft = q.shape[2] > 1
+    variant = flash_decode.FlashVariant.from_inputs(q, store, causal=is_draft)
+    few = q.shape[2] <= MAX_KERNEL_ROWS
+    if few and kernels_enabled() and flash_decode.should_use_kernel(variant, plan.capacity):
+        return flash_decode.flash_decode_kernel(q, store, plan.read, causal=is_draft)[0]
+    return causal_attention(q, store.keys, store.values, plan.mask)
 
 
 KINDS: dict[type[LayerCache], StaticKind] = {KVCache: DenseKind()}
@@ -114,3 +137,54 @@ def static_kind(caches: Sequence[LayerCache]) -> StaticKind | None:
     kinds = {KINDS.get(type(cache)) for cache in caches}
     has_arrays = all(cache.arrays for cache in caches)
     return kinds.pop() if len(kinds) == 1 and has_arrays else None
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The caches of one sequence as a step sees them. num_new: tokens that it reads."""
+
+    kind: StaticKind
+    capacity: int
+    num_new: int
+
+    def contexts(self, plan: Sequence[mx.array], buffers: list[mx.array]) -> list[StaticContext]:
+        """Return the contexts of all layers. plan: the tokens before the step, (1,) int32."""
+        [lengths] = plan
+        step = StepPlan.from_lengths(lengths, self.num_new, self.capacity)
+        size = self.kind.num_arrays
+        return [
+            self.kind.context(buffers[start : start + size], step)
+            for start in range(0, len(buffers), size)
+        ]
+
+
+@dataclass(eq=False)
+class StaticSequence:
+    """One sequence whose next tokens are read by a compiled step."""
+
+    caches: Sequence[LayerCache]
+    layout: SequenceLayout
+
+    @classmethod
+    def prepare(cls, caches: Sequence[LayerCache], num_new: int) -> "StaticSequence | None":
+        """Make space for ``num_new`` tokens; None where no step can be compiled for the caches."""
+        kind = static_kind(caches)
+        if kind is None:
+            return None
+        for layer in caches:
+            layer.reserve(layer.offset + num_new)
+        return cls(caches, SequenceLayout(kind, caches[0].arrays[0].shape[-2], num_new))
+
+    @property
+    def plan(self) -> list[mx.array]:
+        return [mx.array([self.caches[0].offset], dtype=mx.int32)]
+
+    @property
+    def buffers(self) -> list[mx.array]:
+        return [array for layer in self.caches for array in layer.arrays]
+
+    def take(self, buffers: list[mx.array]) -> None:
+        """Take the buffers back after a step."""
+        size = self.layout.kind.num_arrays
+        for index, layer in enumerate(self.caches):
+            layer.take_step(buffers[index * size : (index + 1) * size], self.layout.num_new)
