@@ -5,11 +5,29 @@ multiplication and an addition count as two operations.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from internvl3_mlx.metal_kernels.flash_decode import MIN_TILE_ROWS, TILE_ROWS, split_count
-from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, KVRowLayout
+import mlx.core as mx
 
-HALF_BYTES, FLOAT32_BYTES = 2, 4  # bytes of a 16-bit number, and of float32
+from internvl3_mlx.metal_kernels.dispatch import SIMD_WIDTH
+from internvl3_mlx.metal_kernels.flash_decode import FlashVariant
+from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS
+from internvl3_mlx.metal_kernels.launch_plan import (
+    DEFAULT_CLASS,
+    FLOAT32_BYTES,
+    MIN_TILE_ROWS,
+    SPLIT_PLANS,
+    TILE_ROWS,
+    SplitPlan,
+    split_count,
+)
+
+HALF_BYTES = 2  # of a 16-bit number
+MATRIX_TOKENS = 8  # that a matrix of keys or values holds
+# Instructions that a simdgroup issues for eight tokens and a tile, checked against the emulator's
+# count: an 8 x 8 product has 16 multiply-adds a lane; of two 16-bit halves of a word, levels are
+# shifted, masked and or-ed together; the rest is scales and biases, maxima, exponentials.
+PRODUCT_SLOTS, UNPACK_SLOTS, GROUP_SLOTS, SOFTMAX_SLOTS = 16, 1.5, 24, 10
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,15 @@ class AttentionCost:
     bits: int = DENSE_BITS
     draft: int = 1
     group_size: int = 64
+    plan: SplitPlan = SPLIT_PLANS[DEFAULT_CLASS]
+
+    @cached_property
+    def variant(self) -> FlashVariant:
+        """The kernel for this shape in 16-bit types."""
+        sharing, group_size = self.heads // self.kv_heads, min(self.group_size, self.head_dim)
+        return FlashVariant(
+            mx.float16, self.bits, self.head_dim, group_size, sharing, self.draft, self.draft > 1
+        )
 
     @property
     def rows(self) -> int:
@@ -30,19 +57,23 @@ class AttentionCost:
         return self.heads // self.kv_heads * self.draft
 
     @property
+    def tiles(self) -> int:
+        return -(-self.rows // TILE_ROWS)
+
+    @property
+    def splits(self) -> int:
+        """Threadgroups that share a head's tokens."""
+        return split_count(self.tokens, self.kv_heads, self.plan, self.rows)
+
+    @property
     def store_nbytes(self) -> int:
         """Bytes of keys and values, which our kernel reads once."""
-        if self.bits == DENSE_BITS:
-            row = 2 * self.head_dim * HALF_BYTES
-        else:
-            row = KVRowLayout(self.head_dim, self.bits, self.group_size).row_bytes
-        return self.kv_heads * self.tokens * row
+        return self.kv_heads * self.tokens * self.variant.token_bytes
 
     @property
     def parts_nbytes(self) -> int:
         """Bytes of the partial results of all splits, float32, written once and read once."""
-        splits = split_count(self.tokens, self.kv_heads, self.rows)
-        return 2 * splits * self.heads * self.draft * (self.head_dim + 2) * FLOAT32_BYTES
+        return 2 * self.splits * self.heads * self.draft * (self.head_dim + 2) * FLOAT32_BYTES
 
     @property
     def kernel_nbytes(self) -> int:
@@ -65,13 +96,29 @@ class AttentionCost:
 
     @property
     def kernel_flops(self) -> int:
-        """Operations of our kernel: tiles are padded to eight rows, and each tile dequantizes."""
-        values = 2 * self.kv_heads * self.tokens * self.head_dim
-        scaling = 2 * values  # one multiplication and one addition
+        """Operations of our kernel's products: tiles are padded to eight rows."""
         if self.rows < MIN_TILE_ROWS:
-            return self.flops + scaling
-        tiles = -(-self.rows // TILE_ROWS)
-        return 2 * values * tiles * TILE_ROWS + scaling * tiles
+            return self.flops
+        return 4 * self.kv_heads * self.tokens * self.head_dim * self.tiles * TILE_ROWS
+
+    @property
+    def slots(self) -> float:
+        """Instructions that all simdgroups issue; every tile unpacks for itself."""
+        numbers = 2 * self.head_dim * MATRIX_TOKENS / SIMD_WIDTH  # of a lane, keys and values
+        work = self.rows * (SOFTMAX_SLOTS + numbers)
+        if self.rows >= MIN_TILE_ROWS:
+            products = 2 * self.head_dim / TILE_ROWS * PRODUCT_SLOTS
+            work = self.tiles * (products + SOFTMAX_SLOTS + self.fade_slots)
+        if self.bits != DENSE_BITS:
+            tiles = self.tiles if self.rows >= MIN_TILE_ROWS else 1
+            groups = self.head_dim / self.group_size
+            work += tiles * (UNPACK_SLOTS * numbers + GROUP_SLOTS * groups)
+        return self.kv_heads * self.tokens / MATRIX_TOKENS * work
+
+    @property
+    def fade_slots(self) -> float:
+        """Instructions of a lane to rescale its share of a tile's output, for eight tokens."""
+        return self.head_dim * TILE_ROWS / SIMD_WIDTH * MATRIX_TOKENS / self.variant.shape.block
 
 
 # size, query heads, key-value heads, head dimension; the 38B has the 14B's

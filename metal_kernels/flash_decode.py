@@ -9,6 +9,7 @@ combine segments of keys that were attended to separately.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -25,18 +26,21 @@ from internvl3_mlx.metal_kernels.kv_layout import (
     KVRowLayout,
     KVStore,
 )
+from internvl3_mlx.metal_kernels.launch_plan import (
+    DENSE_GROUP,
+    MIN_TILE_ROWS,
+    GroupShape,
+    default_split_plan,
+    group_shape,
+    split_count,
+)
 from internvl3_mlx.metal_kernels.self_test_inputs import SELF_TEST_RUNS, attention_inputs
 
 MAX_QUERY_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
 MAX_DRAFT_TOKENS = 8  # new tokens; with more, dequantizing and MLX's attention cost less
-TILE_ROWS, MIN_TILE_ROWS = 8, 4  # below four rows a matrix tile would be mostly padding
-SIMDGROUPS = 4  # of a threadgroup whose rows fit one tile; each reads its own tokens
-BLOCK_TOKENS = 32  # between two rescalings of the output
-WIDE_KEY_BYTES = 512  # of one key; from here on, blocks are half as long
-TOKENS_PER_SPLIT, TARGET_THREADGROUPS, MAX_SPLITS = 512, 160, 64  # 160: two for each of 80 cores
 LOWEST = -3.0e38  # in place of minus infinity for rows without keys, as in shaders/kv_store.metal
 
-INPUTS = ("q", "keys", "values", "lengths", "scale")
+INPUTS = ("q", "keys", "values", "lengths", "causal", "scale")
 PARTS = ("out", "top", "sum")
 TILES_KERNEL = KernelSource("flash_tiles", INPUTS, PARTS, "flash_tiles", ("kv_store", "tile"))
 ROWS_KERNEL = KernelSource("flash_rows", INPUTS, PARTS, "flash_rows", ("kv_store",))
@@ -158,8 +162,10 @@ def flash_decode_kernel(
     kv_heads, capacity = store.arrays[0].shape[1:3]
     variant = FlashVariant.from_inputs(q, store, causal)
     plan = plan_launches(variant, q.shape[0], kv_heads, capacity, splits)
-    factor = scalar_array(q.shape[-1] ** -0.5 if scale is None else scale)
-    inputs = [q.astype(store.dtype), *store.arrays, kernel_lengths(lengths, q.shape[0]), factor]
+    ends = kernel_lengths(lengths, q.shape[0])
+    hidden = scalar_array(int(variant.causal), mx.int32)
+    factor = scalar_array(q.shape[-1] ** -0.5 if scale is None else scale, mx.float32)
+    inputs = [q.astype(store.dtype), *store.arrays, ends, hidden, factor]
     out, lse = dispatch.launch_kernel(
         JOIN_KERNEL, dispatch.launch_kernel(plan.program, inputs, plan.split), plan.join
     )
@@ -188,9 +194,9 @@ def repeated_length(length: int, count: int) -> mx.array:
 
 
 @lru_cache(maxsize=64)
-def scalar_array(value: float) -> mx.array:
+def scalar_array(value: float, dtype: mx.Dtype) -> mx.array:
     """Return a 0-d array, the same one for every layer."""
-    return mx.array(value, mx.float32)
+    return mx.array(value, dtype)
 
 
 @dataclass(frozen=True)
@@ -208,43 +214,23 @@ def plan_launches(
 ) -> LaunchPlan:
     """Divide the work into threadgroups: each takes one split of one head's tokens."""
     dim, rows, dtype = variant.head_dim, variant.rows * variant.draft, variant.dtype
-    tiles = -(-rows // TILE_ROWS)
-    simdgroups = tiles if tiles > 1 else SIMDGROUPS
     heads = batch * kv_heads
-    splits = splits or split_count(capacity, heads, rows)
-    values = {
-        "T": dtype, "BITS": variant.bits, "D": dim, "GS": variant.group_size,
-        "M": rows, "L": variant.draft, "CAUSAL": variant.causal, "SG": simdgroups,
-    }  # fmt: skip
-    program = TILES_KERNEL if rows >= MIN_TILE_ROWS else ROWS_KERNEL
-    if program is TILES_KERNEL:
-        wide = variant.bits == DENSE_BITS and dim * dtype.size >= WIDE_KEY_BYTES
-        values["BLOCK"] = BLOCK_TOKENS // 2 if wide else BLOCK_TOKENS
-    group = (SIMD_WIDTH * simdgroups, 1, 1)
+    splits = splits or split_count(capacity, heads, default_split_plan(), rows)
+    group = (SIMD_WIDTH * variant.shape.simdgroups, 1, 1)
     parts = (heads * rows, splits)
     answer = (batch, kv_heads * variant.rows, variant.draft)
     single = (mx.float32,) * 3
     return LaunchPlan(
-        program,
+        variant.program,
         LaunchConfig(
-            tuple(values.items()), (group[0], splits, heads), group, ((*parts, dim), parts, parts),
-            single,
+            variant.template, (group[0], splits, heads), group,
+            ((*parts, dim), parts, parts), single,
         ),
         LaunchConfig(
             (("T", dtype), ("D", dim)), (SIMD_WIDTH, parts[0], 1), (SIMD_WIDTH, 1, 1),
             ((*answer, dim), answer), (dtype, mx.float32),
         ),
     )  # fmt: skip
-
-
-def split_count(capacity: int, heads: int, rows: int = MIN_DEVICE_ELEMENTS) -> int:
-    """Return how many threadgroups share a head's tokens: enough to fill the GPU, none short.
-
-    Very few ``rows`` get more: MLX compiles another text for fewer than 8 partial results.
-    """
-    target = -(-TARGET_THREADGROUPS // heads)
-    wanted = min(-(-capacity // TOKENS_PER_SPLIT), target, MAX_SPLITS)
-    return max(1, wanted, -(-MIN_DEVICE_ELEMENTS // (heads * rows)))
 
 
 @dataclass(frozen=True)
@@ -283,6 +269,36 @@ class FlashVariant:
             f"flash_decode {self.bits} bits{groups}, head_dim {self.head_dim}, "
             f"{self.rows}{drafted} rows, {kind}"
         )
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of the key and value of one token and head."""
+        if self.row_layout is None:
+            return 2 * self.head_dim * self.dtype.size
+        return self.row_layout.row_bytes
+
+    @cached_property
+    def shape(self) -> GroupShape:
+        return group_shape(self.rows * self.draft, self.head_dim, self.token_bytes)
+
+    @cached_property
+    def program(self) -> KernelSource:
+        return TILES_KERNEL if self.rows * self.draft >= MIN_TILE_ROWS else ROWS_KERNEL
+
+    @cached_property
+    def template(self) -> tuple[tuple[str, Any], ...]:
+        """What is compiled. Rows are padded to whole tiles: their number, beyond three, is data.
+
+        So are the length of a draft and whether its tokens are causal among themselves.
+        """
+        rows = ("TILES", self.shape.tiles)
+        if self.program is ROWS_KERNEL:
+            rows = ("M", self.rows * self.draft)
+        return (
+            ("T", self.dtype), ("BITS", self.bits), ("D", self.head_dim),
+            ("GS", min(self.group_size, DENSE_GROUP)), rows,
+            ("SG", self.shape.simdgroups), ("BLOCK", self.shape.block),
+        )  # fmt: skip
 
     @cached_property
     def is_supported(self) -> bool:

@@ -1,7 +1,8 @@
 """The row layout of a quantized cache: uint32 words, one row per token and key-value head.
 
 A row holds the quantized keys, the quantized values, then a scale and a bias per group, those of
-the keys first. The numbers are mx.quantize's, bit for bit and in the model's dtype, so the accuracy
+the keys first, and is padded with zeros to whole units of 16 bytes, the most that a lane of the GPU
+reads at once. The numbers are mx.quantize's, bit for bit and in the model's dtype, so the accuracy
 is that of mx.quantize. A 16-bit scale and its bias share a word, the scale in the low half; a
 float32 pair takes two words. A row is read once from front to back, and one slice update appends
 it.
@@ -17,6 +18,7 @@ from internvl3_mlx.config import WORD_BITS
 from internvl3_mlx.errors import UserError
 
 HEAD_DIMS, GROUP_SIZES, BITS = (32, 64, 128), (32, 64), (4, 8)
+UNIT_WORDS = 4  # 16 bytes
 HALF_DTYPES, FLOAT32 = (mx.float16, mx.bfloat16), mx.float32
 
 QuantizedArrays = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, scales and biases
@@ -65,8 +67,13 @@ class KVRowLayout:
         return 2 if self.dtype == FLOAT32 else 1
 
     @property
-    def words(self) -> int:
+    def used_words(self) -> int:
         return 2 * (self.value_words + self.groups * self.words_per_pair)
+
+    @property
+    def words(self) -> int:
+        """Words of a row, padding included."""
+        return -(-self.used_words // UNIT_WORDS) * UNIT_WORDS
 
     @property
     def row_bytes(self) -> int:
@@ -74,9 +81,9 @@ class KVRowLayout:
 
     @property
     def split_points(self) -> list[int]:
-        """Where the values, the pairs of the keys and those of the values begin."""
+        """Where the values, the pairs of the keys, those of the values and the padding begin."""
         half, pairs = self.value_words, self.groups * self.words_per_pair
-        return [half, 2 * half, 2 * half + pairs]
+        return [half, 2 * half, 2 * half + pairs, self.used_words]
 
 
 def quantize_rows(keys: mx.array, values: mx.array, layout: KVRowLayout) -> mx.array:
@@ -96,14 +103,14 @@ def join_rows(
         mx.stack([scales.astype(layout.dtype), biases.astype(layout.dtype)], axis=-1)
         for _, scales, biases in (keys, values)
     ]
-    return mx.concatenate(
-        [keys[0], values[0], *(pair.flatten(-2).view(mx.uint32) for pair in pairs)], axis=-1
-    )
+    padding = mx.zeros((*keys[0].shape[:-1], layout.words - layout.used_words), mx.uint32)
+    words = (pair.flatten(-2).view(mx.uint32) for pair in pairs)
+    return mx.concatenate([keys[0], values[0], *words, padding], axis=-1)
 
 
 def split_rows(rows: mx.array, layout: KVRowLayout) -> tuple[QuantizedArrays, QuantizedArrays]:
     """Split rows (B, KV, L, W) into mx.quantize's arrays of keys and of values."""
-    keys, values, key_pairs, value_pairs = mx.split(rows, layout.split_points, axis=-1)
+    keys, values, key_pairs, value_pairs, _ = mx.split(rows, layout.split_points, axis=-1)
     return (keys, *split_pairs(key_pairs, layout)), (
         values,
         *split_pairs(value_pairs, layout),

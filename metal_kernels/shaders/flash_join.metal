@@ -5,13 +5,16 @@
     uint row = threadgroup_position_in_grid.y;
     int splits = tops_shape[1];
     float highest = LOWEST;
-    for (int s = 0; s < splits; s++) highest = metal::max(highest, tops[row * splits + s]);
+    for (int s = int(lane); s < splits; s += 32) {
+      highest = metal::max(highest, tops[row * splits + s]);
+    }
+    highest = simd_max(highest);
     float total = 0.0f;
     float mixed[D / 32];
     UNROLLED for (int i = 0; i < D / 32; i++) mixed[i] = 0.0f;
     for (int s = 0; s < splits; s++) {
       uint at = row * splits + s;
-      float weight = metal::exp(tops[at] - highest);
+      float weight = metal::fast::exp(tops[at] - highest);
       total += weight * sums[at];
       UNROLLED for (int i = 0; i < D / 32; i++) mixed[i] += weight * parts[at * D + i * 32 + lane];
     }

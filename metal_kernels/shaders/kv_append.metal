@@ -76,6 +76,7 @@
       for (ushort s = 1; s < SHARING; s *= 2) word |= simd_shuffle_xor(word, s);
       if (lane % SHARING == 0) row[part + first * BITS / 32] = word;
     }
+    if (int(lane) < Store::WIDTH - Store::USED) row[Store::USED + lane] = 0;
     if (lane % LANES == 0) {
       device uint* pair = row + (is_key ? Store::KEY_PAIRS : Store::VALUE_PAIRS);
       Pair<T>::put(pair, lane % 16 / LANES, step, start);

@@ -1,151 +1,206 @@
 // Header of flash_tiles: eight query rows in the registers of one simdgroup.
 
-// Rows are aligned to 8 bytes, so blocks of them are moved two words at a time.
-inline threadgroup uint2* pairs_of(threadgroup uint4* stage) {
-  return reinterpret_cast<threadgroup uint2*>(stage);
-}
-template <typename W>
-inline const device uint2* pairs_of(const device W* rows) {
-  return reinterpret_cast<const device uint2*>(rows);
-}
+// Queries are multiplied as half (bfloat16_t fits but for numbers that no query has), others as such.
+template <typename T>
+struct Query {
+  typedef half number;
+  static half of(T x) {
+    return static_cast<half>(metal::clamp(static_cast<float>(x), -65504.0f, 65504.0f));
+  }
+};
+template <>
+struct Query<float> {
+  typedef float number;
+  static float of(float x) { return x; }
+};
 
 // Where the two adjacent elements of a lane are in an 8 x 8 matrix: its row and first column.
 inline uint lane_row(uint lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
 inline uint lane_column(uint lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
 
-inline float2 multiply_add(float2 a, float2 b, float2 c) {
-  simdgroup_matrix<float, 8, 8> A, B, C;
-  reinterpret_cast<thread float2&>(A.thread_elements()) = a;
-  reinterpret_cast<thread float2&>(B.thread_elements()) = b;
-  reinterpret_cast<thread float2&>(C.thread_elements()) = c;
-  simdgroup_multiply_accumulate(C, A, B, C);
-  return reinterpret_cast<thread float2&>(C.thread_elements());
+inline ushort lane_at(uint row, uint column) {
+  return (row & 4) << 2 | (column & 4) << 1 | (row & 3) << 1 | (column & 2) >> 1;
 }
 
-// q and o: a lane's two elements of D/8 matrices. Dimensions are assigned so that every lane reads
-// whole words: an eighth of a key, a quarter of a value. A sum over dimensions has no order.
-template <int D>
+// Sum the lanes that have the same row of a matrix, or the same columns.
+inline float row_sum(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
+}
+inline float2 column_sum(float2 x) {
+  x += simd_shuffle_xor(x, 2);
+  x += simd_shuffle_xor(x, 4);
+  return x + simd_shuffle_xor(x, 16);
+}
+
+// The other way round: the lane gets the elements of its row and columns.
+inline float2 transposed(float2 x, uint lane) {
+  uint row = lane_row(lane), column = lane_column(lane);
+  float2 one = simd_shuffle(x, lane_at(column, row));
+  float2 next = simd_shuffle(x, lane_at(column + 1, row));
+  return row % 2 == 0 ? float2(one.x, next.x) : float2(one.y, next.y);
+}
+
+// c + a b: float32, whatever is multiplied.
+template <typename A, typename B>
+inline float2 multiply_add(vec<A, 2> a, vec<B, 2> b, float2 c) {
+  simdgroup_matrix<A, 8, 8> left;
+  simdgroup_matrix<B, 8, 8> right;
+  simdgroup_matrix<float, 8, 8> sum;
+  reinterpret_cast<thread vec<A, 2>&>(left.thread_elements()) = a;
+  reinterpret_cast<thread vec<B, 2>&>(right.thread_elements()) = b;
+  reinterpret_cast<thread float2&>(sum.thread_elements()) = c;
+  simdgroup_multiply_accumulate(sum, left, right, sum);
+  return reinterpret_cast<thread float2&>(sum.thread_elements());
+}
+
+// q and o: a lane's two elements of D/8 matrices. Scores are computed as keys times queries and then
+// transposed, outputs as weights times values, so that the lane of a matrix of keys or values holds
+// neighbors of one token. A sum over dimensions has no order, so they are dealt to lanes as they are
+// read: a lane reads a quarter of each group of GS. Levels are multiplied as they are; scales and
+// biases follow once for a group: q . (s n + b) = s (q . n) + b sum(q), and
+// sum w (s n + b) = sum (w s) n + sum w b.
+template <typename T, typename Store, int D, int GS, int BLOCK>
 struct Tile {
-  float2 q[D / 8];
+  typedef typename Store::number number;
+  typedef Stage<Store, BLOCK> Staged;
+  static constant constexpr int GROUPS = D / GS;
+  static constant constexpr int EACH = GS / 8;  // matrices of a group
+  static constant constexpr int QUARTER = GS / 4;
+
+  vec<typename Query<T>::number, 2> q[D / 8];
   float2 o[D / 8];
+  float2 query_sums[GROUPS];  // of the queries that the lane's columns are
+  float biases[GROUPS];       // of the query that the lane's row is, weighted, of the lane's tokens
   float top;
   float sum;
   uint lane;
 
-  void start(uint my_lane) thread {
-    UNROLLED for (int k = 0; k < D / 8; k++) o[k] = float2(0.0f);
+  // queries: (rows, D); the lane's are ``first`` and the next, zeros beyond the last.
+  void start(uint my_lane, const device T* queries, uint first, uint rows) thread {
+    lane = my_lane;
     top = LOWEST;
     sum = 0.0f;
-    lane = my_lane;
-  }
-
-  // Add BLOCK tokens, of which ``live`` exist and the row of this lane may see ``seen``.
-  template <typename Store, int BLOCK, int GS, typename P>
-  void attend(P keys, P values, int live, int seen) thread {
-    if (live == BLOCK) {
-      take<Store, BLOCK, GS, true>(keys, values, BLOCK, seen);
-    } else {
-      take<Store, BLOCK, GS, false>(keys, values, live, seen);
+    uint row = lane_row(lane);
+    UNROLLED for (int g = 0; g < GROUPS; g++) {
+      float2 part = float2(0.0f);
+      UNROLLED for (int k = 0; k < EACH; k++) {
+        int at = g * EACH + k;
+        int place = row % 2 == 0 ? Store::template order<QUARTER>(2 * k)
+                                 : Store::template order<QUARTER>(2 * k + 1);
+        uint dim = g * GS + row / 2 * QUARTER + place;
+        UNROLLED for (int e = 0; e < 2; e++) {
+          T x = static_cast<T>(0.0f);
+          if (first + e < rows) x = queries[(first + e) * D + dim];
+          q[at][e] = Query<T>::of(x);
+          part[e] += static_cast<float>(q[at][e]);
+        }
+        o[at] = float2(0.0f);
+      }
+      query_sums[g] = column_sum(part);
+      biases[g] = 0.0f;
     }
   }
 
-  // FULL: every guard of a read is true at compile time, so that reads do not wait for it.
-  template <typename Store, int BLOCK, int GS, bool FULL, typename P>
-  void take(P keys, P values, int live, int seen) thread {
-    live = FULL ? BLOCK : live;
-    seen = metal::min(seen, live);
+  // Add the staged tokens: ``live`` exist, and the row of this lane may see the first ``seen``.
+  void attend(const threadgroup uint4* staged, int live, int seen, float scale) thread {
+    if (live == BLOCK) {
+      take<true>(staged, BLOCK, seen, scale);
+    } else {
+      take<false>(staged, live, seen, scale);
+    }
+  }
+
+  // FULL: every guard is true at compile time.
+  template <bool FULL>
+  void take(const threadgroup uint4* staged, int live, int seen, float scale) thread {
     float2 scores[BLOCK / 8];
     float highest = top;
     UNROLLED for (int f = 0; f < BLOCK / 8; f++) {
       int token = 8 * f + int(lane_column(lane));
-      scores[f] = score<Store, GS>(keys + 8 * f * Store::WIDTH, live - 8 * f);
-      scores[f].x = token < seen ? scores[f].x : LOWEST;
-      scores[f].y = token + 1 < seen ? scores[f].y : LOWEST;
+      scores[f] = float2(LOWEST);
+      if (FULL || 8 * f < live) {
+        float2 found = scale * score<FULL>(staged, 8 * f, live);
+        scores[f].x = token < seen ? found.x : LOWEST;
+        scores[f].y = token + 1 < seen ? found.y : LOWEST;
+      }
       highest = metal::max(highest, metal::max(scores[f].x, scores[f].y));
     }
     highest = metal::max(highest, simd_shuffle_xor(highest, 1));
     highest = metal::max(highest, simd_shuffle_xor(highest, 8));
-    float fade = metal::exp(top - highest);
+    float fade = metal::fast::exp(top - highest);
     top = highest;
     sum *= fade;
     UNROLLED for (int k = 0; k < D / 8; k++) o[k] *= fade;
+    UNROLLED for (int g = 0; g < GROUPS; g++) biases[g] *= fade;
     UNROLLED for (int f = 0; f < BLOCK / 8; f++) {
       int token = 8 * f + int(lane_column(lane));
-      float2 weight = float2(token < seen ? metal::exp(scores[f].x - top) : 0.0f,
-                             token + 1 < seen ? metal::exp(scores[f].y - top) : 0.0f);
+      float2 weight = float2(token < seen ? metal::fast::exp(scores[f].x - top) : 0.0f,
+                             token + 1 < seen ? metal::fast::exp(scores[f].y - top) : 0.0f);
       sum += weight.x + weight.y;
-      gather<Store, GS>(values + 8 * f * Store::WIDTH, live - 8 * f, weight);
+      if (FULL || 8 * f < live) gather<FULL>(staged, 8 * f, live, weight);
     }
   }
 
-  // Eight rows against eight tokens: the lane gets its row against tokens column and column + 1.
-  template <typename Store, int GS, typename P>
-  float2 score(P keys, int live) thread {
-    constexpr int N = D / 8;
-    constexpr int PIECE = N < 8 ? N : 8;  // few at a time: registers limit how many groups run
-    uint row = lane_row(lane), column = lane_column(lane);
-    float2 pair = one_pair<Store>(keys + Store::KEY_PAIRS, live);
-    uint group = row * N / GS;
-    float2 a = simd_shuffle(pair, ushort(column * Store::GROUPS + group));
-    float2 b = simd_shuffle(pair, ushort((column + 1) * Store::GROUPS + group));
+  // The last token in place of one that does not exist: what is read is finite, and weighs nothing.
+  template <bool FULL>
+  int existing(int token, int live) thread {
+    return FULL ? token : metal::min(token, live - 1);
+  }
+
+  // Eight tokens from ``first`` on against eight rows: the lane gets its row against two tokens.
+  template <bool FULL>
+  float2 score(const threadgroup uint4* staged, int first, int live) thread {
+    auto mine = Staged::key_row(staged, existing<FULL>(first + int(lane_row(lane)), live));
     float2 dots = float2(0.0f);
-    UNROLLED for (int piece = 0; piece < N / PIECE; piece++) {
-      float one[PIECE], next[PIECE];
-      UNROLLED for (int k = 0; k < PIECE; k++) one[k] = next[k] = 0.0f;
-      uint chunk = row * (N / PIECE) + piece;
-      if (int(column) < live) Store::template read<PIECE>(keys + column * Store::WIDTH, chunk, one);
-      if (int(column) + 1 < live) {
-        Store::template read<PIECE>(keys + (column + 1) * Store::WIDTH, chunk, next);
-      }
-      UNROLLED for (int k = 0; k < PIECE; k++) {
-        float2 two = float2(one[k] * a.x + a.y, next[k] * b.x + b.y);
-        dots = multiply_add(q[piece * PIECE + k], two, dots);
-      }
-    }
-    return dots;
-  }
-
-  // Add eight weighted tokens: the lane reads a quarter of token ``row``.
-  template <typename Store, int GS, typename P>
-  void gather(P values, int live, float2 weight) thread {
-    constexpr int N = D / 4;
-    constexpr int PIECE = 8;
-    uint row = lane_row(lane), quarter = lane_column(lane) / 2;
-    float2 pair = one_pair<Store>(values + Store::VALUE_PAIRS, live);
-    pair = simd_shuffle(pair, ushort(row * Store::GROUPS + quarter * N / GS));
-    UNROLLED for (int piece = 0; piece < N / PIECE; piece++) {
-      float numbers[PIECE];
-      UNROLLED for (int k = 0; k < PIECE; k++) numbers[k] = 0.0f;
-      uint chunk = quarter * (N / PIECE) + piece;
-      if (int(row) < live) {
-        Store::template read<PIECE>(values + row * Store::WIDTH + Store::VALUES, chunk, numbers);
-      }
-      UNROLLED for (int k = 0; k < PIECE / 2; k++) {
-        float2 two = float2(numbers[2 * k], numbers[2 * k + 1]) * pair.x + pair.y;
-        uint at = piece * (PIECE / 2) + k;
-        o[at] = multiply_add(weight, two, o[at]);
+    UNROLLED for (int g = 0; g < GROUPS; g++) {
+      vec<number, 2> x[QUARTER / 2];
+      Store::template read<QUARTER>(mine, g * 4 + lane_column(lane) / 2, x);
+      float2 part = Store::SCALED ? -Store::OFFSET * query_sums[g] : dots;
+      UNROLLED for (int k = 0; k < EACH; k++) part = multiply_add(x[k], q[g * EACH + k], part);
+      if (Store::SCALED) {
+        float2 pair = Store::pair(mine + Store::KEY_PAIRS, g);
+        dots += part * (pair.x / Store::STEP) + query_sums[g] * pair.y;
+      } else {
+        dots = part;
       }
     }
+    return transposed(dots, lane);
   }
 
-  // Each lane loads one scale and bias of these eight tokens, to be shuffled.
-  template <typename Store, typename P>
-  float2 one_pair(P pairs, int live) thread {
-    uint token = lane / Store::GROUPS;
-    bool mine = lane < 8 * Store::GROUPS && int(token) < live;
-    return mine ? Store::pair(pairs + token * Store::WIDTH, lane % Store::GROUPS) : float2(0.0f);
+  // Add eight weighted tokens from ``first`` on: the lane reads a quarter of each group of one.
+  template <bool FULL>
+  void gather(const threadgroup uint4* staged, int first, int live, float2 weight) thread {
+    uint row = lane_row(lane), column = lane_column(lane);
+    auto mine = Staged::value_row(staged, existing<FULL>(first + int(row), live));
+    auto one = Staged::value_row(staged, existing<FULL>(first + int(column), live));
+    auto next = Staged::value_row(staged, existing<FULL>(first + int(column) + 1, live));
+    UNROLLED for (int g = 0; g < GROUPS; g++) {
+      vec<number, 2> x[QUARTER / 2];
+      Store::template read<QUARTER>(mine + Store::VALUES, g * 4 + column / 2, x);
+      float2 scaled = weight;
+      if (Store::SCALED) {
+        float2 a = Store::pair(one + Store::VALUE_PAIRS, g);
+        float2 b = Store::pair(next + Store::VALUE_PAIRS, g);
+        scaled *= float2(a.x, b.x) / Store::STEP;
+        float2 bias = weight * float2(a.y, b.y) - Store::OFFSET * scaled;
+        biases[g] += bias.x + bias.y;
+      }
+      UNROLLED for (int k = 0; k < EACH; k++) {
+        o[g * EACH + k] = multiply_add(scaled, x[k], o[g * EACH + k]);
+      }
+    }
   }
 
-  float total() thread {
-    float whole = sum + simd_shuffle_xor(sum, 1);
-    return whole + simd_shuffle_xor(whole, 8);
-  }
-
-  // Write WIDTH numbers of each quarter, from ``start`` on.
-  template <int WIDTH, typename P>
-  void write(P row, uint start) thread {
-    UNROLLED for (uint i = 0; i < WIDTH; i++) {
-      row[lane_column(lane) / 2 * WIDTH + i] = o[(start + i) / 2][i % 2];
+  // Write the output of the lane's row, not yet divided by the sum of its weights.
+  template <typename P>
+  void write(P row, bool exists) thread {
+    UNROLLED for (int g = 0; g < GROUPS; g++) {
+      float bias = Store::SCALED ? row_sum(biases[g]) : 0.0f;
+      UNROLLED for (int i = 0; i < QUARTER; i++) {
+        uint dim = g * GS + lane_column(lane) / 2 * QUARTER + Store::template order<QUARTER>(i);
+        if (exists) row[dim] = o[g * EACH + i / 2][i % 2] + bias;
+      }
     }
   }
 };

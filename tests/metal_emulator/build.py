@@ -18,6 +18,7 @@ from pathlib import Path
 
 import mlx
 
+from metal_emulator.arithmetic import with_counters
 from metal_emulator.errors import CompilerCrashed, KernelRefused, NoToolchain
 from metal_emulator.instrument import instrument, without_marks
 from metal_emulator.lint import lint
@@ -49,6 +50,7 @@ class Compiled:
     parameters: tuple[Parameter, ...]
     sites: tuple[str, ...]
     checked: bool
+    counted: bool = False
 
 
 def compile_kernel(
@@ -56,16 +58,20 @@ def compile_kernel(
     name: str,
     constants: Mapping[int, bool | int | float] | None = None,
     checked: bool = True,
+    counted: bool = False,
 ) -> Compiled:
     """Compile the kernel that ``name`` is the host name of, or raise KernelRefused.
 
-    ``constants``: the pipeline's function constants. ``checked=False`` leaves memory unwatched.
+    ``constants``: the pipeline's function constants. ``checked=False`` leaves memory unwatched;
+    ``counted`` counts arithmetic instead.
     """
-    key = repr((text, name, sorted((constants or {}).items()), checked, mlx_version()))
+    checked = checked and not counted
+    key = repr((text, name, sorted((constants or {}).items()), checked, counted, mlx_version()))
     stem = cache_folder() / hashlib.sha256(key.encode()).hexdigest()[:24]
     facts = stem.with_suffix(".json")
     if not facts.exists():
-        described = _build(stem.with_suffix(".so"), text, name, dict(constants or {}), checked)
+        mode = {"checked": checked, "counted": counted}
+        described = _build(stem.with_suffix(".so"), text, name, dict(constants or {}), mode)
         with aside(facts) as unfinished:
             unfinished.write_text(json.dumps(described), "utf-8")
     return _loaded(stem)
@@ -79,22 +85,28 @@ def _loaded(stem: Path) -> Compiled:
     parameters = tuple(Parameter(**parameter) for parameter in facts["parameters"])
     runtime()  # the kernel's library calls it
     library = ctypes.CDLL(str(stem.with_suffix(".so")))
-    return Compiled(library, parameters, tuple(facts["sites"]), facts["checked"])
+    sites = tuple(facts["sites"])
+    return Compiled(library, parameters, sites, facts["checked"], facts["counted"])
 
 
 def _build(
-    out: Path, text: str, name: str, constants: dict[int, bool | int | float], checked: bool
+    out: Path,
+    text: str,
+    name: str,
+    constants: dict[int, bool | int | float],
+    mode: dict[str, bool],
 ) -> dict[str, object]:
     """Build the library; returns what to remember of it, which may be why it is refused."""
     try:
         ir, parameters = to_ir(text, name, constants)
-        ir, sites = instrument(ir) if checked else (without_marks(ir), [])
+        ir, sites = instrument(ir) if mode["checked"] else (without_marks(ir), [])
+        ir = with_counters(optimized(ir)) if mode["counted"] else ir
         with tempfile.TemporaryDirectory() as folder:
             toolchain().link(out, assemble(ir, Path(folder, "kernel.o")))
     except KernelRefused as refusal:
         return {"refused": str(refusal)}
     described = [asdict(parameter) for parameter in parameters]
-    return {"parameters": described, "sites": sites, "checked": checked}
+    return {"parameters": described, "sites": sites, **mode}
 
 
 def to_ir(
@@ -163,6 +175,17 @@ def _errors(diagnostics: str, own: Set[str] = frozenset()) -> str:
             place = led_here[0]
         errors.append(f"{place}: error: {message}")
     return "\n".join(errors or lines)
+
+
+def optimized(ir: str) -> str:
+    """Optimize LLVM IR: inlined and unrolled, not vectorized."""
+    done = toolchain().run(
+        "-x", "ir", "-O1", "-S", "-emit-llvm", "-fno-vectorize", "-fno-slp-vectorize",
+        "-Wno-override-module", *toolchain().target, "-o", "-", "-", text=ir,
+    )  # fmt: skip
+    if done.returncode:
+        raise KernelRefused(_errors(done.stderr))
+    return done.stdout
 
 
 def assemble(ir: str, out: Path) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from metal_emulator.arithmetic import KINDS
 from metal_emulator.build import Compiled, runtime
 from metal_emulator.errors import KernelRefused
 
@@ -21,12 +22,15 @@ class Reads:
     """Bytes read from one buffer.
 
     ``total`` counts each thread's loads; of inputs ``by_groups`` counts each byte once per
-    threadgroup that read it, and ``distinct`` each byte once.
+    threadgroup that read it, and ``distinct`` each byte once. ``lines_touched`` counts each line of
+    128 bytes once for every load of a simdgroup that reads of it; there are ``lines`` of them.
     """
 
     total: int = 0
     by_groups: int = 0
     distinct: int = 0
+    lines_touched: int = 0
+    lines: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Run:
     barriers: int
     threadgroup_bytes: int
     seconds: float
+    arithmetic: dict[str, int]  # operations of all threads by kind, if they were counted
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -74,7 +79,7 @@ class _Buffer(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("writable", "defined")),
         ("name", ctypes.c_char_p),
         *((name, ctypes.c_uint64) for name in ("total", "by_groups", "distinct", "written")),
-        ("unwritten", ctypes.c_uint64),
+        *((name, ctypes.c_uint64) for name in ("unwritten", "lines_touched", "lines")),
         *((name, ctypes.c_void_p) for name in ("writes", "reads", "reader")),
     )
 
@@ -117,9 +122,19 @@ def dispatch(
         ctypes.addressof(arguments), ctypes.addressof(table), ctypes.addressof(sites),
         len(table), len(sites), tuple(threads), tuple(group), schedule, kernel.checked,
     )  # fmt: skip
-    start = time.perf_counter()
+    before, start = _arithmetic(kernel), time.perf_counter()
     failed = bool(runtime().msl_run(ctypes.byref(job)))
-    return _result(job, table, bindings, failed, time.perf_counter() - start)
+    seconds, after = time.perf_counter() - start, _arithmetic(kernel)
+    counted = {kind: after[kind] - before[kind] for kind in after}
+    return _result(job, table, bindings, failed, seconds, counted)
+
+
+def _arithmetic(kernel: Compiled) -> dict[str, int]:
+    """Read the kernel's counters, which are never reset."""
+    if not kernel.counted:
+        return {}
+    table = (ctypes.c_uint64 * len(KINDS)).in_dll(kernel.library, "__msl_arithmetic")
+    return dict(zip(KINDS, table, strict=True))
 
 
 def _need_every_buffer(kernel: Compiled, bindings: Mapping[int, Binding]) -> None:
@@ -164,6 +179,7 @@ def _result(
     bindings: Mapping[int, Binding],
     failed: bool,
     seconds: float,
+    arithmetic: dict[str, int],
 ) -> Run:
     library = runtime()
     library.msl_error.restype = library.msl_warning.restype = ctypes.c_char_p
@@ -171,7 +187,9 @@ def _result(
     for buffer, (index, binding) in zip(table, bindings.items(), strict=False):
         array = binding.array
         name = buffer.name.decode()
-        reads[name] = Reads(buffer.total, buffer.by_groups, buffer.distinct)
+        reads[name] = Reads(
+            buffer.total, buffer.by_groups, buffer.distinct, buffer.lines_touched, buffer.lines
+        )
         if binding.written:
             writes[name] = buffer.written
             stored = binding.memory[MARGIN : MARGIN + array.nbytes]
@@ -191,4 +209,5 @@ def _result(
         barriers=job.barriers,
         threadgroup_bytes=job.threadgroup_bytes,
         seconds=seconds,
+        arithmetic=arithmetic,
     )

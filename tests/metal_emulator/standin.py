@@ -47,6 +47,7 @@ class Emulation:
 
     schedules: tuple[str, ...] = tuple(SCHEDULES)
     checked: bool = True
+    counted: bool = False
     strict: bool = True  # a finding raises KernelFault
     mutate: tuple[tuple[str, str], ...] = ()  # (old, new) replaced in the bodies of kernels
     mutated: set[str] = field(default_factory=set)  # the old texts that were found
@@ -72,19 +73,21 @@ def emulated_metal(
     schedules: Sequence[str] = tuple(SCHEDULES),
     *,
     checked: bool = True,
+    counted: bool = False,
     strict: bool = True,
     mutate: Sequence[tuple[str, str]] = (),
 ) -> Iterator[Emulation]:
     """Run custom Metal kernels on the CPU while the context lasts.
 
     ``schedules``: orders of threads, which must agree to the bit. ``checked=False`` watches no
-    memory and is many times faster. ``strict=False`` records findings and raises none.
-    ``mutate``: pairs (old, new); ``old`` is replaced in each kernel text that has it once.
+    memory and is many times faster; ``counted`` counts arithmetic instead. ``strict=False`` records
+    findings and raises none. ``mutate``: pairs (old, new); ``old`` is replaced in each kernel text
+    that has it once.
     Skips the test on a machine that cannot compile, but for Linux, where that is a failure.
     """
     if reason := reason_to_skip():
         raise SkipTest(reason)
-    emulation = Emulation(tuple(schedules), checked, strict, tuple(mutate))
+    emulation = Emulation(tuple(schedules), checked, counted, strict, tuple(mutate))
     real = mx.fast.metal_kernel
     mx.fast.metal_kernel = functools.partial(_metal_kernel, emulation, real)
     try:
@@ -119,7 +122,8 @@ class EmulatedKernel:
         source = generate(self.definition, call)
         self._compare(source, call)
         text = self.emulation.changed(source.marked(self.definition.name))
-        compiled = compile_kernel(text, source.name, checked=self.emulation.checked)
+        mode = {"checked": self.emulation.checked, "counted": self.emulation.counted}
+        compiled = compile_kernel(text, source.name, **mode)
         group = tuple(min(t, g) for t, g in zip(call.threadgroup, call.grid, strict=True))
         runs = {
             name: dispatch(

@@ -5,13 +5,26 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from fixtures.attention_cases import Ragged
+from fixtures.published_sizes import SIZES
 
 import internvl3_mlx
-from internvl3_mlx.metal_kernels.cost_model import AttentionCost, cost_table
+from internvl3_mlx.metal_kernels.cost_model import (
+    MATRIX_TOKENS,
+    PRODUCT_SLOTS,
+    AttentionCost,
+    cost_table,
+)
+from internvl3_mlx.metal_kernels.dispatch import SIMD_WIDTH
 from internvl3_mlx.metal_kernels.flash_decode import flash_decode_kernel
 from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, DenseKV, QuantizedKVRows
+from internvl3_mlx.metal_kernels.launch_plan import SplitPlan
+from internvl3_mlx.metal_kernels.token_time import DECODERS, GPUS, TokenTime, time_table
 
 METAL = Path(internvl3_mlx.__file__).parents[1] / "docs" / "metal.md"
+
+
+NAMES = ("lines_touched", "lines")
+PLAN = SplitPlan(tokens=64, threadgroups=160, cores=40)
 
 
 @pytest.mark.parametrize(
@@ -23,13 +36,13 @@ def test_the_emulator_counts_the_same_bytes(emulated, shape):
     q, store = shape.made(mx.float16)
     (tokens,) = shape.lengths
     store = fitted(store, tokens)
-    with emulated(schedules=("forward",)) as metal:
-        flash_decode_kernel(q, store, tokens)
-    split, join = metal.dispatches
     look = AttentionCost(
         shape.kv_heads * shape.sharing, shape.kv_heads, shape.dim, tokens, shape.bits, shape.draft,
-        shape.group_size,
+        shape.group_size, PLAN,
     )  # fmt: skip
+    with emulated(schedules=("forward",)) as metal:
+        flash_decode_kernel(q, store, tokens, splits=look.splits)
+    split, join = metal.dispatches
     assert sum(split.reads[name].total for name in ("keys", "values")) == look.store_nbytes
     parts = sum(split.writes[name] for name in ("out", "top", "sum"))
     parts += sum(join.reads[name].distinct for name in ("parts", "tops", "sums"))
@@ -49,7 +62,7 @@ def test_matrix_tiles_are_counted_with_their_padding():
     assert seven.flops * 8 == eight.flops * 7
     assert seven.kernel_flops == eight.kernel_flops
     assert nine.kernel_flops == 2 * eight.kernel_flops
-    assert eight.kernel_flops == eight.flops + 2 * 2 * 64 * 100
+    assert eight.kernel_flops == eight.flops
 
 
 def test_eight_answers_about_one_image_read_it_once():
@@ -60,5 +73,74 @@ def test_eight_answers_about_one_image_read_it_once():
     assert AttentionCost(28, 4, 128, 3328).bits == DENSE_BITS
 
 
-def test_the_document_contains_the_table():
-    assert cost_table(16384) in METAL.read_text("utf-8")
+LINES = [
+    *(Ragged((67,), 7, dim, DENSE_BITS) for dim in (32, 64, 128)),
+    *(Ragged((67,), 7, dim, bits, min(dim, 64)) for dim in (32, 64, 128) for bits in (4, 8)),
+    *(Ragged((67,), 2, 128, bits, 64) for bits in (4, 8, DENSE_BITS)),
+    *(Ragged((67,), 3, 32, bits, 32) for bits in (4, 8)),
+    *(Ragged((67,), 16, 128, bits, 64) for bits in (4, 8, DENSE_BITS)),
+]
+
+
+@pytest.mark.parametrize("shape", LINES, ids=str)
+def test_lines_of_the_gpus_cache_are_touched_once(emulated, shape):
+    """Counted once for each load of a simdgroup: at most half as many again as there are lines."""
+    q, store = shape.made(mx.float16)
+    with emulated(schedules=("forward",)) as metal:
+        flash_decode_kernel(q, store, mx.array(shape.lengths))
+    reads = [metal.dispatches[0].reads[name] for name in ("keys", "values")]
+    touched, lines = (sum(getattr(part, name) for part in reads) for name in NAMES)
+    assert 0 < lines <= touched <= 1.5 * lines
+
+
+@pytest.mark.parametrize("bits", [DENSE_BITS, 8, 4])
+def test_the_emulator_counts_about_as_many_instructions_as_the_model(emulated, bits):
+    """For eight tokens and a lane, beside the matrix products, which are counted by themselves."""
+    once, thrice = (
+        instructions(emulated, Ragged((tokens,), 7, 128, bits, 64, kv_heads=1))
+        for tokens in (128, 384)
+    )
+    counted = (thrice - once) / (256 / MATRIX_TOKENS) / SIMD_WIDTH
+    cost = AttentionCost(7, 1, 128, MATRIX_TOKENS, bits)
+    products = 2 * 128 / 8 * PRODUCT_SLOTS
+    assert counted == pytest.approx(cost.slots - products, rel=0.2)
+
+
+def instructions(emulated, shape: Ragged) -> int:
+    q, store = shape.made(mx.float16)
+    with emulated(schedules=("forward",), counted=True) as metal:
+        flash_decode_kernel(q, store, mx.array(shape.lengths), splits=1)
+    return sum(metal.dispatches[0].run.arithmetic.values())
+
+
+def test_the_document_contains_the_tables():
+    document = METAL.read_text("utf-8")
+    assert cost_table(16384) in document
+    assert time_table(4096) in document
+    assert time_table(16384) in document
+
+
+def test_decoders_have_the_published_numbers_of_weights():
+    """What a checkpoint has beside the vision model, the embedding, norms, biases and projector."""
+    for decoder in DECODERS:
+        size = SIZES.get(decoder.name.removeprefix("InternVL3 ").lower())
+        if size is None:
+            continue  # of the other family
+        assert (decoder.layers, decoder.heads, decoder.kv_heads) == (
+            size.layers, size.heads, size.kv_heads,
+        )  # fmt: skip
+        embedding = size.vocab * size.width
+        tower = 5.6e9 if size.big_tower else 0.31e9
+        assert decoder.weights == pytest.approx(size.parameters - tower - embedding, rel=0.03)
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: decoder.name)
+def test_the_model_of_time_never_beats_the_limits(decoder):
+    for gpu in GPUS:
+        for tokens in (1, 3328, 131072):
+            dense, packed = (TokenTime(decoder, gpu, tokens, bits) for bits in (DENSE_BITS, 4))
+            cost = packed.cost
+            least = decoder.layers * cost.store_nbytes / gpu.bytes_per_second
+            assert packed.seconds > least + decoder.weights / 2 / gpu.bytes_per_second
+            assert packed.in_flight > 0
+            assert dense.bounds["memory"] > packed.bounds["memory"]

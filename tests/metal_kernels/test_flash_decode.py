@@ -11,7 +11,6 @@ from internvl3_mlx.metal_kernels.flash_decode import (
     LOWEST,
     flash_decode_kernel,
     flash_decode_reference,
-    split_count,
 )
 
 # few rows: one simdgroup holds them beside each other
@@ -99,15 +98,3 @@ def test_the_reference_agrees_with_float64(shape):
     expected, sums = shape.exact(q, store)
     assert relative_error(out, expected) <= ROUNDING[mx.float32]
     np.testing.assert_allclose(float64(lse), sums, rtol=1e-5)
-
-
-def test_splits_fill_a_large_gpu_and_short_caches_are_not_split():
-    assert [split_count(capacity, 2) for capacity in (1, 512, 513, 5000, 10**6)] == [
-        1,
-        1,
-        2,
-        10,
-        64,
-    ]
-    assert split_count(10**6, 16) == 10
-    assert split_count(10**6, 500) == 1

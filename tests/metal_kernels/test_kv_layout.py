@@ -30,6 +30,7 @@ def test_rows_return_the_numbers_of_mlx_to_the_bit(layout):
         mx.array(rng.normal(size=(2, 3, 5, layout.head_dim))).astype(layout.dtype) for _ in "kv"
     )
     rows = quantize_rows(keys, values, layout)
+    assert not rows[..., layout.used_words :].any()
     assert rows.shape == (2, 3, 5, layout.words)
     assert rows.nbytes == 2 * 3 * 5 * layout.row_bytes
     how = {"group_size": layout.group_size, "bits": layout.bits}
@@ -44,10 +45,12 @@ def test_rows_return_the_numbers_of_mlx_to_the_bit(layout):
 
 
 def test_a_row_takes_little_more_than_its_bits():
-    """Of 128 numbers twice: 8 bits each, and a word for each group of 64."""
+    """Of 128 numbers twice: 8 bits each, and a word for each group of 64; whole units of 16."""
     assert KVRowLayout(128, 8, 64, mx.bfloat16).row_bytes == 256 + 4 * 4
     assert KVRowLayout(128, 4, 64, mx.bfloat16).row_bytes == 128 + 4 * 4
     assert KVRowLayout(128, 8, 64, mx.float32).row_bytes == 256 + 8 * 4
+    assert KVRowLayout(64, 8, 64, mx.bfloat16).row_bytes == 128 + 2 * 4 + 8
+    assert all(layout.row_bytes % 16 == 0 for layout in LAYOUTS)
 
 
 @pytest.mark.parametrize(

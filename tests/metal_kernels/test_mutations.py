@@ -24,64 +24,73 @@ LOUD = Ragged(
 )  # what is hidden would drown all
 WHOLE = Ragged((33, 5), 5, 32, draft=2)
 EMPTY = Ragged((0, 3), 3, 32, 4)
+SPLITS = 2  # so that simdgroups take several blocks
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-END = ("int end = metal::min(length, begin + share);", "int end = begin + share;")
+ALONE = "simdgroup_barrier(mem_flags::mem_threadgroup);"
+END = ("metal::min(length, begin + share)", "begin + share")
+EXISTING = ("FULL ? token : metal::min(token, live - 1)", "token")
 
 FLASH = [
     # few rows
     (FEW, *END),
-    (FEW, "if (int(lane) < live) {", "{"),
-    (FEW, "if (token < live) Store::template", "Store::template"),
-    (FEW, "if (token < live) {\n          const", "{\n          const"),
-    (FEW, "token < metal::min(seen, live) ? dot : LOWEST", "token < live ? dot : LOWEST"),
-    (FEW, "token < metal::min(seen, live) ? dot", "token < seen ? dot"),
+    (FEW, "key_row(own, metal::min(token, live - 1))", "key_row(own, token)"),
+    (FEW, "metal::min(i * ACROSS + slot, live - 1)", "i * ACROSS + slot"),
+    (FEW, "metal::min(BLOCK, part.y - base)", "BLOCK"),
+    (FEW, "token < seen ? dot : LOWEST", "token < live ? dot : LOWEST"),
     (FEW, "scores[m][i] == LOWEST ? 0.0f : ", ""),
     (FEW, "total[m] *= fade;", ""),
+    (FEW, "biases[m] *= fade;", ""),
     (FEW, "o[m][j] *= fade;", ""),
     (FEW, "if (slot == 0) outs", "outs"),
     (FEW, "if (lane == 0) {\n        tops", "{\n        tops"),
     (FEW, BARRIER, ""),
-    (FEW, "if (i % W == 0) {", "{"),
+    (FEW, f"{ALONE}\n      Staged", "Staged"),
+    (FEW, f"lane);\n      {ALONE}", "lane);"),
+    (FEW, f"{ALONE}\n    UNROLLED", "UNROLLED"),
+    (FEW, "if (i % D == 0) {", "{"),
     # one tile
     (TILE, *END),
-    (TILE, "values + at, metal::min(BLOCK, end - base)", "values + at, BLOCK"),
+    (TILE, *EXISTING),
     (TILE, "if (live == BLOCK) {", "if (live > 1) {"),
-    (TILE, "place < M ? scale", "true ? scale"),
-    (TILE, "if (place < M && first_column) {\n        tops", "if (first_column) {\n        tops"),
-    (TILE, "if (place < M && first_column) {\n        tops", "if (place < M) {\n        tops"),
-    (TILE, f"if (start > 0) {BARRIER}", ""),
-    (TILE, "if (place < M) tile.template write<WIDTH", "tile.template write<WIDTH"),
-    (TILE, f"start);\n        {BARRIER}", "start);"),
-    (TILE, "seen = metal::min(seen, live);", ""),
-    (TILE, "if (int(column) < live) ", ""),
-    (TILE, "if (int(column) + 1 < live) {", "{"),
-    (TILE, "if (int(row) < live) {", "{"),
-    (TILE, "lane < 8 * Store::GROUPS && int(token) < live", "int(token) < live"),
-    (TILE, "lane < 8 * Store::GROUPS && int(token) < live", "lane < 8 * Store::GROUPS"),
+    (TILE, "if (first + e < rows) x", "x"),
+    (TILE, "if (first_column) {\n        tops", "{\n        tops"),
+    (TILE, f"{ALONE}\n        Staged", "Staged"),
+    (TILE, f"lane);\n        {ALONE}", "lane);"),
+    (TILE, f"{ALONE}\n      tile.write", "tile.write"),
+    (TILE, f"{BARRIER}\n      size_t", "size_t"),
     (TILE, "highest = metal::max(highest, simd_shuffle_xor(highest, 1));", ""),
     (TILE, "highest = metal::max(highest, simd_shuffle_xor(highest, 8));", ""),
+    (TILE, "x += simd_shuffle_xor(x, 1);", ""),
+    (TILE, "x += simd_shuffle_xor(x, 4);", ""),
+    (TILE, "row % 2 == 0 ? float2(one.x, next.x)", "true ? float2(one.x, next.x)"),
     (TILE, "sum *= fade;", ""),
+    (TILE, "biases[g] *= fade;", ""),
     (TILE, "o[k] *= fade;", ""),
+    (TILE, "- Store::OFFSET * scaled;", ";"),
+    (TILE, "dots += part * (pair.x / Store::STEP)", "dots += part * pair.x"),
     # several tiles
-    (TILES, "int live = metal::min(BLOCK, end - base);", "int live = BLOCK;"),
-    (TILES, f"{BARRIER}\n        const threadgroup", "const threadgroup"),
-    (TILES, f"live, seen - base);\n        {BARRIER}", "live, seen - base);"),
-    (TILES, "if (place < M) tile.template write<D / 4>", "tile.template write<D / 4>"),
-    (TILES, "if (place < M && first_column) {\n        top[", "if (first_column) {\n        top["),
-    (TILES, "if (place < M && first_column) {\n        top[", "if (place < M) {\n        top["),
-    (LOUD, "token < seen ? scores[f].x : LOWEST", "scores[f].x"),
-    (LOUD, "token + 1 < seen ? scores[f].y : LOWEST", "scores[f].y"),
-    (TILES, "token < seen ? metal::exp", "true ? metal::exp"),
-    (TILES, "token + 1 < seen ? metal::exp", "true ? metal::exp"),
-    (WHOLE, "if (BITS == 16) pairs_of", "if (BITS == 8) pairs_of"),
+    (TILES, "if (exists) row[dim]", "row[dim]"),
+    (TILES, f"{BARRIER}\n        Staged", "Staged"),
+    (TILES, f"lane);\n        {BARRIER}", "lane);"),
+    (TILES, "if (exists && first_column) {\n        top[", "if (first_column) {\n        top["),
+    (TILES, "if (exists && first_column) {\n        top[", "if (exists) {\n        top["),
+    (TILES, "if (at < count) held[i]", "held[i]"),
+    (LOUD, "if (at < count) to[at]", "to[at]"),
+    (LOUD, "token < seen ? found.x : LOWEST", "found.x"),
+    (LOUD, "token + 1 < seen ? found.y : LOWEST", "found.y"),
+    (TILES, "token < seen ? metal::fast::exp", "true ? metal::fast::exp"),
+    (TILES, "token + 1 < seen ? metal::fast::exp", "true ? metal::fast::exp"),
+    (WHOLE, "if (!Store::SCALED) stage", "if (Store::SCALED) stage"),
     # joining
     (EMPTY, "total > 0.0f ? mixed[i] / total : 0.0f", "mixed[i] / total"),
     (EMPTY, "total > 0.0f ? highest + metal::log(total) : LOWEST", "highest + metal::log(total)"),
     (EMPTY, "if (lane == 0) lse", "lse"),
+    (FEW, "highest = simd_max(highest);", ""),
 ]  # fmt: skip
 
 PACKED = Projected(64, 4, 32)
+PADDED = Projected(32, 8, 32, dtype=mx.float16)
 NEW_ROW = [
     (PACKED, "if (lane % SHARING == 0) row", "row"),
     (PACKED, "if (SHARING > 1) {", "if (false) {"),
@@ -93,6 +102,8 @@ NEW_ROW = [
     (PACKED, "step < LANES;", "step < LANES / 2;"),
     (PACKED, "s < SHARING;", "s < SHARING / 2;"),
     (PACKED, "if (is_key) {", "if (true) {"),
+    (PADDED, "row[Store::USED + lane] = 0", "word += 0"),
+    (PADDED, "if (int(lane) < Store::WIDTH - Store::USED) row", "row"),
 ]  # fmt: skip
 
 
@@ -111,11 +122,11 @@ def test_flash_decode_needs_each_barrier_and_guard(emulated, shape, old, new):
 
     def right(metal) -> bool:
         lengths = mx.array(shape.lengths, mx.int32)
-        out, lse = flash_decode_kernel(q, store, lengths, causal=shape.causal)
+        out, lse = flash_decode_kernel(q, store, lengths, causal=shape.causal, splits=SPLITS)
         read = sum(metal.dispatches[0].reads[name].total for name in ("keys", "values"))
         return (
             relative_error(out, expected) <= ROUNDING[mx.float32] * shape.loud
-            and np.allclose(np.array(lse), sums, rtol=1e-5)
+            and np.allclose(np.array(lse), sums, rtol=1e-5, atol=1e-5 * shape.loud)
             and read == shape.fewest_bytes(store)
         )
 

@@ -29,7 +29,7 @@ from internvl3_mlx.metal_kernels.variants import all_variants
 FAST = {"schedules": ("forward",), "checked": False}
 SMALL = FlashVariant(mx.float16, 4, 32, 32, 3)
 NEW = KVAppendVariant(KVRowLayout(32, 4, 32, mx.float16))
-REFUSED = ("constexpr int DEEP = 8;", "constexpr int DEEP = eight;")
+REFUSED = ("constexpr int ACROSS = 4;", "constexpr int ACROSS = four;")
 WRONG = ("float whole = total[m] * fade;", "float whole = total[m] * 2.0f * fade;")
 
 

@@ -43,10 +43,21 @@ void memory_begin() {
 
 void memory_begin_group() { __builtin_memset(arena, 0xff, arena_top); }
 
+static u64 lines_read(const Buffer& b) {
+  u64 lines = 0, last = ~0ull;
+  for (u64 k = 0; k < b.size; k++) {
+    if (!b.reader[k] || k / LINE_BYTES == last) continue;
+    last = k / LINE_BYTES;
+    lines++;
+  }
+  return lines;
+}
+
 void memory_end() {
   for (u32 i = 0; i < job->buffer_count; i++) {
     Buffer& b = job->buffers[i];
     for (u64 k = 0; b.writes && k < b.size; k++) b.unwritten += b.writes[k].touch == NOBODY;
+    b.lines = b.reader ? lines_read(b) : 0;
     free(b.writes);
     free(b.reads);
     free(b.reader);
@@ -148,9 +159,10 @@ static u64 distance(const Buffer& b, u64 address) {
        size, (i64)(address - nearest->base), nearest->name, nearest->size, site(where));
 }
 
-static void count_read(Buffer& b, u64 offset, u32 size) {
+static void count_read(Buffer& b, u64 offset, u32 size, u32 where) {
   b.read_bytes += size;
   if (!b.reader) return;
+  loads_note(b, offset, size, where);
   for (u64 k = offset; k < offset + size; k++) {
     b.read_distinct += b.reader[k] == 0;
     b.read_by_groups += b.reader[k] != now.group;
@@ -166,7 +178,7 @@ static void access_device(u64 address, u32 size, bool write, bool atomic, u32 wh
   if (write)
     b->written_bytes += size;
   else
-    count_read(*b, offset, size);
+    count_read(*b, offset, size, where);
   if (!b->writes) return;
   u32 epoch = now.device, simd_epoch = now.simd_device[current->simd];
   for (u64 k = offset; k < offset + size; k++) {

@@ -43,6 +43,7 @@ enum Position {
   POSITIONS = 40
 };
 const u32 LANES = 32, QUAD_LANES = 4, MOST_THREADS = 1024, MOST_THREADGROUP_BYTES = 32768;
+const u32 LINE_BYTES = 128;  // of a GPU's cache
 
 // who touched a byte last, and between which barriers. An epoch counts barriers, over all groups.
 enum Touch : u8 { NOBODY, ONE_THREAD, ONE_SIMDGROUP, SEVERAL, ATOMICALLY };
@@ -58,6 +59,7 @@ struct Buffer {
   u32 writable, defined;  // defined: may be read before the kernel writes it
   const char* name;
   u64 read_bytes, read_by_groups, read_distinct, written_bytes, unwritten;
+  u64 lines_touched, lines;  // once for each load of a simdgroup; and how many there are
   Shadow *writes, *reads;  // of writable buffers
   u32* reader;             // of the others: the group that read each byte last
 };
@@ -114,6 +116,10 @@ const char* base_name(const char* path);
 void fiber_start(Fiber& fiber);
 void fiber_run(Fiber& fiber);
 void fiber_wait();
+
+// loads.cpp: the lines that the lanes of a simdgroup touch with one load
+void loads_note(Buffer& buffer, u64 offset, u32 size, u32 where);
+void loads_end(u32 simd);
 
 // memory.cpp
 void memory_begin();

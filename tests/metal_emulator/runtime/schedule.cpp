@@ -90,6 +90,7 @@ static void begin_group(u32 number, const u32 groups[3]) {
     f.lane = i % LANES;
     f.simd = i / LANES;
     set_positions(f, i, group, groups);
+    if (f.lane == 0) loads_end(f.simd);
     fiber_start(f);
   }
   job->threads_run += group_threads;
@@ -132,6 +133,7 @@ static bool meet(u32 begin, u32 n) {
     return false;
   }
   resolve(lanes, LANES);
+  loads_end(first->simd);
   for (Fiber* f : lanes)
     if (f) f->state = RUNNING;
   return !stopped;
@@ -158,6 +160,7 @@ static void pass_barrier() {
                   base_name(first->place.file), first->place.line, first->place.column,
                   base_name(other.file), other.line, other.column);
     fibers[i].state = RUNNING;
+    if (fibers[i].lane == 0) loads_end(fibers[i].simd);
   }
   if (memory & MSL_THREADGROUP) now.threadgroup++;
   if (memory & MSL_DEVICE) now.device++;
