@@ -51,9 +51,7 @@ def default_split_plan() -> SplitPlan:
     return SPLIT_PLANS.get(architecture[-1:], SPLIT_PLANS[DEFAULT_CLASS])
 
 
-def split_count(
-    capacity: int, heads: int, plan: SplitPlan, rows: int = MIN_DEVICE_ELEMENTS
-) -> int:
+def split_count(capacity: int, heads: int, plan: SplitPlan, rows: int = MIN_DEVICE_ELEMENTS) -> int:
     """Return how many threadgroups share a head's tokens: enough to fill the GPU, none short.
 
     ``heads``: key-value heads of all sequences; ``rows``: query rows of each. Very few rows get

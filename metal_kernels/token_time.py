@@ -135,7 +135,7 @@ def time_table(tokens: int) -> str:
         f"|---|{'---:|' * len(GPUS)}",
     ]
     for decoder in DECODERS:
-        cells = []
+        cells: list[str] = []
         for gpu in GPUS:
             times = [TokenTime(decoder, gpu, tokens, bits) for bits in CACHE_BITS]
             cells.append(" / ".join(format_time(time) for time in times))

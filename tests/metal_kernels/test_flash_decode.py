@@ -37,15 +37,21 @@ TILES = [
     Ragged((1023, 4097), 5, 64, 4, 64, draft=3, causal=True),
 ]
 TYPES = (mx.float32, mx.float16, mx.bfloat16)
+MAX_TOUCHES = 1.5  # of a line of the GPU's cache: once for each load of a simdgroup that needs it
 CASES = [
     *product([*ROWS, *TILE, *TILES], TYPES),
     (Ragged((33, 5), 7, 128, 8, 64, draft=8), mx.float16),  # eight candidates: seven tiles
     (Ragged((8, 35), 16, 128), mx.float32),  # the widest rows: blocks of half the tokens
+    (Ragged((67,), 7, 128, 8, 64), mx.float16),
+    (Ragged((67,), 7, 128), mx.float16),
+    (Ragged((67,), 7, 64), mx.bfloat16),
+    (Ragged((67,), 7, 32, 8, 32), mx.float16),
+    (Ragged((67,), 2, 128, 4, 64), mx.float16),
 ]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_the_kernel_agrees_with_float64_and_reads_each_byte_once(emulated, shape, dtype):
+def test_the_kernel_agrees_with_float64_and_reads_each_byte_and_line_once(emulated, shape, dtype):
     q, store = shape.made(dtype)
     with emulated() as metal:
         out, lse = flash_decode_kernel(
@@ -59,6 +65,8 @@ def test_the_kernel_agrees_with_float64_and_reads_each_byte_once(emulated, shape
     np.testing.assert_allclose(np.array(lse)[seen], sums[seen], atol=1e-5)
     read = [metal.dispatches[0].reads[name] for name in ("keys", "values")]
     assert sum(part.total for part in read) == shape.fewest_bytes(store)
+    lines = sum(part.lines for part in read)
+    assert 0 < lines <= sum(part.lines_touched for part in read) <= MAX_TOUCHES * lines
     assert metal.dispatches[0].copied == ()
 
 
