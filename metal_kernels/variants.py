@@ -9,8 +9,11 @@ from internvl3_mlx.metal_kernels.kv_append import KVAppendVariant
 from internvl3_mlx.metal_kernels.kv_layout import BITS, DENSE_BITS, GROUP_SIZES, KVRowLayout
 from internvl3_mlx.metal_kernels.self_test import KernelVariant
 
-# (head_dim, query heads per key-value head): demo; 1B; 2B; 8B; 9B; 14B and 38B; 78B
-HEAD_SHAPES = ((32, 3), (64, 7), (128, 6), (128, 7), (128, 16), (128, 5), (128, 8))
+# (head_dim, query heads per key-value head): demo; 1B; 2B; 8B; 9B; 14B and 38B; 78B and the 38B
+# of InternVL3.5; its 1B and 2B; its 4B and 8B
+HEAD_SHAPES = (
+    (32, 3), (64, 7), (128, 6), (128, 7), (128, 16), (128, 5), (128, 8), (128, 2), (128, 4),
+)  # fmt: skip
 VARIANT_DTYPES = (mx.bfloat16, mx.float16)
 DRAFT_TOKENS = 4  # tokens to verify, or sequences that share a prefix
 
