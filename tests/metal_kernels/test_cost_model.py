@@ -99,18 +99,18 @@ def test_the_document_contains_the_tables():
     assert time_table(16384) in document
 
 
-def test_decoders_have_the_published_numbers_of_weights():
-    """What a checkpoint has beside the vision model, the embedding, norms, biases and projector."""
-    for decoder in DECODERS:
-        size = SIZES.get(decoder.name.removeprefix("InternVL3 ").lower())
-        if size is None:
-            continue  # of the other family
-        assert (decoder.layers, decoder.heads, decoder.kv_heads) == (
-            size.layers, size.heads, size.kv_heads,
-        )  # fmt: skip
-        embedding = size.vocab * size.width
+@pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: decoder.name)
+def test_decoders_have_the_published_shapes(decoder):
+    """The weights: what a checkpoint has beside vision model, embedding and projector."""
+    name = decoder.name.lower().removeprefix("internvl3 ").replace("internvl3.5 ", "3.5-")
+    size = SIZES[name]
+    shape = (decoder.layers, decoder.width, decoder.heads, decoder.kv_heads, decoder.head_dim)
+    assert shape == (size.layers, size.width, size.heads, size.kv_heads, size.head_dim)
+    assert decoder.inner == size.inner * (size.per_token or 1)
+    if not size.experts:
         tower = 5.6e9 if size.big_tower else 0.31e9
-        assert decoder.weights == pytest.approx(size.parameters - tower - embedding, rel=0.03)
+        rest = size.parameters - tower - size.vocab * size.width
+        assert decoder.weights == pytest.approx(rest, rel=0.03)
 
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: decoder.name)
