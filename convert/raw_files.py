@@ -42,6 +42,12 @@ NEUTRAL = (  # pattern of a published name -> neutral name; parts that are joine
     (TEXT_LAYER + r"(?:mlp\.gate_proj|feed_forward\.w1)", "text.{n}.gate"),
     (TEXT_LAYER + r"(?:mlp\.up_proj|feed_forward\.w3)", "text.{n}.up"),
     (TEXT_LAYER + r"(?:mlp\.down_proj|feed_forward\.w2)", "text.{n}.down"),
+    (TEXT_LAYER + r"mlp\.gate", "text.{n}.router"),
+    (
+        TEXT_LAYER + r"mlp\.experts\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj",
+        "text.{n}.expert{expert}.{part}",
+    ),
+    (TEXT_LAYER + r"mlp\.switch_mlp\.(?P<part>gate|up|down)_proj", "text.{n}.expert*.{part}"),
     (TEXT_LAYER + r"(?:input_layernorm|attention_norm)", "text.{n}.norm1"),
     (TEXT_LAYER + r"(?:post_attention_layernorm|ffn_norm)", "text.{n}.norm2"),
     (TOWER + r"embeddings\.(?:class_embedding|cls_token)", "tower.class"),
@@ -66,6 +72,7 @@ NEUTRAL = (  # pattern of a published name -> neutral name; parts that are joine
     (r"gating\.block(?P<n>[1-4])\.(?P<part>[035])", "gating.{n}.{part}"),
     (r"gating\.gate\.(?P<part>[01])", "gating.gate.{part}"),
 )
+STACKED = re.compile(r"\.mlp\.switch_mlp\.")
 BARE = re.compile(
     r".*\.(?:class_embedding|cls_token|position_embeddings?|ls[12]|lambda_[12]|query_token"
     r"|in_proj_(?:weight|bias))"
@@ -143,7 +150,8 @@ def read_raw_tensors(folder: Path) -> Iterator[RawTensor]:
             if name == "__metadata__" or entry["dtype"] not in ELEMENTS:
                 continue
             shape = tuple(entry["shape"])
-            flat = (shape[0] if shape else 1, -1)
+            rows = shape[0] * shape[1] if STACKED.search(name) else shape[0] if shape else 1
+            flat = (rows, -1)
             begin, end = entry["data_offsets"]
             kind = np.dtype(ELEMENTS[entry["dtype"]])
             mapped = np.memmap(
@@ -192,7 +200,10 @@ def split_rows(
     names: list[str], part: RawPart, config: dict[str, Any], *, grouped: bool
 ) -> Iterator[tuple[str, Rows]]:
     """Yield each part of a joined tensor with the numbers of its rows."""
-    if len(names) == 1:
+    if "*" in names[0]:  # the experts one under the other
+        for expert, rows in enumerate(np.split(part.rows, part.weight.shape[0])):
+            yield names[0].replace("*", str(expert)), rows
+    elif len(names) == 1:
         yield names[0], part.rows
     elif not grouped:
         yield from zip(names, np.split(part.rows, len(names)), strict=True)

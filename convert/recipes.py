@@ -17,9 +17,7 @@ PROJECTOR_BITS = 8  # every image passes through mlp1 or mlp2: fewer bits would 
 PROJECTOR = re.compile(r"mlp[12]\.")
 VISION = re.compile(r"vision_model\.")
 # Flash's router and those of experts: small, and a wrong digit takes another way through the model
-ROUTER = re.compile(
-    r"(?:pooling_before_gating|gating)\.|language_model\..*\.mlp\.(?:gate|router)$"
-)
+ROUTER = re.compile(r"(?:pooling_before_gating|gating)\.|language_model\..*\.mlp\.(?:gate|router)$")
 LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
 BITS = (2, 3, 4, 5, 6, 8)
 DEFAULT_GROUP_SIZE = 64

@@ -25,6 +25,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from internvl3_mlx import load
 from internvl3_mlx.checkpoints.build_model import build_model
+from internvl3_mlx.convert.raw_files import read_raw_parts
 from internvl3_mlx.convert.recipes import uniform_recipe
 
 STYLES = ("qwen3", "qwen3_moe", "gpt_oss")
@@ -70,6 +71,28 @@ def test_all_layouts_give_the_same_logits_to_the_bit(style, layout, media):
     np.testing.assert_array_equal(numbers(ours.model(*given)), numbers(expected.model(*given)))
 
 
+def test_answers_that_share_or_pad_their_caches_are_those_of_one_alone(media):
+    """Sinks and windows in batches: answers to one prompt, and to prompts of other lengths."""
+    vlm = load(str(tiny(Recipe(style="gpt_oss")).folder))
+    images, _ = media
+    alone = [vlm.ask(QUESTION, image, max_tokens=STEPS).token_ids for image in images]
+    for answer in vlm.ask_many(QUESTION, images[0], n=3, max_tokens=STEPS):
+        assert answer.token_ids == alone[0]
+    each = vlm.ask_each(QUESTION, [*images, images[0]], batch_size=3, max_tokens=STEPS)
+    assert [answer.token_ids for answer in each] == [*alone, alone[0]]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_quantized_cache_and_a_draft_of_the_family_answer(style, media):
+    checkpoint = tiny(Recipe(style=style, head_dim=64))
+    vlm, (images, _) = load(str(checkpoint.folder)), media
+    plain = vlm.ask(QUESTION, images, max_tokens=STEPS).token_ids
+    draft = str(tiny(Recipe(style=style, head_dim=64, seed=1)).folder)
+    assert vlm.ask(QUESTION, images, max_tokens=STEPS, draft_model=draft).token_ids == plain
+    exact = vlm.ask(QUESTION, images, max_tokens=STEPS, kv_bits=8, kv_group_size=32).token_ids
+    assert exact[:4] == plain[:4]  # eight bits change no clear choice at first
+
+
 @pytest.mark.parametrize("target", ["mlx", "original", "hf"])
 @pytest.mark.parametrize("style", ["qwen3", "qwen3_moe"])
 def test_a_conversion_and_back_gives_the_same_bytes(tmp_path, style, target):
@@ -91,16 +114,20 @@ def test_a_converted_hf_checkpoint_loads_in_transformers(tmp_path, style):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     ids, pixels = token_row(source, [1, 2]), random_pixels(source, 3)
-    assert relative_error(
-        Reference(theirs.eval()).logits(ids, pixels), source.reference.logits(ids, pixels)
-    ) < TOLERANCE
+    assert (
+        relative_error(
+            Reference(theirs.eval()).logits(ids, pixels), source.reference.logits(ids, pixels)
+        )
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("layout", ["original", "hf_a"])
 @pytest.mark.parametrize("style", ["qwen3_moe", "gpt_oss"])
 def test_quantized_experts_load_back_as_they_were_quantized(tmp_path, style, layout):
     source = tiny(Recipe(style=style, layout=layout))
-    converted = run_conversion(source.folder, tmp_path / "q", uniform_recipe(4, 32))
+    recipe, checked = uniform_recipe(4, 32), {"check_output": True}
+    converted = run_conversion(source.folder, tmp_path / "q", recipe, **checked)
     quantized = build_model(tmp_path / "q").model.language_model
     dense = build_model(source.folder).model.language_model
     experts = dense.config.experts
@@ -112,7 +139,10 @@ def test_quantized_experts_load_back_as_they_were_quantized(tmp_path, style, lay
                 assert mx.array_equal(ours[part], array), (name, part)
         router = block.mlp[experts.router]
         assert mx.array_equal(router.weight, plain.mlp[experts.router].weight)
-    assert converted.raw_check is None or converted.raw_check.parts
+    parts = read_raw_parts(source.folder)
+    assert converted.raw_check.parts == len(parts)
+    compared = sum(".expert" in name for name in parts)
+    assert compared == (3 * 5 * 3 if style == "qwen3_moe" else 0)
     answer = load(str(tmp_path / "q")).ask(QUESTION, max_tokens=4)
     assert len(answer.token_ids) == 4
 
