@@ -12,9 +12,10 @@ from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.convert.tokenizer_export import build_fast_tokenizer
 from internvl3_mlx.json_files import read_optional_json
+from internvl3_mlx.prompt.harmony import HARMONY_SYSTEM
 from internvl3_mlx.prompt.jinja_template import JinjaTemplate
 from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM
-from internvl3_mlx.prompt.template import load_template
+from internvl3_mlx.prompt.template import HarmonyTemplate, load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.write_guards import MODEL_FOLDER, FolderKind
 
@@ -30,10 +31,10 @@ HF_SPECIAL_TOKENS = {
 }
 HF_CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' and add_default_system | default(true) -%}
-{{ '<|im_start|>system\\n' + SYSTEM + '<|im_end|>\\n' }}
+{{ SYSTEM_TURN }}
 {%- endif -%}
 {%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
+{{ MESSAGE_START }}
 {%- if message['content'] is string -%}
 {{ message['content'] }}
 {%- else -%}
@@ -47,12 +48,26 @@ HF_CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{ '<|im_end|>\\n' }}
+{{ MESSAGE_END }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
+{{ ANSWER_START }}
 {%- endif -%}
 """
+IS_ANSWER = "message['role'] == 'assistant'"
+CHATML_MARKS = {  # what the capitals of HF_CHAT_TEMPLATE stand for
+    "SYSTEM_TURN": r"'<|im_start|>system\n' + SYSTEM + '<|im_end|>\n'",
+    "MESSAGE_START": r"'<|im_start|>' + message['role'] + '\n'",
+    "MESSAGE_END": r"'<|im_end|>\n'",
+    "ANSWER_START": r"'<|im_start|>assistant\n'",
+}
+HARMONY_MARKS = {
+    "SYSTEM_TURN": "'<|start|>system<|message|>' + SYSTEM + '<|end|>'",
+    "MESSAGE_START": "'<|start|>' + message['role'] + "
+    f"('<|channel|>final' if {IS_ANSWER} else '') + '<|message|>'",
+    "MESSAGE_END": f"'<|return|>' if {IS_ANSWER} else '<|end|>'",
+    "ANSWER_START": "'<|start|>assistant'",
+}
 
 
 def replaceable_folder(source: Path) -> FolderKind:
@@ -138,8 +153,13 @@ def write_chat_template(plan: ConversionPlan, target: Path) -> None:
     if isinstance(template, JinjaTemplate) and not plan.config.system_message:
         source = template.source
     else:
-        system = json.dumps(plan.config.system_message or DEFAULT_SYSTEM, ensure_ascii=False)
-        source = HF_CHAT_TEMPLATE.replace("SYSTEM", system)
+        is_harmony = isinstance(template, HarmonyTemplate)
+        default = HARMONY_SYSTEM if is_harmony else DEFAULT_SYSTEM
+        system = json.dumps(plan.config.system_message or default, ensure_ascii=False)
+        source = HF_CHAT_TEMPLATE
+        for mark, text in (HARMONY_MARKS if is_harmony else CHATML_MARKS).items():
+            source = source.replace(mark, text)
+        source = source.replace("SYSTEM", system)
     (target / "chat_template.jinja").write_text(source, encoding="utf-8")
 
 

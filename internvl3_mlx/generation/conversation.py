@@ -301,7 +301,10 @@ class Conversation:
         """Tell whether ids may represent an answer in the history.
 
         They may not where a stop string cut the text, nor where the model generated image tokens.
+        Those of GPT-OSS may hold a thought; the template writes its answers anew.
         """
         tokenizer = self.runner.tokenizer
+        if tokenizer.is_harmony:
+            return False
         decoded = tokenizer.decode(ids, keep_boxes=config.keep_boxes)
         return decoded.strip() == text.strip() and tokenizer.image_id not in ids

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from internvl3_mlx.generation.answer import FinishReason
 from internvl3_mlx.generation.thinking import ThoughtSplitter
-from internvl3_mlx.prompt.tokenizer import StreamingDetokenizer
+from internvl3_mlx.prompt.harmony import Detokenizer
 
 
 @dataclass
@@ -19,7 +19,7 @@ class TextStream:
     ``stop_string``: the one that ended the answer, if any.
     """
 
-    detokenizer: StreamingDetokenizer
+    detokenizer: Detokenizer
     stop_ids: Collection[int]
     stop: Sequence[str] = ()
     token_ids: list[int] = field(default_factory=list[int])

@@ -6,7 +6,7 @@ from enum import Enum
 import mlx.core as mx
 
 from internvl3_mlx.generation.generation_config import GenerationConfig
-from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer
+from internvl3_mlx.prompt.harmony import THOUGHT_CLOSING, Detokenizer
 from internvl3_mlx.prompt.reasoning import THINK_END, THINK_START
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -114,7 +114,7 @@ class ThoughtConstraint:
     """
 
     budget: ThoughtBudget
-    detokenizer: StreamingDetokenizer
+    detokenizer: Detokenizer
     splitter: ThoughtSplitter
     forced: int | None = None
 
@@ -144,4 +144,5 @@ def make_thought_constraint(
 def make_thought_budget(config: GenerationConfig, tokenizer: Tokenizer) -> ThoughtBudget | None:
     if config.think_budget is None:
         return None
-    return ThoughtBudget(config.think_budget, tuple(tokenizer.encode_text(CLOSING, specials=True)))
+    closing = THOUGHT_CLOSING if tokenizer.is_harmony else CLOSING
+    return ThoughtBudget(config.think_budget, tuple(tokenizer.encode_text(closing, specials=True)))

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from internvl3_mlx.errors import ConfigError
+from internvl3_mlx.prompt.harmony import FINAL_HEADER, HARMONY_SYSTEM
 from internvl3_mlx.prompt.messages import (
+    GeneratedAnswer,
     Message,
     Segment,
     TextSegment,
@@ -15,6 +17,7 @@ from internvl3_mlx.prompt.messages import (
     message_segments,
     system_segment,
 )
+from internvl3_mlx.prompt.tokenizer_files import END, MESSAGE, RETURN, START
 
 if TYPE_CHECKING:
     from internvl3_mlx.config import ModelConfig
@@ -44,7 +47,35 @@ class InternVLTemplate:
         return merge_segments([*segments, TextSegment(MESSAGE_START.format(role="assistant"))])
 
 
-TEMPLATES = {"internvl2_5": InternVLTemplate}
+@dataclass(frozen=True)
+class HarmonyTemplate:
+    """``internvl3_5_gpt_oss``: the harmony format of GPT-OSS; answers end with <|return|>."""
+
+    system_message: str | None = None
+
+    def render(self, messages: Sequence[Message], system: str | None) -> list[Segment]:
+        """Render the prompt. system: None for the model's own text, "" for none."""
+        check_messages(messages)
+        instruction = system_segment(system, self.system_message or HARMONY_SYSTEM)
+        segments = harmony_message("system", [instruction]) if instruction.text else []
+        for turn in messages:
+            segments += harmony_message(turn.role, message_segments(turn))
+        return merge_segments([*segments, TextSegment(f"{START}assistant")])
+
+
+def harmony_message(role: str, body: Sequence[Segment]) -> list[Segment]:
+    """Return one message; the ids of an answer bring their channel with them."""
+    if role != "assistant":
+        return [TextSegment(f"{START}{role}{MESSAGE}"), *body, TextSegment(END)]
+    has_channel = any(isinstance(segment, GeneratedAnswer) for segment in body)
+    opening = f"{START}assistant" + ("" if has_channel else FINAL_HEADER)
+    return [TextSegment(opening), *body, TextSegment(RETURN)]
+
+
+TEMPLATES: dict[str, type[InternVLTemplate | HarmonyTemplate]] = {
+    "internvl2_5": InternVLTemplate,
+    "internvl3_5_gpt_oss": HarmonyTemplate,
+}
 
 
 def load_template(config: "ModelConfig", folder: Path) -> Template:

@@ -14,12 +14,15 @@ from internvl3_mlx.json_files import JSON_LIMIT
 from internvl3_mlx.native_output import native_errors_hidden
 from internvl3_mlx.prompt.added_tokens import AddedTokenMatcher, keep
 from internvl3_mlx.prompt.detokenizer import StreamingDetokenizer, visible_added_tokens
+from internvl3_mlx.prompt.harmony import Detokenizer, HarmonyDetokenizer, is_harmony
 from internvl3_mlx.prompt.messages import GeneratedAnswer, ImageSegment, Segment, TextSegment
 from internvl3_mlx.prompt.tokenizer_files import (
     CONTROL_TOKENS,
     FLAGS,
     GROUNDING_TOKENS,
+    HARMONY_TOKENS,
     IGNORED_ADDED_TOKENS,
+    RETURN,
     THINKING_TOKENS,
     AddedToken,
     bos_token,
@@ -48,12 +51,15 @@ class Tokenizer:
     """One model's tokenizer. Special ids are looked up by their text.
 
     ``added`` maps special tokens to their ids; ``bos_id`` is None where prompts have no BOS.
+    ``im_end_id``: of what ends an answer, <|im_end|> or, for GPT-OSS (``is_harmony``), <|return|>.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, source: Path, stops: Iterable[int | str] = ()):
         self._vocabulary = vocabulary
         self.added = {t: a for t, a in vocabulary.added.items() if t not in IGNORED_ADDED_TOKENS}
-        missing = {IMAGE_START, IMAGE_CONTEXT, IMAGE_END, IM_END} - self.added.keys()
+        self.is_harmony = is_harmony(self.added)
+        answer_end = RETURN if self.is_harmony else IM_END
+        missing = {IMAGE_START, IMAGE_CONTEXT, IMAGE_END, answer_end} - self.added.keys()
         if missing:
             raise CheckpointError(
                 f"the tokenizer in {source} lacks {', '.join(sorted(missing))}: "
@@ -65,8 +71,8 @@ class Tokenizer:
         self.image_start_id = self.added[IMAGE_START].id
         self.image_id = self.added[IMAGE_CONTEXT].id
         self.image_end_id = self.added[IMAGE_END].id
-        self.im_end_id = self.added[IM_END].id
-        named = (self.added[s].id if s in self.added else s for s in (IM_END, *stops))
+        self.im_end_id = self.added[answer_end].id
+        named = (self.added[s].id if s in self.added else s for s in (answer_end, *stops))
         self.stop_ids = frozenset(
             n for n in named if isinstance(n, int) and 0 <= n < self.vocab_size
         )
@@ -127,19 +133,22 @@ class Tokenizer:
         pieces = self.detokenizer(keep_boxes=keep_boxes)
         return "".join([*map(pieces.add_token, ids), pieces.finalize()])
 
-    def detokenizer(
-        self, *, keep_boxes: bool = False, keep_tags: bool = False
-    ) -> StreamingDetokenizer:
+    def detokenizer(self, *, keep_boxes: bool = False, keep_tags: bool = False) -> Detokenizer:
         """Return a streaming detokenizer for one answer.
 
-        keep_boxes: keep grounding tags; keep_tags: those of a thought, where they are special.
+        keep_boxes: keep grounding tags; keep_tags: those of a thought, where they are special; an
+        answer of GPT-OSS gets them for its thought, which is left out otherwise.
         """
         keep = GROUNDING_TOKENS if keep_boxes else frozenset[str]()
         keep |= THINKING_TOKENS if keep_tags else frozenset[str]()
         shown = visible_added_tokens(self.added, keep)
-        return StreamingDetokenizer(
+        plain = StreamingDetokenizer(
             self._vocabulary.token_bytes, shown, self._vocabulary.leading_space
         )
+        if not self.is_harmony:
+            return plain
+        names = {self.added[name].id: name for name in HARMONY_TOKENS & self.added.keys()}
+        return HarmonyDetokenizer(plain, names, keep_tags)
 
     def _pieces(
         self, segments: Sequence[Segment], num_image_token: int

@@ -17,10 +17,17 @@ GROUNDING_TOKENS = frozenset(
 ) | frozenset(
     f"<|{name}_{edge}|>" for name in ("object_ref", "box", "quad") for edge in ("start", "end")
 )
+# The structure of GPT-OSS's messages; a tokenizer with these writes them.
+START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+END, RETURN, CALL, CONSTRAIN = "<|end|>", "<|return|>", "<|call|>", "<|constrain|>"
+HARMONY_TOKENS = frozenset((START, END, CHANNEL, MESSAGE, RETURN, CALL, CONSTRAIN))
 # Structure of a prompt: typed by a user or written in a training answer, these stay plain text.
-CONTROL_TOKENS = frozenset(
-    ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<|endoftext|>")
-    + ("<s>", "</s>", "<unk>", "<pad>")
+CONTROL_TOKENS = (
+    frozenset(
+        ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<|endoftext|>")
+        + ("<s>", "</s>", "<unk>", "<pad>")
+    )
+    | HARMONY_TOKENS
 )
 # Plain text in our prompts, though hf repositories give it an id beyond the embedding's last row.
 IGNORED_ADDED_TOKENS = frozenset({"<video>"})
