@@ -34,10 +34,9 @@ WHOLE = f"{THOUGHT}<|start|>assistant<|channel|>final<|message|>There are 2.<|re
 IMAGE = random_image(60, 60)
 
 
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("harmony")
-    build(folder, style="gpt_oss")
+def build_harmony(folder, **changes):
+    """Write a tiny checkpoint with the tokens and the template of GPT-OSS."""
+    build(folder, **changes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_text("utf-8")
         for theirs, ours in SPECIAL.items():
@@ -45,7 +44,12 @@ def vlm(tmp_path_factory):
         (folder / name).write_text(text, "utf-8")
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {"template": "internvl3_5_gpt_oss"})
-    return load(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    return load(str(build_harmony(tmp_path_factory.mktemp("harmony"), style="gpt_oss")))
 
 
 @pytest.fixture
@@ -167,7 +171,8 @@ def test_ranked_choices_name_the_channel(vlm):
 
 
 def test_a_conversion_to_transformers_layout_writes_the_same_prompts(vlm, tmp_path):
-    convert_model(vlm.runner.name, tmp_path / "hf", layout="hf", verify=False)
+    source = build_harmony(tmp_path / "original")  # any decoder will do
+    convert_model(source, tmp_path / "hf", layout="hf", verify=False)
     theirs = load(str(tmp_path / "hf"))
     history = [Message("user", "One?"), Message("assistant", "Two.")]
     for options in ({}, {"system": ""}, {"system": "Be brief.", "history": history}):
