@@ -51,7 +51,7 @@ def mean_log_prob(engine: Engine, logits: mx.array, ids: Sequence[int]) -> float
     read = [*ids[:-1]]
     rows = logits
     if read:
-        rows = mx.concatenate([logits, engine.verify(read)[0]])
+        rows = mx.concatenate([logits, engine.read_tokens(mx.array([read], dtype=mx.int32))[0]])
         engine.rewind(len(read))
     check_finite(rows)
     wide = rows.astype(mx.float32)

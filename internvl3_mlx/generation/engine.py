@@ -19,7 +19,7 @@ from internvl3_mlx.metal_kernels.flash_decode import (
     should_use_kernel,
 )
 from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, KVRowLayout
-from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW, MAX_KERNEL_ROWS
+from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW, MAX_KERNEL_ROWS, RowSelection
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.cache_kind import CacheKind, format_of
 from internvl3_mlx.models.internvl import InternVL
@@ -157,29 +157,32 @@ class Engine:
         self.compiled_tokens += 1
         return following
 
-    def step(self, token: mx.array) -> mx.array:
-        """Read one token, (1,) -> logits (1, vocab)."""
-        return self.read_tokens(token[None])[:, -1]
-
-    def verify(self, tokens: list[int]) -> mx.array:
-        """Read several tokens at once: (K,) -> logits after each, (1, K, vocab)."""
-        return self.read_tokens(mx.array([tokens], dtype=mx.int32))
+    def step(self, tokens: mx.array) -> mx.array:
+        """Read tokens, (L,) -> logits after the last (1, vocab)."""
+        if tokens.size <= MAX_KERNEL_ROWS:
+            return self.read_tokens(tokens[None])[:, -1]
+        states = self.read_states(tokens[None], LAST_ROW)
+        return self.model.language_model.head(states[:, -1])
 
     def read_tokens(self, tokens: mx.array) -> mx.array:
-        """Read tokens (1, K), whose positions step by 1 -> logits after each, (1, K, vocab)."""
+        """Read tokens (1, L), whose positions step by 1 -> logits after each, (1, L, vocab)."""
         logits = self.compiled_step(tokens)
         return self.plain_step(tokens) if logits is None else logits
 
     def plain_step(self, tokens: mx.array) -> mx.array:
         """Do the same without compilation."""
+        return self.model.language_model.head(self.read_states(tokens, ALL_ROWS))
+
+    def read_states(self, tokens: mx.array, rows: RowSelection) -> mx.array:
+        """Read tokens (1, L) without compilation -> the states of ``rows``, (1, R, D)."""
         length = self.num_cached + tokens.shape[1]
         rotary = self.rotary(int(self.next_position), length)
         self.next_position += tokens.shape[1]
         embeds = self.model.embed(tokens)
-        states = self.model.language_model.model(embeds, rotary, self.cache)
+        states = self.model.language_model.model(embeds, rotary, self.cache, rows)
         self.quantize_cache()
         self.num_cached = length
-        return self.model.language_model.head(states)
+        return states
 
     def compiled_step(self, tokens: mx.array, sampler: Sampler | None = None) -> mx.array | None:
         """Do the same by a compiled step; None where a plain step has to.

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 
 from mlx.utils import tree_flatten
@@ -12,13 +12,14 @@ from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.answer import Answer, AnswerChunk
 from internvl3_mlx.generation.context_budget import check_context_length
+from internvl3_mlx.generation.draft_model import DraftModel, FamilyReader
 from internvl3_mlx.generation.engine import kv_quantization_for
 from internvl3_mlx.generation.generate import Generation, MakeDrafter
 from internvl3_mlx.generation.generation_config import DraftSource, GenerationConfig
 from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processor, as_sequence
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
-from internvl3_mlx.generation.speculative import DraftModel, PromptLookup, check_greedy
+from internvl3_mlx.generation.prompt_lookup import PromptLookup
 from internvl3_mlx.generation.structured import make_constraint, needs_constraint
 from internvl3_mlx.generation.visual_router import check_flash_options, is_routable, route_inputs
 from internvl3_mlx.models.internvl import InternVL
@@ -101,8 +102,6 @@ class ModelRunner:
         kv_quantization_for(config, self.config.text.head_dim)
         check_flash_options(self.config, config, self.name)
         self.processor.tile_policy(config)
-        if config.lookup or config.draft_model is not None:
-            check_greedy(config)
         if config.draft_model is not None:
             self.load_draft_model(config.draft_model)
 
@@ -159,7 +158,6 @@ class ModelRunner:
         draft = generation_config.draft_model
         if draft is None and not generation_config.lookup:
             return None
-        check_greedy(generation_config)
         if draft is None:
             return PromptLookup
         small = self.load_draft_model(draft)
@@ -171,7 +169,13 @@ class ModelRunner:
         cache.draft = cache.draft or PromptCache()
         if small.vision_fingerprint == self.vision_fingerprint:
             cache.draft.features = cache.features
-        return partial(DraftModel, small.model, inputs, generation_config, cache.draft)
+        draft_cache = cache.draft
+
+        def open_draft_model() -> DraftModel:
+            reader = FamilyReader.open(small.model, inputs, generation_config, draft_cache)
+            return DraftModel(reader, generation_config, len(inputs.token_ids))
+
+        return open_draft_model
 
     def load_draft_model(self, draft: str | DraftSource) -> "ModelRunner":
         """Return the model that drafts, loaded once if given by name.
