@@ -142,7 +142,7 @@ GENERATION_FIELDS: Mapping[str, tuple[type, FieldInfo]] = {
         "Reasoning", "Ask for step by step reasoning and a final answer.",
     )),
     "lookup": (bool, FieldInfo(
-        "Speed", "Speculative decoding from earlier text; greedy answers stay the same.",
+        "Speed", "Speculative decoding from earlier text; answers stay the same.",
         flags=("--lookup",),
     )),
     "draft_model": (str, FieldInfo(
