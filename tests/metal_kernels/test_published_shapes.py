@@ -58,7 +58,7 @@ def test_a_spread_of_published_shapes(emulated, shape, bits, dtype, lengths, dra
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("INTERNVL3_ALL_SHAPES" not in os.environ, reason="takes an hour of one core")
+@pytest.mark.skipif("INTERNVL3_ALL_SHAPES" not in os.environ, reason="set INTERNVL3_ALL_SHAPES=1")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("shape", "bits"), [*product(SHAPES, CACHES)])
 def test_all_published_shapes(emulated, shape, bits, dtype):
