@@ -29,6 +29,10 @@ from internvl3_mlx.vlm import ignore_message
 DIGEST_BYTES = 16
 CHUNK_BYTES = 1 << 20
 
+FLASH_NOTE = (
+    "a Flash model is trained on the full form of every tile; its router and mlp2 stay as they are"
+)
+
 
 @dataclass(frozen=True)
 class TaskProgress:
@@ -156,6 +160,8 @@ def prepare_run(
     if config.teacher is not None:
         teacher = fetch_model(config.teacher, None, notify=notify)
     preprocessor = Preprocessor(load_processor(local_model.folder), config)
+    if preprocessor.processor.config.flash_mode:
+        notify(FLASH_NOTE)
     splits: dict[str, DataSplit] = {}
     for name, dataset in (("training", train), ("validation", valid), ("test", test)):
         if dataset is not None:

@@ -37,6 +37,8 @@ LM_HEAD = "lm_head"
 LORA = "lora"
 LORA_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 PARTS = ("language_model", "mlp1", "vision_model", LM_HEAD)
+# of a Flash model: trained with a schedule of its own (ViCO), which this package does not have
+UNTRAINED = ("mlp2", "pooling_before_gating", "gating")
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SAVED_WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # PEFT's modules_to_save
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -58,6 +60,7 @@ def select_layers(
     if any(isinstance(module, LoRALinear) for module in modules.values()):
         raise UserError("the model already has adapters; reload it to add adapters to other layers")
     linear = [path for path, module in modules.items() if isinstance(module, LINEAR)][::-1]
+    linear = [path for path in linear if not is_untrained(path)]
     candidates = [path for path in linear if in_last_layers(model, path, layers, vision_layers)]
     selected: set[str] = set()
     for key in keys:
@@ -66,6 +69,11 @@ def select_layers(
             raise UserError(unmatched_key_message(key, linear))
         selected.update(found)
     return tuple(sorted(selected, key=linear.index))
+
+
+def is_untrained(name: str) -> bool:
+    """Tell whether a module or parameter belongs to the router, or to its projector."""
+    return name.split(".", 1)[0] in UNTRAINED
 
 
 def check_layer_count(name: str, asked: int | None, there_are: int) -> None:
@@ -142,7 +150,7 @@ def belongs_to_part(part: str, name: str) -> bool:
     is_lora = name.rsplit(".", 1)[-1] in LORA_NAMES
     if part == LORA or is_lora:
         return part == LORA and is_lora
-    return ".base." not in name and matches_key(part, name)
+    return ".base." not in name and not is_untrained(name) and matches_key(part, name)
 
 
 def unmatched_part_message(model: InternVL, part: str) -> str:
@@ -153,6 +161,11 @@ def unmatched_part_message(model: InternVL, part: str) -> str:
         return (
             "this model has no separate lm_head: its head is the embedding; "
             "train language_model.model.embed_tokens instead"
+        )
+    if is_untrained(part) and model.has_router:
+        return (
+            f"{part} of a Flash model is not trained here: tiles are trained on in their full "
+            "form; train language_model or adapters"
         )
     names = {step for path, _ in model.named_modules() for step in path.split(".")} | {*PARTS}
     known = f"parts are {', '.join((LORA, *PARTS))}"
