@@ -29,6 +29,7 @@ CPU_COMPILER = "g++"  # that MLX calls on a CPU, once for each elementwise opera
 # tokens that a model decodes before ``auto`` compiles its step (docs/performance.md)
 GPU_TOKENS_BEFORE, CPU_TOKENS_BEFORE = 32, 4096
 MAX_TRACES = 32  # of one model; the one that was not used for longest is dropped
+STEADY_STEPS = 8  # that a composition of a batch lasts before it is traced
 NOT_FINITE = -1  # in place of a token that was chosen from logits that are not numbers
 
 
@@ -169,6 +170,7 @@ class StepRunner:
 
     model: InternVL
     mode: str = field(default_factory=compile_mode)
+    steady: tuple[Layout | None, int] = (None, 0)  # the last layout, and how often it was asked for
 
     @cached_property
     def slots(self) -> list[tuple[nn.Module, str]]:
@@ -181,6 +183,16 @@ class StepRunner:
     def is_due(self, tokens: int = 1) -> bool:
         """Return whether the next tokens are to be read by a compiled step."""
         return CompiledSteps.of(self.model).is_due(self.mode, tokens)
+
+    def is_steady(self, layout: Layout) -> bool:
+        """Return whether a layout that changes at times has stayed long enough to be traced."""
+        last, times = self.steady
+        self.steady = (layout, times + 1 if layout == last else 1)
+        return self.mode == ON or self.steady[1] >= STEADY_STEPS or self.is_traced(layout)
+
+    def is_traced(self, layout: Layout) -> bool:
+        key = TraceKey(self.structure, layout, None, on_gpu())
+        return key in CompiledSteps.of(self.model).traces
 
     def run(
         self,

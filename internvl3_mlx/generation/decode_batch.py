@@ -11,11 +11,12 @@ from typing import Generic, Protocol, TypeVar, cast
 import mlx.core as mx
 
 from internvl3_mlx.generation.answer import FinishReason
-from internvl3_mlx.generation.compiled_step import NOT_FINITE
+from internvl3_mlx.generation.compiled_step import NOT_FINITE, StepRunner
 from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores, sample_rows, score_token
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.ragged_cache import RaggedBatch
+from internvl3_mlx.models.static_batch import StaticBatch
 
 
 class BatchedAnswer(Protocol):
@@ -89,6 +90,7 @@ class DecodeBatch(Generic[AnswerT]):
     answers: dict[int, AnswerT] = field(default_factory=dict[int, AnswerT])
     chosen: Chosen | None = None
     steps: int = 0
+    runner: StepRunner = field(init=False, repr=False)
 
     @classmethod
     def for_model(cls, model: InternVL) -> "DecodeBatch[AnswerT]":
@@ -101,6 +103,7 @@ class DecodeBatch(Generic[AnswerT]):
 
         layers: the caches of the prompt, which all of the answers share.
         """
+        self.runner = StepRunner(self.model)  # the model may have another adapter by now
         rows = self.batch.insert(layers, len(answers))
         for row, answer in zip(rows, answers, strict=True):
             answer.row = row
@@ -149,16 +152,38 @@ class DecodeBatch(Generic[AnswerT]):
         answers = [self.answers[row] for row in rows]
         positions = [answer.position for answer in answers]
         lengths = [self.batch.length(row) + 1 if self.answers[row].ntk else None for row in rows]
-        language = self.model.language_model
-        tokens = chosen.ordered(rows)
-        self.batch.begin_step()
-        rotary = language.ragged_rotary(positions, lengths)
-        states = language.model(self.model.embed(tokens[:, None]), rotary, self.batch.layers)
-        self.batch.end_step()
+        tokens = chosen.ordered(rows)[:, None]
+        logits = self.compiled_step(tokens, positions, lengths)
+        logits = self.plain_step(tokens, positions, lengths) if logits is None else logits
         for answer in answers:
             answer.position += 1
         self.steps += 1
-        return rows, language.head(states[:, -1])
+        return rows, logits[:, -1]
+
+    def plain_step(
+        self, tokens: mx.array, positions: Sequence[float], lengths: Sequence[int | None]
+    ) -> mx.array:
+        """Read a token of each row, (B, 1) -> logits (B, 1, vocab)."""
+        language = self.model.language_model
+        self.batch.begin_step()
+        rotary = language.ragged_rotary(positions, lengths)
+        states = language.model(self.model.embed(tokens), rotary, self.batch.layers)
+        self.batch.end_step()
+        return language.head(states)
+
+    def compiled_step(
+        self, tokens: mx.array, positions: Sequence[float], lengths: Sequence[int | None]
+    ) -> mx.array | None:
+        """Do the same by a compiled step; None where a plain step has to, as in ``Engine``."""
+        text = self.model.config.text
+        longest = max((length or 0 for length in lengths), default=0)
+        uses_ntk = longest > text.max_position_embeddings and text.rope_dynamic_factor is not None
+        if uses_ntk or not self.runner.is_due(len(positions)):
+            return None
+        caches = StaticBatch.prepare(self.batch)
+        if caches is None or not self.runner.is_steady(caches.layout):
+            return None
+        return self.runner.run(caches, tokens, [int(at) for at in positions])[0]
 
     def choose(self, rows: list[int], logits: mx.array) -> None:
         """Choose the next tokens of the answers that go on; nothing waits for the result."""

@@ -122,11 +122,18 @@ def ragged_attention(
 
 
 def quantized_attention(
-    q: mx.array, keys: QuantizedArrays, values: QuantizedArrays, *, bits: int, group_size: int
+    q: mx.array,
+    keys: QuantizedArrays,
+    values: QuantizedArrays,
+    *,
+    bits: int,
+    group_size: int,
+    mask: mx.array | None = None,
 ) -> mx.array:
     """Attend causally with two quantized products, for a few rows.
 
-    q: (B, H, L, D); keys, values: ``mx.quantize``'s arrays of (B, KV, N, D) -> (B, H, L, D).
+    q: (B, H, L, D); keys, values: ``mx.quantize``'s arrays of (B, KV, N, D) -> (B, H, L, D). mask:
+    True where a row sees a token, (B, 1, L, N), where the rows are not the last of the tokens.
     """
     batch, heads, length, dim = q.shape
     kv_heads, stored = keys[0].shape[1], keys[0].shape[2]
@@ -139,9 +146,11 @@ def quantized_attention(
 
     grouped = (q * dim**-0.5).reshape(batch, kv_heads, heads // kv_heads, length, dim)
     scores = matmul(grouped, keys, transpose=True)
-    if length > 1:
-        row = mx.arange(stored - length, stored)[:, None]
-        scores = mx.where(row >= mx.arange(stored), scores, mx.finfo(scores.dtype).min)
+    if mask is None and length > 1:
+        mask = mx.arange(stored - length, stored)[:, None] >= mx.arange(stored)
+    if mask is not None:
+        mask = mask[:, :, None] if mask.ndim == 4 else mask  # (B, KV, heads of each, L, N)
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True)
     return matmul(weights, values, transpose=False).reshape(q.shape)
 

@@ -284,9 +284,9 @@ def bucket_length(tokens: int) -> int:
 
 
 def pad_to_bucket(buffer: mx.array, tokens: int) -> mx.array:
-    """Return a buffer of a bucket's length with space for ``tokens`` along axis 2."""
-    size = buffer.shape[2]
+    """Return a buffer (..., N, *) of a bucket's length with space for ``tokens``."""
+    size = buffer.shape[-2]
     wanted = bucket_length(max(tokens, size))
     if wanted == size:
         return buffer
-    return mx.pad(buffer, [(0, 0), (0, 0), (0, wanted - size), (0, 0)])
+    return mx.pad(buffer, [*[(0, 0)] * (buffer.ndim - 2), (0, wanted - size), (0, 0)])

@@ -16,7 +16,7 @@ from internvl3_mlx.models.attention import (
     causal_attention,
     quantized_attention,
 )
-from internvl3_mlx.models.cache import KVCache, LayerCache, grow
+from internvl3_mlx.models.cache import KVCache, LayerCache, grow, pad_to_bucket
 from internvl3_mlx.models.kv_segment import QuantizedFormat
 
 
@@ -109,6 +109,18 @@ class QuantizedKVCache(LayerCache):
     def state(self, arrays: list[mx.array]) -> None:
         self.keys, self.values = arrays[:3], arrays[3:]
         self.offset = self.keys[0].shape[2]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [*self.keys, *self.values]
+
+    def reserve(self, tokens: int) -> None:
+        self.keys = [pad_to_bucket(array, tokens) for array in self.keys]
+        self.values = [pad_to_bucket(array, tokens) for array in self.values]
+
+    def take_step(self, arrays: list[mx.array], length: int) -> None:
+        self.keys, self.values = arrays[:3], arrays[3:]
+        self.offset += length
 
     @property
     def nbytes(self) -> int:

@@ -199,17 +199,22 @@ class PaddedGroup:
 
     def begin_step(self) -> None:
         """Compute what all layers need: where tokens go, and what each slot sees."""
-        used = [slot for slot, row in enumerate(self.slots) if row is not None]
         longest = max(self.lengths) + 1
+        slots, columns, lengths, queries = self.places()
+        mask = (mx.arange(longest) < lengths[:, None])[:, None, None]
+        self.step = GroupStep(slots, columns, lengths, mask, queries, longest)
+
+    def places(self) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+        """Return slots, columns, lengths and queries as ``GroupStep`` has them."""
+        used = [slot for slot, row in enumerate(self.slots) if row is not None]
         slots = mx.array(used, dtype=mx.int32)
         columns = mx.array([self.lengths[slot] for slot in used], dtype=mx.int32)
         lengths = mx.array([length + 1 for length in self.lengths], dtype=mx.int32)
-        mask = (mx.arange(longest) < lengths[:, None])[:, None, None]
         queries = None
         if len(used) < len(self.slots):  # a free slot reads the first row; its result is not used
             order = {slot: row for row, slot in enumerate(used)}
             queries = mx.array([order.get(n, 0) for n in range(len(self.slots))], dtype=mx.int32)
-        self.step = GroupStep(slots, columns, lengths, mask, queries, longest)
+        return slots, columns, lengths, queries
 
     def end_step(self) -> None:
         self.step = None
@@ -219,9 +224,13 @@ class PaddedGroup:
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         step, buffers = self.append(layer, k, v)
-        prefix = [VisibleKV(part.store, part.length) for part in self.prefixes[layer]]
+        prefix = self.visible_prefix(layer)
         own = VisibleKV(self.format.store(buffers), step.longest, step.lengths, step.mask)
         return step.rows(segment_attention(step.asked(q), [*prefix, own]))
+
+    def visible_prefix(self, layer: int) -> list[VisibleKV]:
+        """Return what all sequences begin with."""
+        return [VisibleKV(part.store, part.length) for part in self.prefixes[layer]]
 
     def attend_sliding(
         self, layer: int, sliding: SlidingAttention, q: mx.array, k: mx.array, v: mx.array

@@ -5,6 +5,7 @@ on a number of Python's that changes from token to token. ``StepPlan`` is what a
 made once for each step. A ``StaticKind`` says how the arrays of a layer are written and read.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import flash_decode
-from internvl3_mlx.metal_kernels.kv_layout import DenseKV
+from internvl3_mlx.metal_kernels.kv_layout import DenseKV, QuantizedArrays
 from internvl3_mlx.models.attention import (
     ALL_ROWS,
     MAX_KERNEL_ROWS,
@@ -20,8 +21,11 @@ from internvl3_mlx.models.attention import (
     SlidingAttention,
     causal_attention,
     kernels_enabled,
+    quantized_attention,
 )
 from internvl3_mlx.models.cache import AttentionContext, KVCache, LayerCache, split_kv
+from internvl3_mlx.models.kv_segment import QuantizedFormat
+from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +49,30 @@ class StepPlan:
 
 
 class StaticContext(AttentionContext):
-    """A layer's cache inside a step. ``arrays``: its buffers, then those with the new tokens."""
+    """A layer's caches inside a step."""
 
-    arrays: list[mx.array]
+    @property
+    @abstractmethod
+    def arrays(self) -> list[mx.array]:
+        """The buffers, with the new tokens once the layer has attended."""
+
+
+class StaticLayer(StaticContext):
+    """A layer's cache of one sequence inside a step."""
+
+    def __init__(self, arrays: list[mx.array], plan: StepPlan):
+        self.buffers, self.plan = arrays, plan
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return self.buffers
+
+    def write(self, new: Sequence[mx.array]) -> None:
+        """Write L tokens, (..., KV, L, *), into each buffer."""
+        self.buffers = [
+            mx.slice_update(buffer, part, self.plan.lengths, axes=(2,))
+            for buffer, part in zip(self.buffers, new, strict=True)
+        ]
 
 
 class StaticKind(Protocol):
@@ -75,13 +100,10 @@ class DenseKind:
         return StaticDense(arrays, plan)
 
 
-class StaticDense(StaticContext):
+class StaticDense(StaticLayer):
     """Keys and values (2, KV, N, D), as ``KVCache`` has them."""
 
     accepts_joint = True
-
-    def __init__(self, arrays: list[mx.array], plan: StepPlan):
-        self.arrays, self.plan = arrays, plan
 
     def attend_joint(self, q: mx.array, kv: mx.array) -> mx.array:
         return static_attention(q, self.append(kv.reshape(2, -1, 1, kv.shape[-1])), self.plan)
@@ -99,21 +121,13 @@ class StaticDense(StaticContext):
         layer: SlidingAttention,
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
-        store, plan, mask = self.append(mx.concatenate([k, v])), self.plan, self.plan.mask
-        if layer.window is not None:
-            last = plan.lengths[:, None] + mx.arange(q.shape[2])
-            first = last[..., None] - layer.window
-            mask = mask & (mx.arange(plan.capacity) > first)[:, None]
-        sinks = None if layer.sinks is None else layer.sinks.astype(q.dtype)
-        return mx.fast.scaled_dot_product_attention(
-            q, store.keys, store.values, scale=q.shape[-1] ** -0.5, mask=mask, sinks=sinks
-        )
+        store = self.append(mx.concatenate([k, v]))
+        return static_sliding(q[:, :, rows], store, layer, self.plan)
 
     def append(self, new: mx.array) -> DenseKV:
         """Write L tokens, (2, KV, L, D), in one operation; return all."""
-        [kv] = self.arrays
-        self.arrays = [mx.slice_update(kv, new, self.plan.lengths, axes=(2,))]
-        return split_kv(self.arrays[0])
+        self.write([new])
+        return split_kv(self.buffers[0])
 
 
 def static_attention(q: mx.array, store: DenseKV, plan: StepPlan) -> mx.array:
@@ -129,12 +143,83 @@ def static_attention(q: mx.array, store: DenseKV, plan: StepPlan) -> mx.array:
     return causal_attention(q, store.keys, store.values, plan.mask)
 
 
-KINDS: dict[type[LayerCache], StaticKind] = {KVCache: DenseKind()}
+@dataclass(frozen=True)
+class QuantizedKind:
+    """``QuantizedKVCache``."""
+
+    format: QuantizedFormat
+
+    @property
+    def num_arrays(self) -> int:
+        return 6
+
+    def context(self, arrays: list[mx.array], plan: StepPlan) -> StaticContext:
+        return StaticQuantized(arrays, plan, self.format)
+
+
+class StaticQuantized(StaticLayer):
+    """Weights, scales and biases of keys, then of values, (1, KV, N, *)."""
+
+    def __init__(self, arrays: list[mx.array], plan: StepPlan, form: QuantizedFormat):
+        super().__init__(arrays, plan)
+        self.format = form
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
+    ) -> mx.array:
+        keys, values, form = *self.append(k, v), self.format
+        return quantized_attention(
+            q[:, :, rows], keys, values, bits=form.bits, group_size=form.group_size,
+            mask=self.plan.mask,
+        )  # fmt: skip
+
+    def attend_sliding(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        layer: SlidingAttention,
+        rows: RowSelection = ALL_ROWS,
+    ) -> mx.array:
+        form = self.format
+        keys, values = (
+            mx.dequantize(*arrays, group_size=form.group_size, bits=form.bits).astype(k.dtype)
+            for arrays in self.append(k, v)
+        )
+        return static_sliding(q[:, :, rows], DenseKV(keys, values), layer, self.plan)
+
+    def append(self, k: mx.array, v: mx.array) -> tuple[QuantizedArrays, QuantizedArrays]:
+        """Quantize and write L tokens, (1, KV, L, D); return the arrays of all."""
+        self.write(self.format.encode(k, v))
+        one, two, three, four, five, six = self.buffers
+        return (one, two, three), (four, five, six)
+
+
+def static_sliding(
+    q: mx.array, store: DenseKV, layer: SlidingAttention, plan: StepPlan
+) -> mx.array:
+    """Attend in a layer that has a window or sinks: (1, H, L, D) -> (1, H, L, D)."""
+    mask = plan.mask
+    if layer.window is not None:
+        last = plan.lengths[:, None] + mx.arange(q.shape[2])
+        first = last[..., None] - layer.window
+        mask = mask & (mx.arange(plan.capacity) > first)[:, None]
+    sinks = None if layer.sinks is None else layer.sinks.astype(q.dtype)
+    return mx.fast.scaled_dot_product_attention(
+        q, store.keys, store.values, scale=q.shape[-1] ** -0.5, mask=mask, sinks=sinks
+    )
+
+
+def kind_of(cache: LayerCache) -> StaticKind | None:
+    """Return how a cache works inside a step, None where it does not."""
+    if isinstance(cache, QuantizedKVCache):
+        return QuantizedKind(QuantizedFormat(cache.bits, cache.group_size))
+    return DenseKind() if isinstance(cache, KVCache) else None
 
 
 def static_kind(caches: Sequence[LayerCache]) -> StaticKind | None:
     """Return the kind that all layers have, None where a step cannot be compiled for them."""
-    kinds = {KINDS.get(type(cache)) for cache in caches}
+    kinds = {kind_of(cache) for cache in caches}
     has_arrays = all(cache.arrays for cache in caches)
     return kinds.pop() if len(kinds) == 1 and has_arrays else None
 
