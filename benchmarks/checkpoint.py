@@ -20,13 +20,25 @@ PATCH_WEIGHT = "vision_model.embeddings.patch_embedding.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Widths and depths of a checkpoint. Tiles are always the real 448 pixels in patches of 14."""
+    """Widths and depths of a checkpoint. Tiles are always the real 448 pixels in patches of 14.
+
+    vision_6b: the 6B tower's norms and heads. key_heads, hidden: 0 for a quarter of the query heads
+    and four times the width.
+    """
 
     vision_width: int = 256
     vision_layers: int = 6
+    vision_6b: bool = False
     text_width: int = 128
     text_layers: int = 4
+    head_dim: int = HEAD_DIM
+    key_heads: int = 0
+    hidden: int = 0
     merges: int = QWEN_MERGES
+
+    @property
+    def text_heads(self) -> int:
+        return max(2, self.text_width // self.head_dim)
 
 
 SHAPES = {
@@ -38,6 +50,37 @@ SHAPES = {
     "balanced": Shape(text_width=512, text_layers=8, merges=FEW_MERGES),
     "server": Shape(
         vision_width=128, vision_layers=2, text_width=512, text_layers=8, merges=FEW_MERGES
+    ),
+    # the real widths, a few layers of them
+    "tower 1024": Shape(
+        vision_width=1024, vision_layers=3, text_width=64, text_layers=1, merges=FEW_MERGES
+    ),
+    "tower 3200": Shape(
+        vision_width=3200,
+        vision_layers=1,
+        vision_6b=True,
+        text_width=64,
+        text_layers=1,
+        merges=FEW_MERGES,
+    ),
+    "decoder 1b": Shape(
+        vision_width=64,
+        vision_layers=1,
+        text_width=896,
+        text_layers=4,
+        key_heads=2,
+        hidden=4864,
+        merges=FEW_MERGES,
+    ),
+    "decoder 8b": Shape(
+        vision_width=64,
+        vision_layers=1,
+        text_width=3584,
+        text_layers=1,
+        head_dim=128,
+        key_heads=4,
+        hidden=18944,
+        merges=FEW_MERGES,
     ),
     "tiny": Shape(vision_width=64, vision_layers=1, text_layers=1, merges=FEW_MERGES),
 }
@@ -92,15 +135,15 @@ def config(shape: Shape, ids: dict[str, int]) -> dict[str, Any]:
             "model_type": "intern_vit_6b",
             "hidden_size": shape.vision_width,
             "num_hidden_layers": shape.vision_layers,
-            "num_attention_heads": shape.vision_width // HEAD_DIM,
+            "num_attention_heads": shape.vision_width // (128 if shape.vision_6b else HEAD_DIM),
             "intermediate_size": 4 * shape.vision_width,
             "image_size": 448,
             "patch_size": 14,
             "num_channels": 3,
             "layer_norm_eps": 1e-6,
-            "norm_type": "layer_norm",
-            "qkv_bias": True,
-            "qk_normalization": False,
+            "norm_type": "rms_norm" if shape.vision_6b else "layer_norm",
+            "qkv_bias": not shape.vision_6b,
+            "qk_normalization": shape.vision_6b,
             "drop_path_rate": 0.0,
         },
         "llm_config": {
@@ -108,9 +151,9 @@ def config(shape: Shape, ids: dict[str, int]) -> dict[str, Any]:
             "architectures": ["Qwen2ForCausalLM"],
             "hidden_size": shape.text_width,
             "num_hidden_layers": shape.text_layers,
-            "num_attention_heads": max(2, shape.text_width // HEAD_DIM),
-            "num_key_value_heads": max(1, shape.text_width // HEAD_DIM // 4),
-            "intermediate_size": 4 * shape.text_width,
+            "num_attention_heads": shape.text_heads,
+            "num_key_value_heads": shape.key_heads or max(1, shape.text_heads // 4),
+            "intermediate_size": shape.hidden or 4 * shape.text_width,
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e6,
             "vocab_size": BYTES + shape.merges + len(ADDED),

@@ -25,10 +25,20 @@ def write_photo(folder: Path, name: str) -> Path:
     return path
 
 
-def synthetic_photo(width: int, height: int) -> Image.Image:
+def write_album(folder: Path, count: int) -> list[Path]:
+    """Write ``count`` different photos of about one megapixel, unless they are there already."""
+    paths = [folder / f"album_{number}.jpg" for number in range(count)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(paths):
+        if not path.exists():
+            synthetic_photo(*SIZES["1 MP"], seed=number).save(path, quality=JPEG_QUALITY)
+    return paths
+
+
+def synthetic_photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """Blend grain and soft patches of color, so that decoding takes about as long as for a
     photo."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     patches = rng.integers(0, 256, (height // 32 + 1, width // 32 + 1, 3), dtype=np.uint8)
     soft = Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
     grain = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -14,6 +14,8 @@ from typing import Any
 MB = 1e6
 PREFILL_TOKENS = (60, 3400)  # a question alone, and with an image of 13 tiles
 DECODE_PROMPT, DECODE_TOKENS, DECODE_ROUNDS = 32, 64, 4
+ENCODE_ROUNDS = 2
+EACH_TOKENS, EACH_TOGETHER = 16, (1, 8)
 
 Results = dict[str, Any]
 
@@ -74,9 +76,42 @@ def decode(side: str, folder: Path, _photos: list[Path]) -> Results:
         {name: per_token(way(ids, DECODE_TOKENS)) for name, way in ways.items()}
         for _ in range(DECODE_ROUNDS)
     ]
+    return {name: medians_of([one[name] for one in rounds]) for name in ways}
+
+
+def encode(side: str, folder: Path, photos: list[Path]) -> Results:
+    """Encode each image, after a first time that does not count."""
+    program, results = import_program(side)(folder), {}
+    for photo in photos:
+        inputs = program.process([photo])
+        program.encode(inputs)
+        rounds = [timed(lambda inputs=inputs: program.encode(inputs)) for _ in range(ENCODE_ROUNDS)]
+        results[f"encode {photo.stem}"] = medians_of(rounds)
+    return results
+
+
+def ways(side: str, folder: Path, _photos: list[Path]) -> Results:
+    """Decode in every way, in alternation, and a batch."""
+    from benchmarks.sides import WAYS
+
+    program, ids = import_program(side)(folder), plain_ids(DECODE_PROMPT)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in (*WAYS, "batch")}
+    for _ in range(DECODE_ROUNDS):
+        for way in WAYS:
+            rounds[way].append(per_token(program.continue_text(ids, DECODE_TOKENS, way)))
+        count: list[int] = []
+        total = timed(lambda count=count: count.append(program.batch(DECODE_TOKENS)))
+        rounds["batch"].append({unit: seconds / count[0] for unit, seconds in total.items()})
+    return {name: medians_of(found[1:]) for name, found in rounds.items()}  # the first warms up
+
+
+def each(side: str, folder: Path, photos: list[Path]) -> Results:
+    """Answer about each photo, one at a time and several together."""
+    program = import_program(side)(folder)
+    program.each(photos[:2], EACH_TOKENS, 2)
     return {
-        name: {unit: median(one[name][unit] for one in rounds) for unit in rounds[0][name]}
-        for name in ways
+        f"each {together}": timed(lambda n=together: program.each(photos, EACH_TOKENS, n))
+        for together in EACH_TOGETHER
     }
 
 
@@ -105,6 +140,9 @@ TASKS: dict[str, Callable[[str, Path, list[Path]], Results]] = {
     "reading": reading,
     "prefill": prefill,
     "decode": decode,
+    "encode": encode,
+    "ways": ways,
+    "each": each,
     "memory": memory,
     "same": same,
 }
@@ -131,6 +169,11 @@ def timed(action: Callable[[], Any]) -> dict[str, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     action()
     return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+
+
+def medians_of(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each figure."""
+    return {unit: median(one[unit] for one in rounds) for unit in rounds[0]}
 
 
 def per_token(stream: Iterable[int]) -> dict[str, float]:

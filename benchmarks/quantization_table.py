@@ -42,6 +42,7 @@ from internvl3_mlx.convert.pipeline import ConvertOptions, convert_checkpoint
 from internvl3_mlx.convert.recipes import (
     MIXED_RECIPES,
     QuantizationRecipe,
+    make_quantization,
     mixed_recipe,
     uniform_recipe,
 )
@@ -206,10 +207,20 @@ def gptq_rows(benchmark: QuantizationBenchmark) -> Iterator[QuantizationResult]:
     yield benchmark.row("plain 4-bit with GPTQ", plain, weights)
 
 
+def vision_rows(benchmark: QuantizationBenchmark) -> Iterator[QuantizationResult]:
+    """Measure what fewer bits of the vision tower cost, the language model unquantized or at 4."""
+    for bits in (8, 6, 4):
+        tower = QuantizationRecipe(f"tower {bits}", None, None, make_quantization(bits))
+        yield benchmark.row(f"tower {bits}-bit, the rest 16", tower)
+    yield benchmark.row("plain 4-bit, tower 16", uniform_recipe(4))
+    yield benchmark.row("plain 4-bit, tower 8", uniform_recipe(4, vision_bits=8))
+
+
 ROWS: Mapping[str, Callable[[QuantizationBenchmark], Iterator[QuantizationResult]]] = {
     "plain": plain_rows,
     "calibrated": calibrated_rows,
     "gptq": gptq_rows,
+    "vision": vision_rows,
 }
 CALIBRATED = (  # name, bits per weight, whether GPTQ rounds
     ("**calibrated 4.5**", 4.5, True),

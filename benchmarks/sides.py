@@ -11,6 +11,14 @@ import mlx.core as mx
 from benchmarks.prompt import QUESTION, published_prompt
 
 OURS, PEER = "internvl3-mlx", "mlx-vlm"
+LONG_STRING = {"type": "string", "minLength": 4096}  # a form that no measured answer completes
+WAYS: dict[str, dict[str, Any]] = {  # of decoding, as both programs name them
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "top_p": 0.9},
+    "structured": {"json_schema": LONG_STRING},
+    "keys and values of 8 bits": {"kv_bits": 8},
+}
+BATCH = 4
 
 
 class Program(Protocol):
@@ -28,8 +36,14 @@ class Program(Protocol):
     def answer(self, photos: Sequence[Path], count: int) -> Iterator[int]:
         """Yield ``count`` tokens about some images."""
 
-    def continue_text(self, ids: list[int], count: int) -> Iterator[int]:
-        """Yield ``count`` tokens after the text ``ids``."""
+    def continue_text(self, ids: list[int], count: int, way: str = "greedy") -> Iterator[int]:
+        """Yield ``count`` tokens after the text ``ids``, decoded in one of WAYS."""
+
+    def batch(self, count: int) -> int:
+        """Answer BATCH questions of unequal length together; return how many tokens they have."""
+
+    def each(self, photos: Sequence[Path], count: int, together: int) -> None:
+        """Answer about one photo after another, ``together`` at a time where that is possible."""
 
     def bare_loop(self, ids: list[int], count: int) -> Iterator[int]:
         """Do the same with only the model, its cache and an argmax."""
@@ -40,6 +54,7 @@ class OurProgram:
         from internvl3_mlx import load
 
         self.vlm = load(str(folder))
+        self.stop_ids = self.vlm.tokenizer.stop_ids
         self.vlm.tokenizer.stop_ids = frozenset()  # random weights must not end an answer early
 
     def process(self, photos: Sequence[Path]) -> Any:
@@ -55,12 +70,29 @@ class OurProgram:
     def answer(self, photos: Sequence[Path], count: int) -> Iterator[int]:
         return token_ids(self.vlm.stream(QUESTION, photos, max_tokens=count))
 
-    def continue_text(self, ids: list[int], count: int) -> Iterator[int]:
+    def continue_text(self, ids: list[int], count: int, way: str = "greedy") -> Iterator[int]:
         from internvl3_mlx.generation.generation_config import GenerationConfig
 
-        return token_ids(
-            self.vlm.runner.stream(self.text_inputs(ids), GenerationConfig(max_tokens=count))
-        )
+        has_form = "json_schema" in WAYS[way]  # which allows no end before the last token
+        self.vlm.tokenizer.stop_ids = self.stop_ids if has_form else frozenset()
+        config = GenerationConfig(max_tokens=count, **WAYS[way])
+        return token_ids(self.vlm.runner.stream(self.text_inputs(ids), config))
+
+    def batch(self, count: int) -> int:
+        from internvl3_mlx.generation.batch_generate import batch_generate
+        from internvl3_mlx.generation.generation_config import GenerationConfig
+
+        encode = self.vlm.tokenizer.encode_text
+        prompts = batch_prompts(self.vlm.loaded.folder)
+        inputs = [self.text_inputs(encode(text, specials=True)) for text in prompts]
+        self.vlm.tokenizer.stop_ids = frozenset()
+        config = GenerationConfig(max_tokens=count)
+        answers = batch_generate(self.vlm.runner, inputs, config, BATCH)
+        return sum(len(answer.token_ids) for answer in answers)
+
+    def each(self, photos: Sequence[Path], count: int, together: int) -> None:
+        answers = self.vlm.ask_each(QUESTION, photos, batch_size=together, max_tokens=count)
+        assert all(len(answer.token_ids) == count for answer in answers)
 
     def bare_loop(self, ids: list[int], count: int) -> Iterator[int]:
         from internvl3_mlx.models.cache import KVCache
@@ -118,14 +150,34 @@ class PeerProgram:
         stream = stream_generate(self.model, self.processor, text, names, max_tokens=count)
         return islice(token_ids(stream), count)
 
-    def continue_text(self, ids: list[int], count: int) -> Iterator[int]:
+    def continue_text(self, ids: list[int], count: int, way: str = "greedy") -> Iterator[int]:
         from mlx_vlm import stream_generate
+        from mlx_vlm.structured import build_json_schema_logits_processor
 
+        options = {"temperature": 0.0, **WAYS[way]}
+        schema = options.pop("json_schema", None)
+        if schema is not None:
+            processor = build_json_schema_logits_processor(self.processor.tokenizer, schema)
+            options["logits_processors"] = [processor]
         given = mx.array([ids])
         stream = stream_generate(
-            self.model, self.processor, "", input_ids=given, max_tokens=count, temperature=0.0
+            self.model, self.processor, "", input_ids=given, max_tokens=count, **options
         )
         return islice(token_ids(stream), count)  # mlx-vlm names the last token twice
+
+    def batch(self, count: int) -> int:
+        from mlx_vlm import batch_generate
+
+        prompts = batch_prompts(self.folder)
+        response = batch_generate(
+            self.model, self.processor, None, None, prompts, max_tokens=count, temperature=0.0
+        )
+        assert len(response.texts) == BATCH
+        return BATCH * count
+
+    def each(self, photos: Sequence[Path], count: int, together: int) -> None:
+        for photo in photos:  # mlx-vlm decodes several images together in its server alone
+            assert sum(1 for _ in self.answer([photo], count)) == count
 
     def bare_loop(self, ids: list[int], count: int) -> Iterator[int]:
         from mlx_vlm.models import cache as caches
@@ -136,6 +188,11 @@ class PeerProgram:
 
 
 SIDES = {OURS: OurProgram, PEER: PeerProgram}
+
+
+def batch_prompts(folder: Path) -> list[str]:
+    """Return prompts of unequal length about no image."""
+    return [published_prompt(folder, 0) + "word " * 9 * n for n in range(BATCH)]
 
 
 def token_ids(stream: Any) -> Iterator[int]:

@@ -12,7 +12,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from internvl3_mlx.convert.calibration.metrics import (
 )
 from internvl3_mlx.convert.calibration.passage import PASSAGE
 from internvl3_mlx.convert.calibration.streaming import dequantize_on_cpu
+from internvl3_mlx.convert.recipes import QuantizationRule, make_quantization, uniform_recipe
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide"
 HELD_OUT = (
@@ -101,6 +102,13 @@ def plain(bits: int, group_size: int, source: Path, target: Path) -> None:
     convert_model(source, target, bits=bits, group_size=group_size, verify=False)
 
 
+def with_head(bits: int, head_bits: int, source: Path, target: Path) -> None:
+    """Quantize the output head to other bits than the rest."""
+    head = QuantizationRule("language_model.lm_head", make_quantization(head_bits))
+    recipe = replace(uniform_recipe(bits), name=f"{bits}bit-head{head_bits}", rules=(head,))
+    convert_model(source, target, recipe=recipe, verify=False)
+
+
 def calibrated(target_bpw: float, source: Path, target: Path) -> None:
     """Calibrate on the guide, as text."""
     texts = target.with_name(f"{target.name}-texts")
@@ -116,6 +124,11 @@ ROWS: Mapping[str, tuple[str, Convert]] = {
     "5": ("5 bits, groups of 64", partial(plain, 5, 64)),
     "6": ("6 bits, groups of 64 (the default here)", partial(plain, 6, 64)),
     "8": ("8 bits, groups of 64", partial(plain, 8, 64)),
+    "4-head-3": ("4 bits, the head 3", partial(with_head, 4, 3)),
+    "4-head-6": ("4 bits, the head 6", partial(with_head, 4, 6)),
+    "6-head-3": ("6 bits, the head 3", partial(with_head, 6, 3)),
+    "6-head-4": ("6 bits, the head 4", partial(with_head, 6, 4)),
+    "6-head-5": ("6 bits, the head 5", partial(with_head, 6, 5)),
     "calibrated-4.5": ("calibrated, 4.5 bits", partial(calibrated, 4.5)),
     "calibrated-5": ("calibrated, 5 bits", partial(calibrated, 5.0)),
 }

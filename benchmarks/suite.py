@@ -7,17 +7,21 @@ from typing import Any
 
 from benchmarks.checkpoint import SHAPES, write_checkpoint
 from benchmarks.environment import environment_without_torch
-from benchmarks.photos import write_photo
-from benchmarks.probe import PREFILL_TOKENS
+from benchmarks.photos import write_album, write_photo
+from benchmarks.probe import EACH_TOGETHER, PREFILL_TOKENS
 from benchmarks.processes import Interpreter, Results, alternate, installed_sides
 from benchmarks.prompt import QUESTION
-from benchmarks.sides import OURS, PEER
+from benchmarks.sides import BATCH, OURS, PEER, WAYS
 
 PROGRAMS = {
     OURS: ("-m", "internvl3_mlx", "generate"),
     PEER: ("-m", "benchmarks.peer_command"),
 }
 HELP = {OURS: ("-m", "internvl3_mlx", "--help"), PEER: ("-m", "mlx_vlm", "generate", "--help")}
+TEMPERATURE = {OURS: ("--temp", "0.7"), PEER: ("--temperature", "0.7")}
+REAL_TOWERS = {"tower 1024": "1024 wide, 3 of 24 layers", "tower 3200": "3200 wide, 1 of 45 layers"}
+REAL_DECODERS = {"decoder 1b": "1B, 4 of 24 layers", "decoder 8b": "8B, 1 of 28 layers"}
+ALBUM, SMALL_ALBUM = 50, 4
 PEAKS = {
     "work_mb": "MLX peak beyond weights and pixels",
     "allocator_mb": "MLX peak",
@@ -90,9 +94,13 @@ def startup(bench: Benchmark) -> Iterator[BenchmarkRow]:
         yield from time_rows(imports, "import", "Start-up", f"import, {name}")
         for photo in bench.photos(*bench.sizes("1 tile", "13 tiles")):
             words = generate_command(folder, photo)
-            shell = alternate(lambda side, p=python, w=words: p.time_command(*w[side]), bench.runs)
-            what = f"shell to first token, {photo.stem.replace('_', ' ')}, {name}"
-            yield from time_rows(shell, "whole", "Start-up", what)
+            sampled = {side: words[side] + TEMPERATURE[side] for side in words}
+            for how, command in (("", words), (" at a temperature", sampled)):
+                shell = alternate(
+                    lambda side, p=python, c=command: p.time_command(*c[side]), bench.runs
+                )
+                what = f"shell to first token{how}, {photo.stem.replace('_', ' ')}, {name}"
+                yield from time_rows(shell, "whole", "Start-up", what)
 
 
 def loading(bench: Benchmark) -> Iterator[BenchmarkRow]:
@@ -149,6 +157,32 @@ def decode(bench: Benchmark) -> Iterator[BenchmarkRow]:
     yield from time_rows(added, "added", "Decoding", "what the program adds to its loop")
 
 
+def real_widths(bench: Benchmark) -> Iterator[BenchmarkRow]:
+    for shape in bench.sizes(*REAL_TOWERS):
+        found = bench.probe("encode", shape, "1 tile")
+        what = f"tower and projector, 1 tile, {REAL_TOWERS[shape]}"
+        yield from time_rows(found, f"encode {photo_key('1 tile')}", "Real widths", what)
+    for shape in bench.sizes(*REAL_DECODERS):
+        found = bench.probe("decode", shape)
+        yield from time_rows(found, "stream", "Real widths", f"a token, {REAL_DECODERS[shape]}")
+
+
+def ways(bench: Benchmark) -> Iterator[BenchmarkRow]:
+    found = bench.probe("ways", "deep")
+    for way in WAYS:
+        yield from time_rows(found, way, "Ways to decode", f"a token, {way}, 24 tiny layers")
+    yield from time_rows(found, "batch", "Ways to decode", f"a token in a batch of {BATCH}")
+
+
+def each(bench: Benchmark) -> Iterator[BenchmarkRow]:
+    count = SMALL_ALBUM if bench.quick else ALBUM
+    folder, photos = bench.checkpoint("server"), write_album(bench.work_dir / "photos", count)
+    found = alternate(lambda side: Interpreter().probe("each", side, folder, photos), bench.runs)
+    for together in EACH_TOGETHER:
+        what = f"{count} photos of 1 MP, {together} together"
+        yield from time_rows(found, f"each {together}", "Many photos", what)
+
+
 def memory(bench: Benchmark) -> Iterator[BenchmarkRow]:
     cases = {"13 tiles": ("13 tiles",), "26 tiles": ("13 tiles", "1 MP")}
     for name in bench.sizes(*cases):
@@ -166,6 +200,9 @@ GROUPS: dict[str, Callable[[Benchmark], Iterator[BenchmarkRow]]] = {
     "balanced": balanced,
     "prefill": prefill,
     "decode": decode,
+    "ways": ways,
+    "real": real_widths,
+    "each": each,
     "memory": memory,
 }
 

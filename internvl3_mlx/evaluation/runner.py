@@ -20,6 +20,7 @@ from internvl3_mlx.generation.batch_generate import batch_generate
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import InputImage, ModelInputs
 from internvl3_mlx.generation.runner import ModelRunner
+from internvl3_mlx.prefetch import map_ahead
 
 # answers one prepared batch of questions; raises for the whole batch
 AnswerBatch = Callable[[Sequence["Question"]], Sequence[Answer]]
@@ -109,8 +110,9 @@ class Evaluation:
         yield EvalStarted(total, kept)
         started = time.perf_counter()
         waiting = (self.items[number] for number in range(kept, total))
-        done = kept
-        while batch := list(islice(waiting, self.batch_size)):
+        # the images of the next batch are read and tiled while this one is answered
+        prepared, done = map_ahead(self.prepare, waiting, self.batch_size), kept
+        while batch := list(islice(prepared, self.batch_size)):
             predictions = self.predict(batch)
             run.append_predictions(predictions)
             done += len(batch)
@@ -120,17 +122,17 @@ class Evaluation:
                     yield ItemFailed(prediction.id, prediction.error)
             yield EvalProgress("answering", done, total)
 
-    def predict(self, batch: Sequence[EvalItem]) -> list[Prediction]:
-        """Answer a batch; an item that cannot be read, or does not fit, gets an error instead."""
-        prepared = [self.prepare(item) for item in batch]
-        questions = [question for question in prepared if isinstance(question, Question)]
+    def predict(self, batch: Sequence[Question | Prediction]) -> list[Prediction]:
+        """Answer the questions of a batch; those that are predictions already stay as they are."""
+        questions = [question for question in batch if isinstance(question, Question)]
         answers = iter(self.answer(questions)) if questions else iter(())
         return [
             self.record(entry, next(answers)) if isinstance(entry, Question) else entry
-            for entry in prepared
+            for entry in batch
         ]
 
     def prepare(self, item: EvalItem) -> Question | Prediction:
+        """Read an item on a thread. One that cannot be read, or does not fit, gets an error."""
         how = self.settings.how
         try:
             request = make_request(item, how)

@@ -1,6 +1,7 @@
 """An evaluation from its first answer to its result; interrupted, resumed, refused."""
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +15,13 @@ from internvl3_mlx import load
 from internvl3_mlx.errors import DataError, UserError, WriteError
 from internvl3_mlx.evaluation.items import Entry, EvalItem, select_items
 from internvl3_mlx.evaluation.judge import TextJudge, judge_prompt, read_judgment
-from internvl3_mlx.evaluation.runner import EvalEnd, EvalProgress, EvalStarted, ItemFailed
+from internvl3_mlx.evaluation.runner import (
+    EvalEnd,
+    EvalProgress,
+    EvalStarted,
+    Evaluation,
+    ItemFailed,
+)
 from internvl3_mlx.evaluation.setup import EvalOptions, make_evaluation, plan_evaluation
 
 
@@ -242,3 +249,26 @@ def test_vlmevalkits_folder_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("LMUData", str(tmp_path))
     (tmp_path / "ChartQA_TEST.tsv").write_text("index\tquestion\tanswer\n1\tHow many?\t3\n")
     assert len(plan_evaluation(EvalOptions(task="chartqa")).items) == 1
+
+
+def test_the_next_images_are_read_while_a_batch_is_answered(vlm, data, tmp_path, monkeypatch):
+    prepare, answer, begun, sizes = Evaluation.prepare, Evaluation.answer, [], []
+
+    def preparing(self, item):
+        begun.append(item.id)
+        return prepare(self, item)
+
+    def answering(self, questions):
+        sizes.append(len(questions))
+        needed = min(len(sizes) * 2 + 1, 7)
+        deadline = time.monotonic() + 20
+        while len(begun) < needed and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert needed <= len(begun) <= len(sizes) * 2 + 2  # of the next batch, and no further
+        return answer(self, questions)
+
+    monkeypatch.setattr(Evaluation, "prepare", preparing)
+    monkeypatch.setattr(Evaluation, "answer", answering)
+    whole = evaluation(vlm, data, tmp_path / "run")
+    end(whole.run())
+    assert begun == [item.id for item in whole.items]
