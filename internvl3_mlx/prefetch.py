@@ -19,6 +19,16 @@ POLL_SECONDS = 0.1  # how soon the thread notices that its reader is gone
 Job = tuple[Future[T], S]
 
 
+def background(function: Callable[[], T]) -> Future[T]:
+    """Call a function on a thread; ``result()`` waits for what it returns or raises."""
+    future: Future[T] = Future()
+    jobs: queue.SimpleQueue[Job[T, None] | None] = queue.SimpleQueue()
+    jobs.put((future, None))
+    jobs.put(None)
+    threading.Thread(target=run_jobs, args=(lambda _: function(), jobs), daemon=True).start()
+    return future
+
+
 def map_ahead(function: Callable[[S], T], items: Iterable[S], ahead: int = 1) -> Iterator[T]:
     """Yield ``function`` of each item, in order, computed on a thread up to ``ahead`` items early.
 

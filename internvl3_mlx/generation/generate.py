@@ -5,6 +5,7 @@ An interruption at any point leaves the prompt cache consistent.
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -32,11 +33,12 @@ from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.speculative import AcceptanceStats, Drafter, SpeculativeDecoder
 from internvl3_mlx.generation.stream import TextStream
-from internvl3_mlx.generation.structured import make_constraint, needs_constraint
+from internvl3_mlx.generation.structured import Constraint, make_constraint, needs_constraint
 from internvl3_mlx.generation.thinking import ThoughtBudget, ThoughtSplitter, make_thought_budget
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.memory import GB, BufferCache, MemoryNeed, working_memory
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.prefetch import background
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 MakeDrafter = Callable[[], Drafter]  # called after prefill, when drafting begins
@@ -73,11 +75,12 @@ class Generation:
         """Yield the answer's chunks; ``buffers`` are cleared whenever the KV cache grows."""
         timer = StageTimer(time.perf_counter())
         mx.reset_peak_memory()
+        constraint = self.begin_constraint()
         prefill, text = self.open_prefill(), self.make_text_stream()
         with self.committed(prefill):
             features = prefill.encode_images()
             timer.lap("vision_s")
-            tokens = self.record(self.decode_tokens(prefill, features, text))
+            tokens = self.record(self.decode_tokens(prefill, features, text, constraint))
             for token, new_text in text.decode(tokens):
                 buffers.end_token(self.prompt_cache.nbytes)
                 timer.mark_token()
@@ -133,8 +136,23 @@ class Generation:
         timer.lap("vision_s")
         return prefill.run(features)
 
+    def begin_constraint(self) -> Future[Constraint] | None:
+        """Compile the constraint on a thread, if there is one: a first one spells all tokens.
+
+        The images are encoded and the prompt is read meanwhile.
+        """
+        config = self.generation_config
+        if not needs_constraint(config):
+            return None
+        vocab_size = self.model.config.text.vocab_size
+        return background(lambda: make_constraint(config, self.tokenizer, vocab_size))
+
     def decode_tokens(
-        self, prefill: Prefill, features: mx.array | None, text: TextStream
+        self,
+        prefill: Prefill,
+        features: mx.array | None,
+        text: TextStream,
+        constraint: Future[Constraint] | None,
     ) -> Iterator[int]:
         """Prefill, then yield tokens in the way that the generation config asks for.
 
@@ -144,10 +162,8 @@ class Generation:
         config, engine, limit = self.generation_config, prefill.engine, prefill.max_tokens
         if config.ranks_choices:
             return self.choose(prefill, logits)
-        if needs_constraint(config):
-            vocab_size = self.model.config.text.vocab_size
-            constraint = make_constraint(config, self.tokenizer, vocab_size)
-            return constraint.decode(engine, logits, limit)
+        if constraint is not None:
+            return constraint.result().decode(engine, logits, limit)
         if self.make_drafter is None:
             budget = make_thought_budget(config, self.tokenizer)
             tokens = engine.decode(logits, limit)

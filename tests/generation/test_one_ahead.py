@@ -1,5 +1,7 @@
 """No loop waits for a token before the model reads it: the device always has the next step."""
 
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,12 +9,13 @@ from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx import load
-from internvl3_mlx.generation import parallel_samples
+from internvl3_mlx import UserError, load
+from internvl3_mlx.generation import generate, parallel_samples
 from internvl3_mlx.generation.batch_generate import BatchAnswer
 from internvl3_mlx.generation.decode_batch import DecodeBatch
 from internvl3_mlx.generation.engine import Engine
 from internvl3_mlx.generation.parallel_samples import Candidate
+from internvl3_mlx.generation.prefill import Prefill
 from internvl3_mlx.generation.structured import Constraint, apply_mask
 
 PICTURES = [random_image(60, 60, 1), random_image(130, 70, 2)]
@@ -91,3 +94,21 @@ def test_a_batch_is_read_before_its_tokens_are_seen(vlm, calls):
     options = {"batch_size": 2, "max_tokens": 3, "temperature": 1.0, "seed": 1}
     assert len([*vlm.ask_each("What?", PICTURES, **options)]) == 2
     assert calls.calls == [*["step", "accept", "accept"] * 2, "accept", "accept"]
+
+
+def test_a_form_is_compiled_while_the_prompt_is_read(vlm, monkeypatch):
+    compile_form, read, compiled = generate.make_constraint, Prefill.run, threading.Event()
+
+    def compiling(*args):
+        compiled.set()
+        return compile_form(*args)
+
+    def reading(*args):
+        assert compiled.wait(20)
+        return read(*args)
+
+    monkeypatch.setattr(generate, "make_constraint", compiling)
+    monkeypatch.setattr(Prefill, "run", reading)
+    assert vlm.ask("What?", PICTURES[:1], regex=FORM, max_tokens=9).text
+    with pytest.raises(UserError, match="regex is not valid"):
+        vlm.ask("What?", PICTURES[:1], regex="(", max_tokens=3)
