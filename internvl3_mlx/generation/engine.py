@@ -292,18 +292,25 @@ def cache_capacity(prompt_tokens: int, max_tokens: int) -> int:
 def preferred_kind(model: InternVL, quantization: KVQuantization | None, tokens: int) -> CacheKind:
     """Return how keys and values are kept: as our kernels read them where they are faster.
 
-    Whether they are was measured on this machine, for so many tokens in the cache.
+    Whether they are was measured on this machine, for so many tokens in the cache. Layers with a
+    window or sinks are read by MLX's operations alone.
     """
+    plain = DENSE if quantization is None else mlx_format(quantization)
     config, dtype = model.config.text, model.language_model.model.norm.weight.dtype
+    if config.sinks or any(config.windows):
+        return CacheKind(plain)
     queries, dim = config.num_attention_heads // config.num_key_value_heads, config.head_dim
     if quantization is None:
         variant = flash_variant(dtype, DENSE_BITS, dim, dim, queries)
-        return CacheKind(DENSE, segmented=should_use_kernel(variant, tokens))
-    bits, group_size = quantization.bits, quantization.group_size
+        return CacheKind(plain, segmented=should_use_kernel(variant, tokens))
     layout = supported_row_layout(model, quantization)
     if layout and prefers_row_layout(layout, queries, tokens):
         return CacheKind(RowFormat(layout), segmented=True)
-    return CacheKind(QuantizedFormat(bits, group_size))
+    return CacheKind(plain)
+
+
+def mlx_format(quantization: KVQuantization) -> QuantizedFormat:
+    return QuantizedFormat(quantization.bits, quantization.group_size)
 
 
 def supported_row_layout(model: InternVL, quantization: KVQuantization) -> KVRowLayout | None:

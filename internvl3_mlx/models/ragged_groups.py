@@ -1,11 +1,11 @@
 """The groups of a ragged batch: a sequence by itself, and sequences in padded buffers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from internvl3_mlx.models.attention import SlidingAttention, sliding_attention
+from internvl3_mlx.models.attention import SlidingAttention, ragged_sliding_attention
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.cache_kind import CacheKind, as_segmented, format_of
 from internvl3_mlx.models.kv_segment import KVFormat, KVSegment, grown
@@ -241,14 +241,8 @@ class PaddedGroup:
         segments = [*self.prefixes[layer], own]
         sides = zip(*(one.dense(len(self.slots), k.dtype) for one in segments), strict=True)
         keys, values = (mx.concatenate([*side], axis=2) for side in sides)
-        column = mx.arange(self.prefix_length + step.longest)
-        newest = (step.lengths + self.prefix_length - 1)[:, None]
-        seen = column <= newest
-        if sliding.window is not None:
-            seen = seen & (newest - column < sliding.window)
-        everywhere = replace(sliding, window=None)
-        mask = seen[:, None, None]
-        return step.rows(sliding_attention(step.asked(q), keys, values, everywhere, mask))
+        lengths = step.lengths + self.prefix_length
+        return step.rows(ragged_sliding_attention(step.asked(q), keys, values, sliding, lengths))
 
     def append(self, layer: int, k: mx.array, v: mx.array) -> tuple[GroupStep, list[mx.array]]:
         """Write the new tokens of a layer; return the step and the layer's buffers."""

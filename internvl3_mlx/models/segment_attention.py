@@ -54,9 +54,11 @@ def segment_attention(q: mx.array, segments: Sequence[VisibleKV]) -> mx.array:
     """
     [first, *others] = segments
     if not others and first.sequences == q.shape[0] and not isinstance(first.store, QuantizedKV):
-        if first.lengths is None or first.mask is None:
+        if first.lengths is None:
             return store_attention(q, first.store, first.length)
-        return ragged_attention(q, first.store, first.lengths, first.length, first.mask)
+        if q.shape[2] == 1:
+            seen = visibility(first, 1)
+            return ragged_attention(q, first.store, first.lengths, first.length, seen)
     questions = [query_rows(q, segment) for segment in segments]
     if prefers_kernel(questions, segments):
         return kernel_attention(q, questions, segments)

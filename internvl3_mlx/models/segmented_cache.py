@@ -8,6 +8,7 @@ read later joins all parts in one.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -19,7 +20,7 @@ from internvl3_mlx.models.attention import (
     causal_attention,
 )
 from internvl3_mlx.models.cache import LayerCache
-from internvl3_mlx.models.kv_segment import KVFormat, KVSegment, RowFormat
+from internvl3_mlx.models.kv_segment import KVFormat, KVSegment, RowFormat, grown
 from internvl3_mlx.models.segment_attention import VisibleKV, segment_attention
 
 TAIL_TOKENS = 512
@@ -68,6 +69,32 @@ class SegmentedKVCache(LayerCache):
             store = whole.store.first_tokens(whole.length)
             return causal_attention(q, *(part.astype(q.dtype) for part in store.dequantize()))
         return self.attend_segments(q)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The buffers of the parts and of the tail, then the lengths of the parts, (P,) int32.
+
+        [] while the tail has no buffers: then there is nothing of a fixed size yet.
+        """
+        if not self.tail.arrays:
+            return []
+        parts = [array for part in self.parts for array in part.arrays]
+        lengths = part_lengths(tuple(part.length for part in self.parts))
+        return [*parts, *self.tail.arrays, lengths]
+
+    def reserve(self, tokens: int) -> None:
+        """Make space in the tail for the last of ``tokens``."""
+        wanted = self.tail.length + tokens - self.offset
+        if wanted > TAIL_TOKENS:
+            self.move_tail()
+            wanted = tokens - self.offset
+        self.tail = self.tail.own()
+        self.tail.arrays = [grown(array, array, wanted, 0) for array in self.tail.arrays]
+
+    def take_step(self, arrays: list[mx.array], length: int) -> None:
+        count = len(self.tail.arrays)
+        self.tail.arrays = arrays[-1 - count : -1]
+        self.tail.length += length
 
     def append_and_read(
         self, k: mx.array, v: mx.array
@@ -177,3 +204,9 @@ class SegmentedKVCache(LayerCache):
             left -= dropped
         self.parts = [part for part in self.parts if part.length]
         return count
+
+
+@lru_cache(maxsize=8)
+def part_lengths(lengths: tuple[int, ...]) -> mx.array:
+    """Return lengths as an array, the same one for all layers and until a tail is moved."""
+    return mx.array(lengths, dtype=mx.int32)

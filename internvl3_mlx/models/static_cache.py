@@ -6,13 +6,14 @@ made once for each step. A ``StaticKind`` says how the arrays of a layer are wri
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import flash_decode
+from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append
 from internvl3_mlx.metal_kernels.kv_layout import DenseKV, QuantizedArrays
 from internvl3_mlx.models.attention import (
     ALL_ROWS,
@@ -24,8 +25,10 @@ from internvl3_mlx.models.attention import (
     quantized_attention,
 )
 from internvl3_mlx.models.cache import AttentionContext, KVCache, LayerCache, split_kv
-from internvl3_mlx.models.kv_segment import QuantizedFormat
+from internvl3_mlx.models.kv_segment import KVFormat, QuantizedFormat, RowFormat
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
+from internvl3_mlx.models.segment_attention import VisibleKV, segment_attention
+from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,8 +213,80 @@ def static_sliding(
     )
 
 
+@dataclass(frozen=True)
+class SegmentedKind:
+    """``SegmentedKVCache`` with so many parts, each of ``arrays_each`` buffers."""
+
+    format: KVFormat
+    parts: int
+    arrays_each: int
+
+    @property
+    def num_arrays(self) -> int:
+        return self.arrays_each * (self.parts + 1) + 1
+
+    def context(self, arrays: list[mx.array], plan: StepPlan) -> StaticContext:
+        return StaticSegments(arrays, plan, self)
+
+
+class StaticSegments(StaticLayer):
+    """Parts that the step reads, a tail that it writes to, and the lengths of the parts."""
+
+    def __init__(self, arrays: list[mx.array], plan: StepPlan, kind: SegmentedKind):
+        super().__init__(arrays, plan)
+        self.kind = kind
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
+    ) -> mx.array:
+        return self.write_and_attend(q[:, :, rows], self.kind.format.encode(k, v))
+
+    def accepts_pre_rope(self, length: int) -> bool:
+        return isinstance(self.kind.format, RowFormat) and length <= MAX_KERNEL_ROWS
+
+    def attend_pre_rope(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        rope: RopeParams,
+        rows: RowSelection = ALL_ROWS,
+    ) -> mx.array:
+        assert isinstance(self.kind.format, RowFormat)
+        new = kv_append(k, v, self.kind.format.layout, rope)
+        return self.write_and_attend(q[:, :, rows], [new])
+
+    def write_and_attend(self, q: mx.array, new: list[mx.array]) -> mx.array:
+        """Add the L new tokens to the tail, and attend to all segments."""
+        each, lengths = self.kind.arrays_each, self.buffers[-1]
+        start = each * self.kind.parts
+        parts, tail = self.buffers[:start], self.buffers[start:-1]
+        filled = self.plan.lengths - lengths.sum()
+        tail = [
+            mx.slice_update(buffer, part, filled, axes=(buffer.ndim - 2,))
+            for buffer, part in zip(tail, new, strict=True)
+        ]
+        self.buffers = [*parts, *tail, lengths]
+        ends = [*mx.split(lengths, self.kind.parts)] if self.kind.parts else []
+        segments = [
+            VisibleKV(self.kind.format.store(buffers), buffers[0].shape[-2], end)
+            for buffers, end in zip(batched(parts, each), ends, strict=True)
+        ]
+        count, store = new[0].shape[-2], self.kind.format.store(tail)
+        newest = VisibleKV(store, tail[0].shape[-2], filled + count, causal=count > 1)
+        return segment_attention(q, [*segments, newest])
+
+
+def batched(arrays: list[mx.array], size: int) -> Iterator[list[mx.array]]:
+    """Yield lists of ``size`` arrays."""
+    for start in range(0, len(arrays), size):
+        yield arrays[start : start + size]
+
+
 def kind_of(cache: LayerCache) -> StaticKind | None:
     """Return how a cache works inside a step, None where it does not."""
+    if isinstance(cache, SegmentedKVCache):
+        return SegmentedKind(cache.format, len(cache.parts), len(cache.tail.arrays))
     if isinstance(cache, QuantizedKVCache):
         return QuantizedKind(QuantizedFormat(cache.bits, cache.group_size))
     return DenseKind() if isinstance(cache, KVCache) else None
@@ -253,11 +328,12 @@ class StaticSequence:
     @classmethod
     def prepare(cls, caches: Sequence[LayerCache], num_new: int) -> "StaticSequence | None":
         """Make space for ``num_new`` tokens; None where no step can be compiled for the caches."""
-        kind = static_kind(caches)
-        if kind is None:
+        if static_kind(caches) is None:
             return None
         for layer in caches:
             layer.reserve(layer.offset + num_new)
+        kind = static_kind(caches)  # a segmented cache may have another part now
+        assert kind is not None
         return cls(caches, SequenceLayout(kind, caches[0].arrays[0].shape[-2], num_new))
 
     @property
