@@ -7,7 +7,12 @@ from functools import partial
 import mlx.core as mx
 
 from internvl3_mlx.device import gpu_memory_limit
-from internvl3_mlx.generation.engine import Engine, kv_quantization_for, prefill_step_size
+from internvl3_mlx.generation.engine import (
+    Engine,
+    kv_quantization_for,
+    preferred_kind,
+    prefill_step_size,
+)
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS
 from internvl3_mlx.models.cache import LayerCache
@@ -23,6 +28,7 @@ from internvl3_mlx.profiling.timing import RUNS, measure_seconds, random_cache
 
 TILE_COUNTS = (1, 13)  # the smallest image, and twelve tiles with their thumbnail
 MAX_MEMORY_SHARE = 0.5  # that a filled cache may take
+ROOM = 8  # times the context: the longer buffers of two equal steps
 CACHE_TOO_LARGE = "the cache would take more than half of the memory"
 
 
@@ -60,7 +66,12 @@ class StageBenchmark:
             for bits in self.bits
             for context in self.contexts
         ]
-        return vision + prefill + decode
+        shortest = min(self.contexts)
+        room = MeasurementTask(
+            f"decode, room for {ROOM} times {shortest:,} tokens",
+            partial(self.measure_decode, shortest, DENSE_BITS, ROOM),
+        )
+        return [*vision, *prefill, *decode, room]
 
     def measure_vision(self, tiles: int) -> Measurement:
         """Time the vision model: from tiles to visual tokens."""
@@ -91,13 +102,18 @@ class StageBenchmark:
             "prefill", name, context, measure_seconds(prefill, ids, runs=self.runs), work
         )
 
-    def measure_decode(self, context: int, bits: int) -> Measurement:
-        """Time one token after ``context`` others, sampling included."""
+    def measure_decode(self, context: int, bits: int, room: int = 1) -> Measurement:
+        """Time one token after ``context`` others, sampling included.
+
+        room: times ``context`` that the buffers hold. A token is appended in place where that makes
+        no difference; elsewhere it copies all of them.
+        """
         name, work = f"{bits}-bit cache", decode_cost(self.model, context, bits)
+        name = name if room == 1 else f"{name}, {room}x room"
         dense = decode_cost(self.model, context, DENSE_BITS)  # the cache before quantization
-        if dense.cache_nbytes > MAX_MEMORY_SHARE * gpu_memory_limit():
+        if room * dense.cache_nbytes > MAX_MEMORY_SHARE * gpu_memory_limit():
             return build_measurement("decode", name, context, None, work, CACHE_TOO_LARGE)
-        engine = self.filled_engine(context, bits)
+        engine = self.filled_engine(context, bits, room)
 
         def decode(token: mx.array) -> mx.array:
             chosen = engine.sample(engine.step(token))
@@ -110,14 +126,19 @@ class StageBenchmark:
             "decode", name, context, measure_seconds(decode, token, runs=self.runs), work
         )
 
-    def filled_engine(self, context: int, bits: int) -> Engine:
-        """Return an engine whose cache holds ``context`` random tokens."""
+    def filled_engine(self, context: int, bits: int, room: int = 1) -> Engine:
+        """Return an engine whose cache holds ``context`` random tokens, in the preferred kind."""
         text = self.model.config.text
         settings = GenerationConfig(kv_bits=None if bits == DENSE_BITS else bits)
         packing = kv_quantization_for(settings, text.head_dim)
         dtype = self.model.language_model.model.norm.weight.dtype
         shape = (text.num_key_value_heads, context, text.head_dim, dtype)
-        cache: list[LayerCache] = [random_cache(*shape) for _ in range(text.num_hidden_layers)]
+        kind = preferred_kind(self.model, None, context)
+        cache = list[LayerCache]()
+        for _ in range(text.num_hidden_layers):
+            filled = random_cache(*shape)
+            filled.reserve(room * context + 1)
+            cache.append(kind.adopt(filled))
         engine = Engine(self.model, cache, context, num_cached=context, kv_quantization=packing)
         engine.quantize_cache()
         mx.eval([layer.state for layer in engine.cache])

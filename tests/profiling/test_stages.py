@@ -3,6 +3,7 @@
 import pytest
 from fixtures.loaded_models import bare_model
 
+from internvl3_mlx.models.cache import bucket_length
 from internvl3_mlx.profiling import stages, timing
 from internvl3_mlx.profiling.stages import StageBenchmark
 from internvl3_mlx.profiling.suite import BenchmarkSuite
@@ -27,6 +28,7 @@ def test_every_stage_is_measured_at_every_context(model):
         ("prefill", "7 tokens", 5),
         ("prefill", "7 tokens", 40),
         *[("decode", f"{bits}-bit cache", context) for bits in (16, 8, 4) for context in (5, 40)],
+        ("decode", "16-bit cache, 8x room", 5),
     ]
     assert all(figure.seconds > 0 for figure in found)
 
@@ -37,8 +39,8 @@ def test_measuring_does_not_lengthen_the_context(model):
     caches = []
     make = StageBenchmark.filled_engine
 
-    def kept(self, context, bits):
-        caches.append(make(self, context, bits))
+    def kept(self, context, bits, room=1):
+        caches.append(make(self, context, bits, room))
         return caches[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -48,6 +50,14 @@ def test_measuring_does_not_lengthen_the_context(model):
     assert [one.num_cached for one in caches] == [9, 9]
     assert {layer.offset for one in caches for layer in one.cache} == {9}
     assert engine.kv_quantization.bits == 8
+
+
+def test_equal_steps_differ_in_the_room_of_their_buffers_alone(model):
+    stages = StageBenchmark(model, [700], runs=1)
+    near, far = (stages.filled_engine(700, 16, room) for room in (1, 8))
+    assert {layer.offset for one in (near, far) for layer in one.cache} == {700}
+    tokens = [{layer.arrays[0].shape[-2] for layer in one.cache} for one in (near, far)]
+    assert tokens == [{768}, {bucket_length(8 * 700)}]
 
 
 def test_a_cache_too_large_for_the_memory_is_skipped_with_a_reason(model, monkeypatch):
