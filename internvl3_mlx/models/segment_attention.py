@@ -163,22 +163,22 @@ def group_rows(x: mx.array, segment: VisibleKV) -> mx.array:
     """
     if segment.sequences != x.shape[0]:
         x = x.swapaxes(0, 1)
-    return x.reshape(segment.sequences, segment.kv_heads, -1, x.shape[-1])
+    return mx.reshape(x, (segment.sequences, segment.kv_heads, -1, x.shape[-1]))
 
 
 def ungroup_rows(x: mx.array, segment: VisibleKV, shape: tuple[int, ...]) -> mx.array:
     """Undo ``group_rows``. shape: (B, H, L)."""
     batch, heads, length = shape
     if segment.sequences == batch:
-        return x.reshape(*shape, x.shape[-1])
-    return x.reshape(heads, batch, length, x.shape[-1]).swapaxes(0, 1)
+        return mx.reshape(x, (*shape, x.shape[-1]))
+    return mx.reshape(x, (heads, batch, length, x.shape[-1])).swapaxes(0, 1)
 
 
 def visibility(segment: VisibleKV, length: int) -> mx.array:
     """Return which tokens each of L new rows sees: True or False, to broadcast to (B, H, L, N)."""
     if segment.mask is not None and length == 1:
         return segment.mask
-    ends = mx.array(segment.ends).reshape(-1, 1, 1, 1)
+    ends = mx.reshape(mx.array(segment.ends), (-1, 1, 1, 1))
     if segment.causal:
         ends = ends - mx.arange(length - 1, -1, -1)[:, None]
     return mx.arange(segment.length) < ends
