@@ -92,12 +92,10 @@ def encode(side: str, folder: Path, photos: list[Path]) -> Results:
 
 def ways(side: str, folder: Path, _photos: list[Path]) -> Results:
     """Decode in every way, in alternation, and a batch."""
-    from benchmarks.sides import WAYS
-
     program, ids = import_program(side)(folder), plain_ids(DECODE_PROMPT)
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in (*WAYS, "batch")}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in (*program.ways, "batch")}
     for _ in range(DECODE_ROUNDS):
-        for way in WAYS:
+        for way in program.ways:
             rounds[way].append(per_token(program.continue_text(ids, DECODE_TOKENS, way)))
         count: list[int] = []
         total = timed(lambda count=count: count.append(program.batch(DECODE_TOKENS)))

@@ -22,7 +22,9 @@ BATCH = 4
 
 
 class Program(Protocol):
-    """One program with a checkpoint loaded."""
+    """One program with a checkpoint loaded. ways: those of WAYS that it has on this machine."""
+
+    ways: tuple[str, ...]
 
     def process(self, photos: Sequence[Path]) -> Any:
         """Turn images and the question into model inputs."""
@@ -50,6 +52,8 @@ class Program(Protocol):
 
 
 class OurProgram:
+    ways = tuple(WAYS)
+
     def __init__(self, folder: Path):
         from internvl3_mlx import load
 
@@ -115,6 +119,9 @@ class OurProgram:
 
 
 class PeerProgram:
+    # its constraints need a Metal kernel
+    ways = tuple(way for way in WAYS if way != "structured" or mx.metal.is_available())
+
     def __init__(self, folder: Path):
         from mlx_vlm import load
 

@@ -176,7 +176,7 @@ def ways(bench: Benchmark) -> Iterator[BenchmarkRow]:
 
 def each(bench: Benchmark) -> Iterator[BenchmarkRow]:
     count = SMALL_ALBUM if bench.quick else ALBUM
-    folder, photos = bench.checkpoint("server"), write_album(bench.work_dir / "photos", count)
+    folder, photos = bench.checkpoint("tiny"), write_album(bench.work_dir / "photos", count)
     found = alternate(lambda side: Interpreter().probe("each", side, folder, photos), bench.runs)
     for together in EACH_TOGETHER:
         what = f"{count} photos of 1 MP, {together} together"
@@ -223,7 +223,7 @@ def time_rows(
 ) -> Iterator[BenchmarkRow]:
     """Yield a result in processor and in clock milliseconds."""
     for unit in ("cpu", "wall"):
-        sides = [1e3 * figures[name][unit] for figures in found.values()]
+        sides = [1e3 * figures[name][unit] for figures in found.values() if name in figures]
         yield BenchmarkRow(group, what, f"{unit} ms", *split_sides(sides))
 
 
