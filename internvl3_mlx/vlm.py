@@ -27,9 +27,11 @@ from internvl3_mlx.generation.processor import (
     as_sequence,
 )
 from internvl3_mlx.generation.runner import ModelRunner, final_answer, model_nbytes
+from internvl3_mlx.generation.text_draft import TextDraft, load_text_draft
 from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 from internvl3_mlx.loading.fetch_model import Notify, fetch_model
+from internvl3_mlx.loading.fetch_text_model import fetch_text_model
 from internvl3_mlx.memory import tight_memory_warning
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prefetch import map_ahead
@@ -155,8 +157,10 @@ def as_vlm(model: "VLM | str") -> "VLM":
     return load(model) if isinstance(model, str) else model
 
 
-def load_runner(model: str) -> ModelRunner:
-    return load(model).runner
+def load_runner(model: str) -> ModelRunner | TextDraft:
+    """Load a draft model: one of the family, or a text model through mlx-lm."""
+    folder = fetch_text_model(model)
+    return load(model).runner if folder is None else load_text_draft(model, folder)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""How many tokens to draft next: adapts to what was accepted, down to none."""
+"""How many tokens to draft next: adapts to what was accepted and to what drafting costs."""
 
-import math
 from dataclasses import dataclass
 
-LEAST_CHANCE = 0.4  # that the last drafted token is accepted; below, verifying it costs more
+VERIFY_COST = 0.1  # of one more token in a step, in steps of one token (docs/performance.md)
+LEAST_GAIN = 1.05  # expected tokens for the time of one; below, nothing is drafted
 MEMORY = 0.8  # what an earlier round weighs, per round since
 FIRST_PAUSE, LONGEST_PAUSE = 16, 256  # tokens without drafts; doubled while drafts stay wrong
-PRIOR_ACCEPTED, PRIOR_TRIED = 1.5, 2.0  # as if that had been seen before the first round
+PRIOR_ACCEPTED, PRIOR_TRIED = 1.2, 2.0  # as if that had been seen before the first round
 RETRY_ACCEPTED, RETRY_TRIED = 0.5, 1.0  # and before a try after a pause
 
 
@@ -14,12 +14,14 @@ RETRY_ACCEPTED, RETRY_TRIED = 0.5, 1.0  # and before a try after a pause
 class DraftLength:
     """Chooses the number of drafted tokens, up to ``most``.
 
-    A drafted token is accepted with a chance that is estimated from the last rounds. The draft is
-    as long as its last token is still likely to be reached and accepted; with a chance below
-    ``LEAST_CHANCE`` drafting pauses, and is tried again after ``pause`` tokens.
+    cost: of drafting and verifying one token, in plain steps. A drafted token is accepted with a
+    chance that is estimated from the last rounds; the length is the one that gives the most tokens
+    for the time. Where none gains anything, drafting pauses, and is tried again after ``pause``
+    tokens.
     """
 
     most: int
+    cost: float = VERIFY_COST
     accepted: float = PRIOR_ACCEPTED
     tried: float = PRIOR_TRIED
     pause: int = FIRST_PAUSE
@@ -30,11 +32,14 @@ class DraftLength:
         """How many tokens to draft now: 0 while drafting pauses."""
         if self.waiting:
             return 0
+        best = max(range(1, self.most + 1), key=self.gain)
+        return best if self.gain(best) >= LEAST_GAIN else 0
+
+    def gain(self, count: int) -> float:
+        """Return the expected tokens of a round, for the time of a plain one (arXiv 2211.17192)."""
         chance = self.accepted / self.tried
-        if chance >= 1:
-            return self.most
-        likely = math.log(LEAST_CHANCE) / math.log(chance) if chance > 0 else 0.0
-        return min(int(likely), self.most)
+        tokens = sum(chance**n for n in range(count + 1))
+        return tokens / (1 + self.cost * count)
 
     def wait(self) -> None:
         """Count a token that was decoded without drafts."""

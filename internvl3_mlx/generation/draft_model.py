@@ -45,13 +45,16 @@ class DraftReader(Protocol):
 class DraftModel:
     """Drafts with a smaller model; nothing waits for the drafted tokens.
 
-    prompt_length: tokens of the prompt that is verified. num_right: tokens of prompt and answer
-    that the reader has read, all of them right. num_unsure: drafted tokens that it has read since.
+    cost: of a drafted token, in steps of the model that verifies; decoding is bound by the bytes of
+    the weights that are read. prompt_length: tokens of the prompt that is verified. num_right:
+    tokens of prompt and answer that the reader has read, all of them right. num_unsure: drafted
+    tokens that it has read since.
     """
 
     reader: DraftReader
     config: GenerationConfig
     prompt_length: int
+    cost: float
     num_right: int = field(init=False)
     num_unsure: int = 0
     sampler: Sampler = field(init=False)

@@ -57,7 +57,7 @@ class GenerationConfig:
     ntk: extend the rotary base beyond the trained window as the checkpoint's rope_scaling says.
     keep_boxes: keep the tags of grounding answers in the text.
     lookup: speculative decoding by prompt lookup. draft_model: speculative decoding with a smaller
-    model, or its name. Neither changes the answer.
+    model, or its name, also that of a text model. Neither changes a greedy answer.
     json_schema, regex, choice: constrain the answer; at most one. A schema is a mapping or JSON
     text. choice_mode: ``likelihood`` scores each choice as a whole answer, ``greedy`` decodes token
     by token within the choices.

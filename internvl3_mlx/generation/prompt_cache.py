@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -149,11 +150,20 @@ def select_rows(features: mx.array, image: ProcessedImage, config: ModelConfig) 
 
 
 @dataclass(eq=False)
+class TextDraftCache:
+    """The cache of a text model that drafts: mlx-lm's caches, and the ids that they hold."""
+
+    ids: list[int] = field(default_factory=list[int])
+    layers: list[Any] = field(default_factory=list[Any])
+
+
+@dataclass(eq=False)
 class PromptCache:
     """One sequence's keys and values, and the visual tokens of its images.
 
     uses_dynamic_ntk: the keys were rotated by dynamic NTK for one length, and are of no use at any
-    other. draft: the draft model's own prompt cache.
+    other. draft, text_draft: the draft model's own
+    prompt cache.
     """
 
     features: ImageFeatureCache = field(default_factory=ImageFeatureCache)
@@ -161,6 +171,7 @@ class PromptCache:
     key: CacheKey = field(default_factory=CacheKey.empty)
     uses_dynamic_ntk: bool = False
     draft: "PromptCache | None" = None
+    text_draft: TextDraftCache = field(default_factory=TextDraftCache)
 
     def reuse_prefix(
         self, model: InternVL, key: CacheKey, config: GenerationConfig, *, uses_dynamic_ntk: bool
@@ -187,6 +198,7 @@ class PromptCache:
     def reset(self) -> None:
         """Drop all keys and values; image features stay cached."""
         self.layers, self.key, self.draft = [], CacheKey.empty(), None
+        self.text_draft = TextDraftCache()
         self.uses_dynamic_ntk = False
 
     def is_compatible(self, quantization: KVQuantization | None) -> bool:

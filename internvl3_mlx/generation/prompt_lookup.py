@@ -23,6 +23,7 @@ class PromptLookup:
 
     places: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
     num_indexed: int = 0
+    cost: float = 0.0
 
     def can_propose(self, ids: Sequence[int]) -> bool:
         return self.find(ids) is not None

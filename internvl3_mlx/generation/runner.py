@@ -3,9 +3,10 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import ModelConfig
@@ -21,6 +22,7 @@ from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.prompt_lookup import PromptLookup
 from internvl3_mlx.generation.structured import make_constraint, needs_constraint
+from internvl3_mlx.generation.text_draft import TextDraft, TextReader
 from internvl3_mlx.generation.visual_router import check_flash_options, is_routable, route_inputs
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokenizer import Tokenizer
@@ -36,9 +38,11 @@ class ModelRunner:
     name: str
     model: InternVL
     processor: Processor
-    load_runner: "Callable[[str], ModelRunner]"
+    load_runner: "Callable[[str], ModelRunner | TextDraft]"
     load_seconds: float = 0.0
-    draft_models: "dict[str, ModelRunner]" = field(default_factory=dict[str, "ModelRunner"])
+    draft_models: "dict[str, ModelRunner | TextDraft]" = field(
+        default_factory=dict[str, "ModelRunner | TextDraft"]
+    )
     process_id: int = field(default_factory=os.getpid)  # of the process that loaded the model
 
     @property
@@ -161,6 +165,8 @@ class ModelRunner:
         if draft is None:
             return PromptLookup
         small = self.load_draft_model(draft)
+        if isinstance(small, TextDraft):
+            return partial(self.open_text_draft, small, inputs, generation_config, cache)
         if inputs.is_routed and not small.model.has_router:
             raise UserError(
                 f"{small.name} cannot draft for {self.name}: it cannot read compressed tiles; "
@@ -169,15 +175,33 @@ class ModelRunner:
         cache.draft = cache.draft or PromptCache()
         if small.vision_fingerprint == self.vision_fingerprint:
             cache.draft.features = cache.features
-        draft_cache = cache.draft
+        return partial(self.open_draft_model, small, inputs, generation_config, cache.draft)
 
-        def open_draft_model() -> DraftModel:
-            reader = FamilyReader.open(small.model, inputs, generation_config, draft_cache)
-            return DraftModel(reader, generation_config, len(inputs.token_ids))
+    def open_draft_model(
+        self,
+        small: "ModelRunner",
+        inputs: ModelInputs,
+        generation_config: GenerationConfig,
+        cache: PromptCache,
+    ) -> DraftModel:
+        """Let a smaller size of the family read the prompt and draft."""
+        reader = FamilyReader.open(small.model, inputs, generation_config, cache)
+        cost = draft_cost(small.model.language_model, self.model.language_model)
+        return DraftModel(reader, generation_config, len(inputs.token_ids), cost)
 
-        return open_draft_model
+    def open_text_draft(
+        self,
+        draft: TextDraft,
+        inputs: ModelInputs,
+        generation_config: GenerationConfig,
+        cache: PromptCache,
+    ) -> DraftModel:
+        """Let a text model read the prompt without its images and draft."""
+        reader = TextReader.open(draft, self.tokenizer, inputs.token_ids, cache.text_draft)
+        cost = draft_cost(draft.model, self.model.language_model)
+        return DraftModel(reader, generation_config, len(inputs.token_ids), cost)
 
-    def load_draft_model(self, draft: str | DraftSource) -> "ModelRunner":
+    def load_draft_model(self, draft: str | DraftSource) -> "ModelRunner | TextDraft":
         """Return the model that drafts, loaded once if given by name.
 
         Raises UserError where its vocabulary or its image tokens differ from this model's.
@@ -185,8 +209,11 @@ class ModelRunner:
         name = draft if isinstance(draft, str) else draft.name
         if name not in self.draft_models:
             small = self.load_runner(draft) if isinstance(draft, str) else draft.runner
-            self.draft_models[name] = cast(ModelRunner, small)
+            self.draft_models[name] = cast(ModelRunner | TextDraft, small)
         small = self.draft_models[name]
+        if isinstance(small, TextDraft):
+            small.count_shared(self.tokenizer)
+            return small
         ours, theirs = (
             (r.tokenizer.added, r.config.force_image_size, r.config.num_image_token)
             for r in (self, small)
@@ -199,7 +226,12 @@ class ModelRunner:
         return small
 
 
-def model_nbytes(model: InternVL) -> int:
+def draft_cost(draft: nn.Module, model: nn.Module) -> float:
+    """Return what a step of ``draft`` costs, in steps of ``model``: the bytes of their weights."""
+    return model_nbytes(draft) / model_nbytes(model)
+
+
+def model_nbytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters."""
     parameters: Any = tree_flatten(model.parameters())
     return sum(int(value.nbytes) for _, value in parameters)

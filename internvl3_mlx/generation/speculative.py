@@ -18,7 +18,7 @@ from typing import Protocol, cast
 import mlx.core as mx
 
 from internvl3_mlx.generation.compiled_step import mark_not_finite
-from internvl3_mlx.generation.draft_length import DraftLength
+from internvl3_mlx.generation.draft_length import VERIFY_COST, DraftLength
 from internvl3_mlx.generation.engine import Engine, check_token
 from internvl3_mlx.generation.sampler import (
     REPETITION_WINDOW,
@@ -46,7 +46,13 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """Proposes how a sequence continues."""
+    """Proposes how a sequence continues.
+
+    cost: of a drafted token, in steps of the model that verifies it.
+    """
+
+    @property
+    def cost(self) -> float: ...
 
     def can_propose(self, ids: Sequence[int]) -> bool:
         """Return, at once, whether there may be a draft for what follows ``ids``."""
@@ -83,7 +89,7 @@ class SpeculativeDecoder:
     length: DraftLength = field(init=False)
 
     def __post_init__(self) -> None:
-        self.length = DraftLength(self.num_draft_tokens)
+        self.length = DraftLength(self.num_draft_tokens, self.drafter.cost + VERIFY_COST)
 
     def decode(self, engine: Engine, ids: list[int], logits: mx.array, limit: int) -> Iterator[int]:
         """Yield up to ``limit`` tokens. ids: the prompt, all of which the engine has read."""

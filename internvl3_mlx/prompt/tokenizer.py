@@ -1,6 +1,6 @@
 """Tokenizer: text to ids and back, from any of the tokenizer files a repository may have."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Tokenizer:
                 "take the tokenizer files of an InternVL3 repository"
             )
         self._added_names = {entry.id: name.encode() for name, entry in self.added.items()}
+        self.plain_size = vocabulary.size
         self.vocab_size = max(vocabulary.size, 1 + max(a.id for a in self.added.values()))
         self.bos_id = vocabulary.bos_id
         self.image_start_id = self.added[IMAGE_START].id
@@ -169,6 +170,13 @@ class Tokenizer:
     def _encode_plain(self, text: str, *, at_start: bool) -> list[int]:
         clean = _without_surrogates(text)
         return self._vocabulary.encode(clean, at_start) if clean else []
+
+
+def read_spellings(folder: Path) -> Callable[[int], bytes]:
+    """Read any tokenizer; return the bytes of its tokens by id, none for ids that do not exist."""
+    vocabulary = _read_vocabulary(folder)
+    names = {entry.id: name.encode() for name, entry in vocabulary.added.items()}
+    return lambda token: names.get(token) or vocabulary.token_bytes(token)
 
 
 def _without_surrogates(text: str) -> str:

@@ -8,6 +8,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
+from internvl3_mlx.generation import runner
 from internvl3_mlx.generation.draft_length import DraftLength
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prompt_lookup import MATCH_LENGTHS, PromptLookup
@@ -27,6 +28,12 @@ LONG = {"max_tokens": 40}
 @pytest.fixture(scope="module")
 def vlm():
     return load(str(tiny(Recipe()).folder))
+
+
+@pytest.fixture(autouse=True)
+def cheap_drafts(monkeypatch):
+    """Let models that are as large as their targets draft."""
+    monkeypatch.setattr(runner, "draft_cost", lambda *_: 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +154,8 @@ SAMPLED = {"temperature": 0.6, "top_p": 0.9, "seed": 3}
 
 class KnownAnswer:
     """Drafts what the answer will be; every fifth token is wrong."""
+
+    cost = 0.0
 
     def __init__(self, ids):
         self.ids = [0 if place % 5 == 4 else token for place, token in enumerate(ids)]
@@ -294,10 +303,18 @@ def test_right_drafts_grow_and_wrong_ones_pause():
         for _ in range(length.waiting):
             assert length.count == 0
             length.wait()
-        assert length.count == 1
+        assert 0 < length.count < 3
     assert pauses == [16, 32, 64]
     length.record(1, 1)
     assert length.pause == 16
+
+
+def test_a_draft_that_costs_as_much_as_the_answer_is_never_asked_for(vlm, twin, monkeypatch):
+    monkeypatch.undo()
+    answer = vlm.ask("What is it?", [CAT], draft_model=twin, max_tokens=12)
+    assert answer.usage.drafted_tokens == 0
+    assert DraftLength(4, cost=0.5, accepted=9.0, tried=10.0).count > 0
+    assert DraftLength(4, cost=1.1, accepted=9.0, tried=10.0).count == 0
 
 
 def test_nothing_is_drafted_where_all_drafts_are_wrong(vlm, small):
