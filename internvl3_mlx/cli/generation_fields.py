@@ -146,7 +146,7 @@ GENERATION_FIELDS: Mapping[str, tuple[type, FieldInfo]] = {
         flags=("--lookup",),
     )),
     "draft_model": (str, FieldInfo(
-        "Speed", "Speculative decoding with a smaller model or a text model; greedy answers stay the "
+        "Speed", "Speculative decoding with a smaller or a text model; greedy answers stay the "
         "same.", metavar="PATH|REPO|SIZE",
     )),
     "num_draft_tokens": (int, FieldInfo("Speed", "Draft tokens per step.")),
