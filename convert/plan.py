@@ -33,6 +33,7 @@ from internvl3_mlx.checkpoints.remap import (
 )
 from internvl3_mlx.checkpoints.writer import TensorSpec
 from internvl3_mlx.config import WORD_BITS, ModelConfig, Quantization, read_config
+from internvl3_mlx.config.decoders import FAMILIES
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import (
     QUANTIZED_PARTS,
@@ -42,6 +43,7 @@ from internvl3_mlx.convert.row_reader import (
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
 
+MLX_ONLY = ("gpt_oss",)  # its experts are read from other layouts, but not written in them
 LAYOUTS = ("mlx", "original", "hf")
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -187,6 +189,11 @@ def check_conversion(
         )
     if dequantize and not is_quantized:
         raise UserError(f"{source} is not quantized; drop --dequantize")
+    if layout != "mlx" and config.text.family in MLX_ONLY:
+        title = FAMILIES[config.text.family].title
+        raise UserError(
+            f"{source} is a {title} model, which is written in the mlx layout only; choose --to mlx"
+        )
     if layout == "hf" and config.layout != "hf" and (setting := not_in_transformers(config)):
         raise UserError(
             f"{source} has {setting}, which transformers' InternVL cannot do; choose another "

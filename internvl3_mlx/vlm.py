@@ -35,7 +35,7 @@ from internvl3_mlx.loading.fetch_text_model import fetch_text_model
 from internvl3_mlx.memory import tight_memory_warning
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prefetch import map_ahead
-from internvl3_mlx.prompt.template import Template, load_template
+from internvl3_mlx.prompt.template import Template, load_template, unknown_template_note
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.test_time_scaling.best_of import (
     BestOfConfig,
@@ -97,7 +97,10 @@ def load(
     loaded = load_local_model(
         local.folder, quantize=local.recipe, adapter=adapter_folder, dtype=dtype
     )
-    warnings = [tight_memory_warning(model_nbytes(loaded.model))]
+    warnings = [
+        tight_memory_warning(model_nbytes(loaded.model)),
+        unknown_template_note(loaded.config),
+    ]
     if adapter_folder is not None:
         warnings.append(other_bits_warning(adapter_folder, loaded.model))
     for warning in filter(None, warnings):

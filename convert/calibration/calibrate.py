@@ -15,7 +15,7 @@ from internvl3_mlx.adapters.attach import attach_adapter
 from internvl3_mlx.adapters.peft import load_adapter
 from internvl3_mlx.checkpoints.build_model import LoadedModel, assemble_model, build_model
 from internvl3_mlx.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
-from internvl3_mlx.config import Quantization
+from internvl3_mlx.config import Quantization, read_config
 from internvl3_mlx.convert.calibration.bit_allocation import (
     EMBEDDING,
     BitAllocation,
@@ -43,7 +43,7 @@ from internvl3_mlx.convert.independent_check import check_reading
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import QUANTIZED_PARTS, dequantize_array, quantize_array
 from internvl3_mlx.device import on_cpu
-from internvl3_mlx.errors import CheckpointError
+from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.models.internvl import InternVL
 
 TARGET_BPW = 4.5  # bits per weight, scales included: as much as plain 4-bit with groups of 64 takes
@@ -105,6 +105,11 @@ def calibrate(
 
     Yields a step for each unit measured and each layer rounded. The 16-bit model is held in memory.
     """
+    if read_config(source).text.experts is not None:
+        raise UserError(
+            f"{source} is a mixture of experts, which cannot be calibrated; quantize it with "
+            "--q-bits or a --quant-predicate"
+        )
     loaded = build_model(source)
     samples, _ = split_samples(load_samples(config.images, loaded))
     few = samples[:: max(len(samples) // SENSITIVITY_SAMPLES, 1)]

@@ -189,7 +189,8 @@ def _check_video(video: str) -> str:
 def answer_once(request: GenerateRequest) -> None:
     """Answer one question about all images together."""
     images = open_sources(request)
-    vlm, output = load_vlm(request.load_options, quiet=request.output.quiet), request.output
+    output, delta = request.output, request.generation_options.get("v2pe_delta", 1)
+    vlm = load_vlm(request.load_options, quiet=output.quiet, v2pe_delta=delta)
     if output.as_json or output.as_jsonl:
         answer = vlm.ask(request.question, images, **request.generation_options)
         console.print_json(answer.to_dict(), indent=2 if output.as_json else None)
@@ -206,7 +207,8 @@ def answer_samples(request: GenerateRequest) -> None:
     images, output = open_sources(request), request.output
     if not request.generation_options.get("temperature") and not output.quiet:
         console.note(GREEDY_SAMPLES_NOTE)
-    vlm = load_vlm(request.load_options, quiet=output.quiet)
+    delta = request.generation_options.get("v2pe_delta", 1)
+    vlm = load_vlm(request.load_options, quiet=output.quiet, v2pe_delta=delta)
     with console.spinner(f"generating {request.num_samples} answers", quiet=output.quiet):
         answers = vlm.ask_many(
             request.question, images, n=request.num_samples, **request.generation_options

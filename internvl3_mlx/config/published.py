@@ -35,6 +35,12 @@ class PublishedSize:
     repo: str
     parameters: int
     active: int
+    stage: str = ""  # of training, "" for the final model
+
+    @property
+    def base(self) -> str:
+        """The name without a stage or a layout."""
+        return self.name.removesuffix("-hf").removesuffix(f"-{self.stage}")
 
     @property
     def short(self) -> str:
@@ -115,7 +121,18 @@ def size_of(match: re.Match[str]) -> PublishedSize | None:
         return None
     ending = (STAGES[family][stage] if stage else "") + (HF[family] if found.get("hf") else "")
     suffix = (f"-{stage}" if stage else "") + ("-hf" if found.get("hf") else "")
-    return replace(size, name=name + suffix, repo=size.repo + ending)
+    return replace(size, name=name + suffix, repo=size.repo + ending, stage=stage)
+
+
+def find_model_name(name: str) -> PublishedSize | None:
+    """Find the size, and the stage if it has one, that the name of a folder or repository states.
+
+    Names of copies go on with bits: ``InternVL3_5-8B-MPO-4bit``. Folders of the hub's cache begin
+    with the owner: ``models--OpenGVLab--InternVL3-2B``.
+    """
+    words = name.rpartition("--")[2].split("-")
+    beginnings = ("-".join(words[:count]) for count in range(len(words), 1, -1))
+    return next(filter(None, map(find_pasted_size, beginnings)), None)
 
 
 def size_in(text: str) -> PublishedSize | None:

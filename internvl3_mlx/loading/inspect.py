@@ -11,7 +11,9 @@ from internvl3_mlx.checkpoints.keymap import unused_tensors
 from internvl3_mlx.checkpoints.reader import PART_NAMES, open_checkpoint, parameters_by_part
 from internvl3_mlx.checkpoints.remap import plan_remap
 from internvl3_mlx.config import ModelConfig, read_config
+from internvl3_mlx.config.decoders import FAMILIES
 from internvl3_mlx.config.model import FLASH_THRESHOLDS
+from internvl3_mlx.config.published import PUBLISHED_SIZES, find_model_name
 from internvl3_mlx.loading.fetch_adapter import adapter_snapshot
 from internvl3_mlx.loading.hub import (
     cached_snapshot,
@@ -61,14 +63,27 @@ class ModelInfo:
     def parameters(self) -> int:
         return sum(part.parameters for part in self.parts)
 
+    @property
+    def active(self) -> dict[str, int]:
+        """The parameters that a token goes through, of a mixture of experts alone."""
+        experts = self.config.text.experts
+        if experts is None:
+            return {}
+        one = 3 * self.config.text.hidden_size * experts.intermediate_size
+        one += experts.bias * (2 * experts.intermediate_size + self.config.text.hidden_size)
+        idle = self.config.text.num_hidden_layers * (experts.count - experts.per_token) * one
+        return {"active_parameters": self.parameters - idle}
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         parts = [{**asdict(part), "bits": round(part.bits, 2)} for part in self.parts]
         config = asdict(self.config)
         return {
             "folder": str(self.folder),
+            **identity(self.config, self.folder.resolve(), self.parameters),
             "layout": self.config.layout,
             "parameters": self.parameters,
+            **self.active,
             "nbytes": self.nbytes,
             "files": self.files,
             "parts": parts,
@@ -98,7 +113,7 @@ class RepositoryInfo:
             "downloaded": False,
             "layout": self.config.layout,
             "nbytes": self.nbytes,
-            "language_model": self.config.text.family,
+            **identity(self.config, Path(self.repo)),
             "layers": self.config.text.num_hidden_layers,
             "hidden_size": self.config.text.hidden_size,
             "context": self.config.text.max_position_embeddings,
@@ -158,6 +173,24 @@ def inspect_repository(repo: str) -> Description:
         return AdapterRepositoryInfo(repo, remote.nbytes, settings)
     check_contents(remote)
     return RepositoryInfo(repo, remote.nbytes, download_config(repo))
+
+
+def identity(config: ModelConfig, place: Path, parameters: int = 0) -> dict[str, Any]:
+    """Name a model's family, size and stage, as far as its names and parameters tell them.
+
+    parameters: of the whole model; 0 where they are not known.
+    """
+    name = next(filter(None, map(find_model_name, place.parts[::-1])), None)
+    counts = {size.parameters: size for size in PUBLISHED_SIZES.values()}
+    size = name or counts.get(parameters)
+    row = FAMILIES[config.text.family]
+    known = {"family": f"InternVL{size.family}", "size": size.base} if size else {}
+    return {
+        **known,
+        **({"stage": name.stage or "final"} if name else {}),
+        "language_model": row.title,
+        "output_head": "tied to the embedding" if config.text.tie_word_embeddings else "untied",
+    }
 
 
 def flash_info(config: ModelConfig) -> dict[str, Any]:

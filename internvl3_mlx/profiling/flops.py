@@ -82,7 +82,7 @@ def kv_projection_flops(text: TextConfig) -> int:
 def query_and_mlp_flops(text: TextConfig) -> int:
     """Return the operations for one token's query, output projection and MLP in one layer."""
     heads = 2 * text.num_attention_heads * text.head_dim
-    return 2 * text.hidden_size * (heads + 3 * text.intermediate_size)
+    return 2 * text.hidden_size * (heads + 3 * text.active_intermediate_size)
 
 
 def attention_flops(text: TextConfig) -> int:
@@ -102,9 +102,16 @@ def token_kv_nbytes(model: InternVL, bits: int) -> int:
 
 
 def decoder_nbytes(model: InternVL) -> int:
-    """Return the bytes of the language model that a token reads; of a separate embedding, none."""
+    """Return the bytes of the language model that a token reads.
+
+    Of a separate embedding it reads none, and of the experts those that it goes through.
+    """
     language = model.language_model
     total = parameter_nbytes(language)
+    if experts := model.config.text.experts:
+        all_experts = [block.mlp[experts.module] for block in language.model.layers]
+        idle = experts.count - experts.per_token
+        total -= parameter_nbytes(*all_experts) * idle // experts.count
     if "lm_head" not in language:
         return total
     return total - parameter_nbytes(language.model.embed_tokens)

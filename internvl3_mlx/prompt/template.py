@@ -79,22 +79,31 @@ TEMPLATES: dict[str, type[InternVLTemplate | HarmonyTemplate]] = {
 
 
 def load_template(config: "ModelConfig", folder: Path) -> Template:
-    """Return the template the config names; without a name, the repository's own Jinja template.
+    """Return the template the config names, or else the repository's own Jinja template.
 
-    Raises ``ConfigError`` for an unknown name: another template would silently be worse.
+    Fine-tunes name templates of their own. Raises ``ConfigError`` for an unknown name in a
+    repository without a chat template: another template would silently be worse.
     """
-    if config.template is not None:
-        if config.template not in TEMPLATES:
-            known = ", ".join(TEMPLATES)
-            raise ConfigError(
-                f"config.json names the template {config.template!r}; choose from {known}. "
-                "Correct it, or remove the key to use the repository's own chat template"
-            )
+    if config.template in TEMPLATES:
         return TEMPLATES[config.template](config.system_message)
     from internvl3_mlx.prompt.jinja_template import read_jinja
 
-    return read_jinja(Path(folder), config.system_message) or InternVLTemplate(
-        config.system_message
+    own = read_jinja(Path(folder), config.system_message)
+    if own is None and config.template is not None:
+        raise ConfigError(
+            f"config.json names the template {config.template!r}, and the model has no chat "
+            f"template for images of its own; choose from {', '.join(TEMPLATES)}"
+        )
+    return own or InternVLTemplate(config.system_message)
+
+
+def unknown_template_note(config: "ModelConfig") -> str | None:
+    """Say that another template is used than the config names; None where it is that one."""
+    if config.template is None or config.template in TEMPLATES:
+        return None
+    return (
+        f"config.json names the template {config.template!r}, which is not known here: prompts "
+        "have the form of the model's own chat template"
     )
 
 

@@ -16,6 +16,7 @@ from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.models.chunked_attention import ROWS_PER_CHUNK
 from internvl3_mlx.models.decoder import Block
+from internvl3_mlx.models.experts import MixtureOfExperts
 from internvl3_mlx.models.internvl import InternVL, tiles_per_chunk
 from internvl3_mlx.models.lora import LoRALinear, linear_shape
 from internvl3_mlx.models.vision import Block as VisionBlock
@@ -112,16 +113,30 @@ def first_trained_layer(model: InternVL) -> int:
 
 def decoder_block_bytes(block: Block, tokens: int, rows: int, width: int, dropout: float) -> int:
     """Return what a decoder block keeps. rows: of the tokens, those that leave its attention."""
-    attention, mlp = block.self_attn, block.mlp
-    hidden, inner = linear_shape(base_of(mlp.down_proj))
+    attention = block.self_attn
+    hidden = linear_shape(base_of(attention.o_proj))[0]
+    inner, linears = mlp_linears(block)
     heads = linear_shape(base_of(attention.q_proj))[0]
     keys = linear_shape(base_of(attention.k_proj))[0]
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
     per_token = width * (hidden + heads + 2 * keys) + inputs_bytes(qkv, width, dropout)
     per_row = width * hidden + 2 * (FLOAT32 + width) * inner
-    for group in ((attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
+    for group in ((attention.o_proj,), *linears):
         per_row += inputs_bytes(group, width, dropout)
     return tokens * per_token + rows * per_row
+
+
+def mlp_linears(block: Block) -> tuple[int, tuple[tuple[nn.Module, ...], ...]]:
+    """Return the width of a block's MLP and its layers, grouped by what they read.
+
+    Of experts: the width of those that a token goes through together, and no layers, since these
+    have no adapters.
+    """
+    mlp = block.mlp
+    if isinstance(mlp, MixtureOfExperts):
+        return mlp.config.per_token * mlp.config.intermediate_size, ()
+    inner = linear_shape(base_of(mlp.down_proj))[1]
+    return inner, ((mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
 
 
 def base_of(layer: nn.Module) -> nn.Module:

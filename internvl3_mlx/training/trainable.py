@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from internvl3_mlx.config import WORD_BITS
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import did_you_mean
+from internvl3_mlx.models.experts import ExpertLinear, QuantizedExpertLinear
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear
 
@@ -39,6 +40,8 @@ LORA_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 PARTS = ("language_model", "mlp1", "vision_model", LM_HEAD)
 # of a Flash model: trained with a schedule of its own (ViCO), which this package does not have
 UNTRAINED = ("mlp2", "pooling_before_gating", "gating")
+EXPERTS = (ExpertLinear, QuantizedExpertLinear)
+ROUTER = re.compile(r"\.mlp\.(?:gate|router)$")  # of experts: who goes where stays as it was
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SAVED_WHOLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # PEFT's modules_to_save
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -60,10 +63,16 @@ def select_layers(
     if any(isinstance(module, LoRALinear) for module in modules.values()):
         raise UserError("the model already has adapters; reload it to add adapters to other layers")
     linear = [path for path, module in modules.items() if isinstance(module, LINEAR)][::-1]
-    linear = [path for path in linear if not is_untrained(path)]
+    linear = [path for path in linear if not (is_untrained(path) or ROUTER.search(path))]
     candidates = [path for path in linear if in_last_layers(model, path, layers, vision_layers)]
+    experts = [path for path, module in modules.items() if isinstance(module, EXPERTS)]
     selected: set[str] = set()
     for key in keys:
+        if key not in PRESETS and any(matches_key(key, path) for path in experts):
+            raise UserError(
+                f"LoRA key {key!r} names experts ({experts[-1]} ...), which cannot have adapters; "
+                "name the layers of attention (language) instead"
+            )
         found = [path for path in candidates if key_selects(key, path)]
         if not found:
             raise UserError(unmatched_key_message(key, linear))
