@@ -31,6 +31,7 @@ from internvl3_mlx.generation.processor import (
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.runner import ModelRunner, final_answer
+from internvl3_mlx.generation.visual_router import route_known
 from internvl3_mlx.prompt.messages import Message
 from internvl3_mlx.user_paths import expand_user
 
@@ -197,8 +198,10 @@ class Conversation:
     @property
     def budget(self) -> ContextBudget:
         """How much of the context window and of the memory the conversation takes."""
-        inputs = self.build_inputs(self.exchanges, Exchange(""), self.generation_config)
-        return measure_context(inputs, self.prompt_cache, self.runner.model, self.generation_config)
+        model, config = self.runner.model, self.generation_config
+        inputs = self.build_inputs(self.exchanges, Exchange(""), config)
+        inputs = route_known(model, inputs, config, self.prompt_cache.features)
+        return measure_context(inputs, self.prompt_cache, model, config)
 
     def save(self, path: str | Path, *, cache: bool = False) -> None:
         """Save the conversation to one file.

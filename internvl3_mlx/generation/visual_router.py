@@ -87,6 +87,15 @@ def route_inputs(
     return compress_inputs(inputs, np.split(np.concatenate(masks), ends), model)
 
 
+def route_known(
+    model: InternVL, inputs: ModelInputs, config: GenerationConfig, features: ImageFeatureCache
+) -> ModelInputs:
+    """Shorten the prompt if that needs no image to be encoded; else return it as it is."""
+    keys = map(probability_key, inputs.processed_images)
+    known = all(key in features.entries for key in keys)
+    return route_inputs(model, inputs, config, features) if known else inputs
+
+
 def tile_probabilities(
     model: InternVL, images: Sequence[ProcessedImage], features: ImageFeatureCache
 ) -> list[NDArray[np.float32]]:

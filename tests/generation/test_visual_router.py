@@ -11,6 +11,7 @@ from fixtures.tolerances import TOLERANCE
 from internvl3_mlx import UserError, load
 from internvl3_mlx.cli.console import format_stats
 from internvl3_mlx.errors import PromptError
+from internvl3_mlx.generation.exchange import Exchange
 from internvl3_mlx.generation.prefill import open_prefill
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.images.tiling import normalize
@@ -96,6 +97,9 @@ def test_earlier_turns_keep_their_decisions_and_are_read_once(vlm, theirs):
     second = chat.ask("And this?", [TALL])
     third = chat.ask("Why?")
     exchanged = chat.exchanges
+    unasked = chat.build_inputs(exchanged, Exchange(""), chat.generation_config)
+    saved = sum(one.tokens for one in unasked.images) - sum(one.tokens for one in third.images)
+    assert chat.budget.positions == unasked.next_position - saved < unasked.next_position
     images = [one for past in exchanged for one in past.images]
     tiles = [normalize(image.tiles) for image in images]
     alone = theirs.decide(tiles[0]).tolist()
