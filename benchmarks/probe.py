@@ -131,6 +131,18 @@ def same(side: str, folder: Path, photos: list[Path]) -> Results:
     return {photo.stem: program.input_facts(program.process([photo])) for photo in photos}
 
 
+def kernels(side: str, folder: Path, _photos: list[Path]) -> Results:
+    """Count the kernels of a token and layer at 4 bits, without and with a compiled step."""
+    import mlx.nn as nn
+
+    from benchmarks.kernel_count import kernels_per_layer
+
+    model = import_program(side)(folder).vlm.model
+    nn.quantize(model.language_model, group_size=64, bits=4)
+    ways = {"plain": False, "compiled": True}
+    return {name: kernels_per_layer(model, compiled=compiled) for name, compiled in ways.items()}
+
+
 TASKS: dict[str, Callable[[str, Path, list[Path]], Results]] = {
     "import": import_alone,
     "load": load,
@@ -142,6 +154,7 @@ TASKS: dict[str, Callable[[str, Path, list[Path]], Results]] = {
     "ways": ways,
     "each": each,
     "memory": memory,
+    "kernels": kernels,
     "same": same,
 }
 

@@ -183,6 +183,13 @@ def each(bench: Benchmark) -> Iterator[BenchmarkRow]:
         yield from time_rows(found, f"each {together}", "Many photos", what)
 
 
+def kernels(bench: Benchmark) -> Iterator[BenchmarkRow]:
+    """Count, and measure nothing: the kernels of a GPU, whatever computes here."""
+    found = Interpreter().probe("kernels", OURS, bench.checkpoint("deep"), [])
+    for name, count in found.items():
+        yield BenchmarkRow("Kernels", f"a token and layer, 4 bits, {name} step", "", count, None)
+
+
 def memory(bench: Benchmark) -> Iterator[BenchmarkRow]:
     cases = {"13 tiles": ("13 tiles",), "26 tiles": ("13 tiles", "1 MP")}
     for name in bench.sizes(*cases):
@@ -203,6 +210,7 @@ GROUPS: dict[str, Callable[[Benchmark], Iterator[BenchmarkRow]]] = {
     "ways": ways,
     "real": real_widths,
     "each": each,
+    "kernels": kernels,
     "memory": memory,
 }
 

@@ -1,0 +1,89 @@
+"""How many kernels a GPU launches for one token, counted in the graph of a decode step.
+
+MLX's fused operations are one kernel each on a GPU, and many operations on a CPU. So they are
+replaced by one operation each (a cumulative sum, which MLX fuses with nothing) while the graph is
+built; what only changes a view is not counted.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+
+VIEWS = {
+    "AsStrided", "Broadcast", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
+    "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
+}  # fmt: skip
+COPIES = {"Concatenate": 2}  # kernels of operations that launch more than one: one for each part
+NODE = re.compile(r'label ="([^"]+)", shape=rectangle')
+CACHED, CAPACITY = 40, 256  # tokens
+
+
+def count_kernels(model: Any, *, compiled: bool) -> Counter[str]:
+    """Count the operations of one token of one sequence that are kernels, by name."""
+    from internvl3_mlx.generation.compiled_step import StepRunner
+    from internvl3_mlx.models.cache import KVCache
+    from internvl3_mlx.models.static_cache import StaticSequence
+
+    language = model.language_model
+    caches = [KVCache(CAPACITY) for _ in language.model.layers]
+    prompt = mx.zeros((1, CACHED), dtype=mx.int32)
+    mx.eval(language.model(model.embed(prompt), language.rotary(0, CACHED), caches))
+    token = mx.array([[1]], dtype=mx.int32)
+    with fused_operations():
+        if compiled:
+            ready = StaticSequence.prepare(caches, 1)
+            assert ready is not None
+            logits, _ = StepRunner(model, "on").run(ready, token, [CACHED])
+        else:
+            rotary = language.rotary(CACHED, CACHED + 1)
+            logits = language.head(language.model(model.embed(token), rotary, caches))
+        return kernels_of(mx.argmax(logits[:, -1], axis=-1))
+
+
+def kernels_of(array: mx.array) -> Counter[str]:
+    """Count the nodes of an array's graph that are kernels, by name."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.dot"
+        mx.export_to_dot(str(path), array)
+        nodes = Counter(NODE.findall(path.read_text("utf-8")))
+    return Counter(
+        {name: count * COPIES.get(name, 1) for name, count in nodes.items() if name not in VIEWS}
+    )
+
+
+@contextmanager
+def fused_operations() -> Iterator[None]:
+    """Build graphs as on a GPU, with one operation in the place of each fused one."""
+
+    def single(x: mx.array, *others: Any, **options: Any) -> mx.array:
+        given = [*others, *options.values()]
+        inputs = [other for other in given if isinstance(other, mx.array)]
+        return mx.depends(mx.cumsum(x, axis=-1), inputs) if inputs else mx.cumsum(x, axis=-1)
+
+    devices = ("models.decoder", "models.layers", "generation.compiled_step")
+    with ExitStack() as stack:
+        for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
+            stack.enter_context(patch.object(mx.fast, name, single))
+        for module in devices:
+            stack.enter_context(patch(f"internvl3_mlx.{module}.on_gpu", lambda: True))
+        yield
+
+
+def kernels_per_layer(model: Any, *, compiled: bool) -> float:
+    """Return how many kernels each further layer adds to a token."""
+    decoder = model.language_model.model
+    layers = list(decoder.layers)
+    whole = count_kernels(model, compiled=compiled).total()
+    decoder.layers = layers[:1]
+    try:
+        one = count_kernels(model, compiled=compiled).total()
+    finally:
+        decoder.layers = layers
+    return (whole - one) / (len(layers) - 1)

@@ -1,0 +1,19 @@
+"""The kernels that a GPU launches for each layer of a token are counted, and do not grow."""
+
+import pytest
+from fixtures.loaded_models import tiny
+from fixtures.tiny import Bits, Recipe
+
+from benchmarks.kernel_count import kernels_per_layer
+from internvl3_mlx import load
+
+# Two norms, four products, bias, rotation, attention, two sums, SwiGLU, and one write or two; a
+# dense product adds the bias itself.
+MOST = {("4 bits", True): 13, ("4 bits", False): 14, ("dense", True): 12, ("dense", False): 13}
+
+
+@pytest.mark.parametrize(("weights", "compiled"), MOST)
+def test_no_layer_launches_more_kernels_than_it_needs(weights, compiled):
+    bits = Bits() if weights == "4 bits" else None
+    model = load(str(tiny(Recipe(layout="mlx", bits=bits)).folder)).model
+    assert kernels_per_layer(model, compiled=compiled) == MOST[weights, compiled]
