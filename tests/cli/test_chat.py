@@ -257,6 +257,7 @@ def test_an_interrupted_retry_keeps_the_last_answer(session, send, monkeypatch):
     assert session.conversation.exchanges == before
 
 
+@pytest.mark.usefixtures("cheap_drafts")
 def test_statistics_tell_what_was_kept_and_how_many_draft_tokens_were_right(vlm):
     conversation = vlm.conversation(max_tokens=20, draft_model=vlm)
     conversation.ask("What is it?", [random_image(60, 60)])

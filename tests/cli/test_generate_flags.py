@@ -78,6 +78,7 @@ def test_a_missing_or_broken_schema_is_reported_before_the_model_loads(tmp_path)
     assert "bad.json is not valid JSON" in result.output
 
 
+@pytest.mark.usefixtures("cheap_drafts")
 def test_speculative_decoding_flags(model):
     plain = run("--model", model, "-m", "20")
     assert run("--model", model, "-m", "20", "--lookup").output == plain.output

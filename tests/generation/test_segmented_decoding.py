@@ -70,6 +70,7 @@ def test_single_answers(vlm, by_segments, settings, delta):
     assert len(found.token_ids) == LENGTH
 
 
+@pytest.mark.usefixtures("cheap_drafts")
 @pytest.mark.parametrize("own", [True, False], ids=["its own drafts", "of another model"])
 def test_drafts_that_are_taken_back(vlm, stranger, by_segments, settings, own):
     guess = {"draft_model": vlm if own else stranger, "num_draft_tokens": 5}

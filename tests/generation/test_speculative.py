@@ -8,7 +8,6 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
-from internvl3_mlx.generation import runner
 from internvl3_mlx.generation.draft_length import DraftLength
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prompt_lookup import MATCH_LENGTHS, PromptLookup
@@ -30,10 +29,7 @@ def vlm():
     return load(str(tiny(Recipe()).folder))
 
 
-@pytest.fixture(autouse=True)
-def cheap_drafts(monkeypatch):
-    """Let models that are as large as their targets draft."""
-    monkeypatch.setattr(runner, "draft_cost", lambda *_: 0.1)
+pytestmark = pytest.mark.usefixtures("cheap_drafts")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 
 from internvl3_mlx import UserError, load
-from internvl3_mlx.generation import runner
 
 CAT = random_image(130, 70)
 CONFIG = {
@@ -32,9 +31,7 @@ def vlm():
     return load(str(tiny(Recipe()).folder))
 
 
-@pytest.fixture(autouse=True)
-def cheap_drafts(monkeypatch):
-    monkeypatch.setattr(runner, "draft_cost", lambda *_: 0.1)
+pytestmark = pytest.mark.usefixtures("cheap_drafts")
 
 
 def write_text_model(folder):
