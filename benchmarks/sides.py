@@ -173,12 +173,10 @@ class PeerProgram:
         return islice(token_ids(stream), count)  # mlx-vlm names the last token twice
 
     def batch(self, count: int) -> int:
-        from mlx_vlm import batch_generate
+        from mlx_vlm import batch_generate  # greedy unless it is given a sampler
 
         prompts = batch_prompts(self.folder)
-        response = batch_generate(
-            self.model, self.processor, None, None, prompts, max_tokens=count, temperature=0.0
-        )
+        response = batch_generate(self.model, self.processor, None, None, prompts, max_tokens=count)
         assert len(response.texts) == BATCH
         return BATCH * count
 
