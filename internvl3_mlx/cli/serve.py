@@ -140,6 +140,7 @@ def engine_settings(chosen: Mapping[str, Any]) -> EngineSettings:
         "models": models,
         "adapters": read_pairs(chosen["adapters"], "--add-adapter"),
         "feature_folder": cache_folder(FEATURES),
+        "kv_bits": int(chosen["kv_bits"]) if "kv_bits" in chosen else None,
     }
     return EngineSettings(**options)
 

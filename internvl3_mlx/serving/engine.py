@@ -135,7 +135,8 @@ class Engine:
     async def accept(self, request: AnswerRequest) -> EventStream:
         """Check, decode and queue a request."""
         submitted = time.perf_counter()
-        served, request = self.find_model(request.model), served_request(request)
+        served = self.find_model(request.model)
+        request = served_request(request, self.settings.kv_bits)
         if request.critic:
             self.find_model(request.critic, "critic")
         check_request(request, min(self.settings.max_answers, self.settings.max_batch))
@@ -176,7 +177,8 @@ class Engine:
         )
 
     async def count_tokens(self, request: AnswerRequest) -> int:
-        served, request = self.find_model(request.model), served_request(request)
+        served = self.find_model(request.model)
+        request = served_request(request, self.settings.kv_bits)
         check_request(request, self.settings.max_batch)
         parts = await self.parts_of(served)
         prepared = await self.prepare(parts, request)

@@ -93,9 +93,10 @@ def build_inputs(processor: Processor, request: AnswerRequest, tiled: TiledImage
     return processor.build(messages, images, request.config, continued=continued)
 
 
-def served_request(request: AnswerRequest) -> AnswerRequest:
+def served_request(request: AnswerRequest, kv_bits: int | None = None) -> AnswerRequest:
     """Return a request whose config says all that matters, and nothing that a server leaves out.
 
+    kv_bits: the server's, where the request has none.
     Choices are decoded token by token within their grammar. Raises ``InvalidRequest`` for options
     that exclude each other.
     """
@@ -106,6 +107,7 @@ def served_request(request: AnswerRequest) -> AnswerRequest:
             video=(),
             lookup=False,
             draft_model=None,
+            kv_bits=request.config.kv_bits or kv_bits,
             choice_mode=GREEDY,
             think=request.think or request.config.think,
         )

@@ -22,6 +22,7 @@ class EngineSettings:
     max_waiting: requests beyond those; further ones are refused.
     idle_timeout_s: after which an unused model is put away; None for never.
     memory_nbytes: what weights and caches may take together; None for the device's limit.
+    kv_bits: of the keys and values of requests that do not say so themselves; None for 16.
     max_answers: the largest ``n`` or ``best_of`` of a request.
     feature_folder: where image features stay between runs; None for memory only.
     """
@@ -42,6 +43,9 @@ class EngineSettings:
         low=0, high=10**9, flags=("--idle-timeout",),
     )  # fmt: skip
     memory_nbytes: int | None = None
+    kv_bits: int | None = config_field(
+        None, CACHES, "Quantize the KV cache to this many bits.", choices=("4", "8"),
+    )  # fmt: skip
     prefix_cache_nbytes: int = config_field(
         2 * GB, CACHES, "Bytes of the prompt cache that conversations share.",
         low=0, high=10**15, flags=("--prompt-cache-bytes",),

@@ -30,6 +30,7 @@ URL = "http://192.168.1.23:8080/#key=abcdefghijklmnop"
         (["--add-adapter", "a:b=c", "--model", "demo"], "NAME without a colon"),
         (["--port", "70000"], "70000 is not in the range"),
         (["--max-batch", "0", "--model", "demo"], "max_batch is 0; it must be at least 1"),
+        (["--kv-bits", "5", "--model", "demo"], "'5' is not one of '4', '8'"),
         (["-p", "80"], "did you mean --port?"),
     ],
 )

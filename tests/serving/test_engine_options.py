@@ -22,6 +22,7 @@ from fixtures.serving import (
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import load
+from internvl3_mlx.models.cache_kind import format_of
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.ragged_cache import RaggedBatch
 from internvl3_mlx.prompt.reasoning import R1_SYSTEM_PROMPT
@@ -223,6 +224,16 @@ def test_answers_to_one_prompt_share_its_keys(vlm, groups, kv_bits):
     prompt = reply.read.usage.prompt_tokens
     assert [(4, prompt)] in groups
     assert [(2, prompt)] in groups
+
+
+def test_the_servers_bits_are_those_of_requests_that_have_none(vlm):
+    wanted = vlm.ask(ASKED, [IMAGE], max_tokens=6, kv_bits=8).token_ids
+    with running_engine(vlm, kv_bits=8) as engine:
+        [reply] = ask_all(engine, [question(IMAGE, ASKED, max_tokens=6)])
+        entries = engine.pool.prefixes.entries
+        formats = {format_of(layer).bits for entry in entries for layer in entry.layers}
+    assert reply.token_ids == wanted
+    assert formats == {8}
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8, 4])
