@@ -7,7 +7,7 @@ combine segments of keys that were attended to separately.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -97,13 +97,16 @@ def should_use_kernel(variant: "FlashVariant", tokens: int) -> bool:
     return preferred and self_test.is_usable(variant)
 
 
-def prefers_row_layout(layout: KVRowLayout, rows: int, tokens: int) -> bool:
+def prefers_row_layout(layout: KVRowLayout, rows: int, kv_heads: int, tokens: int) -> bool:
     """Return whether a quantized cache is read faster in rows, by our kernel, at this length.
 
     ``rows``: query heads per key-value head. Both layouts hold the same numbers.
     """
     return should_use_kernel(
-        flash_variant(layout.dtype, layout.bits, layout.head_dim, layout.group_size, rows), tokens
+        flash_variant(
+            layout.dtype, layout.bits, layout.head_dim, layout.group_size, rows, 1, False, kv_heads
+        ),
+        tokens,
     )
 
 
@@ -238,6 +241,7 @@ class FlashVariant:
     """One compiled form of the kernel.
 
     ``rows``: query heads per key-value head; ``draft``: new tokens, one query row of each head.
+    ``kv_heads`` of the model change no text, but how fast it is.
     """
 
     dtype: mx.Dtype
@@ -247,6 +251,7 @@ class FlashVariant:
     rows: int
     draft: int = 1
     causal: bool = False
+    kv_heads: int = 1
 
     fallback = "MLX's own attention"
 
@@ -254,10 +259,11 @@ class FlashVariant:
     def from_inputs(q: mx.array, store: KVStore, causal: bool = False) -> "FlashVariant":
         """Return the variant for these shapes."""
         _, heads, length, dim = q.shape
-        sharing = heads // store.arrays[0].shape[1]
+        kv_heads = store.arrays[0].shape[1]
         causal = causal and length > 1
+        sharing = heads // kv_heads
         return flash_variant(
-            store.dtype, store.bits, dim, store.group_size, sharing, length, causal
+            store.dtype, store.bits, dim, store.group_size, sharing, length, causal, kv_heads
         )
 
     @cached_property
@@ -308,8 +314,12 @@ class FlashVariant:
 
     @cached_property
     def registry_key(self) -> str:
-        """The key of the measured threshold, which is for one new token."""
-        return registry.KernelThreshold("flash_decode", self.bits, self.head_dim, self.rows).key
+        """The key of what was measured: unlike the name, for the model's key-value heads."""
+        return f"{self.name}, {self.kv_heads} key-value heads"
+
+    def with_draft(self, length: int) -> "FlashVariant":
+        """Return the variant for ``length`` new tokens, causal among themselves."""
+        return replace(self, draft=length, causal=length > 1)
 
     @cached_property
     def row_layout(self) -> KVRowLayout | None:

@@ -1,7 +1,7 @@
 """What is saved between starts: which kernels work on this machine, and where they are faster."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -16,7 +16,10 @@ from internvl3_mlx.json_files import read_json_leniently
 from internvl3_mlx.metal_kernels import dispatch
 
 FOLDER = "kernels"  # of the cache folder
-SELF_TESTS_FILE, THRESHOLDS_FILE = "self_tests.json", "thresholds.json"
+SELF_TESTS_FILE, SPEEDUPS_FILE = "self_tests.json", "speedups.json"
+MIN_SPEEDUP = 1.05  # times faster, or MLX's operations are used: less may be noise
+
+Speedups = dict[str, dict[int, float]]  # key of a case -> tokens -> times faster
 
 
 def read_record(name: str) -> dict[str, Any]:
@@ -26,9 +29,9 @@ def read_record(name: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def write_record(name: str, content: dict[str, Any]) -> bool:
+def write_record(name: str, content: Mapping[str, Any]) -> bool:
     """Replace a file; return False where it cannot be written, which costs nothing but time."""
-    record = {"environment": environment_key(), "content": content}
+    record = {"environment": environment_key(), "content": dict(content)}
     path = cache_folder(FOLDER) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,44 +72,80 @@ def kernels_digest() -> str:
 
 
 @dataclass(frozen=True)
-class KernelThreshold:
-    """From how many tokens on a kernel is faster than MLX's operations; None: nowhere.
+class KernelSpeedup:
+    """How many times faster than MLX's operations a kernel was in one case; 0: not at all."""
 
-    ``bits``: 16 for a dense cache; ``rows``: query heads per key-value head.
-    """
-
-    kernel: str
-    bits: int
-    head_dim: int
-    rows: int
-    min_tokens: int | None = None
-
-    @property
-    def key(self) -> str:
-        """The name of this case in the file."""
-        return f"{self.kernel}, {self.bits} bits, head_dim {self.head_dim}, {self.rows} rows"
+    key: str
+    tokens: int
+    ratio: float
 
 
 def is_faster(key: str, tokens: int) -> bool:
-    """Return whether the kernel was measured to be faster at this many tokens."""
-    start = read_thresholds().get(key)
-    return start is not None and tokens >= start
+    """Return whether the kernel was faster at the longest length measured up to ``tokens``."""
+    return key in faster_cases() and (nearest_ratio(key, tokens) or 0.0) >= MIN_SPEEDUP
+
+
+def nearest_ratio(key: str, tokens: int) -> float | None:
+    """Return the ratio at the longest length measured up to ``tokens``; None without one."""
+    ratios = read_speedups().get(key, {})
+    nearest = max((measured for measured in ratios if measured <= tokens), default=None)
+    return None if nearest is None else ratios[nearest]
+
+
+def is_measured(key: str, tokens: int) -> bool:
+    """Return whether a case was measured at exactly this many tokens."""
+    return tokens in read_speedups().get(key, {})
+
+
+def faster_from(ratios: Mapping[int, float]) -> int | None:
+    """Return from how many tokens on a kernel was always faster; None: nowhere."""
+    start = None
+    for tokens in sorted(ratios, reverse=True):
+        if ratios[tokens] < MIN_SPEEDUP:
+            break
+        start = tokens
+    return start
 
 
 @lru_cache(maxsize=1)
-def read_thresholds() -> dict[str, int]:
-    """Read the file once: key -> smallest number of tokens at which the kernel is faster.
+def faster_cases() -> Speedups:
+    """Return the cases in which a kernel is faster somewhere.
 
     Empty where nothing was measured or nothing is faster: then no token costs a look-up.
     """
-    content = read_record(THRESHOLDS_FILE)
-    return {key: start for key, start in content.items() if isinstance(start, int)}
+    return {
+        key: ratios
+        for key, ratios in read_speedups().items()
+        if any(ratio >= MIN_SPEEDUP for ratio in ratios.values())
+    }
 
 
-def write_thresholds(thresholds: Iterable[KernelThreshold]) -> bool:
-    """Replace the thresholds of this machine; return False where they cannot be written."""
-    written = write_record(
-        THRESHOLDS_FILE, {threshold.key: threshold.min_tokens for threshold in thresholds}
-    )
-    read_thresholds.cache_clear()
-    return written
+@lru_cache(maxsize=1)
+def read_speedups() -> Speedups:
+    """Read the file once: key -> tokens -> how many times faster the kernel is there."""
+    content = read_record(SPEEDUPS_FILE)
+    return {key: read_ratios(ratios) for key, ratios in content.items() if isinstance(ratios, dict)}
+
+
+def read_ratios(saved: Mapping[str, Any]) -> dict[int, float]:
+    """Return what was measured in one case, without what we did not write."""
+    return {
+        int(tokens): float(ratio)
+        for tokens, ratio in saved.items()
+        if tokens.isdecimal() and isinstance(ratio, int | float)
+    }
+
+
+def add_speedups(found: Iterable[KernelSpeedup]) -> bool:
+    """Add or replace what was measured; return False where it is lost with this process."""
+    known = read_speedups()
+    for one in found:
+        known.setdefault(one.key, {})[one.tokens] = one.ratio
+    faster_cases.cache_clear()
+    return write_record(SPEEDUPS_FILE, known)
+
+
+def forget_speedups() -> None:
+    """Read the file anew at the next question."""
+    read_speedups.cache_clear()
+    faster_cases.cache_clear()

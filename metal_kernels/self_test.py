@@ -11,6 +11,7 @@ from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from internvl3_mlx.metal_kernels import dispatch, registry
 
@@ -115,9 +116,13 @@ def max_relative_error(actual: mx.array, expected: mx.array) -> float:
 
     A row is the last axis: a small row must not hide behind a large one.
     """
-    found, wanted = (np.array(part.astype(mx.float32)) for part in (actual, expected))
+    found, wanted = to_numpy(actual), to_numpy(expected)
     largest = np.maximum(np.abs(wanted).max(axis=-1, keepdims=True), LEAST_ROW)
     return float((np.abs(found - wanted) / largest).max())  # NaN if any is
+
+
+def to_numpy(x: mx.array) -> NDArray[np.float32]:
+    return np.array(x.astype(mx.float32))
 
 
 def all_results() -> list[SelfTestResult]:

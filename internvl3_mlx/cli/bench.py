@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from internvl3_mlx.profiling.suite import BenchmarkSuite
 
 GROUPS = ("tower", "prefill", "decode", "kernels")  # in the order of the report
-NOT_SAVED_NOTE = "kernel selection; only a run without --quick and --contexts saves it"
 KILO = 1024
 MAX_CONTEXT = 2**20
 
@@ -71,9 +70,10 @@ def bench_command(contexts: tuple[int, ...], quick: bool, svg: Path | None, **fl
     """Measure vision encoder, prefill, decoding and our kernels next to the machine's limits.
 
     Memory bandwidth and arithmetic rate are measured here, too, so every line shows how close it
-    gets to them. Without --model the demo model is measured. A full run (without --quick and
-    --contexts) saves where our kernels are faster than MLX's own operations; from then on they are
-    used there. Interrupt it at any time: what was measured is shown.
+    gets to them. Without --model the demo model is measured. Where our kernels are faster than
+    MLX's own operations is saved; from then on they are used there. (The case that a model needs is
+    also measured by itself, before its first long prompt.) Interrupt it at any time: what was
+    measured is shown.
     """
     from internvl3_mlx import load
     from internvl3_mlx.profiling.suite import BenchmarkSuite
@@ -96,7 +96,7 @@ def run_bench(run: "BenchmarkSuite", *, quiet: bool) -> None:
     with progress.progress_bar(quiet=quiet) as advance:
         for done, name in enumerate(run.run()):
             advance(name, done, len(run))
-    if run.thresholds_saved is False and not quiet:
+    if run.speedups_saved is False and not quiet:
         console.note("the kernel selection was not saved: the cache folder is not writable")
 
 
@@ -123,7 +123,7 @@ def bench_json(
         "model": model,
         "limits": limits.to_dict(),
         "measurements": [figure.to_dict(limits) for figure in run.measurements],
-        "kernel_thresholds": {entry.key: entry.min_tokens for entry in run.thresholds},
+        "kernel_speedups": [vars(speedup) for speedup in run.speedups],
     }
 
 
@@ -135,9 +135,6 @@ def bench_table(
         group: [bench_row(figure, limits) for figure in run.measurements if figure.group == group]
         for group in GROUPS
     }
-    thresholds = {
-        e.key: f"from {e.min_tokens:,} tokens" for e in run.thresholds if e.min_tokens is not None
-    }
     missing = sorted({figure.why for figure in run.measurements if figure.why})
     return {
         "verdict": bench_verdict(run, limits),
@@ -146,10 +143,17 @@ def bench_table(
         ),
         "limits": limits.describe(),
         **{group: rows for group, rows in groups.items() if rows},
-        "kernels used": thresholds or "nowhere yet",
-        **({} if run.is_full_run or not thresholds else {"not saved": NOT_SAVED_NOTE}),
+        "kernels used": kernels_used() or "nowhere yet",
         **({"not measured": "; ".join(missing)} if missing else {}),
     }
+
+
+def kernels_used() -> dict[str, str]:
+    """Return from how many tokens on each kernel is used here, for those that are."""
+    from internvl3_mlx.metal_kernels import registry
+
+    starts = {key: registry.faster_from(found) for key, found in registry.faster_cases().items()}
+    return {key: f"from {start:,} tokens" for key, start in starts.items() if start is not None}
 
 
 def bench_row(figure: "Measurement", limits: "MachineLimits") -> dict[str, Any]:

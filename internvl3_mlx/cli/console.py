@@ -197,8 +197,19 @@ def format_stats(answer: "Answer") -> str:
         f"held {format_size(answer.held_memory_gb * GB)}",
         accepted,
         f"{compiled:,} by a compiled step" if compiled else "",
+        describe_kernel(getattr(usage, "kernel_speedup", 0.0)),
     ]
     return " · ".join(filter(None, parts_of_line))
+
+
+def describe_kernel(speedup: float) -> str:
+    """Say whose attention decoded, and how many times faster our kernel was measured."""
+    from internvl3_mlx.metal_kernels.registry import MIN_SPEEDUP
+
+    if not speedup:
+        return ""
+    whose = "our kernel" if speedup >= MIN_SPEEDUP else "MLX"
+    return f"attention by {whose} ({speedup:.2f}x with our kernel)"
 
 
 def format_count(count: int, noun: str) -> str:

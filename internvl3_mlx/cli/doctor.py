@@ -1,6 +1,6 @@
 """``internvl3 doctor``: runs self-checks and prints a report for bug reports."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import click
 from internvl3_mlx.cli import console, doctor_report, options, progress, system_info
 from internvl3_mlx.cli.doctor_report import without_private
 from internvl3_mlx.cli.flags import SectionedCommand, flag
+from internvl3_mlx.device import macos_version
 from internvl3_mlx.errors import UserError
 
 FAILED = 1
@@ -19,6 +20,7 @@ SAMPLE_IMAGE, SAMPLE_QUESTION, EXPECTED_ANSWER = (
 )  # which the demo model answers reliably
 OK, FALLS_BACK, WRONG = "ok", "falls back", "WRONG"
 NO_METAL = "not run: Metal is not available; MLX's own operations are used instead"
+NOTHING_MEASURED = "nothing yet; the first long prompt of a model measures what it needs"
 STDOUT = "-"
 
 
@@ -110,20 +112,29 @@ def describe_machine() -> dict[str, Any]:
     from internvl3_mlx.generation import compiled_step
     from internvl3_mlx.metal_kernels import dispatch, registry
 
-    thresholds = {
-        case: f"from {start:,} tokens" for case, start in registry.read_thresholds().items()
-    }
     return {
         "versions": system_info.library_versions(),
         "device": system_info.device_info(),
         "kernels": {
             "setting": dispatch.kernel_mode(),
-            "used": thresholds or "nowhere yet; internvl3 bench measures where they are faster",
+            "macos": macos_version(),
+            "architecture": dispatch.architecture(),
+            "measured": describe_speedups(registry.read_speedups()) or NOTHING_MEASURED,
         },
         "compiled decode step": {
             "setting": compiled_step.compile_mode(),
             "used": compiled_step.describe_use(),
         },
+    }
+
+
+def describe_speedups(speedups: Mapping[str, Mapping[int, float]]) -> dict[str, str]:
+    """Say for each case how many times faster than MLX our kernel is: 1.31x at 4,096 tokens."""
+    return {
+        key: ", ".join(
+            f"{ratio:.2f}x at {tokens:,} tokens" for tokens, ratio in sorted(found.items())
+        )
+        for key, found in speedups.items()
     }
 
 

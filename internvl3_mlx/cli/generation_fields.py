@@ -151,7 +151,8 @@ GENERATION_FIELDS: Mapping[str, tuple[type, FieldInfo]] = {
     )),
     "num_draft_tokens": (int, FieldInfo("Speed", "Draft tokens per step.")),
     "kv_bits": (str, FieldInfo(
-        "Memory", "Quantize the KV cache to this many bits.", choices=("4", "8"),
+        "Memory", "Quantize the KV cache to this many bits: less memory, not always faster.",
+        choices=("4", "8"),
     )),
     "kv_group_size": (str, FieldInfo(
         "Memory", "Group size of the quantized KV cache.", choices=("32", "64", "128"),

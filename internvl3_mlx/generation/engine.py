@@ -23,6 +23,7 @@ from internvl3_mlx.models.attention import ALL_ROWS, LAST_ROW, MAX_KERNEL_ROWS, 
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.cache_kind import CacheKind, format_of
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.kernel_tuning import measured_speedup, prepare_kernels
 from internvl3_mlx.models.kv_segment import DENSE, QuantizedFormat, RowFormat
 from internvl3_mlx.models.quantized_cache import KVQuantization
 from internvl3_mlx.models.rope import Positions, Rotary
@@ -299,18 +300,44 @@ def preferred_kind(model: InternVL, quantization: KVQuantization | None, tokens:
     config, dtype = model.config.text, model.language_model.model.norm.weight.dtype
     if config.sinks or any(config.windows):
         return CacheKind(plain)
-    queries, dim = config.num_attention_heads // config.num_key_value_heads, config.head_dim
+    kv_heads, dim = config.num_key_value_heads, config.head_dim
+    queries = config.num_attention_heads // kv_heads
     if quantization is None:
-        variant = flash_variant(dtype, DENSE_BITS, dim, dim, queries)
+        variant = flash_variant(dtype, DENSE_BITS, dim, dim, queries, kv_heads=kv_heads)
         return CacheKind(plain, segmented=should_use_kernel(variant, tokens))
     layout = supported_row_layout(model, quantization)
-    if layout and prefers_row_layout(layout, queries, tokens):
+    if layout and prefers_row_layout(layout, queries, kv_heads, tokens):
         return CacheKind(RowFormat(layout), segmented=True)
     return CacheKind(plain)
 
 
 def mlx_format(quantization: KVQuantization) -> QuantizedFormat:
     return QuantizedFormat(quantization.bits, quantization.group_size)
+
+
+def measure_kernels(
+    model: InternVL,
+    prompt_tokens: int,
+    config: GenerationConfig,
+    quantization: KVQuantization | None,
+) -> None:
+    """Measure, once on this machine, whether our kernels are faster for this model and cache."""
+    speculative = config.lookup or config.draft_model is not None
+    prepare_kernels(
+        model.config.text,
+        model.language_model.model.norm.weight.dtype,
+        quantization,
+        prompt_tokens,
+        config.num_draft_tokens if speculative else 0,
+    )
+
+
+def kernel_speedup(model: InternVL, prompt_tokens: int, config: GenerationConfig) -> float:
+    """Return how many times faster our attention kernel was measured for this model and cache."""
+    text = model.config.text
+    quantization = kv_quantization_for(config, text.head_dim)
+    dtype = model.language_model.model.norm.weight.dtype
+    return measured_speedup(text, dtype, quantization, prompt_tokens)
 
 
 def supported_row_layout(model: InternVL, quantization: KVQuantization) -> KVRowLayout | None:

@@ -27,6 +27,7 @@ from internvl3_mlx.generation.choices import (
     score_sequences,
 )
 from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
+from internvl3_mlx.generation.engine import kernel_speedup
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prefill import Prefill, open_prefill
 from internvl3_mlx.generation.processor import ModelInputs
@@ -216,6 +217,9 @@ class Generation:
             drafted_tokens=self.acceptance.drafted,
             accepted_tokens=self.acceptance.accepted,
             compiled_tokens=compiled_tokens,
+            kernel_speedup=kernel_speedup(
+                self.model, len(inputs.token_ids), self.generation_config
+            ),
         )
         text_with_tags = self.tokenizer.decode(text.token_ids, keep_boxes=True)
         return Answer(

@@ -14,6 +14,7 @@ from internvl3_mlx.generation.engine import (
     cache_capacity,
     kv_quantization_for,
     make_kv_cache,
+    measure_kernels,
     preferred_kind,
 )
 from internvl3_mlx.generation.generation_config import GenerationConfig
@@ -182,6 +183,7 @@ class PromptCache:
         is quantized.
         """
         quantization = kv_quantization_for(config, model.config.text.head_dim)
+        measure_kernels(model, len(key), config, quantization)
         num_reused = min(self.key.common_prefix_length(key), len(key) - 1)
         ntk = self.uses_dynamic_ntk or uses_dynamic_ntk
         if num_reused == 0 or ntk or not self.is_compatible(quantization):

@@ -93,7 +93,7 @@ def kernels_enabled() -> bool:
 
     Asked once for each layer and token, so it does not look at shapes.
     """
-    return bool(registry.read_thresholds()) or dispatch.kernel_mode() == dispatch.FORCE
+    return bool(registry.faster_cases()) or dispatch.kernel_mode() == dispatch.FORCE
 
 
 def store_attention(q: mx.array, store: KVStore, length: int) -> mx.array:

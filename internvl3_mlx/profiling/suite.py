@@ -7,8 +7,7 @@ from functools import cached_property, partial
 import mlx.core as mx
 
 from internvl3_mlx.device import on_gpu
-from internvl3_mlx.metal_kernels import dispatch
-from internvl3_mlx.metal_kernels.registry import KernelThreshold, write_thresholds
+from internvl3_mlx.metal_kernels.registry import KernelSpeedup, add_speedups
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.profiling import kernels, limits
 from internvl3_mlx.profiling.kernels import AttentionTrial
@@ -27,7 +26,7 @@ QUICK_RUNS = 3
 class BenchmarkSuite:
     """A benchmark run and its results so far. ``contexts``: empty for those that suit the device.
 
-    ``thresholds_saved``: whether it could be saved where kernels are faster; None before that.
+    ``speedups_saved``: whether it could be saved where kernels are faster; None before that.
     """
 
     model: InternVL
@@ -36,11 +35,9 @@ class BenchmarkSuite:
     limits: MachineLimits | None = None
     measurements: list[Measurement] = field(default_factory=list)
     kernel_measurements: dict[AttentionTrial, list[Measurement]] = field(default_factory=dict)
-    is_full_run: bool = False
-    thresholds_saved: bool | None = None
+    speedups_saved: bool | None = None
 
     def __post_init__(self) -> None:
-        self.is_full_run = not (self.contexts or self.quick)
         suited = (QUICK_CONTEXTS if self.quick else CONTEXTS) if on_gpu() else (
             QUICK_CPU_CONTEXTS if self.quick else CPU_CONTEXTS
         )  # fmt: skip
@@ -57,8 +54,8 @@ class BenchmarkSuite:
         yield "the limits of the machine"
         self.limits = limits.measure_limits(quick=self.quick)
         yield from self.run_tasks(self.kernel_tasks)
-        if self.is_full_run and self.thresholds:  # now, since the stages decode by it
-            self.thresholds_saved = write_thresholds(self.thresholds)
+        if self.speedups:  # now, since the stages decode by it
+            self.speedups_saved = add_speedups(self.speedups)
         yield from self.run_tasks(self.stage_tasks)
 
     def run_tasks(self, tasks: Sequence[MeasurementTask]) -> Iterator[str]:
@@ -93,16 +90,6 @@ class BenchmarkSuite:
         return figure
 
     @property
-    def thresholds(self) -> list[KernelThreshold]:
-        """Where our kernels are faster, from the trials that were measured at every context.
-
-        Empty where no kernel could run.
-        """
-        if not dispatch.metal_available() or dispatch.kernel_mode() == dispatch.OFF:
-            return []
-        whole = {
-            t: found
-            for t, found in self.kernel_measurements.items()
-            if len(found) == len(self.contexts)
-        }
-        return kernels.kernel_thresholds(whole)
+    def speedups(self) -> list[KernelSpeedup]:
+        """How many times faster our kernels are; empty where none could run."""
+        return kernels.kernel_speedups(self.kernel_measurements)

@@ -12,7 +12,7 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.metal_kernels import dispatch, registry
-from internvl3_mlx.metal_kernels.registry import KernelThreshold
+from internvl3_mlx.metal_kernels.registry import KernelSpeedup
 from internvl3_mlx.profiling import kernels, limits, timing
 from internvl3_mlx.profiling.kernels import METAL_MISSING, AttentionTrial
 from internvl3_mlx.profiling.limits import MachineLimits
@@ -31,9 +31,9 @@ def _small(monkeypatch, tmp_path):
     monkeypatch.setattr(
         kernels, "attention_trials", lambda *, quick: [AttentionTrial("odd", 6, 2, 64, 8)]
     )
-    registry.read_thresholds.cache_clear()
+    registry.forget_speedups()
     yield
-    registry.read_thresholds.cache_clear()
+    registry.forget_speedups()
 
 
 def bench(*words):
@@ -57,14 +57,15 @@ def test_a_table_for_every_stage():
     assert f"not measured  {METAL_MISSING}" in lines
     # a share of over 100%, on a fast machine, is followed by a remark
     shares = [line for line in lines if re.search(r"\d%( \([^)]*\))?$", line)]
-    assert len(shares) == 1 + 2 + 3 * 2  # a tile, two contexts, three caches at both
+    # a tile, two contexts, three caches at both, and one with more room
+    assert len(shares) == 1 + 2 + 3 * 2 + 1
 
 
 def test_json_holds_every_figure_and_its_limit():
     content = json.loads(bench("--json").stdout)
     assert content["limits"] == LIMITS.to_dict()
     assert {figure["context"] for figure in content["measurements"]} == {0, 7, 1024}
-    assert content["kernel_thresholds"] == {}
+    assert content["kernel_speedups"] == []
     decode = next(figure for figure in content["measurements"] if figure["group"] == "decode")
     assert decode["share"] == pytest.approx(decode["limit_s"] / decode["seconds"])
 
@@ -106,31 +107,20 @@ def test_an_interrupt_shows_what_was_measured(monkeypatch):
     assert [figure["context"] for figure in json.loads(result.stdout)["measurements"]] == [7]
 
 
-FASTER = KernelThreshold("flash_decode", 8, 64, 3, 1024)
-
-
 @pytest.fixture
 def found(monkeypatch):
-    """Let a kernel pay, in a run that counts as whole."""
-    begin = BenchmarkSuite.__post_init__
-    whole = lambda self: begin(self) or setattr(self, "is_full_run", True)  # noqa: E731
-    monkeypatch.setattr(BenchmarkSuite, "__post_init__", whole)
-    monkeypatch.setattr(
-        BenchmarkSuite, "thresholds", [FASTER, KernelThreshold("flash_decode", 4, 64, 3, None)]
-    )
+    """Let a kernel be faster from 1,024 tokens on, and another one nowhere."""
+    speedups = [KernelSpeedup("fast", 7, 0.8), KernelSpeedup("fast", 1024, 1.3)]
+    monkeypatch.setattr(BenchmarkSuite, "speedups", [*speedups, KernelSpeedup("slow", 7, 0.4)])
 
 
-def test_kernel_thresholds_are_saved_and_reported(found):
-    assert f"  {FASTER.key}  from 1,024 tokens\n" in bench().stdout
-    assert registry.is_faster(FASTER.key, 1024)
-    assert not registry.is_faster(FASTER.key, 1023)
-
-
-def test_a_run_of_some_contexts_changes_no_table(monkeypatch):
-    monkeypatch.setattr(BenchmarkSuite, "thresholds", [FASTER])
+def test_where_kernels_are_faster_is_saved_and_reported(found):
     shown = bench().stdout
-    assert f"  {FASTER.key}  from 1,024 tokens\nnot saved     kernel selection;" in shown
-    assert not registry.is_faster(FASTER.key, 1024)
+    assert re.search(r"fast +from 1,024 tokens\n", shown)
+    assert "slow" not in shown
+    assert registry.is_faster("fast", 1024)
+    assert not registry.is_faster("fast", 1023)
+    assert not registry.is_faster("slow", 5000)
 
 
 def test_a_cache_folder_that_is_not_writable_is_reported(found, monkeypatch, tmp_path):
@@ -148,7 +138,7 @@ def test_a_plot_that_cannot_be_written_costs_no_measurements(tmp_path, monkeypat
     result = bench("--json", "--svg", str(tmp_path / "other.svg"))
     assert result.exit_code == 2
     assert f"cannot write {tmp_path / 'other.svg'}: No space left on device" in result.stderr
-    assert len(json.loads(result.stdout)["measurements"]) == 11
+    assert len(json.loads(result.stdout)["measurements"]) == 12
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
 
 

@@ -25,10 +25,10 @@ def _no_metal(monkeypatch, tmp_path):
     some = {name: smoke_test.SMOKE_TEST[name] for name in ("matrix product", "gather")}
     monkeypatch.setattr(smoke_test, "SMOKE_TEST", some)
     monkeypatch.setattr(numbers, "HEAD_WIDTH", 64)
-    registry.read_thresholds.cache_clear()
+    registry.forget_speedups()
     yield
     self_test.results.clear()
-    registry.read_thresholds.cache_clear()
+    registry.forget_speedups()
 
 
 def doctor(*words):
@@ -130,10 +130,26 @@ def test_a_model_that_fails_is_a_result(monkeypatch):
     assert report["checks"][-1]["result"] == "WRONG"
 
 
-def test_kernel_thresholds_is_reported():
-    registry.write_thresholds([registry.KernelThreshold("flash_decode", 8, 64, 7, 4096)])
-    used = json.loads(doctor("--json").stdout)["kernels"]["used"]
-    assert used == {"flash_decode, 8 bits, head_dim 64, 7 rows": "from 4,096 tokens"}
+def test_measured_kernels_are_reported():
+    kernels = json.loads(doctor("--json").stdout)["kernels"]
+    assert kernels["measured"].startswith("nothing yet; the first long prompt of a model")
+    assert kernels["macos"]
+    registry.add_speedups(
+        [registry.KernelSpeedup("flash", 4096, 1.314), registry.KernelSpeedup("flash", 512, 0.9)]
+    )
+    measured = json.loads(doctor("--json").stdout)["kernels"]["measured"]
+    assert measured == {"flash": "0.90x at 512 tokens, 1.31x at 4,096 tokens"}
+
+
+def test_a_crashed_self_test_is_repeated_on_request(a_mac):
+    a_mac(Sound())
+    crashed = {"name": "sound", "passed": False, "detail": self_test.CRASHED}
+    registry.write_record(registry.SELF_TESTS_FILE, {"sound": crashed})
+    check = json.loads(doctor("--json").stdout)["checks"][8]
+    assert (check["result"], check["detail"]) == ("falls back", self_test.CRASHED)
+    assert "internvl3 doctor --retry" in check["detail"]
+    self_test.results.clear()
+    assert json.loads(doctor("--json", "--retry").stdout)["checks"][8]["result"] == "ok"
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ def _small(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "attention_trials", lambda *, quick: trials)
     for name in ("QUICK_CPU_CONTEXTS", "QUICK_CONTEXTS"):
         monkeypatch.setattr(suite, name, (7,))
-    registry.read_thresholds.cache_clear()
+    registry.forget_speedups()
     doctor_report.private_names.cache_clear()
     yield
-    registry.read_thresholds.cache_clear()
+    registry.forget_speedups()
     doctor_report.private_names.cache_clear()
 
 

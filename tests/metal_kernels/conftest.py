@@ -28,7 +28,7 @@ def a_mac(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
     monkeypatch.delenv(dispatch.MODE_VARIABLE, raising=False)
     self_test.results.clear()
-    registry.read_thresholds.cache_clear()
+    registry.forget_speedups()
     yield tmp_path / "kernels"
     self_test.results.clear()
-    registry.read_thresholds.cache_clear()
+    registry.forget_speedups()

@@ -1,22 +1,40 @@
 """Complete answers through the emulated kernels equal those of MLX's operations."""
 
+import itertools
+from functools import partial
+
 import pytest
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import TEXT, Recipe
 
 from internvl3_mlx import load
+from internvl3_mlx.cli.console import format_stats
 from internvl3_mlx.metal_kernels import dispatch
+from internvl3_mlx.metal_kernels.flash_decode import FlashVariant
 from internvl3_mlx.metal_kernels.kv_append import SELF_TEST_SHAPES
-from internvl3_mlx.metal_kernels.registry import KernelThreshold, write_thresholds
+from internvl3_mlx.metal_kernels.registry import KernelSpeedup, add_speedups
 from internvl3_mlx.metal_kernels.self_test_inputs import SELF_TEST_RUNS
+from internvl3_mlx.models import kernel_tuning
+from internvl3_mlx.models.kernel_tuning import Stopwatch
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 
 CAT, DOG = random_image(130, 70), random_image(60, 60, 1)
 ASKED = ("the the the image the the image", [CAT])
 LENGTH, LAYERS = 32, TEXT["300m"]["num_hidden_layers"]
+KV_HEADS = TEXT["300m"]["num_key_value_heads"]
+ROWS = TEXT["300m"]["num_attention_heads"] // KV_HEADS
 CACHES = [None, 8, 4]
+
+
+class TurnsOfSeconds(Stopwatch):
+    """Passes, which are not run, take these seconds in turn."""
+
+    def __init__(self, costs):
+        turns = itertools.cycle(costs)
+        super().__init__(run=lambda attend, q: None)
+        object.__setattr__(self, "seconds", lambda attend, q: next(turns))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +147,10 @@ def test_the_cache_takes_the_layout_that_was_measured_to_be_faster(vlm, by_kerne
     start, forms = plain.usage.prompt_tokens + 4, []
 
     def ask():
-        write_thresholds([KernelThreshold("flash_decode", 8, 64, 2, start)])
+        variant = FlashVariant(
+            vlm.model.language_model.model.norm.weight.dtype, 8, 64, 64, ROWS, kv_heads=KV_HEADS
+        )
+        add_speedups([KernelSpeedup(variant.registry_key, start, 1.5)])
         chat = vlm.conversation(**settings)
         pieces = chat.stream(*ASKED)
         ids = []
@@ -143,6 +164,27 @@ def test_the_cache_takes_the_layout_that_was_measured_to_be_faster(vlm, by_kerne
     assert forms[0] is QuantizedKVCache
     assert forms[-1] is SegmentedKVCache
     assert 2 * LAYERS < launched["flash_rows"] < 2 * LAYERS * 10  # the prompt, and the tail
+
+
+@pytest.mark.parametrize("bits", CACHES)
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_kernels_turn_themselves_on_where_they_are_faster(
+    vlm, by_kernels, monkeypatch, bits, ratio
+):
+    """The first prompt measures; what follows is decoded by what was faster, with equal tokens."""
+    settings = {"max_tokens": 12, "kv_bits": bits}
+    plain = vlm.ask(*ASKED, **settings)
+    monkeypatch.setattr(kernel_tuning, "MIN_TOKENS", 16)
+    monkeypatch.setattr(kernel_tuning, "Stopwatch", partial(TurnsOfSeconds, (1.0, ratio)))
+    found, launched = by_kernels(lambda: vlm.ask(*ASKED, **settings), setting="on")
+    assert found.token_ids == plain.token_ids
+    decoded = launched["flash_rows"] - len(SELF_TEST_RUNS)
+    assert (decoded >= LAYERS * 11) == (ratio > 1)
+    assert (decoded == 0) == (ratio < 1)
+    assert found.usage.kernel_speedup == ratio
+    assert plain.usage.kernel_speedup == 0
+    whose = "our kernel" if ratio > 1 else "MLX"
+    assert f"attention by {whose} ({ratio:.2f}x with our kernel)" in format_stats(found)
 
 
 @pytest.mark.parametrize("setting", ["on", "off"])

@@ -211,7 +211,8 @@ def test_an_unwritable_folder_stops_nothing(emulated, lines, a_mac, monkeypatch)
     with emulated(**FAST):
         assert self_test.is_usable(SMALL)
     assert lines == []
-    assert not registry.write_thresholds([])
+    assert not registry.add_speedups(faster_from(100))
+    assert registry.is_faster(SMALL.registry_key, 100)  # as long as this process lives
 
 
 def test_run_self_tests_repeats_all_and_reports_nothing(emulated, lines):
@@ -241,30 +242,30 @@ def test_every_published_size_has_variants():
     assert all(getattr(variant, "is_supported", True) for variant in all_variants())
 
 
-CASE = registry.KernelThreshold("flash_decode", 4, 32, 3, 100)
+def faster_from(tokens, ratio=2.0):
+    return [registry.KernelSpeedup(SMALL.registry_key, tokens, ratio)]
 
 
 def test_a_kernel_is_used_only_where_measured_to_be_faster(emulated, lines):
     with emulated(**FAST):
         assert not should_use_kernel(SMALL, 5000)
-        assert registry.write_thresholds([CASE])
-        assert [should_use_kernel(SMALL, tokens) for tokens in (99, 100, 5000)] == [
-            False,
-            True,
-            True,
-        ]
-        assert prefers_row_layout(NEW.layout, 3, 100)
-        assert not prefers_row_layout(NEW.layout, 7, 100)
-        registry.write_thresholds([registry.KernelThreshold("flash_decode", 4, 32, 3, None)])
+        assert registry.add_speedups(faster_from(100))
+        used = [should_use_kernel(SMALL, tokens) for tokens in (99, 100, 5000)]
+        assert used == [False, True, True]
+        assert prefers_row_layout(NEW.layout, 3, 1, 100)
+        assert not prefers_row_layout(NEW.layout, 7, 1, 100)
+        assert not prefers_row_layout(NEW.layout, 3, 2, 100)  # of other key-value heads
+        assert not should_use_kernel(SMALL.with_draft(2), 100)
+        registry.add_speedups(faster_from(100, ratio=1.04))
         assert not should_use_kernel(SMALL, 5000)
-        assert not registry.read_thresholds()  # nothing pays: a token costs no look
+        assert not registry.faster_cases()  # nothing is faster: a token costs no look
 
 
 def test_the_mode_disables_kernels_or_forces_them(emulated, lines, monkeypatch):
     with emulated(**FAST) as metal:
         monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
         assert should_use_kernel(SMALL, 1)
-        registry.write_thresholds([CASE])
+        registry.add_speedups(faster_from(100))
         monkeypatch.setenv(dispatch.MODE_VARIABLE, "off")
         tried = len(metal.dispatches)
         assert not should_use_kernel(SMALL, 5000)

@@ -1,55 +1,55 @@
-"""Thresholds follow from measured times; without Metal, MLX's operations are measured."""
+"""Speedups follow from measured times; without Metal, MLX's operations are measured."""
 
 import pytest
 
-from internvl3_mlx.metal_kernels import dispatch
+from internvl3_mlx.metal_kernels import dispatch, registry
 from internvl3_mlx.metal_kernels.cost_model import PUBLISHED_SHAPES
-from internvl3_mlx.metal_kernels.registry import KernelThreshold
+from internvl3_mlx.models import kernel_tuning
 from internvl3_mlx.profiling import kernels, timing
 from internvl3_mlx.profiling.kernels import (
     METAL_MISSING,
     AttentionTrial,
     attention_trials,
-    faster_from,
-    kernel_thresholds,
+    kernel_speedups,
     measure_attention,
 )
 from internvl3_mlx.profiling.results import Measurement
 
-SHAPE = ("1b", 14, 2, 64)
 
-
-def figures(*times):
-    """Give (context, ours, theirs) as figures."""
-    return [Measurement("kernels", "a", n, ours, 1, 1, theirs) for n, ours, theirs in times]
+def figure(context, ours, theirs):
+    return Measurement("kernels", "a", context, ours, 1, 1, theirs)
 
 
 @pytest.mark.parametrize(
-    ("times", "start"),
+    ("ratios", "start"),
     [
-        ([(1, 1.0, 2.0), (2, 1.0, 2.0)], 1),
-        ([(1, 2.0, 1.0), (2, 1.0, 2.0), (4, 1.0, 2.0)], 2),
-        ([(4, 1.0, 2.0), (1, 1.0, 2.0), (2, 2.0, 1.0)], 4),  # in any order; 1 was luck
-        ([(1, 1.0, 2.0), (2, 1.0, 1.04)], None),  # less than can be reported from chance
-        ([(1, None, 2.0)], None),
-        ([], None),
+        ({1: 2.0, 2: 2.0}, 1),
+        ({1: 0.5, 2: 2.0, 4: 2.0}, 2),
+        ({4: 2.0, 1: 2.0, 2: 0.5}, 4),  # in any order; 1 was luck
+        ({1: 2.0, 2: 1.04}, None),  # less than can be told from chance
+        ({1: 0.0}, None),
+        ({}, None),
     ],
 )
-def test_a_threshold_is_where_the_kernel_stays_faster(times, start):
-    assert faster_from(figures(*times)) == start
+def test_a_kernel_is_used_from_where_it_stays_faster(ratios, start):
+    assert registry.faster_from(ratios) == start
 
 
-def test_thresholds_are_for_single_tokens():
-    wins = figures((1, 1.0, 2.0))
-    found = {
-        AttentionTrial(*SHAPE, 8): wins,
-        AttentionTrial(*SHAPE, 4): [],
-        AttentionTrial(*SHAPE, 8, length=8): wins,
-    }
-    assert kernel_thresholds(found) == [
-        KernelThreshold("flash_decode", 8, 64, 7, 1),
-        KernelThreshold("flash_decode", 4, 64, 7, None),
+def test_speedups_are_told_apart_by_the_whole_variant(monkeypatch):
+    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+    both, alone = figure(1, 1.0, 2.0), figure(2, None, 2.0)
+    trials = [
+        AttentionTrial("1b", heads, kv_heads, 64, bits, length)
+        for heads, kv_heads in ((14, 2), (7, 1))
+        for bits in (16, 8)
+        for length in (1, 8)
     ]
+    found = kernel_speedups({trial: [both, alone] for trial in trials})
+    assert {(one.tokens, one.ratio) for one in found} == {(1, 2.0)}
+    assert len({one.key for one in found}) == len(trials)
+    assert found[0].key == (
+        "flash_decode 16 bits, head_dim 64, 7 rows, bfloat16, 2 key-value heads"
+    )
 
 
 def test_every_published_shape_is_measured_with_every_cache():
@@ -67,6 +67,7 @@ def test_without_metal_mlx_alone_is_measured(monkeypatch, bits, length):
     monkeypatch.setattr(timing, "MIN_RUN_SECONDS", 0.0)
     monkeypatch.setattr(dispatch, "metal_available", lambda: False)
     monkeypatch.setattr(kernels, "on_gpu", lambda: False)
+    monkeypatch.setattr(kernel_tuning, "MAX_LAYERS", 3)
     trial = AttentionTrial("odd", 6, 2, 64, bits, length)
     figure = measure_attention(trial, 37, runs=1)
     assert (figure.seconds, figure.why) == (None, METAL_MISSING)
