@@ -8,7 +8,7 @@ from internvl3_mlx.adapters.adapter_files import ADAPTER_CONFIG
 from internvl3_mlx.checkpoints.reader import weight_files
 from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.config.foreign import describe_names
-from internvl3_mlx.config.published import PUBLISHED_SIZES
+from internvl3_mlx.config.published import PUBLISHED_SIZES, find_model_name
 from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.disk import find_free_space
 from internvl3_mlx.errors import CheckpointError, DownloadError, UserError
@@ -132,7 +132,7 @@ def check_fits(remote: RepoInfo, *, quantized: bool) -> None:
     if need > limit:
         raise UserError(
             f"{remote.repo} needs about {need / GB:.0f} GB, "
-            f"this machine's GPU can use {limit / GB:.0f} GB; " + suggest_size(limit)
+            f"this machine's GPU can use {limit / GB:.0f} GB; " + suggest_size(limit, remote.repo)
         )
 
 
@@ -149,9 +149,12 @@ def check_free_disk(remote: RepoInfo, *, quantized: bool) -> None:
         )
 
 
-def suggest_size(limit: float) -> str:
-    """Suggest the largest size that fits when quantized."""
-    fitting = [size for size in PUBLISHED_SIZES.values() if size.quantized_bytes < limit]
+def suggest_size(limit: float, repo: str) -> str:
+    """Suggest the largest size of a repository's family that fits when quantized."""
+    asked = find_model_name(repo.rpartition("/")[2])
+    family = asked.family if asked else "3"
+    sizes = [size for size in PUBLISHED_SIZES.values() if size.family == family]
+    fitting = [size for size in sizes if size.quantized_bytes < limit]
     if not fitting:
         return "no published size fits this machine"
     largest = max(fitting, key=lambda size: size.quantized_bytes)

@@ -7,6 +7,7 @@ import pytest
 
 from internvl3_mlx.config.published import PUBLISHED_SIZES
 from internvl3_mlx.errors import CheckpointError, UserError
+from internvl3_mlx.loading.hub import suggest_size
 from internvl3_mlx.loading.resolve import DEMO_FOLDER, resolve_model
 
 
@@ -154,3 +155,9 @@ def test_estimates_grow_with_the_sizes():
         assert estimates == sorted(estimates)
         assert len(sizes) > 6
     assert all(size.quantized_bytes < size.dense_bytes for size in PUBLISHED_SIZES.values())
+
+
+def test_the_size_that_fits_is_of_the_family_that_was_asked_for():
+    assert "--model 14b (" in suggest_size(18e9, "OpenGVLab/InternVL3-78B")
+    assert "--model 3.5-20b-a4b (" in suggest_size(18e9, "OpenGVLab/InternVL3_5-38B-MPO")
+    assert suggest_size(1e8, "lab/other") == "no published size fits this machine"
