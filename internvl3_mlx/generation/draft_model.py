@@ -1,6 +1,6 @@
 """A smaller model that drafts, with a prompt cache of its own that lives as long as the other's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -45,13 +45,14 @@ class DraftReader(Protocol):
 class DraftModel:
     """Drafts with a smaller model; nothing waits for the drafted tokens.
 
+    open_reader: lets the model read the prompt, at the first draft; often there is none.
     cost: of a drafted token, in steps of the model that verifies; decoding is bound by the bytes of
     the weights that are read. prompt_length: tokens of the prompt that is verified. num_right:
     tokens of prompt and answer that the reader has read, all of them right. num_unsure: drafted
     tokens that it has read since.
     """
 
-    reader: DraftReader
+    open_reader: Callable[[], DraftReader]
     config: GenerationConfig
     prompt_length: int
     cost: float
@@ -59,6 +60,7 @@ class DraftModel:
     num_unsure: int = 0
     sampler: Sampler = field(init=False)
     keys: mx.array = field(init=False)
+    opened: DraftReader | None = None
 
     def __post_init__(self) -> None:
         self.num_right = self.prompt_length
@@ -66,6 +68,13 @@ class DraftModel:
         self.sampler = Sampler((replace(params, repetition_penalty=1.0),))
         # not the keys of the answer: acceptance must not depend on what was drawn
         self.keys = mx.random.split(mx.random.key(choose_seed(self.config)), 3)[2:]
+
+    @property
+    def reader(self) -> DraftReader:
+        """The model after the prompt."""
+        if self.opened is None:
+            self.opened = self.open_reader()
+        return self.opened
 
     def can_propose(self, ids: Sequence[int]) -> bool:
         return True
@@ -98,7 +107,8 @@ class DraftModel:
 
     def close(self, ids: Sequence[int]) -> None:
         """Leave only accepted tokens in the prompt cache."""
-        self.reader.close(ids[self.prompt_length : self.num_right])
+        if self.opened is not None:
+            self.opened.close(ids[self.prompt_length : self.num_right])
 
 
 @dataclass(eq=False)

@@ -185,7 +185,7 @@ class ModelRunner:
         cache: PromptCache,
     ) -> DraftModel:
         """Let a smaller size of the family read the prompt and draft."""
-        reader = FamilyReader.open(small.model, inputs, generation_config, cache)
+        reader = partial(FamilyReader.open, small.model, inputs, generation_config, cache)
         cost = draft_cost(small.model.language_model, self.model.language_model)
         return DraftModel(reader, generation_config, len(inputs.token_ids), cost)
 
@@ -197,7 +197,7 @@ class ModelRunner:
         cache: PromptCache,
     ) -> DraftModel:
         """Let a text model read the prompt without its images and draft."""
-        reader = TextReader.open(draft, self.tokenizer, inputs.token_ids, cache.text_draft)
+        reader = partial(TextReader.open, draft, self.tokenizer, inputs.token_ids, cache.text_draft)
         cost = draft_cost(draft.model, self.model.language_model)
         return DraftModel(reader, generation_config, len(inputs.token_ids), cost)
 

@@ -9,6 +9,7 @@ from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.generation.draft_length import DraftLength
+from internvl3_mlx.generation.draft_model import FamilyReader
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prompt_lookup import MATCH_LENGTHS, PromptLookup
 from internvl3_mlx.generation.runner import final_answer
@@ -307,6 +308,7 @@ def test_right_drafts_grow_and_wrong_ones_pause():
 
 def test_a_draft_that_costs_as_much_as_the_answer_is_never_asked_for(vlm, twin, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(FamilyReader, "open", lambda *_: pytest.fail("it reads the prompt"))
     answer = vlm.ask("What is it?", [CAT], draft_model=twin, max_tokens=12)
     assert answer.usage.drafted_tokens == 0
     assert DraftLength(4, cost=0.5, accepted=9.0, tried=10.0).count > 0
