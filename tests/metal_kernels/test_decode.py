@@ -83,6 +83,7 @@ def test_an_answer_is_the_same_to_the_token(vlm, by_kernels, bits, delta):
     assert launched.get("kv_append", 0) == (0 if bits is None else each + len(SELF_TEST_SHAPES))
 
 
+@pytest.mark.usefixtures("cheap_drafts")
 @pytest.mark.parametrize(("bits", "delta"), [(None, "1/16"), (8, 1), (4, "1/16")])
 @pytest.mark.parametrize("name", ["twin", "stranger"])
 def test_drafts_are_verified_by_the_kernels(vlm, request, by_kernels, bits, delta, name):
