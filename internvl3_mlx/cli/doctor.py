@@ -28,8 +28,7 @@ STDOUT = "-"
     cls=SectionedCommand,
     short_help="Run self-checks and print a report for bug reports.",
     examples=(
-        ("internvl3 doctor", "check this machine"),
-        ("internvl3 doctor --numbers", "and measure what its arithmetic gives"),
+        ("internvl3 doctor --numbers", "check this machine, and measure what its arithmetic gives"),
         ("internvl3 doctor --retry", "also test kernels again that ended the process"),
         ("internvl3 doctor --report report.md", "everything, with speed, to paste into an issue"),
     ),

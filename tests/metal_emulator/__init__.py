@@ -15,8 +15,8 @@ While the context lasts ``mx.fast.metal_kernel`` makes kernels that run here. Ea
   bounds or misaligned, a write to an input, a race, unset memory, an output left unwritten, threads
   that part at a barrier or at a simdgroup operation, a shuffle from an inactive lane, a matrix
   operation without all 32 lanes, and for what exceeds Metal's limits;
-- leaves a ``Dispatch`` in ``metal.dispatches``: bytes read and written by buffer, lines of the GPU's
-  cache that the loads of simdgroups touch, and the findings.
+- leaves a ``Dispatch`` in ``metal.dispatches``: bytes read and written by buffer, lines of the
+  GPU's cache that the loads of simdgroups touch, and the findings.
 
 With ``counted=True`` nothing is watched, and the arithmetic that threads do is counted.
 
