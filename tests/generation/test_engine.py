@@ -8,6 +8,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import PromptError, UserError, load
+from internvl3_mlx.models.cache_kind import CacheKind
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 QUESTION = "Which is larger?"
@@ -55,12 +56,16 @@ def test_eight_bits_of_cache_answer_as_sixteen_do(vlm):
 
 def test_the_cache_is_packed_from_the_token_that_was_named(vlm, monkeypatch):
     packed_at = []
-    original = QuantizedKVCache.update_and_fetch
-    monkeypatch.setattr(
-        QuantizedKVCache,
-        "update_and_fetch",
-        lambda self, keys, values: packed_at.append(keys.shape[2]) or original(self, keys, values),
-    )
+    original = CacheKind.adopt
+
+    def adopt(kind, cache):
+        adopted = original(kind, cache)
+        if adopted is not cache:
+            assert isinstance(adopted, QuantizedKVCache)
+            packed_at.append(adopted.offset)
+        return adopted
+
+    monkeypatch.setattr(CacheKind, "adopt", adopt)
     prompt = len(vlm.prepare_inputs(QUESTION).token_ids)
     settings = {"max_tokens": 6, "kv_bits": 8, "kv_group_size": 32}
     vlm.ask(QUESTION, quantized_kv_start=prompt + 2, **settings)

@@ -44,8 +44,14 @@ def read(vlm, inputs, **options):
     return open_prefill(vlm.model, inputs, config, PromptCache())
 
 
-@pytest.mark.parametrize("images", [[WIDE], [TALL, WIDE]])
-def test_decisions_tokens_and_logits_equal_torch(vlm, theirs, images):
+@pytest.mark.parametrize(
+    ("style", "images"),
+    [("300m", [WIDE]), ("300m", [TALL, WIDE]), ("qwen3", [TALL, WIDE])],
+    ids=["one", "two", "qwen3"],
+)
+def test_decisions_tokens_and_logits_equal_torch(style, images):
+    checkpoint = flash_checkpoint(style=style)
+    vlm, theirs = load(str(checkpoint.folder)), FlashInternVL(checkpoint)
     inputs = vlm.prepare_inputs("What?", images)
     pixels = pixels_of(inputs)
     decided = theirs.decide(pixels).tolist()
