@@ -357,9 +357,11 @@ def kv_quantization_for(config: GenerationConfig, head_dim: int) -> KVQuantizati
         return None
     group_size = min(config.kv_group_size, head_dim)
     if head_dim % group_size or group_size not in KV_GROUP_SIZES:
+        fitting = [f"{size}" for size in KV_GROUP_SIZES if head_dim % size == 0]
+        advice = f"try {' or '.join(fitting)}, or drop kv_bits" if fitting else "drop kv_bits"
         raise UserError(
             f"kv_group_size {config.kv_group_size} does not divide this model's heads of "
-            f"{head_dim}; try {head_dim & -head_dim}, or drop kv_bits"
+            f"{head_dim}; {advice}"
         )
     return KVQuantization(config.kv_bits, group_size, config.quantized_kv_start)
 

@@ -8,6 +8,8 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import PromptError, UserError, load
+from internvl3_mlx.generation.engine import kv_quantization_for
+from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.models.cache_kind import CacheKind
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
@@ -153,3 +155,15 @@ def test_past_turns_take_their_pictures_first(vlm):
     assert text.index("What is it?") < text.index("A cat.") < text.index("And this?")
     with pytest.raises(PromptError, match="history has more images than were given"):
         vlm.prepare_inputs("And this?", [], history=history)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group_size", "advice"),
+    [(96, 64, "try 32, or drop kv_bits"), (48, 64, "heads of 48; drop kv_bits")],
+)
+def test_a_group_that_does_not_divide_a_head_is_refused_with_one_that_does(
+    head_dim, group_size, advice
+):
+    config = GenerationConfig(kv_bits=8, kv_group_size=group_size)
+    with pytest.raises(UserError, match=advice):
+        kv_quantization_for(config, head_dim)
