@@ -9,7 +9,6 @@ import click
 from internvl3_mlx.cli import console, doctor_report, options, progress, system_info
 from internvl3_mlx.cli.doctor_report import without_private
 from internvl3_mlx.cli.flags import SectionedCommand, flag
-from internvl3_mlx.device import macos_version
 from internvl3_mlx.errors import UserError
 
 FAILED = 1
@@ -108,6 +107,7 @@ def collect(name: str, checks: Iterator[dict[str, str]], *, quiet: bool) -> list
 
 def describe_machine() -> dict[str, Any]:
     """Return versions, device, and the state of the kernels."""
+    from internvl3_mlx.device import macos_version
     from internvl3_mlx.generation import compiled_step
     from internvl3_mlx.metal_kernels import dispatch, registry
 

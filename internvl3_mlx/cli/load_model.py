@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.system_info import report_kernel_fallbacks
-from internvl3_mlx.config.decoders import FAMILIES
 
 if TYPE_CHECKING:
     from internvl3_mlx import VLM
@@ -26,6 +25,7 @@ def load_vlm(
     v2pe_delta: that of the questions to come, for a note where the model was trained without.
     """
     from internvl3_mlx import load
+    from internvl3_mlx.config.decoders import FAMILIES
 
     report_kernel_fallbacks(quiet=quiet)
     model = load_options.get("model", "the model")

@@ -74,7 +74,7 @@ CALLS = {
     "spinner": show_spinner,
 }
 # these return text that the functions above show
-RETURNING = {"columns_of", "wrap_words"}
+RETURNING = {"columns_of", "wrap_words", "describe_kernel"}
 # these write only numbers or an image of ours, or nothing
 EXEMPT = {
     "end_line", "format_count", "format_size", "format_stats", "is_interactive", "print_stats",

@@ -75,14 +75,14 @@ def test_numbers_that_overflow_give_an_error_instead_of_an_answer(path, value):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_numbers_that_stop_being_finite_end_the_answer_there(monkeypatch, temperature):
     vlm = load(str(tiny(Recipe()).folder))
-    steps, real = [], Engine.step
+    steps, real = [], Engine.plain_step
 
     def step(engine, token):
         steps.append(token)
         logits = real(engine, token)
         return logits + mx.array(math.nan) if len(steps) == 3 else logits
 
-    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(Engine, "plain_step", step)
     arrived = []
     chunks = vlm.stream("Go on.", max_tokens=9, temperature=temperature, seed=1)
     with pytest.raises(NumericError):

@@ -167,6 +167,7 @@ def test_a_missing_file_is_reported(tmp_path):
 def test_a_written_configuration_reads_back_as_itself(tmp_path, method):
     changes = {
         "mpo": {"cache_reference": True},
+        "dpo": {"cache_reference": True},
         "kto": {"train": "lora", "beta": 0.2},
         "grpo": {"reward": "exact"},
     }
