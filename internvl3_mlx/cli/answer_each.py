@@ -23,7 +23,6 @@ from internvl3_mlx.cli.generate_request import (
 from internvl3_mlx.cli.input_line import media_notes, media_source, read_media
 from internvl3_mlx.cli.load_model import load_vlm
 from internvl3_mlx.errors import InternVL3Error
-from internvl3_mlx.prefetch import map_ahead
 
 if TYPE_CHECKING:
     from internvl3_mlx import VLM, Answer, ModelInputs
@@ -78,6 +77,8 @@ class EachAnswer:
 
     def sources(self) -> Iterator[Source]:
         """Read all sources. The model is loaded when the first one was readable."""
+        from internvl3_mlx.prefetch import map_ahead
+
         names = iter(self.request.sources)
         for name in names:
             pages = attempt(partial(self.read, name))
