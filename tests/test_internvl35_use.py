@@ -109,10 +109,12 @@ def test_a_fine_tune_of_unknown_names_is_asked_by_its_own_chat_template(tmp_path
 def test_v2pe_is_allowed_and_noted_where_a_model_was_trained_without(tmp_path, style, noted):
     random_image(60, 40).save(tmp_path / "a.png")
     folder = str(tiny(Recipe(style=style)).folder)
-    options = ["--model", folder, "-p", "Hi", str(tmp_path / "a.png"), "--max-tokens", "2"]
-    result = CliRunner().invoke(main, ["generate", *options, "--v2pe-delta", "1/4"])
-    assert result.exit_code == 0, result.output
-    assert ("trained without V2PE" in result.stderr) is noted
+    options = ["--model", folder, str(tmp_path / "a.png"), "--max-tokens", "2"]
+    options += ["--v2pe-delta", "1/4"]
+    for command in (["generate", *options, "-p", "Hi"], ["chat", *options, "--no-history"]):
+        result = CliRunner().invoke(main, command, input="Hi\n")
+        assert result.exit_code == 0, result.output
+        assert ("trained without V2PE" in result.stderr) is noted
 
 
 def test_a_model_of_another_family_is_refused_before_its_weights(tmp_path, monkeypatch):

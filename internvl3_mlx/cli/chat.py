@@ -121,7 +121,7 @@ def chat_command(
     if past is not None and not is_given("model"):
         given = {name: value for name, value in load_options.items() if is_given(name)}
         load_options = {**given, **past.start.get("load", {})}
-    vlm = load_chat_model(load_options, generation_options.get("draft_model"), quiet=quiet)
+    vlm = load_chat_model(load_options, generation_options, quiet=quiet)
     encoder = choose_thumbnail_encoder(os.environ, wanted=preview)
     session = ChatSession(
         vlm.conversation(**generation_options),
@@ -180,14 +180,18 @@ def check_sources_exist(media: list[MediaSource]) -> None:
             locate(item.source)
 
 
-def load_chat_model(load_options: dict[str, Any], draft: str | None, *, quiet: bool) -> "VLM":
+def load_chat_model(
+    load_options: dict[str, Any], generation_options: dict[str, Any], *, quiet: bool
+) -> "VLM":
     """Load the model, and its draft model now rather than at the first question."""
+    draft = generation_options.get("draft_model")
 
     def load_draft(vlm: "VLM") -> None:
         if draft is not None:
             vlm.load_draft_model(draft)
 
-    return load_vlm(load_options, quiet=quiet, prepare=load_draft)
+    delta = generation_options.get("v2pe_delta", 1)
+    return load_vlm(load_options, quiet=quiet, prepare=load_draft, v2pe_delta=delta)
 
 
 def run_chat(session: ChatSession, *, keep_lines: bool = False) -> None:
