@@ -28,6 +28,10 @@ class StaticRagged(RaggedKVCache, StaticContext):
         groups = cast(Sequence[StaticSingle | StaticPadded], self.batch.groups)
         return [array for group in groups for array in group.buffers(self.layer)]
 
+    @property
+    def single(self) -> None:
+        """No cache: inside a step also a sequence that is alone takes rotated keys."""
+
 
 class StaticSingle(SingleGroup):
     """One sequence inside a step. contexts: of its layers."""
