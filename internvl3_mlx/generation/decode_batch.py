@@ -178,7 +178,10 @@ class DecodeBatch(Generic[AnswerT]):
         text = self.model.config.text
         longest = max((length or 0 for length in lengths), default=0)
         uses_ntk = longest > text.max_position_embeddings and text.rope_dynamic_factor is not None
-        if uses_ntk or not self.runner.is_due(len(positions)):
+        # a window counts from the end of a shared prompt, whose length is no number in a trace
+        slides = bool(text.windows or text.sinks)
+        slides_on_prefix = slides and any(group.has_prefix for group in self.batch.groups)
+        if uses_ntk or slides_on_prefix or not self.runner.is_due(len(positions)):
             return None
         caches = StaticBatch.prepare(self.batch)
         if caches is None or not self.runner.is_steady(caches.layout):

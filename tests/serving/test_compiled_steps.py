@@ -33,3 +33,26 @@ def test_answers_are_as_without(monkeypatch, style, together):
             found.append([reply.token_ids for reply in ask_all(engine, asked[:together])])
         assert any(compiled) == (mode == "on")
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("style", "compiles"), [("300m", True), ("gpt_oss", False)])
+def test_several_answers_to_one_prompt_are_as_without(monkeypatch, style, compiles):
+    vlm, found, compiled = load(str(tiny(Recipe(style=style)).folder)), [], []
+    step = DecodeBatch.compiled_step
+
+    def recorded(*arguments):
+        logits = step(*arguments)
+        compiled.append(logits is not None)
+        return logits
+
+    monkeypatch.setattr(DecodeBatch, "compiled_step", recorded)
+    for mode in ("off", "on"):
+        monkeypatch.setenv(MODE_VARIABLE, mode)
+        compiled.clear()
+        asked = question(LONG, "Why?", n=3, max_tokens=9, temperature=1.0, seed=2)
+        with running_engine(vlm) as engine:
+            [reply] = ask_all(engine, [asked])
+        found.append([reply.ids_of(index) for index in range(3)])
+    assert all(found[0])
+    assert found[0] == found[1]
+    assert any(compiled) is compiles
