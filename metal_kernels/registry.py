@@ -146,6 +146,6 @@ def add_speedups(found: Iterable[KernelSpeedup]) -> bool:
 
 
 def forget_speedups() -> None:
-    """Read the file anew at the next question."""
+    """Make the next lookup read the file again."""
     read_speedups.cache_clear()
     faster_cases.cache_clear()

@@ -304,7 +304,7 @@ class Conversation:
         """Tell whether ids may represent an answer in the history.
 
         They may not where a stop string cut the text, nor where the model generated image tokens.
-        Those of GPT-OSS may hold a thought; the template writes its answers anew.
+        Those of GPT-OSS may hold a thought; the template rewrites its answers.
         """
         tokenizer = self.runner.tokenizer
         if tokenizer.is_harmony:

@@ -178,7 +178,7 @@ class DecodeBatch(Generic[AnswerT]):
         text = self.model.config.text
         longest = max((length or 0 for length in lengths), default=0)
         uses_ntk = longest > text.max_position_embeddings and text.rope_dynamic_factor is not None
-        # a window counts from the end of a shared prompt, whose length is no number in a trace
+        # windows need the length of a shared prompt as a number; inside a trace it is an array
         slides = bool(text.windows or text.sinks)
         slides_on_prefix = slides and any(group.has_prefix for group in self.batch.groups)
         if uses_ntk or slides_on_prefix or not self.runner.is_due(len(positions)):

@@ -16,7 +16,7 @@ from internvl3_mlx.models.attention import (
     causal_attention,
     quantized_attention,
 )
-from internvl3_mlx.models.cache import KVCache, LayerCache, grow, pad_to_bucket
+from internvl3_mlx.models.cache import LayerCache, grow, pad_to_bucket
 from internvl3_mlx.models.kv_segment import QuantizedFormat
 
 
@@ -37,15 +37,6 @@ class QuantizedKVCache(LayerCache):
         self.offset, self.capacity = 0, capacity
         self.keys: list[mx.array] = []
         self.values: list[mx.array] = []
-
-    @classmethod
-    def from_dense(cls, cache: KVCache, bits: int, group_size: int) -> "QuantizedKVCache":
-        """Quantize what a dense cache holds."""
-        quantized = cls(bits, group_size, cache.capacity)
-        if cache.state:
-            keys, values = cache.state
-            quantized.update_and_fetch(keys, values)
-        return quantized
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array

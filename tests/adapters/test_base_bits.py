@@ -1,4 +1,4 @@
-"""An adapter says over which bits it was trained, and loading it over others is told."""
+"""An adapter records the bits of its base, and loading it over other bits prints a note."""
 
 import json
 

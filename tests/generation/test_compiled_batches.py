@@ -1,6 +1,7 @@
 """Batches, samples and quantized caches give by compiled steps what they give without."""
 
 import pytest
+from fixtures.compiled_steps import record_compiled_steps
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
@@ -31,19 +32,7 @@ def vlm():
 @pytest.fixture
 def compiled_calls(monkeypatch):
     """List for every step whether it was compiled."""
-    calls = []
-    for owner in (Engine, DecodeBatch):
-        monkeypatch.setattr(owner, "compiled_step", counted(owner.compiled_step, calls))
-    return calls
-
-
-def counted(step, calls):
-    def call(*arguments):
-        found = step(*arguments)
-        calls.append(found is not None)
-        return found
-
-    return call
+    return record_compiled_steps(monkeypatch, Engine, DecodeBatch)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,6 +9,8 @@ from fixtures.tolerances import OPERATION_TOLERANCE, TOLERANCE
 
 from internvl3_mlx.models.attention import ALL_ROWS, causal_attention
 from internvl3_mlx.models.cache import GROWTH_STEP, KVCache, LayerCache
+from internvl3_mlx.models.cache_kind import CacheKind
+from internvl3_mlx.models.kv_segment import QuantizedFormat
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 64
@@ -83,7 +85,7 @@ def test_quantized_attention_equals_attention_to_the_dequantized_cache(bits, len
 def test_quantizing_a_filled_cache_preserves_its_tokens_and_offset():
     cache = KVCache(10)
     cache.update_and_fetch(rows(7), rows(7, seed=1))
-    packed = QuantizedKVCache.from_dense(cache, 8, 64)
+    packed = CacheKind(QuantizedFormat(8, 64)).adopt(cache)
     assert packed.offset == 7
     weights = tuple(part[..., :7, :] for part in packed.keys)
     assert relative_error(np.array(packed.dequantize(weights)), np.array(rows(7))) < 0.01

@@ -9,6 +9,8 @@ from fixtures.tolerances import TOLERANCE, requantized_tolerance
 
 from internvl3_mlx.models.attention import LAST_ROW
 from internvl3_mlx.models.cache import KVCache
+from internvl3_mlx.models.cache_kind import CacheKind
+from internvl3_mlx.models.kv_segment import QuantizedFormat
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
 
 STYLES = ["300m", "6b", "9b"]
@@ -122,7 +124,7 @@ def test_a_dense_cache_can_be_quantized_midway():
     rounded = [RoundTripCache(8) for _ in dense]
     for source, target in zip(dense, rounded, strict=True):
         target.update_and_fetch(*(x[..., :6, :] for x in source.state))
-    packed = [QuantizedKVCache.from_dense(layer, 8, 32) for layer in dense]
+    packed = [CacheKind(QuantizedFormat(8, 32)).adopt(layer) for layer in dense]
     assert [layer.offset for layer in packed] == [6, 6, 6]
     ours, theirs = (numbers(model(rest, None, 6, cache)) for cache in (packed, rounded))
     assert relative_error(ours, theirs) < requantized_tolerance(8)

@@ -1,6 +1,7 @@
 """The server's steps are compiled too: one answer alone, and several of other lengths."""
 
 import pytest
+from fixtures.compiled_steps import record_compiled_steps
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.serving import ask_all, question, running_engine
@@ -16,15 +17,8 @@ LONG = random_image(170, 60, 1)
 @pytest.mark.parametrize("style", ["300m", "gpt_oss"])
 @pytest.mark.parametrize("together", [1, 3], ids=["alone", "three"])
 def test_answers_are_as_without(monkeypatch, style, together):
-    vlm, found, compiled = load(str(tiny(Recipe(style=style)).folder)), [], []
-    step = DecodeBatch.compiled_step
-
-    def recorded(*arguments):
-        logits = step(*arguments)
-        compiled.append(logits is not None)
-        return logits
-
-    monkeypatch.setattr(DecodeBatch, "compiled_step", recorded)
+    vlm, found = load(str(tiny(Recipe(style=style)).folder)), []
+    compiled = record_compiled_steps(monkeypatch, DecodeBatch)
     asked = [question("Hi", max_tokens=12), question(LONG, "Why?", max_tokens=9), question("No")]
     for mode in ("off", "on"):
         monkeypatch.setenv(MODE_VARIABLE, mode)
@@ -37,15 +31,8 @@ def test_answers_are_as_without(monkeypatch, style, together):
 
 @pytest.mark.parametrize(("style", "compiles"), [("300m", True), ("gpt_oss", False)])
 def test_several_answers_to_one_prompt_are_as_without(monkeypatch, style, compiles):
-    vlm, found, compiled = load(str(tiny(Recipe(style=style)).folder)), [], []
-    step = DecodeBatch.compiled_step
-
-    def recorded(*arguments):
-        logits = step(*arguments)
-        compiled.append(logits is not None)
-        return logits
-
-    monkeypatch.setattr(DecodeBatch, "compiled_step", recorded)
+    vlm, found = load(str(tiny(Recipe(style=style)).folder)), []
+    compiled = record_compiled_steps(monkeypatch, DecodeBatch)
     for mode in ("off", "on"):
         monkeypatch.setenv(MODE_VARIABLE, mode)
         compiled.clear()
