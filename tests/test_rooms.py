@@ -17,7 +17,7 @@ ORDER = (
     ("install_hint", "durable", "native_output", "demo", "prefetch"),
     ("errors",),
     ("write_guards", "user_paths"),
-    ("files", "json_files", "yaml_files", "device", "option_fields"),
+    ("files", "json_files", "yaml_files", "device", "option_fields", "distributed"),
     ("disk",),
     ("metrics", "records"),
     ("memory", "gpu_errors", "affine_quantize"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def run_train(request: TrainRequest) -> int:
     """Check the data, or train; return the exit code. Of several processes one shows the run."""
-    from internvl3_mlx.training.distributed import init_distributed
+    from internvl3_mlx.distributed.process_group import init_distributed
 
     if not init_distributed().is_main:
         request = replace(request, quiet=True, as_json=False)

@@ -8,13 +8,13 @@ from itertools import count, islice
 import mlx.core as mx
 
 from internvl3_mlx.disk import make_cache_folder
+from internvl3_mlx.distributed.process_group import ProcessGroup
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prefetch import prefetch
 from internvl3_mlx.training.batch import BadRecord, Batch
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.collate import BatchedDataset
-from internvl3_mlx.training.distributed import ProcessGroup
 from internvl3_mlx.training.feature_cache import CacheLimits, FeatureCache, FeatureStage
 from internvl3_mlx.training.grad_checkpoint import is_trainable
 from internvl3_mlx.training.objectives import Reference

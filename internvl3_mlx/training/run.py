@@ -6,13 +6,13 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from internvl3_mlx.distributed.process_group import ProcessGroup, init_distributed, watch_peers
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.answer_samples import sample_answers
 from internvl3_mlx.training.checkpoint import list_checkpoints
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_file import CONFIG_FILE, write_config_file
 from internvl3_mlx.training.cost_estimate import estimate_cost
-from internvl3_mlx.training.distributed import ProcessGroup, init_distributed, watch_peers
 from internvl3_mlx.training.events import (
     CheckpointSaved,
     DataChecked,
@@ -89,8 +89,8 @@ def train(
     notify: called with one line when something takes long, such as a download.
 
     Raises UserError for contradictory arguments or a folder in use, DataError for faulty data, and
-    TrainingError when the loss explodes too often or another process is lost; the last good state
-    is saved first.
+    TrainingError when the loss explodes too often, PeerError when another process is lost; the last
+    good state is saved first.
     """
     with watch_peers(init_distributed(), config.peer_timeout, notify) as ranks:
         session = yield from open_session(

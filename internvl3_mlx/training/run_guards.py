@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import mlx.core as mx
 
 from internvl3_mlx.device import gpu_memory_limit
+from internvl3_mlx.distributed.peer_watch import PeerError
 from internvl3_mlx.errors import GPUError, InternVL3Error
 from internvl3_mlx.files import is_disk_full
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors, is_out_of_memory
@@ -13,7 +14,6 @@ from internvl3_mlx.memory import MemoryNeed, working_memory
 from internvl3_mlx.training.cost_estimate import flags_for_less
 from internvl3_mlx.training.events import StopCause, UpdateDone
 from internvl3_mlx.training.loggers import GB
-from internvl3_mlx.training.peers import PeerError
 from internvl3_mlx.training.saving import SaveClock, disk_full_error, resume_advice, save_run
 from internvl3_mlx.training.session import TrainSession
 from internvl3_mlx.training.trainer import DivergedError

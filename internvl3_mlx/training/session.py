@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from internvl3_mlx.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.loading.fetch_adapter import fetch_adapter
@@ -35,7 +36,6 @@ from internvl3_mlx.training.dataloader import (
     open_reference_cache,
     tolerated_bad_records,
 )
-from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup
 from internvl3_mlx.training.evaluate import critic_ids
 from internvl3_mlx.training.events import TrainPlan
 from internvl3_mlx.training.forward import ForwardOptions

@@ -15,11 +15,11 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from internvl3_mlx.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from internvl3_mlx.errors import TrainingError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.training.batch import Batch
 from internvl3_mlx.training.config import TrainConfig
-from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup
 from internvl3_mlx.training.interrupts import deferred_interrupts
 from internvl3_mlx.training.loss_history import LossHistory
 from internvl3_mlx.training.objectives import Objective, ObjectiveState, Reference

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from fixtures.train_sessions import small_config, small_session, write_data
 
+from internvl3_mlx.distributed.process_group import SINGLE_PROCESS, ProcessGroup, init_distributed
 from internvl3_mlx.training.config_file import write_config_file
-from internvl3_mlx.training.distributed import SINGLE_PROCESS, ProcessGroup, init_distributed
 from internvl3_mlx.training.trainer import make_updates
 
 PATIENCE_S = 240
@@ -25,7 +25,7 @@ from pathlib import Path
 import mlx.core as mx
 from internvl3_mlx.training.checkpoint import save_checkpoint
 from internvl3_mlx.training.config_file import build_config
-from internvl3_mlx.training.distributed import init_distributed
+from internvl3_mlx.distributed.process_group import init_distributed
 from internvl3_mlx.training.evaluate import evaluate_loss
 from internvl3_mlx.training.session import open_train_session, resume_session
 from internvl3_mlx.training.setup import prepare_run

@@ -9,8 +9,8 @@ from fixtures.tiny import Bits, Recipe
 from fixtures.train_sessions import finish, select, small_session, small_setup, write_data
 
 from internvl3_mlx import load
+from internvl3_mlx.distributed.process_group import ProcessGroup
 from internvl3_mlx.errors import TrainingError, UserError
-from internvl3_mlx.training.distributed import ProcessGroup
 from internvl3_mlx.training.evaluate import evaluate_loss
 from internvl3_mlx.training.events import UpdateDone, ValidationDone
 from internvl3_mlx.training.run import run_session

@@ -13,11 +13,11 @@ import mlx.core as mx
 import pytest
 from fixtures.train_sessions import small_config, write_data
 
+from internvl3_mlx.distributed.heartbeat import Heartbeat, Peer, listen, new_token, ring_hosts
+from internvl3_mlx.distributed.peer_watch import PeerError, PeerWatch
+from internvl3_mlx.distributed.process_group import ProcessGroup
 from internvl3_mlx.training.checkpoint import checkpoint_update, list_checkpoints
 from internvl3_mlx.training.config_file import write_config_file
-from internvl3_mlx.training.distributed import ProcessGroup
-from internvl3_mlx.training.heartbeat import Heartbeat, Peer, listen, new_token, ring_hosts
-from internvl3_mlx.training.peers import PeerError, PeerWatch
 
 PATIENCE_S = 120
 SETTINGS = {
@@ -150,7 +150,7 @@ def watch(rank=0, size=3, heartbeat=None):
 
 
 def test_a_silent_rank_is_named_and_ends_the_run_after_the_timeout(monkeypatch):
-    monkeypatch.setattr("internvl3_mlx.training.peers.leave_without_waiting", lambda: None)
+    monkeypatch.setattr("internvl3_mlx.distributed.peer_watch.leave_without_waiting", lambda: None)
     here, notes = watch(heartbeat=Beats(r1=(0.2, True), r2=(12.0, False)))
     here.check(3.0)
     assert not notes
@@ -165,7 +165,7 @@ def test_a_silent_rank_is_named_and_ends_the_run_after_the_timeout(monkeypatch):
 
 
 def test_a_rank_that_computes_for_long_is_waited_for(monkeypatch):
-    monkeypatch.setattr("internvl3_mlx.training.peers.leave_without_waiting", lambda: None)
+    monkeypatch.setattr("internvl3_mlx.distributed.peer_watch.leave_without_waiting", lambda: None)
     busy, notes = watch(heartbeat=Beats(r1=(0.2, True), r2=(0.3, False)))
     busy.check(9999.0)
     assert not notes

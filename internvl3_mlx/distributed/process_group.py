@@ -1,4 +1,4 @@
-"""Data-parallel training over several Macs: each rank reads its own batches, sums are shared.
+"""The processes of a run over several Macs, and the sums and messages that they share.
 
 MLX connects the processes (``mlx.launch``: ring, MPI or JACCL). Sums run on a CPU stream and are
 evaluated at once: on the GPU, a rank waiting for a slow one would trigger the watchdog. The stream
@@ -15,12 +15,11 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
+from internvl3_mlx.distributed.heartbeat import Heartbeat, listen, new_token, ring_hosts
+from internvl3_mlx.distributed.peer_watch import PeerError, PeerWatch
 from internvl3_mlx.errors import InternVL3Error
-from internvl3_mlx.training.heartbeat import Heartbeat, listen, new_token, ring_hosts
-from internvl3_mlx.training.params import named_arrays
-from internvl3_mlx.training.peers import PeerError, PeerWatch
 
 
 class PeerStoppedError(InternVL3Error):
@@ -96,7 +95,8 @@ class ProcessGroup:
         """Sum a tree of arrays over all ranks, in one message and in float32."""
         if self.size == 1:
             return tree
-        arrays = [x for _, x in named_arrays(tree)]
+        leaves: Any = tree_flatten(tree)
+        arrays: list[mx.array] = [x for _, x in leaves]
         flat = mx.concatenate([x.astype(mx.float32).reshape(-1) for x in arrays])
         total = mx.distributed.all_sum(flat, group=self.group, stream=self.stream)
         self.evaluate(total)

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from internvl3_mlx.errors import TrainingError
-from internvl3_mlx.training.heartbeat import Heartbeat, Peer
+from internvl3_mlx.distributed.heartbeat import Heartbeat, Peer
+from internvl3_mlx.errors import InternVL3Error
 
 POLL_S = 0.2  # how often a waiting rank looks at its peers
 SILENT_S = 5.0  # heartbeats come twice a second
@@ -23,7 +23,7 @@ LOST_MARK = "[ring]"  # how MLX reports a lost connection, in a RuntimeError
 ADVICE = "it may be asleep, swapping or stopped (caffeinate -i keeps a Mac awake)"
 
 
-class PeerError(TrainingError):
+class PeerError(InternVL3Error):
     """Another process of the run does not answer, or is gone."""
 
 
@@ -154,4 +154,4 @@ def _leave() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    os._exit(TrainingError.exit_code)
+    os._exit(PeerError.exit_code)

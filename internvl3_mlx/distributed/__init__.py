@@ -1,0 +1,1 @@
+"""Several processes as one: their group, their heartbeats and who does not answer."""
