@@ -91,12 +91,12 @@ class Rotary:
         return mx.where(rotates[:, None], cos, 1.0), mx.where(rotates[:, None], sin, 0.0)
 
     def rope_params(self, length: int) -> RopeParams:
-        """Return the same rotation as arrays, for the ``kv_append`` kernel."""
-        start, base = self.positions, self.base
-        if isinstance(start, int):
-            positions = mx.array([start + i for i in range(length)], dtype=mx.float32)
-        else:
-            positions = start
+        """Return the rotation of ``length`` tokens as arrays, for the ``kv_append`` kernel."""
+        positions, base = self.positions, self.base
+        if isinstance(positions, int):
+            positions = mx.array([positions], dtype=mx.int32)
+        if positions.dtype == mx.int32:  # of the first token of each sequence
+            positions = (positions[:, None] + mx.arange(length)).astype(mx.float32)
         if isinstance(base, mx.array):
             return RopeParams(positions, base)
         return RopeParams.from_base(positions, self.head_dim, base)

@@ -78,11 +78,16 @@ def test_trimmed_rows_leave_no_trace(layout):
     assert same(CacheKind(format_of(theirs)).adopt(ours).state, theirs.state)
 
 
-POSITIONS = [37, mx.array([37.0, 37.0625, 37.125]), mx.array([[3.0, 4, 5], [900.25, 900.5, 901]])]
+POSITIONS = {
+    "whole": 37,
+    "a start each": mx.array([37, 900]),
+    "v2pe": mx.array([37.0, 37.0625, 37.125]),
+    "a batch": mx.array([[3.0, 4, 5], [900.25, 900.5, 901]]),
+}
 
 
 @each_layout
-@pytest.mark.parametrize("positions", POSITIONS, ids=["whole", "v2pe", "a batch"])
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 @pytest.mark.parametrize("stretched", [False, True])
 def test_keys_rotated_by_the_cache_equal_keys_rotated_before(layout, positions, stretched):
     base = 1e6
