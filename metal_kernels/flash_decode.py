@@ -15,20 +15,27 @@ import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test
 from internvl3_mlx.metal_kernels.dispatch import (
-    MIN_DEVICE_ELEMENTS,
     SIMD_WIDTH,
     KernelSource,
     LaunchConfig,
+)
+from internvl3_mlx.metal_kernels.flash_reference import (
+    AttentionOutput,
+    Lengths,
+    flash_decode_reference,
+    kernel_lengths,
 )
 from internvl3_mlx.metal_kernels.kv_layout import (
     DENSE_BITS,
     HEAD_DIMS,
     KVRowLayout,
     KVStore,
+    token_nbytes,
 )
 from internvl3_mlx.metal_kernels.launch_plan import (
     DENSE_GROUP,
     MIN_TILE_ROWS,
+    TILE_ROWS,
     GroupShape,
     default_split_plan,
     group_shape,
@@ -38,7 +45,6 @@ from internvl3_mlx.metal_kernels.self_test_inputs import SELF_TEST_RUNS, attenti
 
 MAX_QUERY_ROWS = 128  # query rows per key-value head: 16 tiles of 8, one simdgroup each
 MAX_DRAFT_TOKENS = 8  # new tokens; with more, dequantizing and MLX's attention cost less
-LOWEST = -3.0e38  # in place of minus infinity for rows without keys, as in shaders/kv_store.metal
 
 INPUTS = ("q", "keys", "values", "lengths", "causal", "scale")
 PARTS = ("out", "top", "sum")
@@ -47,10 +53,6 @@ ROWS_KERNEL = KernelSource("flash_rows", INPUTS, PARTS, "flash_rows", ("kv_store
 JOIN_KERNEL = KernelSource(
     "flash_join", ("parts", "tops", "sums"), ("out", "lse"), "flash_join", ("kv_store",)
 )
-
-
-Lengths = int | mx.array  # tokens to attend to: a number, 0-d, or (B,) int32
-AttentionOutput = tuple[mx.array, mx.array]  # out (B, H, L, D), lse (B, H, L) float32
 
 
 def flash_decode(
@@ -110,35 +112,6 @@ def prefers_row_layout(layout: KVRowLayout, rows: int, kv_heads: int, tokens: in
     )
 
 
-def flash_decode_reference(
-    q: mx.array,
-    store: KVStore,
-    lengths: Lengths,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-) -> AttentionOutput:
-    """Compute the same with MLX's operations, in float32. Arguments as ``flash_decode``."""
-    batch, heads, length, dim = q.shape
-    keys, values = (part.astype(mx.float32) for part in store.dequantize())
-    kv_heads, capacity = keys.shape[1:3]
-    ends = kernel_lengths(lengths, batch)[:batch, None]
-    ends = ends - mx.arange(length - 1, -1, -1) if causal else mx.repeat(ends, length, axis=1)
-    seen = mx.arange(capacity) < ends[:, None, None, :, None]
-    grouped = q.astype(mx.float32).reshape(batch, kv_heads, -1, length, dim)
-    scores = grouped @ keys[:, :, None].swapaxes(-1, -2) * (dim**-0.5 if scale is None else scale)
-    scores = mx.where(seen, scores, LOWEST)
-    values = mx.where(
-        seen.any(axis=(2, 3))[..., None], values, 0
-    )  # beyond the length there may be NaN
-    top = scores.max(axis=-1, keepdims=True)
-    weights = mx.where(seen, mx.exp(scores - top), 0)
-    total = weights.sum(axis=-1, keepdims=True)
-    out = mx.where(total > 0, weights @ values[:, :, None] / mx.maximum(total, 1e-30), 0)
-    lse = mx.where(total > 0, top + mx.log(total), LOWEST)
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:-1])
-
-
 def attend_mlx(
     q: mx.array, store: KVStore, length: int, *, scale: float | None = None, causal: bool = False
 ) -> mx.array:
@@ -173,27 +146,6 @@ def flash_decode_kernel(
         JOIN_KERNEL, dispatch.launch_kernel(plan.program, inputs, plan.split), plan.join
     )
     return out.astype(q.dtype), lse
-
-
-def kernel_lengths(lengths: Lengths, batch: int) -> mx.array:
-    """Return the lengths as the kernels take them: (max(B, 8),) int32, one for each sequence first.
-
-    MLX compiles another text where an input has fewer elements. Where lengths are an array, call
-    this once for all layers: what has that form already is returned as it is.
-    """
-    count = max(batch, MIN_DEVICE_ELEMENTS)
-    if not isinstance(lengths, mx.array):
-        return repeated_length(lengths, count)
-    if lengths.ndim == 0:
-        return mx.broadcast_to(lengths.astype(mx.int32), (count,))
-    missing = count - lengths.size
-    return mx.pad(lengths.astype(mx.int32), (0, missing)) if missing > 0 else lengths
-
-
-@lru_cache(maxsize=64)
-def repeated_length(length: int, count: int) -> mx.array:
-    """Return an array of one length, the same array for every layer."""
-    return mx.full((count,), length, mx.int32)
 
 
 @lru_cache(maxsize=64)
@@ -238,7 +190,7 @@ def plan_launches(
 
 @dataclass(frozen=True)
 class FlashVariant:
-    """One compiled form of the kernel.
+    """One use of the kernel: what ``name`` names is compiled and tested once for all that share it.
 
     ``rows``: query heads per key-value head; ``draft``: new tokens, one query row of each head.
     ``kv_heads`` of the model change no text, but how fast it is.
@@ -268,20 +220,30 @@ class FlashVariant:
 
     @cached_property
     def name(self) -> str:
+        """The name of the compiled text: rows are padded to whole tiles, drafts are data."""
+        first, last = self.row_range
+        return self.describe(f"{last}" if first == last else f"{first} to {last}")
+
+    def describe(self, rows: str) -> str:
         kind = str(self.dtype).removeprefix("mlx.core.")
         groups = "" if self.bits == DENSE_BITS else f" in groups of {self.group_size}"
-        drafted = f" x {self.draft}{' causal' if self.causal else ''}" if self.draft > 1 else ""
         return (
-            f"flash_decode {self.bits} bits{groups}, head_dim {self.head_dim}, "
-            f"{self.rows}{drafted} rows, {kind}"
+            f"flash_decode {self.bits} bits{groups}, head_dim {self.head_dim}, {rows} rows, {kind}"
         )
+
+    @cached_property
+    def row_range(self) -> tuple[int, int]:
+        """The fewest and the most query rows that one text takes, drafts included."""
+        rows = self.rows * self.draft
+        if self.program is ROWS_KERNEL:
+            return rows, rows
+        last = TILE_ROWS * self.shape.tiles
+        return max(MIN_TILE_ROWS, last - TILE_ROWS + 1), last
 
     @cached_property
     def token_bytes(self) -> int:
         """Bytes of the key and value of one token and head."""
-        if self.row_layout is None:
-            return 2 * self.head_dim * self.dtype.size
-        return self.row_layout.row_bytes
+        return token_nbytes(self.head_dim, self.bits, self.group_size, self.dtype)
 
     @cached_property
     def shape(self) -> GroupShape:
@@ -314,8 +276,9 @@ class FlashVariant:
 
     @cached_property
     def registry_key(self) -> str:
-        """The key of what was measured: unlike the name, for the model's key-value heads."""
-        return f"{self.name}, {self.kv_heads} key-value heads"
+        """The key of what was measured: unlike the name, for this very shape."""
+        drafted = f" x {self.draft}{' causal' if self.causal else ''}" if self.draft > 1 else ""
+        return f"{self.describe(f'{self.rows}{drafted}')}, {self.kv_heads} key-value heads"
 
     def with_draft(self, length: int) -> "FlashVariant":
         """Return the variant for ``length`` new tokens, causal among themselves."""
@@ -333,17 +296,28 @@ class FlashVariant:
 
         The sums are compared by their ratio, as the difference of both log-sum-exps.
         """
-        for run in SELF_TEST_RUNS:
-            given = attention_inputs(run.lengths, self)
+        for run, use in zip(SELF_TEST_RUNS, self.tested_uses, strict=True):
+            given = attention_inputs(run.lengths, use)
             out, lse = flash_decode_kernel(
-                given.q, given.store, given.lengths, causal=self.causal, splits=run.splits
+                given.q, given.store, given.lengths, causal=use.causal, splits=run.splits
             )
             with mx.stream(mx.cpu):
                 expected, expected_lse = flash_decode_reference(
-                    given.q.astype(mx.float32), given.dense, given.lengths, causal=self.causal
+                    given.q.astype(mx.float32), given.dense, given.lengths, causal=use.causal
                 )
             yield out, expected
             yield mx.exp(lse - expected_lse), mx.ones(lse.shape)
+
+    @property
+    def tested_uses(self) -> tuple["FlashVariant", "FlashVariant"]:
+        """A causal draft with all rows that the text takes, and as few as it takes without a mask.
+
+        The same for all that share the text.
+        """
+        first, last = self.row_range
+        draft = 2 if last % 2 == 0 else last
+        full = replace(self, rows=last // draft, draft=draft, causal=draft > 1)
+        return full, replace(self, rows=1, draft=first, causal=False)
 
 
 flash_variant = lru_cache(maxsize=256)(

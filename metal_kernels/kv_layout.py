@@ -19,6 +19,7 @@ from internvl3_mlx.errors import UserError
 
 HEAD_DIMS, GROUP_SIZES, BITS = (32, 64, 128), (32, 64), (4, 8)
 UNIT_WORDS = 4  # 16 bytes
+DENSE_BITS = 16  # "bits" of a cache that is not quantized, whatever its dtype
 HALF_DTYPES, FLOAT32 = (mx.float16, mx.bfloat16), mx.float32
 
 QuantizedArrays = tuple[mx.array, mx.array, mx.array]  # mx.quantize's weights, scales and biases
@@ -73,17 +74,30 @@ class KVRowLayout:
     @property
     def words(self) -> int:
         """Words of a row, padding included."""
-        return -(-self.used_words // UNIT_WORDS) * UNIT_WORDS
+        return self.row_bytes * 8 // WORD_BITS
 
     @property
     def row_bytes(self) -> int:
-        return self.words * WORD_BITS // 8
+        return token_nbytes(self.head_dim, self.bits, self.group_size, self.dtype)
 
     @property
     def split_points(self) -> list[int]:
         """Where the values, the pairs of the keys, those of the values and the padding begin."""
         half, pairs = self.value_words, self.groups * self.words_per_pair
         return [half, 2 * half, 2 * half + pairs, self.used_words]
+
+
+def token_nbytes(head_dim: int, bits: int, group_size: int, dtype: mx.Dtype) -> int:
+    """Return the bytes of the key and value of one token and head.
+
+    Of a quantized cache, with the scale and bias of each group, padded as rows are; as
+    ``mx.quantize`` stores it, it takes up to 15 bytes less.
+    """
+    if bits == DENSE_BITS:
+        return 2 * head_dim * dtype.size
+    used = 2 * (head_dim * bits // 8 + head_dim // group_size * 2 * dtype.size)
+    unit = UNIT_WORDS * WORD_BITS // 8
+    return -(-used // unit) * unit
 
 
 def quantize_rows(keys: mx.array, values: mx.array, layout: KVRowLayout) -> mx.array:
@@ -129,9 +143,6 @@ def dequantize_rows(rows: mx.array, layout: KVRowLayout) -> tuple[mx.array, mx.a
 def split_pairs(pairs: mx.array, layout: KVRowLayout) -> tuple[mx.array, mx.array]:
     numbers = mx.contiguous(pairs).view(layout.dtype)
     return numbers[..., ::2], numbers[..., 1::2]
-
-
-DENSE_BITS = 16  # "bits" of a cache that is not quantized, whatever its dtype
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ LARGEST_SHAPE = (128, 16, MAX_DRAFT_TOKENS)  # the 9B's longest draft: most thre
 
 
 def all_variants() -> list[KernelVariant]:
-    """List all: one token at 16, 8 and 4 bits in both dtypes, drafts, shared prefixes, appends."""
-    return [*single_token_variants(), *draft_variants(), *append_variants()]
+    """List one variant of each text: one token at 16, 8 and 4 bits, drafts, prefixes, appends."""
+    listed = [*single_token_variants(), *draft_variants(), *append_variants()]
+    return list({variant.name: variant for variant in reversed(listed)}.values())[::-1]
 
 
 def single_token_variants() -> list[KernelVariant]:

@@ -11,10 +11,10 @@ from internvl3_mlx.generation.engine import remaining_context
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs
 from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, token_nbytes
 from internvl3_mlx.models.internvl import InternVL
 
 WARNING_THRESHOLD = 0.75  # of the window or the memory
-SCALE_AND_BIAS_BITS = 32  # of one quantized group, 16 bits each
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,15 @@ def measure_context(
 
 
 def kv_nbytes_per_token(model: InternVL, config: GenerationConfig) -> int:
-    """Return the bytes of keys and values that one token takes."""
+    """Return the bytes of keys and values that one token takes, in rows if they are quantized."""
     text = model.config.text
-    num_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    unquantized_bits = 8 * model.language_model.model.norm.weight.dtype.size
-    group_size = min(config.kv_group_size, text.head_dim)
-    if config.kv_bits is None:
-        bits: float = unquantized_bits
-    else:
-        bits = config.kv_bits + SCALE_AND_BIAS_BITS / group_size
-    return int(num_values * bits / 8)
+    each = token_nbytes(
+        text.head_dim,
+        DENSE_BITS if config.kv_bits is None else config.kv_bits,
+        min(config.kv_group_size, text.head_dim),
+        model.language_model.model.norm.weight.dtype,
+    )
+    return text.num_hidden_layers * text.num_key_value_heads * each
 
 
 def check_context_length(inputs: ModelInputs, model: ModelConfig, config: GenerationConfig) -> None:

@@ -11,7 +11,8 @@ from itertools import accumulate
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import flash_decode, self_test
-from internvl3_mlx.metal_kernels.flash_decode import AttentionOutput, FlashVariant, Lengths
+from internvl3_mlx.metal_kernels.flash_decode import FlashVariant
+from internvl3_mlx.metal_kernels.flash_reference import AttentionOutput, Lengths
 from internvl3_mlx.metal_kernels.kv_layout import KVStore, QuantizedKV
 from internvl3_mlx.models.attention import ragged_attention, store_attention
 

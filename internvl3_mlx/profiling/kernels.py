@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from internvl3_mlx.device import on_gpu
-from internvl3_mlx.generation.context_budget import SCALE_AND_BIAS_BITS
 from internvl3_mlx.metal_kernels import dispatch
 from internvl3_mlx.metal_kernels.cost_model import PUBLISHED_SHAPES
 from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, FlashVariant
@@ -54,12 +53,9 @@ class AttentionTrial:
             kv_heads=self.kv_heads,
         ).with_draft(self.length)
 
-    def nbytes(self, context: int, dense: int) -> float:
-        """Return the bytes of keys and values; ``dense``: bytes of one unquantized element."""
-        each = (
-            dense if self.bits == DENSE_BITS else (self.bits + SCALE_AND_BIAS_BITS / GROUP_SIZE) / 8
-        )
-        return 2 * self.kv_heads * self.dim * context * each
+    def nbytes(self, context: int, dtype: mx.Dtype) -> int:
+        """Return the bytes of keys and values, as our kernel reads them."""
+        return self.kv_heads * context * self.variant(dtype).token_bytes
 
     def flops(self, context: int) -> int:
         return 4 * self.length * self.heads * self.dim * context
@@ -90,7 +86,7 @@ def measure_attention(trial: AttentionTrial, context: int, runs: int = RUNS) -> 
     peer = measure_seconds(passes.mlx, passes.q, runs=runs) / passes.layers
     why = unavailable_reason(case)
     took = None if why else measure_seconds(passes.kernel, passes.q, runs=runs) / passes.layers
-    nbytes, flops = trial.nbytes(context, dtype.size), trial.flops(context)
+    nbytes, flops = trial.nbytes(context, dtype), trial.flops(context)
     return Measurement("kernels", trial.name, context, took, nbytes, flops, peer, why)
 
 

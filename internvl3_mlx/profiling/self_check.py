@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from internvl3_mlx.metal_kernels.flash_decode import flash_decode_reference, merge_attention
+from internvl3_mlx.metal_kernels.flash_decode import merge_attention
+from internvl3_mlx.metal_kernels.flash_reference import flash_decode_reference
 from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append_reference
 from internvl3_mlx.metal_kernels.kv_layout import (
     DenseKV,

@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 from fixtures.attention_cases import ROUNDING, Ragged, float64, relative_error
 
-from internvl3_mlx.metal_kernels.flash_decode import (
-    LOWEST,
-    flash_decode_kernel,
-    flash_decode_reference,
-)
+from internvl3_mlx.metal_kernels.flash_decode import flash_decode_kernel
+from internvl3_mlx.metal_kernels.flash_reference import LOWEST, flash_decode_reference
 
 # few rows: one simdgroup holds them beside each other
 ROWS = [

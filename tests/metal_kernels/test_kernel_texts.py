@@ -5,6 +5,7 @@ inputs: fewer than 8 elements are passed in another kind of memory. Here only te
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -19,8 +20,8 @@ from internvl3_mlx.metal_kernels.flash_decode import (
     batch_to_queries,
     flash_decode,
     flash_decode_kernel,
-    kernel_lengths,
 )
+from internvl3_mlx.metal_kernels.flash_reference import kernel_lengths
 from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.metal_kernels.self_test import SelfTestResult
@@ -34,23 +35,24 @@ class Texts:
     """The texts made so far: by self-tests, and by others."""
 
     def __init__(self) -> None:
-        self.tried: set[str] = set()
+        self.tried: dict[str, set[str]] = {}
         self.used: set[str] = set()
-        self.testing = False
+        self.testing = ""
 
     def kernel(self, **definition):
         def launch(*, inputs, **call):
             made = generate(Definition(**definition), Call(inputs, **call)).text
-            (self.tried if self.testing else self.used).add(made)
+            (self.tried[self.testing] if self.testing else self.used).add(made)
             shapes = zip(call["output_shapes"], call["output_dtypes"], strict=True)
             return [mx.zeros(shape, dtype) for shape, dtype in shapes]
 
         return launch
 
     def run_self_test(self, variant) -> SelfTestResult:
-        self.testing = True
+        assert variant.name not in self.tried
+        self.testing, self.tried[variant.name] = variant.name, set()
         list(variant.self_test_pairs())
-        self.testing = False
+        self.testing = ""
         return SelfTestResult(variant.name, True, "")
 
 
@@ -64,7 +66,9 @@ def texts(a_mac, monkeypatch) -> Iterator[Texts]:
     yield made
     dispatch.build_kernel.cache_clear()
     assert made.used
-    assert made.used <= made.tried
+    assert made.used <= set().union(*made.tried.values())
+    mains = [{text for text in tried if "flash_join" not in text} for tried in made.tried.values()]
+    assert len(set().union(*mains)) == sum(map(len, mains))  # none is tried twice
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -95,6 +99,25 @@ def test_batches_of_conversations(texts, bits):
         q, store = Ragged(lengths, bits=bits, **LARGE).made(mx.float16)
         flash_decode(q, store, mx.array(lengths, mx.int32))
         flash_decode(q, store, mx.array(7))
+
+
+def test_one_self_test_covers_all_that_share_a_text(texts):
+    """Five to eight rows, drafts, with and without a causal mask; and equal uses of two rows."""
+    single = FlashVariant(mx.bfloat16, 8, 64, 64, 7)
+    uses = [
+        single,
+        *(replace(single, rows=rows) for rows in (4, 5, 8)),
+        *(replace(single, rows=2, draft=3, causal=causal) for causal in (True, False)),
+        *(replace(single, rows=2), replace(single, rows=1, draft=2, causal=True)),
+    ]
+    for use in uses:
+        shape = Ragged((40,), use.rows, 64, 8, 64, use.draft, use.causal)
+        q, store = shape.made(mx.bfloat16)
+        assert FlashVariant.from_inputs(q, store, use.causal).name == use.name
+        attend_fastest(q, store, 40, causal=use.causal)
+        assert use.tested_uses == replace(single, rows=use.rows * use.draft).tested_uses
+    assert [*texts.tried] == [single.name, uses[-1].name]
+    assert all(len(tried) == 2 for tried in texts.tried.values())
 
 
 def test_appended_tokens(texts):

@@ -1,19 +1,26 @@
 """Quantized rows hold what mx.quantize gives, and nothing else."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from internvl3_mlx.config import TextConfig
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
+from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.metal_kernels.kv_layout import (
+    DENSE_BITS,
     KVRowLayout,
     dequantize_rows,
     join_rows,
     quantize_rows,
     split_rows,
+    token_nbytes,
 )
+from internvl3_mlx.profiling.kernels import AttentionTrial
 
 LAYOUTS = [
     KVRowLayout(dim, bits, group, dtype)
@@ -21,6 +28,27 @@ LAYOUTS = [
         ((32, 32), (64, 64), (128, 32)), (4, 8), (mx.float16, mx.bfloat16, mx.float32)
     )
 ]
+
+
+@pytest.mark.parametrize(
+    ("dim", "bits", "each"), [(64, 8, 9), (64, 4, 5), (128, 8, 8.5), (128, 4, 4.5), (96, 16, 16)]
+)
+def test_a_number_takes_so_many_bits(dim, bits, each):
+    """Of heads of 64 rows are padded; the context budget and ``bench`` count them so, too."""
+    token = token_nbytes(dim, bits, min(dim, 64), mx.bfloat16)
+    assert token * 8 == 2 * dim * each
+    assert AttentionTrial("odd", 6, 3, dim, bits).nbytes(7, mx.bfloat16) == 3 * 7 * token
+    text = TextConfig(
+        family="qwen2", hidden_size=384, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=dim, intermediate_size=128, vocab_size=99,
+    )  # fmt: skip
+    norm = SimpleNamespace(weight=mx.zeros(1, mx.bfloat16))
+    model = SimpleNamespace(
+        config=SimpleNamespace(text=text),
+        language_model=SimpleNamespace(model=SimpleNamespace(norm=norm)),
+    )
+    config = GenerationConfig(kv_bits=None if bits == DENSE_BITS else bits)
+    assert kv_nbytes_per_token(model, config) == 2 * 3 * token
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -7,10 +7,10 @@ from fixtures.attention_cases import ROUNDING, Ragged, relative_error
 from internvl3_mlx.metal_kernels.flash_decode import (
     attend_mlx,
     batch_to_queries,
-    flash_decode_reference,
     merge_attention,
     queries_to_batch,
 )
+from internvl3_mlx.metal_kernels.flash_reference import flash_decode_reference
 from internvl3_mlx.metal_kernels.kv_layout import DenseKV
 
 

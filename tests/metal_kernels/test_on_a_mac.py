@@ -10,11 +10,11 @@ from fixtures.attention_cases import ROUNDING, Ragged, relative_error
 from internvl3_mlx.metal_kernels import dispatch, self_test
 from internvl3_mlx.metal_kernels.cost_model import PUBLISHED_SHAPES
 from internvl3_mlx.metal_kernels.flash_decode import (
-    LOWEST,
     MAX_DRAFT_TOKENS,
     MAX_QUERY_ROWS,
     flash_decode_kernel,
 )
+from internvl3_mlx.metal_kernels.flash_reference import LOWEST
 from internvl3_mlx.metal_kernels.kv_layout import BITS, DENSE_BITS
 from internvl3_mlx.metal_kernels.variants import all_variants
 

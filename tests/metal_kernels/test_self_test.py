@@ -17,10 +17,10 @@ from internvl3_mlx.metal_kernels.flash_decode import (
     attend_fastest,
     attend_mlx,
     flash_decode,
-    flash_decode_reference,
     prefers_row_layout,
     should_use_kernel,
 )
+from internvl3_mlx.metal_kernels.flash_reference import flash_decode_reference
 from internvl3_mlx.metal_kernels.kv_append import KVAppendVariant
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.metal_kernels.self_test_inputs import SELF_TEST_RUNS
@@ -233,10 +233,12 @@ def test_every_published_size_has_variants():
     names = [variant.name for variant in all_variants()]
     assert len(names) == len({*names})
     for shape in (
-        "head_dim 64, 7 rows",
-        "head_dim 128, 16 rows",
-        "head_dim 128, 7 x 4 causal rows",
-        "head_dim 128, 16 x 8 causal rows",
+        "head_dim 32, 3 rows",
+        "head_dim 64, 4 to 8 rows",
+        "head_dim 128, 2 rows",
+        "head_dim 128, 9 to 16 rows",
+        "head_dim 128, 25 to 32 rows",
+        "head_dim 128, 121 to 128 rows",
     ):
         assert sum(shape in name for name in names) >= 3
     assert all(getattr(variant, "is_supported", True) for variant in all_variants())

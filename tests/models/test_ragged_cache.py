@@ -9,6 +9,7 @@ from fixtures.inputs import relative_error
 from fixtures.tolerances import OPERATION_TOLERANCE
 
 from internvl3_mlx.metal_kernels import flash_decode
+from internvl3_mlx.metal_kernels.flash_reference import flash_decode_reference
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.models import attention, ragged_cache
 from internvl3_mlx.models.attention import SlidingAttention
@@ -311,7 +312,7 @@ def test_the_kernel_gets_the_whole_buffers_and_the_length_of_each_slot(together,
 
     def kernel(q, store, lengths):
         calls.append((store.keys.shape[2], lengths.tolist()))
-        return flash_decode.flash_decode_reference(q, store, lengths)
+        return flash_decode_reference(q, store, lengths)
 
     monkeypatch.setattr(attention, "kernels_enabled", lambda: True)
     monkeypatch.setattr(flash_decode, "should_use_kernel", lambda *_: True)

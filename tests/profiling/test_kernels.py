@@ -74,5 +74,5 @@ def test_without_metal_mlx_alone_is_measured(monkeypatch, bits, length):
     assert figure.peer > 0
     assert figure.context == 37
     assert figure.flops == 4 * length * 6 * 64 * 37
-    number = {16: 4, 8: 1 + 4 / 64, 4: 0.5 + 4 / 64}[bits]  # float32 on a processor
-    assert figure.nbytes == pytest.approx(2 * 2 * 64 * 37 * number)
+    token = {16: 2 * 64 * 4, 8: 2 * (64 + 8), 4: 2 * (32 + 8)}[bits]  # float32 on a processor
+    assert figure.nbytes == 2 * 37 * token
