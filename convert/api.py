@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl3_mlx import demo
-from internvl3_mlx.checkpoints.reader import open_checkpoint
-from internvl3_mlx.config import Quantization
+from internvl3_mlx.checkpoints.keymap import LANGUAGE_LAYOUT
+from internvl3_mlx.checkpoints.reader import PART_NAMES, open_checkpoint, parameters_by_part
+from internvl3_mlx.config import Quantization, read_config
 from internvl3_mlx.convert.aux_files import replaceable_folder
 from internvl3_mlx.convert.calibration.calibrate import (
     Calibration,
@@ -47,6 +48,7 @@ from internvl3_mlx.device import use_full_float32
 from internvl3_mlx.files import atomic_write, check_unused
 from internvl3_mlx.json_files import read_optional_json
 
+LANGUAGE_MODEL = "language_model"  # the part
 LIBRARIES = ("internvl3-mlx", "mlx", "huggingface-hub")
 DEMO_SAMPLES = Path(demo.__file__).parent / "samples"
 REPORTED_UNITS = 8  # groups of modules named in a report, the most sensitive ones
@@ -229,13 +231,21 @@ class Conversion:
             quantized=converted.quantized,
             skipped_modules=converted.skipped_modules,
             unused_tensors=converted.unused_tensors,
-            bits_per_part=bits_per_part(folder),
+            bits_per_part=self.measure_bits(folder, converted),
             adapter=self.options.adapter,
             calibration=calibration,
             verified=self.options.check_output and not converted.merged,
             output_check=converted.output_check,
             raw_check=converted.raw_check,
         )
+
+    def measure_bits(self, folder: Path, converted: ConvertedCheckpoint) -> dict[str, float]:
+        """Return the mean bits per parameter of each part that was written."""
+        if converted.layout != LANGUAGE_LAYOUT:
+            return bits_per_part(folder)
+        source, config = open_checkpoint(self.source), read_config(self.source)
+        parameters = parameters_by_part(source, config)[LANGUAGE_MODEL].parameters
+        return {PART_NAMES[LANGUAGE_MODEL]: 8 * converted.nbytes / parameters}
 
     def card(self, result: ConversionResult) -> tuple[CardData, dict[str, Any]]:
         """Return what the model card says, and the license fields of the source's own card."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from internvl3_mlx.checkpoints.keymap import LANGUAGE_LAYOUT
 from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
 from internvl3_mlx.config.foreign import visible_files
 from internvl3_mlx.convert.plan import ConversionPlan
@@ -22,6 +23,11 @@ from internvl3_mlx.write_guards import MODEL_FOLDER, FolderKind
 COPIED_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 CODE_PATTERN = "*.py"  # copied for the original layout only; never run here
 EXCLUDED_FILES = {"config.json", "adapter_config.json"}
+IMAGE_FILES = {
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+}
 VIDEO_TOKEN = "<video>"
 HF_SPECIAL_TOKENS = {
     "start_image_token": "<img>",
@@ -82,16 +88,19 @@ def replaceable_folder(source: Path) -> FolderKind:
 
 def write_aux_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> None:
     """Copy everything but weights and configs, and make a ``tokenizer.json`` if there is none."""
+    is_text = plan.layout == LANGUAGE_LAYOUT
     patterns = (*COPIED_PATTERNS, CODE_PATTERN) if plan.layout == "original" else COPIED_PATTERNS
     for pattern in patterns:
         for file in visible_files(plan.source, pattern):
-            if should_copy(file):
+            if should_copy(file) and not (file.name in IMAGE_FILES and is_text):
                 shutil.copyfile(file, target / file.name)
     if not (target / "tokenizer.json").exists() and (
         tokenizer_json := build_fast_tokenizer(plan.source)
     ):
         write_json(target / "tokenizer.json", tokenizer_json)
-    if plan.layout == "hf" and plan.config.layout != "hf":
+    if is_text:
+        write_language_files(plan, tokenizer, target)
+    elif plan.layout == "hf" and plan.config.layout != "hf":
         write_hf_files(plan, tokenizer, target)
 
 
@@ -99,6 +108,24 @@ def should_copy(file: Path) -> bool:
     return (
         file.name not in EXCLUDED_FILES and not file.name.endswith(".index.json") and file.is_file()
     )
+
+
+def write_language_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> None:
+    """Write the files by which transformers, and so mlx-lm, reads the tokenizer and a chat."""
+    write_chat_template(plan, target, begin_text(tokenizer))
+    write_generation_config(tokenizer, target)
+    settings = read_optional_json(target / "tokenizer_config.json")
+    write_json(target / "tokenizer_config.json", without_code(settings))
+
+
+def begin_text(tokenizer: Tokenizer) -> str:
+    """Return what a chat template begins with: the BOS token, which mlx-lm does not add by itself.
+
+    transformers' processor does.
+    """
+    added = tokenizer.added.items()
+    names = [name for name, token in added if token.id == tokenizer.bos_id]
+    return f"{{{{- {json.dumps(names[0])} -}}}}\n" if names else ""
 
 
 def write_hf_files(plan: ConversionPlan, tokenizer: Tokenizer, target: Path) -> None:
@@ -146,9 +173,9 @@ def write_generation_config(tokenizer: Tokenizer, target: Path) -> None:
     write_json(path, {**read_optional_json(path), "eos_token_id": ends})
 
 
-def write_chat_template(plan: ConversionPlan, target: Path) -> None:
+def write_chat_template(plan: ConversionPlan, target: Path, begin: str = "") -> None:
     """Write the prompt that the source has: its own template, or the published one, system turn
-    included, which transformers would not add."""
+    included, which transformers would not add. begin: what comes before one that has no BOS."""
     template = load_template(plan.config, plan.source)
     if isinstance(template, JinjaTemplate) and not plan.config.system_message:
         source = template.source
@@ -160,7 +187,8 @@ def write_chat_template(plan: ConversionPlan, target: Path) -> None:
         for mark, text in (HARMONY_MARKS if is_harmony else CHATML_MARKS).items():
             source = source.replace(mark, text)
         source = source.replace("SYSTEM", system)
-    (target / "chat_template.jinja").write_text(source, encoding="utf-8")
+    begin = "" if "bos_token" in source else begin
+    (target / "chat_template.jinja").write_text(begin + source, encoding="utf-8")
 
 
 def add_video_token(target: Path) -> None:
@@ -170,11 +198,8 @@ def add_video_token(target: Path) -> None:
     before the model sees it.
     """
     settings = read_optional_json(target / "tokenizer_config.json")
-    settings |= {"processor_class": "InternVLProcessor", "extra_special_tokens": HF_SPECIAL_TOKENS}
-    settings.pop("auto_map", None)
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings.pop("chat_template", None)
-    write_json(target / "tokenizer_config.json", settings)
+    named = {"processor_class": "InternVLProcessor", "extra_special_tokens": HF_SPECIAL_TOKENS}
+    write_json(target / "tokenizer_config.json", without_code({**settings, **named}))
     path = target / "tokenizer.json"
     content = read_optional_json(path)
     added = content.get("added_tokens", [])
@@ -191,6 +216,12 @@ def add_video_token(target: Path) -> None:
             }
         )
         write_json(path, {**content, "added_tokens": added})
+
+
+def without_code(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer's settings that need no code of the source, nor its chat template."""
+    kept = {key: x for key, x in settings.items() if key not in ("auto_map", "chat_template")}
+    return {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def write_json(path: Path, content: Any) -> None:

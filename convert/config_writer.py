@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from internvl3_mlx.checkpoints.keymap import LANGUAGE_LAYOUT
 from internvl3_mlx.config import ModelConfig, Quantization
 from internvl3_mlx.config.decoders import FAMILIES, FULL, SLIDING
 from internvl3_mlx.config.foreign import visible_files
+from internvl3_mlx.convert.language_part import language_modules, with_mlx_lm_keys
 from internvl3_mlx.convert.plan import ConversionPlan
 from internvl3_mlx.json_files import read_json
 from internvl3_mlx.prompt.messages import Message, TextSegment
@@ -45,7 +47,12 @@ def build_config(plan: ConversionPlan, tokenizer: Tokenizer, dtype: str | None) 
     """Build the config of the plan's layout. Unknown keys of the source are kept where the layout
     stays."""
     own = read_json(plan.source / "config.json")
-    writers = {"mlx": mlx_config, "original": original_config, "hf": hf_config}
+    writers = {
+        "mlx": mlx_config,
+        "original": original_config,
+        "hf": hf_config,
+        LANGUAGE_LAYOUT: language_config,
+    }
     content = writers[plan.layout](own, plan, tokenizer)
     if any(key in content for key in LORA_KEYS):
         content |= dict.fromkeys(LORA_KEYS, 0)  # the adapters are merged now
@@ -63,6 +70,14 @@ def mlx_config(own: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
         content["quantization"] = content["quantization_config"] = quantization_config(
             plan.quantized
         )
+    return content
+
+
+def language_config(_: Json, plan: ConversionPlan, tokenizer: Tokenizer) -> Json:
+    """Build the config of the language model alone, which mlx-lm reads."""
+    content = with_mlx_lm_keys(hf_text_config(plan.config, tokenizer), plan.config.text)
+    if modules := language_modules(plan.quantized):
+        content["quantization"] = content["quantization_config"] = quantization_config(modules)
     return content
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl3_mlx.checkpoints.keymap import LANGUAGE_LAYOUT
 from internvl3_mlx.checkpoints.reader import PART_NAMES
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.metrics import OutputCheck, QualityMetrics, describe_quality
@@ -70,12 +71,14 @@ def front_matter(card: CardData, license_fields: Mapping[str, Any]) -> str:
     import yaml
 
     content: dict[str, Any] = dict(license_fields)
-    content["library_name"] = "mlx" if card.layout == "mlx" else "transformers"
-    content["pipeline_tag"] = "image-text-to-text"
+    content["library_name"] = "transformers" if card.layout in ("original", "hf") else "mlx"
+    is_text = card.layout == LANGUAGE_LAYOUT
+    content["pipeline_tag"] = "text-generation" if is_text else "image-text-to-text"
     content["base_model"] = card.base
     if card.quantized:
         content["base_model_relation"] = "quantized"
-    content["tags"] = [*(TAGS if card.layout == "mlx" else TAGS[1:]), *bits_tag(card.quantized)]
+    tags = TAGS if content["library_name"] == "mlx" else TAGS[1:]
+    content["tags"] = [*tags, *bits_tag(card.quantized)]
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return f"---\n{text}---\n\n"
 
@@ -93,7 +96,8 @@ def card_body(card: CardData) -> str:
     language = "sh" if card.command.startswith("internvl3 ") else "python"
     parts = [
         f"# {card.name}",
-        f"{hub_link(card.base)}{adapter_note(card)}, converted with internvl3-mlx.",
+        f"{part_note(card)}{hub_link(card.base)}{adapter_note(card)}, converted with "
+        "internvl3-mlx.",
         *usage_section(card),
         "## Size",
         markdown_table(
@@ -110,6 +114,10 @@ def card_body(card: CardData) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def part_note(card: CardData) -> str:
+    return "The language model alone of " if card.layout == LANGUAGE_LAYOUT else ""
+
+
 def adapter_note(card: CardData) -> str:
     return f" with the adapter `{card.adapter}` merged" if card.adapter else ""
 
@@ -123,12 +131,13 @@ def format_size(nbytes: int) -> str:
 
 
 def usage_section(card: CardData) -> list[str]:
-    if card.layout != "mlx":
+    commands = {
+        "mlx": f"internvl3 generate photo.jpg -p 'What is this?' --model {card.name}",
+        LANGUAGE_LAYOUT: f"mlx_lm.generate --model {card.name} --prompt 'What is rain?'",
+    }
+    if card.layout not in commands:
         return []
-    return [
-        "## Use",
-        f"```sh\ninternvl3 generate photo.jpg -p 'What is this?' --model {card.name}\n```",
-    ]
+    return ["## Use", f"```sh\n{commands[card.layout]}\n```"]
 
 
 def quantization_section(card: CardData) -> list[str]:

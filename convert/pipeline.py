@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from internvl3_mlx.adapters.adapter_files import check_adapter_tokens
 from internvl3_mlx.checkpoints.finite import not_finite_error
+from internvl3_mlx.checkpoints.keymap import LANGUAGE_LAYOUT, TEXT_PREFIX
 from internvl3_mlx.checkpoints.reader import Checkpoint, mlx_dtype, safetensors_dtype
 from internvl3_mlx.checkpoints.remap import PATCH_WEIGHT, RowRange, channels_first, channels_last
 from internvl3_mlx.checkpoints.verify import verify_checkpoint
@@ -25,6 +26,7 @@ from internvl3_mlx.convert.aux_files import replaceable_folder, write_aux_files,
 from internvl3_mlx.convert.calibration.calibrate import compare_outputs
 from internvl3_mlx.convert.calibration.metrics import OutputCheck
 from internvl3_mlx.convert.config_writer import build_config
+from internvl3_mlx.convert.language_check import compare_language_part
 from internvl3_mlx.convert.plan import (
     FLOATS,
     ConversionPlan,
@@ -45,7 +47,12 @@ from internvl3_mlx.files import OnWait, atomic_folder, wait_silently
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 from internvl3_mlx.write_guards import contains
 
-METADATA = {"mlx": {"format": "mlx"}, "original": {"format": "pt"}, "hf": {"format": "pt"}}
+METADATA = {
+    "mlx": {"format": "mlx"},
+    "original": {"format": "pt"},
+    "hf": {"format": "pt"},
+    LANGUAGE_LAYOUT: {"format": "mlx"},
+}
 MIN_CHECK_SECONDS = 120.0  # else comparing outputs may take as long as the conversion did
 INDEPENDENT_AFTER_SECONDS = 30.0  # importing torch takes several; not worth it before
 CACHE_BYTES = 64_000_000  # of freed arrays that MLX may keep while tensors are streamed
@@ -134,6 +141,8 @@ def convert_checkpoint(
     if options.adapter is not None:
         check_adapter_tokens(options.adapter, tokenizer)
     calibrated = options.calibrated_weights
+    if plan.layout == LANGUAGE_LAYOUT:
+        calibrated = {name.removeprefix(TEXT_PREFIX): x for name, x in calibrated.items()}
     entries = [entry for tensor in plan.tensors for entry in tensor_entries(tensor, calibrated)]
     total = sum(entry.nbytes for entry in entries)
     check_disk_space(target, total)
@@ -189,12 +198,16 @@ def compare_with_source(
     if not options.check_output or plan.reader.adapters:
         return None, None
     calibrated, raw_check = options.calibrated_weights, None
+    is_text = plan.layout == LANGUAGE_LAYOUT
     if options.adapter is None:
-        configs = plan.config, read_config(target)
-        raw_check = check_raw(source, target, configs, rounded=bool(calibrated))
+        configs = plan.config, plan.config if is_text else read_config(target)
+        raw_check = check_raw(source, target, configs, rounded=bool(calibrated), is_text=is_text)
     same = not calibrated and not any(tensor.quantization for tensor in plan.tensors)
     elapsed = time.monotonic() - started + options.spent_seconds
-    return raw_check, check_outputs(source, target, options, same, elapsed)
+    if is_text and options.adapter is None:
+        limit = inf if options.independent_check else max(elapsed, MIN_CHECK_SECONDS)
+        return raw_check, compare_language_part(source, target, same=same, seconds=limit)
+    return raw_check, None if is_text else check_outputs(source, target, options, same, elapsed)
 
 
 def check_outputs(

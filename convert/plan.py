@@ -13,7 +13,13 @@ from internvl3_mlx.adapters.embedded import split_embedded_adapters
 from internvl3_mlx.adapters.merge import deltas_by_tensor
 from internvl3_mlx.adapters.peft import Adapter, load_adapter
 from internvl3_mlx.checkpoints.build_model import only_divisible
-from internvl3_mlx.checkpoints.keymap import MXFP4_WORDS, KeyMap, unused_tensors
+from internvl3_mlx.checkpoints.keymap import (
+    LANGUAGE_LAYOUT,
+    MXFP4_WORDS,
+    TEXT_PREFIX,
+    KeyMap,
+    unused_tensors,
+)
 from internvl3_mlx.checkpoints.reader import (
     Checkpoint,
     mlx_dtype,
@@ -34,6 +40,7 @@ from internvl3_mlx.checkpoints.remap import (
 from internvl3_mlx.checkpoints.writer import TensorSpec
 from internvl3_mlx.config import WORD_BITS, ModelConfig, Quantization, read_config
 from internvl3_mlx.config.decoders import FAMILIES
+from internvl3_mlx.convert.language_part import check_language_part
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import (
     QUANTIZED_PARTS,
@@ -45,6 +52,7 @@ from internvl3_mlx.models.internvl import InternVL
 
 MLX_ONLY = ("gpt_oss",)  # its experts are read from other layouts, but not written in them
 LAYOUTS = ("mlx", "original", "hf")
+MLX_LAYOUTS = ("mlx", LANGUAGE_LAYOUT)
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -149,13 +157,17 @@ def plan_conversion(
     reader = RowReader(
         files, embedded, dequantized, deltas_by_tensor(adapter_weights, rows_by_name)
     )
+    if layout == LANGUAGE_LAYOUT:
+        rows_by_name = {n: rows for n, rows in rows_by_name.items() if n.startswith(TEXT_PREFIX)}
     dense = plan_tensors(rows_by_name, reader, config, layout, dtype)
     quantizations, skipped = select_modules(config, recipe) if recipe is not None else (again, {})
     tensors = tuple(
         replace(tensor, quantization=find_quantization(tensor.parameter, quantizations))
         for tensor in dense
     )
-    unused = tuple(unused_tensors(stored.tensors))
+    unused = () if layout == LANGUAGE_LAYOUT else tuple(unused_tensors(stored.tensors))
+    written = {tensor.parameter.removesuffix(".weight") for tensor in tensors}
+    skipped = {path: width for path, width in skipped.items() if path in written}
     return ConversionPlan(source, layout, config, reader, tensors, skipped, unused)
 
 
@@ -172,24 +184,26 @@ def check_conversion(
     dequantize: bool,
 ) -> None:
     """Raise UserError when the request contradicts itself or does not fit the source."""
-    if layout not in LAYOUTS:
+    if layout not in (*LAYOUTS, LANGUAGE_LAYOUT):
         raise UserError(f"unknown layout {layout!r}; choose from {', '.join(LAYOUTS)}")
+    if layout == LANGUAGE_LAYOUT:
+        check_language_part(source, config)
     is_quantized = config.quantization is not None
-    if recipe is not None and layout != "mlx":
+    if recipe is not None and layout not in MLX_LAYOUTS:
         raise UserError(
             f"a checkpoint in the {layout} layout cannot be quantized; drop the quantization or "
             "choose the mlx layout"
         )
     if recipe is not None and is_quantized and not dequantize:
         raise UserError(f"{source} is already quantized; convert the 16-bit checkpoint instead")
-    if layout != "mlx" and is_quantized and not dequantize:
+    if layout not in MLX_LAYOUTS and is_quantized and not dequantize:
         raise UserError(
             f"{source} is quantized and the {layout} layout cannot be; "
             "also dequantize it (--dequantize)"
         )
     if dequantize and not is_quantized:
         raise UserError(f"{source} is not quantized; drop --dequantize")
-    if layout != "mlx" and config.text.family in MLX_ONLY:
+    if layout not in MLX_LAYOUTS and config.text.family in MLX_ONLY:
         title = FAMILIES[config.text.family].title
         raise UserError(
             f"{source} is a {title} model, which is written in the mlx layout only; choose --to mlx"

@@ -20,6 +20,7 @@ from internvl3_mlx.errors import CheckpointError
 ROWS_PER_PART, VALUES_PER_PART, SEED = 6, 4096, 17  # at least so many rows, about so many values
 TEXT, UNSCALED = ("llm_config", "text_config"), "default"
 ROPE = ("", "rope_scaling.", "rope_parameters.")
+TEXT_PARTS = "text."  # what the neutral names of the language model's parts begin with
 PATCH_AXES, CHANNELS = 3, 3
 FACTS = {  # attribute of our config -> where files state it
     **{
@@ -68,17 +69,25 @@ class RawCheck:
 
 
 def check_raw(
-    source: Path, target: Path, configs: tuple[ModelConfig, ModelConfig], *, rounded: bool
+    source: Path,
+    target: Path,
+    configs: tuple[ModelConfig, ModelConfig],
+    *,
+    rounded: bool,
+    is_text: bool = False,
 ) -> RawCheck | None:
     """Compare source and target, and both with how they were read (``configs``).
 
     ``rounded``: quantized weights were not rounded to the nearest level, so that their values are
-    not compared. None for a source in another format than safetensors, or with adapters inside.
+    not compared. ``is_text``: the target is the language model alone. None for a source in another
+    format than safetensors, or with adapters inside.
     Raises CheckpointError for the first difference.
     """
     before = read_raw_parts(source)
     if not before:
         return None
+    if is_text:
+        before = {name: part for name, part in before.items() if name.startswith(TEXT_PARTS)}
     after = read_raw_parts(target)
     rng, rows = np.random.default_rng(SEED), 0
     for name in sorted(before.keys() & after.keys()):
@@ -87,7 +96,11 @@ def check_raw(
     missing = sorted(before.keys() ^ after.keys() if comparable(source, target) else ())
     if missing:
         raise difference(f"{missing[0]} is in only one of them")
-    facts = compare_facts(read_raw_config(source), read_raw_config(target), configs)
+    stated = read_raw_config(source), read_raw_config(target)
+    if is_text:
+        parts = [stated[0].get(name) for name in TEXT]
+        stated = {TEXT[0]: next(filter(None, parts))}, {TEXT[0]: stated[1]}
+    facts = compare_facts(*stated, configs)
     return RawCheck(len(before.keys() & after.keys()), rows, facts)
 
 

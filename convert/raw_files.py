@@ -25,7 +25,7 @@ RELATIVE_ERROR = {"F32": 0.0, "F16": 2**-10, "BF16": 2**-7}  # of a value rounde
 ABSOLUTE_ERROR = {"F32": 0.0, "F16": 2**-24, "BF16": 0.0}  # of the smallest values
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
-TEXT = r"(?:model\.)?language_model\.(?:model\.)?"
+TEXT = r"(?:(?:model\.)?language_model\.)?(?:model\.)?"
 TEXT_LAYER = TEXT + r"layers\.(?P<n>\d+)\."
 TOWER = r"(?:(?:model\.)?vision_tower|vision_model)\."
 TOWER_LAYER = TOWER + r"encoder\.layers?\.(?P<n>\d+)\."

@@ -6,6 +6,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl3_mlx.checkpoints.keymap import LANGUAGE_LAYOUT
 from internvl3_mlx.checkpoints.reader import open_checkpoint, parameters_by_part
 from internvl3_mlx.checkpoints.remap import plan_remap
 from internvl3_mlx.config import read_config
@@ -30,10 +31,12 @@ from internvl3_mlx.loading.resolve import resolve_model
 from internvl3_mlx.user_paths import expand_user
 
 Layout = Literal["mlx", "original", "hf"]
+Part = Literal["all", "language"]
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 OnProgress = Callable[[ConversionProgress], None]
 
+PARTS = ("all", "language")
 DEFAULT_BITS, SMALL_MODEL_BITS = 4, 6
 SMALL_MODEL_PARAMETERS = 3e8  # of the language model, embedding and head included
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -45,6 +48,7 @@ def convert_model(
     target: str | Path | None = None,
     *,
     layout: Layout = "mlx",
+    part: Part = "all",
     bits: int | None = None,
     group_size: int | None = None,
     mode: Mode | None = None,
@@ -77,6 +81,7 @@ def convert_model(
         target: The folder to write. By default it is named after the model and what is done to it,
             in the current directory.
         layout: ``"mlx"``, or ``"original"`` or ``"hf"`` for PyTorch.
+        part: ``"language"`` writes the language model alone, as a folder that mlx-lm reads.
         bits: Bits of the language model: 2, 3, 4, 5, 6 or 8. By default 4 when quantizing, or 6 for
             a language model of fewer than 0.3 billion parameters.
         group_size: Weights that share a scale: 32, 64 or 128; 64 by default.
@@ -118,13 +123,14 @@ def convert_model(
         gptq=gptq,
     )
     quantizing.check(dry_run=dry_run)
+    check_part(part, layout, vision_bits=vision_bits, measure=measure)
     folder = find_source(source, revision, quantize=quantizing.quantizes, on_progress=show)
     quantizing = quantizing.with_default_bits(folder)
     conversion = Conversion(
         source=folder,
-        target=expand(target) or Path(default_target_name(folder, quantizing.suffix(layout))),
+        target=expand(target) or Path(default_target_name(folder, quantizing.suffix(layout, part))),
         options=ConvertOptions(
-            layout=layout,
+            layout=layout if part == "all" else LANGUAGE_LAYOUT,
             dtype=dtype,
             dequantize=dequantize,
             overwrite=overwrite,
@@ -216,12 +222,32 @@ class QuantizationArguments:
             dtype=dtype,
         )
 
-    def suffix(self, layout: str) -> str:
-        """Name what is done, for a target that was given no name: 4bit, 4.5bpw or hf."""
+    def suffix(self, layout: str, part: str) -> str:
+        """Name what is done, for a target that was given no name: 4bit, 4.5bpw, hf or language."""
         if self.calibration_images is not None:
-            return f"{self.target_bpw or TARGET_BPW:g}bpw"
-        recipe = self.choose_recipe()
-        return layout if recipe is None else recipe.name
+            name = f"{self.target_bpw or TARGET_BPW:g}bpw"
+        else:
+            recipe = self.choose_recipe()
+            name = "" if recipe is None else recipe.name
+        if part == "all":
+            return name or layout
+        return f"{part}-{name}" if name else part
+
+
+def check_part(part: str, layout: str, *, vision_bits: int | None, measure: bool) -> None:
+    """Raise UserError for an unknown part, and for what the language model alone does not have."""
+    if part not in PARTS:
+        raise UserError(f"unknown part {part!r}; choose from {', '.join(PARTS)}")
+    if part == "all":
+        return
+    unfit = {
+        f"it is written in the mlx layout, not as {layout} (--to)": layout != "mlx",
+        "it has no vision encoder to quantize (--q-vision)": vision_bits is not None,
+        "it cannot be measured on images (--measure)": measure,
+    }
+    for reason, found in unfit.items():
+        if found:
+            raise UserError(f"--part asks for the language model alone, but {reason}; drop one")
 
 
 def default_bits(folder: Path) -> int:

@@ -329,10 +329,14 @@ def fits_in_memory(folder: Path) -> bool:
     """Return whether the model can be run one layer at a time: its embedding and head beside a few
     layers. On a CPU weights are widened to 32 bits."""
     widening = 2 if on_cpu() else 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sizes = sorted(info.nbytes for info in open_checkpoint(folder).tensors.values())
     largest = sum(sizes[-2:]) + LAYER_TENSORS * sizes[-3:][0]
-    return largest * widening < MEMORY_SHARE * memory
+    return largest * widening < MEMORY_SHARE * machine_memory()
+
+
+def machine_memory() -> int:
+    """Return the bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def make_probe_sample(loaded: LoadedModel) -> CalibrationSample:

@@ -38,6 +38,8 @@ def key_rule(ours: str | Sequence[str], *theirs: str, order: RowOrder = "joined"
     return KeyRule((ours,) if isinstance(ours, str) else tuple(ours), theirs or (str(ours),), order)
 
 
+TEXT_PREFIX = "language_model."  # of all that belongs to the language model
+LANGUAGE_LAYOUT = "language"  # the language model alone, which mlx-lm reads; it is only written
 VISION_LAYER = "vision_model.encoder.layers.{n}."
 TEXT_LAYER = "language_model.model.layers.{n}."
 
@@ -167,15 +169,29 @@ HF = (  # transformers' "-hf" checkpoints, after ``normalize_name`` has unified 
     key_rule("mlp1.3.*", "multi_modal_projector.linear_2.*"),
     *QWEN,
 )
+
+
+def without_prefix(entry: KeyRule) -> KeyRule:
+    """Return a rule for files of a language model alone, whose names lack ``TEXT_PREFIX``."""
+    sources = tuple(name.removeprefix(TEXT_PREFIX) for name in entry.sources)
+    return KeyRule(entry.targets, sources, entry.order)
+
+
 READ_RULES = {"original": ORIGINAL, "mlx": ORIGINAL, "hf": HF}
 # layout -> the names to write; the first rule for a tensor applies
-WRITE_RULES = {"mlx": (*TOWER, *QWEN), "original": (*TOWER, *QWEN), "hf": HF}
+WRITE_RULES = {
+    "mlx": (*TOWER, *QWEN),
+    "original": (*TOWER, *QWEN),
+    "hf": HF,
+    LANGUAGE_LAYOUT: tuple(map(without_prefix, QWEN)),
+}
 # decoder -> rules beside those of the layout, all of them layouts' own names at once
 FAMILY_READ_RULES = {"qwen3_moe": QWEN_EXPERTS, "gpt_oss": GPT_OSS_EXPERTS}
 # where a family's names take precedence over the layout's; its own names in the mlx layout
 FAMILY_WRITE_RULES = {
     ("original", "internlm3"): INTERNLM2,
     ("mlx", "qwen3_moe"): QWEN_EXPERTS[-4:],
+    (LANGUAGE_LAYOUT, "qwen3_moe"): tuple(map(without_prefix, QWEN_EXPERTS[-4:])),
     ("original", "qwen3_moe"): QWEN_EXPERTS,
     ("hf", "qwen3_moe"): QWEN_EXPERTS,
     ("mlx", "gpt_oss"): GPT_OSS_EXPERTS[-4:],

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 LAYOUTS = ("mlx", "original", "hf")
+PARTS = ("all", "language")
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 QUANTIZATION_FLAGS = (
     "q_bits",
@@ -111,6 +112,12 @@ class CheckpointRequest:
 class ConvertRequest(CheckpointRequest):
     """The options of ``internvl3 convert``."""
 
+    part: str = config_field(
+        "all",
+        "Model",
+        "What to write: the whole model, or its language model alone, for mlx-lm.",
+        choices=PARTS,
+    )
     quantize: bool = config_field(
         False, "Quantization", "Quantize the weights.", flags=("-q", "--quantize")
     )
@@ -173,6 +180,7 @@ class ConvertRequest(CheckpointRequest):
         mode = "affine" if self.quantize and not chosen else self.q_mode
         return {
             **super().keywords(),
+            "part": self.part,
             "bits": self.q_bits,
             "group_size": self.q_group_size,
             "mode": mode,
