@@ -19,6 +19,7 @@ from internvl3_mlx.generation.generation_config import (
     GenerationOptions,
     with_overrides,
 )
+from internvl3_mlx.generation.mirror import Loading, LoadRequest, Mirror, begin_loading
 from internvl3_mlx.generation.parallel_samples import generate_samples
 from internvl3_mlx.generation.processor import (
     InputImage,
@@ -91,12 +92,21 @@ def load(
     Raises UserError for an unknown name, CheckpointError for a damaged folder, DownloadError where
     the hub cannot be reached.
     """
+    request = LoadRequest(model, quantize, adapter, dtype, revision)
+    with begin_loading(request) as loading:
+        return load_part(request, loading, notify)
+
+
+def load_part(request: LoadRequest, loading: Loading, notify: Notify) -> "VLM":
+    """Load a model, or this process's part of it."""
     started = time.perf_counter()
-    local = fetch_model(model, quantize, revision=revision, notify=notify)
-    adapter_folder = fetch_adapter(adapter, notify=notify) if adapter else None
+    local = fetch_model(request.model, request.quantize, revision=request.revision, notify=notify)
+    adapter_folder = fetch_adapter(request.adapter, notify=notify) if request.adapter else None
+    loading.found(local.folder)
     loaded = load_local_model(
-        local.folder, quantize=local.recipe, adapter=adapter_folder, dtype=dtype
+        local.folder, quantize=local.recipe, adapter=adapter_folder, dtype=request.dtype
     )
+    loaded.model.shard = loading.shard
     warnings = [
         tight_memory_warning(model_nbytes(loaded.model)),
         unknown_template_note(loaded.config),
@@ -106,8 +116,9 @@ def load(
     for warning in filter(None, warnings):
         notify(warning)
     template = load_template(loaded.config, local.folder)
-    name = model if model is not None else local.folder.name
-    return VLM(name, loaded, template, time.perf_counter() - started)
+    name = request.model if request.model is not None else local.folder.name
+    seconds = time.perf_counter() - started
+    return VLM(name, loaded, template, seconds, mirror=loading.mirror)
 
 
 def generate(
@@ -175,6 +186,7 @@ class VLM:
     template: Template
     load_seconds: float = 0.0
     process_id: int = field(default_factory=os.getpid, repr=False)
+    mirror: Mirror | None = field(default=None, repr=False)
 
     @property
     def model(self) -> InternVL:
@@ -207,6 +219,7 @@ class VLM:
             load_runner,
             load_seconds=self.load_seconds,
             process_id=self.process_id,
+            mirror=self.mirror,
         )
 
     def ask(

@@ -34,6 +34,7 @@ ORDER = (
     ("evaluation",),
     ("training", "profiling"),
     ("serving",),
+    ("multi_host",),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -10,7 +10,8 @@ from internvl3_mlx.cli import console
 from internvl3_mlx.cli.faults import describe_fault, is_closed_output, is_disk_full
 from internvl3_mlx.cli.flags import HelpContext
 from internvl3_mlx.cli.options import DEBUG_KEY
-from internvl3_mlx.cli.streams import name_home_folder, open_standard_streams
+from internvl3_mlx.cli.ranks import is_follower, is_launched, join_ranks, leave_ranks
+from internvl3_mlx.cli.streams import name_home_folder, open_standard_streams, silence_output
 from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.files import did_you_mean
 
@@ -86,6 +87,9 @@ class LazyGroup(click.Group):
             name = args[0]
             hint = OTHER_PROGRAMS.get(name) or did_you_mean(name, COMMANDS)
             raise click.UsageError(f"unknown command {name!r}; {hint}", ctx)
+        follow = join_ranks(args[0]) if args and is_launched() else None
+        if follow is not None:
+            return args[0], click.Command(args[0], callback=lambda: ctx.exit(follow())), []
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> None:
@@ -157,8 +161,13 @@ def run() -> NoReturn:
     """Run the program: entry point of both console scripts and of ``python -m internvl3_mlx``."""
     open_standard_streams()
     name_home_folder()
+    if is_follower():
+        silence_output()
     try:
         main(prog_name="internvl3")
+    except SystemExit as end:
+        leave_ranks(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
     except OSError as error:  # what click itself writes, such as the help
         if not (is_disk_full(error) or is_closed_output(error)):
             raise

@@ -41,3 +41,10 @@ def name_home_folder() -> None:
     """Name a home folder that does not exist where the system names none: libraries raise then."""
     if not os.path.isabs(os.path.expanduser("~")):
         os.environ["HOME"] = NO_HOME
+
+
+def silence_output() -> None:
+    """Write nothing to standard output: of several processes, one shows the result."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.close(silent)

@@ -16,12 +16,15 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import mlx.core as mx
 
 INTERVAL_S = 0.5
 PACKET_BYTES = 8192
 TOKEN_BYTES = 3  # below 2^24, so that a float32 sum can carry it
 HOSTFILE_VARIABLE = "MLX_HOSTFILE"  # a JSON list of the ring's addresses, or a file with it
+COORDINATOR_VARIABLE = "MLX_JACCL_COORDINATOR"  # the address of rank 0, where RDMA is used
 LOOPBACK = "127.0.0.1"
 
 
@@ -100,10 +103,12 @@ class Heartbeat:
         return None
 
 
-def listen(hosts: list[str]) -> tuple[socket.socket, list[int]]:
+def listen(
+    hosts: list[str], kind: socket.SocketKind = socket.SOCK_DGRAM
+) -> tuple[socket.socket, list[int]]:
     """Open rank 0's socket on its address in the ring; return it with the address as numbers."""
     host = hosts[0] if hosts else local_address()
-    connection = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    connection = socket.socket(socket.AF_INET, kind)
     try:
         connection.bind((host, 0))
     except OSError:  # the address is one that others see, such as a router's
@@ -114,6 +119,19 @@ def listen(hosts: list[str]) -> tuple[socket.socket, list[int]]:
 
 def new_token() -> int:
     return int.from_bytes(secrets.token_bytes(TOKEN_BYTES), "big")
+
+
+def token_address(numbers: mx.array) -> tuple[int, str, int]:
+    """Read a token, an address and its port, as rank 0 has sent them in one sum."""
+    found = cast("list[float]", numbers.tolist())
+    token, *host, port = (round(number) for number in found)
+    return token, ".".join(map(str, host)), port
+
+
+def launch_hosts() -> list[str]:
+    """Return the addresses of the ranks that the launcher passes on: all, or that of rank 0."""
+    coordinator = os.environ.get(COORDINATOR_VARIABLE, "").rpartition(":")[0]
+    return ring_hosts() or ([coordinator] if coordinator else [])
 
 
 def ring_hosts() -> list[str]:

@@ -7,6 +7,7 @@ is their own, so that a sum that never finishes holds up nothing else.
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +18,17 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from internvl3_mlx.distributed.heartbeat import Heartbeat, listen, new_token, ring_hosts
+from internvl3_mlx.distributed.heartbeat import (
+    Heartbeat,
+    launch_hosts,
+    listen,
+    new_token,
+    token_address,
+)
 from internvl3_mlx.distributed.peer_watch import PeerError, PeerWatch
 from internvl3_mlx.errors import InternVL3Error
+
+CONNECT_S = 60.0  # that a rank may take to start
 
 
 class PeerStoppedError(InternVL3Error):
@@ -143,11 +152,32 @@ SINGLE_PROCESS = ProcessGroup()
 
 @cache
 def init_distributed() -> ProcessGroup:
-    """Join the processes started by ``mlx.launch``; without it, return a single process."""
-    group = mx.distributed.init()
+    """Join the processes started by ``mlx.launch``; without it, return a single process.
+
+    Raises PeerError where one of them cannot be reached.
+    """
+    group = connect_ranks()
     if group.size() == 1:
         return SINGLE_PROCESS
     return ProcessGroup(group.rank(), group.size(), group, mx.new_stream(mx.cpu))
+
+
+def connect_ranks() -> Any:
+    """Return MLX's group. Raises PeerError where a rank cannot be reached for a minute.
+
+    MLX itself gives up after a few seconds, and a busy host takes longer to start.
+    """
+    deadline = time.monotonic() + CONNECT_S
+    while True:
+        try:
+            return mx.distributed.init()
+        except RuntimeError as error:
+            if time.monotonic() < deadline:
+                continue
+            raise PeerError(
+                f"cannot connect to the other ranks: {error}; see whether they started, and "
+                "whether the hostfile has their addresses"
+            ) from error
 
 
 @contextmanager
@@ -173,15 +203,15 @@ def open_heartbeat(ranks: ProcessGroup) -> Heartbeat | None:
     token, connection, address = 0, None, [0] * 5
     if ranks.is_main:
         try:
-            connection, address = listen(ring_hosts())
+            connection, address = listen(launch_hosts())
             token = new_token()
         except OSError:
             pass
     numbers = mx.array([float(token), *map(float, address)])
-    token, *host, port = (round(x) for x in ranks.broadcast([numbers])[0].tolist())
+    token, host, port = token_address(ranks.broadcast([numbers])[0])
     if not token:
         return None
     if connection is not None:
         return Heartbeat(ranks.rank, token, connection)
     own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    return Heartbeat(ranks.rank, token, own, (".".join(map(str, host)), port))
+    return Heartbeat(ranks.rank, token, own, (host, port))

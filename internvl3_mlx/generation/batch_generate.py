@@ -66,7 +66,8 @@ def finished_results(
     """Yield the result of each item with its index, as it is finished."""
     items = read_items(inputs)
     if batch_size > 1 and can_batch(config):
-        yield from AnswerBatch(runner, config, batch_size).results(items)
+        steps = AnswerBatch(runner, config, batch_size).results(runner.feed(items))
+        yield from runner.lead("batch", {"config": config, "batch_size": batch_size}, steps)
         return
     for index, item in items:
         yield index, answer_alone(runner, item, config)
@@ -266,8 +267,11 @@ class AnswerBatch:
     def recover(self, error: BaseException) -> Iterator[tuple[int, BatchResult]]:
         """After a step that failed, answer those in progress alone; then go on with fewer.
 
-        Their arrays may never have been computed, and together they may take too much memory.
+        Their arrays may never have been computed, and together they may take too much memory. Of
+        several processes that hold a model, one cannot go on otherwise than the others.
         """
+        if self.runner.mirror is not None:
+            raise error
         error.__traceback__ = None  # its frames hold arrays
         self.size = max(len(self.live) // 2, 1)
         begun = [*self.live.items()]

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from internvl3_mlx.device import on_gpu
+from internvl3_mlx.distributed.agreement import from_rank_0
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.sampler import Sampler, SamplerState, SamplingParams
 from internvl3_mlx.metal_kernels.dispatch import kernel_mode
@@ -251,7 +252,8 @@ def trace_step(model: Callable[[], InternVL | None], key: TraceKey) -> Callable[
         if sampler is None:
             return logits, written, []
         chosen, after = sampler(logits, SamplerState(*state))
-        return mark_not_finite(chosen, logits), written, [*after]
+        token = from_rank_0(traced.shard, mark_not_finite(chosen, logits))
+        return token, written, [*after]
 
     compiled: Callable[..., Any] = mx.compile(step)
     return compiled

@@ -10,6 +10,8 @@ from typing import Generic, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
+from internvl3_mlx.distributed.agreement import from_rank_0
+from internvl3_mlx.distributed.shard import Shard
 from internvl3_mlx.generation.answer import FinishReason
 from internvl3_mlx.generation.compiled_step import NOT_FINITE, StepRunner
 from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores, sample_rows, score_token
@@ -108,7 +110,8 @@ class DecodeBatch(Generic[AnswerT]):
         for row, answer in zip(rows, answers, strict=True):
             answer.row = row
             self.answers[row] = answer
-        new = choose_tokens(rows, answers, mx.repeat(logits, len(rows), axis=0))
+        logits = mx.repeat(logits, len(rows), axis=0)
+        new = choose_tokens(rows, answers, logits, self.model.shard)
         self.chosen = new if self.chosen is None else self.chosen.joined(new)
 
     def remove(self, answer: AnswerT) -> list[LayerCache]:
@@ -195,7 +198,8 @@ class DecodeBatch(Generic[AnswerT]):
             return
         if len(places) < len(rows):
             rows, logits = [rows[place] for place in places], logits[mx.array(places)]
-        self.chosen = choose_tokens(rows, [self.answers[row] for row in rows], logits)
+        answers = [self.answers[row] for row in rows]
+        self.chosen = choose_tokens(rows, answers, logits, self.model.shard)
         mx.async_eval(self.chosen.arrays)
 
     def give(self, chosen: Chosen) -> list[Ended[AnswerT]]:
@@ -220,7 +224,9 @@ def attempt(answer: BatchedAnswer, token: int, scores: TokenScores | None) -> Ex
     return None
 
 
-def choose_tokens(rows: list[int], answers: Sequence[BatchedAnswer], logits: mx.array) -> Chosen:
+def choose_tokens(
+    rows: list[int], answers: Sequence[BatchedAnswer], logits: mx.array, shard: Shard
+) -> Chosen:
     """Choose the next token of each answer: logits (B, vocab). A failure concerns its row alone."""
     finite = mx.all(mx.isfinite(logits), axis=-1)
     samplers = [answer.sampler for answer in answers]
@@ -233,7 +239,7 @@ def choose_tokens(rows: list[int], answers: Sequence[BatchedAnswer], logits: mx.
             own = slice(place, place + 1)
             scores[row] = score_token(logits[own], tokens[own], sampler.num_top)
     signed = mx.where(finite, tokens.astype(mx.int32), mx.array(NOT_FINITE, mx.int32))
-    return Chosen(rows, signed, scores, failures)
+    return Chosen(rows, from_rank_0(shard, signed), scores, failures)
 
 
 def mask_rows(

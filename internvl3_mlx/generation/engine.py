@@ -9,6 +9,7 @@ import numpy as np
 
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.device import on_gpu
+from internvl3_mlx.distributed.agreement import from_rank_0
 from internvl3_mlx.errors import NumericError, UserError
 from internvl3_mlx.generation.compiled_step import NOT_FINITE, StepRunner, mark_not_finite
 from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, GenerationConfig
@@ -142,7 +143,7 @@ class Engine:
     def sample(self, logits: mx.array) -> mx.array:
         """Choose the next token, NOT_FINITE where it has no logits: (1, vocab) -> (1,)."""
         token, self.sampler_state = self.sampler(logits, self.sampler_state)
-        return mark_not_finite(token, logits)
+        return from_rank_0(self.model.shard, mark_not_finite(token, logits))
 
     def force(self, token: int, drawn: mx.array) -> mx.array:
         """Take ``token`` in place of the one that was drawn last: (1,)."""

@@ -8,9 +8,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
+from internvl3_mlx.distributed.agreement import from_rank_0
 from internvl3_mlx.generation.answer import (
     Answer,
     AnswerChunk,
@@ -178,6 +180,7 @@ class Generation:
         sequences = encode_choices(config.choice, self.tokenizer)
         check_choice_length(sequences, engine.remaining_context())
         scores = score_sequences(engine, logits, [*sequences.values()])
+        scores = cast(list[float], from_rank_0(self.model.shard, mx.array(scores)).tolist())
         self.choices = choice_scores([*sequences], scores)
         yield from [*sequences.values()][rank_choices(scores, config)]
 

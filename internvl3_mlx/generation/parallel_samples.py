@@ -12,6 +12,8 @@ from typing import cast
 
 import mlx.core as mx
 
+from internvl3_mlx.distributed.agreement import from_rank_0
+from internvl3_mlx.distributed.shard import Shard
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.answer import Answer
 from internvl3_mlx.generation.compiled_step import mark_not_finite
@@ -121,6 +123,21 @@ def sample_together(
     log_probs: bool = False,
 ) -> Iterator[tuple[int, Answer]]:
     """Prefill once, then decode one token of every answer at each step; yield each as it ends."""
+    steps = sample_steps(runner, inputs, configs, cache, log_probs=log_probs)
+    arguments = {"inputs": inputs, "configs": configs, "cache": cache, "log_probs": log_probs}
+    for ended in runner.lead("samples", arguments, steps):
+        yield from ended
+
+
+def sample_steps(
+    runner: ModelRunner,
+    inputs: ModelInputs,
+    configs: Sequence[GenerationConfig],
+    cache: PromptCache,
+    *,
+    log_probs: bool = False,
+) -> Iterator[list[tuple[int, Answer]]]:
+    """Yield after each step the answers that it ended, with their indices."""
     generation = runner.open_generation(inputs, configs[0], cache)
     need = generation.memory_need()
     need = replace(need, cache=generation.cache_nbytes(len(configs)))
@@ -134,7 +151,7 @@ def decode_together(
     buffers: BufferCache,
     *,
     log_probs: bool,
-) -> Iterator[tuple[int, Answer]]:
+) -> Iterator[list[tuple[int, Answer]]]:
     """Decode one answer for each config; ``buffers`` are cleared whenever the KV caches grow."""
     timer = StageTimer(time.perf_counter())
     mx.reset_peak_memory()
@@ -152,13 +169,15 @@ def decode_together(
             for cache_nbytes, ended in steps:
                 buffers.end_token(cache_nbytes)
                 timer.mark_token()
+                done = list[tuple[int, Answer]]()
                 for index in ended:
                     one = candidates[index]
                     one.text.flush()
                     num_reused = len(inputs.token_ids) if index else prefill.num_reused
                     answer = generation.make_answer(one.text, timer, num_reused, buffers.measure())
                     mean = one.log_prob / len(one.generated_ids) if log_probs else None
-                    yield index, replace(answer, mean_log_prob=mean)
+                    done.append((index, replace(answer, mean_log_prob=mean)))
+                yield done
 
 
 def make_candidate(generation: Generation, config: GenerationConfig, max_tokens: int) -> Candidate:
@@ -180,10 +199,10 @@ class Samples:
     sampler: Sampler
     state: SamplerState
 
-    def choose(self, logits: mx.array) -> mx.array:
+    def choose(self, logits: mx.array, shard: Shard) -> mx.array:
         """Draw the next token of every answer, NOT_FINITE without logits: (N, vocab) -> (N,)."""
         tokens, self.state = self.sampler(logits, self.state)
-        return mark_not_finite(tokens, logits)
+        return from_rank_0(shard, mark_not_finite(tokens, logits))
 
     def force(self, drawn: mx.array) -> mx.array:
         """Replace drawn tokens, (N,), by those that a thought budget forces."""
@@ -223,14 +242,15 @@ def decode_samples(
     caches, prompt_tokens = [spread(layer) for layer in engine.cache], engine.cache[0].offset
     engine.cache.clear()  # so that a prompt that is quantized on the way is not kept twice
     logits = mx.repeat(logits, len(samples.live), axis=0)
-    tokens = samples.choose(logits)
+    shard = engine.model.shard
+    tokens = samples.choose(logits, shard)
     try:
         while True:
             scores = token_log_probs(logits, tokens) if log_probs else mx.zeros(tokens.shape)
             following = tokens
             if any(one.tokens_left > 1 for one in samples.live.values()):
                 logits = sample_step(engine, caches, tokens)
-                following = samples.choose(logits)
+                following = samples.choose(logits, shard)
                 mx.async_eval(following, logits if log_probs else following)
             rows = samples.accept(*to_host(tokens, scores))
             ended = [index for row, index in enumerate(samples.live) if row not in rows]

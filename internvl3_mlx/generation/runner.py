@@ -1,10 +1,10 @@
 """A loaded model with all that generation needs of it, below its public face (``vlm``)."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -17,6 +17,7 @@ from internvl3_mlx.generation.draft_model import DraftModel, FamilyReader
 from internvl3_mlx.generation.engine import kv_quantization_for
 from internvl3_mlx.generation.generate import Generation, MakeDrafter
 from internvl3_mlx.generation.generation_config import DraftSource, GenerationConfig
+from internvl3_mlx.generation.mirror import Mirror
 from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processor, as_sequence
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
@@ -27,12 +28,15 @@ from internvl3_mlx.generation.visual_router import check_flash_options, is_routa
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, eq=False)
 class ModelRunner:
     """Builds inputs for one loaded model and generates answers with it.
 
     ``load_runner`` loads a draft model by name. ``draft_models``: those in use, by name.
+    ``mirror``: takes the other processes along that hold the model together with this one.
     """
 
     name: str
@@ -44,6 +48,7 @@ class ModelRunner:
         default_factory=dict[str, "ModelRunner | TextDraft"]
     )
     process_id: int = field(default_factory=os.getpid)  # of the process that loaded the model
+    mirror: Mirror | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -144,7 +149,17 @@ class ModelRunner:
         if generation_config.draft_model is not None:  # which reads the same prompt
             inputs = route_inputs(self.model, inputs, generation_config, cache.features)
         make_drafter = self.choose_drafter(inputs, generation_config, cache)
-        return self.open_generation(inputs, generation_config, cache, make_drafter).stream()
+        steps = self.open_generation(inputs, generation_config, cache, make_drafter).stream()
+        arguments = {"inputs": inputs, "config": generation_config, "cache": cache}
+        return self.lead("stream", arguments, steps)
+
+    def lead(self, name: str, arguments: Mapping[str, Any], steps: Iterator[T]) -> Iterator[T]:
+        """Return ``steps``, which the other processes that hold the model take as well."""
+        return steps if self.mirror is None else self.mirror.lead(name, arguments, steps)
+
+    def feed(self, items: Iterator[T]) -> Iterator[T]:
+        """Return items that steps ask for, which are given to the other processes as well."""
+        return items if self.mirror is None else self.mirror.feed(items)
 
     def answer(
         self,

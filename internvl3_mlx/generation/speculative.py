@@ -17,6 +17,8 @@ from typing import Protocol, cast
 
 import mlx.core as mx
 
+from internvl3_mlx.distributed.agreement import from_rank_0
+from internvl3_mlx.distributed.shard import Shard
 from internvl3_mlx.generation.compiled_step import mark_not_finite
 from internvl3_mlx.generation.draft_length import VERIFY_COST, DraftLength
 from internvl3_mlx.generation.engine import Engine, check_token
@@ -142,7 +144,7 @@ class SpeculativeDecoder:
         logits = engine.read_tokens(mx.concatenate([pending, draft.tokens])[None])[0]
         states = states_along(engine.sampler_state, draft.tokens)
         judge = match_tokens if draft.scores is None else accept_by_chance
-        verdict = judge(engine.sampler, logits, states, draft)
+        verdict = judge(engine.sampler, logits, states, draft).agreed(engine.model.shard)
         mx.eval(verdict.count, verdict.following, draft.tokens)
         count = int(verdict.count.item())  # type: ignore[arg-type]
         engine.sampler_state = verdict.state
@@ -161,6 +163,14 @@ class Verdict:
     count: mx.array
     following: mx.array
     state: SamplerState
+
+    def agreed(self, shard: Shard) -> "Verdict":
+        """Return rank 0's verdict on all ranks that hold the model."""
+        if shard.size == 1:
+            return self
+        both = mx.concatenate([self.count[None].astype(mx.int32), self.following])
+        count, following = mx.split(from_rank_0(shard, both), [1])
+        return Verdict(count[0], following, self.state)
 
 
 def states_along(state: SamplerState, tokens: mx.array) -> SamplerState:

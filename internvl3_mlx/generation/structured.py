@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from internvl3_mlx.distributed.agreement import from_rank_0
 from internvl3_mlx.errors import MissingExtraError, UserError
 from internvl3_mlx.generation.compiled_step import mark_not_finite
 from internvl3_mlx.generation.engine import Engine, check_token
@@ -88,7 +89,7 @@ class Constraint:
         for left in range(limit - 1, -1, -1):
             masked = self.mask_logits(logits)
             chosen, engine.sampler_state = engine.sampler(masked, engine.sampler_state)
-            chosen = mark_not_finite(chosen, logits)
+            chosen = from_rank_0(engine.model.shard, mark_not_finite(chosen, logits))
             logits = engine.step(chosen) if left else logits
             mx.async_eval(chosen, logits)
             token = check_token(int(chosen.item()))  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.device import on_gpu
+from internvl3_mlx.distributed.shard import WHOLE, Shard
 from internvl3_mlx.errors import PromptError
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.decoder import LanguageModel
@@ -43,9 +44,9 @@ def tiles_per_chunk() -> int:
 class InternVL(nn.Module):
     """The complete model. ``image_id``: the id of ``<IMG_CONTEXT>`` in the tokenizer."""
 
-    def __init__(self, config: ModelConfig, image_id: int):
+    def __init__(self, config: ModelConfig, image_id: int, shard: Shard = WHOLE):
         super().__init__()
-        self.config, self.image_id = config, image_id
+        self.config, self.image_id, self.shard = config, image_id, shard
         self.vision_model = VisionModel(config.vision)
         self.mlp1 = build_projector(config)
         if config.flash_mode:

@@ -4,9 +4,9 @@ Source: the remote code of VisualPRM (``InternVLRewardModel``) and its paper, ar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 
@@ -15,7 +15,12 @@ from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
 from internvl3_mlx.generation.engine import check_finite
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prefill import open_prefill
-from internvl3_mlx.generation.processor import InputImage, ProcessedImage, as_sequence
+from internvl3_mlx.generation.processor import (
+    InputImage,
+    ModelInputs,
+    ProcessedImage,
+    as_sequence,
+)
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
@@ -196,18 +201,35 @@ class CriticSession:
 
     def positive_shares(self, built: CriticInputs) -> list[float]:
         """Return P(+) against P(-) at each position that predicts a reply."""
-        runner, inputs = self.critic.runner, built.inputs
+        critic, runner = self.critic, self.critic.runner
         runner.check_process()
-        cache_nbytes = len(inputs.token_ids) * kv_nbytes_per_token(runner.model, self.config)
-        need = MemoryNeed(runner.weights_nbytes, cache_nbytes, owner=id(runner.model))
-        with explained_gpu_errors(Task.ANSWER), working_memory(need):
-            prefill = open_prefill(runner.model, inputs, self.config, self.prompt_cache)
-            prefill.limit_reuse(built.reply_positions[0])
-            logits = prefill.run_rows(prefill.encode_images(), built.reply_positions)
-            check_finite(logits)
-            prefill.commit([])
-            pair = logits[:, mx.array([self.critic.correct_id, self.critic.incorrect_id])]
-            return cast(list[float], mx.softmax(pair.astype(mx.float32), axis=-1)[:, 0].tolist())
+        arguments: dict[str, Any] = {
+            "inputs": built.inputs, "positions": [*built.reply_positions], "config": self.config,
+            "cache": self.prompt_cache, "replies": [critic.correct_id, critic.incorrect_id],
+        }  # fmt: skip
+        [shares] = runner.lead("score", arguments, reply_shares(runner, **arguments))
+        return shares
+
+
+def reply_shares(
+    runner: ModelRunner,
+    inputs: ModelInputs,
+    positions: Sequence[int],
+    config: GenerationConfig,
+    cache: PromptCache,
+    replies: Sequence[int],
+) -> Iterator[list[float]]:
+    """Yield once the share of the first of two replies at each position. replies: their ids."""
+    cache_nbytes = len(inputs.token_ids) * kv_nbytes_per_token(runner.model, config)
+    need = MemoryNeed(runner.weights_nbytes, cache_nbytes, owner=id(runner.model))
+    with explained_gpu_errors(Task.ANSWER), working_memory(need):
+        prefill = open_prefill(runner.model, inputs, config, cache)
+        prefill.limit_reuse(positions[0])
+        logits = prefill.run_rows(prefill.encode_images(), positions)
+        check_finite(logits)
+        prefill.commit([])
+        pair = logits[:, mx.array([*replies])]
+        yield cast(list[float], mx.softmax(pair.astype(mx.float32), axis=-1)[:, 0].tolist())
 
 
 def mean_score(steps: Sequence[StepScore]) -> float:

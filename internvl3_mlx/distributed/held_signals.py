@@ -1,0 +1,47 @@
+"""Signals that wait: a step of several ranks is ended by none of them alone."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+SIGNALS = tuple(
+    number
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
+    if number is not None
+)
+INTERRUPTED = 130
+
+
+@dataclass(eq=False)
+class HeldSignals:
+    """What came while a step was running. A second one ends the process at once."""
+
+    pending: int | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep signals back inside the context; only the main thread gets any."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def note(self, number: int, _frame: Any) -> None:
+        if self.pending is not None:
+            os._exit(INTERRUPTED)
+        self.pending = number
+
+    def deliver(self) -> None:
+        """Let the signal act now."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            signal.raise_signal(pending)
