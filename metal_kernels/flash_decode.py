@@ -37,9 +37,9 @@ from internvl3_mlx.metal_kernels.launch_plan import (
     MIN_TILE_ROWS,
     TILE_ROWS,
     GroupShape,
-    default_split_plan,
     group_shape,
     split_count,
+    split_plan,
 )
 from internvl3_mlx.metal_kernels.self_test_inputs import SELF_TEST_RUNS, attention_inputs
 
@@ -133,11 +133,14 @@ def flash_decode_kernel(
 ) -> AttentionOutput:
     """Run the kernels: one over all splits, one that joins them. As ``flash_decode``.
 
-    ``splits``: parts of each head's tokens; by default, as many as fill the GPU.
+    ``splits``: parts of each head's tokens; by default, as many as the plan says that was measured
+    to be fastest, or as fill the GPU by arithmetic.
     """
     kv_heads, capacity = store.arrays[0].shape[1:3]
     variant = FlashVariant.from_inputs(q, store, causal)
-    plan = plan_launches(variant, q.shape[0], kv_heads, capacity, splits)
+    if splits is None:
+        splits = variant.splits(q.shape[0], capacity)
+    plan = plan_launches(variant, q.shape[0], kv_heads, splits)
     ends = kernel_lengths(lengths, q.shape[0])
     hidden = scalar_array(int(variant.causal), mx.int32)
     factor = scalar_array(q.shape[-1] ** -0.5 if scale is None else scale, mx.float32)
@@ -164,13 +167,10 @@ class LaunchPlan:
 
 
 @lru_cache(maxsize=256)
-def plan_launches(
-    variant: "FlashVariant", batch: int, kv_heads: int, capacity: int, splits: int | None = None
-) -> LaunchPlan:
+def plan_launches(variant: "FlashVariant", batch: int, kv_heads: int, splits: int) -> LaunchPlan:
     """Divide the work into threadgroups: each takes one split of one head's tokens."""
     dim, rows, dtype = variant.head_dim, variant.rows * variant.draft, variant.dtype
     heads = batch * kv_heads
-    splits = splits or split_count(capacity, heads, default_split_plan(), rows)
     group = (SIMD_WIDTH * variant.shape.simdgroups, 1, 1)
     parts = (heads * rows, splits)
     answer = (batch, kv_heads * variant.rows, variant.draft)
@@ -268,6 +268,15 @@ class FlashVariant:
             ("SG", self.shape.simdgroups), ("BLOCK", self.shape.block),
         )  # fmt: skip
 
+    def splits(self, batch: int, capacity: int, plan: str | None = None) -> int:
+        """Return over how many threadgroups each head's tokens are split, by a plan's name.
+
+        By default, the plan that was measured to be fastest.
+        """
+        name = registry.fastest_plan(self.registry_key, capacity) if plan is None else plan
+        heads = batch * self.kv_heads
+        return split_count(capacity, heads, split_plan(name), self.rows * self.draft)
+
     @cached_property
     def is_supported(self) -> bool:
         """Whether the kernel takes this shape and dtype at all."""
@@ -277,8 +286,13 @@ class FlashVariant:
     @cached_property
     def registry_key(self) -> str:
         """The key of what was measured: unlike the name, for this very shape."""
+        return f"{self.use}, {self.kv_heads} key-value heads"
+
+    @cached_property
+    def use(self) -> str:
+        """This use of the text, whatever the key-value heads."""
         drafted = f" x {self.draft}{' causal' if self.causal else ''}" if self.draft > 1 else ""
-        return f"{self.describe(f'{self.rows}{drafted}')}, {self.kv_heads} key-value heads"
+        return self.describe(f"{self.rows}{drafted}")
 
     def with_draft(self, length: int) -> "FlashVariant":
         """Return the variant for ``length`` new tokens, causal among themselves."""

@@ -31,6 +31,10 @@ class SplitPlan:
     threadgroups: int
     cores: int
 
+    def scaled(self, scale: float) -> "SplitPlan":
+        """Return the plan with so many times the threadgroups, of so much fewer tokens each."""
+        return SplitPlan(int(self.tokens / scale), int(self.threadgroups * scale), self.cores)
+
 
 # By the last letter of Metal's name of the architecture (applegpu_g16s), as MLX tells GPUs apart.
 # Four threadgroups for each core of the largest of a class; by arithmetic, see docs/metal.md.
@@ -41,6 +45,10 @@ SPLIT_PLANS = {
     "d": SplitPlan(128, 320, 80),  # Ultra
 }
 DEFAULT_CLASS = "s"
+# By what the threadgroups of a class are multiplied in the plans that are measured; the first one
+# holds until then.
+USUAL = "usual"
+PLAN_SCALES = {USUAL: 1.0, "coarse": 0.5, "coarsest": 0.25, "fine": 2.0}
 MAX_SPLITS = 128  # of one head: what joins them reads them one after the other
 
 
@@ -49,6 +57,12 @@ def default_split_plan() -> SplitPlan:
     """Return the plan for this machine's GPU, that of a Max if it is not known."""
     architecture = str(gpu_info().get("architecture", ""))
     return SPLIT_PLANS.get(architecture[-1:], SPLIT_PLANS[DEFAULT_CLASS])
+
+
+@lru_cache(maxsize=len(PLAN_SCALES))
+def split_plan(name: str) -> SplitPlan:
+    """Return a plan of PLAN_SCALES for this machine's GPU, the usual one for another name."""
+    return default_split_plan().scaled(PLAN_SCALES.get(name, PLAN_SCALES[USUAL]))
 
 
 def split_count(capacity: int, heads: int, plan: SplitPlan, rows: int = MIN_DEVICE_ELEMENTS) -> int:

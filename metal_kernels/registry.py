@@ -19,8 +19,6 @@ FOLDER = "kernels"  # of the cache folder
 SELF_TESTS_FILE, SPEEDUPS_FILE = "self_tests.json", "speedups.json"
 MIN_SPEEDUP = 1.05  # times faster, or MLX's operations are used: less may be noise
 
-Speedups = dict[str, dict[int, float]]  # key of a case -> tokens -> times faster
-
 
 def read_record(name: str) -> dict[str, Any]:
     """Return the content of a file; {} if it was written in another environment."""
@@ -73,11 +71,18 @@ def kernels_digest() -> str:
 
 @dataclass(frozen=True)
 class KernelSpeedup:
-    """How many times faster than MLX's operations a kernel was in one case; 0: not at all."""
+    """How many times faster than MLX's operations a kernel was in one case; 0: not at all.
+
+    ``plan``: the fastest plan of splits, by its name; "" for the usual one.
+    """
 
     key: str
     tokens: int
     ratio: float
+    plan: str = ""
+
+
+Speedups = dict[str, dict[int, KernelSpeedup]]  # key of a case -> tokens -> what was measured
 
 
 def is_faster(key: str, tokens: int) -> bool:
@@ -87,9 +92,22 @@ def is_faster(key: str, tokens: int) -> bool:
 
 def nearest_ratio(key: str, tokens: int) -> float | None:
     """Return the ratio at the longest length measured up to ``tokens``; None without one."""
-    ratios = read_speedups().get(key, {})
-    nearest = max((measured for measured in ratios if measured <= tokens), default=None)
-    return None if nearest is None else ratios[nearest]
+    found = nearest_speedup(key, tokens)
+    return None if found is None else found.ratio
+
+
+def nearest_speedup(key: str, tokens: int) -> KernelSpeedup | None:
+    """Return what was measured at the longest length up to ``tokens``; None if nothing was."""
+    measured = read_speedups().get(key, {})
+    nearest = max((length for length in measured if length <= tokens), default=None)
+    return None if nearest is None else measured[nearest]
+
+
+@lru_cache(maxsize=256)
+def fastest_plan(key: str, tokens: int) -> str:
+    """Return the name of the plan of splits that was fastest at this length; "" if none was."""
+    found = nearest_speedup(key, tokens)
+    return found.plan if found else ""
 
 
 def is_measured(key: str, tokens: int) -> bool:
@@ -97,11 +115,11 @@ def is_measured(key: str, tokens: int) -> bool:
     return tokens in read_speedups().get(key, {})
 
 
-def faster_from(ratios: Mapping[int, float]) -> int | None:
+def faster_from(found: Mapping[int, KernelSpeedup]) -> int | None:
     """Return from how many tokens on a kernel was always faster; None: nowhere."""
     start = None
-    for tokens in sorted(ratios, reverse=True):
-        if ratios[tokens] < MIN_SPEEDUP:
+    for tokens in sorted(found, reverse=True):
+        if found[tokens].ratio < MIN_SPEEDUP:
             break
         start = tokens
     return start
@@ -114,25 +132,27 @@ def faster_cases() -> Speedups:
     Empty where nothing was measured or nothing is faster: then no token costs a look-up.
     """
     return {
-        key: ratios
-        for key, ratios in read_speedups().items()
-        if any(ratio >= MIN_SPEEDUP for ratio in ratios.values())
+        key: found
+        for key, found in read_speedups().items()
+        if any(one.ratio >= MIN_SPEEDUP for one in found.values())
     }
 
 
 @lru_cache(maxsize=1)
 def read_speedups() -> Speedups:
-    """Read the file once: key -> tokens -> how many times faster the kernel is there."""
+    """Read the file once."""
     content = read_record(SPEEDUPS_FILE)
-    return {key: read_ratios(ratios) for key, ratios in content.items() if isinstance(ratios, dict)}
+    return {key: read_case(key, saved) for key, saved in content.items() if isinstance(saved, dict)}
 
 
-def read_ratios(saved: Mapping[str, Any]) -> dict[int, float]:
+def read_case(key: str, saved: Mapping[str, Any]) -> dict[int, KernelSpeedup]:
     """Return what was measured in one case, without what we did not write."""
     return {
-        int(tokens): float(ratio)
-        for tokens, ratio in saved.items()
-        if tokens.isdecimal() and isinstance(ratio, int | float)
+        int(tokens): KernelSpeedup(key, int(tokens), float(one["ratio"]), str(one.get("plan", "")))
+        for tokens, one in saved.items()
+        if tokens.isdecimal()
+        and isinstance(one, dict)
+        and isinstance(one.get("ratio"), int | float)
     }
 
 
@@ -140,12 +160,18 @@ def add_speedups(found: Iterable[KernelSpeedup]) -> bool:
     """Add or replace what was measured; return False where it is lost with this process."""
     known = read_speedups()
     for one in found:
-        known.setdefault(one.key, {})[one.tokens] = one.ratio
+        known.setdefault(one.key, {})[one.tokens] = one
     faster_cases.cache_clear()
-    return write_record(SPEEDUPS_FILE, known)
+    fastest_plan.cache_clear()
+    content = {
+        key: {tokens: {"ratio": one.ratio, "plan": one.plan} for tokens, one in found.items()}
+        for key, found in known.items()
+    }
+    return write_record(SPEEDUPS_FILE, content)
 
 
 def forget_speedups() -> None:
     """Make the next lookup read the file again."""
     read_speedups.cache_clear()
     faster_cases.cache_clear()
+    fastest_plan.cache_clear()

@@ -66,14 +66,16 @@ class AttentionShape(Protocol):
     def row_layout(self) -> KVRowLayout | None: ...
 
 
-def attention_inputs(lengths: tuple[int, ...], variant: AttentionShape) -> AttentionInputs:
-    """Make the inputs of one launch."""
+def attention_inputs(
+    lengths: tuple[int, ...], variant: AttentionShape, rise: float = RISE
+) -> AttentionInputs:
+    """Make the inputs of one launch. ``rise``: of keys from the first token to the last."""
     rng = np.random.default_rng(0)
     batch, draft, dim = len(lengths), variant.draft, variant.head_dim
     capacity = max(lengths) + SPARE_TOKENS
     shape = (batch, KV_HEADS, capacity, dim)
     along = rng.choice([-1.0, 1.0], dim)  # the direction in which keys grow
-    ramp = np.linspace(0, RISE, capacity)[:, None]
+    ramp = np.linspace(0, rise, capacity)[:, None]
     keys, values = rng.normal(size=shape) + ramp * along, rng.normal(size=shape)
     q = sloped_queries(rng, (batch, KV_HEADS, variant.rows, draft), along)
     reached = mx.arange(capacity)[:, None] < mx.array(lengths)[:, None, None, None]

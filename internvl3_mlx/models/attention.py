@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels import dispatch, flash_decode, registry
-from internvl3_mlx.metal_kernels.kv_layout import KVStore, QuantizedArrays
+from internvl3_mlx.metal_kernels import dispatch, flash_decode, fused_quantized, registry
+from internvl3_mlx.metal_kernels.kv_layout import KVStore, QuantizedArrays, QuantizedKV
 
 RowSelection = slice | mx.array  # of the L new tokens: a slice, or their indices (R,)
 ALL_ROWS, LAST_ROW = slice(None), slice(-1, None)
@@ -119,6 +119,18 @@ def ragged_attention(
         return flash_decode.flash_decode_kernel(q, store, lengths)[0]
     keys, values = store.first_tokens(longest).dequantize()
     return causal_attention(q, keys, values, mask)
+
+
+def quantized_store_attention(q: mx.array, store: QuantizedKV) -> mx.array:
+    """Attend causally to all tokens of a store, a few rows: (B, H, L, D) -> (B, H, L, D).
+
+    By MLX's own fused function, if it has one and it was measured to be faster, else by products.
+    """
+    if fused_quantized.prefers_fused(q, store):
+        return fused_quantized.fused_attention(q, store)
+    return quantized_attention(
+        q, store.keys, store.values, bits=store.bits, group_size=store.group_size
+    )
 
 
 def quantized_attention(

@@ -1,13 +1,14 @@
 """Time our attention kernel against MLX's operations, for the cases that a model is about to need.
 
 A kernel is used where it was measured to be faster on this machine. That is measured once, before
-the first prompt that needs it is read, in less than a second, and saved. The layers of the measured
+the first prompt that needs it is read, in less than a second, and saved: first a few plans of
+splits, then the fastest of them against all that MLX offers. The layers of the measured
 pass have their own buffers, more than the GPU's last-level cache holds, as in a model: a cache that
 is read again and again would be measured at that cache's speed.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -16,8 +17,9 @@ import mlx.core as mx
 
 from internvl3_mlx.affine_quantize import quantize_exactly
 from internvl3_mlx.config import TextConfig
-from internvl3_mlx.metal_kernels import dispatch, registry, self_test
+from internvl3_mlx.metal_kernels import dispatch, fused_quantized, registry, self_test
 from internvl3_mlx.metal_kernels.flash_decode import FlashVariant, attend_mlx, flash_decode_kernel
+from internvl3_mlx.metal_kernels.fused_quantized import FusedVariant
 from internvl3_mlx.metal_kernels.kv_layout import (
     DENSE_BITS,
     DenseKV,
@@ -26,14 +28,19 @@ from internvl3_mlx.metal_kernels.kv_layout import (
     QuantizedKVRows,
     join_rows,
 )
-from internvl3_mlx.metal_kernels.registry import KernelSpeedup
+from internvl3_mlx.metal_kernels.launch_plan import PLAN_SCALES, USUAL
+from internvl3_mlx.metal_kernels.registry import MIN_SPEEDUP, KernelSpeedup
 from internvl3_mlx.models.attention import MAX_KERNEL_ROWS, quantized_attention
 from internvl3_mlx.models.quantized_cache import KVQuantization
 
 MIN_TOKENS, MAX_TOKENS = 512, 131072  # attention to fewer tokens takes no time worth measuring
 BUDGET_S = 0.5  # of all cases together; what compiles kernels comes on top
+PLANS_BUDGET_S = 0.2  # likewise, to choose their plans of splits
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
+PLAN_ROUNDS = 3
+PATIENCE = 1.5  # times the budget, for fewer rounds than the least
 MIN_LAYERS, MAX_LAYERS = 2, 64
+SPARE_TOKENS = 16  # of a buffer
 MB = 2**20
 # by the last letter of Metal's architecture: base and Pro, Max, Ultra; the largest of each kind
 LAST_LEVEL_CACHE = {"g": 36 * MB, "s": 64 * MB, "d": 128 * MB}
@@ -77,15 +84,42 @@ class AttentionCase:
     def is_usable(self) -> bool:
         return self.variant.is_supported and self_test.is_usable(self.variant)
 
+    @property
+    def fused(self) -> FusedVariant | None:
+        """MLX's own fused attention in its place, where there is one."""
+        return fused_quantized.fused_variant(self.variant)
+
+    @property
+    def is_measured(self) -> bool:
+        keys = [self.key] if self.fused is None else [self.key, self.fused.registry_key]
+        return all(registry.is_measured(key, self.tokens) for key in keys)
+
+    @property
+    def plans(self) -> dict[str, int]:
+        """The splits by each plan that differs here from those before it, the usual one first."""
+        splits = {name: self.variant.splits(1, self.tokens, name) for name in PLAN_SCALES}
+        first = {count: name for name, count in reversed(splits.items())}
+        return {name: count for name, count in splits.items() if first[count] == name}
+
 
 @dataclass(frozen=True)
 class AttentionPasses:
-    """Both sides of a comparison: ``layers`` attentions, each to buffers of its own."""
+    """Both sides of a comparison: ``layers`` attentions, each to buffers of its own.
+
+    ``kernels``: ours, by plan of splits. ``fused``: MLX's own fused attention to a quantized cache,
+    where it has one that passed its self-test.
+    """
 
     q: mx.array
     layers: int
-    kernel: Attend
+    kernels: dict[str, Attend]
     mlx: Attend
+    fused: Attend | None = None
+
+    @property
+    def peers(self) -> list[Attend]:
+        """All that MLX offers."""
+        return [self.mlx] if self.fused is None else [self.mlx, self.fused]
 
 
 def prepare_kernels(
@@ -106,7 +140,7 @@ def prepare_kernels(
     cases = [
         case
         for case in needed_cases(config, dtype, quantization, tokens, draft_tokens)
-        if not registry.is_measured(case.key, case.tokens) and case.is_usable
+        if not case.is_measured and case.is_usable
     ]
     found = [*measure_cases(cases, stopwatch or Stopwatch())]
     if found:
@@ -156,18 +190,50 @@ def measure_cases(cases: Sequence[AttentionCase], stopwatch: Stopwatch) -> Itera
     """Yield how many times faster our kernel is in each case; 0 where it could not be timed."""
     for case in cases:
         try:
-            passes = attention_passes(case)
-            kernel_s, mlx_s = alternate(
-                (passes.kernel, passes.mlx), passes.q, stopwatch, BUDGET_S / len(cases)
-            )
-            ratio = mlx_s / kernel_s
+            yield from measure_case(case, stopwatch, 1 / len(cases))
         except RuntimeError as failure:  # too little memory, say: no reason to end an answer
             dispatch.notify(
                 f"{case.key} could not be timed ({self_test.error_line(failure)}); "
                 f"using {case.variant.fallback}"
             )
-            ratio = 0.0
-        yield KernelSpeedup(case.key, case.tokens, ratio)
+            yield KernelSpeedup(case.key, case.tokens, 0.0)
+
+
+def measure_case(
+    case: AttentionCase, stopwatch: Stopwatch, share: float
+) -> Iterable[KernelSpeedup]:
+    """Yield how many times faster than MLX's best our kernel is, by its fastest plan.
+
+    And how many times faster than two products MLX's own fused attention is, if it has one.
+    ``share``: of the budgets.
+    """
+    passes = attention_passes(case)
+    plan = fastest_plan(passes.kernels, passes.q, stopwatch, PLANS_BUDGET_S * share)
+    sides = (passes.kernels[plan], *passes.peers)
+    kernel_s, mlx_s, *fused_s = alternate(sides, passes.q, stopwatch, BUDGET_S * share)
+    ratio = min([mlx_s, *fused_s]) / kernel_s
+    yield KernelSpeedup(case.key, case.tokens, ratio, "" if plan == USUAL else plan)
+    if case.fused is not None:
+        gain = mlx_s / fused_s[0] if fused_s else 0.0
+        yield KernelSpeedup(case.fused.registry_key, case.tokens, gain)
+
+
+def fastest_plan(
+    kernels: Mapping[str, Attend], q: mx.array, stopwatch: Stopwatch, budget_s: float
+) -> str:
+    """Return the plan whose shortest pass was the shortest; the first one unless by a margin.
+
+    Plans take turns. Those whose turn comes after the budget are not tried.
+    """
+    [usual, *_] = kernels
+    stopwatch.run(kernels[usual], q)  # all plans run what this one compiles
+    best, started = dict.fromkeys(kernels, float("inf")), stopwatch.clock()
+    for name in list(kernels) * PLAN_ROUNDS:
+        best[name] = min(best[name], stopwatch.seconds(kernels[name], q))
+        if stopwatch.clock() - started >= budget_s:
+            break
+    fastest = min(best, key=best.__getitem__)
+    return fastest if best[usual] >= MIN_SPEEDUP * best[fastest] else usual
 
 
 def alternate(
@@ -176,47 +242,58 @@ def alternate(
     """Return the median seconds of each side.
 
     Sides take turns, so that whatever else the machine does meets them all. The first turn, which
-    compiles kernels, does not count.
+    compiles kernels, does not count. Where passes are slow, fewer rounds must do.
     """
     for side in sides:
         stopwatch.run(side, q)
     started = stopwatch.clock()
     rounds: list[list[float]] = []
-    while len(rounds) < MIN_ROUNDS or (
-        len(rounds) < MAX_ROUNDS and stopwatch.clock() - started < budget_s
-    ):
+    while len(rounds) < MAX_ROUNDS:
         rounds.append([stopwatch.seconds(side, q) for side in sides])
+        patience = budget_s if len(rounds) >= MIN_ROUNDS else PATIENCE * budget_s
+        if stopwatch.clock() - started >= patience:
+            break
     return [median(times) for times in zip(*rounds, strict=True)]
 
 
 def attention_passes(case: AttentionCase) -> AttentionPasses:
     """Make the buffers of as many layers as leave nothing in the last-level cache."""
-    variant, tokens = case.variant, case.tokens
+    variant = case.variant
     stores, peers = layer_buffers(case)
-    kernel = [partial(run_kernel, case=case, store=store) for store in stores]
-    mlx = [
-        partial(attend_mlx, store=peer, length=tokens, causal=variant.causal)
-        if isinstance(peer, DenseKV)
-        else partial(
-            quantized_attention,
-            keys=peer.keys, values=peer.values, bits=peer.bits, group_size=peer.group_size,
-        )
-        for peer in peers
-    ]  # fmt: skip
+    kernels = {
+        plan: in_turn([partial(run_kernel, case=case, store=s, splits=splits) for s in stores])
+        for plan, splits in case.plans.items()
+    }
+    mlx = [partial(run_mlx, case=case, peer=peer) for peer in peers]
+    fused = None
+    if case.fused is not None and self_test.is_usable(case.fused):
+        fused = in_turn([partial(run_fused, case=case, peer=peer) for peer in peers])
     shape = (1, variant.kv_heads * variant.rows, variant.draft, variant.head_dim)
     q = mx.random.normal(shape, key=mx.random.key(2)).astype(variant.dtype)
     mx.eval(q)
-    return AttentionPasses(
-        q,
-        len(stores),
-        kernel=in_turn(kernel),
-        mlx=in_turn(mlx),
+    return AttentionPasses(q, len(stores), kernels, in_turn(mlx), fused)
+
+
+def run_kernel(q: mx.array, case: AttentionCase, store: KVStore, splits: int) -> mx.array:
+    """Attend with our kernel: (1, H, L, D) -> (1, H, L, D)."""
+    causal = case.variant.causal
+    return flash_decode_kernel(q, store, case.tokens, causal=causal, splits=splits)[0]
+
+
+def run_mlx(q: mx.array, case: AttentionCase, peer: DenseKV | QuantizedKV) -> mx.array:
+    """Attend with MLX's operations, which are given the first tokens of a buffer."""
+    if isinstance(peer, DenseKV):
+        return attend_mlx(q, peer, case.tokens, causal=case.variant.causal)
+    seen = peer.first_tokens(case.tokens)
+    return quantized_attention(
+        q, seen.keys, seen.values, bits=seen.bits, group_size=seen.group_size
     )
 
 
-def run_kernel(q: mx.array, case: AttentionCase, store: KVStore) -> mx.array:
-    """Attend with our kernel: (1, H, L, D) -> (1, H, L, D)."""
-    return flash_decode_kernel(q, store, case.tokens, causal=case.variant.causal)[0]
+def run_fused(q: mx.array, case: AttentionCase, peer: DenseKV | QuantizedKV) -> mx.array:
+    """Attend with MLX's own fused attention to a quantized cache."""
+    assert isinstance(peer, QuantizedKV)
+    return fused_quantized.fused_attention(q, peer.first_tokens(case.tokens))
 
 
 def in_turn(layers: Sequence[Attend]) -> Attend:
@@ -231,9 +308,12 @@ def in_turn(layers: Sequence[Attend]) -> Attend:
 
 
 def layer_buffers(case: AttentionCase) -> tuple[list[KVStore], list[DenseKV | QuantizedKV]]:
-    """Return the buffers of each layer as our kernel reads them, and as MLX does."""
+    """Return the buffers of each layer as our kernel reads them, and as MLX does.
+
+    They have room for more tokens, as those of a cache have: what copies a slice must pay for it.
+    """
     variant = case.variant
-    shape = (1, variant.kv_heads, case.tokens, variant.head_dim)
+    shape = (1, variant.kv_heads, case.tokens + SPARE_TOKENS, variant.head_dim)
     keys, values = (
         mx.random.normal(shape, key=mx.random.key(n)).astype(variant.dtype) for n in range(2)
     )

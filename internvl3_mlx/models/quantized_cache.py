@@ -8,13 +8,13 @@ from itertools import zip_longest
 
 import mlx.core as mx
 
-from internvl3_mlx.metal_kernels.kv_layout import QuantizedArrays
+from internvl3_mlx.metal_kernels.kv_layout import QuantizedArrays, QuantizedKV
 from internvl3_mlx.models.attention import (
     ALL_ROWS,
     MAX_KERNEL_ROWS,
     RowSelection,
     causal_attention,
-    quantized_attention,
+    quantized_store_attention,
 )
 from internvl3_mlx.models.cache import LayerCache, grow, pad_to_bucket
 from internvl3_mlx.models.kv_segment import QuantizedFormat
@@ -65,7 +65,8 @@ class QuantizedKVCache(LayerCache):
     ) -> mx.array:
         q, (keys, values) = q[:, :, rows], self.update_and_fetch(k, v)
         if q.shape[2] <= MAX_KERNEL_ROWS:
-            return quantized_attention(q, keys, values, bits=self.bits, group_size=self.group_size)
+            store = QuantizedKV(keys, values, self.bits, self.group_size)
+            return quantized_store_attention(q, store)
         dense = (self.dequantize(arrays).astype(q.dtype) for arrays in (keys, values))
         return causal_attention(q, *dense)
 

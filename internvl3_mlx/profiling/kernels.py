@@ -14,8 +14,15 @@ from internvl3_mlx.metal_kernels import dispatch
 from internvl3_mlx.metal_kernels.cost_model import PUBLISHED_SHAPES
 from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, FlashVariant
 from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS
+from internvl3_mlx.metal_kernels.launch_plan import USUAL
 from internvl3_mlx.metal_kernels.registry import KernelSpeedup
-from internvl3_mlx.models.kernel_tuning import AttentionCase, attention_passes
+from internvl3_mlx.models.kernel_tuning import (
+    PLANS_BUDGET_S,
+    AttentionCase,
+    Stopwatch,
+    attention_passes,
+    fastest_plan,
+)
 from internvl3_mlx.profiling.results import Measurement
 from internvl3_mlx.profiling.timing import RUNS, measure_seconds
 
@@ -83,11 +90,15 @@ def measure_attention(trial: AttentionTrial, context: int, runs: int = RUNS) -> 
     dtype = bench_dtype()
     case = AttentionCase(trial.variant(dtype), context)
     passes = attention_passes(case)
-    peer = measure_seconds(passes.mlx, passes.q, runs=runs) / passes.layers
-    why = unavailable_reason(case)
-    took = None if why else measure_seconds(passes.kernel, passes.q, runs=runs) / passes.layers
-    nbytes, flops = trial.nbytes(context, dtype), trial.flops(context)
-    return Measurement("kernels", trial.name, context, took, nbytes, flops, peer, why)
+    peers = [measure_seconds(peer, passes.q, runs=runs) for peer in passes.peers]
+    why, took, plan = unavailable_reason(case), None, ""
+    if not why:
+        plan = fastest_plan(passes.kernels, passes.q, Stopwatch(), PLANS_BUDGET_S)
+        took = measure_seconds(passes.kernels[plan], passes.q, runs=runs) / passes.layers
+    return Measurement(
+        "kernels", trial.name, context, took, trial.nbytes(context, dtype), trial.flops(context),
+        peer=min(peers) / passes.layers, why=why, plan="" if plan == USUAL else plan,
+    )  # fmt: skip
 
 
 def bench_dtype() -> mx.Dtype:
@@ -110,7 +121,10 @@ def kernel_speedups(
     """Return how many times faster our kernel is in each case in which both sides were timed."""
     return [
         KernelSpeedup(
-            trial.variant(bench_dtype()).registry_key, figure.context, figure.peer / figure.seconds
+            trial.variant(bench_dtype()).registry_key,
+            figure.context,
+            figure.peer / figure.seconds,
+            figure.plan,
         )
         for trial, figures in found.items()
         for figure in figures

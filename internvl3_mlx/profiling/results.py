@@ -13,6 +13,7 @@ class Measurement:
 
     ``nbytes`` and ``flops`` are counted from the shapes: the least that the work needs, however it
     is done. ``peer``: the seconds of MLX's own operations for the same result, if there are any.
+    ``plan``: how a kernel's work was split, if another way than the usual one was fastest.
     """
 
     group: str
@@ -23,6 +24,7 @@ class Measurement:
     flops: float
     peer: float | None = None
     why: str = ""
+    plan: str = ""
 
     @property
     def intensity(self) -> float:

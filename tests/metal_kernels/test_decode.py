@@ -177,6 +177,7 @@ def test_kernels_turn_themselves_on_where_they_are_faster(
     plain = vlm.ask(*ASKED, **settings)
     monkeypatch.setattr(kernel_tuning, "MIN_TOKENS", 16)
     monkeypatch.setattr(kernel_tuning, "Stopwatch", partial(TurnsOfSeconds, (1.0, ratio)))
+    monkeypatch.setattr(kernel_tuning, "fastest_plan", lambda *_: "usual")
     found, launched = by_kernels(lambda: vlm.ask(*ASKED, **settings), setting="on")
     assert found.token_ids == plain.token_ids
     decoded = launched["flash_rows"] - len(SELF_TEST_RUNS)

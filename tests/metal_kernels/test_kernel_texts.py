@@ -6,13 +6,14 @@ inputs: fewer than 8 elements are passed in another kind of memory. Here only te
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import mlx.core as mx
 import pytest
 from fixtures.attention_cases import Ragged
 from metal_emulator.mlx_source import Call, Definition, generate
 
-from internvl3_mlx.metal_kernels import dispatch, self_test
+from internvl3_mlx.metal_kernels import dispatch, launch_plan, registry, self_test
 from internvl3_mlx.metal_kernels.flash_decode import (
     MAX_DRAFT_TOKENS,
     FlashVariant,
@@ -24,6 +25,8 @@ from internvl3_mlx.metal_kernels.flash_decode import (
 from internvl3_mlx.metal_kernels.flash_reference import kernel_lengths
 from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
+from internvl3_mlx.metal_kernels.launch_plan import PLAN_SCALES, SPLIT_PLANS, split_plan
+from internvl3_mlx.metal_kernels.registry import KernelSpeedup
 from internvl3_mlx.metal_kernels.self_test import SelfTestResult
 
 MAX_ANSWERS = 16
@@ -80,6 +83,20 @@ def test_one_token_and_drafts(texts, bits, heads, kv_heads):
             shape = Ragged((tokens,), bits=bits, draft=draft, kv_heads=kv_heads, **heads)
             q, store = shape.made(mx.bfloat16)
             attend_fastest(q, store, tokens, causal=draft > 1)
+
+
+@pytest.mark.parametrize("letter", SPLIT_PLANS)
+@pytest.mark.parametrize("sharing", [1, 3, 7])
+def test_every_plan_of_splits(texts, monkeypatch, letter, sharing):
+    """Even where few partial results remain, which MLX would pass in other memory."""
+    monkeypatch.setattr(launch_plan, "default_split_plan", lambda: SPLIT_PLANS[letter])
+    split_plan.cache_clear()
+    for plan, kv_heads, tokens in product(PLAN_SCALES, (1, 2, 8), (3, 300, 5000)):
+        q, store = Ragged((tokens,), sharing, 32, kv_heads=kv_heads).made(mx.float16)
+        variant = FlashVariant.from_inputs(q, store)
+        registry.add_speedups([KernelSpeedup(variant.registry_key, 1, 2.0, plan)])
+        attend_fastest(q, store, tokens)
+    split_plan.cache_clear()
 
 
 @pytest.mark.parametrize("bits", BITS)

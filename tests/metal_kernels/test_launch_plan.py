@@ -4,12 +4,14 @@ import pytest
 
 from internvl3_mlx.metal_kernels import launch_plan
 from internvl3_mlx.metal_kernels.launch_plan import (
+    PLAN_SCALES,
     SPLIT_PLANS,
     THREADGROUP_BYTES,
     SplitPlan,
     default_split_plan,
     group_shape,
     split_count,
+    split_plan,
 )
 
 PLAN = SplitPlan(tokens=128, threadgroups=160, cores=40)
@@ -41,6 +43,16 @@ def test_the_class_is_the_last_letter_of_the_architecture(monkeypatch, architect
     default_split_plan.cache_clear()
     assert default_split_plan() == SPLIT_PLANS[letter]
     default_split_plan.cache_clear()
+
+
+def test_plans_are_named_and_the_usual_one_is_the_default(monkeypatch):
+    monkeypatch.setattr(launch_plan, "default_split_plan", lambda: PLAN)
+    split_plan.cache_clear()
+    names = ["usual", "", "unknown", "coarse", "coarsest", "fine"]
+    found = [(split_plan(name).tokens, split_plan(name).threadgroups) for name in names]
+    split_plan.cache_clear()
+    assert found == [(128, 160)] * 3 + [(256, 80), (512, 40), (64, 320)]
+    assert next(iter(PLAN_SCALES)) == "usual"
 
 
 @pytest.mark.parametrize(

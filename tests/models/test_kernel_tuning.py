@@ -4,15 +4,24 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from fixtures.attention_cases import Ragged
 from metal_emulator import emulated_metal
 
+from internvl3_mlx.cli.doctor import describe_speedups
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.metal_kernels import dispatch, registry, self_test
-from internvl3_mlx.metal_kernels.flash_decode import FlashVariant, should_use_kernel
+from internvl3_mlx.metal_kernels.flash_decode import (
+    FlashVariant,
+    attend_fastest,
+    attend_mlx,
+    should_use_kernel,
+)
+from internvl3_mlx.metal_kernels.registry import KernelSpeedup
 from internvl3_mlx.metal_kernels.self_test import SelfTestResult
 from internvl3_mlx.models import kernel_tuning
 from internvl3_mlx.models.kernel_tuning import (
     AttentionCase,
+    AttentionPasses,
     Stopwatch,
     alternate,
     attention_passes,
@@ -38,18 +47,29 @@ EIGHT = KVQuantization(8, 64)
 
 
 class FakeDevice:
-    """A clock that passes only by running: each pass in turn takes the next of some seconds."""
+    """A clock that passes only by running passes, each of which is the seconds that it takes.
 
-    def __init__(self, *costs: float) -> None:
-        self.now, self.costs, self.passes = 0.0, costs, 0
+    ``plans``: of the passes of our kernel by the plans of splits.
+    """
+
+    def __init__(self, kernel: float, mlx: float, fused: float | None = None, **plans: float):
+        self.now, self.passes = 0.0, 0
+        self.made = AttentionPasses(
+            mx.zeros(1), 2, {"usual": seconds(kernel), **{n: seconds(s) for n, s in plans.items()}},
+            seconds(mlx), None if fused is None else seconds(fused),
+        )  # fmt: skip
 
     def run(self, attend, q) -> None:
-        self.now += self.costs[self.passes % len(self.costs)]
+        self.now += attend(q)
         self.passes += 1
 
     @property
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(lambda: self.now, self.run)
+
+
+def seconds(taken: float):
+    return lambda q: taken
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +92,24 @@ def a_mac(monkeypatch, tmp_path):
     registry.forget_speedups()
 
 
-def prepare(device, tokens=1000, quantization=None, draft_tokens=0):
-    return prepare_kernels(CONFIG, mx.float32, quantization, tokens, draft_tokens, device.stopwatch)
+@pytest.fixture
+def prepare(monkeypatch):
+    """Prepare kernels on a fake device; ``drafts``: other devices by length of the draft."""
+
+    def run(device, tokens=1000, quantization=None, draft_tokens=0, drafts=None):
+        def passes(case):
+            return (drafts or {}).get(case.variant.draft, device).made
+
+        monkeypatch.setattr(kernel_tuning, "attention_passes", passes)
+        return prepare_kernels(
+            CONFIG, mx.float32, quantization, tokens, draft_tokens, device.stopwatch
+        )
+
+    return run
 
 
 @pytest.mark.parametrize(("costs", "used"), [((0.01, 0.02), True), ((0.02, 0.0205), False)])
-def test_one_case_is_measured_once_and_decides(costs, used):
+def test_one_case_is_measured_once_and_decides(prepare, costs, used):
     [found] = prepare(FakeDevice(*costs))
     assert found.tokens == 512
     assert found.ratio == pytest.approx(costs[1] / costs[0])
@@ -93,32 +125,82 @@ def test_one_case_is_measured_once_and_decides(costs, used):
     assert longer.tokens == 1024
 
 
-def test_a_draft_is_decided_by_its_own_length():
+def test_a_draft_is_decided_by_its_own_length(prepare):
     """The kernel is faster for seven tokens and more, where MLX has no fused attention."""
-    costs = [cost for length in range(1, 9) for cost in [1.0, 2.0 if length > 6 else 0.5] * 4]
-    found = prepare(FakeDevice(*costs), quantization=EIGHT, draft_tokens=12)
+    drafts = {length: FakeDevice(1.0, 2.0) for length in (7, 8)}
+    found = prepare(FakeDevice(1.0, 0.5), quantization=EIGHT, draft_tokens=12, drafts=drafts)
     assert len(found) == 8  # as many rows as a kernel takes
     single = replace(VARIANT, bits=8)
     used = [should_use_kernel(single.with_draft(length), 600) for length in range(1, 9)]
     assert used == [False] * 6 + [True] * 2
 
 
-def test_measuring_takes_less_than_a_second():
-    device = FakeDevice(0.004)
-    prepare(device, draft_tokens=7)
-    assert 0.1 < device.now < 1
-    slow = FakeDevice(0.2)
-    prepare(slow, tokens=5000)
-    assert slow.passes == 2 * (1 + kernel_tuning.MIN_ROUNDS)
+@pytest.mark.parametrize("pass_s", [0.0005, 0.004, 0.05])
+@pytest.mark.parametrize("draft_tokens", [0, 7])
+def test_measuring_takes_less_than_a_second(prepare, pass_s, draft_tokens):
+    """Less than one of runs that count; of the slowest passes, a few of each side."""
+    device = FakeDevice(pass_s, pass_s, pass_s, coarse=pass_s, fine=pass_s, coarsest=pass_s)
+    prepare(device, tokens=5000, draft_tokens=draft_tokens)
+    cases = draft_tokens + 1
+    uncounted = 4 * cases * pass_s  # compilation
+    last = 3 * cases * pass_s  # what begins within the time
+    assert device.now - uncounted - last < 1
+    assert device.passes >= cases * 8
+
+
+def test_the_fastest_plan_is_chosen_and_remembered(prepare):
+    device = FakeDevice(0.01, 0.012, coarse=0.008, fine=0.009)
+    [found] = prepare(device)
+    assert (found.plan, found.ratio) == ("coarse", pytest.approx(0.012 / 0.008))
+    registry.forget_speedups()  # a later start
+    assert registry.fastest_plan(VARIANT.registry_key, 700) == "coarse"
+    assert registry.fastest_plan(VARIANT.registry_key, 500) == ""
+    counts = [VARIANT.splits(1, capacity) for capacity in (500, 700)]
+    assert counts == [4, 3]  # of 128 tokens, then of 256
+    assert describe_speedups(registry.read_speedups()) == {
+        VARIANT.registry_key: "1.50x at 512 tokens with coarse splits"
+    }
+
+
+def test_another_plan_must_be_faster_by_a_margin(prepare):
+    [found] = prepare(FakeDevice(0.01, 0.012, coarse=0.0097))
+    assert found.plan == ""
+
+
+def test_plans_without_time_are_not_tried(prepare):
+    [found] = prepare(FakeDevice(1.0, 2.0, coarse=0.1))
+    assert found.plan == ""
+
+
+def test_only_plans_that_differ_are_tried():
+    [case] = needed_cases(CONFIG, mx.float32, None, 512, 0)
+    assert case.plans == {"usual": 4, "coarse": 2, "fine": 8}
+    long = AttentionCase(case.variant, 131072)
+    assert long.plans == {"usual": 80, "coarse": 40, "coarsest": 20, "fine": 128}
+
+
+def test_what_an_answer_splits_is_what_was_measured(monkeypatch):
+    """The plan reaches the launch, and its results are right."""
+    q, store = Ragged((600,), 3, 64).made()
+    store = store.first_tokens(600)
+    registry.add_speedups([KernelSpeedup(VARIANT.registry_key, 512, 2.0, "coarse")])
+    dispatch.build_kernel.cache_clear()
+    with emulated_metal(schedules=("forward",), checked=False) as metal:
+        found = attend_fastest(q, store, 600)
+    dispatch.build_kernel.cache_clear()
+    assert metal.dispatches[0].grid[1] == 3
+    assert mx.allclose(found, attend_mlx(q, store, 600), atol=1e-4)
 
 
 def test_sides_take_turns_and_the_first_turn_does_not_count():
-    device = FakeDevice(9.0, 9.0, 1.0, 5.0, 2.0, 4.0, 99.0, 6.0)
-    assert alternate([abs, abs], mx.zeros(1), device.stopwatch, 0.0) == [2.0, 5.0]
+    costs = iter([9.0, 9.0, 1.0, 5.0, 2.0, 4.0, 99.0, 6.0])
+    device = FakeDevice(0, 0)
+    sides = [lambda q: next(costs), lambda q: next(costs)]
+    assert alternate(sides, mx.zeros(1), device.stopwatch, 10.0) == [2.0, 5.0]
 
 
 @pytest.mark.parametrize("mode", ["off", "force"])
-def test_nothing_is_measured_where_it_decides_nothing(monkeypatch, mode):
+def test_nothing_is_measured_where_it_decides_nothing(monkeypatch, prepare, mode):
     device = FakeDevice(1.0, 2.0)
     assert prepare(device, tokens=511) == []
     monkeypatch.setenv(dispatch.MODE_VARIABLE, mode)
@@ -129,7 +211,7 @@ def test_nothing_is_measured_where_it_decides_nothing(monkeypatch, mode):
     assert device.passes == 0
 
 
-def test_a_kernel_that_failed_its_self_test_is_not_measured(monkeypatch):
+def test_a_kernel_that_failed_its_self_test_is_not_measured(monkeypatch, prepare):
     monkeypatch.setattr(
         self_test, "run_self_test", lambda variant: SelfTestResult(variant.name, False, "")
     )
@@ -179,7 +261,7 @@ def test_both_sides_compute_the_same_attention(quantization, draft_tokens):
     passes = attention_passes(AttentionCase(case.variant, 70))
     dispatch.build_kernel.cache_clear()
     with emulated_metal(schedules=("forward",), checked=False) as metal:
-        ours = passes.kernel(passes.q)
+        ours = [kernel(passes.q) for kernel in passes.kernels.values()]
     dispatch.build_kernel.cache_clear()
-    assert len(metal.dispatches) == 2 * passes.layers
-    assert mx.allclose(ours, passes.mlx(passes.q), atol=1e-4)
+    assert len(metal.dispatches) == 2 * passes.layers * len(ours)
+    assert all(mx.allclose(one, passes.mlx(passes.q), atol=1e-4) for one in ours)
