@@ -104,9 +104,12 @@ def load_part(request: LoadRequest, loading: Loading, notify: Notify) -> "VLM":
     adapter_folder = fetch_adapter(request.adapter, notify=notify) if request.adapter else None
     loading.found(local.folder)
     loaded = load_local_model(
-        local.folder, quantize=local.recipe, adapter=adapter_folder, dtype=request.dtype
+        local.folder,
+        quantize=local.recipe,
+        adapter=adapter_folder,
+        dtype=request.dtype,
+        shard=loading.shard,
     )
-    loaded.model.shard = loading.shard
     warnings = [
         tight_memory_warning(model_nbytes(loaded.model)),
         unknown_template_note(loaded.config),

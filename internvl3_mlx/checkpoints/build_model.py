@@ -12,13 +12,16 @@ from mlx.utils import tree_flatten
 
 from internvl3_mlx.checkpoints.agreement import check_vocabulary
 from internvl3_mlx.checkpoints.keymap import ResolvedRule
-from internvl3_mlx.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
+from internvl3_mlx.checkpoints.reader import FLOAT_DTYPES, Checkpoint, open_checkpoint
 from internvl3_mlx.checkpoints.remap import check_tensors, plan_remap, remap
+from internvl3_mlx.checkpoints.shard_reader import remap_shard
 from internvl3_mlx.config import ModelConfig, Quantization, read_config
 from internvl3_mlx.device import on_cpu
+from internvl3_mlx.distributed.shard import WHOLE, Shard
 from internvl3_mlx.errors import ConfigError, UserError
 from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.models.shard_layout import check_divisible, local_config
 from internvl3_mlx.prompt.template import Template, load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -58,19 +61,23 @@ def assemble_model(
     dtype: str | None = None,
     for_training: bool = False,
     begin: Callable[[InternVL], object] | None = None,
+    shard: Shard = WHOLE,
 ) -> LoadedModel:
     """Build the model of a folder; its tensors are read when they are first evaluated.
 
     begin: called with the model before the tokenizer is read, to have its first weights read
-    meanwhile.
+    meanwhile. shard: the part to hold of a model that several processes compute; what is divided is
+    read at once, one tensor at a time. Raises UserError if it cannot be divided so.
     """
     checkpoint = open_checkpoint(folder)
     config, rules = plan_remap(checkpoint, read_config(folder))
-    model = empty_model(config, rules)
+    choose = quantization_choice(config, rules)
+    check_divisible(config, shard.size, choose)
+    model = InternVL(local_config(config, shard.size), NO_IMAGE_ID, shard)
+    if config.quantization is not None:
+        nn.quantize(model, class_predicate=class_predicate(choose))
     compute = compute_dtype(dtype, config.dtype, for_training=for_training)
-    load_weights(
-        model, {name: cast_floats(x, compute) for name, x in remap(checkpoint, config, rules)}
-    )
+    load_weights(model, read_weights(checkpoint, config, rules, shard, compute))
     if begin is not None:
         begin(model)
     tokenizer = Tokenizer.from_folder(folder)
@@ -79,9 +86,24 @@ def assemble_model(
     return LoadedModel(folder, config, tokenizer, model)
 
 
-def empty_model(config: ModelConfig, rules: list[ResolvedRule]) -> InternVL:
-    """Build a model without its weights; the layers that have scales are quantized ones."""
-    model = InternVL(config, NO_IMAGE_ID)
+def read_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    rules: list[ResolvedRule],
+    shard: Shard,
+    dtype: mx.Dtype,
+) -> dict[str, mx.array]:
+    """Read the model's tensors, or a rank's parts of them, and cast those of floats."""
+    if shard.size == 1:
+        return {name: cast_floats(x, dtype) for name, x in remap(checkpoint, config, rules)}
+    parts = remap_shard(checkpoint, config, rules, shard, lambda x: cast_floats(x, dtype))
+    return dict(parts)
+
+
+def quantization_choice(
+    config: ModelConfig, rules: list[ResolvedRule]
+) -> Callable[[str], Quantization | None]:
+    """Return how each module is quantized: those that the checkpoint holds scales for."""
     names = {target for rule in rules for target in rule.targets}
     quantized = {name.removesuffix(SCALES) for name in names if name.endswith(SCALES)}
     plan = config.quantization
@@ -89,10 +111,7 @@ def empty_model(config: ModelConfig, rules: list[ResolvedRule]) -> InternVL:
         raise ConfigError(
             "the weights are quantized but config.json has no quantization; download it again"
         )
-    if plan is not None:
-        choose = class_predicate(lambda path: plan.for_module(path) if path in quantized else None)
-        nn.quantize(model, class_predicate=choose)
-    return model
+    return lambda path: plan.for_module(path) if plan and path in quantized else None
 
 
 def compute_dtype(requested: str | None, stored: str, *, for_training: bool = False) -> mx.Dtype:

@@ -24,9 +24,11 @@ from internvl3_mlx.checkpoints.reader import open_checkpoint
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import check_all_finite
+from internvl3_mlx.distributed.shard import WHOLE, Shard
 from internvl3_mlx.errors import CheckpointError, UserError
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import lora_layers
+from internvl3_mlx.models.shard_layout import check_divisible
 
 BEGUN_NBYTES = 512 * 2**20  # what a disk reads in about the time that a tokenizer takes
 
@@ -38,8 +40,9 @@ def load_local_model(
     adapter: Path | None = None,
     dtype: str | None = None,
     for_training: bool = False,
+    shard: Shard = WHOLE,
 ) -> LoadedModel:
-    """Load a folder of any layout.
+    """Load a folder of any layout, or one rank's ``shard`` of it.
 
     ``quantize`` quantizes the weights. ``adapter`` is merged into 16-bit weights; over quantized
     ones it stays a separate LoRA layer, as it was when it was trained over them. ``dtype`` is the
@@ -50,7 +53,11 @@ def load_local_model(
     """
     as_stored = adapter is None and quantize is None and not for_training
     loaded = assemble_model(
-        folder, dtype=dtype, for_training=for_training, begin=begin_reading if as_stored else None
+        folder,
+        dtype=dtype,
+        for_training=for_training,
+        begin=begin_reading if as_stored else None,
+        shard=shard,
     )
     lora = load_adapter(adapter, loaded.config) if adapter is not None else None
     if adapter is not None and lora is not None:
@@ -62,6 +69,7 @@ def load_local_model(
         load_weights(model, merge_adapter(dict(tree_flatten(model.parameters())), lora))
     if quantize is not None:
         check_not_quantized(config, f"{quantize.name} quantizes 16-bit weights")
+        check_divisible(config, shard.size, quantize.choose)
         with mx.stream(mx.cpu):  # the numbers that convert writes, whatever the device
             nn.quantize(model, class_predicate=class_predicate(quantize.choose))
     if lora is not None and separate:

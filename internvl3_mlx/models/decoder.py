@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.device import on_gpu
+from internvl3_mlx.distributed.shard import WHOLE, Shard
 from internvl3_mlx.models.attention import ALL_ROWS, RowSelection, SlidingAttention
 from internvl3_mlx.models.cache import NO_CACHE, AttentionContext
 from internvl3_mlx.models.experts import MixtureOfExperts
@@ -27,6 +28,7 @@ from internvl3_mlx.models.rope import (
     ntk_frequencies,
     scaled_frequencies,
 )
+from internvl3_mlx.models.shard_layout import head_part_rows
 
 
 class Attention(nn.Module):
@@ -131,10 +133,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. Of a divided model, each rank adds its part of both branches."""
 
-    def __init__(self, config: TextConfig, window: int | None = None):
+    def __init__(self, config: TextConfig, window: int | None = None, shard: Shard = WHOLE):
         super().__init__()
+        self.shard = shard
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, window)
@@ -148,18 +151,19 @@ class Block(nn.Module):
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D), the states of ``rows``."""
-        x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, context, rows)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), rotary, context, rows)
+        x = x[:, rows] + self.shard.sum(attended)
+        return x + self.shard.sum(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Decoder(nn.Module):
     """From embeddings to final states; the head is separate, to run only where it is needed."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, shard: Shard = WHOLE):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         windows = config.windows or (None,) * config.num_hidden_layers
-        self.layers = [Block(config, window) for window in windows]
+        self.layers = [Block(config, window, shard) for window in windows]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
@@ -184,20 +188,28 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The decoder and its head, which is the embedding where a checkpoint ties them."""
+    """The decoder and its head, which is the embedding where a checkpoint ties them.
 
-    def __init__(self, config: TextConfig):
+    config: of what this rank computes. A tied head is computed whole by each rank.
+    """
+
+    def __init__(self, config: TextConfig, shard: Shard = WHOLE):
         super().__init__()
-        self.config = config
-        self.model = Decoder(config)
+        self.config, self.shard = config, shard
+        self.model = Decoder(config, shard)
         self.head_padding = 0  # rows of zeros at the end of the head
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            rows = head_part_rows(config.vocab_size, shard.size)
+            self.head_padding = rows * shard.size - config.vocab_size
+            self.lm_head = nn.Linear(config.hidden_size, rows, bias=False)
 
     def head(self, x: mx.array) -> mx.array:
-        """x: (..., D) -> logits (..., vocab), without the rows that ``fuse`` adds."""
+        """x: (..., D) -> logits (..., vocab), without the rows of zeros."""
         logits: mx.array
-        logits = self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+        if "lm_head" in self:
+            logits = self.shard.gather_last(self.lm_head(x))
+        else:
+            logits = self.model.embed_tokens.as_linear(x)
         return logits[..., : -self.head_padding] if self.head_padding else logits
 
     def rotary(self, positions: Positions, length: int, *, ntk: bool = True) -> Rotary:

@@ -42,7 +42,10 @@ def tiles_per_chunk() -> int:
 
 
 class InternVL(nn.Module):
-    """The complete model. ``image_id``: the id of ``<IMG_CONTEXT>`` in the tokenizer."""
+    """The complete model, or one rank's share of it: vision model, projector, part of the decoder.
+
+    config: of what this rank computes. image_id: the id of ``<IMG_CONTEXT>`` in the tokenizer.
+    """
 
     def __init__(self, config: ModelConfig, image_id: int, shard: Shard = WHOLE):
         super().__init__()
@@ -53,14 +56,16 @@ class InternVL(nn.Module):
             self.mlp2 = build_compressing_projector(config)
             self.pooling_before_gating = CrossAttentionPooling(config.vision.hidden_size)
             self.gating = Gating(config.vision.hidden_size)
-        self.language_model = LanguageModel(config.text)
+        self.language_model = LanguageModel(config.text, shard)
 
     def get_image_features(self, pixels: mx.array) -> mx.array:
-        """Compute the visual tokens of tiles.
+        """Compute the visual tokens of tiles; of a divided model each rank reads some of them.
 
         pixels: (T, S, S, 3), normalized floats or raw bytes -> (T, V, D).
         """
-        return mx.concatenate(compute_in_chunks(self.encode_tiles, pixels), axis=0)
+        own = own_tiles(pixels, self.shard)
+        parts = mx.concatenate(compute_in_chunks(self.encode_tiles, own), axis=0)
+        return gather_tiles(parts, self.shard, pixels.shape[0])
 
     def encode_images(self, pixels: mx.array) -> mx.array:
         """Compute what generation keeps of tiles: of a Flash model both forms, else as above."""
@@ -69,9 +74,10 @@ class InternVL(nn.Module):
         return self.get_image_features(pixels)
 
     def route_images(self, pixels: mx.array) -> RoutedTiles:
-        """Run ``route_tiles`` on chunks of tiles."""
-        chunks = compute_in_chunks(self.route_tiles, pixels)
-        return RoutedTiles(*(mx.concatenate([*parts]) for parts in zip(*chunks, strict=True)))
+        """Run ``route_tiles`` on chunks of tiles, divided as those of ``get_image_features``."""
+        chunks = compute_in_chunks(self.route_tiles, own_tiles(pixels, self.shard))
+        parts = (mx.concatenate([*part]) for part in zip(*chunks, strict=True))
+        return RoutedTiles(*(gather_tiles(x, self.shard, pixels.shape[0]) for x in parts))
 
     def encode_tiles(self, pixels: mx.array) -> mx.array:
         """Run vision model and projector on a few tiles: (T, S, S, 3) -> (T, V, D)."""
@@ -156,6 +162,24 @@ class InternVL(nn.Module):
         """Fold and fuse weights in place; they no longer have the checkpoint's names."""
         self.vision_model.fold()
         self.language_model.fuse()
+
+
+def own_tiles(pixels: mx.array, shard: Shard) -> mx.array:
+    """Return the tiles that a rank reads, every ``size``-th: (T, S, S, 3) -> (T', S, S, 3).
+
+    All ranks read equally many; the last tile is read twice where they do not come out even.
+    """
+    if shard.size == 1:
+        return pixels
+    tiles = pixels.shape[0]
+    return pixels[mx.minimum(mx.arange(shard.rank, tiles + shard.rank, shard.size), tiles - 1)]
+
+
+def gather_tiles(parts: mx.array, shard: Shard, tiles: int) -> mx.array:
+    """Collect what the ranks computed of their tiles, in order: (T', ...) -> (T, ...)."""
+    if shard.size == 1:
+        return parts
+    return shard.gather_first(parts).swapaxes(0, 1).flatten(0, 1)[:tiles]
 
 
 def compute_in_chunks(encode: Callable[[mx.array], Encoded], pixels: mx.array) -> list[Encoded]:

@@ -1,0 +1,172 @@
+"""Models divided among ranks on loopback compute what one process computes."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures.flash import build_flash
+from fixtures.inputs import random_image, random_pixels, relative_error, token_row, write_video
+from fixtures.shards import divisible, launch_ranks
+from fixtures.tiny import Bits
+
+sys.path.append(str(Path(__file__).parent))
+import ranks_of_models
+
+FOUR, EIGHT = Bits(bits=4, group_size=32), Bits(bits=8, group_size=32)
+MODELS = {
+    "qwen2": {},
+    "qwen2-4": {"layout": "mlx", "bits": FOUR},
+    "qwen2-8": {"layout": "mlx", "bits": EIGHT},
+    "tied": {"layout": "hf_b", "tied": True},
+    "internlm3": {"style": "9b"},
+    "qwen3": {"style": "qwen3"},
+    "qwen3_moe": {"style": "qwen3_moe"},
+    "gpt_oss": {"style": "gpt_oss"},
+    "gpt_oss-4": {"style": "gpt_oss", "layout": "mlx", "bits": FOUR},
+}
+TOLERANCE = 5e-6  # of float32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture(scope="module")
+def jobs(folder):
+    """Name what is computed: three tiles in two images, so that no number of ranks divides them."""
+    found = {}
+    for name, changes in MODELS.items():
+        checkpoint = divisible(folder / name, **changes)
+        found[name] = logits_job(checkpoint, folder / f"{name}.npy")
+    return found
+
+
+@pytest.fixture(scope="module")
+def more_jobs(folder, jobs):
+    """Name what is computed on two ranks alone: conversations, messages, and a router."""
+    video = str(write_video(folder / "video.mp4", 12))
+    images = []
+    for n, size in enumerate([(120, 50), (60, 70)]):
+        images.append(str(folder / f"image{n}.png"))
+        random_image(*size, seed=n).save(images[-1])
+    options = {"max_tokens": 9, "max_tiles": 3}
+    questions = [["What is this?", images], ["And now?", images[:1]]]
+    unillustrated = [["Who?", []], ["Why?", []]]
+    quantized = {"kv_bits": 8, "kv_group_size": 32}
+    talk = {"kind": "talk", "options": options, "questions": questions}
+    flash = build_flash(folder / "flash")
+    plain = str(folder / "qwen2")
+    positions = [0.25 * n for n in range(len(jobs["qwen2"]["ids"]))]
+    shown = {"video": [video], "num_frames": 3, "v2pe_delta": 0.25}
+    return {
+        "flash": logits_job(flash, folder / "flash.npy"),
+        "v2pe": jobs["qwen2"] | {"positions": positions},
+        "talk": talk | {"folder": plain},
+        "talk-4": talk | {"folder": str(folder / "qwen2-4"), "options": options | quantized},
+        "talk-gpt_oss": talk | {"folder": str(folder / "gpt_oss")},
+        "video": talk | {"folder": plain, "questions": unillustrated, "first": shown},
+        "messages": {"kind": "messages", "folder": plain, "pixels": jobs["qwen2"]["pixels"]},
+        "compiled": {"kind": "compiled"},
+    }  # fmt: skip
+
+
+def logits_job(checkpoint, pixels):
+    np.save(pixels, random_pixels(checkpoint, 3))
+    return {
+        "kind": "logits",
+        "folder": str(checkpoint.folder),
+        "pixels": str(pixels),
+        "ids": token_row(checkpoint, [2, 1]),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(jobs, more_jobs):
+    return ranks_of_models.run_jobs({**jobs, **more_jobs})
+
+
+@pytest.fixture(scope="module")
+def two(folder, jobs, more_jobs):
+    return launch_ranks(Path(ranks_of_models.__file__), folder, {**jobs, **more_jobs}, 2)
+
+
+@pytest.fixture(scope="module")
+def four(folder, jobs):
+    return launch_ranks(Path(ranks_of_models.__file__), folder, jobs, 4)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_one_process(request, alone, name, size):
+    ranks = request.getfixturevalue({2: "two", 4: "four"}[size])
+    expected = alone[f"{name}/logits"]
+    for rank in ranks:
+        assert relative_error(rank[f"{name}/logits"], expected) < TOLERANCE
+        assert np.array_equal(rank[f"{name}/logits"], ranks[0][f"{name}/logits"])
+
+
+@pytest.mark.parametrize("name", ["flash", "v2pe"])
+def test_routers_and_fractional_positions_give_the_logits_of_one_process(alone, two, name):
+    for rank in two:
+        assert relative_error(rank[f"{name}/logits"], alone[f"{name}/logits"]) < TOLERANCE
+
+
+def test_both_forms_of_tiles_and_their_probabilities_are_in_order(alone, two):
+    for key in ("flash/features", "flash/probability"):
+        for rank in two:
+            assert relative_error(rank[key], alone[key]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["talk", "talk-4", "talk-gpt_oss", "video"])
+def test_two_turns_have_the_tokens_of_one_process(alone, two, name):
+    for turn in range(2):
+        expected = alone[f"{name}/tokens{turn}"]
+        assert len(expected) > 1
+        for rank in two:
+            assert rank[f"{name}/tokens{turn}"].tolist() == expected.tolist()
+            assert rank[f"{name}/cached{turn}"] == alone[f"{name}/cached{turn}"]
+    assert alone[f"{name}/cached1"] > 0
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-4", "gpt_oss"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_holds_its_share_and_what_all_hold(request, alone, folder, name, size):
+    ranks = request.getfixturevalue({2: "two", 4: "four"}[size])
+    whole = int(alone[f"{name}/nbytes"])
+    shared = replicated_nbytes(folder / name)
+    for rank in ranks:
+        padding = 0.02 * whole  # rows of zeros of the head
+        assert int(rank[f"{name}/nbytes"]) <= shared + (whole - shared) / size + padding
+
+
+def replicated_nbytes(folder):
+    """Count what no rank divides: embedding, norms and routers."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from internvl3_mlx.checkpoints.build_model import assemble_model
+
+    model = assemble_model(folder).model.language_model
+    whole = ("embed_tokens", "norm", "mlp.gate.", "router", "o_proj.bias")
+    found: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
+    return sum(x.nbytes for name, x in found if any(part in name for part in whole))
+
+
+def test_a_token_sends_two_sums_a_layer_and_one_part_of_the_logits(two, alone):
+    layers, width = 3, 128
+    for rank in two:
+        assert rank["messages/token_sum"].tolist() == [4 * width] * 2 * layers
+        vocabulary = alone["qwen2/logits"].shape[-1]
+        [gathered] = rank["messages/token_gather"]
+        assert vocabulary / 2 <= gathered / 4 < vocabulary / 2 + 8
+        [features] = rank["messages/tiles_gather"]  # two of three tiles, 4 tokens each
+        assert features == 2 * 4 * width * 4
+        assert rank["messages/tiles_sum"].size == 0
+
+
+def test_messages_can_be_compiled(two):
+    for rank in two:
+        sums = [2 * (1 + 4), 2 * (4 + 9)]
+        assert rank["compiled/twice"].tolist() == [[[s] * 4] * 2 for s in sums]
