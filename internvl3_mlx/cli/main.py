@@ -18,7 +18,7 @@ from internvl3_mlx.files import did_you_mean
 # each is the function NAME_command in cli/NAME.py
 COMMANDS = (
     "bench", "chat", "completion", "config", "convert", "doctor", "eval", "fuse", "generate",
-    "history", "info", "models", "rollouts", "score", "serve", "train",
+    "history", "info", "launch", "models", "rollouts", "score", "serve", "train",
 )  # fmt: skip
 # commands of mlx-lm, ollama and LM Studio whose job another command does here
 OTHER_PROGRAMS = {

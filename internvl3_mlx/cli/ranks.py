@@ -11,9 +11,8 @@ from internvl3_mlx.cli import console
 from internvl3_mlx.errors import UserError
 
 RANK_VARIABLE = "MLX_RANK"  # set by the launcher
-LED = ("chat", "eval", "generate", "rollouts", "score", "serve")
+LED = ("chat", "eval", "generate", "rollouts", "score")
 SYMMETRIC = ("train",)  # each rank runs these itself
-SETTINGS = ("INTERNVL3_COMPILE", "INTERNVL3_KERNELS")  # must be the same on all ranks
 
 
 def is_launched() -> bool:
@@ -32,6 +31,7 @@ def join_ranks(command: str) -> "Callable[[], int] | None":
     from internvl3_mlx.distributed.process_group import init_distributed
     from internvl3_mlx.distributed.team import TEAM, Leader, open_team
     from internvl3_mlx.generation.mirror import MESSAGE_TYPES
+    from internvl3_mlx.multi_host.probe import rank_facts
 
     group = init_distributed()
     if group.size == 1 or command in SYMMETRIC:
@@ -50,20 +50,6 @@ def join_ranks(command: str) -> "Callable[[], int] | None":
     from internvl3_mlx.multi_host.follow import follow
 
     return lambda: follow(team)
-
-
-def rank_facts() -> dict[str, str]:
-    """Return what must be the same on all ranks."""
-    from internvl3_mlx import __version__
-    from internvl3_mlx.cli.system_info import installed_version
-    from internvl3_mlx.device import on_gpu
-
-    return {
-        "internvl3-mlx": __version__,
-        "mlx": installed_version("mlx"),
-        "device": "gpu" if on_gpu() else "cpu",
-        **{name: os.environ.get(name, "") for name in SETTINGS},
-    }
 
 
 def leave_ranks(code: int) -> None:

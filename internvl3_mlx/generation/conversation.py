@@ -209,6 +209,11 @@ class Conversation:
         cache: save the prompt cache beside it, so that nothing is read again after ``load``.
         Raises UserError where the file cannot be written.
         """
+        if cache and self.runner.mirror is not None:
+            raise UserError(
+                "a prompt cache cannot be saved where several processes hold the model, each a "
+                "part of it; save the conversation without its cache"
+            )
         prompt_cache = self.prompt_cache if cache else None
         write_conversation(
             expand_user(path),
