@@ -1,10 +1,10 @@
 """House rules that a machine can check: who imports whom, who prints, how long is too long."""
 
 import ast
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 import internvl3_mlx
 
@@ -62,6 +62,7 @@ SLOW = {"transformers", "mlx_lm"}  # seconds to import, so never at the top of a
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 
 
+@cache
 def source_files() -> list[Path]:
     """List our modules. ``rglob`` follows no symlinks: the rooms at the root are added."""
     folders = [ROOT / PACKAGE, *(ROOT / room for room in ROOMS_AT_THE_ROOT)]
@@ -101,23 +102,33 @@ def at_import_time(tree: ast.AST) -> Iterator[ast.AST]:
         yield from at_import_time(node)
 
 
-FILES = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in source_files()]
-each_file = pytest.mark.parametrize("path", FILES)
+@cache
+def tree_of(path: Path) -> ast.AST:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def violations(check: Callable[[Path], object]) -> dict[str, object]:
+    """Return what a check finds, by file; all files at once, since each would be a test of 5 ms."""
+    found = {str(path.relative_to(ROOT)): check(path) for path in source_files()}
+    return {name: wrong for name, wrong in found.items() if wrong}
 
 
 def test_every_room_has_a_place_in_the_order():
     assert {room_of(path) for path in source_files()} - {*OUTSIDE} <= {*RANK}
 
 
-@each_file
-def test_a_room_imports_only_from_rooms_to_its_left(path):
+def test_a_room_imports_only_from_rooms_to_its_left():
+    assert violations(imported_from_the_right) == {}
+
+
+def imported_from_the_right(path: Path) -> set[str]:
     room = room_of(path)
     if room in OUTSIDE:
-        return
-    names = [name.split(".") for name in imports(ast.walk(ast.parse(path.read_text("utf-8"))))]
+        return set()
+    names = [name.split(".") for name in imports(ast.walk(tree_of(path)))]
     rooms = {name[1] for name in names if name[0] == PACKAGE and len(name) > 1}
     rooms -= {room, "__version__"}
-    assert {other for other in rooms if RANK[other] >= RANK[room]} == set()
+    return {other for other in rooms if RANK[other] >= RANK[room]}
 
 
 Graph = dict[str, set[str]]
@@ -129,6 +140,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
 def import_graph() -> Graph:
     """Map each module to those it imports anywhere: lazily and for type checkers too.
 
@@ -136,8 +148,7 @@ def import_graph() -> Graph:
     """
     paths = {module_name(path): path for path in source_files() if room_of(path) not in OUTSIDE}
     return {
-        name: imported_modules(ast.parse(path.read_text("utf-8")), {*paths}) - {name}
-        for name, path in paths.items()
+        name: imported_modules(tree_of(path), {*paths}) - {name} for name, path in paths.items()
     }
 
 
@@ -211,48 +222,70 @@ def test_circles_through_lazy_and_checking_imports_are_found():
     assert circles({"1": {"2", "3"}, "2": {"3"}, "3": set()}) == []
 
 
-@each_file
-def test_a_library_stays_in_its_room(path):
-    names = {name.split(".")[0] for name in imports(ast.walk(ast.parse(path.read_text("utf-8"))))}
-    astray = {name for name in names & {*HOMES} if room_of(path) not in HOMES[name]}
-    assert astray == set()
+def test_a_library_stays_in_its_room():
+    assert violations(libraries_astray) == {}
 
 
-@each_file
-def test_slow_libraries_are_imported_inside_functions(path):
-    tree = ast.parse(path.read_text("utf-8"))
-    assert not SLOW & {name.split(".")[0] for name in imports(at_import_time(tree))}
+def libraries_astray(path: Path) -> set[str]:
+    names = {name.split(".")[0] for name in imports(ast.walk(tree_of(path)))}
+    return {name for name in names & {*HOMES} if room_of(path) not in HOMES[name]}
 
 
-@each_file
-def test_imports_are_absolute(path):
-    tree = ast.parse(path.read_text("utf-8"))
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+def test_slow_libraries_are_imported_inside_functions():
+    assert violations(slow_imports) == {}
 
 
-@each_file
-def test_only_the_screen_prints(path):
+def slow_imports(path: Path) -> set[str]:
+    return SLOW & {name.split(".")[0] for name in imports(at_import_time(tree_of(path)))}
+
+
+def test_imports_are_absolute():
+    assert violations(relative_imports) == {}
+
+
+def relative_imports(path: Path) -> list[int]:
+    """Return the lines of relative imports."""
+    nodes = ast.walk(tree_of(path))
+    return [node.lineno for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+
+
+def test_only_the_screen_prints():
+    assert violations(prints) == {}
+
+
+def prints(path: Path) -> list[int]:
+    """Return the lines that print."""
     if path.relative_to(ROOT) == Path(PACKAGE, "cli", "console.py"):
-        return
-    calls = [
-        node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)
+        return []
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    return [
+        call.lineno
+        for call in calls
+        if getattr(call.func, "id", "") == "print"
+        or getattr(call.func, "attr", "") in {"echo", "secho"}
     ]
-    printing = [call for call in calls if getattr(call.func, "id", "") == "print"]
-    printing += [call for call in calls if getattr(call.func, "attr", "") in {"echo", "secho"}]
-    assert printing == []
 
 
-@each_file
-def test_functions_and_files_keep_their_budget(path):
-    text = path.read_text("utf-8")
+def test_functions_keep_their_budget():
+    assert violations(long_functions) == {}
+
+
+def long_functions(path: Path) -> dict[str, int]:
     functions = [
         node
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
     lengths = {node.name: code_lines(node) for node in functions}
-    assert {name: n for name, n in lengths.items() if n > LONGEST_FUNCTION} == {}
-    assert len(text.splitlines()) <= LONGEST_FILE
+    return {name: n for name, n in lengths.items() if n > LONGEST_FUNCTION}
+
+
+def test_files_keep_their_budget():
+    assert violations(lines_too_many) == {}
+
+
+def lines_too_many(path: Path) -> int:
+    return max(0, len(path.read_text("utf-8").splitlines()) - LONGEST_FILE)
 
 
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -266,6 +299,24 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def test_the_checks_see_every_room():
     rooms = {room_of(path) for path in source_files()}
     assert {"cli", "convert", "metal_kernels", "errors"} <= rooms
+    assert violations(room_of).keys() == {str(path.relative_to(ROOT)) for path in source_files()}
+
+
+def test_every_check_finds_what_it_looks_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / PACKAGE / "models" / "wrong.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import click, mlx_lm\nfrom . import layers\nfrom internvl3_mlx.cli import main\n"
+        "def long():\n    print(1)\n" + 60 * "    pass\n" + 400 * "\n"
+    )
+    assert imported_from_the_right(path) == {"cli"}
+    assert libraries_astray(path) == {"click"}
+    assert slow_imports(path) == {"mlx_lm"}
+    assert relative_imports(path) == [2]
+    assert prints(path) == [5]
+    assert long_functions(path) == {"long": 62}
+    assert lines_too_many(path) == 65
 
 
 def test_imports_of_every_form_are_seen():
