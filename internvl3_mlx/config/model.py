@@ -4,7 +4,7 @@ Field names and defaults are those of the published ``internvl_chat`` config cla
 omits what equals the default: a missing ``ps_version`` means v1, a missing ``qkv_bias`` no bias.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -134,6 +134,14 @@ class TextConfig:
         """The factor of dynamic NTK, which alone depends on the length; None for other methods."""
         scaling = self.rope_scaling
         return scaling.factor if scaling.rope_type == "dynamic" else None
+
+    def is_stretched(self, length: int) -> bool:
+        """Return whether dynamic NTK changes the rotary base of a sequence of so many tokens."""
+        return self.rope_dynamic_factor is not None and length > self.max_position_embeddings
+
+    def any_stretched(self, lengths: Sequence[int | None]) -> bool:
+        """Return the same for several sequences; None where dynamic NTK does not apply."""
+        return any(length is not None and self.is_stretched(length) for length in lengths)
 
     @property
     def static_context(self) -> int:

@@ -120,10 +120,11 @@ class StaticCaches(Protocol):
 class TraceKey:
     """All that a trace depends on beside the shapes of its arguments.
 
-    sampling: of each row; None for a step that ends with the logits.
+    structure: the number of the modules' structure. sampling: of each row; None for a step that
+    ends with the logits.
     """
 
-    structure: Hashable
+    structure: int
     layout: Layout
     sampling: tuple[SamplingParams, ...] | None
     on_gpu: bool
@@ -136,6 +137,7 @@ class CompiledSteps:
     traces: dict[TraceKey, Callable[..., Any]] = field(
         default_factory=dict[TraceKey, Callable[..., Any]]
     )
+    structures: dict[Hashable, int] = field(default_factory=dict[Hashable, int])
     tokens_before: int = 0
 
     @classmethod
@@ -145,6 +147,10 @@ class CompiledSteps:
         if steps is None:
             steps = model.__dict__["compiled_steps"] = cls()
         return steps
+
+    def number(self, structure: Hashable) -> int:
+        """Return a number in place of a structure, which would be hashed for every token."""
+        return self.structures.setdefault(structure, len(self.structures))
 
     def get(self, key: TraceKey, model: InternVL) -> Callable[..., Any]:
         """Return the step for a key; it is traced at its first call."""
@@ -171,29 +177,31 @@ class StepRunner:
 
     model: InternVL
     mode: str = field(default_factory=compile_mode)
-    steady: tuple[Layout | None, int] = (None, 0)  # the last layout, and how often it was asked for
+    steady: tuple[TraceKey | None, int] = (None, 0)  # the last one, and how often it was asked for
 
     @cached_property
     def slots(self) -> list[tuple[nn.Module, str]]:
         return list(weight_slots(self.model.language_model))
 
     @cached_property
-    def structure(self) -> Hashable:
-        return module_structure(self.model.language_model), kernel_mode()
+    def structure(self) -> int:
+        structure = module_structure(self.model.language_model), kernel_mode()
+        return CompiledSteps.of(self.model).number(structure)
 
     def is_due(self, tokens: int = 1) -> bool:
         """Return whether the next tokens are to be read by a compiled step."""
         return CompiledSteps.of(self.model).is_due(self.mode, tokens)
 
-    def is_steady(self, layout: Layout) -> bool:
+    def is_steady(self, layout: Layout, sampler: Sampler | None = None) -> bool:
         """Return whether a layout that changes at times has stayed long enough to be traced."""
-        last, times = self.steady
-        self.steady = (layout, times + 1 if layout == last else 1)
-        return self.mode == ON or self.steady[1] >= STEADY_STEPS or self.is_traced(layout)
+        key, (last, times) = self.key(layout, sampler), self.steady
+        self.steady = (key, times + 1 if key == last else 1)
+        is_traced = key in CompiledSteps.of(self.model).traces
+        return self.mode == ON or self.steady[1] >= STEADY_STEPS or is_traced
 
-    def is_traced(self, layout: Layout) -> bool:
-        key = TraceKey(self.structure, layout, None, on_gpu())
-        return key in CompiledSteps.of(self.model).traces
+    def key(self, layout: Layout, sampler: Sampler | None) -> TraceKey:
+        params = None if sampler is None else sampler.params
+        return TraceKey(self.structure, layout, params, on_gpu())
 
     def run(
         self,
@@ -208,8 +216,7 @@ class StepRunner:
         Returns the next tokens, (B,) int32, and the sampler's state; without a sampler the logits
         after each token, (B, L, vocab).
         """
-        params = None if sampler is None else sampler.params
-        key = TraceKey(self.structure, caches.layout, params, on_gpu())
+        key = self.key(caches.layout, sampler)
         step = CompiledSteps.of(self.model).get(key, self.model)
         weights = [module[name] for module, name in self.slots]
         first = mx.array([*positions], dtype=mx.int32)

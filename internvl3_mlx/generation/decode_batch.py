@@ -14,7 +14,13 @@ from internvl3_mlx.distributed.agreement import from_rank_0
 from internvl3_mlx.distributed.shard import Shard
 from internvl3_mlx.generation.answer import FinishReason
 from internvl3_mlx.generation.compiled_step import NOT_FINITE, StepRunner
-from internvl3_mlx.generation.row_sampler import RowSampler, TokenScores, sample_rows, score_token
+from internvl3_mlx.generation.row_sampler import (
+    RowSampler,
+    SampledRows,
+    TokenScores,
+    sample_rows,
+    score_token,
+)
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.ragged_cache import RaggedBatch
@@ -83,6 +89,15 @@ class Chosen:
         return self.tokens[mx.array([self.rows.index(row) for row in rows], dtype=mx.int32)]
 
 
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What a step returns for ``rows``: logits (B, vocab), or where it drew, tokens (B,) int32."""
+
+    rows: list[int]
+    array: mx.array
+    is_drawn: bool = False
+
+
 @dataclass(eq=False)
 class DecodeBatch(Generic[AnswerT]):
     """The answers in progress by their row, and the tokens that come next."""
@@ -140,59 +155,72 @@ class DecodeBatch(Generic[AnswerT]):
         if all(answer.tokens_left <= 1 for answer in self.answers.values()):
             return self.give(chosen)
         waits = any(answer.sampler.waits for answer in self.answers.values())
-        rows, logits = self.advance(chosen)
+        result = self.advance(chosen)
         if not waits:
-            self.choose(rows, logits)
+            self.choose(result)
             return self.give(chosen)
-        mx.async_eval(logits, chosen.arrays)
+        mx.async_eval(result.array, chosen.arrays)
         ended = self.give(chosen)  # and the constraints are asked while the device reads
-        self.choose(rows, logits)
+        self.choose(result)
         return ended
 
-    def advance(self, chosen: Chosen) -> tuple[list[int], mx.array]:
-        """Read the chosen tokens; return the rows and their logits (B, vocab), not computed yet."""
+    def advance(self, chosen: Chosen) -> StepResult:
+        """Read the chosen tokens; nothing is computed yet."""
         rows = self.batch.rows
         answers = [self.answers[row] for row in rows]
         positions = [answer.position for answer in answers]
         lengths = [self.batch.length(row) + 1 if self.answers[row].ntk else None for row in rows]
         tokens = chosen.ordered(rows)[:, None]
-        logits = self.compiled_step(tokens, positions, lengths)
-        logits = self.plain_step(tokens, positions, lengths) if logits is None else logits
+        result = self.compiled_step(tokens, positions, lengths)
+        if result is None:
+            result = StepResult(rows, self.plain_step(tokens, positions, lengths))
         for answer in answers:
             answer.position += 1
         self.steps += 1
-        return rows, logits[:, -1]
+        return result
 
     def plain_step(
         self, tokens: mx.array, positions: Sequence[float], lengths: Sequence[int | None]
     ) -> mx.array:
-        """Read a token of each row, (B, 1) -> logits (B, 1, vocab)."""
+        """Read a token of each row, (B, 1) -> logits (B, vocab)."""
         language = self.model.language_model
         self.batch.begin_step()
         rotary = language.ragged_rotary(positions, lengths)
         states = language.model(self.model.embed(tokens), rotary, self.batch.layers)
         self.batch.end_step()
-        return language.head(states)
+        return language.head(states[:, -1])
 
     def compiled_step(
         self, tokens: mx.array, positions: Sequence[float], lengths: Sequence[int | None]
-    ) -> mx.array | None:
-        """Do the same by a compiled step; None where a plain step has to, as in ``Engine``."""
-        text = self.model.config.text
-        longest = max((length or 0 for length in lengths), default=0)
-        uses_ntk = longest > text.max_position_embeddings and text.rope_dynamic_factor is not None
-        # windows need the length of a shared prompt as a number; inside a trace it is an array
-        slides = bool(text.windows or text.sinks)
-        slides_on_prefix = slides and any(group.has_prefix for group in self.batch.groups)
-        if uses_ntk or slides_on_prefix or not self.runner.is_due(len(positions)):
-            return None
-        caches = StaticBatch.prepare(self.batch)
-        if caches is None or not self.runner.is_steady(caches.layout):
-            return None
-        return self.runner.run(caches, tokens, [int(at) for at in positions])[0]
+    ) -> StepResult | None:
+        """Do the same by a compiled step; None where a plain step has to, as in ``Engine``.
 
-    def choose(self, rows: list[int], logits: mx.array) -> None:
+        The next tokens are drawn inside of it, unless an answer needs its logits.
+        """
+        stretched = self.model.config.text.any_stretched(lengths)
+        if stretched or not self.runner.is_due(len(positions)):
+            return None
+        rows, caches = self.batch.rows, StaticBatch.prepare(self.batch)
+        samplers = [self.answers[row].sampler for row in rows]
+        drawn = None if any(s.needs_logits for s in samplers) else SampledRows.of(samplers)
+        sampler = None if drawn is None else drawn.sampler
+        if caches is None or not self.runner.is_steady(caches.layout, sampler):
+            return None
+        state = None if drawn is None else drawn.state
+        first = [int(at) for at in positions]
+        found, after = self.runner.run(caches, tokens, first, sampler, state)
+        if drawn is None:
+            return StepResult(rows, found[:, -1])
+        drawn.state = after or drawn.state
+        return StepResult(rows, found, is_drawn=True)
+
+    def choose(self, result: StepResult) -> None:
         """Choose the next tokens of the answers that go on; nothing waits for the result."""
+        rows, logits = result.rows, result.array
+        if result.is_drawn:
+            self.chosen = Chosen(rows, logits, {})
+            mx.async_eval(logits)
+            return
         places = [place for place, row in enumerate(rows) if row in self.answers]
         if not places:
             return
@@ -231,8 +259,7 @@ def choose_tokens(
     finite = mx.all(mx.isfinite(logits), axis=-1)
     samplers = [answer.sampler for answer in answers]
     masked, failures = mask_rows(rows, samplers, logits)
-    plain = all(sampler.is_plain for sampler in samplers)
-    tokens = mx.argmax(logits, axis=-1) if plain else sample_rows(samplers, masked)
+    tokens = sample_rows(samplers, masked)
     scores: dict[int, TokenScores] = {}
     for place, (row, sampler) in enumerate(zip(rows, samplers, strict=True)):
         if sampler.num_top is not None and row not in failures:

@@ -221,9 +221,7 @@ class Engine:
 
     def uses_dynamic_ntk(self, ahead: int) -> bool:
         """Tell whether dynamic NTK applies to the next tokens, with another base at each length."""
-        text = self.model.config.text
-        beyond = self.num_cached + ahead + 1 > text.max_position_embeddings
-        return self.ntk and beyond and text.rope_dynamic_factor is not None
+        return self.ntk and self.model.config.text.is_stretched(self.num_cached + ahead + 1)
 
     def remaining_context(self) -> int:
         """Return how many positions are left after those that were read."""

@@ -36,6 +36,7 @@ from internvl3_mlx.memory import BufferCache, working_memory
 from internvl3_mlx.models.cache_kind import kind_of, spread
 from internvl3_mlx.models.kv_segment import DENSE
 from internvl3_mlx.models.segmented_cache import SegmentedKVCache
+from internvl3_mlx.models.static_cache import StaticSequence
 
 
 def generate_samples(
@@ -249,9 +250,10 @@ def decode_samples(
             scores = token_log_probs(logits, tokens) if log_probs else mx.zeros(tokens.shape)
             following = tokens
             if any(one.tokens_left > 1 for one in samples.live.values()):
-                logits = sample_step(engine, caches, tokens)
-                following = samples.choose(logits, shard)
-                mx.async_eval(following, logits if log_probs else following)
+                following, logits = next_tokens(
+                    engine, samples, caches, tokens, log_probs=log_probs
+                )
+                mx.async_eval(following, logits)
             rows = samples.accept(*to_host(tokens, scores))
             ended = [index for row, index in enumerate(samples.live) if row not in rows]
             yield sum(cache.nbytes for cache in caches), ended
@@ -260,7 +262,7 @@ def decode_samples(
             if ended:
                 samples.select(rows)
                 kept = mx.array(rows)
-                following, logits = following[kept], logits[kept]
+                following, logits = following[kept], logits[kept] if log_probs else logits
                 for cache in caches:
                     cache.select(kept)
             tokens = samples.force(following)
@@ -271,6 +273,52 @@ def decode_samples(
             replace(kind, format=cache.format).adopt(cache)
             for kind, cache in zip(kinds, caches, strict=True)
         ]
+
+
+def next_tokens(
+    engine: Engine,
+    samples: Samples,
+    caches: list[SegmentedKVCache],
+    tokens: mx.array,
+    *,
+    log_probs: bool,
+) -> tuple[mx.array, mx.array]:
+    """Read a token of every answer, (N,) -> the next ones, and their logits for ``log_probs``.
+
+    Logits: (N, vocab); (0,) where a compiled step drew from them.
+    """
+    sampler = None if log_probs else samples.sampler
+    found = compiled_sample_step(engine, samples, caches, tokens, sampler)
+    if found is not None and sampler is not None:
+        return found, mx.zeros(0)
+    logits = sample_step(engine, caches, tokens) if found is None else found[:, -1]
+    return samples.choose(logits, engine.model.shard), logits
+
+
+def compiled_sample_step(
+    engine: Engine,
+    samples: Samples,
+    caches: list[SegmentedKVCache],
+    tokens: mx.array,
+    sampler: Sampler | None,
+) -> mx.array | None:
+    """Read a token of every answer by a compiled step; None where a plain step has to.
+
+    (N,) -> the next ones (N,), or without a sampler the logits (N, 1, vocab).
+    """
+    count, language = tokens.shape[0], engine.model.config.text
+    is_waiting = engine.kv_quantization is not None and caches[0].format == DENSE
+    is_stretched = engine.ntk and language.is_stretched(caches[0].offset + 1)
+    if is_waiting or is_stretched or not engine.runner.is_due(count):
+        return None
+    ready = StaticSequence.prepare(caches, 1, count)
+    if ready is None or not engine.runner.is_steady(ready.layout, sampler):
+        return None
+    places, state = [int(engine.next_position)] * count, None if sampler is None else samples.state
+    found, after = engine.runner.run(ready, tokens[:, None], places, sampler, state)
+    samples.state = after or samples.state
+    engine.next_position += 1
+    return found
 
 
 def token_log_probs(logits: mx.array, tokens: mx.array) -> mx.array:

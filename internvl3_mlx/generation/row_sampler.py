@@ -63,7 +63,8 @@ class RowSampler:
     num_top: int | None = None
     constraint: TokenConstraint | None = None
     params: SamplingParams = field(init=False)
-    state: SamplerState = field(init=False)
+    own_state: SamplerState = field(init=False)  # out of date while ``joined``
+    joined: "SampledRows | None" = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.params = replace(
@@ -75,9 +76,16 @@ class RowSampler:
         self.replay([])
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the most likely token is chosen, whatever came before."""
-        return self.params.is_greedy and self.constraint is None
+    def state(self) -> SamplerState:
+        if self.joined is not None:
+            self.joined.separate()
+        return self.own_state
+
+    @state.setter
+    def state(self, state: SamplerState) -> None:
+        if self.joined is not None:
+            self.joined.separate()
+        self.own_state = state
 
     @property
     def waits(self) -> bool:
@@ -91,17 +99,49 @@ class RowSampler:
             [self.seed], [self.prompt_ids], self.vocab_size, [generated_ids]
         )
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether more is done with logits than to choose by ``params``."""
+        return self.waits or self.num_top is not None
+
     def mask(self, logits: mx.array) -> mx.array:
         """Set tokens that the constraint does not allow to -inf: (1, vocab) -> (1, vocab)."""
         return logits if self.constraint is None else self.constraint.mask_logits(logits)
 
 
+@dataclass(eq=False)
+class SampledRows:
+    """The samplers of the rows of a batch as one, with one state while the rows stay the same."""
+
+    samplers: list[RowSampler]
+    sampler: Sampler
+    state: SamplerState
+
+    @classmethod
+    def of(cls, samplers: Sequence[RowSampler]) -> "SampledRows":
+        """Return those of a batch: the same ones as for the token before, where it had the rows."""
+        before = samplers[0].joined
+        if before is not None and before.samplers == [*samplers]:
+            return before
+        states = [one.state for one in samplers]
+        rows = cls(
+            [*samplers], batch_sampler(tuple(one.params for one in samplers)), join_states(states)
+        )
+        for one in samplers:
+            one.joined = rows
+        return rows
+
+    def separate(self) -> None:
+        """Give each sampler its own state again."""
+        own = split_state(self.state, self.sampler.params)
+        for one, state in zip(self.samplers, own, strict=True):
+            one.own_state, one.joined = state, None
+
+
 def sample_rows(samplers: Sequence[RowSampler], logits: mx.array) -> mx.array:
     """Choose the next token of each answer, and go on to its next state: (B, vocab) -> (B,)."""
-    params = tuple(one.params for one in samplers)
-    tokens, state = batch_sampler(params)(logits, join_states([one.state for one in samplers]))
-    for one, own in zip(samplers, split_state(state, params), strict=True):
-        one.state = own
+    rows = SampledRows.of(samplers)
+    tokens, rows.state = rows.sampler(logits, rows.state)
     return tokens
 
 

@@ -52,15 +52,6 @@ class SamplingParams:
         )
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether the most likely token is chosen, whatever came before."""
-        return self.temperature == 0 and not self.changes_logits
-
-    @property
-    def changes_logits(self) -> bool:
-        return self.looks_back or self.counts_tokens or bool(self.logit_bias)
-
-    @property
     def looks_back(self) -> bool:
         """Whether the last tokens of prompt and answer matter."""
         return self.repetition_penalty != 1.0
@@ -191,11 +182,6 @@ class Sampler:
     def any(self, name: str) -> bool:
         """Return whether a parameter or property is set for any row."""
         return any(getattr(params, name) for params in self.params)
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether each row chooses its most likely token, whatever came before."""
-        return all(params.is_greedy for params in self.params)
 
     @property
     def is_random(self) -> bool:

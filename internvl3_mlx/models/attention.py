@@ -71,23 +71,6 @@ def sliding_attention(
     )
 
 
-def ragged_sliding_attention(
-    q: mx.array, k: mx.array, v: mx.array, layer: SlidingAttention, lengths: mx.array
-) -> mx.array:
-    """Do the same from one row of each sequence to its own tokens. q: (B, H, 1, D).
-
-    lengths: tokens of each sequence, the row's own included, (B,) int32, of which N are stored.
-    """
-    column, own = mx.arange(k.shape[2]), lengths[:, None]
-    visible = column < own
-    if layer.window is not None:
-        visible = visible & (column >= own - layer.window)
-    sinks = None if layer.sinks is None else layer.sinks.astype(q.dtype)
-    return mx.fast.scaled_dot_product_attention(
-        q, k, v, scale=q.shape[-1] ** -0.5, mask=visible[:, None, None], sinks=sinks
-    )
-
-
 def kernels_enabled() -> bool:
     """Return whether any of our kernels may be chosen on this machine.
 

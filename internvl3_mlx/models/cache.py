@@ -69,7 +69,9 @@ class AttentionContext(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be read as dense keys and values")
 
-    accepts_joint = False  # whether ``attend_joint`` is to be used, for one new token
+    def accepts_joint(self) -> bool:
+        """Return whether ``attend_joint`` is to be used, for one new token."""
+        return False
 
     def attend_joint(self, q: mx.array, kv: mx.array) -> mx.array:
         """Do the same with keys and values in one array, for one new token.

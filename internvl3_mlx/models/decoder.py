@@ -60,7 +60,7 @@ class Attention(nn.Module):
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D): ``context`` takes in all L tokens, ``rows`` of them attend."""
         heads, sliding = self.project_heads(x), self.sliding
-        if sliding is None and context.accepts_joint and x.shape[1] == 1:
+        if sliding is None and x.shape[1] == 1 and context.accepts_joint():
             rotated = rotary.rotate_heads(heads, self.heads + self.kv_heads)
             q, kv = mx.split(rotated, [self.heads], axis=1)
             out = context.attend_joint(scale_scores(q, rotary), kv)
@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
         """
         config = self.config
         base, dim, trained = config.rope_theta, config.head_dim, config.max_position_embeddings
-        if not ntk or config.rope_dynamic_factor is None or length <= trained:
+        if not (ntk and config.is_stretched(length)) or config.rope_dynamic_factor is None:
             scaled, score_scale = scaled_frequencies(config)
             return Rotary(dim, scaled, positions, score_scale)
         stretched = ntk_base(base, dim, config.rope_dynamic_factor, length, trained)
@@ -252,7 +252,7 @@ class LanguageModel(nn.Module):
         base, dim, trained = config.rope_theta, config.head_dim, config.max_position_embeddings
         factor = config.rope_dynamic_factor
         column = mx.array([*positions], dtype=mx.float32)[:, None]
-        if factor is None or all(length is None or length <= trained for length in lengths):
+        if factor is None or not config.any_stretched(lengths):
             return self.rotary(column, 0, ntk=False)
         bases = [
             base if length is None else ntk_base(base, dim, factor, length, trained)

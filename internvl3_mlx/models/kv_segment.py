@@ -37,7 +37,8 @@ class DenseFormat:
     def store(self, arrays: Sequence[mx.array]) -> SegmentStore:
         """Return what attention reads."""
         [both] = arrays
-        return DenseKV(both[0], both[1])
+        keys, values = mx.split(both, 2)  # views, as both[0] is not
+        return DenseKV(keys.squeeze(0), values.squeeze(0))
 
 
 @dataclass(frozen=True)

@@ -58,14 +58,20 @@ class RaggedKVCache(AttentionContext):
         attend = [partial(group.attend_sliding, self.layer, layer) for group in self.batch.groups]
         return self.by_group(attend, q[:, :, rows], k, v)
 
-    def by_group(
-        self, attend: Sequence[Callable[..., mx.array]], q: mx.array, k: mx.array, v: mx.array
-    ) -> mx.array:
+    def accepts_joint(self) -> bool:
+        groups = self.batch.groups
+        return len(self.batch.rows) > 1 and all(one.accepts_joint(self.layer) for one in groups)
+
+    def attend_joint(self, q: mx.array, kv: mx.array) -> mx.array:
+        attend = [partial(group.attend_joint, self.layer) for group in self.batch.groups]
+        return self.by_group(attend, q, kv)
+
+    def by_group(self, attend: Sequence[Callable[..., mx.array]], *rows: mx.array) -> mx.array:
         """Let each group attend with its own rows."""
         if len(attend) == 1:
-            return attend[0](q, k, v)
+            return attend[0](*rows)
         ends = self.batch.group_ends
-        parts = zip(mx.split(q, ends), mx.split(k, ends), mx.split(v, ends), strict=True)
+        parts = zip(*(mx.split(array, ends) for array in rows), strict=True)
         return mx.concatenate([one(*part) for one, part in zip(attend, parts, strict=True)])
 
     @property

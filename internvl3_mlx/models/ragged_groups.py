@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import mlx.core as mx
 
-from internvl3_mlx.models.attention import SlidingAttention, ragged_sliding_attention
+from internvl3_mlx.models.attention import SlidingAttention
 from internvl3_mlx.models.cache import LayerCache
 from internvl3_mlx.models.cache_kind import CacheKind, as_segmented, format_of
-from internvl3_mlx.models.kv_segment import KVFormat, KVSegment, grown
-from internvl3_mlx.models.segment_attention import VisibleKV, segment_attention
+from internvl3_mlx.models.kv_segment import DENSE, KVFormat, KVSegment, grown
+from internvl3_mlx.models.segment_attention import (
+    VisibleKV,
+    segment_attention,
+    sliding_segment_attention,
+)
 from internvl3_mlx.models.segmented_cache import SegmentedKVCache
 
 ROW_BUCKETS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # rows that a group's buffers have space for
@@ -61,6 +66,12 @@ class SingleGroup:
     def end_step(self) -> None:
         """The caches count their tokens themselves."""
 
+    def accepts_joint(self, layer: int) -> bool:
+        return self.caches[layer].accepts_joint()
+
+    def attend_joint(self, layer: int, q: mx.array, kv: mx.array) -> mx.array:
+        return self.caches[layer].attend_joint(q, kv)
+
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return self.caches[layer].attend(q, k, v)
 
@@ -89,10 +100,27 @@ class GroupStep:
     mask: mx.array
     queries: mx.array | None
     longest: int
+    flat_rows: dict[tuple[int, ...], mx.array] = field(
+        default_factory=dict[tuple[int, ...], mx.array], repr=False
+    )
 
     def asked(self, q: mx.array) -> mx.array:
         """Return what each slot asks: (b, H, 1, D) -> (R, H, 1, D)."""
         return q if self.queries is None else q[self.queries]
+
+    def find_rows(self, buffer: mx.array, *, joint: bool = False) -> mx.array:
+        """Return where the new tokens go in a buffer (..., R, KV, N, *) as rows of one matrix.
+
+        In the order (..., b, KV), or with ``joint`` (b, ..., KV). Found once for all layers.
+        """
+        key = (joint, *buffer.shape[:-1])
+        if key not in self.flat_rows:
+            *lead, slots, heads, tokens = buffer.shape[:-1]
+            each = self.slots[:, None] * heads + mx.arange(heads)
+            each = each * tokens + self.columns[:, None]
+            sides = mx.arange(prod(lead))[:, None, None] * (slots * heads * tokens) + each
+            self.flat_rows[key] = (sides.swapaxes(0, 1) if joint else sides).reshape(-1)
+        return self.flat_rows[key]
 
     def rows(self, out: mx.array) -> mx.array:
         """Undo ``asked``."""
@@ -223,10 +251,15 @@ class PaddedGroup:
                 self.lengths[slot] += 1
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        step, buffers = self.append(layer, k, v)
-        prefix = self.visible_prefix(layer)
-        own = VisibleKV(self.format.store(buffers), step.longest, step.lengths, step.mask)
-        return step.rows(segment_attention(step.asked(q), [*prefix, own]))
+        step, seen = self.append(layer, self.format.encode(k, v))
+        return step.rows(segment_attention(step.asked(q), seen))
+
+    def accepts_joint(self, layer: int) -> bool:
+        return self.format == DENSE
+
+    def attend_joint(self, layer: int, q: mx.array, kv: mx.array) -> mx.array:
+        step, seen = self.append(layer, [kv], joint=True)
+        return step.rows(segment_attention(step.asked(q), seen))
 
     def visible_prefix(self, layer: int) -> list[VisibleKV]:
         """Return what all sequences begin with."""
@@ -236,21 +269,25 @@ class PaddedGroup:
         self, layer: int, sliding: SlidingAttention, q: mx.array, k: mx.array, v: mx.array
     ) -> mx.array:
         """Attend in a layer that has a window or sinks, to dense keys of all segments."""
-        step, buffers = self.append(layer, k, v)
-        own = KVSegment(self.format, buffers, step.longest)
-        segments = [*self.prefixes[layer], own]
-        sides = zip(*(one.dense(len(self.slots), k.dtype) for one in segments), strict=True)
-        keys, values = (mx.concatenate([*side], axis=2) for side in sides)
-        lengths = step.lengths + self.prefix_length
-        return step.rows(ragged_sliding_attention(step.asked(q), keys, values, sliding, lengths))
+        step, seen = self.append(layer, self.format.encode(k, v))
+        return step.rows(sliding_segment_attention(step.asked(q), seen, sliding))
 
-    def append(self, layer: int, k: mx.array, v: mx.array) -> tuple[GroupStep, list[mx.array]]:
-        """Write the new tokens of a layer; return the step and the layer's buffers."""
+    def append(
+        self, layer: int, new: list[mx.array], *, joint: bool = False
+    ) -> tuple[GroupStep, list[VisibleKV]]:
+        """Write the new tokens of a layer; return the step and what its queries see.
+
+        new: encoded, (..., b, KV, 1, *); with ``joint`` keys and values in one, (b, 2 * KV, 1, D).
+        """
         step = self.step
         assert step is not None
-        pairs = zip(self.layers[layer], self.format.encode(k, v), strict=True)
-        self.layers[layer] = [write_tokens(buffer, new, step) for buffer, new in pairs]
-        return step, self.layers[layer]
+        buffers = [
+            write_tokens(buffer, part, step, joint=joint)
+            for buffer, part in zip(self.layers[layer], new, strict=True)
+        ]
+        self.layers[layer] = buffers
+        own = VisibleKV(self.format.store(buffers), step.longest, step.lengths, step.mask)
+        return step, [*self.visible_prefix(layer), own]
 
     def extract(self, row: int) -> list[LayerCache]:
         """Copy a sequence into caches of its own; a prefix stays shared."""
@@ -283,13 +320,17 @@ def write_slot(buffer: mx.array, slot: int, part: mx.array) -> mx.array:
     return buffer
 
 
-def write_tokens(buffer: mx.array, new: mx.array, step: GroupStep) -> mx.array:
-    """Write one token of each sequence, (..., b, KV, 1, *), where the step says."""
+def write_tokens(
+    buffer: mx.array, new: mx.array, step: GroupStep, *, joint: bool = False
+) -> mx.array:
+    """Write one token of each sequence where the step says; new: as ``PaddedGroup.append`` has it.
+
+    As rows of a matrix: an index for each axis would be made again in every layer.
+    """
     buffer = grown(buffer, buffer, step.longest, 0)
-    place = step.slots, slice(None), step.columns
-    index = place if buffer.ndim == 4 else (slice(None), *place)
-    buffer[index] = mx.moveaxis(new[..., 0, :], -3, 0)
-    return buffer
+    rows = buffer.reshape(-1, buffer.shape[-1])
+    rows[step.find_rows(buffer, joint=joint)] = new.reshape(-1, new.shape[-1])
+    return rows.reshape(buffer.shape)
 
 
 Group = SingleGroup | PaddedGroup

@@ -14,7 +14,11 @@ from internvl3_mlx.metal_kernels import flash_decode, self_test
 from internvl3_mlx.metal_kernels.flash_decode import FlashVariant
 from internvl3_mlx.metal_kernels.flash_reference import AttentionOutput, Lengths
 from internvl3_mlx.metal_kernels.kv_layout import KVStore, QuantizedKV
-from internvl3_mlx.models.attention import ragged_attention, store_attention
+from internvl3_mlx.models.attention import (
+    SlidingAttention,
+    ragged_attention,
+    store_attention,
+)
 
 SegmentStore = KVStore | QuantizedKV
 
@@ -64,6 +68,39 @@ def segment_attention(q: mx.array, segments: Sequence[VisibleKV]) -> mx.array:
     if prefers_kernel(questions, segments):
         return kernel_attention(q, questions, segments)
     return mlx_attention(q, segments)
+
+
+def sliding_segment_attention(
+    q: mx.array, segments: Sequence[VisibleKV], layer: SlidingAttention
+) -> mx.array:
+    """Do the same in a layer that has a window or sinks, whose keys are made dense.
+
+    The queries are the last of the tokens of all segments.
+    """
+    batch, count = q.shape[0], q.shape[2]
+    visible, places, begin = list[mx.array](), list[mx.array](), mx.zeros((1, 1), mx.int32)
+    for segment in segments:
+        column, ends = mx.arange(segment.length), mx.reshape(mx.array(segment.ends), (-1, 1))
+        visible.append(mx.broadcast_to(column < ends, (batch, segment.length)))
+        places.append(mx.broadcast_to(begin + column, (batch, segment.length)))
+        begin = begin + ends
+    place = mx.concatenate(places, axis=-1)[:, None]  # (B, 1, N)
+    own = begin[..., None] + mx.arange(-count, 0)[:, None]  # (B or 1, L, 1), of the queries
+    mask = mx.concatenate(visible, axis=-1)[:, None] & (place <= own)
+    if layer.window is not None:
+        mask = mask & (place > own - layer.window)
+    sides = zip(*(dense_for(segment, batch, q.dtype) for segment in segments), strict=True)
+    keys, values = (mx.concatenate([*side], axis=2) for side in sides)
+    sinks = None if layer.sinks is None else layer.sinks.astype(q.dtype)
+    return mx.fast.scaled_dot_product_attention(
+        q, keys, values, scale=q.shape[-1] ** -0.5, mask=mask[:, None], sinks=sinks
+    )
+
+
+def dense_for(segment: VisibleKV, batch: int, dtype: mx.Dtype) -> list[mx.array]:
+    """Return keys and values of a segment for each sequence: (B, KV, N, D) twice."""
+    parts = segment.store.first_tokens(segment.length).dequantize()
+    return [mx.broadcast_to(part.astype(dtype), (batch, *part.shape[1:])) for part in parts]
 
 
 def query_rows(q: mx.array, segment: VisibleKV) -> list[mx.array]:

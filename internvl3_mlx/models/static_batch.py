@@ -28,6 +28,9 @@ class StaticRagged(RaggedKVCache, StaticContext):
         groups = cast(Sequence[StaticSingle | StaticPadded], self.batch.groups)
         return [array for group in groups for array in group.buffers(self.layer)]
 
+    def accepts_joint(self) -> bool:
+        return all(group.accepts_joint(self.layer) for group in self.batch.groups)
+
     @property
     def single(self) -> None:
         """No cache: inside a step also a sequence that is alone takes rotated keys."""
@@ -39,6 +42,12 @@ class StaticSingle(SingleGroup):
     def __init__(self, contexts: Sequence[StaticContext]):
         super().__init__(0, [])
         self.contexts = contexts
+
+    def accepts_joint(self, layer: int) -> bool:
+        return self.contexts[layer].accepts_joint()
+
+    def attend_joint(self, layer: int, q: mx.array, kv: mx.array) -> mx.array:
+        return self.contexts[layer].attend_joint(q, kv)
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return self.contexts[layer].attend(q, k, v)

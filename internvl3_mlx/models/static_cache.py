@@ -8,13 +8,13 @@ made once for each step. A ``StaticKind`` says how the arrays of a layer are wri
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import cast
 
 import mlx.core as mx
 
 from internvl3_mlx.metal_kernels import flash_decode
 from internvl3_mlx.metal_kernels.kv_append import RopeParams, kv_append
-from internvl3_mlx.metal_kernels.kv_layout import DenseKV, QuantizedArrays
+from internvl3_mlx.metal_kernels.kv_layout import DenseKV, QuantizedKV
 from internvl3_mlx.models.attention import (
     ALL_ROWS,
     MAX_KERNEL_ROWS,
@@ -25,10 +25,17 @@ from internvl3_mlx.models.attention import (
     quantized_attention,
 )
 from internvl3_mlx.models.cache import AttentionContext, KVCache, LayerCache, split_kv
-from internvl3_mlx.models.kv_segment import KVFormat, QuantizedFormat, RowFormat
+from internvl3_mlx.models.kv_segment import DENSE, KVFormat, QuantizedFormat, RowFormat
 from internvl3_mlx.models.quantized_cache import QuantizedKVCache
-from internvl3_mlx.models.segment_attention import VisibleKV, segment_attention
+from internvl3_mlx.models.segment_attention import (
+    SegmentStore,
+    VisibleKV,
+    segment_attention,
+    sliding_segment_attention,
+)
 from internvl3_mlx.models.segmented_cache import SegmentedKVCache
+
+NUM_QUANTIZED_ARRAYS = 6  # weights, scales and biases of keys and of values
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,10 @@ class StepPlan:
     read: mx.array
     mask: mx.array
     capacity: int
+
+    def visible(self, store: SegmentStore) -> VisibleKV:
+        """Return the tokens of a store of ``capacity`` that the new ones see."""
+        return VisibleKV(store, self.capacity, self.read, causal=True)
 
     @classmethod
     def from_lengths(cls, lengths: mx.array, num_new: int, capacity: int) -> "StepPlan":
@@ -61,10 +72,10 @@ class StaticContext(AttentionContext):
 
 
 class StaticLayer(StaticContext):
-    """A layer's cache of one sequence inside a step."""
+    """A layer's cache inside a step."""
 
-    def __init__(self, arrays: list[mx.array], plan: StepPlan):
-        self.buffers, self.plan = arrays, plan
+    def __init__(self, arrays: list[mx.array], plan: StepPlan, kind: "StaticKind"):
+        self.buffers, self.plan, self.kind = arrays, plan, kind
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -78,35 +89,29 @@ class StaticLayer(StaticContext):
         ]
 
 
-class StaticKind(Protocol):
-    """How one kind of cache works inside a step. Hashable; equal kinds share a trace."""
-
-    @property
-    def num_arrays(self) -> int:
-        """Buffers of a layer."""
-        ...
-
-    def context(self, arrays: list[mx.array], plan: StepPlan) -> StaticContext:
-        """Return the context of a layer with these buffers."""
-        ...
-
-
 @dataclass(frozen=True)
-class DenseKind:
-    """``KVCache``."""
+class StaticKind:
+    """How one kind of cache works inside a step. Equal kinds share a trace.
 
-    @property
-    def num_arrays(self) -> int:
-        return 1
+    layer: the context of a layer. num_arrays: its buffers. format: how tokens are stored. parts: of
+    a segmented cache, beside its tail.
+    """
 
-    def context(self, arrays: list[mx.array], plan: StepPlan) -> StaticContext:
-        return StaticDense(arrays, plan)
+    layer: type["StaticLayer"]
+    num_arrays: int
+    format: KVFormat = DENSE
+    parts: int = 0
+
+    def context(self, arrays: list[mx.array], plan: StepPlan) -> "StaticLayer":
+        """Return the context of a layer with these buffers."""
+        return self.layer(arrays, plan, self)
 
 
 class StaticDense(StaticLayer):
     """Keys and values (2, KV, N, D), as ``KVCache`` has them."""
 
-    accepts_joint = True
+    def accepts_joint(self) -> bool:
+        return True
 
     def attend_joint(self, q: mx.array, kv: mx.array) -> mx.array:
         return static_attention(q, self.append(kv.reshape(2, -1, 1, kv.shape[-1])), self.plan)
@@ -124,8 +129,8 @@ class StaticDense(StaticLayer):
         layer: SlidingAttention,
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
-        store = self.append(mx.concatenate([k, v]))
-        return static_sliding(q[:, :, rows], store, layer, self.plan)
+        seen = self.plan.visible(self.append(mx.concatenate([k, v])))
+        return sliding_segment_attention(q[:, :, rows], [seen], layer)
 
     def append(self, new: mx.array) -> DenseKV:
         """Write L tokens, (2, KV, L, D), in one operation; return all."""
@@ -146,33 +151,15 @@ def static_attention(q: mx.array, store: DenseKV, plan: StepPlan) -> mx.array:
     return causal_attention(q, store.keys, store.values, plan.mask)
 
 
-@dataclass(frozen=True)
-class QuantizedKind:
-    """``QuantizedKVCache``."""
-
-    format: QuantizedFormat
-
-    @property
-    def num_arrays(self) -> int:
-        return 6
-
-    def context(self, arrays: list[mx.array], plan: StepPlan) -> StaticContext:
-        return StaticQuantized(arrays, plan, self.format)
-
-
 class StaticQuantized(StaticLayer):
     """Weights, scales and biases of keys, then of values, (1, KV, N, *)."""
-
-    def __init__(self, arrays: list[mx.array], plan: StepPlan, form: QuantizedFormat):
-        super().__init__(arrays, plan)
-        self.format = form
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
     ) -> mx.array:
-        keys, values, form = *self.append(k, v), self.format
+        store = self.append(k, v)
         return quantized_attention(
-            q[:, :, rows], keys, values, bits=form.bits, group_size=form.group_size,
+            q[:, :, rows], store.keys, store.values, bits=store.bits, group_size=store.group_size,
             mask=self.plan.mask,
         )  # fmt: skip
 
@@ -184,62 +171,36 @@ class StaticQuantized(StaticLayer):
         layer: SlidingAttention,
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
-        form = self.format
-        keys, values = (
-            mx.dequantize(*arrays, group_size=form.group_size, bits=form.bits).astype(k.dtype)
-            for arrays in self.append(k, v)
-        )
-        return static_sliding(q[:, :, rows], DenseKV(keys, values), layer, self.plan)
+        seen = self.plan.visible(self.append(k, v))
+        return sliding_segment_attention(q[:, :, rows], [seen], layer)
 
-    def append(self, k: mx.array, v: mx.array) -> tuple[QuantizedArrays, QuantizedArrays]:
-        """Quantize and write L tokens, (1, KV, L, D); return the arrays of all."""
-        self.write(self.format.encode(k, v))
-        one, two, three, four, five, six = self.buffers
-        return (one, two, three), (four, five, six)
-
-
-def static_sliding(
-    q: mx.array, store: DenseKV, layer: SlidingAttention, plan: StepPlan
-) -> mx.array:
-    """Attend in a layer that has a window or sinks: (1, H, L, D) -> (1, H, L, D)."""
-    mask = plan.mask
-    if layer.window is not None:
-        last = plan.lengths[:, None] + mx.arange(q.shape[2])
-        first = last[..., None] - layer.window
-        mask = mask & (mx.arange(plan.capacity) > first)[:, None]
-    sinks = None if layer.sinks is None else layer.sinks.astype(q.dtype)
-    return mx.fast.scaled_dot_product_attention(
-        q, store.keys, store.values, scale=q.shape[-1] ** -0.5, mask=mask, sinks=sinks
-    )
-
-
-@dataclass(frozen=True)
-class SegmentedKind:
-    """``SegmentedKVCache`` with so many parts, each of ``arrays_each`` buffers."""
-
-    format: KVFormat
-    parts: int
-    arrays_each: int
-
-    @property
-    def num_arrays(self) -> int:
-        return self.arrays_each * (self.parts + 1) + 1
-
-    def context(self, arrays: list[mx.array], plan: StepPlan) -> StaticContext:
-        return StaticSegments(arrays, plan, self)
+    def append(self, k: mx.array, v: mx.array) -> QuantizedKV:
+        """Quantize and write L tokens, (1, KV, L, D); return all."""
+        self.write(self.kind.format.encode(k, v))
+        return cast(QuantizedKV, self.kind.format.store(self.buffers))
 
 
 class StaticSegments(StaticLayer):
-    """Parts that the step reads, a tail that it writes to, and the lengths of the parts."""
+    """Parts that the step reads, a tail that it writes to, and the lengths of the parts.
 
-    def __init__(self, arrays: list[mx.array], plan: StepPlan, kind: SegmentedKind):
-        super().__init__(arrays, plan)
-        self.kind = kind
+    Of one sequence, or of several that have read as much: they share some of the parts.
+    """
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
     ) -> mx.array:
-        return self.write_and_attend(q[:, :, rows], self.kind.format.encode(k, v))
+        return segment_attention(q[:, :, rows], self.append(self.kind.format.encode(k, v)))
+
+    def attend_sliding(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        layer: SlidingAttention,
+        rows: RowSelection = ALL_ROWS,
+    ) -> mx.array:
+        seen = self.append(self.kind.format.encode(k, v))
+        return sliding_segment_attention(q[:, :, rows], seen, layer)
 
     def accepts_pre_rope(self, length: int) -> bool:
         return isinstance(self.kind.format, RowFormat) and length <= MAX_KERNEL_ROWS
@@ -254,11 +215,12 @@ class StaticSegments(StaticLayer):
     ) -> mx.array:
         assert isinstance(self.kind.format, RowFormat)
         new = kv_append(k, v, self.kind.format.layout, rope)
-        return self.write_and_attend(q[:, :, rows], [new])
+        return segment_attention(q[:, :, rows], self.append([new]))
 
-    def write_and_attend(self, q: mx.array, new: list[mx.array]) -> mx.array:
-        """Add the L new tokens to the tail, and attend to all segments."""
-        each, lengths = self.kind.arrays_each, self.buffers[-1]
+    def append(self, new: list[mx.array]) -> list[VisibleKV]:
+        """Add the L new tokens to the tail; return all segments."""
+        lengths = self.buffers[-1]
+        each = (self.kind.num_arrays - 1) // (self.kind.parts + 1)
         start = each * self.kind.parts
         parts, tail = self.buffers[:start], self.buffers[start:-1]
         filled = self.plan.lengths - lengths.sum()
@@ -269,12 +231,17 @@ class StaticSegments(StaticLayer):
         self.buffers = [*parts, *tail, lengths]
         ends = [*mx.split(lengths, self.kind.parts)] if self.kind.parts else []
         segments = [
-            VisibleKV(self.kind.format.store(buffers), buffers[0].shape[-2], end)
+            self.segment(buffers, end)
             for buffers, end in zip(batched(parts, each), ends, strict=True)
         ]
-        count, store = new[0].shape[-2], self.kind.format.store(tail)
-        newest = VisibleKV(store, tail[0].shape[-2], filled + count, causal=count > 1)
-        return segment_attention(q, [*segments, newest])
+        count = new[0].shape[-2]
+        return [*segments, self.segment(tail, filled + count, causal=count > 1)]
+
+    def segment(self, arrays: list[mx.array], end: mx.array, *, causal: bool = False) -> VisibleKV:
+        """Return what the queries see of some buffers. end: its tokens, (1,) int32."""
+        sequences, capacity = arrays[0].shape[-4], arrays[0].shape[-2]
+        ends = end if sequences == 1 else mx.broadcast_to(end, (sequences,))
+        return VisibleKV(self.kind.format.store(arrays), capacity, ends, causal=causal)
 
 
 def batched(arrays: list[mx.array], size: int) -> Iterator[list[mx.array]]:
@@ -286,10 +253,13 @@ def batched(arrays: list[mx.array], size: int) -> Iterator[list[mx.array]]:
 def kind_of(cache: LayerCache) -> StaticKind | None:
     """Return how a cache works inside a step, None where it does not."""
     if isinstance(cache, SegmentedKVCache):
-        return SegmentedKind(cache.format, len(cache.parts), len(cache.tail.arrays))
+        parts = len(cache.parts)
+        num_arrays = len(cache.tail.arrays) * (parts + 1) + 1
+        return StaticKind(StaticSegments, num_arrays, cache.format, parts)
     if isinstance(cache, QuantizedKVCache):
-        return QuantizedKind(QuantizedFormat(cache.bits, cache.group_size))
-    return DenseKind() if isinstance(cache, KVCache) else None
+        form = QuantizedFormat(cache.bits, cache.group_size)
+        return StaticKind(StaticQuantized, NUM_QUANTIZED_ARRAYS, form)
+    return StaticKind(StaticDense, 1) if isinstance(cache, KVCache) else None
 
 
 def static_kind(caches: Sequence[LayerCache]) -> StaticKind | None:
@@ -301,11 +271,15 @@ def static_kind(caches: Sequence[LayerCache]) -> StaticKind | None:
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The caches of one sequence as a step sees them. num_new: tokens that it reads."""
+    """The caches of one sequence as a step sees them. num_new: tokens that it reads.
+
+    sequences: that share the caches, each with its own tail.
+    """
 
     kind: StaticKind
     capacity: int
     num_new: int
+    sequences: int = 1
 
     def contexts(self, plan: Sequence[mx.array], buffers: list[mx.array]) -> list[StaticContext]:
         """Return the contexts of all layers. plan: the tokens before the step, (1,) int32."""
@@ -320,13 +294,15 @@ class SequenceLayout:
 
 @dataclass(eq=False)
 class StaticSequence:
-    """One sequence whose next tokens are read by a compiled step."""
+    """One sequence, or several that share their caches, read by a compiled step."""
 
     caches: Sequence[LayerCache]
     layout: SequenceLayout
 
     @classmethod
-    def prepare(cls, caches: Sequence[LayerCache], num_new: int) -> "StaticSequence | None":
+    def prepare(
+        cls, caches: Sequence[LayerCache], num_new: int, sequences: int = 1
+    ) -> "StaticSequence | None":
         """Make space for ``num_new`` tokens; None where no step can be compiled for the caches."""
         if static_kind(caches) is None:
             return None
@@ -334,7 +310,8 @@ class StaticSequence:
             layer.reserve(layer.offset + num_new)
         kind = static_kind(caches)  # a segmented cache may have another part now
         assert kind is not None
-        return cls(caches, SequenceLayout(kind, caches[0].arrays[0].shape[-2], num_new))
+        capacity = caches[0].arrays[0].shape[-2]
+        return cls(caches, SequenceLayout(kind, capacity, num_new, sequences))
 
     @property
     def plan(self) -> list[mx.array]:

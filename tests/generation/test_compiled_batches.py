@@ -1,15 +1,22 @@
 """Batches, samples and quantized caches give by compiled steps what they give without."""
 
+from dataclasses import dataclass, field
+
+import mlx.core as mx
 import pytest
-from fixtures.compiled_steps import record_compiled_steps
+from fixtures.compiled_steps import record_compiled_steps, recorded
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import load
+from internvl3_mlx.generation import parallel_samples
 from internvl3_mlx.generation.compiled_step import MODE_VARIABLE, CompiledSteps
 from internvl3_mlx.generation.decode_batch import DecodeBatch
 from internvl3_mlx.generation.engine import Engine
+from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.generation.row_sampler import RowSampler
+from internvl3_mlx.models.cache import KVCache
 
 IMAGES = [random_image(60, 60), random_image(200, 60, 1), random_image(9, 9, 2)]
 QUESTION = "What is it?"
@@ -92,3 +99,81 @@ def test_a_composition_is_traced_only_once_it_has_lasted(vlm, compiled_calls, mo
         compiled_calls.clear()
         list(vlm.ask_each(QUESTION, IMAGES[:2], batch_size=2, max_tokens=12))
         assert compiled_calls == [False] * before + [True] * (11 - before)
+
+
+@pytest.mark.parametrize(
+    ("style", "way"),
+    [("300m", "greedy"), ("300m", "sampled"), ("300m", "8 bits"), ("gpt_oss", "sampled")],
+)
+def test_answers_to_one_prompt_are_as_without(monkeypatch, style, way):
+    vlm, found = load(str(tiny(Recipe(style=style)).folder)), []
+    calls = []
+    step = parallel_samples.compiled_sample_step
+    monkeypatch.setattr(parallel_samples, "compiled_sample_step", recorded(step, calls))
+    settings = {**WAYS[way], "temperature": 0.9, "seed": 5} if way != "greedy" else {}
+    for mode in ("off", "on"):
+        monkeypatch.setenv(MODE_VARIABLE, mode)
+        calls.clear()
+        said = vlm.ask_many(QUESTION, IMAGES[:1], n=3, max_tokens=12, **settings)
+        found.append([answer.token_ids for answer in said])
+        assert calls.count(True) == (10 if mode == "on" else 0)  # the first token makes the tail
+    assert found[0] == found[1]
+    assert len({*map(tuple, found[1])}) == (1 if way == "greedy" else 3)
+
+
+def test_likelihoods_of_answers_to_one_prompt_are_as_without(vlm, monkeypatch):
+    found = []
+    for mode in ("off", "on"):
+        monkeypatch.setenv(MODE_VARIABLE, mode)
+        inputs = vlm.prepare_inputs(QUESTION, IMAGES[:1])
+        configs = [GenerationConfig(max_tokens=9, temperature=0.9, seed=seed) for seed in (1, 2)]
+        samples = parallel_samples.stream_samples(vlm.runner, inputs, configs, log_probs=True)
+        found.append([(one.token_ids, one.mean_log_prob) for _, one in samples])
+    for plain, compiled in zip(*found, strict=True):
+        assert compiled[0] == plain[0]
+        assert compiled[1] == pytest.approx(plain[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("style", ["300m", "gpt_oss"])
+def test_candidates_of_a_server_share_a_prompt_in_compiled_steps(monkeypatch, style):
+    """In ragged batches the lengths of a shared prompt are arrays, also for a window."""
+    model = load(str(tiny(Recipe(style=style)).folder)).model
+    found = []
+    for mode in ("off", "on"):
+        monkeypatch.setenv(MODE_VARIABLE, mode)
+        found.append(tokens_of_candidates(model))
+    assert found[0] == found[1]
+
+
+@dataclass(eq=False)
+class Candidate:
+    sampler: RowSampler
+    position: float
+    row: int = -1
+    ntk: bool = True
+    tokens_left: int = 14
+    finish_reason: str | None = None
+    tokens: list = field(default_factory=list)
+
+    def accept(self, token, scores):
+        self.tokens.append(token)
+        self.tokens_left -= 1
+        self.finish_reason = None if self.tokens_left else "length"
+
+
+def tokens_of_candidates(model):
+    """Decode three answers to one prompt beside an answer to another; return their tokens."""
+    batch, found, language = DecodeBatch.for_model(model), [], model.language_model
+    config = GenerationConfig(temperature=0.9, top_p=0.9)
+    for seed, (length, count) in enumerate(((21, 3), (13, 1))):
+        caches = [KVCache() for _ in language.model.layers]
+        ids = mx.arange(5, 5 + length)[None]
+        states = language.model(model.embed(ids), language.rotary(0, length), caches)
+        samplers = [RowSampler(config, 9 * seed + n, [], 500) for n in range(count)]
+        answers = [Candidate(sampler, length) for sampler in samplers]
+        batch.join(answers, caches, language.head(states[:, -1]))
+        found += answers
+    found[1].tokens_left = 8  # one of the three ends before the others
+    while batch.answers:
+        batch.step()
+    return [answer.tokens for answer in found]
