@@ -14,7 +14,7 @@ OPTIONAL_KEYS = ("reasoning", "choices", "mean_log_prob")
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one run.
+    """Token counts of one run; runs that differ only in what was compiled are equal.
 
     ``cached_tokens``: prompt tokens that were in the prompt cache. ``drafted_tokens``: tokens that
     speculative decoding proposed, of which ``accepted_tokens`` were accepted. ``compiled_tokens``:
@@ -28,7 +28,7 @@ class Usage:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    compiled_tokens: int = 0
+    compiled_tokens: int = field(default=0, compare=False)
     kernel_speedup: float = 0.0
 
 

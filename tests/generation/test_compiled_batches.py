@@ -93,7 +93,7 @@ def test_drafts_are_verified_as_without(vlm, compiled_calls, monkeypatch):
 
 def test_a_composition_is_traced_only_once_it_has_lasted(vlm, compiled_calls, monkeypatch):
     monkeypatch.setenv(MODE_VARIABLE, "auto")
-    monkeypatch.setattr("internvl3_mlx.generation.compiled_step.CPU_TOKENS_BEFORE", 0)
+    monkeypatch.setattr("internvl3_mlx.generation.compiled_step.tokens_before_compiling", lambda: 0)
     CompiledSteps.of(vlm.model).traces.clear()
     for before in (7, 0):
         compiled_calls.clear()

@@ -253,7 +253,7 @@ def test_dynamic_ntk_is_left_to_the_plain_step(compiled_calls, monkeypatch):
 
 def test_auto_compiles_once_a_model_has_decoded_enough(models, compiled_calls, monkeypatch):
     vlm = models("plain")
-    monkeypatch.setattr(compiled_step, "CPU_TOKENS_BEFORE", 12)
+    monkeypatch.setattr(compiled_step, "tokens_before_compiling", lambda: 12)
     monkeypatch.setenv(MODE, "auto")
     CompiledSteps.of(vlm.model).tokens_before = 0
     for before in (9, 3, 0):
@@ -269,6 +269,7 @@ def test_without_a_compiler_the_plain_step_stays(vlm, compiled_calls, monkeypatc
         raise RuntimeError("[Compile::eval_cpu] failed")
 
     monkeypatch.setenv(MODE, "on")
+    monkeypatch.setattr(compiled_step, "on_gpu", lambda: False)
     if fault == "missing":
         monkeypatch.setattr(compiled_step.shutil, "which", lambda _: None)
     else:
