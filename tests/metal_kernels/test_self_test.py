@@ -123,6 +123,15 @@ def test_a_self_test_that_ended_the_process_is_not_repeated(lines, a_mac):
     assert self_test.is_usable(works)
 
 
+def test_no_pair_hides_that_another_is_not_a_number(lines, a_mac):
+    odd = Odd(lambda: None)
+    odd.self_test_pairs = lambda: [
+        (mx.ones(3), mx.ones(3)), (mx.array([1.0, float("nan")]), mx.ones(2)),
+    ]  # fmt: skip
+    assert not self_test.is_usable(odd)
+    assert "is wrong on this machine (relative error nan)" in lines[0]
+
+
 def test_an_interrupted_self_test_saves_nothing(lines, a_mac):
     def interrupt():
         raise KeyboardInterrupt
