@@ -53,7 +53,8 @@ class BatchMaker:
     ):
         self.rows, self.lessons, self.rank, self.pictures = rows, lessons, rank, pictures
         self.material = material
-        self.bank: SpriteBank | DrawingBank | None = None
+        self.bank: DrawingBank | None = None
+        self.known: SpriteBank | None = None
         self.bank_age = -1
 
     def make(self, step: int, *, many_tiles: float = 1.0) -> Batch:
@@ -65,7 +66,7 @@ class BatchMaker:
         grid = draw_grid(random, self.lessons.grids, one=1.0, several=many_tiles)
         count = max(4, round(self.pictures / tile_total(grid) ** 0.8))
         scenes = [
-            compose(random, self.size(random, grid), SEEN, self.bank.draw) for _ in range(count)
+            compose(random, self.size(random, grid), SEEN, self.draw_known) for _ in range(count)
         ]
         policy = THUMBNAIL_ONLY if grid == ONE else POLICY
         tiles = np.stack([to_tiles(Image.fromarray(scene.pixels), policy) for scene in scenes])
@@ -93,8 +94,8 @@ class BatchMaker:
             random = np.random.default_rng((TRAINING_SEED, self.rank, age, 0))
             if self.material:
                 self.bank = DrawingBank(random, self.material.drawings)
-            else:
-                self.bank = SpriteBank(random, TRAIN_STYLES)
+            if not self.material or "known" in self.lessons.kinds:
+                self.known = SpriteBank(random, TRAIN_STYLES)
 
     def make_broad(self, random: np.random.Generator, shared: np.random.Generator) -> Batch:
         """Make a batch of one of the kinds of images in ``BROAD_KINDS``."""
@@ -119,9 +120,16 @@ class BatchMaker:
 
     @property
     def draw_object(self) -> DrawObject:
-        """Give the function that draws an object."""
+        """Give the function that draws an object in any style."""
+        assert self.bank is not None
         return self.bank.draw
+
+    @property
+    def draw_known(self) -> DrawObject:
+        """Give the function that draws an object as the first stages have it."""
+        assert self.known is not None
+        return self.known.draw
 
     def broad_scene(self, random: np.random.Generator, size: tuple[int, int]) -> Scene:
         """Compose a scene from everything that training may draw from."""
-        return compose(random, size, self.material.look, self.bank.draw)
+        return compose(random, size, self.material.look, self.draw_object)

@@ -15,11 +15,21 @@ from examples.demo_model.grids import TILE, draw_grid, picture_size, tile_total
 from examples.demo_model.icon_sets import CLIP_ART, TRAIN_SETS
 from examples.demo_model.pairs_of_images import changed_pair
 from examples.demo_model.questions import Question, ask, box_questions, follow_ups
-from examples.demo_model.scenes import Cell, Look, Scene, Thing, compose, spread
+from examples.demo_model.scenes import (
+    SEEN,
+    Cell,
+    DrawObject,
+    Look,
+    Plan,
+    Scene,
+    Thing,
+    compose,
+    spread,
+)
 from examples.demo_model.stages import ONE, Grid, Lessons
 from examples.demo_model.typefaces import load_typefaces
 from examples.demo_model.vocabulary import NAMES
-from examples.demo_model.writing import plan_line, writing_grids
+from examples.demo_model.writing import plan_letters, plan_line, writing_grids
 
 Random = np.random.Generator
 SEPARATE = 3  # questions about a scene that do not see each other, boxes aside
@@ -65,7 +75,9 @@ class Maker(Protocol):
     def broad_scene(self, random: Random, size: tuple[int, int]) -> Scene: ...
     def size(self, random: Random, grid: Grid) -> tuple[int, int]: ...
     @property
-    def draw_object(self) -> Callable[[Random, str, int], np.ndarray]: ...
+    def draw_object(self) -> DrawObject: ...
+    @property
+    def draw_known(self) -> DrawObject: ...
 
 
 def image_count(maker: Maker, grid: Grid) -> int:
@@ -75,10 +87,26 @@ def image_count(maker: Maker, grid: Grid) -> int:
 
 def scenes(maker: Maker, random: Random, shared: Random) -> Made:
     """Compose scenes of one grid, with questions that do not see each other."""
+    return questioned(maker, random, shared, maker.broad_scene)
+
+
+def known(maker: Maker, random: Random, shared: Random) -> Made:
+    """Compose the scenes of the stages before, so that they are not forgotten."""
+
+    def scene(random: Random, size: tuple[int, int]) -> Scene:
+        return compose(random, size, SEEN, maker.draw_known)
+
+    return questioned(maker, random, shared, scene)
+
+
+def questioned(
+    maker: Maker, random: Random, shared: Random, draw_scene: Callable[..., Scene]
+) -> Made:
+    """Compose scenes of one grid and ask about them."""
     grid = draw_grid(shared, maker.lessons.grids, one=1.0, several=1.0)
     asked = []
     for _ in range(image_count(maker, grid)):
-        scene = maker.broad_scene(random, maker.size(random, grid))
+        scene = draw_scene(random, maker.size(random, grid))
         questions = choose(random, ask(scene.items, random), maker.lessons.tasks)[:SEPARATE]
         boxes = box_questions(scene.items, random)
         if boxes and random.random() < maker.lessons.boxed:
@@ -92,12 +120,21 @@ def mosaics(maker: Maker, random: Random, shared: Random) -> Made:
 
     The tower sees several times as many drawings in the same time.
     """
+    return unasked(maker, random, plan_mosaic)
+
+
+def letters(maker: Maker, random: Random, shared: Random) -> Made:
+    """Fill single tiles with lines of letters for the dense labels alone."""
+    return unasked(maker, random, plan_letters)
+
+
+def unasked(maker: Maker, random: Random, plan: Plan) -> Made:
+    """Compose single tiles by a plan; no question is asked."""
     look, draw = maker.material.look, maker.draw_object
-    asked = []
-    for _ in range(maker.pictures):
-        scene = compose(random, (TILE, TILE), look, draw, {plan_mosaic: 1.0})
-        asked.append(Asked([scene], []))
-    return Made(ONE, asked)
+    composed = (
+        compose(random, (TILE, TILE), look, draw, {plan: 1.0}) for _ in range(maker.pictures)
+    )
+    return Made(ONE, [Asked([scene], []) for scene in composed])
 
 
 def plan_mosaic(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
@@ -156,7 +193,9 @@ def pairs(maker: Maker, random: Random, shared: Random) -> Made:
 # ``shared`` draws the same in every worker: they wait for each other at the end of each step.
 BROAD_KINDS: dict[str, Callable[[Maker, Random, Random], Made]] = {
     "scenes": scenes,
+    "known": known,
     "mosaics": mosaics,
+    "letters": letters,
     "follow_ups": conversations,
     "words": writing,
     "charts": charts,

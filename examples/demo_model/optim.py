@@ -15,9 +15,17 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrix updates are made orthogonal."""
 
     def __init__(
-        self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        *,
+        half: bool = False,
     ):
+        """``half`` computes the updates in bfloat16, as the method's authors do."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.half = half
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -29,18 +37,19 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[matrix]
                 velocity = state.setdefault("momentum", torch.zeros_like(matrix))
                 velocity.mul_(group["momentum"]).add_(matrix.grad)
-                update = orthogonal(matrix.grad + group["momentum"] * velocity)
+                update = orthogonal(matrix.grad + group["momentum"] * velocity, self.half)
                 tall = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(
                     update, alpha=-group["lr"] * tall
                 )
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def orthogonal(matrix: Tensor, half: bool = False) -> Tensor:
     """Replace a matrix by the orthogonal one nearest to its direction."""
     a, b, c = QUINTIC
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = wide / (wide.norm() + 1e-7)
+    x = x.bfloat16() if half else x
     for _ in range(ROUNDS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x

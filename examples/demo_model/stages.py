@@ -90,12 +90,14 @@ BROAD = Lessons(
     squashed=0.35,
     whole=0.3,
     kinds={
-        "mosaics": 0.55,
-        "scenes": 0.36,
-        "follow_ups": 0.03,
-        "words": 0.03,
+        "mosaics": 0.44,
+        "letters": 0.14,
+        "scenes": 0.24,
+        "known": 0.06,
+        "follow_ups": 0.025,
+        "words": 0.055,
         "charts": 0.01,
-        "pairs": 0.02,
+        "pairs": 0.03,
     },
 )
 STAGES = {

@@ -148,7 +148,8 @@ class Trainer:
             material=Material(job.drawings, job.typefaces) if job.drawings else None,
         )
         matrices, rest = split({"model": self.model, "heads": self.heads}, self.stage.tower)
-        self.muon = Muon(matrices, self.stage.muon)
+        self.half = fast_bfloat16(self.device)
+        self.muon = Muon(matrices, self.stage.muon, half=self.half)
         self.adam = torch.optim.AdamW(rest, self.stage.adam, betas=(0.9, 0.98), weight_decay=0.01)
         self.clipped = [parameter for group in rest for parameter in group["params"]]
         self.owned = [*self.model.parameters(), *self.heads.parameters()]
@@ -156,7 +157,6 @@ class Trainer:
             torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
         )
         self.scale, self.shift = 1 / (255 * std), mean / std
-        self.half = fast_bfloat16(self.device)
         self.done = 0
 
     def parts(self) -> dict:

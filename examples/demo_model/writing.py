@@ -4,7 +4,7 @@ import numpy as np
 
 from examples.demo_model.scenes import Cell, Thing
 from examples.demo_model.stages import ONE, Grid
-from examples.demo_model.vocabulary import COLORS, LETTERS, WORDS
+from examples.demo_model.vocabulary import COLORS, DIGITS, LETTERS, WORDS
 
 Random = np.random.Generator
 LONGEST = 8
@@ -59,6 +59,24 @@ def plan_line(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]
     x = random.uniform(0.3, 0.7) * width if len(text) < 4 else 0.5 * width
     y = random.uniform(0.5 * room + 1, max(0.5 * room + 2, height - 0.5 * room - 1))
     return [(Thing(kind, text, color), Cell(x, y, room))]
+
+
+def plan_letters(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
+    """One to four lines of letters or digits that fill the image, for the dense labels."""
+    width, height = size
+    count = int(random.integers(1, 5))
+    tall = height / count
+    plan = []
+    for line in range(count):
+        room = max(20.0, random.uniform(0.6, 0.95) * tall)
+        most = max(1, min(LONGEST, int(width / max(ROOM - 4, 0.62 * room))))
+        letters = LETTERS if random.random() < 0.65 else DIGITS
+        text = "".join(random.choice(list(letters), random.integers(max(1, most - 1), most + 1)))
+        kind = "word" if letters is LETTERS else "number"
+        color = str(random.choice(list(COLORS)))
+        room = min(room, 1.5 * width / len(text))
+        plan.append((Thing(kind, text, color), Cell(0.5 * width, (line + 0.5) * tall, room)))
+    return plan
 
 
 def draw_word(random: Random, most: int) -> str:
