@@ -5,6 +5,7 @@ buffers are arguments, so that a trace keeps none of them alive, and an adapter 
 needs another trace only if it changes the structure of the modules.
 """
 
+import copy
 import os
 import shutil
 import weakref
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.distributed.agreement import from_rank_0
@@ -157,7 +159,7 @@ class CompiledSteps:
         step = self.traces.pop(key, None) or trace_step(weakref.ref(model), key)
         self.traces[key] = step  # the last one used comes last
         if len(self.traces) > MAX_TRACES:
-            del self.traces[next(iter(self.traces))]
+            self.traces.pop(next(iter(self.traces)), None)  # unless another thread was faster
         return step
 
     def is_due(self, mode: str, tokens: int) -> bool:
@@ -242,19 +244,15 @@ def trace_step(model: Callable[[], InternVL | None], key: TraceKey) -> Callable[
         buffers: list[mx.array],
         state: list[mx.array],
     ) -> tuple[mx.array, list[mx.array], list[mx.array]]:
-        traced = model()
-        assert traced is not None
+        loaded = model()
+        assert loaded is not None
+        traced = twin_modules(loaded)  # other threads go on with the model itself
         language = traced.language_model
         contexts = key.layout.contexts(plan, buffers)
-        slots = list(weight_slots(language))
-        own = [module[name] for module, name in slots]
-        fill_slots(slots, weights)
-        try:
-            rotary = language.step_rotary(positions, tokens.shape[1])
-            states = language.model(traced.embed(tokens), rotary, contexts)
-            logits = language.head(states if sampler is None else states[:, -1])
-        finally:
-            fill_slots(slots, own)
+        fill_slots(list(weight_slots(language)), weights)
+        rotary = language.step_rotary(positions, tokens.shape[1])
+        states = language.model(traced.embed(tokens), rotary, contexts)
+        logits = language.head(states if sampler is None else states[:, -1])
         written = [array for context in contexts for array in context.arrays]
         if sampler is None:
             return logits, written, []
@@ -264,6 +262,25 @@ def trace_step(model: Callable[[], InternVL | None], key: TraceKey) -> Callable[
 
     compiled: Callable[..., Any] = mx.compile(step)
     return compiled
+
+
+def twin_modules(model: InternVL) -> InternVL:
+    """Return the model with a language model of its own, whose arrays can be replaced."""
+    twin = copy.copy(model)
+    twin.language_model = copy_modules(model.language_model)
+    return twin
+
+
+def copy_modules(module: nn.Module) -> Any:
+    """Copy a tree of modules, but no array."""
+    twin = copy.copy(module)
+    for name, value in module.items():
+        twin[name] = tree_map(
+            lambda part: copy_modules(part) if isinstance(part, nn.Module) else part,
+            value,
+            is_leaf=lambda part: isinstance(part, nn.Module),
+        )
+    return twin
 
 
 def weight_slots(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

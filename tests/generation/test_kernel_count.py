@@ -1,5 +1,7 @@
 """The kernels that a GPU launches for each layer of a token are counted, and do not grow."""
 
+import os
+
 import pytest
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
@@ -12,6 +14,9 @@ from internvl3_mlx import load
 MOST = {("4 bits", True): 13, ("4 bits", False): 14, ("dense", True): 12, ("dense", False): 13}
 
 
+@pytest.mark.skipif(
+    os.environ.get("PRETEND_GPU") == "noisy", reason="the noise is made by operations of its own"
+)
 @pytest.mark.parametrize(("weights", "compiled"), MOST)
 def test_no_layer_launches_more_kernels_than_it_needs(weights, compiled):
     bits = Bits() if weights == "4 bits" else None

@@ -10,6 +10,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
+from internvl3_mlx.generation import compiled_step
 
 IMAGES = [random_image(70 + 13 * n, 50 + 7 * n, n) for n in range(3)]
 SHORT = {"max_tokens": 4}
@@ -28,6 +29,23 @@ def test_threads_give_the_answers_of_one(vlm):
     alone = [ask(vlm, number) for number in range(6)]
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(lambda number: ask(vlm, number), range(6))) == alone
+
+
+def test_threads_may_trace_their_steps_at_once(monkeypatch):
+    """Each thread its own length, so that every one of them traces while others compute."""
+    monkeypatch.setenv(compiled_step.MODE_VARIABLE, "on")
+    fresh = load(str(tiny(Recipe(seed=2)).folder))
+
+    def answer(number):
+        return fresh.ask("Hi" + " there" * 130 * (number % 3), max_tokens=6).token_ids
+
+    found = {}
+    with ThreadPoolExecutor(3) as threads:
+        found["on"] = list(threads.map(answer, range(6)))
+    monkeypatch.setenv(compiled_step.MODE_VARIABLE, "off")
+    found["off"] = [answer(number) for number in range(6)]
+    assert found["on"] == found["off"]
+    assert len(compiled_step.CompiledSteps.of(fresh.model).traces) >= 3
 
 
 def test_tasks_give_the_answers_of_one(vlm):
