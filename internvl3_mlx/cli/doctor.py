@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from internvl3_mlx.cli import console, doctor_report, options, progress, system_info
+from internvl3_mlx.cli import (
+    console,
+    doctor_ranks,
+    doctor_report,
+    options,
+    progress,
+    system_info,
+)
 from internvl3_mlx.cli.doctor_report import without_private
 from internvl3_mlx.cli.flags import SectionedCommand, flag
 from internvl3_mlx.errors import UserError
@@ -48,11 +55,15 @@ STDOUT = "-"
     "Output", "--retry", "retry", is_flag=True,
     help="Also test kernels again whose self-test ended the process.",
 )  # fmt: skip
+@flag(
+    "Network", "--distributed", "distributed", is_flag=True,
+    help="Under internvl3 launch: time the messages between the hosts instead.",
+)  # fmt: skip
 @options.JSON_FLAG
 @options.QUIET_FLAG
 @options.debug_flag
 def doctor_command(
-    numbers: bool, report: Path | None, retry: bool, as_json: bool, quiet: bool
+    numbers: bool, report: Path | None, retry: bool, distributed: bool, as_json: bool, quiet: bool
 ) -> None:
     """Run self-checks of operations, kernels and the demo model, and print a report.
 
@@ -62,6 +73,9 @@ def doctor_command(
     kernels to use, INTERNVL3_COMPILE=off, on or auto when a decode step is compiled. --report
     takes a minute or two and shows how fast this machine is, too.
     """
+    if distributed:
+        doctor_ranks.run_distributed(as_json=as_json)
+        return
     if report is not None and as_json:
         raise UserError("--report writes Markdown and --json prints JSON; choose one")
     if report is not None:

@@ -11,8 +11,8 @@ from internvl3_mlx.cli import console
 from internvl3_mlx.errors import UserError
 
 RANK_VARIABLE = "MLX_RANK"  # set by the launcher
-LED = ("chat", "eval", "generate", "rollouts", "score")
-SYMMETRIC = ("train",)  # each rank runs these itself
+LED = ("chat", "eval", "generate", "rollouts", "score", "serve")
+SYMMETRIC = ("doctor", "train")  # each rank runs these itself
 
 
 def is_launched() -> bool:
@@ -30,7 +30,7 @@ def join_ranks(command: str) -> "Callable[[], int] | None":
     """
     from internvl3_mlx.distributed.process_group import init_distributed
     from internvl3_mlx.distributed.team import TEAM, Leader, open_team
-    from internvl3_mlx.generation.mirror import MESSAGE_TYPES
+    from internvl3_mlx.multi_host.follow import FOLLOWER_TYPES, follow
     from internvl3_mlx.multi_host.probe import rank_facts
 
     group = init_distributed()
@@ -43,12 +43,10 @@ def join_ranks(command: str) -> "Callable[[], int] | None":
         )
     if not group.is_main:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends the answer, or the program
-    team = open_team(group, rank_facts(), MESSAGE_TYPES, console.error)
+    team = open_team(group, rank_facts(), FOLLOWER_TYPES, console.error)
     TEAM.append(team)
     if isinstance(team, Leader):
         return None
-    from internvl3_mlx.multi_host.follow import follow
-
     return lambda: follow(team)
 
 

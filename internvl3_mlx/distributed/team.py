@@ -51,10 +51,19 @@ class Rank:
     report: Report
     closed: threading.Event = field(default_factory=threading.Event)
     ending: threading.Lock = field(default_factory=threading.Lock)
+    streams: threading.local = field(default_factory=threading.local)
 
     @property
     def shard(self) -> Shard:
-        return Shard(self.group.rank, self.group.size, self.group.group, self.group.stream)
+        """This rank's part of a model, to be computed by the thread that asks.
+
+        MLX's streams belong to threads; a server computes in one of its own.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self.streams.own = self.group.stream
+        elif not hasattr(self.streams, "own"):
+            self.streams.own = mx.new_stream(mx.cpu)
+        return Shard(self.group.rank, self.group.size, self.group.group, self.streams.own)
 
     def name(self, rank: int) -> str:
         return self.watch.names([rank])

@@ -248,6 +248,7 @@ def lead_loading(leader: Leader, request: LoadRequest) -> Iterator[LeadingLoad]:
     try:
         yield LeadingLoad(leader.shard, mirror, leader, number)
         leader.require("loaded", number)
+        leader.tell("ready", number=number)
     except BaseException:
         leader.tell("abandon", number=number)
         raise

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from internvl3_mlx.distributed.team import Follower
 from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.generation.batch_generate import AnswerBatch
 from internvl3_mlx.generation.mirror import (
+    MESSAGE_TYPES,
     CacheRef,
     FollowingMirror,
     Loading,
@@ -19,10 +20,15 @@ from internvl3_mlx.generation.mirror import (
 from internvl3_mlx.generation.parallel_samples import sample_steps
 from internvl3_mlx.generation.prompt_cache import ImageFeatureCache, PromptCache
 from internvl3_mlx.generation.runner import ModelRunner
+from internvl3_mlx.serving.rounds import ROUND_TYPES, SERVING
 from internvl3_mlx.test_time_scaling.critic import reply_shares
 from internvl3_mlx.vlm import ignore_message, load_part
 
+if TYPE_CHECKING:
+    from internvl3_mlx.multi_host.follow_server import FollowingServer
+
 Steps = Iterator[Any]
+FOLLOWER_TYPES = {**MESSAGE_TYPES, **ROUND_TYPES}
 
 
 class AbandonedError(InternVL3Error):
@@ -54,12 +60,21 @@ class FollowerState:
     caches: dict[int, PromptCache] = field(default_factory=dict[int, PromptCache])
     features: dict[int, ImageFeatureCache] = field(default_factory=dict[int, ImageFeatureCache])
     calls: dict[int, Steps] = field(default_factory=dict[int, Steps])
+    server: "FollowingServer" = field(init=False)
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Yield what rank 0 says. What it has dropped is dropped here on the way."""
+        for message in self.follower.messages():
+            if message["kind"] == "release":
+                self.release(message)
+            else:
+                yield message
 
     # -- loading
 
     def expect(self, kind: str, number: int) -> dict[str, Any]:
         """Return the next message about a model; raise AbandonedError where rank 0 gives up."""
-        for message in self.follower.messages():
+        for message in self.messages():
             if message.get("number") != number:
                 continue
             if message["kind"] == kind:
@@ -72,18 +87,41 @@ class FollowerState:
         """Load this rank's part of a model, and say how that went."""
         number, request = message["number"], cast(LoadRequest, message["request"])
         loading = FollowingLoad(self.follower.shard, FollowingMirror(), self, number)
-        problem = None
         try:
-            self.models[number] = load_part(request, loading, ignore_message).runner
+            runner = load_part(request, loading, ignore_message).runner
+            self.follower.answer("loaded", number=number, problem=None)
+            self.expect("ready", number)
         except AbandonedError:
             return
         except Exception as error:  # noqa: BLE001  rank 0 says it
-            problem = describe(error)
-        for kind in ("compared", "loaded"):  # whichever rank 0 waits for
-            self.follower.answer(kind, number=number, problem=problem)
+            for kind in ("compared", "loaded"):  # whichever rank 0 waits for
+                self.follower.answer(kind, number=number, problem=describe(error))
+            return
+        self.models[number] = runner
 
-    def abandon(self, message: Mapping[str, Any]) -> None:
-        self.models.pop(message["number"], None)
+    def load_next(self) -> ModelRunner:
+        """Load what rank 0 loads in the middle of a round."""
+        message = next(m for m in self.messages() if m["kind"] in ("load", "bye"))
+        if message["kind"] == "load":
+            self.load(message)
+        if message.get("number") not in self.models:
+            raise AbandonedError("rank 0 has given up")
+        return self.models[message["number"]]
+
+    # -- serving
+
+    def serve(self, message: Mapping[str, Any]) -> None:
+        """Prepare to play the rounds of rank 0's server."""
+        from internvl3_mlx.multi_host.follow_server import FollowingServer
+
+        self.server = FollowingServer.open(message["settings"], self.load_next)
+
+    def round(self, message: Mapping[str, Any]) -> None:
+        """Play a round; rank 0 is told if it went otherwise here."""
+        try:
+            self.server.play(message)
+        except Exception as error:  # noqa: BLE001
+            self.follower.answer("failed", call=SERVING, problem=describe(error))
 
     def release(self, message: Mapping[str, Any]) -> None:
         """Drop what rank 0 has dropped."""
@@ -142,7 +180,7 @@ class FollowerState:
 
     def items(self, call: int) -> Iterator[Any]:
         """Yield what rank 0 feeds to a call, in the middle of a step."""
-        for message in self.follower.messages():
+        for message in self.messages():
             if message["kind"] != "item" or message["call"] != call or message.get("end"):
                 return
             index, item = message["item"]
@@ -185,13 +223,13 @@ def follow(follower: Follower) -> int:
     state = FollowerState(follower)
     handlers: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
         "load": state.load,
-        "abandon": state.abandon,
-        "release": state.release,
+        "serve": state.serve,
+        "round": state.round,
         "call": state.call,
         "go": state.go,
         "close": state.close,
     }
-    for message in follower.messages():
+    for message in state.messages():
         if message["kind"] == "bye":
             break
         handler = handlers.get(message["kind"])

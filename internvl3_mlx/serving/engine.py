@@ -9,14 +9,16 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 
 import mlx.core as mx
 
+from internvl3_mlx.distributed.team import Leader, current_team
 from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.files import did_you_mean
+from internvl3_mlx.generation.mirror import FollowingMirror
 from internvl3_mlx.generation.prompt_cache import ImageFeatureCache
 from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.generation.sampler import SEED_RANGE
@@ -41,6 +43,7 @@ from internvl3_mlx.serving.requests import (
     QueueFull,
     UnknownModel,
 )
+from internvl3_mlx.serving.rounds import RoundLeader
 from internvl3_mlx.serving.scheduler import Scheduler
 from internvl3_mlx.serving.served_model import LoadedParts, ServedModel
 from internvl3_mlx.serving.settings import EngineSettings
@@ -71,13 +74,43 @@ def load_with_defaults(
     """Load a model as ``internvl3_mlx.load`` does."""
     from internvl3_mlx import load
 
-    return load(
+    runner = load(
         source.model,
         quantize=settings.quantize,
         adapter=source.adapter,
         dtype=settings.dtype,
         notify=notify,
     ).runner
+    if runner.mirror is None:
+        return runner
+    return replace(runner, mirror=FollowingMirror())  # the other ranks play the same rounds
+
+
+def make_worker(
+    settings: EngineSettings, models: dict[str, ServedModel], notify: Notify = ignore_message
+) -> Worker:
+    """Make the worker of an engine, with its scheduler and its caches."""
+    features = FeatureStore(
+        ImageFeatureCache(settings.feature_cache_nbytes),
+        settings.feature_folder,
+        settings.feature_disk_nbytes,
+        notify,
+    )
+    pool = ModelPool(
+        models,
+        MemoryBudget.from_setting(settings.memory_nbytes),
+        PrefixCache(settings.prefix_cache_nbytes),
+        Counters(),
+        settings.max_models,
+        settings.idle_timeout_s or None,
+    )
+    return Worker(Scheduler(settings, pool, features), Outbox())
+
+
+def settings_of_ranks(settings: EngineSettings) -> EngineSettings:
+    """Return settings that mean the same on all ranks: one memory limit, and nothing from disk."""
+    limit = MemoryBudget.from_setting(settings.memory_nbytes).limit_nbytes
+    return replace(settings, memory_nbytes=limit, feature_folder=None, feature_disk_nbytes=0)
 
 
 class Engine:
@@ -89,28 +122,22 @@ class Engine:
         load_runner: LoadRunner = load_with_defaults,
         notify: Notify = ignore_message,
     ):
-        self.settings, self.counters = settings, Counters()
+        team = current_team()
+        leader = team if isinstance(team, Leader) else None
+        if leader is not None:
+            settings = settings_of_ranks(settings)
+        self.settings = settings
         self.models = {
             name: ServedModel(name, partial(load_runner, source, settings, notify))
             for name, source in model_sources(settings).items()
         }
-        self.budget = MemoryBudget.from_setting(settings.memory_nbytes)
-        prefixes = PrefixCache(settings.prefix_cache_nbytes)
-        self.features = FeatureStore(
-            ImageFeatureCache(settings.feature_cache_nbytes),
-            settings.feature_folder,
-            settings.feature_disk_nbytes,
-            notify,
-        )
-        self.pool = ModelPool(
-            self.models,
-            self.budget,
-            prefixes,
-            self.counters,
-            settings.max_models,
-            settings.idle_timeout_s or None,
-        )
-        self.worker = Worker(Scheduler(settings, self.pool, self.features), Outbox())
+        self.worker = make_worker(settings, self.models, notify)
+        scheduler = self.worker.scheduler
+        self.pool, self.features = scheduler.pool, scheduler.features
+        self.budget, self.counters = self.pool.budget, self.pool.counters
+        if leader is not None:
+            self.worker.leader = RoundLeader(leader, self.counters)
+            scheduler.on_fault = self.worker.leader.end
         self.threads = ThreadPoolExecutor(settings.decode_threads, "internvl3-decode")
         self.tiled = TiledImages(TILED_NBYTES)
         self.preparing, self.lock = 0, Lock()

@@ -73,14 +73,15 @@ class ModelPool:
         free = self.budget.limit_nbytes - self.weights_nbytes - self.live_nbytes
         self.prefixes.shrink(max(min(self.prefixes.limit_nbytes, free), 0))
 
-    def put_away_idle(self) -> None:
-        """Put away what nobody has asked for in a while."""
-        now = time.monotonic()
+    def find_idle(self) -> list[str]:
+        """Name the models that nobody has asked for in a while."""
+        now, found = time.monotonic(), list[str]()
         for served in self.loaded if self.idle_timeout_s is not None else ():
             if served.is_busy:
                 served.last_used = now
             elif now - served.last_used >= self.idle_timeout_s:  # type: ignore[operator]
-                self.unload(served)
+                found.append(served.name)
+        return found
 
     def seconds_to_idle(self, longest: float) -> float:
         """Return when the next model may have been idle long enough, ``longest`` at most."""

@@ -27,7 +27,8 @@ class QueuedRequest:
     max_tokens: of each answer, also by the context that is left. ntk: whether dynamic NTK may
     apply. nbytes: what it takes at most while it is answered. seed: of the first answer.
     constraints: one for each answer, or none. candidates: the answers that ended, where the best
-    are to be chosen.
+    are to be chosen. left: its client is gone, as far as a round of the worker knows. number: names
+    it on other ranks.
     """
 
     model: str
@@ -47,6 +48,8 @@ class QueuedRequest:
     cached_tokens: int = 0
     answers_left: int = 0
     over: bool = False
+    left: bool = False
+    number: int = 0
     candidates: list[AnswerDone] = field(default_factory=list[AnswerDone])
 
     def __post_init__(self) -> None:
@@ -63,7 +66,7 @@ class QueuedRequest:
 
     @property
     def cancelled(self) -> bool:
-        return self.channel.closed
+        return self.left
 
     @property
     def is_conversation(self) -> bool:

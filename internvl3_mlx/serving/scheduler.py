@@ -15,6 +15,7 @@ from traceback import clear_frames
 
 import mlx.core as mx
 
+from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.generation.answer import FinishReason
 from internvl3_mlx.generation.decode_batch import Ended
 from internvl3_mlx.generation.prompt_cache import CacheKey
@@ -34,11 +35,16 @@ from internvl3_mlx.serving.settings import EngineSettings
 NEWEST_SHARE = 0.2  # of the last one in the mean time that a request takes
 
 
+def ignore_fault(_: Exception) -> None:
+    """Leave it at the end of the request."""
+
+
 @dataclass(eq=False)
 class Scheduler:
     """Requests that wait and those in progress. memory: wires memory while there are any.
 
-    scorings: candidates that critics read.
+    scorings: candidates that critics read. on_fault: called with an error that is no mistake of a
+    request.
     """
 
     settings: EngineSettings
@@ -51,6 +57,7 @@ class Scheduler:
     held_nbytes: int = 0  # of the weights that ``memory`` holds
     turn: int = 0
     request_seconds: float = 1.0  # of recent requests, for Retry-After
+    on_fault: Callable[[Exception], None] = ignore_fault
 
     @property
     def is_busy(self) -> bool:
@@ -273,6 +280,8 @@ class Scheduler:
 
     def fail(self, queued: QueuedRequest, error: Exception) -> None:
         """End a request by an error."""
+        if not isinstance(error, InternVL3Error):
+            self.on_fault(error)
         clear_frames(error.__traceback__)
         self.release(queued)
         queued.fail(error)
@@ -306,6 +315,7 @@ class Scheduler:
         on with the tokens that they would have had: nothing that was given is taken back.
         """
         assert served.parts is not None
+        self.on_fault(error)
         clear_frames(error.__traceback__)  # their arrays may be what filled the memory
         answers = served.parts.decode.reset()
         mx.clear_cache()

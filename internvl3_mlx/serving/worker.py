@@ -9,6 +9,7 @@ from threading import Condition, Thread
 from internvl3_mlx.serving.event_stream import Outbox
 from internvl3_mlx.serving.queued_request import QueuedRequest
 from internvl3_mlx.serving.requests import EngineStopped
+from internvl3_mlx.serving.rounds import Round, RoundLeader
 from internvl3_mlx.serving.scheduler import Scheduler
 from internvl3_mlx.serving.served_model import LoadedParts
 
@@ -30,7 +31,8 @@ class Worker:
     """Runs a scheduler in a thread of its own.
 
     inbox, commands and stop_at are guarded by ``wakeup``. stop_at: when running answers are cut
-    off, on the monotonic clock; None until the engine stops.
+    off, on the monotonic clock; None until the engine stops. waiting: commands that have to wait
+    for answers to end. leader: tells the other ranks, if there are any, of each round.
     """
 
     scheduler: Scheduler
@@ -40,6 +42,8 @@ class Worker:
     commands: deque[ModelCommand] = field(default_factory=deque[ModelCommand])
     stop_at: float | None = None
     stopped: bool = False
+    waiting: list[ModelCommand] = field(default_factory=list[ModelCommand])
+    leader: RoundLeader | None = None
 
     def __post_init__(self) -> None:
         self.thread = Thread(target=self.run, name="internvl3-engine", daemon=True)
@@ -78,46 +82,62 @@ class Worker:
     def run(self) -> None:
         """Work until the engine stops. No fault of a request ends this loop."""
         scheduler = self.scheduler
+        if self.leader is not None:
+            self.leader.start(scheduler.settings)
         while not self.stopped:
             try:
-                self.take_inbox()
-                self.run_commands()
-                scheduler.work()
-                scheduler.pool.put_away_idle()
-                if self.stop_at is not None:
-                    self.wind_down(self.stop_at)
+                self.play(self.begin_round())
             except Exception as error:  # noqa: BLE001
+                if self.leader is not None:
+                    self.leader.end(error)
                 scheduler.fail_all(error)
             self.outbox.flush()
         scheduler.memory.close()
         for served in scheduler.pool.loaded:
             scheduler.pool.unload(served)
 
-    def take_inbox(self) -> None:
-        """Wait until there is work, and take in what has come."""
+    def begin_round(self) -> Round:
+        """Wait until there is work; return what has come, who has left and what the clock says."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
         with self.wakeup:
-            if not self.scheduler.is_busy:
-                longest = self.scheduler.pool.seconds_to_idle(LONGEST_SLEEP_S)
-                self.wakeup.wait_for(self.has_news, longest)
-            while self.inbox:
-                self.scheduler.queue.add(self.inbox.popleft())
+            if not scheduler.is_busy:
+                self.wakeup.wait_for(self.has_news, pool.seconds_to_idle(LONGEST_SLEEP_S))
+            added, commands = [*self.inbox], [*self.commands]
+            self.inbox.clear()
+            self.commands.clear()
+            stop_at = self.stop_at
+        known = [*scheduler.queue, *scheduler.live, *added]
+        left = [one for one in known if one.channel.closed and not one.left]
+        stopping = stop_at is not None
+        cut = stop_at is not None and time.monotonic() >= stop_at
+        begun = Round(added, left, commands, pool.find_idle(), stopping, cut)
+        if self.leader is not None:
+            self.leader.begin(begun)
+        return begun
+
+    def play(self, begun: Round) -> None:
+        """Do one round; on all ranks the same."""
+        scheduler = self.scheduler
+        for queued in begun.added:
+            scheduler.queue.add(queued)
+        for queued in begun.left:
+            queued.left = True
+        for name in begun.idle:
+            scheduler.pool.unload(scheduler.pool.models[name])
+        waiting = [*self.waiting, *begun.commands]
+        self.waiting = [one for one in waiting if not self.run_command(one, begun.stopping)]
+        scheduler.work()
+        if begun.stopping:
+            self.wind_down(cut=begun.cut)
 
     def has_news(self) -> bool:
         return bool(self.inbox or self.commands or self.stop_at is not None)
 
-    def run_commands(self) -> None:
-        """Load models and put them away; what has to wait for answers to end stays."""
-        with self.wakeup:
-            commands, self.commands = self.commands, deque()
-        waiting = [command for command in commands if not self.run_command(command)]
-        with self.wakeup:
-            self.commands.extend(waiting)
-
-    def run_command(self, command: ModelCommand) -> bool:
-        """Run a command; return False where it has to wait."""
+    def run_command(self, command: ModelCommand, stopping: bool) -> bool:
+        """Load a model or put it away; return False where that has to wait for answers to end."""
         pool = self.scheduler.pool
         served = pool.models[command.model]
-        if self.stop_at is not None:
+        if stopping:
             if command.done.set_running_or_notify_cancel():
                 command.done.set_exception(EngineStopped(STOPPING))
             return True
@@ -133,13 +153,13 @@ class Worker:
             command.done.set_exception(error)
         return True
 
-    def wind_down(self, stop_at: float) -> None:
+    def wind_down(self, *, cut: bool) -> None:
         """Refuse what has not begun; let answers end, or cut them off when their time is over."""
         scheduler = self.scheduler
         for queued in [*scheduler.queue]:
             scheduler.queue.discard(queued)
             queued.fail(EngineStopped(STOPPING))
-        if time.monotonic() >= stop_at:
+        if cut:
             scheduler.cut_off()
             scheduler.fail_all(EngineStopped(STOPPING))
         self.stopped = not scheduler.live

@@ -32,7 +32,8 @@ def ask(process, question):
     os.set_blocking(process.stdout.fileno(), False)
     deadline = time.monotonic() + PATIENCE_S
     while not (process.stdout.buffer.read() or b"").strip():
-        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     os.set_blocking(process.stdout.fileno(), True)
 
