@@ -397,9 +397,9 @@ def test_a_gpu_error_ends_the_largest_request_and_the_others_go_on(vlm, monkeypa
 def test_numbers_that_are_not_finite_end_one_answer(vlm, monkeypatch):
     choose = decode_batch.choose_tokens
 
-    def spoiled(rows, answers, logits):
+    def spoiled(rows, answers, logits, shard):
         bad = [answer.queued.request.config.seed == 77 for answer in answers]
-        return choose(rows, answers, mx.where(mx.array(bad)[:, None], mx.nan, logits))
+        return choose(rows, answers, mx.where(mx.array(bad)[:, None], mx.nan, logits), shard)
 
     monkeypatch.setattr(decode_batch, "choose_tokens", spoiled)
     with running_engine(vlm) as engine:
