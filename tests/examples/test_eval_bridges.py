@@ -104,7 +104,7 @@ def adapter(monkeypatch):
     return adapter
 
 
-def test_vlmevalkits_interface(adapter, tmp_path):
+def test_vlmevalkits_interface(adapter, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(png())
     model = adapter.InternVL3MLX(str(tiny(Recipe()).folder))
     assert model.use_custom_prompt("ChartQA_TEST")
@@ -114,6 +114,7 @@ def test_vlmevalkits_interface(adapter, tmp_path):
             "paths": [str(tmp_path / "a.png")]}  # fmt: skip
     message = model.build_prompt(line, "ChartQA_TEST")
     assert message[0]["value"] == ("How many?\nAnswer the question using a single word or phrase.")
+    monkeypatch.setattr(adapter, "MAX_TOKENS", 5)
     assert isinstance(model.generate_inner(message, "ChartQA_TEST"), str)
     choice = model.build_prompt({**line, "A": "one", "B": "two"}, "MMBench_DEV_EN")
     assert choice[0]["value"].startswith("How many?\nA. one\nB. two\n")
