@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,29 @@ SIGNALS = tuple(
     if number is not None
 )
 INTERRUPTED = 130
+
+
+class StepLeft(KeyboardInterrupt):
+    """A step was left at a checkpoint, on all ranks at the same one."""
+
+
+CHECKPOINTS: list[Callable[[], None]] = []  # of the step that runs, on ranks that hold a model
+
+
+def pass_checkpoint() -> None:
+    """Go on with a long step, or raise StepLeft where a signal has come in the meantime."""
+    if CHECKPOINTS:
+        CHECKPOINTS[-1]()
+
+
+@contextmanager
+def checkpoints(check: Callable[[], None]) -> Iterator[None]:
+    """Have ``check`` called at the checkpoints of a step."""
+    CHECKPOINTS.append(check)
+    try:
+        yield
+    finally:
+        CHECKPOINTS.pop()
 
 
 @dataclass(eq=False)

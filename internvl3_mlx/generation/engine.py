@@ -10,6 +10,7 @@ import numpy as np
 from internvl3_mlx.config import TextConfig
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.distributed.agreement import from_rank_0
+from internvl3_mlx.distributed.held_signals import pass_checkpoint
 from internvl3_mlx.errors import NumericError, UserError
 from internvl3_mlx.generation.compiled_step import NOT_FINITE, StepRunner, mark_not_finite
 from internvl3_mlx.generation.generation_config import KV_GROUP_SIZES, GenerationConfig
@@ -80,7 +81,10 @@ class Engine:
 
         rows: indices of uncached tokens, ascending.
         """
-        *_, logits = self.prefill_chunks(ids, features, positions, rows, step)
+        logits = None
+        for logits in self.prefill_chunks(ids, features, positions, rows, step):
+            if logits is None:
+                pass_checkpoint()
         assert logits is not None
         return logits
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from internvl3_mlx.distributed.held_signals import HeldSignals
+from internvl3_mlx.distributed.held_signals import HeldSignals, StepLeft, checkpoints
 from internvl3_mlx.distributed.shard import WHOLE, Shard
 from internvl3_mlx.distributed.team import Leader, current_team
 from internvl3_mlx.errors import UserError
@@ -142,9 +142,10 @@ class LeadingMirror:
                     self.call = call
                     leader.tell("go", call=call)
                     try:
-                        item = next(steps)
-                    except StopIteration:
-                        return
+                        with checkpoints(lambda: self.check(signals)):
+                            item = next(steps)
+                    except (StopIteration, StepLeft):
+                        return  # where a signal has come, it acts below
                     except Exception as error:
                         self.fail(call, error)
                         raise
@@ -160,6 +161,13 @@ class LeadingMirror:
                 for cache in used if begun else ():
                     self.caches.record(cache)
             signals.deliver()
+
+    def check(self, signals: HeldSignals) -> None:
+        """In the middle of a step: go on, or leave it with the other ranks."""
+        leaves = signals.pending is not None
+        self.leader.tell("checkpoint", leaves=leaves)
+        if leaves:
+            raise StepLeft
 
     def begin(self, call: int, name: str, arguments: Mapping[str, Any]) -> None:
         sent = {key: self.plain(value) for key, value in arguments.items()}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from internvl3_mlx.distributed.held_signals import StepLeft, checkpoints
 from internvl3_mlx.distributed.team import Follower
 from internvl3_mlx.errors import InternVL3Error
 from internvl3_mlx.generation.batch_generate import AnswerBatch
@@ -162,12 +163,18 @@ class FollowerState:
         if steps is None:
             return
         try:
-            next(steps)
-        except StopIteration:
+            with checkpoints(self.check):
+                next(steps)
+        except (StopIteration, StepLeft):
             del self.calls[call]
         except Exception as error:  # noqa: BLE001
             del self.calls[call]
             self.follower.answer("failed", call=call, problem=describe(error))
+
+    def check(self) -> None:
+        """In the middle of a step: do what rank 0 does there."""
+        if next(self.messages()).get("leaves", True):
+            raise StepLeft
 
     def close(self, message: Mapping[str, Any]) -> None:
         """Leave a call."""
