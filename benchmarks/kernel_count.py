@@ -7,7 +7,7 @@ built; what only changes a view is not counted.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,6 +47,35 @@ def count_kernels(model: Any, *, compiled: bool) -> Counter[str]:
         return kernels_of(mx.argmax(logits[:, -1], axis=-1))
 
 
+def count_batch_kernels(model: Any, *, compiled: bool) -> Counter[str]:
+    """Count the same of one token of each of three sequences of unequal length."""
+    from internvl3_mlx.generation.compiled_step import StepRunner
+    from internvl3_mlx.models.cache import KVCache
+    from internvl3_mlx.models.ragged_cache import RaggedBatch
+    from internvl3_mlx.models.static_batch import StaticBatch
+
+    language, lengths = model.language_model, [CACHED, CACHED + 13, CACHED - 9]
+    batch = RaggedBatch(len(language.model.layers))
+    for length in lengths:
+        caches = [KVCache(CAPACITY) for _ in language.model.layers]
+        prompt = mx.zeros((1, length), dtype=mx.int32)
+        mx.eval(language.model(model.embed(prompt), language.rotary(0, length), caches))
+        batch.insert(caches)
+    mx.eval(batch.state)
+    tokens = mx.array([[1]] * len(lengths), dtype=mx.int32)
+    with fused_operations():
+        if compiled:
+            ready = StaticBatch.prepare(batch)
+            assert ready is not None
+            mx.eval(ready.buffers)  # which may have grown
+            logits, _ = StepRunner(model, "on").run(ready, tokens, lengths)
+        else:
+            batch.begin_step()
+            rotary = language.ragged_rotary(lengths, [length + 1 for length in lengths])
+            logits = language.head(language.model(model.embed(tokens), rotary, batch.layers))
+        return kernels_of(mx.argmax(logits[:, -1], axis=-1))
+
+
 def kernels_of(array: mx.array) -> Counter[str]:
     """Count the nodes of an array's graph that are kernels, by name."""
     with TemporaryDirectory() as folder:
@@ -76,14 +105,16 @@ def fused_operations() -> Iterator[None]:
         yield
 
 
-def kernels_per_layer(model: Any, *, compiled: bool) -> float:
-    """Return how many kernels each further layer adds to a token."""
+def kernels_per_layer(
+    model: Any, *, compiled: bool, count: Callable[..., Counter[str]] = count_kernels
+) -> float:
+    """Return how many kernels each further layer adds to a token. count: of one step."""
     decoder = model.language_model.model
     layers = list(decoder.layers)
-    whole = count_kernels(model, compiled=compiled).total()
+    whole = count(model, compiled=compiled).total()
     decoder.layers = layers[:1]
     try:
-        one = count_kernels(model, compiled=compiled).total()
+        one = count(model, compiled=compiled).total()
     finally:
         decoder.layers = layers
     return (whole - one) / (len(layers) - 1)

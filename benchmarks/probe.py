@@ -91,16 +91,34 @@ def encode(side: str, folder: Path, photos: list[Path]) -> Results:
 
 
 def ways(side: str, folder: Path, _photos: list[Path]) -> Results:
-    """Decode in every way, in alternation, and a batch."""
+    """Decode in every way, in alternation, and batches."""
+    from benchmarks.sides import BATCH_WAYS
+
     program, ids = import_program(side)(folder), plain_ids(DECODE_PROMPT)
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in (*program.ways, "batch")}
+    names = (*program.ways, *map(batch_name, BATCH_WAYS))
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(DECODE_ROUNDS):
         for way in program.ways:
             rounds[way].append(per_token(program.continue_text(ids, DECODE_TOKENS, way)))
-        count: list[int] = []
-        total = timed(lambda count=count: count.append(program.batch(DECODE_TOKENS)))
-        rounds["batch"].append({unit: seconds / count[0] for unit, seconds in total.items()})
+        for way in BATCH_WAYS:
+            rounds[batch_name(way)].append(per_batch_token(program, way))
     return {name: medians_of(found[1:]) for name, found in rounds.items()}  # the first warms up
+
+
+def batch_name(way: str) -> str:
+    return f"batch, {way}"
+
+
+def per_batch_token(program: Any, way: str) -> dict[str, float]:
+    """Return the cost of a token of a batch, its prompts not included.
+
+    That is what many tokens take more than few; prompts take as long as all their tokens.
+    """
+    from benchmarks.sides import BATCH
+
+    short, long = (timed(lambda n=n: program.batch(n, way)) for n in (2, DECODE_TOKENS))
+    count = BATCH * (DECODE_TOKENS - 2)
+    return {unit: (long[unit] - short[unit]) / count for unit in long}
 
 
 def each(side: str, folder: Path, photos: list[Path]) -> Results:
@@ -135,12 +153,14 @@ def kernels(side: str, folder: Path, _photos: list[Path]) -> Results:
     """Count the kernels of a token and layer at 4 bits, without and with a compiled step."""
     import mlx.nn as nn
 
-    from benchmarks.kernel_count import kernels_per_layer
+    from benchmarks.kernel_count import count_batch_kernels, kernels_per_layer
 
     model = import_program(side)(folder).vlm.model
     nn.quantize(model.language_model, group_size=64, bits=4)
     ways = {"plain": False, "compiled": True}
-    return {name: kernels_per_layer(model, compiled=compiled) for name, compiled in ways.items()}
+    alone = {name: kernels_per_layer(model, compiled=compiled) for name, compiled in ways.items()}
+    batch = kernels_per_layer(model, compiled=True, count=count_batch_kernels)
+    return {**alone, "compiled batch": batch}
 
 
 TASKS: dict[str, Callable[[str, Path, list[Path]], Results]] = {

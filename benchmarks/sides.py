@@ -18,7 +18,7 @@ WAYS: dict[str, dict[str, Any]] = {  # of decoding, as both programs name them
     "structured": {"json_schema": LONG_STRING},
     "keys and values of 8 bits": {"kv_bits": 8},
 }
-BATCH = 4
+BATCH, BATCH_WAYS = 4, ("greedy", "sampled")
 
 
 class Program(Protocol):
@@ -41,8 +41,8 @@ class Program(Protocol):
     def continue_text(self, ids: list[int], count: int, way: str = "greedy") -> Iterator[int]:
         """Yield ``count`` tokens after the text ``ids``, decoded in one of WAYS."""
 
-    def batch(self, count: int) -> int:
-        """Answer BATCH questions of unequal length together; return how many tokens they have."""
+    def batch(self, count: int, way: str = "greedy") -> None:
+        """Answer BATCH questions of unequal length together, with ``count`` tokens each."""
 
     def each(self, photos: Sequence[Path], count: int, together: int) -> None:
         """Answer about one photo after another, ``together`` at a time where that is possible."""
@@ -82,7 +82,7 @@ class OurProgram:
         config = GenerationConfig(max_tokens=count, **WAYS[way])
         return token_ids(self.vlm.runner.stream(self.text_inputs(ids), config))
 
-    def batch(self, count: int) -> int:
+    def batch(self, count: int, way: str = "greedy") -> None:
         from internvl3_mlx.generation.batch_generate import batch_generate
         from internvl3_mlx.generation.generation_config import GenerationConfig
 
@@ -90,9 +90,9 @@ class OurProgram:
         prompts = batch_prompts(self.vlm.loaded.folder)
         inputs = [self.text_inputs(encode(text, specials=True)) for text in prompts]
         self.vlm.tokenizer.stop_ids = frozenset()
-        config = GenerationConfig(max_tokens=count)
+        config = GenerationConfig(max_tokens=count, **WAYS[way])
         answers = batch_generate(self.vlm.runner, inputs, config, BATCH)
-        return sum(len(answer.token_ids) for answer in answers)
+        assert [len(answer.token_ids) for answer in answers] == [count] * BATCH
 
     def each(self, photos: Sequence[Path], count: int, together: int) -> None:
         answers = self.vlm.ask_each(QUESTION, photos, batch_size=together, max_tokens=count)
@@ -172,13 +172,18 @@ class PeerProgram:
         )
         return islice(token_ids(stream), count)  # mlx-vlm names the last token twice
 
-    def batch(self, count: int) -> int:
-        from mlx_vlm import batch_generate  # greedy unless it is given a sampler
+    def batch(self, count: int, way: str = "greedy") -> None:
+        from mlx_lm.sample_utils import make_sampler
+        from mlx_vlm import batch_generate
 
+        names = {"temperature": "temp"}
+        options = {names.get(name, name): value for name, value in WAYS[way].items()}
+        sampling = {"sampler": make_sampler(**options)} if options else {"greedy_sampling": True}
         prompts = batch_prompts(self.folder)
-        response = batch_generate(self.model, self.processor, None, None, prompts, max_tokens=count)
+        response = batch_generate(
+            self.model, self.processor, None, None, prompts, max_tokens=count, **sampling
+        )
         assert len(response.texts) == BATCH
-        return BATCH * count
 
     def each(self, photos: Sequence[Path], count: int, together: int) -> None:
         for photo in photos:  # mlx-vlm decodes several images together in its server alone

@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.checkpoint import SHAPES, write_checkpoint
 from benchmarks.environment import environment_without_torch
 from benchmarks.photos import write_album, write_photo
-from benchmarks.probe import EACH_TOGETHER, PREFILL_TOKENS
+from benchmarks.probe import EACH_TOGETHER, PREFILL_TOKENS, batch_name
 from benchmarks.processes import Interpreter, Results, alternate, installed_sides
 from benchmarks.prompt import QUESTION
-from benchmarks.sides import BATCH, OURS, PEER, WAYS
+from benchmarks.sides import BATCH, BATCH_WAYS, OURS, PEER, WAYS
 
 PROGRAMS = {
     OURS: ("-m", "internvl3_mlx", "generate"),
@@ -171,7 +171,9 @@ def ways(bench: Benchmark) -> Iterator[BenchmarkRow]:
     found = bench.probe("ways", "deep")
     for way in WAYS:
         yield from time_rows(found, way, "Ways to decode", f"a token, {way}, 24 tiny layers")
-    yield from time_rows(found, "batch", "Ways to decode", f"a token in a batch of {BATCH}")
+    for way in BATCH_WAYS:
+        what = f"a token in a batch of {BATCH}, {way}"
+        yield from time_rows(found, batch_name(way), "Ways to decode", what)
 
 
 def each(bench: Benchmark) -> Iterator[BenchmarkRow]:

@@ -58,7 +58,13 @@ def metal_available() -> bool:
     return mx.metal.is_available() and on_gpu()
 
 
+@cache
 def kernel_mode() -> str:
+    """Return what INTERNVL3_KERNELS says; read once, as layers ask for every token."""
+    return read_kernel_mode()
+
+
+def read_kernel_mode() -> str:
     """Read INTERNVL3_KERNELS: off, on (where measured to be faster) or force. Raises UserError."""
     given = os.environ.get(MODE_VARIABLE, ON).strip().lower() or ON
     if given not in MODES:

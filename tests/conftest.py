@@ -7,6 +7,14 @@ import pytest
 os.environ["MLX_ENABLE_TF32"] = "0"  # float32 on every GPU; MLX reads it at its first product
 
 
+@pytest.fixture(autouse=True)
+def kernel_mode_is_read_anew(monkeypatch):
+    """Read INTERNVL3_KERNELS at every question, since tests set it."""
+    from internvl3_mlx.metal_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "kernel_mode", dispatch.read_kernel_mode)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

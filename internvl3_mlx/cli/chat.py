@@ -142,8 +142,7 @@ def chat_command(
     try:
         if past is not None:
             continue_past_chat(session, past)
-        for item in media:
-            session.attach(item)
+        session.attach(media)
         run_chat(session, keep_lines=history["history"])
     finally:
         session.close_log()

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,33 +73,45 @@ class ChatSession:
             for problem in others:
                 console.error(problem)
             raise ImageError(last)
-        for media in line.media:
-            self.attach(media)
+        self.attach(line.media)
         if line.question.strip():
             self.ask(line.question)
 
-    def attach(self, media: MediaSource) -> None:
-        """Open a file, describe it, and add it to the next question."""
+    def attach(self, media: Sequence[MediaSource]) -> None:
+        """Open files, describe them, and add them to the next question.
+
+        While one is described, the next is opened on a thread.
+        """
+        from internvl3_mlx.prefetch import map_ahead
+
+        for opened in map_ahead(self.open_media, media):
+            for attachment, description, thumbnail in opened:
+                self.pending.append(attachment)
+                console.hint(description)
+                if thumbnail:
+                    console.write_escape_sequence(thumbnail)
+
+    def open_media(self, media: MediaSource) -> list[tuple[Attachment, str, str]]:
+        """Open a file: its attachments, each with its description and its thumbnail, or none."""
         if media.kind == "video":
-            self.attach_video(media.source)
-            return
-        upright = self.conversation.generation_config.upright
+            return [self.open_video(media.source)]
+        upright, found = self.conversation.generation_config.upright, []
         for image in open_media(media, upright=upright):
-            processed = self.conversation.process_image(image)
+            processed, thumbnail = self.conversation.process_image(image), ""
             name = os.path.basename(processed.info.source) or processed.info.source
-            self.pending.append(Attachment(name, processed))
-            console.hint(describe_image(name, processed))
             if self.encode_thumbnail is not None:
                 from internvl3_mlx.images.load import preview_png
 
-                console.write_escape_sequence(self.encode_thumbnail(preview_png(image)))
+                thumbnail = self.encode_thumbnail(preview_png(image))
+            found.append((Attachment(name, processed), describe_image(name, processed), thumbnail))
+        return found
 
-    def attach_video(self, source: str) -> None:
+    def open_video(self, source: str) -> tuple[Attachment, str, str]:
         video = self.conversation.process_video(source)
         name = Path(video.name).name
-        self.pending.append(Attachment(name, video))
         tokens = sum(frame.info.tokens for frame in video.frames)
-        console.hint(f"{name} · {len(video.frames)} frames · {tokens:,} tokens")
+        described = f"{name} · {len(video.frames)} frames · {tokens:,} tokens"
+        return Attachment(name, video), described, ""
 
     def ask(self, question: str) -> None:
         """Ask a question with the pending attachments; they stay pending if that fails."""

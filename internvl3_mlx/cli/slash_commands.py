@@ -97,12 +97,11 @@ def run_command(session: ChatSession, command: SlashCommand, argument: str) -> N
 
 def attach_files(session: ChatSession, argument: str) -> None:
     words = [word for word, _, _ in split_words(argument)]
-    for word in words:
-        session.attach(media_source(word))
+    session.attach([media_source(word) for word in words])
 
 
 def attach_clipboard(session: ChatSession, _: str) -> None:
-    session.attach(media_source("clipboard"))
+    session.attach([media_source("clipboard")])
 
 
 def list_images(session: ChatSession, _: str) -> None:

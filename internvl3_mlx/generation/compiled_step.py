@@ -22,7 +22,7 @@ from internvl3_mlx.device import on_gpu
 from internvl3_mlx.distributed.agreement import from_rank_0
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.sampler import Sampler, SamplerState, SamplingParams
-from internvl3_mlx.metal_kernels.dispatch import kernel_mode
+from internvl3_mlx.metal_kernels import dispatch
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.static_cache import StaticContext
 
@@ -187,7 +187,7 @@ class StepRunner:
 
     @cached_property
     def structure(self) -> int:
-        structure = module_structure(self.model.language_model), kernel_mode()
+        structure = module_structure(self.model.language_model), dispatch.kernel_mode()
         return CompiledSteps.of(self.model).number(structure)
 
     def is_due(self, tokens: int = 1) -> bool:

@@ -6,9 +6,10 @@ of its own: an answer has the same tokens alone and in a batch.
 
 Formulas, their order and the draws are mlx-lm's: logit bias, repetition, presence and frequency
 penalty; then top-p, min-p and top-k over the log-probabilities; then the temperature. With equal
-seeds the tokens are equal, which tests hold. Two differences, on purpose: presence and frequency
-count the tokens of the answer alone, as OpenAI's API does; and where tokens tie for the last place
-of top-k, those of lower id stay, while mlx-lm leaves it to the device.
+seeds the tokens are equal, which tests hold, from MLX 0.32.4 on: ``mx.random.categorical`` of
+earlier versions draws in another way from the same distribution. Two differences, on purpose:
+presence and frequency count the tokens of the answer alone, as OpenAI's API does; and where tokens
+tie for the last place of top-k, those of lower id stay, while mlx-lm leaves it to the device.
 """
 
 import math

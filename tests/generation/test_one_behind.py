@@ -71,3 +71,20 @@ def test_a_chunk_of_a_prompt_is_waited_for_after_the_next_was_begun(vlm, calls):
         begun = calls[0][1]
         calls.clear()
     assert len(begun) > 1
+
+
+def test_the_memory_of_a_tower_does_not_grow_with_its_tiles(vlm, monkeypatch):
+    monkeypatch.setattr(internvl, "tiles_per_chunk", lambda: 1)
+    side = vlm.model.config.vision.image_size
+
+    def working_memory(tiles):
+        pixels = mx.zeros((tiles, side, side, 3), dtype=mx.uint8)
+        mx.eval(pixels)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        features = vlm.model.get_image_features(pixels)
+        mx.eval(features)
+        return mx.get_peak_memory() - before - 2 * features.nbytes  # the parts and the whole
+
+    few, many = working_memory(3), working_memory(24)
+    assert many < 1.3 * few
