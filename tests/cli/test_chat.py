@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,30 @@ def test_image_attaches_several_and_images_lists_them(session, send):
     assert send("/drop 1") == "removed cat.png\n"
     assert [info.source for info in session.conversation.images] == ["dog.png"]
     assert "no image 7; this conversation has 1" in send("/drop 7")
+
+
+def test_the_next_image_is_opened_while_one_is_shown(session, send, monkeypatch):
+    opened, shown, ready = [], [], threading.Event()
+    process, hint = type(session.conversation).process_image, console.hint
+
+    def processing(conversation, image):
+        opened.append(threading.current_thread() is not threading.main_thread())
+        if len(opened) == 2:
+            ready.set()
+        return process(conversation, image)
+
+    def showing(text):
+        if not shown:
+            assert ready.wait(20)  # for the second, before the first is shown
+        shown.append(text.split()[0])
+        hint(text)
+
+    monkeypatch.setattr(type(session.conversation), "process_image", processing)
+    monkeypatch.setattr(console, "hint", showing)
+    send("/image cat.png dog.png")
+    assert opened == [True, True]
+    assert shown == ["cat.png", "dog.png"]
+    assert [item.name for item in session.pending] == shown
 
 
 def test_a_missing_image_is_reported_and_the_question_is_not_asked(session, send):
