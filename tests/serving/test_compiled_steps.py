@@ -29,8 +29,8 @@ def test_answers_are_as_without(monkeypatch, style, together):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("style", "compiles"), [("300m", True), ("gpt_oss", False)])
-def test_several_answers_to_one_prompt_are_as_without(monkeypatch, style, compiles):
+@pytest.mark.parametrize("style", ["300m", "gpt_oss"])
+def test_several_answers_to_one_prompt_are_as_without(monkeypatch, style):
     vlm, found = load(str(tiny(Recipe(style=style)).folder)), []
     compiled = record_compiled_steps(monkeypatch, DecodeBatch)
     for mode in ("off", "on"):
@@ -42,4 +42,4 @@ def test_several_answers_to_one_prompt_are_as_without(monkeypatch, style, compil
         found.append([reply.ids_of(index) for index in range(3)])
     assert all(found[0])
     assert found[0] == found[1]
-    assert any(compiled) is compiles
+    assert any(compiled)
