@@ -10,7 +10,9 @@ from mlx.utils import tree_flatten
 from internvl3_mlx.adapters.adapter_files import explain_grown_vocabulary
 from internvl3_mlx.adapters.peft import Adapter
 from internvl3_mlx.checkpoints.keymap import summarize_names
+from internvl3_mlx.distributed.shard import WHOLE
 from internvl3_mlx.errors import KeyMapError
+from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import (
     LoRALinear,
     LoRAWeights,
@@ -18,13 +20,14 @@ from internvl3_mlx.models.lora import (
     lora_layers,
     replace_module,
 )
+from internvl3_mlx.models.shard_layout import is_cut_by_columns
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 EMBEDDING, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def attach_adapter(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> tuple[str, ...]:
+def attach_adapter(model: InternVL, adapter: Adapter, dropout: float = 0.0) -> tuple[str, ...]:
     """Attach an adapter, or reload the LoRA layers that the model has; return their names.
 
     Raises KeyMapError if it belongs to another model or does not match the LoRA layers.
@@ -42,7 +45,8 @@ def attach_adapter(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> 
         if isinstance(modules[path], LoRALinear):
             reload_layer(path, modules[path], weights)
         else:
-            replace_module(model, path, LoRALinear(modules[path], weights, dropout))
+            columns = model.shard if is_cut_by_columns(path) else WHOLE
+            replace_module(model, path, LoRALinear(modules[path], weights, dropout, columns))
     for name, x in adapter.modules_to_save.items():
         replace_tensor(model, modules, name, x)
     return tuple(name.removesuffix(".weight") for name in adapter.deltas)

@@ -62,6 +62,11 @@ class Adapter:
     modules_to_save: Mapping[str, mx.array] = field(default_factory=dict)
     peft_config: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_dora(self) -> bool:
+        """Whether rows of some weight get a trained norm."""
+        return any(weights.magnitude is not None for weights in self.deltas.values())
+
 
 def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
     """Load an adapter folder with the names of either PyTorch layout, unevaluated; or mlx-lm's.

@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 from internvl3_mlx.adapters.adapter_files import check_adapter_tokens
 from internvl3_mlx.adapters.attach import attach_adapter
 from internvl3_mlx.adapters.merge import merge_adapter
-from internvl3_mlx.adapters.peft import load_adapter
+from internvl3_mlx.adapters.peft import Adapter, load_adapter
+from internvl3_mlx.adapters.shard_adapter import shard_adapter
 from internvl3_mlx.adapters.vocabulary import with_adapter_vocabulary
 from internvl3_mlx.checkpoints.build_model import (
     LoadedModel,
@@ -59,12 +60,13 @@ def load_local_model(
         begin=begin_reading if as_stored else None,
         shard=shard,
     )
-    lora = load_adapter(adapter, loaded.config) if adapter is not None else None
-    if adapter is not None and lora is not None:
-        loaded = with_adapter_vocabulary(loaded, lora, adapter)
-        check_adapter_tokens(adapter, loaded.tokenizer)
+    lora = None
+    if adapter is not None:
+        loaded, lora = with_own_adapter(loaded, adapter)
     config, model = loaded.config, loaded.model
-    separate = for_training or quantize is not None or config.quantization is not None
+    # the norms of rows whose columns are divided are known to all ranks together alone
+    summed = shard.size > 1 and lora is not None and lora.is_dora
+    separate = for_training or summed or quantize is not None or config.quantization is not None
     if lora is not None and not separate:
         load_weights(model, merge_adapter(dict(tree_flatten(model.parameters())), lora))
     if quantize is not None:
@@ -84,6 +86,15 @@ def load_local_model(
     if not evaluate_by_layer(model, fused=not for_training):
         raise_not_finite(folder, compute_dtype(dtype, config.dtype, for_training=for_training))
     return loaded
+
+
+def with_own_adapter(loaded: LoadedModel, folder: Path) -> tuple[LoadedModel, Adapter]:
+    """Read an adapter, or this rank's part, and give the model the vocabulary that it needs."""
+    lora = load_adapter(folder, loaded.config)
+    lora = shard_adapter(lora, loaded.model.shard, loaded.config.text)
+    loaded = with_adapter_vocabulary(loaded, lora, folder)
+    check_adapter_tokens(folder, loaded.tokenizer)
+    return loaded, lora
 
 
 def begin_reading(model: InternVL) -> None:

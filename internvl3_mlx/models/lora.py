@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from internvl3_mlx.distributed.shard import WHOLE, Shard
 from internvl3_mlx.errors import KeyMapError
 
 
@@ -55,14 +56,19 @@ class LoRALinear(nn.Module):
     A and B are float32 whatever the layer computes in: bfloat16 would lose small updates. The
     product with A runs in the dtype of x, so that no float32 copy of x is kept for the backward
     pass; everything of width r, and the sum with the layer's output, is float32.
+
+    columns: the ranks that the columns of the weight, and of A, are divided among. Each computes
+    its part of the output, and whoever calls the layer adds them.
     """
 
-    def __init__(self, base: nn.Module, weights: LoRAWeights, dropout: float = 0.0):
+    def __init__(
+        self, base: nn.Module, weights: LoRAWeights, dropout: float = 0.0, columns: Shard = WHOLE
+    ):
         super().__init__()
         self.base = base.freeze()
-        self.dropout, self.enabled = dropout, True
+        self.dropout, self.enabled, self.columns = dropout, True, columns
         if weights.magnitude is not None:  # computed once, since W does not change
-            self._squares = mx.square(dequantized_weight(base)).sum(axis=-1)
+            self._squares = columns.sum(mx.square(dequantized_weight(base)).sum(axis=-1))
         self.load(weights)
 
     def load(self, weights: LoRAWeights) -> None:
@@ -119,11 +125,15 @@ class LoRALinear(nn.Module):
     def adapted_row_norms(self) -> mx.array:
         """Return the norms of the rows of W + scale * B A, (out,), without computing the sum.
 
-        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b, where A W^T is one more product.
+        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b, where A W^T is one more product. Of
+        divided columns the ranks sum both products.
         """
         a, b = self.lora_A, self.lora_B
-        crossed = matmul_weight(self.base, a).astype(mx.float32).T
-        mixed = 2 * self.scale * crossed + self.scale**2 * (b @ (a @ a.T))
+        products = [matmul_weight(self.base, a).astype(mx.float32), (a @ a.T).astype(mx.float32)]
+        crossed, gram = mx.split(
+            self.columns.sum(mx.concatenate(products, axis=1)), [b.shape[0]], 1
+        )
+        mixed = 2 * self.scale * crossed.T + self.scale**2 * (b @ gram)
         return norms_from_squares(self._squares + (b * mixed).sum(axis=-1))
 
     @property

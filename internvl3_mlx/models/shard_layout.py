@@ -105,6 +105,11 @@ def tensor_part(name: str, shape: tuple[int, ...], rank: int, size: int) -> Tens
     return TensorPart(axis, rank * each, (rank + 1) * each)
 
 
+def is_cut_by_columns(module: str) -> bool:
+    """Tell whether the weight of a module is divided by its input columns."""
+    return any(entry.axis == -1 and entry.pattern.fullmatch(f"{module}.weight") for entry in CUTS)
+
+
 def head_part_rows(vocab_size: int, size: int) -> int:
     """Return the rows of the head on each rank, those of zeros at the end included."""
     if size == 1:

@@ -34,8 +34,9 @@ class RecordingShard(Shard):
 
 
 def logits(job: dict[str, Any], shard: Shard) -> dict[str, np.ndarray]:
-    """Compute the logits of a prompt with images, at V2PE's or at plain positions."""
-    model = load_local_model(Path(job["folder"]), shard=shard).model
+    """Compute the logits of a prompt with images, at V2PE's or plain positions, with an adapter."""
+    adapter = Path(job["adapter"]) if job.get("adapter") else None
+    model = load_local_model(Path(job["folder"]), adapter=adapter, shard=shard).model
     pixels = mx.array(np.load(job["pixels"])) if job.get("pixels") else None
     positions = mx.array(job["positions"]) if job.get("positions") else 0
     found = {"logits": np.array(model(mx.array([job["ids"]]), pixels, positions))}

@@ -3,12 +3,17 @@
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.flash import build_flash
 from fixtures.inputs import random_image, random_pixels, relative_error, token_row, write_video
+from fixtures.lora_models import stirred
 from fixtures.shards import divisible, launch_ranks
 from fixtures.tiny import Bits
+
+from internvl3_mlx.loading.build import load_local_model
+from internvl3_mlx.training.lora_setup import LoRAConfig, add_lora, save_model_adapter
 
 sys.path.append(str(Path(__file__).parent))
 import ranks_of_models
@@ -24,6 +29,12 @@ MODELS = {
     "qwen3_moe": {"style": "qwen3_moe"},
     "gpt_oss": {"style": "gpt_oss"},
     "gpt_oss-4": {"style": "gpt_oss", "layout": "mlx", "bits": FOUR},
+}
+ADAPTERS = {
+    "lora": ("qwen2", {}),
+    "lora-8": ("qwen2-8", {}),
+    "dora": ("qwen2", {"dora": True}),
+    "dora-4": ("qwen2-4", {"dora": True}),
 }
 TOLERANCE = 5e-6  # of float32 sums in another order
 
@@ -69,7 +80,19 @@ def more_jobs(folder, jobs):
         "video": talk | {"folder": plain, "questions": unillustrated, "first": shown},
         "messages": {"kind": "messages", "folder": plain, "pixels": jobs["qwen2"]["pixels"]},
         "compiled": {"kind": "compiled"},
+        **{name: adapted_job(folder, jobs, name, *how) for name, how in ADAPTERS.items()},
     }  # fmt: skip
+
+
+def adapted_job(folder, jobs, name, base, changes):
+    """Write an adapter of all matrices of the decoder, trained in one process, and its job."""
+    model = load_local_model(folder / base, for_training=True).model
+    settings = LoRAConfig(rank=3, alpha=7.0, keys=("language", "lm_head"), **changes)
+    mx.random.seed(3)
+    add_lora(model, settings)
+    stirred(model, 3)
+    save_model_adapter(model, folder / f"{name}-adapter", settings)
+    return jobs[base] | {"adapter": str(folder / f"{name}-adapter")}
 
 
 def logits_job(checkpoint, pixels):
@@ -113,6 +136,14 @@ def test_routers_and_fractional_positions_give_the_logits_of_one_process(alone, 
         assert relative_error(rank[f"{name}/logits"], alone[f"{name}/logits"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_cut_with_the_weights_that_they_change(alone, two, name):
+    base = alone[f"{ADAPTERS[name][0]}/logits"]
+    assert relative_error(alone[f"{name}/logits"], base) > 0.01
+    for rank in two:
+        assert relative_error(rank[f"{name}/logits"], alone[f"{name}/logits"]) < TOLERANCE
+
+
 def test_both_forms_of_tiles_and_their_probabilities_are_in_order(alone, two):
     for key in ("flash/features", "flash/probability"):
         for rank in two:
@@ -143,7 +174,6 @@ def test_a_rank_holds_its_share_and_what_all_hold(request, alone, folder, name, 
 
 def replicated_nbytes(folder):
     """Count what no rank divides: embedding, norms and routers."""
-    import mlx.core as mx
     from mlx.utils import tree_flatten
 
     from internvl3_mlx.checkpoints.build_model import assemble_model
