@@ -5,7 +5,7 @@ never far apart within it, so that no GPU waits long enough for the watchdog.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -28,6 +28,33 @@ class Shard:
         if self.size == 1:
             return x
         return mx.distributed.all_sum(x, group=self.group, stream=self.stream)
+
+    def meet(self, *arrays: mx.array) -> None:
+        """Evaluate arrays that depend on other ranks, here, where all ranks are.
+
+        Later, one rank might need them when another does not, and wait for it forever.
+        """
+        if self.size > 1:
+            mx.eval(arrays)
+
+    def share(self, x: mx.array) -> mx.array:
+        """Return x; its gradient is the sum of all ranks' gradients.
+
+        For what all ranks hold and each computes a part of the model from.
+        """
+        if self.size == 1:
+            return x
+
+        @mx.custom_function
+        def shared(x: mx.array) -> mx.array:
+            return x
+
+        @shared.vjp
+        def sum_gradients(_: mx.array, gradient: mx.array, __: mx.array) -> mx.array:
+            return self.sum(gradient)
+
+        out: Any = shared(x)
+        return cast(mx.array, out)
 
     def gather_first(self, x: mx.array) -> mx.array:
         """Collect an array from each rank: (n, ...) -> (size, n, ...)."""

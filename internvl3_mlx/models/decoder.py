@@ -151,9 +151,10 @@ class Block(nn.Module):
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D), the states of ``rows``."""
-        attended = self.self_attn(self.input_layernorm(x), rotary, context, rows)
-        x = x[:, rows] + self.shard.sum(attended)
-        return x + self.shard.sum(self.mlp(self.post_attention_layernorm(x)))
+        shard = self.shard
+        read = shard.share(self.input_layernorm(x))
+        x = x[:, rows] + shard.sum(self.self_attn(read, rotary, context, rows))
+        return x + shard.sum(self.mlp(shard.share(self.post_attention_layernorm(x))))
 
 
 class Decoder(nn.Module):
@@ -207,7 +208,7 @@ class LanguageModel(nn.Module):
         """x: (..., D) -> logits (..., vocab), without the rows of zeros."""
         logits: mx.array
         if "lm_head" in self:
-            logits = self.shard.gather_last(self.lm_head(x))
+            logits = self.shard.gather_last(self.lm_head(self.shard.share(x)))
         else:
             logits = self.model.embed_tokens.as_linear(x)
         return logits[..., : -self.head_padding] if self.head_padding else logits

@@ -69,6 +69,7 @@ class LoRALinear(nn.Module):
         self.dropout, self.enabled, self.columns = dropout, True, columns
         if weights.magnitude is not None:  # computed once, since W does not change
             self._squares = columns.sum(mx.square(dequantized_weight(base)).sum(axis=-1))
+            columns.meet(self._squares)
         self.load(weights)
 
     def load(self, weights: LoRAWeights) -> None:
@@ -83,15 +84,27 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def from_base(
-        cls, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, *, dora: bool = False
+        cls,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        *,
+        dora: bool = False,
+        columns: Shard = WHOLE,
     ) -> "LoRALinear":
-        """Add a new adapter that changes nothing yet: A uniform within 1/sqrt(in), B zero."""
+        """Add a new adapter that changes nothing yet: A uniform within 1/sqrt(in), B zero.
+
+        All ranks of ``columns`` draw the same A and keep their columns of it.
+        """
         out, width = linear_shape(base)
-        bound = 1 / math.sqrt(width)
-        lora_a = mx.random.uniform(-bound, bound, (rank, width))
+        whole = width * columns.size
+        bound = 1 / math.sqrt(whole)
+        lora_a = mx.random.uniform(-bound, bound, (rank, whole))
+        lora_a = lora_a[:, columns.rank * width : (columns.rank + 1) * width]
         magnitude = mx.full((out,), math.nan) if dora else None
         weights = LoRAWeights(lora_a, mx.zeros((out, rank)), scale, magnitude)
-        return cls(base, weights, dropout)
+        return cls(base, weights, dropout, columns)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: (..., in) -> (..., out)"""
@@ -120,6 +133,7 @@ class LoRALinear(nn.Module):
         """
         if "lora_magnitude_vector" in self:
             self._row_norms = self.adapted_row_norms()
+            self.columns.meet(self._row_norms)
         self.lora_A = self.lora_A.astype(dtype)
 
     def adapted_row_norms(self) -> mx.array:

@@ -137,6 +137,23 @@ def local_config(config: ModelConfig, size: int) -> ModelConfig:
     return replace(config, text=local)
 
 
+def whole_config(config: ModelConfig, size: int) -> ModelConfig:
+    """Undo ``local_config``."""
+    if size == 1:
+        return config
+    text, experts = config.text, config.text.experts
+    if experts is not None:
+        experts = replace(experts, intermediate_size=experts.intermediate_size * size)
+    whole = replace(
+        text,
+        num_attention_heads=text.num_attention_heads * size,
+        num_key_value_heads=text.num_key_value_heads * size,
+        intermediate_size=text.intermediate_size * size,
+        experts=experts,
+    )
+    return replace(config, text=whole)
+
+
 def check_divisible(config: ModelConfig, size: int, choose: Choose | None = None) -> None:
     """Raise UserError unless a model can be divided among ``size`` ranks.
 

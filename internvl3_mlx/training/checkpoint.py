@@ -45,7 +45,7 @@ CHANGEABLE = frozenset({
     "grad_checkpoint", "steps_per_report",
     "steps_per_eval", "val_batches", "eval_accuracy", "eval_metric",
     "eval_samples", "patience", "save_every", "keep_last",
-    "report_to", "save_minutes", "peer_timeout", "on_loss_spike",
+    "report_to", "save_minutes", "peer_timeout", "on_loss_spike", "tensor_parallel",
 })  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def save_checkpoint(
     metadata = {
         "format": FORMAT_VERSION,
         **counters(state),
-        "processes": state.ranks.size,
+        "processes": state.readers.size,
         "total_updates": state.total_updates,
         "config": state.config.to_dict(),
         **{name: getattr(progress, name) for name in RunProgress.__dataclass_fields__},

@@ -60,7 +60,7 @@ def step_figures(
     counts = np.zeros((2, 2), np.int64)  # of a label, and of the reply to it: + and -
     for batch in batches:
         counts += count_replies(state.model, batch, ids)
-    flat = [state.ranks.sum_count(int(n)) for n in counts.reshape(-1)]
+    flat = [state.readers.sum_count(int(n)) for n in counts.reshape(-1)]
     table = np.array(flat).reshape(2, 2)
     right, labels, replies = table.diagonal(), table.sum(axis=1), table.sum(axis=0)
     f1 = [2 * r / (n + m) for r, n, m in zip(right, labels, replies, strict=True) if n + m]
@@ -126,7 +126,7 @@ def exact_match_rate(state: TrainState, batches: Iterator[MicroBatch]) -> float:
         if labels := batch.batch.labels:
             matches = matches[:: len(matches) // len(labels)][np.array(labels)]
         matched, total = matched + int(matches.sum()), total + len(matches)
-    return state.ranks.sum_count(matched) / max(state.ranks.sum_count(total), 1)
+    return state.readers.sum_count(matched) / max(state.readers.sum_count(total), 1)
 
 
 def reproduced_exactly(model: InternVL, micro_batch: MicroBatch) -> np.ndarray:

@@ -121,7 +121,13 @@ def save_adapter_files(session: TrainSession) -> None:
 def write_adapter_files(session: TrainSession, folder: Path) -> None:
     """Write the run's adapter into an existing folder."""
     config = lora_config(session.config)
-    write_adapter_into(session.state.model, folder, config, base_model=base_model_id(session))
+    write_adapter_into(
+        session.state.model,
+        folder,
+        config,
+        base_model=base_model_id(session),
+        trained=session.state.weights,
+    )
     (folder / ADAPTER_CARD).write_text(adapter_card(session), encoding="utf-8")
 
 

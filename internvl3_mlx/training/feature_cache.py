@@ -96,8 +96,8 @@ class FeatureCache:
 
 def compute_features(model: InternVL, tiles: mx.array, stage: FeatureStage) -> mx.array:
     """Encode tiles (T, S, S, 3) a few at a time, and project them for stage "features"."""
-    if stage == "features":
-        return model.get_image_features(tiles)
+    if stage == "features":  # not divided among ranks, whose caches may differ
+        return mx.concatenate(compute_in_chunks(model.encode_tiles, tiles), axis=0)
     layer = model.config.select_layer
     states = compute_in_chunks(lambda chunk: model.vision_model(chunk, layer), tiles)
     return mx.concatenate(states, axis=0)

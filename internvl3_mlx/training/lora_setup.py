@@ -1,6 +1,6 @@
 """Add LoRA adapters to a model; save them to and load them from PEFT's format."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from internvl3_mlx.adapters.attach import attach_adapter
 from internvl3_mlx.adapters.base_bits import language_model_bits
 from internvl3_mlx.adapters.peft import Adapter, load_adapter, unchanged_siblings
 from internvl3_mlx.adapters.peft_writer import PeftOptions, layout_keymap, save_adapter
+from internvl3_mlx.distributed.shard import WHOLE
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import atomic_folder
 from internvl3_mlx.models.internvl import InternVL
@@ -24,9 +25,11 @@ from internvl3_mlx.models.lora import (
     replace_module,
     row_norms,
 )
+from internvl3_mlx.models.shard_layout import is_cut_by_columns, whole_config
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.trainable import (
     LORA,
+    LORA_NAMES,
     modules_to_save,
     restore_modes,
     select_layers,
@@ -98,7 +101,12 @@ def add_lora(model: InternVL, config: LoRAConfig) -> tuple[str, ...]:
     modules = dict(model.named_modules())
     for name in names:
         adapted = LoRALinear.from_base(
-            modules[name], config.rank, config.scale, config.dropout, dora=config.dora
+            modules[name],
+            config.rank,
+            config.scale,
+            config.dropout,
+            dora=config.dora,
+            columns=model.shard if is_cut_by_columns(name) else WHOLE,
         )
         replace_module(model, name, adapted)
     set_trainable(model, (LORA,))
@@ -146,22 +154,40 @@ def write_adapter_into(
     layout: str = "original",
     *,
     base_model: str | None = None,
+    trained: Mapping[str, mx.array] | None = None,
 ) -> None:
-    """Write the two files of an adapter into an existing folder, such as a checkpoint's."""
+    """Write the two files of an adapter into an existing folder, such as a checkpoint's.
+
+    trained: the whole LoRA weights by name, where the model is one rank's part.
+    """
     bits = language_model_bits(model)
     options = PeftOptions(config.alpha, config.rslora, config.dropout, base_model, bits)
-    save_adapter(collect_adapter(model, layout), folder, model.config, options, layout)
+    adapter = collect_adapter(model, layout, trained)
+    save_adapter(adapter, folder, whole_config(model.config, model.shard.size), options, layout)
 
 
-def collect_adapter(model: InternVL, layout: str) -> Adapter:
+def collect_adapter(
+    model: InternVL, layout: str, trained: Mapping[str, mx.array] | None = None
+) -> Adapter:
     """Collect what was trained: LoRA weights, and whole modules next to them."""
     deltas = {f"{path}.weight": layer.weights for path, layer in lora_layers(model)}
     if not deltas:
         raise UserError("the model has no adapters to save; export the whole model instead")
+    if model.shard.size > 1 and trained is not None:
+        return Adapter({name: whole_lora(name, w, trained) for name, w in deltas.items()})
     keymap = layout_keymap(layout, model.config)
     dora = {name: weights for name, weights in deltas.items() if weights.magnitude is not None}
     unchanged = {name: zero_lora_weights(model, name) for name in unchanged_siblings(dora, keymap)}
     return Adapter({**deltas, **unchanged}, modules_to_save(model))
+
+
+def whole_lora(name: str, weights: LoRAWeights, trained: Mapping[str, mx.array]) -> LoRAWeights:
+    """Return the LoRA weights of a layer with the whole factors, by their names in the model."""
+    path = name.removesuffix(".weight")
+    lora_a, lora_b, magnitude = (trained.get(f"{path}.{factor}") for factor in LORA_NAMES)
+    assert lora_a is not None
+    assert lora_b is not None
+    return LoRAWeights(lora_a, lora_b, weights.scale, magnitude)
 
 
 def zero_lora_weights(model: InternVL, name: str) -> LoRAWeights:

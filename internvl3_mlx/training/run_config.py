@@ -67,6 +67,9 @@ class RunConfig:
         "Save and end if another process does not answer for this many seconds.",
         low=1,
     )
+    tensor_parallel: int = config_field(
+        1, "Run", "Divide the model among this many processes, and train adapters on it.", low=1
+    )
     keep_last: int = config_field(2, "Run", "Number of checkpoints to keep.", low=1)
     report_to: tuple[str, ...] = config_field(
         (),

@@ -49,6 +49,7 @@ from internvl3_mlx.training.rewards import Reward, load_reward
 from internvl3_mlx.training.rollouts import RolloutSampler, greedy_batch, iter_rollouts
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
 from internvl3_mlx.training.soft_targets import compute_soft_targets
+from internvl3_mlx.training.tensor_parallel import check_tensor_parallel, tensor_shard
 from internvl3_mlx.training.trainable import count_parameters, set_trainable
 from internvl3_mlx.training.trainer import MicroBatch, TrainState
 from internvl3_mlx.user_paths import expand_user
@@ -88,7 +89,7 @@ class TrainSession:
         done = self.state.micro_steps
         if self.config.iters is not None:
             return self.dataloader.iter_train(done)
-        planned = planned_batches(self.setup, self.state.ranks)
+        planned = planned_batches(self.setup, self.state.readers)
         return islice(self.dataloader.iter_train(done), max(planned - done, 0))
 
     def validation_batches(self) -> Iterator[MicroBatch]:
@@ -110,6 +111,9 @@ def open_train_session(
     config = setup.config
     if config.trains_critic:
         critic_ids(setup.preprocessor.tokenizer)
+    check_tensor_parallel(config, ranks)
+    shard = tensor_shard(config, ranks)
+    readers = ranks if shard.size == 1 else SINGLE_PROCESS
     reward = load_session_reward(config, ranks)
     soft_targets = (yield from compute_soft_targets(setup)) if setup.teacher else None
     mx.random.seed(config.seed)  # all ranks start with the same adapters
@@ -118,6 +122,7 @@ def open_train_session(
         quantize=setup.local_model.recipe,
         dtype=config.dtype,
         for_training=True,
+        shard=shard,
     ).model
     references = open_reference_cache(model, config)
     adapted = add_configured_lora(model, config)
@@ -125,11 +130,11 @@ def open_train_session(
     loader = DataLoader(
         setup.train_dataset,
         setup.valid_dataset,
-        ranks,
+        readers,
         open_feature_cache(model, config, images_vary=setup.images_vary),
         reference_cache=references,
         test_dataset=setup.test_dataset,
-        bad_records=BadRecords(tolerated_bad_records(config, total_records(setup), ranks.size)),
+        bad_records=BadRecords(tolerated_bad_records(config, total_records(setup), readers.size)),
     )
     if config.needs_reference:
         loader.compute_reference = references.get if references else online_reference(model)
@@ -139,7 +144,7 @@ def open_train_session(
     if references and not config.adapters_only:
         yield from loader.precompute_reference()
     state = TrainState(
-        model, config, build_objective(config, ranks), planned_updates(setup, ranks), ranks
+        model, config, build_objective(config, readers), planned_updates(setup, readers), ranks
     )
     if config.compile:
         state.compiled_step = CompiledStep(state)
@@ -304,7 +309,7 @@ def restore_last(
             if not accept_changes:
                 state, identity = session.state, session.setup.identity
                 metadata = read_metadata(path)
-                differences = find_differences(metadata, state.config, identity, state.ranks.size)
+                differences = find_differences(metadata, state.config, identity, state.readers.size)
                 check_same_run(differences, path)
             session.progress = load_checkpoint(session.state, path)
         except DamagedCheckpointError as error:
@@ -325,7 +330,7 @@ def describe_plan(
     """Describe what will be trained on which data, and for how long."""
     config, state, setup = session.config, session.state, session.setup
     counts, sizes = count_parameters(state.model), setup.train.report.sizes
-    samples = config.batch_size * config.grad_accumulation_steps * state.ranks.size
+    samples = config.batch_size * config.grad_accumulation_steps * state.readers.size
     return TrainPlan(
         method=config.method,
         model=setup.model_name,

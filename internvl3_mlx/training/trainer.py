@@ -33,6 +33,7 @@ from internvl3_mlx.training.optimizers import (
     rate_groups,
 )
 from internvl3_mlx.training.params import Arrays, Tree, as_float, named_arrays
+from internvl3_mlx.training.tensor_parallel import take_parts, whole_gradients, whole_weights
 from internvl3_mlx.training.trainable import set_train_mode
 
 SUMMED_METRICS = ("tokens",)  # metrics an update already has as sums
@@ -102,9 +103,15 @@ class TrainState:
     optimizer: optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.weights = master_weights(dict(named_arrays(self.model.trainable_parameters())))
+        held = master_weights(dict(named_arrays(self.model.trainable_parameters())))
+        self.weights = whole_weights(self.model, held, self.ranks)
         self.optimizer = build_optimizer(self.config)
         self.optimizer.init(self.weights)
+
+    @property
+    def readers(self) -> ProcessGroup:
+        """The ranks that read different records: of a divided model, all ranks read the same."""
+        return self.ranks if self.model.shard.size == 1 else SINGLE_PROCESS
 
 
 class DivergedError(TrainingError):
@@ -142,7 +149,7 @@ def make_update(state: TrainState, micro_batches: Iterator[MicroBatch]) -> Updat
         micro_step(state, micro_batch, total)
     if not total.micro_steps:
         return None
-    loss, gradients = average_over_ranks(state.ranks, total)
+    loss, gradients = average_over_ranks(state, total)
     norm = global_norm(gradients)
     rate = state.rate_factor * learning_rate_at(state.config, state.update + 1, state.total_updates)
     values = as_float(loss), as_float(norm)
@@ -160,8 +167,8 @@ def make_update(state: TrainState, micro_batches: Iterator[MicroBatch]) -> Updat
         metrics=state.ranks.mean_metrics(total.metrics),
         learning_rate=rate,
         grad_norm=values[1],
-        tokens=state.ranks.sum_count(total.tokens),
-        trained_tokens=state.ranks.sum_count(total.targets),
+        tokens=state.readers.sum_count(total.tokens),
+        trained_tokens=state.readers.sum_count(total.targets),
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory(),
         skipped=skipped,
@@ -182,11 +189,15 @@ class Accumulator:
     micro_steps: int = 0
 
 
-def average_over_ranks(ranks: ProcessGroup, total: Accumulator) -> tuple[mx.array, Arrays]:
+def average_over_ranks(state: TrainState, total: Accumulator) -> tuple[mx.array, Arrays]:
     """Divide the sums over all ranks by their denominator: the loss and its gradients."""
-    numerator, denominator, gradients = ranks.all_sum(
-        (total.numerator, total.denominator, total.gradients)
-    )
+    if state.model.shard.size > 1:
+        numerator, denominator = total.numerator, total.denominator
+        gradients = whole_gradients(state.model, total.gradients, state.ranks)
+    else:
+        numerator, denominator, gradients = state.ranks.all_sum(
+            (total.numerator, total.denominator, total.gradients)
+        )
     return numerator / denominator, tree_map(lambda g: g / denominator, gradients)
 
 
@@ -214,7 +225,7 @@ def micro_step_seed(state: TrainState, micro_step: int) -> int:
 
     A resumed run draws what it would have drawn, without any saved generator state.
     """
-    key = (state.config.seed, state.ranks.rank, micro_step)
+    key = (state.config.seed, state.readers.rank, micro_step)
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
@@ -258,8 +269,7 @@ def apply_update(state: TrainState, gradients: Arrays, rate: float) -> None:
 
 
 def sync_weights(state: TrainState) -> None:
-    """Copy the master weights into the model, in its compute dtype."""
+    """Copy the master weights, or this rank's parts, into the model in its compute dtype."""
     current = named_arrays(state.model.trainable_parameters())
-    state.model.update(
-        tree_unflatten([(name, state.weights[name].astype(x.dtype)) for name, x in current])
-    )
+    own = take_parts(state.weights, state.model)
+    state.model.update(tree_unflatten([(name, own[name].astype(x.dtype)) for name, x in current]))

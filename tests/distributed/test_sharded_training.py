@@ -1,0 +1,159 @@
+"""Adapters trained on a divided model are those that one process trains."""
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures.shards import launch_ranks
+from fixtures.train_sessions import SMALL, write_data
+from safetensors.numpy import load_file
+
+sys.path.append(str(Path(__file__).parent))
+import ranks_of_training
+
+from internvl3_mlx.distributed.process_group import ProcessGroup
+from internvl3_mlx.errors import UserError
+from internvl3_mlx.training.config_file import build_config
+from internvl3_mlx.training.tensor_parallel import check_tensor_parallel
+
+UPDATES = 3
+TOLERANCE = 2e-5
+# Adam divides by the root of what it has seen: of a gradient near zero, that is mostly rounding
+SGD = {"optimizer": "sgd", "learning_rate": 1.0}
+METHODS = {
+    "sft": SGD,
+    "dora": {"dora": True, "lora_keys": ["language", "lm_head"], "grad_checkpoint": True},
+    "mpo": SGD | {"method": "mpo"},
+    "vision": SGD | {"lora_keys": ["language", "vision"]},
+}
+COMMON = SMALL | {"lora_dropout": 0, "num_layers": None, "iters": UPDATES, "max_grad_norm": 0.05}
+
+
+def settings(folder, name, run):
+    data = "pairs" if name == "mpo" else "data"
+    where = {"data": str(folder / data), "adapter_path": str(folder / run)}
+    return COMMON | METHODS[name] | where
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    write_data(folder / "data", 9, 3)
+    write_data(folder / "pairs", 9, 3, pairs=True)
+    return folder
+
+
+def jobs(folder, place):
+    return {
+        name: {
+            "settings": settings(folder, name, f"{place}-{name}"),
+            "updates": UPDATES,
+            "save": True,
+        }
+        for name in METHODS
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Make all updates in one process, and stop a run after two of them."""
+    begun = {
+        "settings": settings(folder, "dora", "begun-alone"),
+        "updates": 2,
+        "save": True,
+    }
+    ranks_of_training.run(begun, ranks_of_training.SINGLE_PROCESS)
+    shutil.copytree(folder / "begun-alone", folder / "continued-by-two")
+    return ranks_of_training.run_jobs(jobs(folder, "alone"))
+
+
+@pytest.fixture(scope="module")
+def two(folder, alone):
+    """Do the same on two ranks, continue what one began, and begin what one will continue."""
+    dora = settings(folder, "dora", "continued-by-two")
+    more = {
+        "resumed": {"settings": dora, "updates": UPDATES, "resume": True},
+        "begun": {
+            "settings": settings(folder, "dora", "begun-by-two"),
+            "updates": 2,
+            "save": True,
+        },
+    }
+    program = Path(ranks_of_training.__file__)
+    return launch_ranks(program, folder, jobs(folder, "two") | more, 2)
+
+
+def own(found, name):
+    results = (key.partition("/") for key in found)
+    return {key: found[f"{job}/{key}"] for job, _, key in results if job == name}
+
+
+def differences(one, other):
+    assert one.keys() == other.keys()
+    return {name: float(np.abs(one[name] - other[name]).max()) for name in one}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_updates_are_those_of_one_process(alone, two, name):
+    expected = own(alone, name)
+    for rank in two:
+        found = own(rank, name)
+        assert found["tokens"].tolist() == expected["tokens"].tolist()
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
+        assert max(differences(found, expected).values()) < TOLERANCE
+    moved = [x for key, x in expected.items() if key.endswith("lora_B")]
+    assert min(float(np.abs(x).max()) for x in moved) > 1e-4
+    assert all(np.array_equal(two[0][key], two[1][key]) for key in two[0])
+
+
+def test_the_first_gradient_is_that_of_one_process(alone, two):
+    """Before any weight differs: the norm over all factors of all layers."""
+    for name in METHODS:
+        first = two[0][f"{name}/norm"][0]
+        assert first == pytest.approx(alone[f"{name}/norm"][0], rel=2e-6)
+
+
+def test_runs_are_continued_by_another_number_of_ranks(folder, alone, two):
+    expected = own(alone, "dora")
+    resumed = own(two[1], "resumed")
+    trained = [key for key in expected if "lora" in key]
+    assert max(float(np.abs(resumed[key] - expected[key]).max()) for key in trained) < TOLERANCE
+    job = {
+        "settings": settings(folder, "dora", "begun-by-two"),
+        "updates": UPDATES,
+        "resume": True,
+    }
+    back = ranks_of_training.run(job, ranks_of_training.SINGLE_PROCESS)
+    assert max(float(np.abs(back[key] - expected[key]).max()) for key in trained) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_adapters_are_written_whole(folder, alone, two, name):
+    file = "adapter_model.safetensors"
+    one, other = (load_file(folder / f"{place}-{name}" / file) for place in ("alone", "two"))
+    assert {key: x.shape for key, x in one.items()} == {key: x.shape for key, x in other.items()}
+    assert max(differences(one, other).values()) < TOLERANCE
+    config = "adapter_config.json"
+    texts = [(folder / f"{place}-{name}" / config).read_text() for place in ("alone", "two")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({}, 4, "tensor_parallel is 2, but there are 4 processes"),
+        ({}, 1, "there are 1 processes; start 2 of them"),
+        ({"train": ["lora", "mlp1"]}, 2, "only adapters are trained"),
+        ({"compile": True}, 2, "compile cannot be combined with tensor_parallel"),
+        ({"method": "mpo", "cache_reference": True}, 2, "cache_reference cannot be"),
+    ],
+)
+def test_what_a_divided_model_cannot_train_is_refused(folder, changes, size, message):
+    config = build_config(settings(folder, "sft", "refused") | {"tensor_parallel": 2} | changes)
+    with pytest.raises(UserError, match=message):
+        check_tensor_parallel(config, ProcessGroup(0, size))
+    check_tensor_parallel(replace(config, tensor_parallel=1), ProcessGroup(0, size))
