@@ -18,8 +18,9 @@ from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.params import Arrays, named_arrays
 
 LORA_A = "lora_A"
-# settings that compute on one rank alone, or read from one rank's disk what others compute
-UNSUITABLE = ("compile", "eval_metric", "cache_reference")
+# settings that compute on one rank alone, read from one rank's disk what others compute, or load a
+# second model that is not divided
+UNSUITABLE = ("compile", "eval_metric", "cache_reference", "teacher")
 
 
 def check_tensor_parallel(config: TrainConfig, ranks: ProcessGroup) -> None:

@@ -82,7 +82,7 @@ def messages(job: dict[str, Any], shard: Shard) -> dict[str, np.ndarray]:
 
 def compiled(_: dict[str, Any], shard: Shard) -> dict[str, np.ndarray]:
     """Send from within a compiled function, as compiled decode steps do."""
-    step = mx.compile(lambda x: shard.gather_last(shard.sum(x @ x.T)))
+    step = mx.compile(lambda x: shard.gather_last(shard.sum(shard.share(x) @ x.T)))
     return {"twice": np.array([step(mx.full((2, 2), shard.rank + n + 1.0)) for n in range(2)])}
 
 

@@ -19,6 +19,7 @@ from internvl3_mlx.models.shard_layout import (
     head_part_rows,
     local_config,
     tensor_part,
+    whole_config,
 )
 
 LAYER = "language_model.model.layers.17."
@@ -122,6 +123,7 @@ def test_a_local_config_has_parts_of_heads_and_widths(size):
     assert local.experts.count == 5
     assert (local.hidden_size, local.vocab_size, local.head_dim) == (96, 151674, 128)
     assert local_config(whole, 1) is whole
+    assert whole_config(local_config(whole, size), size) == whole
 
 
 LARGEST = {"heads": 64, "kv_heads": 8, "width": 29568}  # InternVL3-78B
