@@ -7,7 +7,7 @@ built; what only changes a view is not counted.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +25,11 @@ NODE = re.compile(r'label ="([^"]+)", shape=rectangle')
 CACHED, CAPACITY = 40, 256  # tokens
 
 
-def count_kernels(model: Any, *, compiled: bool) -> Counter[str]:
-    """Count the operations of one token of one sequence that are kernels, by name."""
+def count_kernels(model: Any, *, compiled: bool, own: bool = False) -> Counter[str]:
+    """Count the operations of one token of one sequence that are kernels, by name.
+
+    own: with our kernels of the decode step, which are used where they are faster.
+    """
     from internvl3_mlx.generation.compiled_step import StepRunner
     from internvl3_mlx.models.cache import KVCache
     from internvl3_mlx.models.static_cache import StaticSequence
@@ -36,7 +39,7 @@ def count_kernels(model: Any, *, compiled: bool) -> Counter[str]:
     prompt = mx.zeros((1, CACHED), dtype=mx.int32)
     mx.eval(language.model(model.embed(prompt), language.rotary(0, CACHED), caches))
     token = mx.array([[1]], dtype=mx.int32)
-    with fused_operations():
+    with fused_operations(own=own):
         if compiled:
             ready = StaticSequence.prepare(caches, 1)
             assert ready is not None
@@ -88,13 +91,20 @@ def kernels_of(array: mx.array) -> Counter[str]:
 
 
 @contextmanager
-def fused_operations() -> Iterator[None]:
-    """Build graphs as on a GPU, with one operation in the place of each fused one."""
+def fused_operations(*, own: bool = False) -> Iterator[None]:
+    """Build graphs as on a GPU, with one operation in the place of each fused one.
+
+    own: of each of our kernels of the decode step, too.
+    """
 
     def single(x: mx.array, *others: Any, **options: Any) -> mx.array:
         given = [*others, *options.values()]
         inputs = [other for other in given if isinstance(other, mx.array)]
         return mx.depends(mx.cumsum(x, axis=-1), inputs) if inputs else mx.cumsum(x, axis=-1)
+
+    def launch(_: Any, inputs: Sequence[mx.array], config: Any) -> list[mx.array]:
+        node = single(inputs[0].reshape(-1), *inputs[1:])
+        return [node.reshape(shape) for shape in config.shapes]
 
     devices = ("models.decoder", "models.layers", "generation.compiled_step")
     with ExitStack() as stack:
@@ -102,6 +112,11 @@ def fused_operations() -> Iterator[None]:
             stack.enter_context(patch.object(mx.fast, name, single))
         for module in devices:
             stack.enter_context(patch(f"internvl3_mlx.{module}.on_gpu", lambda: True))
+        if own:
+            step = "internvl3_mlx.models.step_kernels"
+            stack.enter_context(patch(f"{step}.kernels_enabled", lambda: True))
+            stack.enter_context(patch(f"{step}.should_use", lambda variant: variant.is_supported))
+            stack.enter_context(patch("internvl3_mlx.metal_kernels.dispatch.launch_kernel", launch))
         yield
 
 

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import median
@@ -150,17 +151,18 @@ def same(side: str, folder: Path, photos: list[Path]) -> Results:
 
 
 def kernels(side: str, folder: Path, _photos: list[Path]) -> Results:
-    """Count the kernels of a token and layer at 4 bits, without and with a compiled step."""
+    """Count the kernels of a token and layer at 4 bits: plain, compiled, and with our kernels."""
     import mlx.nn as nn
 
-    from benchmarks.kernel_count import count_batch_kernels, kernels_per_layer
+    from benchmarks.kernel_count import count_batch_kernels, count_kernels, kernels_per_layer
 
     model = import_program(side)(folder).vlm.model
     nn.quantize(model.language_model, group_size=64, bits=4)
     ways = {"plain": False, "compiled": True}
     alone = {name: kernels_per_layer(model, compiled=compiled) for name, compiled in ways.items()}
     batch = kernels_per_layer(model, compiled=True, count=count_batch_kernels)
-    return {**alone, "compiled batch": batch}
+    own = kernels_per_layer(model, compiled=True, count=partial(count_kernels, own=True))
+    return {**alone, "compiled batch": batch, "compiled, own-kernel": own}
 
 
 TASKS: dict[str, Callable[[str, Path, list[Path]], Results]] = {

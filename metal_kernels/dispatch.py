@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -97,6 +97,12 @@ def build_kernel(source: KernelSource) -> Any:
 def read_shader(name: str) -> str:
     """Return the text of a file of shaders/."""
     return (files(__package__) / "shaders" / f"{name}.metal").read_text("ascii")
+
+
+@lru_cache(maxsize=64)
+def scalar_array(value: float, dtype: mx.Dtype) -> mx.array:
+    """Return a 0-d array, the same one for every layer."""
+    return mx.array(value, dtype)
 
 
 def device_name() -> str:

@@ -142,19 +142,13 @@ def flash_decode_kernel(
         splits = variant.splits(q.shape[0], capacity)
     plan = plan_launches(variant, q.shape[0], kv_heads, splits)
     ends = kernel_lengths(lengths, q.shape[0])
-    hidden = scalar_array(int(variant.causal), mx.int32)
-    factor = scalar_array(q.shape[-1] ** -0.5 if scale is None else scale, mx.float32)
+    hidden = dispatch.scalar_array(int(variant.causal), mx.int32)
+    factor = dispatch.scalar_array(q.shape[-1] ** -0.5 if scale is None else scale, mx.float32)
     inputs = [q.astype(store.dtype), *store.arrays, ends, hidden, factor]
     out, lse = dispatch.launch_kernel(
         JOIN_KERNEL, dispatch.launch_kernel(plan.program, inputs, plan.split), plan.join
     )
     return out.astype(q.dtype), lse
-
-
-@lru_cache(maxsize=64)
-def scalar_array(value: float, dtype: mx.Dtype) -> mx.array:
-    """Return a 0-d array, the same one for every layer."""
-    return mx.array(value, dtype)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,16 @@ from itertools import product
 
 import mlx.core as mx
 
+from internvl3_mlx.metal_kernels.decode_kernels import step_variants
 from internvl3_mlx.metal_kernels.flash_decode import MAX_DRAFT_TOKENS, FlashVariant
 from internvl3_mlx.metal_kernels.kv_append import KVAppendVariant
-from internvl3_mlx.metal_kernels.kv_layout import BITS, DENSE_BITS, GROUP_SIZES, KVRowLayout
+from internvl3_mlx.metal_kernels.kv_layout import (
+    BITS,
+    DENSE_BITS,
+    GROUP_SIZES,
+    HEAD_DIMS,
+    KVRowLayout,
+)
 from internvl3_mlx.metal_kernels.self_test import KernelVariant
 
 # (head_dim, query heads per key-value head): demo; 1B; 2B; 8B; 9B; 14B and 38B; 78B and the 38B
@@ -21,8 +28,11 @@ LARGEST_SHAPE = (128, 16, MAX_DRAFT_TOKENS)  # the 9B's longest draft: most thre
 
 
 def all_variants() -> list[KernelVariant]:
-    """List one variant of each text: one token at 16, 8 and 4 bits, drafts, prefixes, appends."""
-    listed = [*single_token_variants(), *draft_variants(), *append_variants()]
+    """List one variant of each text: single tokens, drafts, prefixes, appends, the step."""
+    listed = [
+        *single_token_variants(), *draft_variants(), *append_variants(),
+        *step_variants(VARIANT_DTYPES, HEAD_DIMS),
+    ]  # fmt: skip
     return list({variant.name: variant for variant in reversed(listed)}.values())[::-1]
 
 

@@ -153,7 +153,11 @@ def kernels_used() -> dict[str, str]:
     from internvl3_mlx.metal_kernels import registry
 
     starts = {key: registry.faster_from(found) for key, found in registry.faster_cases().items()}
-    return {key: f"from {start:,} tokens" for key, start in starts.items() if start is not None}
+    return {
+        key: f"from {console.format_count(start, 'token')} on"
+        for key, start in starts.items()
+        if start is not None
+    }
 
 
 def bench_row(figure: "Measurement", limits: "MachineLimits") -> dict[str, Any]:

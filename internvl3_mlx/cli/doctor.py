@@ -157,7 +157,7 @@ def describe_speedups(speedups: "Speedups") -> dict[str, str]:
 
 def describe_speedup(found: "KernelSpeedup") -> str:
     splits = f" with {found.plan} splits" if found.plan else ""
-    return f"{found.ratio:.2f}x at {found.tokens:,} tokens{splits}"
+    return f"{found.ratio:.2f}x at {console.format_count(found.tokens, 'token')}{splits}"
 
 
 def run_checks(*, retry: bool = False) -> Iterator[dict[str, str]]:

@@ -30,6 +30,7 @@ from internvl3_mlx.models.kv_segment import DENSE, QuantizedFormat, RowFormat
 from internvl3_mlx.models.quantized_cache import KVQuantization
 from internvl3_mlx.models.rope import Positions, Rotary
 from internvl3_mlx.models.static_cache import StaticSequence
+from internvl3_mlx.models.step_tuning import prepare_step_kernels
 
 # Tokens per chunk. A CPU computes the scores behind the causal mask too; short chunks have fewer.
 GPU_PREFILL_STEP_SIZE, CPU_PREFILL_STEP_SIZE = 2048, 512
@@ -326,9 +327,11 @@ def measure_kernels(
 ) -> None:
     """Measure, once on this machine, whether our kernels are faster for this model and cache."""
     speculative = config.lookup or config.draft_model is not None
+    text, dtype = model.config.text, model.language_model.model.norm.weight.dtype
+    prepare_step_kernels(text, dtype, prompt_tokens)
     prepare_kernels(
-        model.config.text,
-        model.language_model.model.norm.weight.dtype,
+        text,
+        dtype,
         quantization,
         prompt_tokens,
         config.num_draft_tokens if speculative else 0,

@@ -29,6 +29,7 @@ from internvl3_mlx.models.rope import (
     scaled_frequencies,
 )
 from internvl3_mlx.models.shard_layout import head_part_rows
+from internvl3_mlx.models.step_kernels import add_and_norm, rotate_projected
 
 
 class Attention(nn.Module):
@@ -59,13 +60,16 @@ class Attention(nn.Module):
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D): ``context`` takes in all L tokens, ``rows`` of them attend."""
-        heads, sliding = self.project_heads(x), self.sliding
+        sliding = self.sliding
         if sliding is None and x.shape[1] == 1 and context.accepts_joint():
-            rotated = rotary.rotate_heads(heads, self.heads + self.kv_heads)
+            rotated = rotate_projected(x, self, rotary, self.heads, self.kv_heads, self.head_dim)
+            if rotated is None:
+                turned = self.heads + self.kv_heads
+                rotated = rotary.rotate_heads(self.project_heads(x), turned)
             q, kv = mx.split(rotated, [self.heads], axis=1)
             out = context.attend_joint(scale_scores(q, rotary), kv)
             return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
-        qk, v = mx.split(heads, [self.heads + self.kv_heads], axis=2)
+        qk, v = mx.split(self.project_heads(x), [self.heads + self.kv_heads], axis=2)
         if sliding is not None:
             q, k = mx.split(rotary(qk), [self.heads], axis=1)
             q = scale_scores(q, rotary)
@@ -151,10 +155,11 @@ class Block(nn.Module):
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
         """x: (B, L, D) -> (B, R, D), the states of ``rows``."""
-        shard = self.shard
+        shard, norm = self.shard, self.post_attention_layernorm
         read = shard.share(self.input_layernorm(x))
-        x = x[:, rows] + shard.sum(self.self_attn(read, rotary, context, rows))
-        return x + shard.sum(self.mlp(shard.share(self.post_attention_layernorm(x))))
+        added = shard.sum(self.self_attn(read, rotary, context, rows))
+        x, normed = add_and_norm(x[:, rows], added, norm, decodes=context is not NO_CACHE)
+        return x + shard.sum(self.mlp(shard.share(normed)))
 
 
 class Decoder(nn.Module):

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl3_mlx.config import RopeScaling, TextConfig
+from internvl3_mlx.metal_kernels.decode_kernels import padded_positions
 from internvl3_mlx.metal_kernels.kv_append import RopeParams
 from internvl3_mlx.models.layers import compile_on_gpu
 
 # The first of consecutive integer positions: one for all sequences, or (B,) int32; or one position
 # for each token: (L,) or (B, L) float32.
 Positions = int | mx.array
+STEP = (0, 0)  # in place of numbers of heads
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,18 @@ class Rotary:
         if isinstance(base, mx.array):
             return RopeParams(positions, base)
         return RopeParams.from_base(positions, self.head_dim, base)
+
+    def step_params(self) -> RopeParams | None:
+        """Return the rotation of one token of each sequence for the ``head_rotation`` kernel.
+
+        Made once for all layers. None where sequences have frequencies of their own.
+        """
+        if isinstance(self.base, mx.array) and self.base.ndim > 1:
+            return None
+        if STEP not in self.by_head:
+            rope = self.rope_params(1)
+            self.by_head[STEP] = padded_positions(rope.positions), rope.freqs
+        return RopeParams(*self.by_head[STEP])
 
     def apply_rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """Rotate x: (B, H, L, D), the first token by ``offset``, (B,) for one of each sequence."""

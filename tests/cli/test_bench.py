@@ -116,7 +116,7 @@ def found(monkeypatch):
 
 def test_where_kernels_are_faster_is_saved_and_reported(found):
     shown = bench().stdout
-    assert re.search(r"fast +from 1,024 tokens\n", shown)
+    assert re.search(r"fast +from 1,024 tokens on\n", shown)
     assert "slow" not in shown
     assert registry.is_faster("fast", 1024)
     assert not registry.is_faster("fast", 1023)

@@ -14,6 +14,14 @@ from fixtures.attention_cases import Ragged
 from metal_emulator.mlx_source import Call, Definition, generate
 
 from internvl3_mlx.metal_kernels import dispatch, launch_plan, registry, self_test
+from internvl3_mlx.metal_kernels.decode_kernels import (
+    AddNormVariant,
+    HeadRotation,
+    HeadRotationVariant,
+    add_norm_kernel,
+    head_rotation_kernel,
+    should_use,
+)
 from internvl3_mlx.metal_kernels.flash_decode import (
     MAX_DRAFT_TOKENS,
     FlashVariant,
@@ -144,6 +152,21 @@ def test_appended_tokens(texts):
             keys = mx.zeros((batch, length, 2, 32), mx.float16)
             turn = RopeParams.from_base(mx.zeros((batch, length)), 32, 1e4)
             kv_append(keys, keys, layout, turn)
+
+
+def test_the_decode_step(texts):
+    """Any number of sequences, widths and heads."""
+    for batch in range(1, MAX_ANSWERS + 1):
+        for width in (8, 96, 1025):
+            x = mx.zeros((batch, 1, width), mx.float16)
+            assert should_use(AddNormVariant(mx.float16, width))
+            add_norm_kernel(x, x, mx.ones(width, mx.float16), 1e-6)
+        for heads, kv_heads in ((3, 1), (14, 2)):
+            count = heads + 2 * kv_heads
+            assert should_use(HeadRotationVariant(mx.float16, 32, True, False, count))
+            rope = RopeParams.from_base(mx.zeros((batch, 1)), 32, 1e4)
+            given = HeadRotation(rope, heads, kv_heads, mx.zeros(count * 32, mx.float16))
+            head_rotation_kernel(mx.zeros((batch, 1, count, 32), mx.float16), given)
 
 
 def test_lengths_are_padded_once(texts):
