@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from fixtures.loaded_models import tiny
 from fixtures.rank_processes import INTERNVL3, PATIENCE_S
+from fixtures.tiny import Recipe
 
 from internvl3_mlx.cli.launch import model_of
 from internvl3_mlx.errors import UserError
@@ -99,6 +103,54 @@ def test_a_command_runs_on_two_hosts_and_answers_once(ssh, tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "dog\n", "")
     assert Path(f"{ssh}.log").read_text().split() == ["mac2", "mac2"]  # the check, and the rank
+
+
+def children(pid):
+    """List the processes that a process has started."""
+    rows = subprocess.run(["ps", "-Ao", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = [map(int, line.split()) for line in rows.stdout.splitlines()]
+    return [own for own, parent in pairs if parent == pid]
+
+
+def wait_for(process, stream, wanted=b""):
+    """Wait until a process has written something, or what is wanted."""
+    deadline, found = time.monotonic() + PATIENCE_S, b""
+    os.set_blocking(stream.fileno(), False)
+    while not found.strip() or wanted not in found:
+        found += stream.read() or b""
+        assert process.poll() is None, found
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_is_the_commands_and_no_process_is_left(tmp_path):
+    model = str(tiny(Recipe()).folder)
+    flags = ["--no-history", "--max-tokens", "100000", "--temp", "2"]
+    process = subprocess.Popen(
+        [*INTERNVL3, "launch", "-n", "2", "chat", "--model", model, *flags],
+        cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        process.stdin.write(b"What?\n")
+        process.stdin.flush()
+        wait_for(process, process.stdout)
+        started = children(process.pid)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        wait_for(process, process.stderr, b"stopped; the text so far")
+        process.stdin.write(b"And then?\n")
+        process.stdin.flush()
+        wait_for(process, process.stdout)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(started) == 2
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_the_exit_code_is_the_commands_own(tmp_path):
