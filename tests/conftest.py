@@ -5,6 +5,9 @@ import os
 import pytest
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # float32 on every GPU; MLX reads it at its first product
+# of torch, which reads it when it is loaded: there is a process for each core, and a second thread
+# waits for the first by spinning, thirty times longer than a tiny model takes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
