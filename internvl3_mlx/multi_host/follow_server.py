@@ -12,10 +12,10 @@ from internvl3_mlx.serving.engine import make_worker, model_sources
 from internvl3_mlx.serving.event_stream import EventChannel
 from internvl3_mlx.serving.prompt_inputs import make_constraints
 from internvl3_mlx.serving.queued_request import QueuedRequest
-from internvl3_mlx.serving.rounds import Round, counted
+from internvl3_mlx.serving.rounds import ModelCommand, Round, counted
 from internvl3_mlx.serving.served_model import ServedModel
 from internvl3_mlx.serving.settings import EngineSettings
-from internvl3_mlx.serving.worker import ModelCommand, Worker
+from internvl3_mlx.serving.worker import Worker
 
 LoadNext = Callable[[], ModelRunner]
 

@@ -43,13 +43,13 @@ from internvl3_mlx.serving.requests import (
     QueueFull,
     UnknownModel,
 )
-from internvl3_mlx.serving.rounds import RoundLeader
+from internvl3_mlx.serving.rounds import ModelCommand, RoundLeader
 from internvl3_mlx.serving.scheduler import Scheduler
 from internvl3_mlx.serving.served_model import LoadedParts, ServedModel
 from internvl3_mlx.serving.settings import EngineSettings
 from internvl3_mlx.serving.status import EngineMetrics, EngineStatus, ModelStatus
 from internvl3_mlx.serving.tiled_images import TiledImages
-from internvl3_mlx.serving.worker import STOPPING, ModelCommand, Worker
+from internvl3_mlx.serving.worker import STOPPING, Worker
 from internvl3_mlx.vlm import ignore_message
 
 LONGEST_RETRY_S = 60

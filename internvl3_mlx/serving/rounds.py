@@ -5,24 +5,32 @@ the clock says. So several processes that hold a model schedule alike without as
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from internvl3_mlx.distributed.team import Leader
 from internvl3_mlx.generation.mirror import plain_config
 from internvl3_mlx.serving.counters import Counters
 from internvl3_mlx.serving.queued_request import QueuedRequest
 from internvl3_mlx.serving.requests import AnswerRequest, ChatMessage, TextPart
+from internvl3_mlx.serving.served_model import LoadedParts
 from internvl3_mlx.serving.settings import EngineSettings
-
-if TYPE_CHECKING:
-    from internvl3_mlx.serving.worker import ModelCommand
 
 SERVING = 0  # the number of the call that a server is
 COUNTED = ("prompt_tokens", "completion_tokens", "decode_steps")
 ROUND_TYPES: Mapping[str, type[Any]] = {
     one.__name__: one for one in (AnswerRequest, ChatMessage, EngineSettings, TextPart)
 }
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCommand:
+    """Load a model, or put it away; ``done`` gets what came of it."""
+
+    model: str
+    load: bool
+    done: "Future[LoadedParts | None]" = field(default_factory=Future)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +42,7 @@ class Round:
 
     added: Sequence[QueuedRequest] = ()
     left: Sequence[QueuedRequest] = ()
-    commands: "Sequence[ModelCommand]" = ()
+    commands: Sequence[ModelCommand] = ()
     idle: Sequence[str] = ()
     stopping: bool = False
     cut: bool = False

@@ -2,28 +2,17 @@
 
 import time
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 
 from internvl3_mlx.serving.event_stream import Outbox
 from internvl3_mlx.serving.queued_request import QueuedRequest
 from internvl3_mlx.serving.requests import EngineStopped
-from internvl3_mlx.serving.rounds import Round, RoundLeader
+from internvl3_mlx.serving.rounds import ModelCommand, Round, RoundLeader
 from internvl3_mlx.serving.scheduler import Scheduler
-from internvl3_mlx.serving.served_model import LoadedParts
 
 STOPPING = "the server is stopping; ask again when it has started"
 LONGEST_SLEEP_S = 60.0
-
-
-@dataclass(frozen=True, eq=False)
-class ModelCommand:
-    """Load a model, or put it away; ``done`` gets what came of it."""
-
-    model: str
-    load: bool
-    done: "Future[LoadedParts | None]" = field(default_factory=Future)
 
 
 @dataclass(eq=False)
