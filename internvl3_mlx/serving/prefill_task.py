@@ -177,13 +177,17 @@ class PrefillTask:
         found.put(image.content_hash, features)
 
     def encode_tiles(self, image: ProcessedImage) -> Iterator[EncodedTiles]:
-        """Yield the features of a few tiles at a time; of a Flash model, ``RoutedTiles``."""
+        """Yield the features of a few tiles at a time; of a Flash model, ``RoutedTiles``.
+
+        Of a divided model, each rank reads a few of them.
+        """
         model = self.runner.model
-        step = tiles_per_chunk()
+        step = tiles_per_chunk() * model.shard.size
         for start in range(0, len(image.tiles), step):
             begun = time.perf_counter()
             pixels = mx.array(image.tiles[start : start + step])
-            part = model.route_tiles(pixels) if model.has_router else (model.encode_tiles(pixels),)
+            routed = model.route_images(pixels) if model.has_router else None
+            part = routed or (model.get_image_features(pixels),)
             mx.eval(part)
             self.work += default_chunk()
             self.vision_s += time.perf_counter() - begun
