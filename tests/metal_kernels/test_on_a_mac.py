@@ -9,6 +9,7 @@ from fixtures.attention_cases import ROUNDING, Ragged, relative_error
 
 from internvl3_mlx.metal_kernels import dispatch, self_test
 from internvl3_mlx.metal_kernels.cost_model import PUBLISHED_SHAPES
+from internvl3_mlx.metal_kernels.decode_kernels import add_norm_kernel
 from internvl3_mlx.metal_kernels.flash_decode import (
     MAX_DRAFT_TOKENS,
     MAX_QUERY_ROWS,
@@ -61,6 +62,21 @@ def test_ragged_shapes_on_the_gpu_equal_float64(heads, bits, dtype):
                 dtype,
                 splits,
             )
+
+
+@pytest.mark.metal
+@needs_a_gpu
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("width", [8, 9, 255, 257, 896, 3585, 8192])
+def test_sums_and_norms_on_the_gpu_equal_the_reference(width, dtype):
+    x, y = (mx.random.normal((5, width), key=mx.random.key(n)).astype(dtype) for n in (0, 1))
+    weight = mx.random.normal((width,), key=mx.random.key(2)).astype(dtype)
+    total, out = add_norm_kernel(x, y, weight, 1e-5)
+    with mx.stream(mx.cpu):
+        wanted = x + y
+        norm = mx.fast.rms_norm(wanted.astype(mx.float32), weight.astype(mx.float32), 1e-5)
+    assert mx.array_equal(total, wanted)
+    assert self_test.max_relative_error(out, norm) <= self_test.TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("splits", [None, 3])
