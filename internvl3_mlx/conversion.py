@@ -25,6 +25,7 @@ from internvl3_mlx.convert.recipes import (
     uniform_recipe,
 )
 from internvl3_mlx.errors import UserError
+from internvl3_mlx.files import OnWait
 from internvl3_mlx.loading import hub
 from internvl3_mlx.loading.fetch_adapter import fetch_adapter
 from internvl3_mlx.loading.resolve import resolve_model
@@ -111,7 +112,6 @@ def convert_model(
         CheckpointError: ``source`` is damaged, or the target does not pass its checks.
     """
     call = describe_call(locals())
-    show = on_progress or ignore_progress
     quantizing = QuantizationArguments(
         bits=bits,
         group_size=group_size,
@@ -122,9 +122,8 @@ def convert_model(
         target_bpw=target_bpw,
         gptq=gptq,
     )
-    quantizing.check(dry_run=dry_run)
-    check_part(part, layout, vision_bits=vision_bits, measure=measure)
-    folder = find_source(source, revision, quantize=quantizing.quantizes, on_progress=show)
+    quantizing.check(part, layout, measure=measure, dry_run=dry_run)
+    folder = find_source(source, revision, quantize=quantizing.quantizes, on_progress=on_progress)
     quantizing = quantizing.with_default_bits(folder)
     conversion = Conversion(
         source=folder,
@@ -137,7 +136,7 @@ def convert_model(
             check_output=verify,
             independent_check=measure,
             adapter=None if adapter is None else fetch_adapter(str(adapter)),
-            on_wait=lambda message: show(ConversionProgress("wait", message)),
+            on_wait=wait_notifier(on_progress),
         ),
         recipe=quantizing.choose_recipe(),
         calibration=quantizing.choose_calibration(dtype),
@@ -145,7 +144,7 @@ def convert_model(
         measure_images=expand(measure_images) or quantizing.calibration_images,
         command=command or call,
     )
-    return conversion.plan() if dry_run else finish(conversion, show)
+    return conversion.plan() if dry_run else finish(conversion, on_progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +160,9 @@ class QuantizationArguments:
     target_bpw: float | None
     gptq: bool
 
-    def check(self, *, dry_run: bool) -> None:
+    def check(self, part: str, layout: str, *, measure: bool, dry_run: bool) -> None:
         """Refuse a contradiction before anything is opened or downloaded."""
+        check_part(part, layout, vision_bits=self.vision_bits, measure=measure)
         calibrates = self.calibration_images is not None
         if self.recipe is not None and calibrates:
             raise UserError("a recipe and calibration both choose the bits; give only one of them")
@@ -280,12 +280,18 @@ def find_source(
     return hub.download(repo, revision)
 
 
-def finish(conversion: Conversion, on_progress: OnProgress) -> ConversionResult:
+def wait_notifier(on_progress: OnProgress | None) -> OnWait:
+    """Return what tells of another process that is waited for."""
+    notify = on_progress or ignore_progress
+    return lambda message: notify(ConversionProgress("wait", message))
+
+
+def finish(conversion: Conversion, on_progress: OnProgress | None) -> ConversionResult:
     """Run a conversion to its end and return the result."""
-    steps = conversion.run()
+    notify, steps = on_progress or ignore_progress, conversion.run()
     while True:
         try:
-            on_progress(next(steps))
+            notify(next(steps))
         except StopIteration as end:
             result: ConversionResult = end.value
             return result
