@@ -4,6 +4,7 @@ A program of its own: ``test_sharded_models`` launches it, and runs the same job
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,11 +56,13 @@ def logits(job: dict[str, Any], shard: Shard) -> dict[str, np.ndarray]:
 def talk(job: dict[str, Any], shard: Shard) -> dict[str, np.ndarray]:
     """Ask two questions in a conversation, the second one from the caches of the first."""
     loaded = load_local_model(Path(job["folder"]), shard=shard)
+    os.environ["INTERNVL3_COMPILE"] = job.get("compile", "off")
     chat = VLM("tiny", loaded, loaded.template).conversation(**job["options"])
     found = {}
     for turn, (question, images) in enumerate(job["questions"]):
         *_, last = chat.stream(question, images, **job.get("first", {}) if not turn else {})
         found[f"tokens{turn}"] = np.array(last.answer.token_ids)
+        found[f"compiled{turn}"] = np.array(last.answer.usage.compiled_tokens)
         found[f"cached{turn}"] = np.array(last.answer.usage.cached_tokens)
     return found
 

@@ -12,6 +12,7 @@ from fixtures.lora_models import stirred
 from fixtures.shards import divisible, launch_ranks
 from fixtures.tiny import Bits
 
+from internvl3_mlx.generation.compiled_step import can_compile
 from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.training.lora_setup import LoRAConfig, add_lora, save_model_adapter
 
@@ -112,7 +113,9 @@ def alone(jobs, more_jobs):
 
 @pytest.fixture(scope="module")
 def two(folder, jobs, more_jobs):
-    return launch_ranks(Path(ranks_of_models.__file__), folder, {**jobs, **more_jobs}, 2)
+    compiled = {"talk-compiled": more_jobs["talk"] | {"compile": "on"}} if can_compile() else {}
+    every = {**jobs, **more_jobs, **compiled}
+    return launch_ranks(Path(ranks_of_models.__file__), folder, every, 2)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +197,15 @@ def test_a_token_sends_two_sums_a_layer_and_one_part_of_the_logits(two, alone):
         [features] = rank["messages/tiles_gather"]  # two of three tiles, 4 tokens each
         assert features == 2 * 4 * width * 4
         assert rank["messages/tiles_sum"].size == 0
+
+
+@pytest.mark.skipif(not can_compile(), reason="MLX needs a C++ compiler on a CPU")
+def test_compiled_steps_of_parts_have_the_tokens_of_one_process(alone, two):
+    for rank in two:
+        for turn in range(2):
+            tokens = alone[f"talk/tokens{turn}"].tolist()
+            assert rank[f"talk-compiled/tokens{turn}"].tolist() == tokens
+            assert rank[f"talk-compiled/compiled{turn}"] == len(tokens) - 1
 
 
 def test_messages_can_be_compiled(two):
