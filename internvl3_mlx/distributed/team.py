@@ -37,6 +37,7 @@ from internvl3_mlx.errors import InternVL3Error, UserError
 
 TIMEOUT_VARIABLE = "INTERNVL3_PEER_TIMEOUT"
 PEER_TIMEOUT_S = 10.0  # of silence; heartbeats come twice a second
+HELLO_BYTES = 65_536  # of the first message, before a connection is known to be of this run
 SETTLE_S = 5.0  # until all ranks have ended a step that failed on one
 Facts = Mapping[str, str]  # what must be the same on all ranks, by its name
 Report = Callable[[str], None]  # shows one line before the process ends
@@ -273,13 +274,13 @@ def gather_team(
         try:
             link = Link(server.accept()[0], types)
             link.connection.settimeout(CONNECT_S)
-            hello = link.receive()
+            hello = link.receive(HELLO_BYTES)
         except TimeoutError:
             missing = [r for r in range(1, leader.group.size) if r not in leader.links]
             raise PeerError(f"{leader.watch.names(missing)} did not connect") from None
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, LookupError):
             continue
-        if hello.get("token") != token:
+        if not isinstance(hello, dict) or hello.get("token") != token:  # of another run
             link.close()
             continue
         link.connection.settimeout(None)

@@ -38,9 +38,14 @@ class Link:
         with self.sending:
             self.connection.sendall(frame)
 
-    def receive(self) -> Any:
-        """Wait for the next message. Raises ClosedError at the end of the connection."""
+    def receive(self, limit: int | None = None) -> Any:
+        """Wait for the next message. Raises ClosedError at the end of the connection.
+
+        limit: of its bytes, where the other side may be a stranger; raises ValueError beyond.
+        """
         header, arrays = LENGTHS.unpack(self.read(LENGTHS.size))
+        if limit is not None and header + arrays > limit:
+            raise ValueError(f"a message of {header + arrays:,} bytes, {limit:,} at most")
         return unpack(self.read(header), self.read(arrays), self.types)
 
     def read(self, count: int) -> bytes:

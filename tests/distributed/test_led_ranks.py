@@ -84,6 +84,10 @@ def test_messages_come_back_as_they_were():
         Link(theirs).receive()
     with pytest.raises(TypeError, match="a object cannot be sent"):
         Link(ours).send(object())
+    Link(ours).send("x" * 99)
+    with pytest.raises(ValueError, match="a message of 101 bytes, 50 at most"):
+        Link(theirs).receive(50)
+    theirs.recv(200)
     ours.close()
     with pytest.raises(ClosedError):
         Link(theirs).receive()

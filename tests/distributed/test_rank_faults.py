@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -101,6 +102,34 @@ def test_other_files_of_a_model_are_refused_and_a_full_disk_ends_all(tmp_path):
         (code, _, err), (other_code, _, _) = map(finish, processes)
     assert (code, other_code) == (1, 1)
     assert "No space left" in err or "disk" in err
+
+
+FAULT = """
+import sys
+from internvl3_mlx.generation.prefill import Prefill
+from internvl3_mlx.cli.main import run
+def fail(*_):
+    raise ValueError("out of order")
+Prefill.run = fail
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, rf"error: out of order \(rank 1 \({HOST}\) could not end the step\)"),
+        (1, rf"error: rank 1 \({HOST}\) failed: ValueError: out of order"),
+    ],
+)
+def test_an_error_of_one_rank_alone_ends_all(tmp_path, rank, message):
+    words = ["generate", "--model", str(tiny(Recipe()).folder), "-p", "What?"]
+    commands = [[*INTERNVL3, *words], [*INTERNVL3, *words]]
+    commands[rank] = [sys.executable, "-c", FAULT, *words]
+    with rank_processes(tmp_path, commands) as processes:
+        (code, out, err), (other_code, _, _) = map(finish, processes)
+    assert (code, out, other_code) == (1, "", 1)
+    assert re.search(message, err), err
 
 
 def test_a_signal_waits_for_the_end_of_a_step():
