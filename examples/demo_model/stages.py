@@ -90,14 +90,14 @@ BROAD = Lessons(
     squashed=0.35,
     whole=0.3,
     kinds={
-        "mosaics": 0.44,
-        "letters": 0.14,
-        "scenes": 0.24,
-        "known": 0.06,
+        "mosaics": 0.40,
+        "letters": 0.08,
+        "scenes": 0.28,
+        "known": 0.12,
         "follow_ups": 0.025,
-        "words": 0.055,
+        "words": 0.06,
         "charts": 0.01,
-        "pairs": 0.03,
+        "pairs": 0.025,
     },
 )
 STAGES = {
