@@ -1,5 +1,4 @@
 import io
-import os
 import time
 from types import SimpleNamespace
 
@@ -131,7 +130,7 @@ def test_words_wrap_at_words_on_a_narrow_terminal(monkeypatch):
             return True
 
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((40, 20)))
+    monkeypatch.setenv("COLUMNS", "40")
     text = "/image PATH…   attach images, videos or PDFs to the next question"
     assert console.wrap_words(text, Terminal()) == [
         "/image PATH…   attach images, videos or",

@@ -1,6 +1,5 @@
 """Lines break at words at any width; characters of two cells count as two."""
 
-import os
 
 import pytest
 from click.testing import CliRunner
@@ -83,6 +82,6 @@ def test_the_narrowest_terminal_breaks_nothing(monkeypatch, columns):
             return True
 
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 20)))
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert console.wrap_words(JAPANESE + " " + EMOJIS, Terminal())
     assert [*table_lines({"files": ROWS, "a": "b c d"}, columns)]
