@@ -1,6 +1,7 @@
 """What every test starts from: a cache folder of its own; nothing of the user's is touched."""
 
 import os
+import signal
 
 import pytest
 
@@ -8,6 +9,10 @@ os.environ["MLX_ENABLE_TF32"] = "0"  # float32 on every GPU; MLX reads it at its
 # of torch, which reads it when it is loaded: there is a process for each core, and a second thread
 # waits for the first by spinning, thirty times longer than a tiny model takes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell leaves it so for what runs in its background, and processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
