@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.loaded_models import tiny
-from fixtures.rank_checks import run_checks
+from fixtures.rank_checks import CHECKS, run_checks
 from fixtures.rank_processes import INTERNVL3, finish, rank_processes
 from fixtures.tiny import Recipe
 
@@ -48,10 +48,7 @@ def alone(model):
     return json.loads(json.dumps(run_checks(load(model))))
 
 
-@pytest.mark.parametrize(
-    "part",
-    ["questions", "conversation", "interleaved", "together", "errors", "unseeded", "interrupted"],
-)
+@pytest.mark.parametrize("part", [check.__name__ for check in CHECKS])
 def test_two_ranks_find_what_one_process_finds(led, alone, part):
     assert led[0][part] == alone[part]
 
