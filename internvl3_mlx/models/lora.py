@@ -112,7 +112,7 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         has_dropout = self.training and self.dropout > 0
-        dropped = dropout(x, self.dropout) if has_dropout else x
+        dropped = dropout(x, self.dropout, self.columns) if has_dropout else x
         low_rank = (dropped @ self.lora_A.T.astype(x.dtype)).astype(mx.float32)
         added = (self.scale * low_rank) @ self.lora_B.T
         if "lora_magnitude_vector" not in self:
@@ -205,9 +205,16 @@ def subtract_bias(y: mx.array, linear: nn.Module) -> mx.array:
     return y - linear.bias if "bias" in linear else y
 
 
-def dropout(x: mx.array, rate: float) -> mx.array:
-    """Zero a share of the elements and scale up the others, so that the mean stays."""
-    return mx.where(mx.random.bernoulli(1 - rate, x.shape), x * (1 / (1 - rate)), 0)
+def dropout(x: mx.array, rate: float, columns: Shard = WHOLE) -> mx.array:
+    """Zero a share of the elements and scale up the others, so that the mean stays.
+
+    x: (..., width), of ``columns.size`` times as many in all. Every rank draws the mask of all of
+    them and takes its own, so that the result does not depend on the number of ranks.
+    """
+    *outer, width = x.shape
+    whole = mx.random.bernoulli(1 - rate, (*outer, width * columns.size))
+    kept = whole[..., columns.rank * width : (columns.rank + 1) * width]
+    return mx.where(kept, x * (1 / (1 - rate)), 0)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -9,7 +9,8 @@ import pytest
 from fixtures.flash import build_flash
 from fixtures.inputs import random_image, random_pixels, relative_error, token_row, write_video
 from fixtures.lora_models import stirred
-from fixtures.shards import divisible, launch_ranks
+from fixtures.rank_processes import launch_ranks
+from fixtures.shards import divisible
 from fixtures.tiny import Bits
 
 from internvl3_mlx.generation.compiled_step import can_compile

@@ -1,5 +1,6 @@
 """Adapters trained on a divided model are those that one process trains."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures.shards import launch_ranks
-from fixtures.train_sessions import SMALL, write_data
-from safetensors.numpy import load_file
+from fixtures.rank_processes import launch_ranks
+from fixtures.records import DEMO, write_jsonl
+from fixtures.train_sessions import SMALL, critic_rows, write_data
+from safetensors.numpy import load_file, save_file
 
 sys.path.append(str(Path(__file__).parent))
 import ranks_of_training
@@ -23,19 +25,59 @@ UPDATES = 3
 TOLERANCE = 2e-5
 # Adam divides by the root of what it has seen: of a gradient near zero, that is mostly rounding
 SGD = {"optimizer": "sgd", "learning_rate": 1.0}
+DROPOUT = {"lora_dropout": 0.2}
 METHODS = {
-    "sft": SGD,
-    "dora": {"dora": True, "lora_keys": ["language", "lm_head"], "grad_checkpoint": True},
+    "sft": SGD | {"model": "demo"},  # three heads on each rank
+    "dora": DROPOUT | {"dora": True, "lora_keys": ["language", "lm_head"], "grad_checkpoint": True},
     "mpo": SGD | {"method": "mpo"},
-    "vision": SGD | {"lora_keys": ["language", "vision"]},
+    "kto": SGD | {"method": "kto"},
+    "prm": SGD | {"method": "prm"},
+    "vision": SGD | DROPOUT | {"lora_keys": ["language", "vision"]},
+    "qlora": SGD | {"q_bits": 4},
 }
+DATA = {"mpo": "pairs", "kto": "labels", "prm": "critic"}
 COMMON = SMALL | {"lora_dropout": 0, "num_layers": None, "iters": UPDATES, "max_grad_norm": 0.05}
+LAYERS = 2
+HEAD_DIM = 32
+TEXT = {
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": HEAD_DIM,
+}
 
 
 def settings(folder, name, run):
-    data = "pairs" if name == "mpo" else "data"
-    where = {"data": str(folder / data), "adapter_path": str(folder / run)}
-    return COMMON | METHODS[name] | where
+    data = str(folder / DATA.get(name, "data"))
+    where = {"model": str(folder / "model"), "data": data, "adapter_path": str(folder / run)}
+    return COMMON | where | METHODS[name]
+
+
+def write_model(folder):
+    """Write the first layers of the demo model, with heads whose halves are groups of 64."""
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("samples", "*.index.json"))
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"] |= TEXT
+    config["vision_config"]["num_hidden_layers"] = LAYERS
+    del config["demo_trained"]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if layer_number(name) < LAYERS}
+    save_file({name: more_heads(name, x) for name, x in kept.items()}, folder / "model.safetensors")
+
+
+def layer_number(name):
+    _, layers, rest = name.partition(".layers.")
+    return int(rest.split(".")[0]) if layers else 0
+
+
+def more_heads(name, x):
+    """Repeat the first heads of a projection, so that there are as many as in ``TEXT``."""
+    if "self_attn" not in name:
+        return x
+    axis = 1 if "o_proj" in name else 0
+    heads = TEXT["num_attention_heads" if "q_proj" in name or axis else "num_key_value_heads"]
+    return np.take(x, range(HEAD_DIM * heads), axis, mode="wrap")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +85,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     write_data(folder / "data", 9, 3)
     write_data(folder / "pairs", 9, 3, pairs=True)
+    write_data(folder / "labels", 9, 3, labels=True)
+    rows = [*critic_rows(folder / "critic", 9)]
+    for split, count in (("train", 9), ("valid", 3)):
+        write_jsonl(folder / "critic" / f"{split}.jsonl", rows[:count])
+    write_model(folder / "model")
     return folder
 
 

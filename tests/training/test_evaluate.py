@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.records import chat_record, pair_record, write_image, write_jsonl
-from fixtures.train_sessions import small_session, small_setup, write_data
+from fixtures.train_sessions import critic_rows, small_session, small_setup, write_data
 
 from internvl3_mlx import UserError, load
 from internvl3_mlx.errors import DataError
@@ -68,19 +68,6 @@ def test_exact_match_counts_the_desirable_answers_of_kto(tmp_path):
     assert len(matches) == 8
     [own] = [matches[0::2][np.array(batch.batch.labels)]]
     assert exact_match_rate(session.state, session.validation_batches()) == own.mean()
-
-
-def critic_rows(folder, count):
-    """Make rows in both forms: raw scored steps, and a critic's conversation."""
-    for number in range(count):
-        write_image(folder / f"{number}.png", 90 + 10 * number, 60, number)
-        steps = [
-            {"step": f"Step {at} of {number}.", "score": (number + at) % 3 / 2} for at in range(3)
-        ]
-        raw = {"image": f"{number}.png", "question": "How many?", "steps_with_score": steps}
-        turns = [{"from": "human", "value": "### Question:\n<image>\nHow many?"}]
-        turns += [{"from": "gpt", "value": "-+"[number % 2]}]
-        yield raw if number % 3 else {"image": f"{number}.png", "conversations": turns}
 
 
 def test_a_critics_steps_are_counted(tmp_path):
