@@ -51,9 +51,11 @@ class DataChecked:
 class TrainPlan:
     """What is about to be trained. Nothing has been written yet: stop here for a dry run.
 
+    trainable_parameters, total_parameters: of the whole model, also where each process has a part.
     tokens, tiles: of the training split, once through. samples_per_update: over all processes; None
     with packing, where it varies. completed_updates: of a resumed run. disk_bytes: what the run
-    writes; free_bytes: on its disk. cost: predicted memory and time; None on other ranks than 0.
+    writes; free_bytes: on its disk. cost: predicted memory and time; None on other ranks than 0,
+    and of a divided model.
     """
 
     method: str

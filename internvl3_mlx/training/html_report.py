@@ -20,7 +20,7 @@ from internvl3_mlx.training.answer_samples import (
 from internvl3_mlx.training.loggers import METRICS_FILE, read_metrics
 from internvl3_mlx.training.plot import MetricsRow, draw_plot
 from internvl3_mlx.training.session import TrainSession
-from internvl3_mlx.training.trainable import count_parameters
+from internvl3_mlx.training.tensor_parallel import count_whole
 
 REPORT_FILE = "report.html"
 MAX_IMAGE_SIDE = 224  # pixels
@@ -72,7 +72,7 @@ def page(
 
 def cost_values(session: TrainSession, rows: Sequence[MetricsRow]) -> dict[str, Any]:
     """Sum up what a run has taken and reached."""
-    progress, counts = session.progress, count_parameters(session.state.model)
+    progress, counts = session.progress, count_whole(session.state.model)
     tokens = sum(int(row.get("tokens") or 0) for row in rows)
     memory = max((float(row.get("memory_gb") or 0) for row in rows), default=0.0)
     return {

@@ -49,8 +49,8 @@ from internvl3_mlx.training.rewards import Reward, load_reward
 from internvl3_mlx.training.rollouts import RolloutSampler, greedy_batch, iter_rollouts
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
 from internvl3_mlx.training.soft_targets import compute_soft_targets
-from internvl3_mlx.training.tensor_parallel import check_tensor_parallel, tensor_shard
-from internvl3_mlx.training.trainable import count_parameters, set_trainable
+from internvl3_mlx.training.tensor_parallel import check_tensor_parallel, count_whole, tensor_shard
+from internvl3_mlx.training.trainable import set_trainable
 from internvl3_mlx.training.trainer import MicroBatch, TrainState
 from internvl3_mlx.user_paths import expand_user
 from internvl3_mlx.vlm import ignore_message
@@ -329,7 +329,7 @@ def describe_plan(
 ) -> TrainPlan:
     """Describe what will be trained on which data, and for how long."""
     config, state, setup = session.config, session.state, session.setup
-    counts, sizes = count_parameters(state.model), setup.train.report.sizes
+    counts, sizes = count_whole(state.model), setup.train.report.sizes
     samples = config.batch_size * config.grad_accumulation_steps * state.readers.size
     return TrainPlan(
         method=config.method,

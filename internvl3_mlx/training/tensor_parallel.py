@@ -5,6 +5,7 @@ Optimizers, clipping, checkpoints and adapters are then those of one process, an
 many ranks made it. After the micro-steps of an update one sum makes the gradients whole.
 """
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,9 +14,10 @@ from internvl3_mlx.distributed.process_group import ProcessGroup
 from internvl3_mlx.distributed.shard import Shard
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.models.internvl import InternVL
-from internvl3_mlx.models.shard_layout import CUTS, HEAD, TensorPart, tensor_part
+from internvl3_mlx.models.shard_layout import CUTS, HEAD, TensorPart, head_part_rows, tensor_part
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.params import Arrays, named_arrays
+from internvl3_mlx.training.trainable import ParameterCounts, count_parameters, parameter_counts
 
 LORA_A = "lora_A"
 # settings that compute on one rank alone, read from one rank's disk what others compute, or load a
@@ -83,6 +85,29 @@ def trained_parts(model: InternVL) -> dict[str, TrainedPart]:
     trained = named_arrays(model.trainable_parameters())
     vocab = model.config.text.vocab_size
     return {name: trained_part(name, x.shape, model.shard, vocab) for name, x in trained}
+
+
+def count_whole(model: InternVL) -> ParameterCounts:
+    """Count the parameters of the whole model, of which this one may be a rank's part."""
+    if model.shard.size == 1:
+        return count_parameters(model)
+    trained = {name: math.prod(own.shape) for name, own in trained_parts(model).items()}
+    total = sum(
+        trained.get(name) or whole_count(name.replace(".base.", "."), count, model)
+        for name, count in parameter_counts(model)
+    )
+    return ParameterCounts(sum(trained.values()), total)
+
+
+def whole_count(name: str, count: int, model: InternVL) -> int:
+    """Return how many parameters a frozen tensor has, given how many of them a rank holds."""
+    own = next((cut for cut in CUTS if cut.pattern.fullmatch(name)), None)
+    if own is None or own.division == "first":  # rank 0's numbers, or as many zeros
+        return count
+    if own.division == "even":
+        return count * model.shard.size
+    vocab = model.config.text.vocab_size
+    return count * vocab // head_part_rows(vocab, model.shard.size)
 
 
 def take_parts(weights: Arrays, model: InternVL) -> Arrays:

@@ -241,13 +241,17 @@ class ParameterCounts:
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
     """Count parameters; a quantized weight counts as the weight it encodes, without its scales."""
-    total = 0
-    for _, module in model.named_modules():
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    total = sum(count for _, count in parameter_counts(model))
+    return ParameterCounts(sum(value.size for value in trained.values()), total)
+
+
+def parameter_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield the name of each array of a model, and how many parameters it stands for."""
+    for path, module in model.named_modules():
         for key, value in module.items():
             if isinstance(value, mx.array) and not key.startswith("_"):
-                total += parameter_count(module, key, value)
-    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    return ParameterCounts(sum(value.size for value in trained.values()), total)
+                yield f"{path}.{key}", parameter_count(module, key, value)
 
 
 def parameter_count(module: nn.Module, key: str, value: mx.array) -> int:

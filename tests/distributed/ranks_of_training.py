@@ -21,7 +21,13 @@ from internvl3_mlx.training.checkpoint import save_checkpoint
 from internvl3_mlx.training.config_file import build_config
 from internvl3_mlx.training.evaluate import evaluate_loss
 from internvl3_mlx.training.export import write_adapter_files
-from internvl3_mlx.training.session import TrainSession, open_train_session, resume_session
+from internvl3_mlx.training.run import plan_run
+from internvl3_mlx.training.session import (
+    TrainSession,
+    describe_plan,
+    open_train_session,
+    resume_session,
+)
 from internvl3_mlx.training.setup import prepare_run
 from internvl3_mlx.training.trainer import make_updates
 
@@ -40,6 +46,7 @@ def run(job: dict[str, Any], ranks: ProcessGroup) -> dict[str, np.ndarray]:
     session: TrainSession = finish(open_train_session(finish(prepare_run(config)), ranks))
     if job.get("resume"):
         resume_session(session, accept_changes=False)
+    plan = describe_plan(session) if ranks.size == 1 else plan_run(session)  # cost is None
     wanted = job["updates"] - session.state.update
     done = [*islice(make_updates(session.state, session.remaining_batches()), wanted)]
     if ranks.is_main and job.get("save"):
@@ -48,6 +55,8 @@ def run(job: dict[str, Any], ranks: ProcessGroup) -> dict[str, np.ndarray]:
     loss, _ = evaluate_loss(session.state, session.validation_batches())
     weights = {name: np.array(x) for name, x in session.state.weights.items()}
     return weights | {
+        "counts": np.array([plan.trainable_parameters, plan.total_parameters]),
+        "estimated": np.array(int(plan.cost is not None)),
         "loss": np.array([update.loss for update in done]),
         "norm": np.array([update.grad_norm for update in done]),
         "tokens": np.array([update.tokens for update in done]),

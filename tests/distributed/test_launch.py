@@ -98,10 +98,13 @@ def test_a_command_runs_on_two_hosts_and_answers_once(ssh, tmp_path):
     (tmp_path / "hosts.json").write_text(json.dumps(hosts))
     words = ["launch", "--hostfile", "hosts.json", "--quiet", "generate", "--model", "demo"]
     done = subprocess.run(
-        [*INTERNVL3, *words, DOG, "What is this?"],
+        [*INTERNVL3, *words, DOG, "What is this?", "--json"],
         cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "dog\n", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert (found["text"], found["usage"]["image_tokens"]) == ("dog", 80)
+    assert found["timing"]["prefill_tps"] > 0
     assert Path(f"{ssh}.log").read_text().split() == ["mac2", "mac2"]  # the check, and the rank
 
 
