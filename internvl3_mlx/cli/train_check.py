@@ -29,7 +29,8 @@ def show_data_check(setup: "RunSetup", *, as_json: bool) -> int:
         }
         extra: Json = {"sample": None}
         if not has_errors:
-            extra = {"sample": sample_json(setup), "cost": cost_values(estimate_cost(setup))}
+            cost = estimate_cost(setup)
+            extra = {"sample": sample_json(setup), "cost": cost and cost_values(cost)}
         console.print_json({"event": "check", **found, **extra})
         return INVALID_DATA if has_errors else 0
     for split in splits.values():
@@ -37,9 +38,9 @@ def show_data_check(setup: "RunSetup", *, as_json: bool) -> int:
     console.print_table({name: split_counts(split) for name, split in splits.items()})
     if has_errors:
         return INVALID_DATA
-    cost = estimate_cost(setup)
-    console.print_table(cost_table(cost))
-    note_tight_memory(cost)
+    if cost := estimate_cost(setup):
+        console.print_table(cost_table(cost))
+        note_tight_memory(cost)
     show_sample(setup)
     return 0
 

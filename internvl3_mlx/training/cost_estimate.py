@@ -67,8 +67,13 @@ class CostEstimate:
         return self.memory <= self.limit
 
 
-def estimate_cost(setup: RunSetup, processes: int = 1) -> CostEstimate:
-    """Predict what a run takes, and which flags would make it fit if it does not."""
+def estimate_cost(setup: RunSetup, processes: int = 1) -> CostEstimate | None:
+    """Predict what a run takes, and which flags would make it fit if it does not.
+
+    None for a divided model, of which each process holds a part: this counts the whole one.
+    """
+    if setup.config.tensor_parallel > 1:
+        return None
     found = estimate(setup, setup.config, processes)
     if found.fits:
         return found

@@ -110,8 +110,7 @@ def plan_run(session: TrainSession) -> TrainPlan:
     if not session.state.ranks.is_main:
         return describe_plan(session)
     need = check_disk_space(session)
-    divided = session.config.tensor_parallel > 1  # the estimate is one of the whole model
-    cost = None if divided else estimate_cost(session.setup, session.state.ranks.size)
+    cost = estimate_cost(session.setup, session.state.ranks.size)
     return describe_plan(session, need.total, need.free, cost)
 
 

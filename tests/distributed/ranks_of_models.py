@@ -106,7 +106,6 @@ def main(folder: Path) -> None:
     shard = Shard(group.rank(), group.size(), group, mx.new_stream(mx.cpu))
     jobs = json.loads((folder / "jobs.json").read_text())
     np.savez(folder / f"rank{shard.rank}.npz", **run_jobs(jobs, shard))
-    print("RANK", shard.rank, "DONE", flush=True)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,6 @@ def main(folder: Path) -> None:
     jobs = json.loads((folder / "jobs.json").read_text())
     np.savez(folder / f"rank{ranks.rank}.npz", **run_jobs(jobs, ranks))
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=ranks.stream))  # all have written
-    print("RANK", ranks.rank, "DONE", flush=True)
 
 
 if __name__ == "__main__":

@@ -185,3 +185,4 @@ def test_seconds_are_of_the_right_order(tmp_path, monkeypatch):
     )
     assert two == 2 * one > 0
     assert isinstance(cost_estimate.estimate_cost(small_setup(tmp_path)), CostEstimate)
+    assert cost_estimate.estimate_cost(small_setup(tmp_path, tensor_parallel=2)) is None
