@@ -30,12 +30,14 @@ METHODS = {
     "sft": SGD | {"model": "demo"},  # three heads on each rank
     "dora": DROPOUT | {"dora": True, "lora_keys": ["language", "lm_head"], "grad_checkpoint": True},
     "mpo": SGD | {"method": "mpo"},
+    "orpo": SGD | {"method": "orpo"},
+    "simpo": SGD | {"method": "simpo"},
     "kto": SGD | {"method": "kto"},
     "prm": SGD | {"method": "prm"},
     "vision": SGD | DROPOUT | {"lora_keys": ["language", "vision"]},
     "qlora": SGD | {"q_bits": 4},
 }
-DATA = {"mpo": "pairs", "kto": "labels", "prm": "critic"}
+DATA = {"mpo": "pairs", "orpo": "pairs", "simpo": "pairs", "kto": "labels", "prm": "critic"}
 COMMON = SMALL | {"lora_dropout": 0, "num_layers": None, "iters": UPDATES, "max_grad_norm": 0.05}
 LAYERS = 2
 HEAD_DIM = 32
