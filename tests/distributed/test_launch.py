@@ -9,11 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from fixtures.loaded_models import tiny
 from fixtures.rank_processes import INTERNVL3, PATIENCE_S
 from fixtures.tiny import Recipe
 
 from internvl3_mlx.cli.launch import model_of
+from internvl3_mlx.cli.main import main
+from internvl3_mlx.cli.ranks import join_ranks
+from internvl3_mlx.distributed import process_group
+from internvl3_mlx.distributed.process_group import ProcessGroup
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.mirror import different_file, folder_facts
 from internvl3_mlx.loading.resolve import DEMO_FOLDER
@@ -176,6 +181,17 @@ def test_mlx_launch_starts_the_same_command(tmp_path):
     )  # fmt: skip
     assert done.stdout == "dog\n", done.stderr
     assert "error" not in done.stderr
+
+
+def test_commands_of_one_process_are_refused(monkeypatch):
+    result = CliRunner().invoke(main, ["launch", "-n", "2", "convert", "demo"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "internvl3 convert cannot run on several hosts" in result.stderr
+    started = ProcessGroup(0, 2)
+    monkeypatch.setattr(process_group, "init_distributed", lambda: started)
+    with pytest.raises(UserError, match="internvl3 bench runs in one process; start it without"):
+        join_ranks("bench")
+    assert join_ranks("train") is None
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ def test_two_ranks_find_what_one_process_finds(led, alone, part):
     assert led[0][part] == alone[part]
 
 
+def test_what_several_processes_cannot_do_is_refused(led, alone):
+    draft, save, after = led[0]["refused"]
+    assert "a draft model cannot be used with a model that several processes hold" in draft
+    assert "a prompt cache cannot be saved where several processes hold the model" in save
+    assert after == alone["errors"][-1]
+
+
 def test_every_rank_gets_the_numbers_of_rank_0():
     class Recorder(Shard):
         def sum(self, x):
