@@ -36,6 +36,7 @@ METHODS = {
     "prm": SGD | {"method": "prm"},
     "vision": SGD | DROPOUT | {"lora_keys": ["language", "vision"]},
     "qlora": SGD | {"q_bits": 4},
+    "qdora": SGD | {"q_bits": 4, "dora": True},
 }
 DATA = {"mpo": "pairs", "orpo": "pairs", "simpo": "pairs", "kto": "labels", "prm": "critic"}
 COMMON = SMALL | {"lora_dropout": 0, "num_layers": None, "iters": UPDATES, "max_grad_norm": 0.05}
