@@ -1,6 +1,5 @@
 """Lines break at words at any width; characters of two cells count as two."""
 
-
 import pytest
 from click.testing import CliRunner
 
