@@ -23,10 +23,11 @@ TRAINING = {
     "see": (None, 2100),
     "ask": ("see", 2450),
     "widen": ("ask", 2000),
-    "broaden": ("widen", 6000),
+    "broaden": ("widen", 5000),
+    "settle": ("broaden", 1100),
 }
-START, LAST = "widen", "broaden"  # their weights are averaged
-SHARE = 0.75  # of the last
+FROM_DRAWINGS = ("broaden", "settle")  # the stages that draw from the icon sets
+LAST = "settle"
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,11 @@ def steps(work: Path, out: Path, workers: int) -> Iterator[Step]:
     for stage, (start, number) in TRAINING.items():
         arguments = [stage, "--run", work / stage, "--workers", workers, "--steps", number]
         arguments += ["--start", work / start] if start else []
-        if stage == LAST:
+        if stage in FROM_DRAWINGS:
             arguments += ["--drawings", drawings, "--typefaces", faces]
         yield module("train", arguments, work / stage / "state.pt")
-    mixed, exported, converted = (work / name for name in ("mixed", "exported", "converted"))
-    ends = ["--start", work / START, "--run", work / LAST, "--share", SHARE]
-    yield module("average", [*ends, "--out", mixed], mixed / "tokenizer.json")
-    weights = "model.safetensors"
-    yield module("export", ["--run", mixed, "--out", exported], exported / weights)
+    exported, converted, weights = work / "exported", work / "converted", "model.safetensors"
+    yield module("export", ["--run", work / LAST, "--out", exported], exported / weights)
     convert = ("-m", "internvl3_mlx", "convert", str(exported), "-o", str(converted))
     yield Step(convert, converted / weights)
     table, abilities = work / "table.json", work / "abilities.json"

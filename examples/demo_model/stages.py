@@ -71,7 +71,8 @@ class Stage:
     """Set a stage's learning rates and what its losses weigh.
 
     ``tower`` is the tower's share of the learning rate (what already sees changes slowly),
-    ``seeing`` the weight of the dense labels' loss.
+    ``seeing`` the weight of the dense labels' loss. ``plateau`` is the share of the steps after
+    which the rate starts its way to zero.
     """
 
     muon: float
@@ -79,6 +80,7 @@ class Stage:
     tower: float
     seeing: float
     lessons: Lessons
+    plateau: float = 0.6
 
 
 EVEN = Lessons(MOSTLY_SQUARE, TASK_WEIGHT)
@@ -100,9 +102,28 @@ BROAD = Lessons(
         "pairs": 0.025,
     },
 )
+# What the stages before knew, and long images, come back; the rates are low.
+SETTLED = Lessons(
+    MOSTLY_LONG,
+    {**BROAD.tasks, "exists": 1.8, "count_all": 1.8},
+    boxed=0.12,
+    squashed=0.45,
+    whole=0.3,
+    kinds={
+        "mosaics": 0.22,
+        "letters": 0.06,
+        "scenes": 0.34,
+        "known": 0.24,
+        "follow_ups": 0.03,
+        "words": 0.06,
+        "charts": 0.02,
+        "pairs": 0.03,
+    },
+)
 STAGES = {
     "see": Stage(muon=0.01, adam=2e-3, tower=1.0, seeing=1.0, lessons=EVEN),
     "ask": Stage(muon=0.02, adam=2e-3, tower=0.2, seeing=0.3, lessons=EVEN),
     "widen": Stage(muon=0.009, adam=9e-4, tower=0.8, seeing=0.6, lessons=LONG),
-    "broaden": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=BROAD),
+    "broaden": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=BROAD, plateau=0.5),
+    "settle": Stage(muon=0.004, adam=4e-4, tower=0.8, seeing=0.5, lessons=SETTLED, plateau=0.1),
 }

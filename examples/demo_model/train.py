@@ -1,7 +1,8 @@
 """Train the demo model in stages, resumable exactly.
 
 Stage ``see`` trains the tower and the projector on dense labels, ``ask`` trains everything on
-questions, and ``widen`` goes on with long and large pictures::
+questions, ``widen`` goes on with long and large pictures,
+``broaden`` with drawings of many styles, and ``settle`` brings all of it together::
 
     python -m examples.demo_model.train see --run runs/see --steps 3000
     python -m examples.demo_model.train ask --run runs/ask --start runs/see --steps 9000
@@ -79,7 +80,7 @@ def main() -> None:
     job = Job(**options)
     job.run.mkdir(parents=True, exist_ok=True)
     if not (job.run / "plan.json").exists():
-        plan = {"steps": steps, "decay_from": int(0.6 * steps)}
+        plan = {"steps": steps, "decay_from": int(STAGES[job.stage].plateau * steps)}
         (job.run / "plan.json").write_text(json.dumps(plan))
     source = (job.start or job.run) / "tokenizer.json"
     open_tokenizer(source).save(str(job.run / "tokenizer.json"))

@@ -10,7 +10,6 @@ import torch
 from fixtures.tiny_demo import TINY
 
 from examples.demo_model import (
-    average,
     batches,
     broad,
     charts,
@@ -26,7 +25,6 @@ from examples.demo_model.drawings import Drawing, save_drawings
 from examples.demo_model.heldout import drawer
 from examples.demo_model.icon_sets import DEVELOPMENT_SETS, HELD_OUT_SETS, TRAIN_SETS, base_name
 from examples.demo_model.labels import IGNORE, label
-from examples.demo_model.model import InternVL
 from examples.demo_model.pairs_of_images import changed_pair
 from examples.demo_model.questions import box_questions, follow_ups
 from examples.demo_model.rows import RowBuilder
@@ -260,21 +258,3 @@ def test_a_spoiled_image_stays_recognizable(rng):
     assert any(not np.array_equal(image, pixels) for image in spoiled)
     assert all(image.shape == pixels.shape and image.dtype == np.uint8 for image in spoiled)
     assert max(np.abs(image.mean() - pixels.mean()) for image in spoiled) < 45
-
-
-def test_averaged_weights_lie_between_the_start_and_the_end(tmp_path, tokenizer, monkeypatch):
-    torch.manual_seed(2)
-    folders = [tmp_path / name for name in ("start", "end")]
-    models = [InternVL(replace(TINY, vocab_size=tokenizer.get_vocab_size())) for _ in folders]
-    for folder, model in zip(folders, models, strict=True):
-        folder.mkdir()
-        torch.save({"model": model.state_dict()}, folder / "state.pt")
-        tokenizer.save(str(folder / "tokenizer.json"))
-    words = ["--start", *folders[:1], "--run", *folders[1:], "--share", 0.25, "--out", tmp_path]
-    monkeypatch.setattr("sys.argv", ["average", *map(str, words)])
-    average.main()
-    found = average.load_weights(tmp_path)
-    start, end = (model.state_dict() for model in models)
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, start[name].lerp(end[name], 0.25), rtol=1e-3, atol=1e-3)
-    assert set(found) == set(start)
