@@ -27,6 +27,8 @@ TASKS = {
     "where": 4, "exists": 2, "at": 0, "number": 0, "word": 0, "list": 0,
 }  # fmt: skip
 
+ON_ICON_SETS = ("name", "where", "at", "exists", "count_all")  # what is asked about icon sets
+
 
 @dataclass(frozen=True)
 class Column:
@@ -82,7 +84,7 @@ class Item:
 
 def items(task: str, column: Column, number: int) -> list[Item]:
     """Make ``number`` items of a task; the same call always makes the same items."""
-    answers = len(known_names(column)) if task == "name" else TASKS[task]
+    answers = answer_count(task, column)
     limit = -(-number // answers) if answers else number
     found: list[Item] = []
     used: Counter[str] = Counter()
@@ -93,6 +95,13 @@ def items(task: str, column: Column, number: int) -> list[Item]:
             if len(found) == number:
                 return found
     raise AssertionError("the stream of items has no end")
+
+
+def answer_count(task: str, column: Column) -> int:
+    """Count the answers that share a task's questions; an icon set may lack some objects."""
+    names = known_names(column)
+    counts = {"name": len(names), "category": len({OBJECTS[name].category for name in names})}
+    return counts.get(task, TASKS[task])
 
 
 def stream(task: str, column: Column) -> Iterator[Item]:

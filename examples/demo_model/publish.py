@@ -18,6 +18,7 @@ from examples.demo_model.batches import POLICY, tile_total
 from examples.demo_model.heldout import (
     COLUMNS,
     HELD_OUT_COLUMNS,
+    ON_ICON_SETS,
     TASKS,
     Column,
     drawer,
@@ -31,7 +32,6 @@ SAMPLE_SEED = 3  # training uses 1, evaluation 2
 SCALE = 2
 GATE, LEAD = 0.90, 0.40  # held-out accuracy, and its distance to the control, for a task to be told
 ROOM = (0.50, 0.85)  # between these a task is named as one that more training can still improve
-ON_ICON_SETS = ("name", "where", "at", "exists", "count_all")
 CARD_PATH = Path(__file__).parent / "card.md"
 Plan = list[tuple[Thing, Cell]]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.demo_model.heldout import COLUMNS, DRAWINGS_VARIABLE, HELD_OUT_COLUMNS
+from examples.demo_model.heldout import DRAWINGS_VARIABLE, HELD_OUT_COLUMNS, ON_ICON_SETS
 
 # Stage -> (stage that it starts from, steps). stages.py says what each draws, at which rates.
 TRAINING = {
@@ -75,13 +75,13 @@ def steps(work: Path, out: Path, workers: int) -> Iterator[Step]:
     yield module("export", ["--run", work / LAST, "--out", exported], exported / weights)
     convert = ("-m", "internvl3_mlx", "convert", str(exported), "-o", str(converted))
     yield Step(convert, converted / weights)
-    table, abilities = work / "table.json", work / "abilities.json"
-    columns = [*COLUMNS, *HELD_OUT_COLUMNS]
-    measured = ["--model", converted, "--deltas", 100, "--out", table, "--columns", *columns]
-    yield module("evaluate", measured, table)
+    table, sets, abilities = (work / f"{n}.json" for n in ("table", "icon_sets", "abilities"))
+    yield module("evaluate", ["--model", converted, "--deltas", 100, "--out", table], table)
+    columns = ["--columns", *HELD_OUT_COLUMNS, "--tasks", *ON_ICON_SETS]
+    yield module("evaluate", ["--model", converted, "--out", sets, *columns], sets)
     asked = ["--model", converted, "--typefaces", faces, "--out", abilities]
     yield module("abilities", asked, abilities)
-    card = ["--model", converted, "--table", table, "--abilities", abilities, "--out", out]
+    card = ["--model", converted, "--table", table, sets, "--abilities", abilities, "--out", out]
     yield module("publish", card, work / "published")
 
 

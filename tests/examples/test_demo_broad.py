@@ -32,7 +32,7 @@ from examples.demo_model.scenes import SEEN, Cell, Look, Thing, draw
 from examples.demo_model.sprites import atlas
 from examples.demo_model.stages import STAGES
 from examples.demo_model.tokenizer import learn
-from examples.demo_model.vocabulary import NAMES
+from examples.demo_model.vocabulary import NAMES, OBJECTS
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +249,10 @@ def test_columns_of_icon_sets_ask_only_about_what_the_set_draws(monkeypatch, tmp
     column = heldout.HELD_OUT_COLUMNS["tabler, held out"]
     asked = heldout.items("name", column, 20)
     assert {item.question.answer for item in asked} == set(NAMES[:20])
+    known = {OBJECTS[name].category for name in NAMES[:20]}
+    assert len(known) < heldout.TASKS["category"]
+    asked = heldout.items("category", column, len(known))
+    assert {item.question.answer for item in asked} == known
     heldout.icons.cache_clear()
 
 
