@@ -22,7 +22,7 @@ HOST = re.escape(socket.gethostname())
 @pytest.fixture(scope="module")
 def chat():
     folder = str(tiny(Recipe()).folder)
-    flags = ["--no-history", "--quiet", "--max-tokens", "100000", "--no-ntk", "--temp", "2"]
+    flags = ["--no-history", "--quiet", "--max-tokens", "100000", "--no-ntk", "--temp", "0"]
     return [*INTERNVL3, "chat", "--model", folder, *flags]
 
 
