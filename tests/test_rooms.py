@@ -14,7 +14,7 @@ ROOMS_AT_THE_ROOT = ("convert", "metal_kernels")
 
 # A room imports only from its own group's members' left: same group, no imports between two rooms.
 ORDER = (
-    ("install_hint", "durable", "native_output", "demo", "prefetch"),
+    ("install_hint", "durable", "native_output", "demo", "prefetch", "ending_signals"),
     ("errors",),
     ("write_guards", "user_paths"),
     ("files", "json_files", "yaml_files", "device", "option_fields", "distributed"),

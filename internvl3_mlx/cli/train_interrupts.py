@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from internvl3_mlx.cli import console
+from internvl3_mlx.ending_signals import ENDING_SIGNALS, signal_handlers
 
 STANDARD_STREAMS = (0, 1, 2)
 HANGUP = getattr(signal, "SIGHUP", None)
-CAUGHT = tuple(n for n in (signal.SIGINT, signal.SIGTERM, HANGUP) if n is not None)
 
 
 class Interrupts:
@@ -32,13 +32,9 @@ class Interrupts:
     def catch(self) -> Iterator[None]:
         """Catch SIGINT, SIGTERM and SIGHUP inside the context; nohup keeps ignoring SIGHUP."""
         self.terminals = [number for number in STANDARD_STREAMS if os.isatty(number)]
-        numbers = [n for n in CAUGHT if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self.handle) for number in numbers}
-        try:
+        numbers = [n for n in ENDING_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        with signal_handlers(dict.fromkeys(numbers, self.handle)):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def handle(self, number: int, _: object) -> None:
         if number == HANGUP:

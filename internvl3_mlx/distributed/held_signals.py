@@ -8,11 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-SIGNALS = tuple(
-    number
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
-    if number is not None
-)
+from internvl3_mlx.ending_signals import ENDING_SIGNALS, signal_handlers
+
 INTERRUPTED = 130
 
 
@@ -51,12 +48,8 @@ class HeldSignals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.note) for number in SIGNALS}
-        try:
+        with signal_handlers(dict.fromkeys(ENDING_SIGNALS, self.note)):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def note(self, number: int, _frame: Any) -> None:
         if self.pending is not None:

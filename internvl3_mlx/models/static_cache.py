@@ -81,6 +81,20 @@ class StaticLayer(StaticContext):
     def arrays(self) -> list[mx.array]:
         return self.buffers
 
+    def attend_sliding(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        layer: SlidingAttention,
+        rows: RowSelection = ALL_ROWS,
+    ) -> mx.array:
+        return sliding_segment_attention(q[:, :, rows], self.append_visible(k, v), layer)
+
+    @abstractmethod
+    def append_visible(self, k: mx.array, v: mx.array) -> list[VisibleKV]:
+        """Write L tokens, (1, KV, L, D); return what their queries see."""
+
     def write(self, new: Sequence[mx.array]) -> None:
         """Write L tokens, (..., KV, L, *), into each buffer."""
         self.buffers = [
@@ -121,16 +135,8 @@ class StaticDense(StaticLayer):
     ) -> mx.array:
         return static_attention(q[:, :, rows], self.append(mx.concatenate([k, v])), self.plan)
 
-    def attend_sliding(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        layer: SlidingAttention,
-        rows: RowSelection = ALL_ROWS,
-    ) -> mx.array:
-        seen = self.plan.visible(self.append(mx.concatenate([k, v])))
-        return sliding_segment_attention(q[:, :, rows], [seen], layer)
+    def append_visible(self, k: mx.array, v: mx.array) -> list[VisibleKV]:
+        return [self.plan.visible(self.append(mx.concatenate([k, v])))]
 
     def append(self, new: mx.array) -> DenseKV:
         """Write L tokens, (2, KV, L, D), in one operation; return all."""
@@ -163,16 +169,8 @@ class StaticQuantized(StaticLayer):
             mask=self.plan.mask,
         )  # fmt: skip
 
-    def attend_sliding(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        layer: SlidingAttention,
-        rows: RowSelection = ALL_ROWS,
-    ) -> mx.array:
-        seen = self.plan.visible(self.append(k, v))
-        return sliding_segment_attention(q[:, :, rows], [seen], layer)
+    def append_visible(self, k: mx.array, v: mx.array) -> list[VisibleKV]:
+        return [self.plan.visible(self.append(k, v))]
 
     def append(self, k: mx.array, v: mx.array) -> QuantizedKV:
         """Quantize and write L tokens, (1, KV, L, D); return all."""
@@ -189,18 +187,10 @@ class StaticSegments(StaticLayer):
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, rows: RowSelection = ALL_ROWS
     ) -> mx.array:
-        return segment_attention(q[:, :, rows], self.append(self.kind.format.encode(k, v)))
+        return segment_attention(q[:, :, rows], self.append_visible(k, v))
 
-    def attend_sliding(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        layer: SlidingAttention,
-        rows: RowSelection = ALL_ROWS,
-    ) -> mx.array:
-        seen = self.append(self.kind.format.encode(k, v))
-        return sliding_segment_attention(q[:, :, rows], seen, layer)
+    def append_visible(self, k: mx.array, v: mx.array) -> list[VisibleKV]:
+        return self.append(self.kind.format.encode(k, v))
 
     def accepts_pre_rope(self, length: int) -> bool:
         return isinstance(self.kind.format, RowFormat) and length <= MAX_KERNEL_ROWS

@@ -118,7 +118,7 @@ class FollowerState:
         self.server = FollowingServer.open(message["settings"], self.load_next)
 
     def round(self, message: Mapping[str, Any]) -> None:
-        """Play a round; rank 0 is told if it went otherwise here."""
+        """Play a round of the server; report an error to rank 0."""
         try:
             self.server.play(message)
         except Exception as error:  # noqa: BLE001
@@ -157,7 +157,7 @@ class FollowerState:
         return cache
 
     def go(self, message: Mapping[str, Any]) -> None:
-        """Take one step; rank 0 is told of an error in case it has none itself."""
+        """Take one step; report an error to rank 0, where the same step may have succeeded."""
         call = message["call"]
         steps = self.calls.get(call)
         if steps is None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from internvl3_mlx.ending_signals import Handler, signal_handlers
 from internvl3_mlx.multi_host.hosts import JACCL, Host, LaunchPlan
 
 POLL_S = 0.2
@@ -171,15 +172,11 @@ class Launch:
 @contextmanager
 def signals_forwarded(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     """Leave Ctrl-C to rank 0, which the terminal tells itself, and pass other ends on to it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *FORWARDED)}
-    signal.signal(signal.SIGINT, lambda _number, _frame: None)
+    handlers: dict[int, Handler] = {signal.SIGINT: lambda _number, _frame: None}
     for number in FORWARDED:
-        signal.signal(number, lambda received, _: process.send_signal(received))
-    try:
+        handlers[number] = lambda received, _: process.send_signal(received)
+    with signal_handlers(handlers):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def free_ports(address: str, wanted: int, count: int) -> int:

@@ -5,9 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
+from internvl3_mlx.ending_signals import ENDING_SIGNALS, signal_handlers
 
 
 @contextmanager
@@ -21,14 +19,10 @@ def deferred_interrupts() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    handled = {number: old for number, old in before.items() if callable(old)}
-    for number in handled:
-        signal.signal(number, lambda number, _: received.append(number))
+    handled = [number for number in ENDING_SIGNALS if callable(signal.getsignal(number))]
     try:
-        yield
+        with signal_handlers(dict.fromkeys(handled, lambda number, _: received.append(number))):
+            yield
     finally:
-        for number, old in handled.items():
-            signal.signal(number, old)
         for number in received:
             signal.raise_signal(number)
