@@ -11,6 +11,7 @@ import time
 
 import mlx.core as mx
 import pytest
+from fixtures.rank_processes import PATIENCE_S, free_ports
 from fixtures.train_sessions import small_config, write_data
 
 from internvl3_mlx.distributed.heartbeat import Heartbeat, Peer, listen, new_token, ring_hosts
@@ -19,20 +20,11 @@ from internvl3_mlx.distributed.process_group import ProcessGroup
 from internvl3_mlx.training.checkpoint import checkpoint_update, list_checkpoints
 from internvl3_mlx.training.config_file import write_config_file
 
-PATIENCE_S = 120
 SETTINGS = {
     "batch_size": 1, "grad_accumulation_steps": 1, "lora_dropout": 0.1, "iters": 2000,
     "save_every": 1, "keep_last": 2, "peer_timeout": 3,
 }  # fmt: skip
 COMMAND = [sys.executable, "-u", "-m", "internvl3_mlx", "train"]
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.fixture

@@ -73,23 +73,12 @@ def seconds(taken: float):
 
 
 @pytest.fixture(autouse=True)
-def a_mac(monkeypatch, tmp_path):
-    monkeypatch.setattr(dispatch, "metal_available", lambda: True)
-    monkeypatch.setattr(dispatch, "architecture", lambda: "applegpu_g99s")
+def a_mac(a_trusted_mac, monkeypatch):
     monkeypatch.setattr(kernel_tuning, "MAX_LAYERS", 2)
-    monkeypatch.setattr(
-        self_test, "run_self_test", lambda variant: SelfTestResult(variant.name, True, "")
-    )
-    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
-    monkeypatch.delenv(dispatch.MODE_VARIABLE, raising=False)
     lines = []
     dispatch.set_fallback_handler(lines.append)
-    self_test.results.clear()
-    registry.forget_speedups()
     yield lines
     dispatch.set_fallback_handler()
-    self_test.results.clear()
-    registry.forget_speedups()
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import pytest
 from metal_emulator import emulated_metal
 
 from internvl3_mlx.config import TextConfig
-from internvl3_mlx.metal_kernels import dispatch, registry, self_test
-from internvl3_mlx.metal_kernels.self_test import SelfTestResult
+from internvl3_mlx.metal_kernels import dispatch, registry
 from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.models.decoder import LanguageModel
 from internvl3_mlx.models.kernel_tuning import Stopwatch
@@ -34,22 +33,6 @@ QWEN2 = TextConfig(
 )
 LAYERS = QWEN2.num_hidden_layers
 QWEN3 = replace(QWEN2, family="qwen3", qkv_bias=False, qk_norm=True)
-
-
-@pytest.fixture
-def a_mac(monkeypatch, tmp_path):
-    monkeypatch.setattr(dispatch, "metal_available", lambda: True)
-    monkeypatch.setattr(dispatch, "architecture", lambda: "applegpu_g99s")
-    monkeypatch.setattr(
-        self_test, "run_self_test", lambda variant: SelfTestResult(variant.name, True, "")
-    )
-    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path))
-    monkeypatch.delenv(dispatch.MODE_VARIABLE, raising=False)
-    self_test.results.clear()
-    registry.forget_speedups()
-    yield
-    self_test.results.clear()
-    registry.forget_speedups()
 
 
 def model(config, *, bits=4, fused=True) -> LanguageModel:
@@ -104,7 +87,7 @@ CASES = [(QWEN2, 4, 1), (QWEN2, 0, 0), (QWEN3, 4, 1), (QWEN3, 0, 1)]
 
 
 @pytest.mark.parametrize(("config", "bits", "rotations"), CASES)
-def test_a_token_is_the_same(a_mac, config, bits, rotations):
+def test_a_token_is_the_same(a_trusted_mac, config, bits, rotations):
     """A dense product adds its bias itself, which leaves MLX's one rotation."""
     made = model(config, bits=bits)
     plain = decode(made)
@@ -116,7 +99,7 @@ def test_a_token_is_the_same(a_mac, config, bits, rotations):
 
 
 @pytest.mark.parametrize("gain", [None, 0.9])
-def test_they_are_not_used_where_they_are_not_faster(a_mac, gain):
+def test_they_are_not_used_where_they_are_not_faster(a_trusted_mac, gain):
     made = model(QWEN2)
     if gain:
         measured(QWEN2, gain)
@@ -124,7 +107,7 @@ def test_they_are_not_used_where_they_are_not_faster(a_mac, gain):
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
-def test_they_are_off_with_the_mode_and_off_the_gpu(a_mac, monkeypatch, mode):
+def test_they_are_off_with_the_mode_and_off_the_gpu(a_trusted_mac, monkeypatch, mode):
     made = model(QWEN2)
     measured(QWEN2, 1.5)
     monkeypatch.setenv(dispatch.MODE_VARIABLE, mode)
@@ -133,7 +116,7 @@ def test_they_are_off_with_the_mode_and_off_the_gpu(a_mac, monkeypatch, mode):
     assert by_kernels(made)[1] == []
 
 
-def test_training_and_prompts_never_take_them(a_mac, monkeypatch):
+def test_training_and_prompts_never_take_them(a_trusted_mac, monkeypatch):
     """Kernels have no gradient; an input of one token in training is one without a cache."""
     monkeypatch.setenv(dispatch.MODE_VARIABLE, "force")
     made = model(QWEN3, bits=0)
@@ -161,7 +144,7 @@ class Turns(Stopwatch):
 
 
 @pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
-def test_a_prompt_measures_them_once(a_mac, monkeypatch, config):
+def test_a_prompt_measures_them_once(a_trusted_mac, monkeypatch, config):
     monkeypatch.setattr("internvl3_mlx.models.step_tuning.CHAIN", 2)
     dispatch.build_kernel.cache_clear()
     with emulated_metal(schedules=("forward",), checked=False):
@@ -174,7 +157,7 @@ def test_a_prompt_measures_them_once(a_mac, monkeypatch, config):
 
 
 @pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
-def test_both_sides_of_a_measurement_compute_the_same(a_mac, config):
+def test_both_sides_of_a_measurement_compute_the_same(a_trusted_mac, config):
     sums, rotation = needed_variants(config, mx.float32)
     dispatch.build_kernel.cache_clear()
     with emulated_metal(schedules=("forward",), checked=False):
