@@ -29,7 +29,7 @@ from examples.demo_model.scenes import (
 from examples.demo_model.stages import ONE, Grid, Lessons
 from examples.demo_model.typefaces import load_typefaces
 from examples.demo_model.vocabulary import NAMES
-from examples.demo_model.writing import plan_letters, plan_line, writing_grids
+from examples.demo_model.writing import plan_letters, plan_lines, writing_grids
 
 Random = np.random.Generator
 SEPARATE = 3  # questions about a scene that do not see each other, boxes aside
@@ -160,12 +160,12 @@ def conversations(maker: Maker, random: Random, shared: Random) -> Made:
 
 
 def writing(maker: Maker, random: Random, shared: Random) -> Made:
-    """Write one word or number on every image."""
+    """Write a word, a number or both on every image."""
     grid = draw_grid(shared, writing_grids(), one=1.0, several=1.0)
     asked = []
     for _ in range(image_count(maker, grid)):
         size = picture_size(random, grid)
-        scene = compose(random, size, maker.material.look, maker.draw_object, {plan_line: 1.0})
+        scene = compose(random, size, maker.material.look, maker.draw_object, {plan_lines: 1.0})
         questions = choose(random, ask(scene.items, random), {"word": 9.0, "number": 9.0})[:3]
         asked.append(Asked([scene], questions))
     return Made(grid, asked, conversation=False)

@@ -20,12 +20,14 @@ FILLED, EMPTY = 0.24, 0.08
 class Labels:
     """Hold class ids, IGNORE where there is nothing to say; P patches, V tokens in each of N tiles.
 
-    ``patch`` (N, P) and ``token`` (N, V) are concepts and ``color`` (N, V) colours. ``side``
-    (N, V, 2) is the half of the picture (0: left or top, 1: right or bottom) in which the item's
-    centre lies; ``home`` (N, V) is 1 over that centre.
+    ``patch`` (N, P) and ``token`` (N, V) are concepts and ``color`` (N, V) colours. ``order``
+    (N, P) counts the characters of a line from 0. ``side`` (N, V, 2) is the half of the picture
+    (0: left or top, 1: right or bottom) in which the item's centre lies; ``home`` (N, V) is 1 over
+    that centre.
     """
 
     patch: np.ndarray
+    order: np.ndarray
     token: np.ndarray
     color: np.ndarray
     side: np.ndarray
@@ -45,12 +47,14 @@ def label_scene(scene: Scene, grid: tuple[int, int], size: int) -> tuple[np.ndar
     patch = winner(owners, PATCH, stride=3)
     token = winner(owners, CELL, stride=4)
     color, side = table[token, 1], table[token, 2:4].copy()
+    order = np.where(patch > 0, table[patch, 4] - 1, IGNORE)
     color[(token <= 0) | (color == 0)] = IGNORE
     side[token <= 0] = IGNORE
     if grid != (1, 1):
-        side[:-1] = IGNORE  # a tile does not know its place in the picture, the thumbnail does
+        # a tile does not know its place in the picture, the thumbnail does
+        side[:-1] = order[:-1] = IGNORE
     home = np.stack([homes(scene.parts, rectangle, size // CELL) for rectangle in rectangles])
-    return concept(table, patch), concept(table, token), color, side, home
+    return concept(table, patch), order, concept(table, token), color, side, home
 
 
 def owner_tiles(owner: np.ndarray, grid: tuple[int, int], size: int) -> tuple[np.ndarray, list]:
@@ -71,11 +75,11 @@ def owner_tiles(owner: np.ndarray, grid: tuple[int, int], size: int) -> tuple[np
 
 
 def part_table(parts: list[Part]) -> np.ndarray:
-    """Tabulate (concept, colour, side x, side y) by part number; row 0 is the background."""
-    rows = [(0, 0, IGNORE, IGNORE)]
+    """Tabulate (concept, colour, side x, side y, order) by part number; row 0: background."""
+    rows = [(0, 0, IGNORE, IGNORE, 0)]
     for part in parts:
         sides = (IGNORE if abs(at - 0.5) < EDGE / 2 else int(at > 0.5) for at in (part.x, part.y))
-        rows.append((part.concept, part.color, *sides))
+        rows.append((part.concept, part.color, *sides, part.order))
     return np.array(rows)
 
 

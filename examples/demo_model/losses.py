@@ -9,6 +9,7 @@ from examples.demo_model.labels import IGNORE, Labels
 from examples.demo_model.model import DemoConfig, InternVL
 from examples.demo_model.rows import Row
 from examples.demo_model.vocabulary import COLORS, CONCEPTS
+from examples.demo_model.writing import LONGEST
 
 BACKGROUND_WEIGHT = 0.15  # most regions are background: what is there must weigh more
 SIDE_WORDS = ((" left", " right"), (" top", " bottom"))
@@ -26,6 +27,7 @@ class SeeingHeads(nn.Module):
     def __init__(self, c: DemoConfig, tokenizer: Tokenizer):
         super().__init__()
         self.patch = nn.Linear(c.vision_width, len(CONCEPTS))
+        self.order = nn.Linear(c.vision_width, LONGEST)
         self.background = nn.Parameter(torch.zeros(c.text_width))
         self.home = nn.Linear(c.text_width, 1)
         self.scale = nn.Parameter(torch.full((3,), 0.25))
@@ -46,11 +48,13 @@ class SeeingHeads(nn.Module):
 
         patches: (N, G, G, H), tokens: (N, V, D), embedding: (vocab, D).
         """
+        patches = patches.flatten(1, 2)
         unit = F.rms_norm(tokens, tokens.shape[-1:])
         concepts = torch.cat([self.background[None], embedding[self.concepts]])
         side = unit @ embedding[self.sides].T * self.scale[2]
         return (
-            weighted(self.patch(patches.flatten(1, 2)), labels["patch"])
+            weighted(self.patch(patches), labels["patch"])
+            + cross_entropy(self.order(patches), labels["order"])
             + weighted(unit @ concepts.T * self.scale[0], labels["token"])
             + 0.5
             * cross_entropy(unit @ embedding[self.colors].T * self.scale[1], labels["color"] - 1)
@@ -61,8 +65,9 @@ class SeeingHeads(nn.Module):
 
     def blank(self) -> None:
         """Start at zero: heads that know nothing yet then pass nothing back to a trained tower."""
-        for parameter in (*self.patch.parameters(), *self.home.parameters()):
-            nn.init.zeros_(parameter)
+        for head in (self.patch, self.order, self.home):
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
 
 
 def word_id(tokenizer: Tokenizer, word: str) -> int:

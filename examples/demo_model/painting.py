@@ -180,9 +180,19 @@ def jitter(random: Random, color: str) -> np.ndarray:
 
 
 def stamp(
-    canvas: np.ndarray, owner: np.ndarray, part: np.ndarray, left: int, top: int, number: int
+    canvas: np.ndarray,
+    owner: np.ndarray,
+    part: np.ndarray,
+    left: int,
+    top: int,
+    number: int,
+    *,
+    whole: bool = False,
 ) -> None:
-    """Blend ``part`` (h, w, 4) onto the canvas, and note in ``owner`` which pixels it covers."""
+    """Blend ``part`` (h, w, 4) onto the canvas, and note in ``owner`` which pixels it covers.
+
+    A ``whole`` part owns its rectangle, ink or not: thin strokes fill little of a character's.
+    """
     x0, y0 = max(0, left), max(0, top)
     x1, y1 = min(canvas.shape[1], left + part.shape[1]), min(canvas.shape[0], top + part.shape[0])
     if x0 >= x1 or y0 >= y1:
@@ -191,4 +201,4 @@ def stamp(
     alpha = part[..., 3:].astype(np.uint16)
     region = canvas[y0:y1, x0:x1]
     region[:] = (part[..., :3] * alpha + region * (255 - alpha)) // 255
-    owner[y0:y1, x0:x1][part[..., 3] > 127] = number
+    owner[y0:y1, x0:x1][whole | (part[..., 3] > 127)] = number

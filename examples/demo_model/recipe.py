@@ -24,9 +24,10 @@ TRAINING = {
     "ask": ("see", 2450),
     "widen": ("ask", 2000),
     "broaden": ("widen", 5000),
-    "settle": ("broaden", 1100),
+    "read": ("broaden", 4200),
+    "settle": ("read", 1100),
 }
-FROM_DRAWINGS = ("broaden", "settle")  # the stages that draw from the icon sets
+FROM_DRAWINGS = ("broaden", "read", "settle")  # the stages that draw from the icon sets
 LAST = "settle"
 
 

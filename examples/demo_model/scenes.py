@@ -59,12 +59,16 @@ UNSEEN_PLACE = Look(unseen_background=True, faces=(TRAIN_FACES,))
 
 @dataclass(frozen=True)
 class Part:
-    """Label a painted part: its concept, its colour (0: none) and its item's centre."""
+    """Label a painted part: its concept, its colour (0: none) and its item's centre.
+
+    ``order`` counts the characters of a line from 1; 0 is any other part.
+    """
 
     concept: int
     color: int
     x: float
     y: float
+    order: int = 0
 
 
 @dataclass
@@ -161,12 +165,14 @@ def note(scene: Scene, thing: Thing, cell: Cell) -> None:
     scene.items.append(Item(thing.kind, thing.name, thing.color, cell.x / width, cell.y / height))
 
 
-def place(scene: Scene, part: np.ndarray, cell: Cell, concept: int, color: int) -> None:
+def place(
+    scene: Scene, part: np.ndarray, cell: Cell, concept: int, color: int, order: int = 0
+) -> None:
     """Stamp one part with its middle on a cell's centre and label it."""
     item = scene.items[-1]
-    scene.parts.append(Part(concept, color, item.x, item.y))
+    scene.parts.append(Part(concept, color, item.x, item.y, order))
     left, top = round(cell.x - part.shape[1] / 2), round(cell.y - part.shape[0] / 2)
-    stamp(scene.pixels, scene.owner, part, left, top, len(scene.parts))
+    stamp(scene.pixels, scene.owner, part, left, top, len(scene.parts), whole=order > 0)
     scene.extend_box(left, top, part)
 
 
@@ -179,7 +185,8 @@ def write(random: Random, scene: Scene, thing: Thing, cell: Cell, look: Look) ->
     drawn = draw_text(random, thing.name, thing.color or "", tall, face=face)
     gap = GAP * tall
     total = sum(part.shape[1] for part in drawn) + gap * (len(drawn) - 1)
-    limit = min(0.96 * width, cell.room * 2.2 if thing.kind == "number" else width)
+    wide = max(2.2, 0.8 * len(drawn)) * cell.room  # a number of two digits keeps to its corner
+    limit = min(0.96 * width, wide if thing.kind == "number" else width)
     if total > limit:
         tall = max(8, int(tall * limit / total))
         drawn = draw_text(random, thing.name, thing.color or "", tall, face=face)
@@ -188,9 +195,9 @@ def write(random: Random, scene: Scene, thing: Thing, cell: Cell, look: Look) ->
     middle = float(np.clip(cell.x, total / 2 + 1, max(total / 2 + 1, width - total / 2 - 1)))
     note(scene, thing, Cell(middle, cell.y, tall))
     left = middle - total / 2
-    for character, part in zip(thing.name, drawn, strict=True):
+    for order, (character, part) in enumerate(zip(thing.name, drawn, strict=True), start=1):
         spot = Cell(left + part.shape[1] / 2, cell.y, tall)
-        place(scene, part, spot, CONCEPT_ID[character], COLOR_ID[thing.color or ""])
+        place(scene, part, spot, CONCEPT_ID[character], COLOR_ID[thing.color or ""], order)
         left += part.shape[1] + gap
 
 

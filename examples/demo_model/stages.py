@@ -102,6 +102,24 @@ BROAD = Lessons(
         "pairs": 0.025,
     },
 )
+# Reading: the next character has to be found from the one before, which takes many lines.
+READ = Lessons(
+    EVERY_SHAPE,
+    BROAD.tasks,
+    boxed=0.15,
+    squashed=0.35,
+    whole=0.3,
+    kinds={
+        "mosaics": 0.09,
+        "letters": 0.12,
+        "scenes": 0.14,
+        "known": 0.10,
+        "follow_ups": 0.03,
+        "words": 0.44,
+        "charts": 0.04,
+        "pairs": 0.04,
+    },
+)
 # What the stages before knew, and long images, come back; the rates are low.
 SETTLED = Lessons(
     MOSTLY_LONG,
@@ -125,5 +143,6 @@ STAGES = {
     "ask": Stage(muon=0.02, adam=2e-3, tower=0.2, seeing=0.3, lessons=EVEN),
     "widen": Stage(muon=0.009, adam=9e-4, tower=0.8, seeing=0.6, lessons=LONG),
     "broaden": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=BROAD, plateau=0.5),
+    "read": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=READ, plateau=0.7),
     "settle": Stage(muon=0.004, adam=4e-4, tower=0.8, seeing=0.5, lessons=SETTLED, plateau=0.1),
 }

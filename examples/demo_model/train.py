@@ -2,7 +2,8 @@
 
 Stage ``see`` trains the tower and the projector on dense labels, ``ask`` trains everything on
 questions, ``widen`` goes on with long and large pictures,
-``broaden`` with drawings of many styles, and ``settle`` brings all of it together::
+``broaden`` with drawings of many styles, ``read`` with writing, and ``settle`` brings all of it
+together::
 
     python -m examples.demo_model.train see --run runs/see --steps 3000
     python -m examples.demo_model.train ask --run runs/ask --start runs/see --steps 9000
@@ -73,8 +74,8 @@ def main() -> None:
         "--pictures", type=int, default=32, help="single-tile pictures per worker and step"
     )
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--drawings", type=Path, help="what drawings.py rendered (stage broaden)")
-    parser.add_argument("--typefaces", type=Path, help="what typefaces.py rendered (stage broaden)")
+    parser.add_argument("--drawings", type=Path, help="what drawings.py rendered (from stage broaden)")
+    parser.add_argument("--typefaces", type=Path, help="what typefaces.py rendered (from stage broaden)")
     options = vars(parser.parse_args())
     steps = options.pop("steps")
     job = Job(**options)

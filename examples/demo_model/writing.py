@@ -10,7 +10,8 @@ Random = np.random.Generator
 LONGEST = 8
 ROOM = 24  # pixels of width that a character needs to be read
 SPELLED = 0.4  # share of words that are random letters
-GRIDS: dict[Grid, float] = {ONE: 0.45, (2, 1): 0.25, (3, 1): 0.15, (4, 1): 0.05, (2, 2): 0.10}
+GRIDS: dict[Grid, float] = {ONE: 0.42, (2, 1): 0.20, (3, 1): 0.14, (4, 1): 0.16, (2, 2): 0.08}
+BOTH = 0.4  # share of images with a word and a number, one below the other
 # Five to eight letters; words of evaluation are others.
 LONG_WORDS = [
     "ABOUT", "ACTION", "ADVICE", "AGREE", "ALARM", "ALBUM", "ANGEL", "ANIMAL", "ANSWER",
@@ -47,18 +48,23 @@ def writing_grids() -> dict[Grid, float]:
     return GRIDS
 
 
-def plan_line(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
-    """One word or number, as large as the image allows or smaller."""
+def plan_lines(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
+    """A word, a number or both, as large as the image allows or smaller."""
     width, height = size
     most = min(LONGEST, max(2, int(width / ROOM)))
-    kind = "word" if random.random() < 0.6 else "number"
-    text = draw_word(random, most) if kind == "word" else draw_number(random, most)
-    color = str(random.choice(list(COLORS)))
-    room = random.uniform(0.22, 0.62) * height
-    room = max(22.0, min(room, 1.5 * width / len(text)))
-    x = random.uniform(0.3, 0.7) * width if len(text) < 4 else 0.5 * width
-    y = random.uniform(0.5 * room + 1, max(0.5 * room + 2, height - 0.5 * room - 1))
-    return [(Thing(kind, text, color), Cell(x, y, room))]
+    kinds = ["word"] if random.random() < 0.6 else ["number"]
+    if random.random() < BOTH:
+        kinds = [str(kind) for kind in random.permutation(["word", "number"])]
+    tall = height / len(kinds)
+    plan = []
+    for line, kind in enumerate(kinds):
+        text = draw_word(random, most) if kind == "word" else draw_number(random, most)
+        room = random.uniform(0.22 if len(kinds) == 1 else 0.4, 0.62 * len(kinds) ** 0.5) * tall
+        room = max(22.0, min(room, 1.5 * width / len(text)))
+        x = random.uniform(0.3, 0.7) * width if len(text) < 4 else 0.5 * width
+        y = line * tall + random.uniform(0.5 * room + 1, max(0.5 * room + 2, tall - 0.5 * room - 1))
+        plan.append((Thing(kind, text, str(random.choice(list(COLORS)))), Cell(x, y, room)))
+    return plan
 
 
 def plan_letters(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:

@@ -26,13 +26,14 @@ from examples.demo_model.heldout import drawer
 from examples.demo_model.icon_sets import DEVELOPMENT_SETS, HELD_OUT_SETS, TRAIN_SETS, base_name
 from examples.demo_model.labels import IGNORE, label
 from examples.demo_model.pairs_of_images import changed_pair
-from examples.demo_model.questions import box_questions, follow_ups
+from examples.demo_model.questions import ask, box_questions, follow_ups
 from examples.demo_model.rows import RowBuilder
 from examples.demo_model.scenes import SEEN, Cell, Look, Thing, draw
 from examples.demo_model.sprites import atlas
 from examples.demo_model.stages import STAGES
 from examples.demo_model.tokenizer import learn
 from examples.demo_model.vocabulary import NAMES, OBJECTS
+from examples.demo_model.writing import plan_lines
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,56 @@ def test_bars_are_as_high_as_the_answers_say(rng):
     labels = label([scene], (1, 1), 112)
     assert set(np.unique(labels.token)) <= {0, IGNORE}
     assert (labels.color > 0).any()
+
+
+def written_line(rng, size=(112, 112)):
+    """Draw four thin characters that fill the width."""
+    cell = Cell(size[0] / 2, size[1] / 2, 44)
+    return draw(rng, size, [(Thing("word", "ILTV", "black"), cell)], SEEN, drawer(SEEN))
+
+
+def test_characters_own_their_rectangle_and_are_counted_from_the_left(rng):
+    scene = written_line(rng)
+    top, bottom = (np.flatnonzero(scene.owner.any(1))[end] for end in (0, -1))
+    for part in range(1, 5):
+        rows, columns = np.nonzero(scene.owner == part)
+        assert (rows.min(), rows.max()) == (top, bottom)
+        assert len(rows) == (bottom - top + 1) * (columns.max() - columns.min() + 1)
+    labels = label([scene], (1, 1), 112)
+    found = labels.order[labels.order != IGNORE]
+    assert set(found) == {0, 1, 2, 3}
+    across = labels.order.reshape(8, 8)[4]
+    assert sorted(across[across != IGNORE]) == across[across != IGNORE].tolist()
+
+
+def test_only_the_thumbnail_counts_characters_of_a_line_over_two_tiles(rng):
+    labels = label([written_line(rng, (230, 112))], (2, 1), 112)
+    assert (labels.patch[:2] > 0).any()
+    assert (labels.order[:2] == IGNORE).all()
+    assert (labels.order[2] != IGNORE).any()
+
+
+def test_objects_are_not_counted_as_characters(rng):
+    scene = draw(
+        rng, (112, 112), [(Thing("object", "dog"), Cell(56, 56, 90))], SEEN, drawer(SEEN)
+    )
+    labels = label([scene], (1, 1), 112)
+    assert (labels.patch > 0).any()
+    assert (labels.order < 0).all()
+
+
+def test_images_of_writing_ask_for_both_lines(rng):
+    kinds = set()
+    for _ in range(40):
+        plan = plan_lines(rng, (224, 112))
+        scene = draw(rng, (224, 112), plan, SEEN, drawer(SEEN))
+        asked = {q.task: q.answer for q in ask(scene.items, rng)}
+        assert all(asked[thing.kind] == thing.name for thing, _ in plan)
+        kinds.add(tuple(sorted(thing.kind for thing, _ in plan)))
+        for item in scene.items:
+            assert 0 <= item.box[0] < item.box[2] <= 1
+            assert 0 <= item.box[1] < item.box[3] <= 1
+    assert kinds == {("word",), ("number",), ("number", "word")}
 
 
 def test_second_questions_need_the_first(rng):
