@@ -44,6 +44,15 @@ def test_mlx_says_that_it_has_a_gpu_and_our_kernels_see_none(mode):
     assert run(mode) == ["True", "True", "False", memory, name, noisy, noisy]
 
 
+def test_a_child_in_another_folder_pretends_although_the_path_was_relative():
+    ask = "import os; print(os.environ['PYTHONPATH'].split(os.pathsep)[0])"
+    environment = {**os.environ, "PRETEND_GPU": "1", "PYTHONPATH": "tests/pretend_gpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", ask], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(FOLDER)
+
+
 def test_the_subset_of_continuous_integration_exists():
     files = (FOLDER / "subset.txt").read_text().splitlines()
     assert len(files) == len({*files}) > 5

@@ -12,6 +12,7 @@ from fixtures.lora_models import stirred
 from fixtures.rank_processes import launch_ranks
 from fixtures.shards import divisible
 from fixtures.tiny import Bits
+from fixtures.tolerances import DIVISION_TOLERANCE
 
 from internvl3_mlx.generation.compiled_step import can_compile
 from internvl3_mlx.loading.build import load_local_model
@@ -38,7 +39,6 @@ ADAPTERS = {
     "dora": ("qwen2", {"dora": True}),
     "dora-4": ("qwen2-4", {"dora": True}),
 }
-TOLERANCE = 5e-6  # of float32 sums in another order
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +130,14 @@ def test_logits_are_those_of_one_process(request, alone, name, size):
     ranks = request.getfixturevalue({2: "two", 4: "four"}[size])
     expected = alone[f"{name}/logits"]
     for rank in ranks:
-        assert relative_error(rank[f"{name}/logits"], expected) < TOLERANCE
+        assert relative_error(rank[f"{name}/logits"], expected) < DIVISION_TOLERANCE
         assert np.array_equal(rank[f"{name}/logits"], ranks[0][f"{name}/logits"])
 
 
 @pytest.mark.parametrize("name", ["flash", "v2pe"])
 def test_routers_and_fractional_positions_give_the_logits_of_one_process(alone, two, name):
     for rank in two:
-        assert relative_error(rank[f"{name}/logits"], alone[f"{name}/logits"]) < TOLERANCE
+        assert relative_error(rank[f"{name}/logits"], alone[f"{name}/logits"]) < DIVISION_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -145,13 +145,13 @@ def test_adapters_are_cut_with_the_weights_that_they_change(alone, two, name):
     base = alone[f"{ADAPTERS[name][0]}/logits"]
     assert relative_error(alone[f"{name}/logits"], base) > 0.01
     for rank in two:
-        assert relative_error(rank[f"{name}/logits"], alone[f"{name}/logits"]) < TOLERANCE
+        assert relative_error(rank[f"{name}/logits"], alone[f"{name}/logits"]) < DIVISION_TOLERANCE
 
 
 def test_both_forms_of_tiles_and_their_probabilities_are_in_order(alone, two):
     for key in ("flash/features", "flash/probability"):
         for rank in two:
-            assert relative_error(rank[key], alone[key]) < TOLERANCE
+            assert relative_error(rank[key], alone[key]) < DIVISION_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["talk", "talk-4", "talk-gpt_oss", "video"])

@@ -192,9 +192,7 @@ def test_only_the_thumbnail_counts_characters_of_a_line_over_two_tiles(rng):
 
 
 def test_objects_are_not_counted_as_characters(rng):
-    scene = draw(
-        rng, (112, 112), [(Thing("object", "dog"), Cell(56, 56, 90))], SEEN, drawer(SEEN)
-    )
+    scene = draw(rng, (112, 112), [(Thing("object", "dog"), Cell(56, 56, 90))], SEEN, drawer(SEEN))
     labels = label([scene], (1, 1), 112)
     assert (labels.patch > 0).any()
     assert (labels.order < 0).all()

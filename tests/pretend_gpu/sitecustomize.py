@@ -91,7 +91,14 @@ def compute_noisily(nn: ModuleType) -> None:
     noise.install(nn)
 
 
+def pretend_in_other_folders() -> None:
+    """Name this folder in full, since a child process may start in another one."""
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(place) for place in places)
+
+
 if MODE:
+    pretend_in_other_folders()
     todo = {"mlx.core": pretend_mac}
     if MODE == "noisy":
         todo["mlx.nn"] = compute_noisily
