@@ -48,9 +48,14 @@ def write(folder: Path, split: str, rows: int, wordings: Sequence[str] = WORDING
     lines = []
     for pixels, question, answer in balanced(split, rows, wordings):
         shown = picture(folder, f"{split}/{len(lines):05d}.png", pixels)
-        asked = {"from": "human", "value": f"<image>\n{question}"}
-        lines.append({"image": shown, "conversations": [asked, {"from": "gpt", "value": answer}]})
+        lines.append(conversation(shown, question, answer))
     save(folder / f"{split}.jsonl", lines)
+
+
+def conversation(image: str, question: str, answer: str) -> dict:
+    """Write a question about a picture with its answer as a row in LLaVA's form."""
+    asked = {"from": "human", "value": f"<image>\n{question}"}
+    return {"image": image, "conversations": [asked, {"from": "gpt", "value": answer}]}
 
 
 def picture(folder: Path, name: str, pixels: np.ndarray) -> str:

@@ -6,6 +6,7 @@ python -m examples.finetune_demo.measure kinds/test.jsonl --adapter kinds/adapte
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx import load
@@ -17,6 +18,15 @@ from internvl3_mlx.vlm import VLM
 
 LONGEST = 16  # tokens of an answer
 TOGETHER = 16  # answers written at once
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about images, and its answer."""
+
+    text: str
+    answer: str
+    images: tuple[Path, ...]
 
 
 def main() -> None:
@@ -40,14 +50,24 @@ def main() -> None:
 
 def asked(vlm: VLM, rows: Path) -> Iterator[tuple[str, str, str]]:
     """Yield each question, the answer in the file and the model's."""
-    entries = [(parse_record(entry.value), entry.file.root) for entry in open_dataset(rows) or ()]
-    prepared = (
-        vlm.prepare_inputs(row.messages[0].text, [root / name for name in row.images])
-        for row, root in entries
-    )
+    questions = read_rows(rows)
+    prepared = (vlm.prepare_inputs(one.text, one.images) for one in questions)
     said = batch_generate(vlm.runner, prepared, GenerationConfig(max_tokens=LONGEST), TOGETHER)
-    for (row, _), answer in zip(entries, said, strict=True):
-        yield row.messages[0].text, row.messages[1].text, answer.text.strip()
+    for one, answer in zip(questions, said, strict=True):
+        yield one.text, one.answer, answer.text.strip()
+
+
+def read_rows(rows: Path) -> list[Asked]:
+    """Read the questions of a file with their answers."""
+    records = [(parse_record(entry.value), entry.file.root) for entry in open_dataset(rows) or ()]
+    return [
+        Asked(
+            record.messages[0].text,
+            record.messages[1].text,
+            tuple(root / name for name in record.images),
+        )
+        for record, root in records
+    ]
 
 
 if __name__ == "__main__":

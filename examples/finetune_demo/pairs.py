@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from examples.finetune_demo.kinds import picture, save, stream, write
+from examples.finetune_demo.kinds import conversation, picture, save, stream, write
 from internvl3_mlx import load
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prompt_cache import PromptCache
@@ -40,17 +40,20 @@ def main() -> None:
 
 
 def write_pairs(vlm: VLM, folder: Path, wanted: int) -> None:
-    """Write ``wanted`` pairs with their pictures."""
+    """Write ``wanted`` pairs with their pictures, and the same questions with their answers."""
     rows: list[dict] = []
+    questions: list[dict] = []
     for number, (pixels, question, right) in enumerate(stream("pairs", WORDINGS)):
         found = [*paired(tries(vlm, pixels, question), right)][: wanted - len(rows)]
         if found:
             shown = picture(folder, f"train/{number:05d}.png", pixels)
             asked = {"image": shown, "question": f"<image>\n{question}"}
             rows += [{**asked, "chosen": good, "rejected": bad} for good, bad in found]
+            questions.append(conversation(shown, question, right))
         if len(rows) == wanted:
             break
     save(folder / "train.jsonl", rows)
+    save(folder / "questions.jsonl", questions)
 
 
 def tries(vlm: VLM, pixels: np.ndarray, question: str) -> list[str]:

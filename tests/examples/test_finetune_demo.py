@@ -12,7 +12,7 @@ from PIL import Image
 from examples.demo_model import batches, heldout
 from examples.demo_model.questions import Item
 from examples.demo_model.vocabulary import CATEGORIES
-from examples.finetune_demo import kinds, measure, pairs
+from examples.finetune_demo import compare, kinds, measure, pairs
 from internvl3_mlx import load
 from internvl3_mlx.training.config_file import build_config
 from internvl3_mlx.training.events import UpdateDone
@@ -85,3 +85,32 @@ def test_an_example_runs_from_its_data_to_its_figure(name, tmp_path, monkeypatch
     told = capsys.readouterr().out.splitlines()[-1]
     right = int(told.split()[0])
     assert told == f"{right} of 6 right: {right / 6:.1%}"
+
+
+def test_methods_are_compared_on_the_same_questions_and_what_is_known_stays(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compare, "CANDIDATES", 3)
+    monkeypatch.setattr(compare, "METHODS", {"GRPO": ("rewards", ("--epochs", "1"))})
+    data = tmp_path / "pairs"
+    pairs.write_pairs(load("demo"), data, 2)
+    kinds.write(data, "fresh", 6, pairs.WORDINGS)
+    assert {row["image"] for row in rows_of(data / "questions.jsonl")} == {
+        row["image"] for row in rows_of(data / "train.jsonl")
+    }
+    monkeypatch.setattr("sys.argv", ["compare", str(data), "--seeds", "1"])
+    compare.main()
+    told = capsys.readouterr().out
+    assert [path.name for path in (data / "runs").iterdir()] == ["rewards-epochs1-0"]
+    runs = {run["method"]: run for run in rows_of(data / "runs.jsonl")}
+    assert {*runs} == {"the demo", "GRPO", *compare.BEST_OF, "any of 8 right"}
+    assert runs["GRPO"]["cpu"] > 0
+    assert all(runs[name]["right"] <= runs["any of 8 right"]["right"] for name in compare.BEST_OF)
+    greedy = [
+        said == wanted for _, wanted, said in measure.asked(load("demo"), data / "fresh.jsonl")
+    ]
+    assert runs["the demo"]["right"] == np.mean(greedy)
+    monkeypatch.setattr(compare, "carry_out", None)  # nothing is measured again
+    compare.main()
+    assert capsys.readouterr().out == told
