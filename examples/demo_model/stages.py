@@ -110,14 +110,14 @@ READ = Lessons(
     squashed=0.35,
     whole=0.3,
     kinds={
-        "mosaics": 0.09,
+        "mosaics": 0.05,
         "letters": 0.12,
-        "scenes": 0.14,
-        "known": 0.10,
-        "follow_ups": 0.03,
-        "words": 0.44,
-        "charts": 0.04,
-        "pairs": 0.04,
+        "scenes": 0.10,
+        "known": 0.08,
+        "follow_ups": 0.02,
+        "words": 0.57,
+        "charts": 0.03,
+        "pairs": 0.03,
     },
 )
 # What the stages before knew, and long images, come back; the rates are low.
@@ -128,14 +128,14 @@ SETTLED = Lessons(
     squashed=0.45,
     whole=0.3,
     kinds={
-        "mosaics": 0.22,
-        "letters": 0.06,
-        "scenes": 0.34,
-        "known": 0.24,
+        "mosaics": 0.16,
+        "letters": 0.08,
+        "scenes": 0.24,
+        "known": 0.18,
         "follow_ups": 0.03,
-        "words": 0.06,
-        "charts": 0.02,
-        "pairs": 0.03,
+        "words": 0.24,
+        "charts": 0.03,
+        "pairs": 0.04,
     },
 )
 STAGES = {
@@ -143,6 +143,6 @@ STAGES = {
     "ask": Stage(muon=0.02, adam=2e-3, tower=0.2, seeing=0.3, lessons=EVEN),
     "widen": Stage(muon=0.009, adam=9e-4, tower=0.8, seeing=0.6, lessons=LONG),
     "broaden": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=BROAD, plateau=0.5),
-    "read": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=READ, plateau=0.7),
+    "read": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=READ, plateau=1.0),
     "settle": Stage(muon=0.004, adam=4e-4, tower=0.8, seeing=0.5, lessons=SETTLED, plateau=0.1),
 }

@@ -74,8 +74,10 @@ def main() -> None:
         "--pictures", type=int, default=32, help="single-tile pictures per worker and step"
     )
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--drawings", type=Path, help="what drawings.py rendered (from stage broaden)")
-    parser.add_argument("--typefaces", type=Path, help="what typefaces.py rendered (from stage broaden)")
+    parser.add_argument("--drawings", type=Path, help="what drawings.py rendered (from broaden on)")
+    parser.add_argument(
+        "--typefaces", type=Path, help="what typefaces.py rendered (from broaden on)"
+    )
     options = vars(parser.parse_args())
     steps = options.pop("steps")
     job = Job(**options)
