@@ -21,10 +21,10 @@ HERE = Path(questions.__file__).parent
 
 
 def test_each_task_is_asked_as_often_and_can_be_read(tmp_path):
-    found = [*questions.questions(tmp_path, "valid", 6)]
+    found = [*questions.questions(tmp_path, "valid", 8, questions.TASKS)]
     assert Counter(row["task"] for row in found) == dict.fromkeys(questions.TASKS, 2)
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    assert len(read_questions(tmp_path / "q.jsonl")) == 6
+    assert len(read_questions(tmp_path / "q.jsonl")) == 8
     assert questions.SEED not in (batches.TRAINING_SEED, heldout.EVALUATION_SEED)
 
 
