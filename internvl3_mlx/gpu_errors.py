@@ -25,6 +25,7 @@ class Task(Enum):
         "grad_checkpoint, a smaller batch_size or fewer tiles (max_tiles), "
         "or close other applications"
     )
+    OTHER = "fewer bits or a smaller model, or close other applications"
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,28 @@ def test_an_unknown_error_is_left_alone(monkeypatch, image):
         load("demo").ask(QUESTION, image)
 
 
+def test_a_model_that_does_not_fit_says_so_when_it_is_loaded(monkeypatch, image):
+    def fail(_):
+        raise RuntimeError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr("internvl3_mlx.loading.build.all_finite", fail)
+    with pytest.raises(GPUError, match="out of memory; try fewer bits or a smaller model"):
+        load("demo")
+    result = CliRunner().invoke(main, ["generate", image, "-p", QUESTION, "--model", "demo"])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+
+
+def test_any_other_command_says_it_without_a_hint_at_a_traceback(monkeypatch, tmp_path):
+    def fail(*_):
+        raise RuntimeError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr("internvl3_mlx.convert.pipeline.write_tensors", fail)
+    result = CliRunner().invoke(main, ["convert", "demo", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "the GPU ran out of memory; try fewer bits" in result.stderr
+    assert "--debug" not in result.stderr
+
+
 @pytest.mark.parametrize("options", [{"n": 2, "temperature": 0.0}, {"batch_size": 2}])
 def test_batches_and_samples_say_it_too(monkeypatch, image, options):
     vlm = load("demo")

@@ -7,12 +7,13 @@ import mlx.core as mx
 import pytest
 from fixtures.pretend_gpu import GB, pretend_metal
 from fixtures.records import write_image
-from fixtures.train_sessions import small_session, write_data
+from fixtures.train_sessions import small_session, small_setup, write_data
 
 from internvl3_mlx import device, load, memory
 from internvl3_mlx.memory import MemoryNeed, tight_memory_warning, working_memory
 from internvl3_mlx.models import cache as kv_cache
 from internvl3_mlx.training.run import run_session
+from internvl3_mlx.training.session import open_train_session
 
 PAGE = 16384
 QUESTION = "What is this?"
@@ -143,6 +144,26 @@ def test_training_wires_less_than_all_and_restores_both_limits(monkeypatch, tmp_
     assert 11 < max(calls.wired) <= 10 * GB
     assert calls.limit == 11
     assert calls.clears >= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "pairs"),
+    [
+        ({"method": "distill", "teacher": "demo", "distill_top_k": 4}, False),
+        ({"method": "mpo", "cache_reference": True, "train": "lora,mlp1"}, True),
+    ],
+)
+def test_what_is_computed_before_the_updates_is_wired_too(monkeypatch, tmp_path, settings, pairs):
+    write_data(tmp_path / "data", 2, pairs=pairs)
+    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
+    setup = small_setup(tmp_path, iters=1, **settings)
+    calls = pretend_metal(monkeypatch, wired=11)
+    cached, limits = mx.set_cache_limit(1), []
+    mx.set_cache_limit(cached)
+    for _ in open_train_session(setup):
+        limits.append((calls.limit > 11, mx.set_cache_limit(cached) == 12 * GB // 8))
+    assert set(limits) == {(True, True)}
+    assert (calls.limit, mx.set_cache_limit(cached)) == (11, cached)
 
 
 class ReplayedBufferCache:

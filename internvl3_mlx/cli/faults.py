@@ -6,6 +6,7 @@ from typing import TypeVar
 from internvl3_mlx.cli.streams import CLOSED
 from internvl3_mlx.errors import LEAVING, InternVL3Error, UnforeseenError
 from internvl3_mlx.files import is_disk_full
+from internvl3_mlx.gpu_errors import Task, describe_gpu_error
 
 T = TypeVar("T")
 NO_SPACE = "no space left on the disk; free some and run again"
@@ -33,12 +34,24 @@ def is_closed_output(fault: BaseException) -> bool:
     return isinstance(fault, OSError) and fault.strerror == CLOSED
 
 
+def is_explained(fault: BaseException) -> bool:
+    """Return whether ``describe_fault`` says all that the user can do about it."""
+    return is_disk_full(fault) or is_closed_output(fault) or gpu_meaning(fault) is not None
+
+
+def gpu_meaning(fault: BaseException) -> str | None:
+    """Return what an error of the GPU means wherever nothing more is known about the task."""
+    return describe_gpu_error(fault, Task.OTHER) if isinstance(fault, RuntimeError) else None
+
+
 def describe_fault(fault: BaseException) -> str:
     """Describe an unforeseen fault in one line."""
     if is_disk_full(fault):
         return f"cannot write the output: {NO_SPACE}"
     if is_closed_output(fault):
         return f"cannot write the output: {CLOSED}"
+    if (meaning := gpu_meaning(fault)) is not None:
+        return meaning
     if isinstance(fault, FileNotFoundError) and fault.filename is None:
         return "the current folder was deleted; change to another one and run again"
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import click
 
 from internvl3_mlx.cli import console
-from internvl3_mlx.cli.faults import describe_fault, is_closed_output, is_disk_full
+from internvl3_mlx.cli.faults import describe_fault, is_explained
 from internvl3_mlx.cli.flags import HelpContext
 from internvl3_mlx.cli.options import DEBUG_KEY
 from internvl3_mlx.cli.ranks import is_follower, is_launched, join_ranks, leave_ranks
@@ -122,7 +122,7 @@ def _report_failure(error: BaseException, *, debug: bool) -> int:
             console.hint(f"see {error.ctx.command_path} --help")
         return error.exit_code
     about = describe_fault(error)
-    if is_disk_full(error) or is_closed_output(error):
+    if is_explained(error):
         console.error(about)
         return FAILED
     console.error(about if debug else f"{about} (run again with --debug for the traceback)")
@@ -169,7 +169,7 @@ def run() -> NoReturn:
         leave_ranks(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
     except OSError as error:  # what click itself writes, such as the help
-        if not (is_disk_full(error) or is_closed_output(error)):
+        if not is_explained(error):
             raise
         console.error(describe_fault(error))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it once more

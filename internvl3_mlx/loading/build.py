@@ -27,6 +27,7 @@ from internvl3_mlx.convert.recipes import QuantizationRecipe
 from internvl3_mlx.convert.row_reader import check_all_finite
 from internvl3_mlx.distributed.shard import WHOLE, Shard
 from internvl3_mlx.errors import CheckpointError, UserError
+from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import lora_layers
 from internvl3_mlx.models.shard_layout import check_divisible
@@ -131,6 +132,7 @@ def check_not_quantized(config: ModelConfig, why: str) -> None:
         )
 
 
+@explained_gpu_errors(Task.OTHER)
 def evaluate_by_layer(model: InternVL, *, fused: bool) -> bool:
     """Evaluate one layer at a time, so that casting never holds two copies of the model.
 

@@ -19,6 +19,7 @@ from internvl3_mlx.training.feature_cache import CacheLimits, FeatureCache, Feat
 from internvl3_mlx.training.grad_checkpoint import is_trainable
 from internvl3_mlx.training.objectives import Reference
 from internvl3_mlx.training.reference import ReferenceLogProbs, reference_log_probs
+from internvl3_mlx.training.run_memory import preparing
 from internvl3_mlx.training.setup import TaskProgress
 from internvl3_mlx.training.trainer import MicroBatch
 
@@ -136,13 +137,14 @@ class DataLoader:
         ranks may differ.
         """
         assert self.reference_cache is not None
-        for dataset in filter(None, (self.train_dataset, self.valid_dataset)):
-            done, total = 0, len(dataset.sizes)
-            for batch in dataset.iter_once():
-                self.build_micro_batch(batch)
-                done += len(batch.locations)
-                yield TaskProgress("computing reference log-probabilities", done, total)
-        self.reference_cache.freeze()
+        with preparing():
+            for dataset in filter(None, (self.train_dataset, self.valid_dataset)):
+                done, total = 0, len(dataset.sizes)
+                for batch in dataset.iter_once():
+                    self.build_micro_batch(batch)
+                    done += len(batch.locations)
+                    yield TaskProgress("computing reference log-probabilities", done, total)
+            self.reference_cache.freeze()
 
 
 def open_reference_cache(model: InternVL, config: TrainConfig) -> ReferenceLogProbs | None:

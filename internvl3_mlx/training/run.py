@@ -39,7 +39,8 @@ from internvl3_mlx.training.loggers import (
 )
 from internvl3_mlx.training.loss_history import MAX_BAD_AT_END
 from internvl3_mlx.training.recovery import step_back
-from internvl3_mlx.training.run_guards import Stop, find_stop, limited_memory, saved_on_error
+from internvl3_mlx.training.run_guards import Stop, find_stop, saved_on_error
+from internvl3_mlx.training.run_memory import limited_memory
 from internvl3_mlx.training.saving import (
     SaveClock,
     check_disk_space,

@@ -1,7 +1,7 @@
-"""What protects a run: its memory limits, the reasons to stop early, and saving after an error."""
+"""What protects a run: the reasons to stop early, and saving after an error."""
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import mlx.core as mx
 
@@ -10,7 +10,6 @@ from internvl3_mlx.distributed.peer_watch import PeerError
 from internvl3_mlx.errors import GPUError, InternVL3Error
 from internvl3_mlx.files import is_disk_full
 from internvl3_mlx.gpu_errors import Task, explained_gpu_errors, is_out_of_memory
-from internvl3_mlx.memory import MemoryNeed, working_memory
 from internvl3_mlx.training.cost_estimate import flags_for_less
 from internvl3_mlx.training.events import StopCause, UpdateDone
 from internvl3_mlx.training.loggers import GB
@@ -18,7 +17,6 @@ from internvl3_mlx.training.saving import SaveClock, disk_full_error, resume_adv
 from internvl3_mlx.training.session import TrainSession
 from internvl3_mlx.training.trainer import DivergedError
 
-CACHE_FRACTION = 8  # of the GPU's memory limit, for freed buffers that may be reused
 Stop = tuple[StopCause, str]  # why a run stops early, in one word and in a sentence
 
 
@@ -43,27 +41,6 @@ def saved_on_error(session: TrainSession, clock: SaveClock) -> Iterator[None]:
             advice = less_memory_advice(session, mx.get_peak_memory())
             raise GPUError(f"memory ran out; {advice}; {resume_advice(session)}") from error
         with explained_gpu_errors(Task.TRAINING, resume_advice(session)):
-            raise
-
-
-UNDONE: list[ExitStack] = []  # contexts that cannot be left, since a sum never finishes
-
-
-@contextmanager
-def limited_memory() -> Generator[None, None, None]:
-    """Reset the peak memory, limit MLX's cache of freed buffers, and wire weights and optimizer.
-
-    Batches differ in length, so freed buffers rarely fit again and would accumulate.
-    """
-    with ExitStack() as stack:
-        mx.reset_peak_memory()
-        cache = mx.set_cache_limit(gpu_memory_limit() // CACHE_FRACTION)
-        stack.callback(mx.set_cache_limit, cache)
-        stack.enter_context(working_memory(MemoryNeed(mx.get_active_memory())))
-        try:
-            yield
-        except PeerError:  # MLX would wait for the sum before it frees memory; the process ends
-            UNDONE.append(stack.pop_all())
             raise
 
 

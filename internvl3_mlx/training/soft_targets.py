@@ -4,7 +4,7 @@ The teacher reads all records once, before the student is loaded. The next run o
 and data finds them, and so does a run that was killed meanwhile.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ from internvl3_mlx.training.reference import (
     index_saved_answers,
     save_answers,
 )
+from internvl3_mlx.training.run_memory import preparing
 from internvl3_mlx.training.setup import RunSetup, TaskProgress
 from internvl3_mlx.training.token_log_probs import states_per_chunk
 
@@ -151,19 +152,27 @@ def compute_soft_targets(setup: RunSetup) -> Generator[TaskProgress, None, SoftT
     name = store_name(loaded.model, config.distill_top_k, config.distill_temperature)
     folder = cache_folder(SOFT_TARGETS_FOLDER) / name
     store = SoftTargetStore(folder, loaded.model.image_id, config.distill_top_k)
+    with preparing():
+        yield from ask_teacher(loaded.model, setup, store)
+    del loaded
+    mx.clear_cache()
+    return store
+
+
+def ask_teacher(
+    teacher: InternVL, setup: RunSetup, store: SoftTargetStore
+) -> Iterator[TaskProgress]:
+    """Let the teacher read what the store does not hold yet."""
+    config = setup.config
     for dataset in filter(None, (setup.train_dataset, setup.valid_dataset, setup.test_dataset)):
         done, total = 0, len(dataset.sizes)
         for batch in dataset.iter_once():
             if not store.has(batch):
                 top_k, temperature = config.distill_top_k, config.distill_temperature
-                found = teacher_targets(loaded.model, batch, None, top_k, temperature)
-                store.add(batch, found)
+                store.add(batch, teacher_targets(teacher, batch, None, top_k, temperature))
             done += len(batch.locations)
             yield TaskProgress("asking the teacher", done, total)
     store.flush()
-    del loaded
-    mx.clear_cache()
-    return store
 
 
 def check_teacher(teacher: InternVL, tokenizer: Tokenizer, setup: RunSetup) -> None:

@@ -67,6 +67,14 @@ def test_another_run_finds_the_reference_in_any_batch(setup, monkeypatch):
     np.testing.assert_array_equal(reversed_pairs, np.concatenate([first[split:], first[:split]]))
 
 
+def test_references_by_another_attention_are_not_found(setup, monkeypatch):
+    _, references, _, _ = setup
+    base, _ = bare_model("300m")
+    assert ReferenceLogProbs(base, references.folder.parent).folder == references.folder
+    monkeypatch.setattr(module, "NUMERICS", "another")
+    assert ReferenceLogProbs(base, references.folder.parent).folder != references.folder
+
+
 def test_other_tokens_positions_or_images_have_other_keys(setup):
     _, _, pairs, _ = setup
     one, image_id = pairs[0], bare_model("300m")[0].image_id
