@@ -10,6 +10,9 @@ from fixtures.tiny import Bits, Recipe
 from benchmarks.kernel_count import count_batch_kernels, count_kernels, kernels_per_layer
 from internvl3_mlx import load
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("PRETEND_GPU") == "noisy", reason="the noise is made by operations of its own"
+)
 # Weights, compiled or not, with our kernels or not. Two norms, four products, bias, rotation,
 # attention, two sums, SwiGLU, and one write or two; a dense product adds the bias itself. Ours are
 # one kernel each for a sum and the norm after it, and, of one write, for the bias and the rotation.
@@ -21,9 +24,6 @@ MOST = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(
-    os.environ.get("PRETEND_GPU") == "noisy", reason="the noise is made by operations of its own"
-)
 @pytest.mark.parametrize(("weights", "compiled", "own"), MOST)
 def test_no_layer_launches_more_kernels_than_it_needs(weights, compiled, own):
     bits = Bits() if weights == "4 bits" else None
