@@ -59,6 +59,7 @@ from internvl3_mlx.training.trainer import DivergedError, make_updates
 from internvl3_mlx.training.validation import run_test, run_validation
 from internvl3_mlx.user_paths import expand_user
 from internvl3_mlx.vlm import ignore_message
+from internvl3_mlx.write_guards import contains
 
 
 def never() -> bool:
@@ -171,6 +172,7 @@ def check_run_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> N
         )
     check_writable(folder)
     if overwrite:
+        check_sources_stay(config, folder)
         check_removable_run(folder)
     if resume or overwrite or not folder.exists() or not any(folder.iterdir()):
         return
@@ -178,6 +180,17 @@ def check_run_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> N
     raise UserError(
         f"{folder} is not empty; {advice}choose another --adapter-path, or pass --overwrite"
     )
+
+
+def check_sources_stay(config: TrainConfig, folder: Path) -> None:
+    """Raise UserError where removing an earlier run would remove what the new one starts from."""
+    for name in ("model", "teacher", "resume_adapter_file"):
+        source = getattr(config, name)
+        if source and (place := expand_user(source)).exists() and contains(folder, place):
+            raise UserError(
+                f"{name} {source} lies in {folder}, whose earlier run --overwrite removes; choose "
+                "another --adapter-path"
+            )
 
 
 def check_writable(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """``train``: a whole run from Python, from the data check to its end."""
 
 import pytest
+from fixtures.mac_disk import ignore_spelling
 from fixtures.records import write_jsonl
 from fixtures.train_sessions import select, small_config, write_data
 
@@ -79,6 +80,25 @@ def test_an_earlier_run_is_replaced_only_on_request(tmp_path):
         next(train(config, resume=True, overwrite=True))
     assert select(train(config, overwrite=True), TrainEnd)[0].updates == 2
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"model": "Run/Model"},
+        {"resume_adapter_file": "RUN"},
+        {"method": "distill", "teacher": "run/model/.."},
+    ],
+)
+def test_a_run_is_not_replaced_by_one_that_starts_from_it(tmp_path, monkeypatch, source):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    ignore_spelling(monkeypatch, tmp_path)
+    *_, name = source
+    config = small_config(tmp_path, **source | {name: f"{tmp_path}/{source[name]}"})
+    with pytest.raises(UserError, match=f"^{name} .* lies in .*run, whose earlier run"):
+        next(train(config, overwrite=True))
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
 def test_errors_in_the_data_are_raised_after_the_report(tmp_path, data):
