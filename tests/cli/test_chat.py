@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from fixtures.child_path import python_path
 from fixtures.documents import write_pdf
 from fixtures.inputs import random_image, write_video
 from fixtures.loaded_models import tiny
@@ -294,7 +295,7 @@ def test_statistics_tell_what_was_kept_and_how_many_draft_tokens_were_right(vlm)
 
 def piped(text, *words, cwd):
     command = [sys.executable, "-m", "internvl3_mlx", "chat", *words]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     return subprocess.run(command, input=text, capture_output=True, text=True, cwd=cwd, env=env)
 
 
@@ -316,7 +317,7 @@ def test_a_pipe_that_closes_ends_the_chat_quietly(session, vlm, tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "internvl3_mlx", "chat", "--model", str(vlm.loaded.folder)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     done = subprocess.run(
         [*command, "-m", "9"], input="One?\nTwo?\n", stdout=writing, stderr=subprocess.PIPE,
         text=True, cwd=tmp_path, env=env,

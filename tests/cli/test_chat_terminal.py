@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from fixtures.child_path import python_path
 from fixtures.loaded_models import tiny
 from fixtures.terminal import TerminalProgram
 from fixtures.tiny import Recipe
@@ -47,7 +48,7 @@ def leave(chat):
 
 def kept_questions(place):
     command = [sys.executable, "-m", "internvl3_mlx", "history", "--json"]
-    env = {**os.environ, "INTERNVL3_DATA": str(place / "data"), "PYTHONPATH": ROOT}
+    env = {**os.environ, "INTERNVL3_DATA": str(place / "data"), "PYTHONPATH": python_path(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return [row["first question"] for row in json.loads(done.stdout)] if done.stdout else []
 

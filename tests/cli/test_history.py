@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from fixtures.child_path import python_path
 from fixtures.documents import write_pdf
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
@@ -212,7 +213,7 @@ def test_a_log_that_cannot_be_written_is_one_note(open_session, folder, capsys):
 
 def run_chat(*words, text=""):
     command = [sys.executable, "-m", "internvl3_mlx", "chat", "--model", MODEL, *words]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
     )

@@ -9,6 +9,7 @@ import fixtures.rank_checks
 import mlx.core as mx
 import numpy as np
 import pytest
+from fixtures.child_path import python_path
 from fixtures.loaded_models import tiny
 from fixtures.rank_checks import CHECKS, run_checks
 from fixtures.rank_processes import INTERNVL3, finish, rank_processes
@@ -23,7 +24,7 @@ from internvl3_mlx.generation.mirror import MESSAGE_TYPES
 from internvl3_mlx.generation.processor import ModelInputs
 
 PROGRAM = fixtures.rank_checks.__file__
-SEARCH = {"PYTHONPATH": f"{Path(PROGRAM).parents[1]}:{Path(PROGRAM).parents[2]}"}
+SEARCH = {"PYTHONPATH": python_path(*Path(PROGRAM).parents[1:3])}
 
 
 @pytest.fixture(scope="module")
