@@ -28,6 +28,7 @@ from examples.demo_model.icon_sets import (
     WRONG,
     base_name,
 )
+from internvl3_mlx.files import atomic_write
 
 SIDE = 88  # pixels of a rendered drawing
 MOST = 6  # drawings of one object taken from one set
@@ -63,13 +64,14 @@ def all_sources() -> tuple[str, ...]:
 
 
 def save_drawings(path: Path, drawings: list[Drawing]) -> None:
-    """Write drawings as one compressed file."""
-    np.savez_compressed(
-        path,
-        pixels=np.stack([drawing.pixels for drawing in drawings]),
-        source=np.array([drawing.source for drawing in drawings]),
-        name=np.array([drawing.name for drawing in drawings]),
-    )
+    """Write drawings as one compressed file, put in place whole."""
+    with atomic_write(path) as part, part.open("wb") as file:
+        np.savez_compressed(
+            file,
+            pixels=np.stack([drawing.pixels for drawing in drawings]),
+            source=np.array([drawing.source for drawing in drawings]),
+            name=np.array([drawing.name for drawing in drawings]),
+        )
 
 
 def load_drawings(path: Path) -> list[Drawing]:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from examples.demo_model.model import DemoConfig, InternVL
 from examples.demo_model.tokenizer import SPECIAL, SYSTEM, open_tokenizer
+from internvl3_mlx.files import atomic_write
 
 MAX_TILES = 4
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -53,7 +54,8 @@ def export(model: InternVL, tokenizer: Tokenizer, out: Path, *, dtype: str, trai
     weights = {
         name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()
     }
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    with atomic_write(out / "model.safetensors") as part:
+        save_file(weights, part, metadata={"format": "pt"})
 
 
 def config_of(c: DemoConfig, dtype: str, trained: bool) -> dict:

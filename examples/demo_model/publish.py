@@ -113,6 +113,7 @@ def main() -> None:
 
 def copy_checkpoint(source: Path, out: Path) -> None:
     """Copy configuration, weights and tokenizer, each put in place whole."""
+    out.mkdir(parents=True, exist_ok=True)
     for path in (*source.glob("*.json"), *source.glob("*.safetensors")):
         aside = out / f"{path.name}.new"
         shutil.copyfile(path, aside)
@@ -156,12 +157,13 @@ def card(table: dict[str, Any], abilities: dict[str, Any] | None = None) -> str:
     told = [task for task in TASKS if passes(square[task])]
     room = [task for task in TASKS if ROOM[0] <= square[task]["right"] <= ROOM[1]]
     rest = [task for task in TASKS if task not in told]
+    shown = told or list(TASKS)  # of a model that passes nothing, everything is told
     return CARD_PATH.read_text().format(
         told=rows(told, square),
         rest=rows(rest, square),
         room=", ".join(f"*{task}* ({percent(square[task]['right'])})" for task in room),
-        columns=columns(told, table),
-        deltas=deltas(told, table),
+        columns=columns(shown, table),
+        deltas=deltas(shown, table),
         icon_sets=icon_sets(table),
         abilities=ability_rows(abilities or {}),
         number=table["items"],

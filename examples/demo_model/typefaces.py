@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from examples.demo_model.painting import CHARACTERS, GLYPH_CELL, Typeface
+from internvl3_mlx.files import atomic_write
 
 CAP_HEIGHT = 0.92  # share of a glyph's cell that a capital letter fills
 # Part -> font files of the Debian packages that fetch.py names. All are under the SIL OFL, Apache
@@ -48,7 +49,8 @@ def main() -> None:
         print(part, len(names) - len(missing), "typefaces; not found:", *missing)
         sheets = [np.stack([*glyph_cells(files[name])]) for name in names if name in files]
         saved[part] = np.stack(sheets)
-    np.savez_compressed(options.out, **saved)
+    with atomic_write(options.out) as part, part.open("wb") as file:
+        np.savez_compressed(file, **saved)
 
 
 def glyph_cells(path: Path) -> Iterator[np.ndarray]:

@@ -32,6 +32,13 @@ def test_what_misses_the_gate_is_not_told():
     assert "What is at the top left?" not in told
 
 
+def test_the_card_of_a_model_that_passes_nothing_can_be_written():
+    told, rest = publish.card(table(right=0.4)).split("## What it cannot do")
+    assert "| square | 1 | 40% |" in told
+    assert "| 1 | 90% |" in told
+    assert "| at | What is at the top left? | 40% | 20% |" in rest
+
+
 def test_icon_sets_and_abilities_are_in_the_card_once_measured():
     assert "Not measured for these weights." in publish.card(table())
     measured = table() | {"tabler, held out": table(right=0.83)["square"]}
