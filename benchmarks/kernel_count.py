@@ -23,6 +23,7 @@ VIEWS = {
 COPIES = {"Concatenate": 2}  # kernels of operations that launch more than one: one for each part
 NODE = re.compile(r'label ="([^"]+)", shape=rectangle')
 CACHED, CAPACITY = 40, 256  # tokens
+LENGTHS = (CACHED, CACHED + 13, CACHED - 9)  # of a batch
 
 
 def count_kernels(model: Any, *, compiled: bool, own: bool = False) -> Counter[str]:
@@ -52,42 +53,67 @@ def count_kernels(model: Any, *, compiled: bool, own: bool = False) -> Counter[s
 
 def count_batch_kernels(model: Any, *, compiled: bool) -> Counter[str]:
     """Count the same of one token of each of three sequences of unequal length."""
-    from internvl3_mlx.generation.compiled_step import StepRunner
+    batch = read_batch(model)
+    with fused_operations():
+        return kernels_of(batch_step(model, batch, compiled=compiled))
+
+
+def count_batch_nodes(model: Any, *, compiled: bool) -> Counter[str]:
+    """Count all nodes of that step's graph on this device, views too: each costs the host."""
+    return nodes_of(batch_step(model, read_batch(model), compiled=compiled))
+
+
+def read_batch(model: Any) -> Any:
+    """Return a batch that has read prompts of LENGTHS."""
     from internvl3_mlx.models.cache import KVCache
     from internvl3_mlx.models.ragged_cache import RaggedBatch
-    from internvl3_mlx.models.static_batch import StaticBatch
 
-    language, lengths = model.language_model, [CACHED, CACHED + 13, CACHED - 9]
+    language = model.language_model
     batch = RaggedBatch(len(language.model.layers))
-    for length in lengths:
+    for length in LENGTHS:
         caches = [KVCache(CAPACITY) for _ in language.model.layers]
         prompt = mx.zeros((1, length), dtype=mx.int32)
         mx.eval(language.model(model.embed(prompt), language.rotary(0, length), caches))
         batch.insert(caches)
     mx.eval(batch.state)
-    tokens = mx.array([[1]] * len(lengths), dtype=mx.int32)
-    with fused_operations():
-        if compiled:
-            ready = StaticBatch.prepare(batch)
-            assert ready is not None
-            mx.eval(ready.buffers)  # which may have grown
-            logits, _ = StepRunner(model, "on").run(ready, tokens, lengths)
-        else:
-            batch.begin_step()
-            rotary = language.ragged_rotary(lengths, [length + 1 for length in lengths])
-            logits = language.head(language.model(model.embed(tokens), rotary, batch.layers))
-        return kernels_of(mx.argmax(logits[:, -1], axis=-1))
+    return batch
+
+
+def batch_step(model: Any, batch: Any, *, compiled: bool) -> mx.array:
+    """Return the next token of each sequence, still to be computed."""
+    from internvl3_mlx.generation.compiled_step import StepRunner
+    from internvl3_mlx.models.static_batch import StaticBatch
+
+    language, tokens = model.language_model, mx.array([[1]] * len(LENGTHS), dtype=mx.int32)
+    if compiled:
+        ready = StaticBatch.prepare(batch)
+        assert ready is not None
+        mx.eval(ready.buffers)  # which may have grown
+        logits, _ = StepRunner(model, "on").run(ready, tokens, LENGTHS)
+    else:
+        batch.begin_step()
+        rotary = language.ragged_rotary(LENGTHS, [length + 1 for length in LENGTHS])
+        logits = language.head(language.model(model.embed(tokens), rotary, batch.layers))
+    return mx.argmax(logits[:, -1], axis=-1)
 
 
 def kernels_of(array: mx.array) -> Counter[str]:
     """Count the nodes of an array's graph that are kernels, by name."""
+    return Counter(
+        {
+            name: count * COPIES.get(name, 1)
+            for name, count in nodes_of(array).items()
+            if name not in VIEWS
+        }
+    )
+
+
+def nodes_of(array: mx.array) -> Counter[str]:
+    """Count the nodes of an array's graph by name."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.dot"
         mx.export_to_dot(str(path), array)
-        nodes = Counter(NODE.findall(path.read_text("utf-8")))
-    return Counter(
-        {name: count * COPIES.get(name, 1) for name, count in nodes.items() if name not in VIEWS}
-    )
+        return Counter(NODE.findall(path.read_text("utf-8")))
 
 
 @contextmanager
@@ -106,7 +132,7 @@ def fused_operations(*, own: bool = False) -> Iterator[None]:
         node = single(inputs[0].reshape(-1), *inputs[1:])
         return [node.reshape(shape) for shape in config.shapes]
 
-    devices = ("models.decoder", "models.layers", "generation.compiled_step")
+    devices = ("models.attention", "models.decoder", "models.layers", "generation.compiled_step")
     with ExitStack() as stack:
         for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
             stack.enter_context(patch.object(mx.fast, name, single))

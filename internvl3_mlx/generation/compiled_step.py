@@ -197,9 +197,10 @@ class StepRunner:
     def is_steady(self, layout: Layout, sampler: Sampler | None = None) -> bool:
         """Return whether a layout that changes at times has stayed long enough to be traced."""
         key, (last, times) = self.key(layout, sampler), self.steady
-        self.steady = (key, times + 1 if key == last else 1)
-        is_traced = key in CompiledSteps.of(self.model).traces
-        return self.mode == ON or self.steady[1] >= STEADY_STEPS or is_traced
+        times = times + 1 if key == last else 1
+        self.steady = (key, times)
+        has_lasted = self.mode == ON or times >= STEADY_STEPS
+        return has_lasted or key in CompiledSteps.of(self.model).traces
 
     def key(self, layout: Layout, sampler: Sampler | None) -> TraceKey:
         params = None if sampler is None else sampler.params
@@ -251,11 +252,14 @@ def trace_step(model: Callable[[], InternVL | None], key: TraceKey) -> Callable[
         contexts = key.layout.contexts(plan, buffers)
         fill_slots(list(weight_slots(language)), weights)
         rotary = language.step_rotary(positions, tokens.shape[1])
-        states = language.model(traced.embed(tokens), rotary, contexts)
-        logits = language.head(states if sampler is None else states[:, -1])
+        is_single = tokens.shape[1] == 1  # then without the axis of tokens (``has_one_token``)
+        states = language.model(
+            traced.embed(tokens[:, 0] if is_single else tokens), rotary, contexts
+        )
+        logits = language.head(states if is_single or sampler is None else states[:, -1])
         written = [array for context in contexts for array in context.arrays]
         if sampler is None:
-            return logits, written, []
+            return logits[:, None] if is_single else logits, written, []
         chosen, after = sampler(logits, SamplerState(*state))
         token = from_rank_0(traced.shard, mark_not_finite(chosen, logits))
         return token, written, [*after]

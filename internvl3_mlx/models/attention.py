@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from internvl3_mlx.device import on_gpu
 from internvl3_mlx.metal_kernels import dispatch, flash_decode, fused_quantized, registry
 from internvl3_mlx.metal_kernels.kv_layout import KVStore, QuantizedArrays, QuantizedKV
 
@@ -26,10 +27,25 @@ def causal_attention(
     The causal mask is aligned to the lower right: the L rows are the last of the N tokens. A
     boolean ``mask``, broadcast to (B, H, L, N), takes its place.
     """
+    if mask is not None and q.shape[2] == 1 and mask.shape[1:-1] == (1, 1) and not on_gpu():
+        return masked_row_attention(q, k, v, mask)
     causal = "causal" if q.shape[2] > 1 else None
     return mx.fast.scaled_dot_product_attention(
         q, k, v, scale=q.shape[-1] ** -0.5, mask=causal if mask is None else mask
     )
+
+
+def masked_row_attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
+    """Attend from one row of each sequence, (B, H, 1, D), as ``causal_attention`` does.
+
+    mask: (B or 1, 1, 1, N). A CPU has no fused attention, and what MLX has in its place takes more
+    operations: here the heads that share keys are the rows of one product, and ``mx.compile`` joins
+    scale and mask.
+    """
+    rows = q.reshape(*k.shape[:2], -1, q.shape[-1])
+    scores = rows @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5
+    scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    return (mx.softmax(scores, axis=-1, precise=True) @ v).reshape(q.shape)
 
 
 @dataclass(frozen=True)

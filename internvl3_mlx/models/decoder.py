@@ -20,7 +20,7 @@ from internvl3_mlx.models.attention import ALL_ROWS, RowSelection, SlidingAttent
 from internvl3_mlx.models.cache import NO_CACHE, AttentionContext
 from internvl3_mlx.models.experts import MixtureOfExperts
 from internvl3_mlx.models.fused_linear import fuse_linears, pad_quantized_rows
-from internvl3_mlx.models.layers import BlockRunner, run_block, swiglu
+from internvl3_mlx.models.layers import BlockRunner, has_one_token, run_block, swiglu
 from internvl3_mlx.models.rope import (
     Positions,
     Rotary,
@@ -59,16 +59,15 @@ class Attention(nn.Module):
         context: AttentionContext = NO_CACHE,
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
-        """x: (B, L, D) -> (B, R, D): ``context`` takes in all L tokens, ``rows`` of them attend."""
+        """x: (B, L, D) -> (B, R, D): ``context`` takes in all L tokens, ``rows`` of them attend.
+
+        Or one token of each sequence, (B, D) -> (B, D).
+        """
         sliding = self.sliding
-        if sliding is None and x.shape[1] == 1 and context.accepts_joint():
-            rotated = rotate_projected(x, self, rotary, self.heads, self.kv_heads, self.head_dim)
-            if rotated is None:
-                turned = self.heads + self.kv_heads
-                rotated = rotary.rotate_heads(self.project_heads(x), turned)
-            q, kv = mx.split(rotated, [self.heads], axis=1)
-            out = context.attend_joint(scale_scores(q, rotary), kv)
-            return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
+        if sliding is None and has_one_token(x) and context.accepts_joint():
+            return self.attend_joint(x, rotary, context)
+        if x.ndim == 2:
+            return self(x[:, None], rotary, context).squeeze(1)
         qk, v = mx.split(self.project_heads(x), [self.heads + self.kv_heads], axis=2)
         if sliding is not None:
             q, k = mx.split(rotary(qk), [self.heads], axis=1)
@@ -85,8 +84,18 @@ class Attention(nn.Module):
             out = context.attend(q, k, v.transpose(0, 2, 1, 3), rows)
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(-2))
 
+    def attend_joint(self, x: mx.array, rotary: Rotary, context: AttentionContext) -> mx.array:
+        """Rotate and write queries, keys and values of one token at once: x as in ``__call__``."""
+        rotated = rotate_projected(x, self, rotary, self.heads, self.kv_heads, self.head_dim)
+        if rotated is None:
+            turned = self.heads + self.kv_heads
+            rotated = rotary.rotate_heads(self.project_heads(x), turned)
+        q, kv = mx.split(rotated, [self.heads], axis=1)
+        out = context.attend_joint(scale_scores(q, rotary), kv)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1))
+
     def project_heads(self, x: mx.array) -> mx.array:
-        """x: (B, L, D) -> queries, keys and values together: (B, L, H + 2 KV, D').
+        """x: (B, L, D) or (B, D) -> queries, keys and values together: (B, L, H + 2 KV, D').
 
         Where the family has norms of q and k, they come after the split into heads.
         """
@@ -94,7 +103,8 @@ class Attention(nn.Module):
             joint = self.qkv_proj(x)
         else:
             joint = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
-        heads = joint.reshape(*x.shape[:2], -1, self.head_dim)
+        length = 1 if x.ndim == 2 else x.shape[1]
+        heads = joint.reshape(x.shape[0], length, -1, self.head_dim)
         if "q_norm" not in self:
             return heads
         q, k, v = mx.split(heads, [self.heads, self.heads + self.kv_heads], axis=2)
@@ -154,11 +164,13 @@ class Block(nn.Module):
         context: AttentionContext = NO_CACHE,
         rows: RowSelection = ALL_ROWS,
     ) -> mx.array:
-        """x: (B, L, D) -> (B, R, D), the states of ``rows``."""
+        """x: (B, L, D) -> (B, R, D), the states of ``rows``; or (B, D) -> (B, D)."""
         shard, norm = self.shard, self.post_attention_layernorm
         read = shard.share(self.input_layernorm(x))
         added = shard.sum(self.self_attn(read, rotary, context, rows))
-        x, normed = add_and_norm(x[:, rows], added, norm, decodes=context is not NO_CACHE)
+        x, normed = add_and_norm(
+            x if x.ndim == 2 else x[:, rows], added, norm, decodes=context is not NO_CACHE
+        )
         return x + shard.sum(self.mlp(shard.share(normed)))
 
 
@@ -180,7 +192,7 @@ class Decoder(nn.Module):
         rows: RowSelection = ALL_ROWS,
         run: BlockRunner = run_block,
     ) -> mx.array:
-        """x: (B, L, D) -> (B, R, D), the states of ``rows`` alone.
+        """x: (B, L, D) -> (B, R, D), the states of ``rows`` alone; or (B, D) -> (B, D).
 
         ``cache``: one for each layer; without it the tokens see each other alone. Every layer but
         the last computes all rows, since the next one needs their keys. ``run`` calls each block;

@@ -47,6 +47,15 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return (wide * mx.sigmoid(wide)).astype(gate.dtype) * up
 
 
+def has_one_token(x: mx.array) -> bool:
+    """Return whether states are of one token of each sequence: (B, 1, D), or (B, D).
+
+    A compiled step passes them without the axis of tokens: MLX would drop it before each product
+    of a linear layer, and put it back after.
+    """
+    return x.ndim == 2 or x.shape[1] == 1
+
+
 BlockRunner = Callable[..., mx.array]  # (block, x, *arguments) -> the output of the block
 
 

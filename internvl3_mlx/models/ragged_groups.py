@@ -111,7 +111,8 @@ class GroupStep:
     def find_rows(self, buffer: mx.array, *, joint: bool = False) -> mx.array:
         """Return where the new tokens go in a buffer (..., R, KV, N, *) as rows of one matrix.
 
-        In the order (..., b, KV), or with ``joint`` (b, ..., KV). Found once for all layers.
+        (..., b, KV, 1), or with ``joint`` (b, ... * KV, 1), as the new tokens are. Found once for
+        all layers.
         """
         key = (joint, *buffer.shape[:-1])
         if key not in self.flat_rows:
@@ -119,7 +120,8 @@ class GroupStep:
             each = self.slots[:, None] * heads + mx.arange(heads)
             each = each * tokens + self.columns[:, None]
             sides = mx.arange(prod(lead))[:, None, None] * (slots * heads * tokens) + each
-            self.flat_rows[key] = (sides.swapaxes(0, 1) if joint else sides).reshape(-1)
+            shape = (each.shape[0], -1, 1) if joint else (*lead, *each.shape, 1)
+            self.flat_rows[key] = (sides.swapaxes(0, 1) if joint else sides).reshape(shape)
         return self.flat_rows[key]
 
     def rows(self, out: mx.array) -> mx.array:
@@ -329,7 +331,7 @@ def write_tokens(
     """
     buffer = grown(buffer, buffer, step.longest, 0)
     rows = buffer.reshape(-1, buffer.shape[-1])
-    rows[step.find_rows(buffer, joint=joint)] = new.reshape(-1, new.shape[-1])
+    rows[step.find_rows(buffer, joint=joint)] = new
     return rows.reshape(buffer.shape)
 
 

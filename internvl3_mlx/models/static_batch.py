@@ -195,9 +195,10 @@ def prepare_single(group: SingleGroup) -> SingleLayout | None:
 
 def prepare(group: PaddedGroup) -> PaddedLayout:
     """Make a padded group's buffers a bucket long, with space for a token of each sequence."""
-    needed = max(group.lengths) + 1
-    group.layers = [[pad_to_bucket(array, needed) for array in layer] for layer in group.layers]
-    first = group.layers[0]
+    needed, first = max(group.lengths) + 1, group.layers[0]
+    if pad_to_bucket(first[0], needed) is not first[0]:  # the layers are of one length
+        group.layers = [[pad_to_bucket(array, needed) for array in layer] for layer in group.layers]
+        first = group.layers[0]
     return PaddedLayout(
         group.format,
         len(first),

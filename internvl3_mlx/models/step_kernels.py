@@ -16,14 +16,18 @@ from internvl3_mlx.metal_kernels.decode_kernels import (
     should_use,
 )
 from internvl3_mlx.models.attention import kernels_enabled
+from internvl3_mlx.models.layers import has_one_token
 from internvl3_mlx.models.rope import Rotary
 
 
 def add_and_norm(
     x: mx.array, y: mx.array, norm: nn.RMSNorm, *, decodes: bool
 ) -> tuple[mx.array, mx.array]:
-    """Return x + y and its norm. x, y: (B, L, D). decodes: a cache is read, nothing is trained."""
-    if decodes and x.shape[1] == 1 and kernels_enabled() and type(norm) is nn.RMSNorm:
+    """Return x + y and its norm. x, y: (B, L, D) or (B, D).
+
+    decodes: a cache is read, nothing is trained.
+    """
+    if decodes and has_one_token(x) and kernels_enabled() and type(norm) is nn.RMSNorm:
         variant = add_norm_variant(x.dtype, x.shape[-1])
         if y.dtype == x.dtype and should_use(variant):
             return add_norm_kernel(x, y, norm.weight, norm.eps)
@@ -36,8 +40,8 @@ def rotate_projected(
 ) -> mx.array | None:
     """Project one token and make its heads ready in one kernel; None where that is not faster.
 
-    x: (B, 1, D) -> (B, H + 2 KV, 1, D'). attention: with ``qkv_proj`` and perhaps norms of queries
-    and keys.
+    x: (B, 1, D) or (B, D) -> (B, H + 2 KV, 1, D'). attention: with ``qkv_proj`` and perhaps norms
+    of queries and keys.
     """
     if not kernels_enabled() or "qkv_proj" not in attention:
         return None

@@ -281,7 +281,10 @@ def text_logits(checkpoint, ids):
 
 @each_dtype
 @each_dim
-def test_every_mask_and_row_count_of_the_fused_attention_is_among_the_cases(dim, dtype):
+def test_every_mask_and_row_count_of_the_fused_attention_is_among_the_cases(
+    monkeypatch, dim, dtype
+):
+    monkeypatch.setattr("internvl3_mlx.models.attention.on_gpu", lambda: True)  # as there
     with recorded_attention() as calls:
         test_a_tile_attends_to_all_of_itself(37, dim, dtype)
         test_causal_rows_see_what_came_before_them(37, 1062, dim, dtype)
