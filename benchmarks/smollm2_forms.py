@@ -62,7 +62,7 @@ def main() -> None:
     vlm = load(options.model)
     vlm.ask("Hi", max_tokens=2)
     print(
-        "| form | way | fit | right | tokens | CPU ms a token |",
+        "| form | way | fit | right | tokens | CPU s an answer |",
         "|---|---|---:|---:|---:|---:|",
         sep="\n",
     )
@@ -85,7 +85,7 @@ def measure(vlm: VLM, form: Form, options: Mapping[str, Any]) -> str:
         tokens += len(answer.token_ids)
     taken = time.process_time() - begun
     asked = len(PEOPLE)
-    return f"{fit} of {asked} | {right} of {asked} | {tokens} | {1000 * taken / tokens:.0f}"
+    return f"{fit} of {asked} | {right} of {asked} | {tokens} | {taken / asked:.1f}"
 
 
 def read_json(text: str) -> object:
