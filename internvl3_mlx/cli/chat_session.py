@@ -73,23 +73,28 @@ class ChatSession:
             for problem in others:
                 console.error(problem)
             raise ImageError(last)
-        self.attach(line.media)
-        if line.question.strip():
+        is_asked = bool(line.question.strip())
+        self.attach(line.media, is_asked=is_asked)
+        if is_asked:
             self.ask(line.question)
 
-    def attach(self, media: Sequence[MediaSource]) -> None:
+    def attach(self, media: Sequence[MediaSource], *, is_asked: bool = False) -> None:
         """Open files, describe them, and add them to the next question.
 
-        While one is described, the next is opened on a thread.
+        While one is described, the next is opened on a thread. is_asked: the question follows at
+        once, so the model encodes what is there while it would wait for the next file.
         """
         from internvl3_mlx.prefetch import map_ahead
 
-        for opened in map_ahead(self.open_media, media):
+        for count, opened in enumerate(map_ahead(self.open_media, media), 1):
             for attachment, description, thumbnail in opened:
                 self.pending.append(attachment)
                 console.hint(description)
                 if thumbnail:
                     console.write_escape_sequence(thumbnail)
+            if is_asked and count < len(media):
+                with console.spinner("encoding what is attached", quiet=self.quiet):
+                    self.conversation.encode_early([item.content for item in self.pending])
 
     def open_media(self, media: MediaSource) -> list[tuple[Attachment, str, str]]:
         """Open a file: its attachments, each with its description and its thumbnail, or none."""

@@ -185,6 +185,15 @@ class Conversation:
             video, generation_config or self.generation_config
         )
 
+    def encode_early(self, media: Sequence[ProcessedImage | ProcessedVideo]) -> None:
+        """Encode what is about to be asked about, while more of it is opened on a thread.
+
+        The answer finds the visual tokens in the prompt cache, so its statistics leave them out.
+        """
+        frames = [one.frames if isinstance(one, ProcessedVideo) else (one,) for one in media]
+        images = [image for part in frames for image in part]
+        self.runner.encode_early(images, self.generation_config, self.prompt_cache.features)
+
     @property
     def images(self) -> tuple[ImageInfo, ...]:
         """The images of the conversation in order; videos are not counted."""

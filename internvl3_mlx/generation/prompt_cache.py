@@ -98,6 +98,11 @@ class ImageFeatureCache:
         entries = [*self.entries.values()]  # another thread may ask while one changes them
         return sum(features.nbytes for features in entries)
 
+    def nbytes_of(self, images: Sequence[ProcessedImage]) -> int:
+        """Return the bytes of what is held of some images."""
+        held = [self.entries.get(key) for key in {image.content_hash for image in images}]
+        return sum(features.nbytes for features in held if features is not None)
+
     def get(self, images: Sequence[ProcessedImage], encode: EncodeTiles) -> list[mx.array]:
         """Return each image's visual tokens, encoding all new ones in one call."""
         hashes = [image.content_hash for image in images]

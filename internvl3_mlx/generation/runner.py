@@ -18,13 +18,26 @@ from internvl3_mlx.generation.engine import kv_quantization_for
 from internvl3_mlx.generation.generate import Generation, MakeDrafter
 from internvl3_mlx.generation.generation_config import DraftSource, GenerationConfig
 from internvl3_mlx.generation.mirror import Mirror
-from internvl3_mlx.generation.processor import InputImage, ModelInputs, Processor, as_sequence
-from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.generation.processor import (
+    InputImage,
+    ModelInputs,
+    ProcessedImage,
+    Processor,
+    as_sequence,
+)
+from internvl3_mlx.generation.prompt_cache import ImageFeatureCache, PromptCache
 from internvl3_mlx.generation.prompt_cache_file import model_fingerprint
 from internvl3_mlx.generation.prompt_lookup import PromptLookup
 from internvl3_mlx.generation.structured import make_constraint, needs_constraint
 from internvl3_mlx.generation.text_draft import TextDraft, TextReader
-from internvl3_mlx.generation.visual_router import check_flash_options, is_routable, route_inputs
+from internvl3_mlx.generation.visual_router import (
+    check_flash_options,
+    encode_into,
+    is_routable,
+    route_inputs,
+)
+from internvl3_mlx.gpu_errors import Task, explained_gpu_errors
+from internvl3_mlx.memory import MemoryNeed, working_memory
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
@@ -152,6 +165,25 @@ class ModelRunner:
         steps = self.open_generation(inputs, generation_config, cache, make_drafter).stream()
         arguments = {"inputs": inputs, "config": generation_config, "cache": cache}
         return self.lead("stream", arguments, steps)
+
+    def encode_early(
+        self,
+        images: Sequence[ProcessedImage],
+        generation_config: GenerationConfig,
+        features: ImageFeatureCache,
+    ) -> None:
+        """Encode images into ``features`` before their prompt is complete.
+
+        Nothing is done where several processes hold the model, as each encodes some tiles of a
+        whole prompt, nor once the images fill half of the cache, as the first would be evicted
+        before they are read.
+        """
+        self.check_process()
+        if self.mirror is not None or 2 * features.nbytes_of(images) > features.limit_bytes:
+            return
+        need = MemoryNeed(self.weights_nbytes, owner=id(self.model))
+        with explained_gpu_errors(Task.ANSWER), working_memory(need):
+            encode_into(features, self.model, images, generation_config)
 
     def lead(self, name: str, arguments: Mapping[str, Any], steps: Iterator[T]) -> Iterator[T]:
         """Return ``steps``, which the other processes that hold the model take as well."""

@@ -112,6 +112,19 @@ def tile_probabilities(
     return found
 
 
+def encode_into(
+    features: ImageFeatureCache,
+    model: InternVL,
+    images: Sequence[ProcessedImage],
+    config: GenerationConfig,
+) -> None:
+    """Compute into ``features`` what a prompt with these images asks for first."""
+    if flash_thresholds(model.config, config) is None:
+        features.get(images, model.encode_images)
+    else:
+        tile_probabilities(model, images, features)
+
+
 def join(probabilities: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     return np.concatenate([np.zeros(0, np.float32), *probabilities])
 

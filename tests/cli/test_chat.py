@@ -96,6 +96,29 @@ def test_the_next_image_is_opened_while_one_is_shown(session, send, monkeypatch)
     assert [item.name for item in session.pending] == shown
 
 
+def test_an_image_is_encoded_while_the_next_is_opened(session, send, vlm, monkeypatch):
+    encoded, waited = threading.Event(), []
+    process, encode = type(session.conversation).process_image, type(vlm.model).encode_images
+
+    def processing(conversation, image):
+        if "dog" in getattr(image, "name", ""):  # of an open file, not of a processed image
+            waited.append(encoded.wait(20))
+        return process(conversation, image)
+
+    def encoding(model, pixels):
+        encoded.set()
+        return encode(model, pixels)
+
+    monkeypatch.setattr(type(session.conversation), "process_image", processing)
+    monkeypatch.setattr(type(vlm.model), "encode_images", encoding)
+    send("/image cat.png")  # without a question nothing is computed, and nobody waits
+    assert not encoded.is_set()
+    assert "error" not in send("cat.png dog.png cat.png Compare.")
+    assert waited == [True]
+    sent = [info.source for info in session.conversation.images]
+    assert sent == ["cat.png", "cat.png", "dog.png", "cat.png"]
+
+
 def test_a_missing_image_is_reported_and_the_question_is_not_asked(session, send):
     assert "error: no file at cot.png: did you mean cat.png?" in send("cot.png what is it?")
     assert session.conversation.exchanges == []

@@ -1,9 +1,12 @@
 """A conversation costs only its new tokens, and answers as a fresh run of the same history does."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from fixtures.inputs import random_image, write_video
 from fixtures.loaded_models import tiny
+from fixtures.pretend_gpu import pretend_metal
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import Message, PromptError, UserError, load
@@ -52,6 +55,47 @@ def same(conversation, question, images=(), **settings):
     assert answer.token_ids == expected.token_ids
     assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
     return answer
+
+
+def test_what_was_encoded_early_is_not_encoded_again(vlm, towers, tmp_path):
+    conversation = vlm.conversation(num_frames=2)
+    cat = conversation.process_image(CAT)
+    clip = conversation.process_video(write_video(tmp_path / "clip.mp4", 9))
+    conversation.encode_early([cat])
+    conversation.encode_early([cat, clip])
+    assert towers == [3, 2]
+    answer = conversation.ask("Which?", [cat, DOG], video=[clip], **SHORT)
+    assert towers == [3, 2, 1]
+    expected = vlm.conversation(num_frames=2).ask("Which?", [CAT, DOG], video=[clip], **SHORT)
+    assert answer.token_ids == expected.token_ids
+
+
+def test_encoding_early_is_wired_and_restores_the_limit(vlm, monkeypatch):
+    calls, limits = pretend_metal(monkeypatch, wired=7), []
+    encode = type(vlm.model).encode_images
+    monkeypatch.setattr(
+        type(vlm.model),
+        "encode_images",
+        lambda self, tiles: (limits.append(calls.limit), encode(self, tiles))[1],
+    )
+    conversation = vlm.conversation()
+    conversation.encode_early([conversation.process_image(CAT)])
+    assert min(limits) > 7
+    assert calls.limit == 7
+
+
+def test_nothing_is_encoded_early_that_would_be_evicted_or_belongs_to_several(vlm, towers):
+    conversation = vlm.conversation()
+    cat, dog = map(conversation.process_image, (CAT, DOG))
+    conversation.encode_early([cat])
+    features = conversation.prompt_cache.features
+    features.limit_bytes = 2 * features.nbytes - 1
+    conversation.encode_early([cat, dog])
+    assert towers == [3]
+    features.limit_bytes *= 2
+    conversation.runner = replace(vlm.runner, mirror=object())
+    conversation.encode_early([cat, dog])
+    assert towers == [3]
 
 
 @pytest.mark.parametrize("delta", DELTAS)

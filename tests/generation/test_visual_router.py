@@ -172,3 +172,22 @@ def test_thresholds_for_a_model_without_a_router_are_refused(tmp_path):
         vlm.conversation().configure(flash_absolute_threshold=0.5)
     with pytest.raises(UserError, match="has no visual resolution router"):
         vlm.ask("What?", flash_relative_threshold=0.5)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_images_encoded_early_are_decided_about_as_without(vlm, monkeypatch, compress):
+    options = {"max_tokens": 4, "visual_compression": compress}
+    expected = vlm.conversation(**options).ask("What?", [WIDE, TALL])
+    routed, route = [], type(vlm.model).route_images
+    monkeypatch.setattr(
+        type(vlm.model),
+        "route_images",
+        lambda self, tiles: routed.append(len(tiles)) or route(self, tiles),
+    )
+    chat = vlm.conversation(**options)
+    wide, tall = map(chat.process_image, (WIDE, TALL))
+    chat.encode_early([wide])
+    assert routed == [len(wide.tiles)]
+    answer = chat.ask("What?", [wide, tall])
+    assert routed == [len(wide.tiles), len(tall.tiles)]
+    assert answer.token_ids == expected.token_ids
