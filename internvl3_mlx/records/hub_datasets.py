@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from internvl3_mlx.disk import FreeSpace, find_free_space
 from internvl3_mlx.errors import DataError
+from internvl3_mlx.files import cache_folder
 
 # owner/name, or owner/name/subfolder
 DATASET_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:/[\w.-]+)*")
@@ -38,7 +40,8 @@ def download_dataset(
 
     splits: names of files by split; with them, only the files of the ``wanted`` splits are
     downloaded where files are named by split. notify: called with how much will be downloaded.
-    Without a network, a dataset that was downloaded before is used.
+    Without a network, a dataset that was downloaded before is used. What the disk has no room for
+    is not begun.
     """
     from huggingface_hub import snapshot_download
 
@@ -51,6 +54,7 @@ def download_dataset(
             wanted_files, other_files = fewest_patterns(sizes, chosen)
             missing = missing_bytes(f"{owner}/{repo}", chosen)
             if missing:
+                check_disk_space(name, missing)
                 notify(
                     f"downloading {len(missing):,} files of {owner}/{repo}, "
                     f"{format_bytes(sum(missing.values()))}"
@@ -61,6 +65,8 @@ def download_dataset(
             allow_patterns=wanted_files,
             ignore_patterns=other_files,
         )
+    except DataError:
+        raise
     except Exception as error:  # noqa: BLE001  of whichever HTTP library the hub's client uses
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
@@ -140,6 +146,31 @@ def missing_bytes(repo: str, sizes: Mapping[str, int]) -> dict[str, int]:
         for name, size in sizes.items()
         if not isinstance(try_to_load_from_cache(repo, name, repo_type="dataset"), str)
     }
+
+
+def check_disk_space(name: str, sizes: Mapping[str, int]) -> None:
+    """Check that files fit on the disk, Parquet twice: it is copied to Arrow files in our cache.
+
+    sizes: the bytes of each file that is still to be downloaded. Raises ``DataError``.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    parquet = sum(size for file, size in sizes.items() if file.endswith(".parquet"))
+    needs = dict[int, int]()
+    spaces = dict[int, FreeSpace]()
+    for folder, count in ((Path(HF_HUB_CACHE), sum(sizes.values())), (cache_folder(), parquet)):
+        free = find_free_space(folder)
+        disk = free.place.stat().st_dev
+        needs[disk] = needs.get(disk, 0) + count
+        spaces.setdefault(disk, free)
+    for disk, needed in needs.items():
+        if needed > spaces[disk].nbytes:
+            copy = ", with the Arrow copy of its Parquet files" if parquet else ""
+            raise DataError(
+                f"{name} needs {format_bytes(needed)}{copy}, but only {spaces[disk]}; make room, "
+                "name a subfolder (owner/name/subfolder), or set HF_HOME and INTERNVL3_CACHE to "
+                "folders on another disk"
+            )
 
 
 def format_bytes(count: float) -> str:

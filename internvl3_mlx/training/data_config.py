@@ -17,6 +17,13 @@ class DataConfig:
         "Folder, file, meta JSON or Hub dataset; several with ratios: a.jsonl,b.csv:0.5.",
         metavar="PATH",
     )
+    stream_records: int | None = config_field(
+        None,
+        "Data",
+        "Read this many records of a Hub dataset over the network instead of downloading it.",
+        low=1,
+        default_text="download",
+    )
     valid_data: str | None = config_field(
         None, "Data", "Validation data.", metavar="PATH", default_text="valid.jsonl of the folder"
     )
@@ -123,6 +130,11 @@ def check_data_conflicts(config: DataConfig) -> None:
         raise UserError("valid_share and valid_data are mutually exclusive; choose one")
     if config.valid_share == 0:
         raise UserError("valid_share is 0; set a fraction above 0, or drop it")
+    if config.stream_records is not None and (config.packing or config.text_ratio is not None):
+        raise UserError(
+            "stream_records reads records in the order of their row groups, and packing and "
+            "text_ratio need another; drop one of them"
+        )
     if config.min_frames is not None and config.min_frames > config.num_frames:
         raise UserError(
             f"min_frames {config.min_frames} is more than num_frames {config.num_frames}; lower "

@@ -13,15 +13,15 @@ from internvl3_mlx.generation.processor import Processor
 from internvl3_mlx.loading.fetch_model import DENSE_BITS, LocalModel, Notify, fetch_model
 from internvl3_mlx.prompt.template import load_template
 from internvl3_mlx.prompt.tokenizer import Tokenizer
+from internvl3_mlx.records.streamed_parquet import StreamedTable
 from internvl3_mlx.training.config import DISTILL_METHOD, TrainConfig, check_fixed_images
 from internvl3_mlx.training.data.collate import BatchedDataset, batch_dataset
 from internvl3_mlx.training.data.dataset import (
-    DataFile,
-    Dataset,
     open_dataset,
     split_off_share,
 )
 from internvl3_mlx.training.data.preprocess import Preprocessor
+from internvl3_mlx.training.data.record_files import DataFile, Dataset
 from internvl3_mlx.training.data.validate import DataReport, ValidationProgress, validate_dataset
 from internvl3_mlx.training.rewards import REWARDS, reward_file
 from internvl3_mlx.vlm import ignore_message
@@ -119,6 +119,9 @@ class RunSetup:
             "data": files_digest([path for f in files for path in f.source.paths], full=True),
             "use of the data": repr(uses),  # the selections and limits of a meta JSON
         }
+        streams = [f.source.version for f in files if isinstance(f.source, StreamedTable)]
+        if streams:
+            found["revision of the data"] = repr(streams)
         own_reward = reward_file(self.config.reward or "")
         if own_reward is not None and own_reward.is_file():
             found["file of the reward"] = files_digest([own_reward], full=True)

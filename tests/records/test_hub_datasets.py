@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
+from internvl3_mlx.disk import FreeSpace
+from internvl3_mlx.errors import DataError
+from internvl3_mlx.records import hub_datasets
 from internvl3_mlx.records.hub_datasets import PATTERNS, download_dataset, select_files
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
@@ -45,7 +48,12 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    set_free_space(monkeypatch, tmp_path, 100_000_000_000)
     return asked
+
+
+def set_free_space(monkeypatch, place, nbytes):
+    monkeypatch.setattr(hub_datasets, "find_free_space", lambda _: FreeSpace(nbytes, place))
 
 
 def test_how_much_is_downloaded_is_said_first(hub, tmp_path):
@@ -78,3 +86,14 @@ def test_without_a_network_the_patterns_decide(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
     download_dataset("owner/charts", splits=SPLITS, wanted=("train",))
     assert hub == [[*PATTERNS]]
+
+
+@pytest.mark.parametrize(("free", "fits"), [(8_000_000_025, True), (8_000_000_024, False)])
+def test_what_the_disk_has_no_room_for_is_not_begun(hub, monkeypatch, tmp_path, free, fits):
+    set_free_space(monkeypatch, tmp_path, free)
+    if fits:
+        download_dataset("owner/charts", splits=SPLITS, wanted=("train",))
+    else:
+        with pytest.raises(DataError, match=r"needs 8\.0 GB, with the Arrow copy .* make room"):
+            download_dataset("owner/charts", splits=SPLITS, wanted=("train",))
+    assert bool(hub) == fits

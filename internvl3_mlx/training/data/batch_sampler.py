@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 
+from internvl3_mlx.records.streamed_parquet import HELD_GROUPS
 from internvl3_mlx.training.config import TrainConfig
 
 SHUFFLE, BLEND = 1, 2  # random streams, so that no two uses share their numbers
@@ -15,11 +16,15 @@ POOL_BATCHES = 64  # batches whose samples are sorted by length among themselves
 
 @dataclass(frozen=True, eq=False)
 class SampleSizes:
-    """Sizes of the S usable samples. indices: (S,) records of the dataset; tokens, tiles: (S,)."""
+    """Sizes of the S usable samples. indices: (S,) records of the dataset; tokens, tiles: (S,).
+
+    blocks: (S,) numbers of the blocks that streamed records are read in, if any is.
+    """
 
     indices: np.ndarray
     tokens: np.ndarray
     tiles: np.ndarray
+    blocks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -40,6 +45,10 @@ def rank_batches(
 
 def epoch_batches(sizes: SampleSizes, config: TrainConfig, epoch: int) -> Iterator[tuple[int, ...]]:
     """Yield the micro-batches of an epoch for all ranks together."""
+    if sizes.blocks is not None:
+        for number, window in enumerate(shuffle_blocks(sizes.blocks, config, epoch)):
+            yield from split_into_batches(window, sizes, config, epoch, number * len(sizes))
+        return
     order = shuffle_epoch(sizes, config, epoch)
     if config.packing:
         limits = PackingLimits(config.max_seq_length, config.max_packed_tiles)
@@ -47,10 +56,31 @@ def epoch_batches(sizes: SampleSizes, config: TrainConfig, epoch: int) -> Iterat
         while group := tuple(islice(sequences, config.batch_size)):
             yield tuple(sample for sequence in group for sample in sequence)
         return
+    yield from split_into_batches(order, sizes, config, epoch)
+
+
+def split_into_batches(
+    order: np.ndarray, sizes: SampleSizes, config: TrainConfig, epoch: int, stream: int = 0
+) -> Iterator[tuple[int, ...]]:
+    """Yield batches of samples in order, or of similar length."""
     if config.grouping:
-        order = group_by_length(order, sizes, config, epoch)
+        order = group_by_length(order, sizes, config, epoch, stream)
     for start in range(0, len(order), config.batch_size):
         yield tuple(order[start : start + config.batch_size].tolist())
+
+
+def shuffle_blocks(blocks: np.ndarray, config: TrainConfig, epoch: int) -> Iterator[np.ndarray]:
+    """Shuffle (S,) samples within windows of a few blocks, and the blocks among themselves.
+
+    Yields the samples of each window. No batch crosses a window, so that no block is read again.
+    """
+    generator = seeded_generator(config, SHUFFLE, epoch)
+    by_block = np.argsort(blocks, kind="stable")
+    members = np.split(by_block, np.flatnonzero(np.diff(blocks[by_block])) + 1)
+    order = generator.permutation(len(members))
+    for start in range(0, len(order), HELD_GROUPS):
+        window = np.concatenate([members[which] for which in order[start : start + HELD_GROUPS]])
+        yield window[generator.permutation(len(window))]
 
 
 def shuffle_epoch(sizes: SampleSizes, config: TrainConfig, epoch: int) -> np.ndarray:
@@ -82,9 +112,12 @@ def take_shuffled(size: int, start: int, count: int, config: TrainConfig, kind: 
 
 
 def group_by_length(
-    order: np.ndarray, sizes: SampleSizes, config: TrainConfig, epoch: int
+    order: np.ndarray, sizes: SampleSizes, config: TrainConfig, epoch: int, stream: int = 0
 ) -> np.ndarray:
-    """Put samples of similar length into one batch: sort each pool, then shuffle its batches."""
+    """Put samples of similar length into one batch: sort each pool, then shuffle its batches.
+
+    stream: a number that no two calls for an epoch share, for other random numbers.
+    """
     batch_size = config.batch_size
     pool_size = POOL_BATCHES * batch_size
     grouped = []
@@ -93,7 +126,9 @@ def group_by_length(
         pool = pool[np.argsort(-sizes.tokens[pool], kind="stable")]
         full = len(pool) // batch_size * batch_size
         batches = pool[:full].reshape(-1, batch_size)
-        shuffled = seeded_generator(config, SHUFFLE, epoch, start).permutation(len(batches))
+        shuffled = seeded_generator(config, SHUFFLE, epoch, stream + start).permutation(
+            len(batches)
+        )
         grouped += [batches[shuffled].reshape(-1), pool[full:]]
     return np.concatenate(grouped)
 

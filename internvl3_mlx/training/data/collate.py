@@ -13,7 +13,6 @@ from internvl3_mlx.prompt.v2pe import next_position
 from internvl3_mlx.training.batch import BadRecord, Batch, Prompt
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.batch_sampler import SampleSizes, rank_batches
-from internvl3_mlx.training.data.dataset import Dataset
 from internvl3_mlx.training.data.preprocess import (
     PreferencePair,
     Preprocessor,
@@ -21,6 +20,7 @@ from internvl3_mlx.training.data.preprocess import (
     TrainingSample,
     UnpairedPreference,
 )
+from internvl3_mlx.training.data.record_files import Dataset
 from internvl3_mlx.training.data.validate import DataReport
 
 MAX_REPLACEMENTS = 50  # records that are tried in place of a batch that cannot be read

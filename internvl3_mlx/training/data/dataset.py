@@ -2,11 +2,8 @@
 
 import os
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,10 @@ from internvl3_mlx.records.arrow_tables import (
 )
 from internvl3_mlx.records.hub_datasets import DATASET_NAME, download_dataset, ignore
 from internvl3_mlx.records.open_records import open_records
-from internvl3_mlx.records.record_sources import RecordSource
+from internvl3_mlx.records.streamed_parquet import hub_folder, select_stream
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.formats import FORMATS
+from internvl3_mlx.training.data.record_files import DataFile, Dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 SPLIT_NAMES = {
@@ -36,72 +34,6 @@ SPLIT_NAMES = {
 }
 MAX_REPEATS = 1000  # of a file in an epoch
 RATIO = re.compile(r"(.+):(\d+(?:\.\d+)?)")  # PATH:RATIO
-
-
-@dataclass(frozen=True, eq=False)
-class DataFile:
-    """One file of records.
-
-    root: the folder that image paths are relative to. selected: the records used, in order.
-    repeats: how many times an epoch reads them. augment, max_tiles: what a meta JSON sets, if it
-    does.
-    """
-
-    name: str
-    source: RecordSource
-    root: Path
-    selected: np.ndarray
-    repeats: int = 1
-    augment: bool | None = None
-    max_tiles: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.selected) * self.repeats
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """One unparsed record. index: its position in the dataset. location: file and line or row.
-
-    number: its position in the file.
-    """
-
-    index: int
-    location: str
-    number: int
-    file: DataFile
-
-    @property
-    def value(self) -> Any:
-        """The record as JSON; raises DataError."""
-        try:
-            return self.file.source[self.number]
-        except ValueError as error:
-            raise DataError(f"{self.location}: {error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """All records of a split, numbered across its files."""
-
-    files: tuple[DataFile, ...]
-
-    @cached_property
-    def cumulative_lengths(self) -> list[int]:
-        return list(accumulate(len(file) for file in self.files))
-
-    def __len__(self) -> int:
-        return self.cumulative_lengths[-1] if self.files else 0
-
-    def __getitem__(self, index: int) -> Record:
-        which = bisect_right(self.cumulative_lengths, index)
-        file = self.files[which]
-        within = index - (self.cumulative_lengths[which - 1] if which else 0)
-        number = int(file.selected[within % len(file.selected)])
-        return Record(index, f"{file.name}:{file.source.number(number)}", number, file)
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self)))
 
 
 def open_dataset(
@@ -164,6 +96,8 @@ def open_source(
             raise DataError(
                 f"no data at {name}: expected a folder with train.jsonl, or a file; check the path"
             )
+        if config.stream_records is not None:
+            return open_stream(name, ratio, split, config, notify)
         target = download_dataset(
             name, splits=SPLIT_NAMES, wanted=wanted_splits(split, config), notify=notify
         )
@@ -183,6 +117,30 @@ def open_source(
     if split != "train":  # the ratios are those of the training data
         return files
     return [scale_file(file, ratio, config, name) for file in files]
+
+
+def open_stream(
+    name: str, ratio: float, split: str, config: TrainConfig, notify: Callable[[str], None]
+) -> list[DataFile]:
+    """Open the Parquet files of a Hub dataset without downloading them."""
+    assert config.stream_records is not None
+    ratio = ratio if split == "train" else 1.0
+    stream = select_stream(
+        name,
+        hub_folder(name),
+        splits=SPLIT_NAMES,
+        split=split,
+        records=max(1, int(config.stream_records * min(ratio, 1))),
+        seed=config.seed,
+    )
+    if stream is None:
+        return []
+    notify(stream.note)
+    repeats = max(1, int(ratio))
+    root = expand_user(config.image_folder or ".")
+    return [
+        DataFile(table.location, table, root, rows, repeats=repeats) for table, rows in stream.files
+    ]
 
 
 def scale_file(file: DataFile, ratio: float, config: TrainConfig, name: str) -> DataFile:

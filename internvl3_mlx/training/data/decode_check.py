@@ -17,12 +17,12 @@ from internvl3_mlx.errors import UserError, WriteError
 from internvl3_mlx.files import atomic_write, cache_folder, content_digest
 from internvl3_mlx.images.frame_folder import find_frame_folder, list_frames
 from internvl3_mlx.records.json_values import RecordError
-from internvl3_mlx.training.data.dataset import DataFile
 from internvl3_mlx.training.data.media import (
     MediaLoader,
     resolve_media_path,
     resolve_video_path,
 )
+from internvl3_mlx.training.data.record_files import DataFile
 from internvl3_mlx.training.data.schema import ParsedRecord
 
 CHECKED_FOLDER, CHECKED_FILE = "checked-media", "digests-1"  # the number: of what is hashed

@@ -19,7 +19,8 @@ from internvl3_mlx.prompt.messages import Message, MessageMedia, media_order
 from internvl3_mlx.records.json_values import RecordError
 from internvl3_mlx.records.media_refs import MediaRef
 from internvl3_mlx.training.config import TrainConfig
-from internvl3_mlx.training.data.dataset import DataFile, expand_user
+from internvl3_mlx.training.data.dataset import expand_user
+from internvl3_mlx.training.data.record_files import DataFile
 from internvl3_mlx.training.data.schema import ParsedRecord
 
 ONE_IMAGE, ONE_VIDEO = MessageMedia((1,)), MessageMedia((1,), "video")  # to ask for their order

@@ -30,8 +30,8 @@ from internvl3_mlx.prompt.v2pe import DELTAS, image_spans, visual_positions
 from internvl3_mlx.training.batch import Prompt
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_fields import RANDOM
-from internvl3_mlx.training.data.dataset import Record
 from internvl3_mlx.training.data.media import MediaLoader, MediaShape
+from internvl3_mlx.training.data.record_files import Record
 from internvl3_mlx.training.data.record_kinds import check_kind, split_last_answer
 from internvl3_mlx.training.data.schema import ParsedRecord, RecordError, fill_boxes, parse_record
 

@@ -4,7 +4,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -13,10 +13,10 @@ from internvl3_mlx.errors import DataError, ImageError
 from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.records.json_values import RecordError
 from internvl3_mlx.training.data.batch_sampler import SampleSizes
-from internvl3_mlx.training.data.dataset import Dataset, Record
 from internvl3_mlx.training.data.decode_check import DecodeCheck, map_in_order
 from internvl3_mlx.training.data.formats import COMMON_KEYS, FORMATS, format_name
 from internvl3_mlx.training.data.preprocess import Preprocessor, RecordSize, SampleTooLongError
+from internvl3_mlx.training.data.record_files import Dataset, Record
 from internvl3_mlx.training.data.schema import ParsedRecord
 
 MAX_FINDINGS = 100  # different errors, and warnings, that are kept; more are only counted
@@ -121,7 +121,9 @@ def validate_dataset(
     if check:
         check.save()
     kinds = tuple(dict.fromkeys(file.source.kind for file in dataset.files))
-    yield ValidationProgress(total, total, validator.build_report(total, kinds))
+    report = validator.build_report(total, kinds)
+    sizes = replace(report.sizes, blocks=dataset.blocks(report.sizes.indices))
+    yield ValidationProgress(total, total, replace(report, sizes=sizes))
 
 
 def validation_report(
