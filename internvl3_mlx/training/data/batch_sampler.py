@@ -126,9 +126,8 @@ def group_by_length(
         pool = pool[np.argsort(-sizes.tokens[pool], kind="stable")]
         full = len(pool) // batch_size * batch_size
         batches = pool[:full].reshape(-1, batch_size)
-        shuffled = seeded_generator(config, SHUFFLE, epoch, stream + start).permutation(
-            len(batches)
-        )
+        generator = seeded_generator(config, SHUFFLE, epoch, stream + start)
+        shuffled = generator.permutation(len(batches))
         grouped += [batches[shuffled].reshape(-1), pool[full:]]
     return np.concatenate(grouped)
 
