@@ -82,7 +82,7 @@ def make_trials(name: str, number: int, look: Look) -> list[Trial]:
     """Make items of one ability; the same call always makes the same, no answer too often."""
     trials: list[Trial] = []
     used: Counter[str] = Counter()
-    limit = max(3, number // ANSWERS[name])
+    limit = max(3, -(-number // ANSWERS[name]))
     for seed in count():
         random = np.random.default_rng((EVALUATION_SEED, 100, list(ABILITIES).index(name), seed))
         for trial in ABILITIES[name](random, look, drawer(SEEN)):

@@ -1,6 +1,7 @@
 """The demo model's broad training: styles differ, answers follow from what is drawn."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -285,6 +286,11 @@ def test_abilities_are_asked_the_same_way_each_time(name):
     assert [trial.answer for trial in trials] == [trial.answer for trial in again]
     assert all(len(trial.images) == (2 if name == "what changed" else 1) for trial in trials)
     assert all(len(trial.turns) == (2 if name == "second turn" else 1) for trial in trials)
+
+
+def test_six_colors_share_twenty_questions_about_the_highest_bar():
+    trials = make_trials("highest bar", 20, Look(faces=(7,)))
+    assert max(Counter(trial.answer for trial in trials).values()) == 4
 
 
 def test_columns_of_icon_sets_ask_only_about_what_the_set_draws(monkeypatch, tmp_path):
