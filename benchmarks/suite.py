@@ -163,7 +163,7 @@ def real_widths(bench: Benchmark) -> Iterator[BenchmarkRow]:
         what = f"tower and projector, 1 tile, {REAL_TOWERS[shape]}"
         yield from time_rows(found, f"encode {photo_key('1 tile')}", "Real widths", what)
     for shape in bench.sizes(*REAL_DECODERS):
-        found = bench.probe("decode", shape)
+        found = bench.probe("decode wide", shape)
         yield from time_rows(found, "stream", "Real widths", f"a token, {REAL_DECODERS[shape]}")
 
 
