@@ -4,7 +4,8 @@
     python -m examples.easy_vqa.prepare --out easy_vqa
 
 The PyPI package easy-vqa (MIT) holds 5,000 images of one shape each and 48,248 questions with 13
-answers. Images are copied once; every question is a record of its own.
+answers. Images are copied once; every question is a record of its own. ``balanced.jsonl`` is the
+training part again, with yes and no equally often the answer to each question.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import random
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +23,7 @@ Rows = Iterable[tuple[str, str, int]]  # question, answer, number of the image
 
 
 def main() -> None:
-    """Write train.jsonl, valid.jsonl and test.jsonl with their images."""
+    """Write train.jsonl, balanced.jsonl, valid.jsonl and test.jsonl with their images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("easy_vqa"), help="folder to write")
     parser.add_argument("--train", type=int, default=38375, help="training questions")
@@ -34,9 +36,11 @@ def main() -> None:
     trained = shuffle(zip(*easy_vqa.get_train_questions(), strict=True))
     tested = shuffle(zip(*easy_vqa.get_test_questions(), strict=True))
     trained_images = easy_vqa.get_train_image_paths()
+    rows = trained[VALIDATION:][: options.train]
     parts = {
         "valid": (trained[:VALIDATION], trained_images),
-        "train": (trained[VALIDATION:][: options.train], trained_images),
+        "train": (rows, trained_images),
+        "balanced": (balance(rows), trained_images),
         "test": (tested[: options.test], easy_vqa.get_test_image_paths()),
     }
     for part, (rows, images) in parts.items():
@@ -49,6 +53,22 @@ def shuffle(rows: Rows) -> list[tuple[str, str, int]]:
     listed = list(rows)
     random.Random(SEED).shuffle(listed)
     return listed
+
+
+def balance(rows: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Repeat rows until yes and no answer each question equally often; a question with one stays.
+
+    Of eight colors, one is right: *is there a red shape?* is answered with no in seven of eight
+    rows, and a model that always says no is seldom wrong.
+    """
+    counts = Counter((question, answer) for question, answer, _ in rows)
+    repeated = []
+    for question in dict.fromkeys(question for question, *_ in rows):
+        missing = counts[question, "no"] - counts[question, "yes"]
+        rare = [row for row in rows if row[:2] == (question, "yes" if missing > 0 else "no")]
+        if rare:
+            repeated += [rare[n % len(rare)] for n in range(abs(missing))]
+    return shuffle([*rows, *repeated])
 
 
 def write_part(folder: Path, part: str, rows: Rows, images: dict[int, str]) -> None:

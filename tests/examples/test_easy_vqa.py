@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ def test_records_are_read_by_training_and_no_question_is_in_two_parts(
     out = tmp_path / "out"
     run(monkeypatch, "--out", out, "--train", 80, "--test", 5)
     counts, questions = {}, {}
-    for part in ("train", "valid", "test"):
+    for part in ("train", "balanced", "valid", "test"):
         rows = [json.loads(line) for line in (out / f"{part}.jsonl").read_text().splitlines()]
         counts[part] = len(rows)
         questions[part] = {row["conversations"][0]["value"] for row in rows}
@@ -54,8 +55,26 @@ def test_records_are_read_by_training_and_no_question_is_in_two_parts(
             record = parse_record(row)
             assert record.messages[1].text == "no"
             assert all((out / name).exists() for name in record.images)
-    assert counts == {"train": 80, "valid": prepare.VALIDATION, "test": 5}
+    assert counts == {"train": 80, "balanced": 80, "valid": prepare.VALIDATION, "test": 5}
+    assert questions["balanced"] == questions["train"]
     assert not questions["train"] & questions["valid"]
+
+
+def test_yes_and_no_answer_each_question_equally_often_and_nothing_is_lost():
+    rows = [("red?", "no", n) for n in range(7)] + [("red?", "yes", 7), ("round?", "yes", 1)]
+    rows += [("not red?", "yes", n) for n in range(5)] + [("not red?", "no", n) for n in (5, 6)]
+    rows += [("what?", "circle", 1)]
+    balanced = prepare.balance(rows)
+    counts = Counter((question, answer) for question, answer, _ in balanced)
+    assert counts == {
+        ("red?", "no"): 7, ("red?", "yes"): 7, ("not red?", "yes"): 5, ("not red?", "no"): 5,
+        ("round?", "yes"): 1, ("what?", "circle"): 1,
+    }  # fmt: skip
+    assert {*balanced} == {*rows}
+    repeated = Counter(balanced)["not red?", "no", 5], Counter(balanced)["not red?", "no", 6]
+    assert repeated == (3, 2)
+    assert balanced != sorted(balanced)
+    assert balanced == prepare.balance(rows)
 
 
 def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
