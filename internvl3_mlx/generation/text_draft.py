@@ -39,7 +39,7 @@ class TextDraft:
         return sum(int(value.nbytes) for _, value in parameters)
 
     def count_shared(self, tokenizer: Tokenizer) -> int:
-        """Return up to which id both vocabularies have the same tokens, none of images.
+        """Return up to which id both vocabularies have the same tokens, those of images aside.
 
         They are compared once. Raises UserError unless that is so for all plain tokens.
         """
@@ -48,10 +48,12 @@ class TextDraft:
         return self.shared[tokenizer]
 
     def compare(self, tokenizer: Tokenizer) -> int:
-        images = (tokenizer.image_start_id, tokenizer.image_id, tokenizer.image_end_id)
-        for token in range(min(images)):
+        images = image_ids(tokenizer)
+        # small vocabularies begin with special tokens, so that plain ones follow those of images
+        end = min((i for i in images if i >= tokenizer.plain_size), default=tokenizer.plain_size)
+        for token in range(end):
             ours, theirs = tokenizer.spelling(token), self.spelling(token)
-            if ours == theirs:
+            if ours == theirs or token in images:
                 continue
             if token < tokenizer.plain_size:
                 raise UserError(
@@ -60,7 +62,11 @@ class TextDraft:
                     "vocabulary, or with a smaller size of the same family"
                 )
             return token
-        return min(images)
+        return end
+
+
+def image_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset((tokenizer.image_start_id, tokenizer.image_id, tokenizer.image_end_id))
 
 
 def show(token: bytes) -> str:
@@ -90,10 +96,14 @@ def load_text_draft(name: str, folder: Path) -> TextDraft:
 
 @dataclass(eq=False)
 class TextReader:
-    """A text model that has read the prompt, and its cache. shared: ids below it are the same."""
+    """A text model that has read the prompt, and its cache.
+
+    shared: ids below it are the same, but for those of images.
+    """
 
     model: Any
     shared: int
+    images: frozenset[int]
     cache: TextDraftCache
     prompt_ids: list[int]
 
@@ -104,7 +114,7 @@ class TextReader:
         """Read the prompt, beginning after what is cached."""
         from mlx_lm.models.cache import make_prompt_cache
 
-        reader = cls(draft.model, draft.count_shared(tokenizer), cache, [])
+        reader = cls(draft.model, draft.count_shared(tokenizer), image_ids(tokenizer), cache, [])
         reader.prompt_ids = reader.readable(token_ids)
         known = common_length(cache.ids, reader.prompt_ids)
         if not cache.layers or not known:
@@ -117,7 +127,7 @@ class TextReader:
         return reader
 
     def readable(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids if token < self.shared]
+        return [token for token in ids if token < self.shared and token not in self.images]
 
     def read(self, tokens: mx.array) -> mx.array:
         return self.model(tokens[None], cache=self.cache.layers)[:, -1, : self.shared]

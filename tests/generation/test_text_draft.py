@@ -1,6 +1,7 @@
 """A text model of mlx-lm drafts for a model that sees."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import pytest
@@ -11,7 +12,7 @@ from fixtures.tokenizers import write_qwen_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 
-from internvl3_mlx import UserError, load
+from internvl3_mlx import UserError, convert_model, load
 
 CAT = random_image(130, 70)
 CONFIG = {
@@ -75,6 +76,31 @@ def test_another_vocabulary_is_refused_by_its_first_other_token(vlm, tmp_path):
     path.write_text(json.dumps(content), "utf-8")
     with pytest.raises(UserError, match="other has a different vocabulary: token .* is 'b' there"):
         vlm.ask("Hi", draft_model=other)
+
+
+@pytest.fixture(scope="module")
+def demo_text(tmp_path_factory):
+    """Return the demo's language model: its image tokens come before its plain ones."""
+    folder = tmp_path_factory.mktemp("demo") / "text"
+    return convert_model("demo", folder, part="language").target
+
+
+def test_a_vocabulary_that_begins_with_image_tokens_is_drafted_for(demo_text):
+    demo, asked = load("demo"), ("Describe this picture in detail.", [CAT])
+    wanted = demo.ask(*asked, max_tokens=16)
+    answer = demo.ask(*asked, max_tokens=16, draft_model=str(demo_text))
+    assert answer.token_ids == wanted.token_ids
+    assert answer.usage.drafted_tokens > 0
+
+
+def test_a_plain_token_after_those_of_images_is_compared(demo_text, tmp_path):
+    other = shutil.copytree(demo_text, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["y"], vocab["z"] = vocab["z"], vocab["y"]
+    (other / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(UserError, match="other has a different vocabulary: token .* is 'z' there"):
+        load("demo").ask("Hi", draft_model=str(other), max_tokens=1)
 
 
 def test_a_model_that_mlx_lm_cannot_load_is_refused(vlm, tmp_path):
