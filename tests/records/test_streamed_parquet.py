@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fixtures.image_files import noise
 from fixtures.records import make_preprocessor
+from fixtures.train_sessions import select, small_session
 
 from internvl3_mlx.errors import DataError, DownloadError, UserError
 from internvl3_mlx.records import streamed_parquet
@@ -16,6 +17,9 @@ from internvl3_mlx.training.data import dataset as datasets
 from internvl3_mlx.training.data.collate import batch_dataset
 from internvl3_mlx.training.data.dataset import open_dataset, split_off_share
 from internvl3_mlx.training.data.validate import validation_report
+from internvl3_mlx.training.events import UpdateDone
+from internvl3_mlx.training.run import run_session
+from internvl3_mlx.training.session import resume_session
 
 pyarrow = pytest.importorskip("pyarrow")
 fsspec = pytest.importorskip("fsspec")
@@ -150,7 +154,9 @@ def test_streams_and_files_are_joined(remote, tmp_path):
     assert len(read) == 20
     assert sorted(read).count(f"{own}:1") == 1
     train, valid = split_off_share(batches.dataset, settings(valid_share=0.5))
-    assert (len(train), len(valid)) == (1 + 10, 1 + 4) or (len(train), len(valid)) == (9, 5)
+    unique = {record.location for record in batches.dataset}
+    assert {record.location for record in train} | {r.location for r in valid} == unique
+    assert not {record.location for record in train} & {r.location for r in valid}
 
 
 def test_a_short_failure_of_the_network_is_waited_for(remote):
@@ -169,6 +175,28 @@ def test_a_lost_network_is_no_bad_record(remote):
     remote.failures = 0
     whole = [batch.locations for batch in batched().iter_epoch(0)]
     assert [batch.locations for batch in batches.iter_epoch(0)] == whole
+
+
+def test_a_run_that_lost_its_network_goes_on_to_the_bit(remote, tmp_path):
+    """Row groups are read again while the run is resumed, and in the middle of its epoch."""
+    changes = {
+        "data": "owner/name", "stream_records": 30, "iters": 8, "batch_size": 3,
+        "grad_accumulation_steps": 1, "lora_dropout": 0.1, "save_every": 99,
+    }  # fmt: skip
+    whole = small_session(tmp_path / "one", **changes)
+    expected = [event.loss for event in select(run_session(whole), UpdateDone)]
+    first = small_session(tmp_path / "two", **changes)
+    events = run_session(first)
+    began = [next(events)]
+    remote.failures = 10**6
+    with pytest.raises(DownloadError, match="go on with --resume"):
+        began.extend(events)
+    remote.failures = 0
+    second = small_session(tmp_path / "two", **changes)
+    resume_session(second, accept_changes=False)
+    assert 0 < second.state.update < 8
+    continued = [event.loss for event in select(run_session(second), UpdateDone)]
+    assert [*(e.loss for e in select(began, UpdateDone)), *continued] == expected
 
 
 def test_what_cannot_be_streamed_is_told(remote, tmp_path):
