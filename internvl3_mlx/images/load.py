@@ -166,7 +166,6 @@ def _error_text(error: BaseException) -> str:
 
 def _decode(file: BinaryIO, located: ImageBytes) -> Image.Image:
     """Decode the file in its own mode and size."""
-    Image.init()  # registers readers beyond the five common ones; cheap after the first time
     try:
         image = open_header(file, located.name, PILLOW_FORMATS)
     except UnidentifiedImageError as error:
@@ -183,6 +182,7 @@ def _decode(file: BinaryIO, located: ImageBytes) -> Image.Image:
 
 def open_header(file: BinaryIO, name: str, formats: Sequence[str]) -> Image.Image:
     """Open an image of one of Pillow's ``formats`` without decoding it, and check its size."""
+    Image.init()  # registers readers beyond the five common ones; cheap after the first time
     image = Image.open(file, formats=[known for known in formats if known in Image.OPEN])
     check_size(image, name)
     return image
@@ -298,7 +298,6 @@ def image_size(source: ImageSource, *, upright: bool = True) -> tuple[int, int]:
 
 def _from_header(located: ImageBytes, upright: bool) -> tuple[int, int] | None:
     """Read the size from the header; None where Pillow does not know the format."""
-    Image.init()
     with located.open() as file, one_line_errors(located.name):
         try:
             image = open_header(file, located.name, PILLOW_FORMATS)

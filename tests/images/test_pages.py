@@ -1,6 +1,8 @@
 """Every page of a PDF or TIFF is an image; what is not looked at is noted."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -34,6 +36,24 @@ def test_every_page_of_a_tiff_is_an_image_of_its_own(tmp_path):
     assert all(same(page.image, image) for page, image in zip(found, images, strict=True))
     assert [page.note for page in found] == [None] * 3
     assert same(open_pages(path.read_bytes())[2].image, images[2])
+
+
+FIRST = {
+    "pages.tiff": ("pages", "open_pages(name)"),
+    "film.webp": ("video", "read_frames(name, 3)"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_rarer_format_may_be_the_first_image_of_a_process(tmp_path, name):
+    """Pillow registers only five readers by itself, and this process has registered all."""
+    first, *others = (noise(30, 20, seed=seed) for seed in range(3))
+    first.save(tmp_path / name, save_all=True, append_images=others)
+    module, read = FIRST[name]
+    code = f"import sys; name = sys.argv[1]; from internvl3_mlx.images.{module} import *"
+    command = [sys.executable, "-c", f"{code}; print(len({read}))", str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
 def test_a_tiff_of_one_page_keeps_its_name(tmp_path):
