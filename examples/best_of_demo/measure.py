@@ -15,19 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
+from examples.best_of_demo.candidates import candidates, question_seed
 from examples.best_of_demo.plot import draw_plot
 from internvl3_mlx import VLM, Critic, load, load_critic
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.metrics.answers import vote_key
 from internvl3_mlx.metrics.statistics import mean_interval, paired_difference
-from internvl3_mlx.test_time_scaling.best_of import log_prob_score
-from internvl3_mlx.test_time_scaling.candidates import write_candidates
 from internvl3_mlx.test_time_scaling.correctness import is_correct
 from internvl3_mlx.test_time_scaling.rollout_questions import KnownQuestion, read_questions
 from internvl3_mlx.test_time_scaling.vote import first_best, vote_shares
 
 COUNTS = (1, 2, 4, 8)
-SEED_STEP = 1000  # more than the candidates of a question
 LONGEST = 24  # tokens of an answer
 
 
@@ -87,8 +85,7 @@ def main() -> None:
     for seed in range(options.seeds):
         runs.append([])
         for question in known:
-            # other random numbers for each question: their draws would go astray together
-            drawn = (seed * len(known) + question.number) * SEED_STEP
+            drawn = question_seed(seed, question.number, len(known))
             config = GenerationConfig(temperature=options.temp, max_tokens=LONGEST, seed=drawn)
             runs[-1].append(judged(vlm, critic, question, config))
         print(f"seed {seed} done", flush=True)
@@ -103,16 +100,13 @@ def judged(
     vlm: VLM, critic: Critic, question: KnownQuestion, config: GenerationConfig
 ) -> Candidates:
     """Write the candidates of one question and score them in every way."""
-    inputs = vlm.runner.build_inputs(question.question, question.images, config)
-    count = max(COUNTS)
-    answers = dict(write_candidates(vlm.runner, inputs, config, count, log_probs=True))
-    texts = tuple(answers[index].text for index in range(count))
+    texts, log_probs = candidates(vlm, question.question, question.images, config, max(COUNTS))
     session = critic.open(question.question, question.images)
     scores = {text: session.score(text).score for text in dict.fromkeys(texts)}
     return Candidates(
         right=tuple(is_correct(text, question.answers) for text in texts),
-        texts=texts,
-        log_probs=tuple(log_prob_score(answers[index]) for index in range(count)),
+        texts=tuple(texts),
+        log_probs=tuple(log_probs),
         critic=tuple(scores[text] for text in texts),
     )
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from statistics import mean
 
-from examples.finetune_demo.measure import LONGEST, Asked, asked, read_rows
+from examples.best_of_demo.candidates import candidates, question_seed
+from examples.finetune_demo.measure import LONGEST, asked, read_rows
 from internvl3_mlx import VLM, load
 from internvl3_mlx.generation.generation_config import GenerationConfig
-from internvl3_mlx.test_time_scaling.best_of import log_prob_score
-from internvl3_mlx.test_time_scaling.candidates import write_candidates
 from internvl3_mlx.test_time_scaling.vote import first_best, vote_shares
 
 # Name -> recipe and what is set beside it.
@@ -32,7 +31,6 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "GRPO": ("rewards", ()),
 }
 CANDIDATES = 8
-SEED_STEP = 1000  # more than the candidates of a question
 BEST_OF = {
     "best of 8, majority": lambda texts, _: vote_shares(texts),
     "best of 8, mean log-probability": lambda _, log_probs: log_probs,
@@ -118,23 +116,14 @@ def best_of(vlm: VLM, fresh: Path, seed: int) -> Iterator[Run]:
     right: dict[str, list[bool]] = {name: [] for name in (*BEST_OF, "any of 8 right")}
     questions = read_rows(fresh)
     for number, question in enumerate(questions):
-        # other random numbers for each question: their draws would go astray together
-        texts, log_probs = candidates(vlm, question, (seed * len(questions) + number) * SEED_STEP)
+        drawn = question_seed(seed, number, len(questions))
+        config = GenerationConfig(temperature=1.0, max_tokens=LONGEST, seed=drawn)
+        texts, log_probs = candidates(vlm, question.text, question.images, config, CANDIDATES)
         hits = [text == question.answer for text in texts]
         for name, score in BEST_OF.items():
             right[name].append(hits[first_best(score(texts, log_probs))])
         right["any of 8 right"].append(any(hits))
     yield from (Run(name, seed, mean(hits)) for name, hits in right.items())
-
-
-def candidates(vlm: VLM, question: Asked, seed: int) -> tuple[list[str], list[float]]:
-    """Write the candidates to a question, the first greedily; return them with their scores."""
-    config = GenerationConfig(temperature=1.0, max_tokens=LONGEST, seed=seed)
-    inputs = vlm.runner.build_inputs(question.text, question.images, config)
-    written = dict(write_candidates(vlm.runner, inputs, config, CANDIDATES, log_probs=True))
-    answers = [written[number] for number in range(CANDIDATES)]
-    texts = [answer.text.strip() for answer in answers]
-    return texts, [log_prob_score(answer) for answer in answers]
 
 
 def table(runs: list[Run]) -> str:
