@@ -75,9 +75,11 @@ def test_the_limit_is_restored_even_if_the_gpu_cannot_be_waited_for(monkeypatch)
 
 def test_a_cpu_wires_nothing(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    monkeypatch.setattr(mx, "set_wired_limit", None)
+    asked: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", asked.append)
     with working_memory(MemoryNeed(GB)):
         pass
+    assert asked == []
 
 
 def test_the_gpu_is_asked_whatever_the_default_device_is(monkeypatch):

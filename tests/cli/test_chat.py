@@ -1,14 +1,10 @@
 """The chat without a terminal: its commands, its pipes, its mistakes."""
 
-import os
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
-from fixtures.child_path import python_path
 from fixtures.documents import write_pdf
 from fixtures.inputs import random_image, write_video
 from fixtures.loaded_models import tiny
@@ -314,57 +310,6 @@ def test_statistics_tell_what_was_kept_and_how_many_draft_tokens_were_right(vlm)
     assert re.search(
         r"prompt \d+ \(4 image, \d+ cached\) in .* · 100% of \d+ draft tokens accepted( · |$)", text
     )
-
-
-def piped(text, *words, cwd):
-    command = [sys.executable, "-m", "internvl3_mlx", "chat", *words]
-    env = {**os.environ, "PYTHONPATH": python_path(ROOT)}
-    return subprocess.run(command, input=text, capture_output=True, text=True, cwd=cwd, env=env)
-
-
-def test_in_a_pipe_only_answers_are_written_and_nothing_hangs(session, vlm, tmp_path):
-    text = 'cat.png What is it?\n"""Two\nlines"""\n/exit\nnever read\n'
-    done = piped(text, "--model", str(vlm.loaded.folder), "-m", "4", cwd=tmp_path)
-    assert done.returncode == 0
-    cut = "note: the answer was cut at 4 tokens; /set max-tokens N allows more\n"
-    assert done.stderr == "cat.png 130×70 · 3 tiles · 12 tokens\n" + 2 * cut
-    conversation = vlm.conversation(max_tokens=4)
-    answers = [
-        conversation.ask("What is it?", [tmp_path / "cat.png"]).text,
-        conversation.ask("Two\nlines").text,
-    ]
-    assert done.stdout == "".join(answer + "\n" for answer in answers)
-
-
-def test_a_pipe_that_closes_ends_the_chat_quietly(session, vlm, tmp_path):
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "internvl3_mlx", "chat", "--model", str(vlm.loaded.folder)]
-    env = {**os.environ, "PYTHONPATH": python_path(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "9"], input="One?\nTwo?\n", stdout=writing, stderr=subprocess.PIPE,
-        text=True, cwd=tmp_path, env=env,
-    )  # fmt: skip
-    os.close(writing)
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 1
-
-
-def test_a_draft_model_that_cannot_be_is_reported_before_the_first_question(vlm, tmp_path):
-    other = str(tiny(Recipe(style="9b")).folder)
-    words = ["--model", str(vlm.loaded.folder), "--draft-model", other]
-    done = piped("One?\n", *words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "it has a different vocabulary" in done.stderr
-    assert done.stdout == ""
-
-
-def test_a_pipe_whose_question_failed_exits_with_1(vlm, session, tmp_path):
-    text = "nope.png hi\nOne?\n"
-    done = piped(text, "--model", str(vlm.loaded.folder), "-m", "2", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "error: no file at nope.png" in done.stderr
-    assert done.stdout.strip()
 
 
 def test_best_answers_again_with_the_best_of_several(vlm, session, send):

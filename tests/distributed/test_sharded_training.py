@@ -169,7 +169,7 @@ def test_the_first_gradient_is_that_of_one_process(alone, two):
     """Before any weight differs: the norm over all factors of all layers."""
     for name in METHODS:
         first = two[0][f"{name}/norm"][0]
-        assert first == pytest.approx(alone[f"{name}/norm"][0], rel=DIVISION_TOLERANCE / 2)
+        assert first == pytest.approx(alone[f"{name}/norm"][0], rel=0.4 * DIVISION_TOLERANCE)
 
 
 def test_runs_are_continued_by_another_number_of_ranks(folder, alone, two):

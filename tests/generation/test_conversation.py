@@ -48,7 +48,7 @@ def fresh(conversation, question, images=(), **settings):
     return conversation.runner.answer(inputs, config)
 
 
-def same(conversation, question, images=(), **settings):
+def assert_same(conversation, question, images=(), **settings):
     """Ask here and in a fresh run; return the answer if both agree to the token."""
     expected = fresh(conversation, question, images, **settings)
     answer = conversation.ask(question, images, **settings)
@@ -101,11 +101,11 @@ def test_nothing_is_encoded_early_that_would_be_evicted_or_belongs_to_several(vl
 @pytest.mark.parametrize("delta", DELTAS)
 def test_every_answer_equals_a_fresh_run_at_every_delta(vlm, delta):
     conversation = vlm.conversation(v2pe_delta=delta)
-    same(conversation, "What is it?", [CAT], **SHORT)
-    same(conversation, "And which is larger?", [DOG], **SHORT)
-    same(conversation, "Why?", **SHORT)
+    assert_same(conversation, "What is it?", [CAT], **SHORT)
+    assert_same(conversation, "And which is larger?", [DOG], **SHORT)
+    assert_same(conversation, "Why?", **SHORT)
     conversation.undo()
-    same(conversation, "How many?", **SHORT)
+    assert_same(conversation, "How many?", **SHORT)
     assert conversation.retry(**SHORT).token_ids == list(conversation.exchanges[-1].token_ids)
 
 
@@ -131,7 +131,7 @@ def test_another_picture_of_the_same_size_is_never_mistaken_for_the_first(vlm):
     conversation = vlm.conversation()
     conversation.ask("What is it?", [random_image(60, 60, 7)], **SHORT)
     conversation.undo()
-    answer = same(conversation, "What is it?", [random_image(60, 60, 8)], **SHORT)
+    answer = assert_same(conversation, "What is it?", [random_image(60, 60, 8)], **SHORT)
     ids = vlm.prepare_inputs("What is it?", [DOG]).token_ids
     assert answer.usage.cached_tokens == ids.index(vlm.tokenizer.image_id)
 
@@ -158,7 +158,7 @@ def test_what_was_generated_is_kept_even_where_its_text_cuts_differently(vlm):
     )
     exact = vlm.prepare_inputs("Go on.", history=conversation.history)
     assert exact.token_ids != recut.token_ids
-    after = same(conversation, "Go on.", **SHORT)
+    after = assert_same(conversation, "Go on.", **SHORT)
     assert after.usage.cached_tokens == answer.usage.prompt_tokens + 11
 
 
@@ -167,7 +167,7 @@ def test_an_image_token_that_the_model_made_up_is_no_picture(vlm):
     answer = conversation.ask("Say something odd.", temperature=3.0, seed=5, max_tokens=12)
     assert vlm.tokenizer.image_id in answer.token_ids
     assert conversation.history[-1].token_ids == ()
-    same(conversation, "Go on.", **SHORT)
+    assert_same(conversation, "Go on.", **SHORT)
 
 
 def test_a_stop_string_keeps_what_was_shown_not_what_was_made(vlm):
@@ -178,7 +178,7 @@ def test_a_stop_string_keeps_what_was_shown_not_what_was_made(vlm):
     short = conversation.ask("Tell me.", max_tokens=12, stop=mark)
     assert mark not in short.text
     assert conversation.exchanges[-1].answer == short.text
-    same(conversation, "Go on.", **SHORT)
+    assert_same(conversation, "Go on.", **SHORT)
 
 
 def test_dropping_a_picture_rebuilds_from_there(vlm, towers):
@@ -187,10 +187,10 @@ def test_dropping_a_picture_rebuilds_from_there(vlm, towers):
     conversation.ask("Compare <image> with the rest.", [SIGN], **SHORT)
     assert conversation.drop_image(2).width == 60
     assert [info.width for info in conversation.images] == [130, 70]
-    same(conversation, "And now?", **SHORT)
+    assert_same(conversation, "And now?", **SHORT)
     conversation.drop_image(2)
     assert conversation.exchanges[1].question == "Compare  with the rest."
-    same(conversation, "And now?", **SHORT)
+    assert_same(conversation, "And now?", **SHORT)
     with pytest.raises(UserError, match="no image 5; this conversation has 1"):
         conversation.drop_image(5)
 
@@ -200,7 +200,7 @@ def test_editing_the_system_text_begins_the_prompt_anew(vlm, towers):
     conversation.ask("One?", [CAT], **SHORT)
     conversation.configure(system="Be brief.")
     seen = len(towers)
-    answer = same(conversation, "Two?", **SHORT)
+    answer = assert_same(conversation, "Two?", **SHORT)
     assert answer.usage.cached_tokens < 8  # the beginning of the template
     assert len(towers) == seen + 1  # the fresh run's; the conversation knows the picture
 
@@ -213,7 +213,7 @@ def test_forgetting_the_oldest_makes_room(vlm):
     conversation.drop_oldest(2)
     assert conversation.budget.positions < before
     assert len(conversation.images) == 1
-    same(conversation, "Well?", **SHORT)
+    assert_same(conversation, "Well?", **SHORT)
     with pytest.raises(UserError, match="cannot remove 9 of the questions; choose from 1 to 2"):
         conversation.drop_oldest(9)
 
@@ -251,10 +251,10 @@ def test_nothing_to_undo_is_said(vlm):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_caches_answer_as_a_fresh_packed_run(vlm, bits):
     conversation = vlm.conversation(kv_bits=bits)
-    same(conversation, "What is it?", [CAT], kv_bits=bits, **SHORT)
-    same(conversation, "And this?", [DOG], kv_bits=bits, **SHORT)
+    assert_same(conversation, "What is it?", [CAT], kv_bits=bits, **SHORT)
+    assert_same(conversation, "And this?", [DOG], kv_bits=bits, **SHORT)
     conversation.undo()
-    same(conversation, "Why?", kv_bits=bits, prefill_step_size=3, **SHORT)
+    assert_same(conversation, "Why?", kv_bits=bits, prefill_step_size=3, **SHORT)
 
 
 def test_a_dense_cache_can_be_packed_in_the_middle_of_a_conversation(vlm):
@@ -276,7 +276,7 @@ def test_beyond_the_window_stretched_keys_are_never_reused():
     short = load(str(tiny(Recipe(max_positions=96)).folder))
     conversation = short.conversation(system="")
     for question in ("word " * 9, "some more words here", "and again", "and"):
-        same(conversation, question, max_tokens=9)
+        assert_same(conversation, question, max_tokens=9)
     assert conversation.prompt_cache.uses_dynamic_ntk
 
 
@@ -284,7 +284,7 @@ def test_auto_moves_every_position_when_the_step_changes():
     short = load(str(tiny(Recipe(max_positions=120)).folder))
     conversation = short.conversation(system="", v2pe_delta="auto")
     for number in range(3):
-        same(conversation, "Hi", [random_image(130, 60, number)], max_tokens=4)
+        assert_same(conversation, "Hi", [random_image(130, 60, number)], max_tokens=4)
 
 
 def test_a_conversation_too_long_for_the_window_is_refused_and_kept(vlm):
@@ -331,7 +331,7 @@ def test_features_are_bounded_and_the_least_used_go_first(vlm, towers):
         conversation.process_image(DOG).content_hash
     ]
     conversation.configure(system="Other.")
-    same(conversation, "Three?", **SHORT)
+    assert_same(conversation, "Three?", **SHORT)
 
 
 def test_a_video_stays_in_the_conversation(vlm, tmp_path):
