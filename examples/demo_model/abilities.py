@@ -109,10 +109,10 @@ def share_right(vlm, trials: list[Trial], shown: list[tuple[np.ndarray, ...]]) -
 
 def is_right(said: str, answer: str) -> bool:
     """Compare an answer to the letter, a box by its overlap."""
-    wanted, given = box_corners(answer), box_corners(said)
-    if wanted is None:
+    expected, given = box_corners(answer), box_corners(said)
+    if expected is None:
         return said == answer
-    return given is not None and overlap(given, wanted) >= OVERLAP
+    return given is not None and overlap(given, expected) >= OVERLAP
 
 
 def box_corners(text: str) -> tuple[int, ...] | None:

@@ -30,7 +30,7 @@ from examples.demo_model.vocabulary import CATEGORIES, COLORS, NAMES, SHAPES
 
 SAMPLE_SEED = 3  # training uses 1, evaluation 2
 SCALE = 2
-GATE, LEAD = 0.90, 0.40  # held-out accuracy, and its distance to the control, for a task to be told
+GATE, LEAD = 0.90, 0.40  # held-out accuracy, and its lead over the control, of what it can do
 ROOM = (0.50, 0.85)  # between these a task is named as one that more training can still improve
 CARD_PATH = Path(__file__).parent / "card.md"
 Plan = list[tuple[Thing, Cell]]
@@ -154,12 +154,12 @@ def sample(random: np.random.Generator, size: tuple[int, int], plan: Plan) -> Im
 def card(table: dict[str, Any], abilities: dict[str, Any] | None = None) -> str:
     """Write the model card from the measured table and the measured abilities."""
     square = table["square"]
-    told = [task for task in TASKS if passes(square[task])]
+    reported = [task for task in TASKS if passes(square[task])]
     room = [task for task in TASKS if ROOM[0] <= square[task]["right"] <= ROOM[1]]
-    rest = [task for task in TASKS if task not in told]
-    shown = told or list(TASKS)  # of a model that passes nothing, everything is told
+    rest = [task for task in TASKS if task not in reported]
+    shown = reported or list(TASKS)  # where nothing passes, all is shown
     return CARD_PATH.read_text().format(
-        told=rows(told, square),
+        reported=rows(reported, square),
         rest=rows(rest, square),
         room=", ".join(f"*{task}* ({percent(square[task]['right'])})" for task in room),
         columns=columns(shown, table),
@@ -176,7 +176,7 @@ def card(table: dict[str, Any], abilities: dict[str, Any] | None = None) -> str:
 
 
 def passes(score: dict[str, float]) -> bool:
-    """Say whether a task is good enough to be told."""
+    """Say whether a task is good enough to be reported."""
     return score["right"] >= GATE and score["right"] - score["swapped"] >= LEAD
 
 
@@ -198,15 +198,15 @@ def rows(tasks: list[str], square: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def columns(told: list[str], table: dict[str, Any]) -> str:
+def columns(reported: list[str], table: dict[str, Any]) -> str:
     """Write the held-out columns, one line each, for the reported tasks."""
     lines = [
-        "| pictures | tiles | " + " | ".join(told) + " | mean |",
-        "|---" * (len(told) + 3) + "|",
+        "| pictures | tiles | " + " | ".join(reported) + " | mean |",
+        "|---" * (len(reported) + 3) + "|",
     ]
     for name in COLUMNS:
         if name in table:
-            shares = [table[name][task]["right"] for task in told]
+            shares = [table[name][task]["right"] for task in reported]
             cells = [percent(share) for share in [*shares, sum(shares) / len(shares)]]
             lines.append(f"| {name} | {tiles(COLUMNS[name])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -244,13 +244,13 @@ def tiles(column: Column) -> int:
     return tile_total(POLICY.grid(*(side * column.scale for side in column.size)))
 
 
-def deltas(told: list[str], table: dict[str, Any]) -> str:
+def deltas(reported: list[str], table: dict[str, Any]) -> str:
     """Write accuracy at each V2PE delta."""
-    by_task = {task: table["deltas"][task] for task in told}
+    by_task = {task: table["deltas"][task] for task in reported}
     names = list(next(iter(by_task.values())))
-    lines = ["| delta | " + " | ".join(told) + " |", "|---" * (len(told) + 1) + "|"]
+    lines = ["| delta | " + " | ".join(reported) + " |", "|---" * (len(reported) + 1) + "|"]
     for name in names:
-        cells = " | ".join(percent(by_task[task][name]) for task in told)
+        cells = " | ".join(percent(by_task[task][name]) for task in reported)
         lines.append(f"| {name.removesuffix('/1')} | {cells} |")
     return "\n".join(lines)
 
