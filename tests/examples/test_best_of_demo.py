@@ -5,12 +5,14 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 
-from examples.best_of_demo import measure, questions, rows
+from examples.best_of_demo import judged, measure, questions, rows
 from examples.best_of_demo.measure import COUNTS, WAYS, Candidates, summarize, table
 from examples.best_of_demo.plot import draw_plot
 from examples.demo_model import batches, heldout
+from examples.demo_model.vocabulary import CATEGORIES, NAMES, SHAPES
 from internvl3_mlx import load, load_critic
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.test_time_scaling.rollout_questions import read_questions
@@ -84,3 +86,27 @@ def test_a_question_is_judged(tmp_path):
     found = measure.judged(load("demo"), load_critic("demo", system=""), known, config)
     assert len(found.texts) == max(COUNTS)
     assert all(0 <= score <= 1 for score in found.critic)
+
+
+def test_rows_judged_by_rule_hold_a_right_and_a_wrong_answer_to_each_picture(tmp_path):
+    found = judged.judged(tmp_path, "valid", 40, questions.TASKS)
+    replies: dict[str, list[str]] = {}
+    for row in found:
+        replies.setdefault(row["image"], []).append(row["conversations"][-1]["value"])
+    assert len(replies) == 40
+    assert all(sorted(pair) == ["+", "-"] for pair in replies.values())
+    assert all((tmp_path / image).is_file() for image in replies)
+    assert build_config({}, HERE / "judged.yaml").trains_critic
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [("count", "3"), ("shape", "star"), ("kind", "fruit"), ("list", "dog, car"), ("list", "crab")],
+)
+def test_a_wrong_answer_reads_like_a_right_one(task, answer):
+    random = np.random.default_rng(0)
+    wrong = {judged.wrong_answer(task, answer, random) for _ in range(60)}
+    assert answer not in wrong
+    assert len(wrong) > 2
+    known = {*"1234", *SHAPES, *CATEGORIES, *NAMES}
+    assert all(part in known for text in wrong for part in text.split(", "))
