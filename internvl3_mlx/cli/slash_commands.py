@@ -300,7 +300,7 @@ def leave_chat(session: ChatSession, _: str) -> None:
 
 COMMANDS = (
     SlashCommand("/image", "attach images, videos or PDFs", attach_files, required="PATH…"),
-    SlashCommand("/paste", "attach the image on the clipboard", attach_clipboard),
+    SlashCommand("/paste", "attach what is on the clipboard", attach_clipboard),
     SlashCommand("/images", "list the images of this conversation", list_images),
     SlashCommand("/drop", "remove an image from the conversation", drop_image, required="N"),
     SlashCommand("/clear", "start a new conversation", clear_conversation),

@@ -23,26 +23,33 @@ from internvl3_mlx.errors import UserError
 from internvl3_mlx.files import atomic_files, atomic_folder
 from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.models.lora import LoRALinear, lora_layers
-from internvl3_mlx.training.adapter_card import adapter_card, base_model_id
 from internvl3_mlx.training.checkpoint import ARRAYS, METADATA
 from internvl3_mlx.training.checkpoint import FOLDER as CHECKPOINTS
 from internvl3_mlx.training.config_file import CONFIG_FILE
 from internvl3_mlx.training.loggers import METRICS_FILE, PLOT_FILE
 from internvl3_mlx.training.lora_setup import lora_config, write_adapter_into
+from internvl3_mlx.training.model_cards import adapter_card, base_model_id, trained_model_card
 from internvl3_mlx.training.session import TrainSession
 from internvl3_mlx.write_guards import MODEL_FILES, SYSTEM_FILES
 
 BEST, MODEL = "best", "model"
+MODEL_CARD = "README.md"
 
 
 def export_model(
-    model: InternVL, source: Path, target: Path, *, overwrite: bool = False
+    model: InternVL,
+    source: Path,
+    target: Path,
+    *,
+    overwrite: bool = False,
+    card: str | None = None,
 ) -> Generator[TensorWritten, None, ConvertedCheckpoint]:
     """Write a complete checkpoint: trained tensors, and all others from ``source``.
 
     Names, dtypes and quantization are those of ``source``, which the model was loaded from, in the
     MLX layout; adapters are merged. Yields as each tensor is written; the folder appears when it is
-    complete and verified. Raises UserError when a trained tensor is quantized in ``source``.
+    complete and verified. card: its README.md, by default that of ``source``. Raises UserError when
+    a trained tensor is quantized in ``source``.
     """
     trained = trained_tensors(model)
     check_finite(trained)
@@ -54,7 +61,12 @@ def export_model(
             "save the adapter and fuse it"
         )
     cast = {name: x.astype(mlx_dtype(dtypes[name])) for name, x in trained.items()}
-    options = ConvertOptions(calibrated_weights=cast, overwrite=overwrite)
+
+    def write_card(folder: Path, _: ConvertedCheckpoint) -> None:
+        if card is not None:
+            (folder / MODEL_CARD).write_text(card, encoding="utf-8")
+
+    options = ConvertOptions(calibrated_weights=cast, overwrite=overwrite, write_extra=write_card)
     return convert_checkpoint(source, target, None, options)
 
 
@@ -134,7 +146,8 @@ def write_adapter_files(session: TrainSession, folder: Path) -> None:
 def write_model(session: TrainSession, target: Path) -> None:
     """Write the run's whole model."""
     source = session.setup.model_folder
-    for _ in export_model(session.state.model, source, target, overwrite=True):
+    card = trained_model_card(session)
+    for _ in export_model(session.state.model, source, target, overwrite=True, card=card):
         pass
 
 

@@ -6,13 +6,11 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner
-from fixtures.hub import running_hub
 from fixtures.records import chat_record, write_jsonl
 from fixtures.terminal import TerminalProgram
-from fixtures.train_sessions import SMALL, write_data
+from fixtures.train_sessions import SHORT, SMALL, write_data
 
 from internvl3_mlx.cli.flags import SECTIONS, SectionedOption, format_default
 from internvl3_mlx.cli.main import main
@@ -26,15 +24,6 @@ from internvl3_mlx.training.presets import PRESETS
 
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 FLAGS = {param.name: param for param in train_command.params}
-SHORT = [
-    word
-    for name, value in (SMALL | {"iters": 3, "steps_per_report": 1}).items()
-    for word in (
-        [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
-        if isinstance(value, bool)
-        else [f"--{name.replace('_', '-')}", str(value)]
-    )
-]
 
 
 @pytest.fixture
@@ -353,25 +342,6 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder, terminal):
     assert "resume with: internvl3 train --resume --adapter-path adapters" in screen
     assert len(list_checkpoints(folder / "adapters")) == 1
     assert (folder / "adapters" / "adapter_model.safetensors").exists()
-
-
-def test_an_adapter_has_a_card_and_may_be_uploaded(folder, monkeypatch):
-    with running_hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_made_up")
-        result = begin("--iters", 1, "--upload-repo", "me/mine", "--dora", "--rslora")
-        assert result.exit_code == 0, result.stderr
-        assert "uploaded to " in result.stderr
-        names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-        assert {*hub.repos["me/mine"]} == names
-        card = (folder / "adapters" / "best" / "README.md").read_text()
-        assert hub.repos["me/mine"]["README.md"] == card.encode()
-        refused = begin("--iters", 1, "--overwrite", "--upload-repo", "me/mine")
-        assert "me/mine was not changed" in refused.stderr
-    assert "# rsDoRA adapter for " in card
-    assert "trained over 16-bit or 32-bit weights" in card
-    assert begin("--upload-repo", "mine").exit_code == 2
 
 
 LONG_UPDATES = ("--iters", "400", "--save-every", "300", "--grad-accumulation-steps", "60")
