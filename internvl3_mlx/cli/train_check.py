@@ -21,7 +21,8 @@ def show_data_check(setup: "RunSetup", *, as_json: bool) -> int:
     from internvl3_mlx.training.cost_estimate import estimate_cost
 
     splits = setup.splits
-    has_errors = any(split.report.errors for split in splits.values())
+    reports = [split.report for split in splits.values()]
+    has_errors = any(report.errors or report.unusable for report in reports)
     if as_json:
         found = {
             name: split_counts(split) | findings_json(split.report)
@@ -51,6 +52,8 @@ def show_findings(report: "DataReport") -> None:
         console.error(str(finding))
     if report.more_errors:
         console.error(f"and {report.more_errors:,} more")
+    if report.unusable:
+        console.error(report.unusable)
     for finding in report.warnings:
         console.note(str(finding))
     if report.more_warnings:
@@ -85,8 +88,9 @@ def describe_formats(report: "DataReport") -> str:
 
 
 def findings_json(report: "DataReport") -> Json:
+    unusable = [{"message": report.unusable}] if report.unusable else []
     return {
-        "errors": [finding_json(error) for error in report.errors],
+        "errors": [*(finding_json(error) for error in report.errors), *unusable],
         "warnings": [finding_json(warning) for warning in report.warnings],
         "notes": [*report.notes],
         "formats": {**report.formats},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.records.arrow_tables import open_arrow, open_parquet
-from internvl3_mlx.records.record_sources import RecordSource, open_text_source
+from internvl3_mlx.records.record_sources import RecordSource, check_readable, open_text_source
 
 PARQUET_MAGIC, ARROW_MAGIC = b"PAR1", b"ARROW1"
 
@@ -21,4 +21,7 @@ def open_records(paths: Sequence[Path]) -> RecordSource:
         return open_parquet(paths)
     if head == ARROW_MAGIC or paths[0].suffix.lower() == ".arrow":
         return open_arrow(paths)
+    if paths[0].suffix.lower() == ".parquet":
+        check_readable(paths[0])
+        raise DataError(f"cannot read {paths[0]}: it is not a Parquet file; export it again")
     return open_text_source(paths[0])

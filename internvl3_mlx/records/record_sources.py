@@ -19,6 +19,7 @@ import numpy as np
 from internvl3_mlx.errors import DataError
 
 CSV_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+OTHER_SEPARATORS = (";", "\t")  # of a .csv whose header has no comma, as spreadsheets write it
 MAX_CELL_BYTES = 2**30  # of a CSV cell; images in base64 exceed the csv module's own limit
 # a string, or one bracket, of a JSON array
 JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
@@ -29,6 +30,8 @@ OTHER_FILES = {
     b"\x28\xb5\x2f\xfd": "it is compressed with zstd; unpack it first",
     b"version https://git-lfs": "it is a Git LFS pointer; run git lfs pull first",
     b"\x93NUMPY": "it is a NumPy array; export the records as JSON Lines",
+    b"\xff\xfe": "it is UTF-16; save the file as UTF-8",
+    b"\xfe\xff": "it is UTF-16; save the file as UTF-8",
     b"SQLite format 3": "it is an SQLite database; export the records as JSON Lines",
 }
 
@@ -89,7 +92,10 @@ class LineIndex(ByteIndex):
 
 @dataclass(frozen=True, eq=False)
 class ArrayIndex(ByteIndex):
-    """A JSON array of objects. ends: (R,) int64, the byte after each object."""
+    """Objects that may span lines, in a JSON array or one after another.
+
+    ends: (R,) int64, the byte after each object.
+    """
 
     ends: np.ndarray
     kind: str = "JSON array"
@@ -98,7 +104,7 @@ class ArrayIndex(ByteIndex):
         start, end = int(self.offsets[index]), int(self.ends[index])
         with self.path.open("rb") as file:
             file.seek(start)
-            return parse_json(file.read(end - start), "a JSON array of objects")
+            return parse_json(file.read(end - start), f"a {self.kind} of objects")
 
     def number(self, index: int) -> int:
         return index + 1
@@ -171,7 +177,11 @@ def open_text_source(path: Path) -> RecordSource:
         check_readable(path)
         if separator := CSV_SEPARATORS.get(path.suffix.lower()):
             return index_csv(path, separator)
-        return index_array(path) if holds_array(path) else index_lines(path)
+        if holds_array(path):
+            return index_objects(path, "JSON array", level=1)
+        if spans_lines(path):
+            return index_objects(path, "JSON series", level=0)
+        return index_lines(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check the file") from error
 
@@ -207,6 +217,20 @@ def holds_array(path: Path) -> bool:
     return False
 
 
+def spans_lines(path: Path) -> bool:
+    """Whether a file holds objects over several lines each, or with commas between them."""
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    first = first.removeprefix(b"\xef\xbb\xbf").strip()
+    if not first.startswith(b"{") or first[-1:] not in b"{[,":
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
 def index_lines(path: Path) -> LineIndex:
     """Find where the non-blank lines of a file begin, in one pass."""
     offsets, line_numbers, offset = array("q"), array("i"), 0
@@ -221,26 +245,28 @@ def index_lines(path: Path) -> LineIndex:
     return LineIndex(path, np.frombuffer(offsets, np.int64), np.frombuffer(line_numbers, np.int32))
 
 
-def index_array(path: Path) -> ArrayIndex:
-    """Find the objects of a JSON array, in one pass over the mapped file."""
+def index_objects(path: Path, kind: str, *, level: int) -> ArrayIndex:
+    """Find the objects inside ``level`` brackets, in one pass over the mapped file."""
     offsets, ends, depth, closed = array("q"), array("q"), 0, False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for token in JSON_TOKEN.finditer(content):
             mark = token[0][:1]
             if mark in b"[{":
-                if depth == 1 and mark == b"{":
+                if depth == level and mark == b"{":
                     offsets.append(token.start())
                 depth += 1
             elif mark in b"]}":
                 depth -= 1
-                if depth == 1 and mark == b"}":
+                if depth == level and mark == b"}":
                     ends.append(token.end())
                 closed = depth == 0
     if not closed or len(offsets) != len(ends):
-        raise DataError(f"{path} is not valid JSON: the array does not end; save it again")
+        what = kind.removeprefix("JSON ")
+        raise DataError(f"{path} is not valid JSON: the {what} does not end; save it again")
     if not offsets:
         raise DataError(f"no records in {path}: the array has no objects")
-    return ArrayIndex(path, np.frombuffer(offsets, np.int64), np.frombuffer(ends, np.int64))
+    columns = (np.frombuffer(offsets, np.int64), np.frombuffer(ends, np.int64))
+    return ArrayIndex(path, *columns, kind)
 
 
 def index_csv(path: Path, separator: str) -> CSVIndex:
@@ -255,9 +281,12 @@ def index_csv(path: Path, separator: str) -> CSVIndex:
                 position, line_number = position + len(line), line_number + 1
                 yield line
 
+    separator = header_separator(path, separator)
     reader = csv.reader(decode_lines(lines()), delimiter=separator)
     try:
         columns = tuple(name.strip() for name in next(reader, ()))
+        if doubled := [name for name in columns if name and columns.count(name) > 1]:
+            raise DataError(f"{path} has two columns {doubled[0]!r}; rename one of them")
         start, number = position, line_number + 1
         for cells in reader:
             if any(cells):
@@ -271,3 +300,12 @@ def index_csv(path: Path, separator: str) -> CSVIndex:
     return CSVIndex(
         path, separator, columns, np.frombuffer(starts, np.int64), np.frombuffer(numbers, np.int32)
     )
+
+
+def header_separator(path: Path, separator: str) -> str:
+    """Return the separator of a CSV file: the usual one, or another if its header has only that."""
+    with path.open("rb") as file:
+        header = file.readline().decode("utf-8", "replace")
+    if separator in header:
+        return separator
+    return next((other for other in OTHER_SEPARATORS if other in header), separator)

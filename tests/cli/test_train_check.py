@@ -33,7 +33,7 @@ def check(path, *words):
 def test_the_formats_of_records_and_files_are_named(folder):
     rows = [
         {"query": "What?", "response": "A cat.", "images": ["a.jpg"]},
-        {"instruction": "Why?", "output": "So.", "imgs": "a.jpg", "source": "web"},
+        {"instruction": "Why?", "output": "So.", "imgs": "a b", "source": "web"},
         {"query": "Who?", "response": "Me.", "source": "web"},
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -46,6 +46,16 @@ def test_the_formats_of_records_and_files_are_named(folder):
     assert "note: keys that nothing reads: source (2)\n" in result.stderr
     found = json.loads(check("rows.json", "--json").stdout)["train"]
     assert found["formats"] == {"ms-swift query/response": 2, "Alpaca": 1}
+
+
+def test_records_that_are_all_too_long_are_an_error(folder):
+    path = write_jsonl(folder / "rows.jsonl", [chat_record("x " * 500)] * 3)
+    result = check(path, "--max-seq-length", "64")
+    assert result.exit_code == 2
+    assert "error: all 3 records are too long; raise --max-seq-length" in result.stderr
+    result = check(path, "--max-seq-length", "64", "--json")
+    assert result.exit_code == 2
+    assert "all 3 records" in json.loads(result.stdout)["train"]["errors"][0]["message"]
 
 
 def test_the_same_error_is_one_line_and_a_damaged_image_is_found(folder):

@@ -74,6 +74,31 @@ def test_a_file_of_any_form_gives_the_same_records(folder, name):
     assert data[2].location.startswith(f"{name}:")
 
 
+ROWS = [{"question": "a, b", "answer": "{1}"}, {"question": "c", "answer": "d"}]
+OTHER_SPELLINGS = {
+    "pretty.json": "\n".join(json.dumps(row, indent=2) for row in ROWS),
+    "pretty.jsonl": "\ufeff" + "\r\n".join(json.dumps(row, indent=1) for row in ROWS),
+    "commas.jsonl": ",\n".join(json.dumps(row) for row in ROWS),
+    "semicolons.csv": 'question;answer\n"a, b";{1}\nc;d\n',
+    "tabs.csv": "question\tanswer\na, b\t{1}\nc\td\n",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SPELLINGS)
+def test_other_spellings_of_the_same_records_are_read(folder, name):
+    (folder / name).write_text(OTHER_SPELLINGS[name], "utf-8", newline="")
+    dataset = open_dataset(name)
+    assert dataset is not None
+    assert [record.value for record in dataset] == ROWS
+
+
+def test_one_record_over_several_lines_is_no_meta_json(folder):
+    (folder / "one.json").write_text(json.dumps(ROWS[0], indent=2))
+    dataset = open_dataset("one.json")
+    assert dataset is not None
+    assert [record.value for record in dataset] == ROWS[:1]
+
+
 def test_locations_are_lines_of_text_files_and_rows_of_tables(folder):
     write_csv(folder / "rows.csv", rows())
     write_parquet(folder / "rows.parquet", rows())
@@ -207,6 +232,11 @@ BAD_FILES = {
     "rows.jsonl.gz": (b"\x1f\x8b\x08\x00", "it is compressed with gzip; unpack it first"),
     "rows.csv": (b"PK\x03\x04....", "it is a ZIP archive or a spreadsheet"),
     "rows.parquet": (b"version https://git-lfs.github.com", "run git lfs pull first"),
+    "csv.parquet": (b"question,answer\na,b\n", "it is not a Parquet file; export it again"),
+    "utf16.jsonl": ('{"a": 1}\n'.encode("utf-16"), "it is UTF-16; save the file as UTF-8"),
+    "twice.csv": (b"question,answer,answer\na,b,c\n", "has two columns 'answer'; rename one"),
+    "pretty.json": (b'{\n "question": "a",\n "answer": "b"\n', "the series does not end"),
+    "lists.json": (b'{"mine": {"file_name": "rows.json"}}', "dataset_info.json, pass rows.json"),
     "cut.parquet": (b"PAR1....PAR1", "as Parquet: "),
     "cut.arrow": (b"ARROW1\x00\x00", "export it again"),
     "a.csv": (b"question,answer\n", "expected a header and one record per line"),

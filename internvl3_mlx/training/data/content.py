@@ -1,9 +1,10 @@
 """Parse the content of a message and the images and videos that a record names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from internvl3_mlx.images.load import IMAGE_SUFFIXES
 from internvl3_mlx.prompt.messages import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from internvl3_mlx.records.json_values import (
     RecordError,
@@ -11,7 +12,13 @@ from internvl3_mlx.records.json_values import (
     describe_json,
     pluralize,
 )
-from internvl3_mlx.records.media_refs import PATH_KEYS, MediaRef, MediaRefs, parse_media_ref
+from internvl3_mlx.records.media_refs import (
+    BASE64_IMAGE,
+    PATH_KEYS,
+    MediaRef,
+    MediaRefs,
+    parse_media_ref,
+)
 
 MEDIA_MARKS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 # type of a content part -> what it is; its path is under any key of PATH_KEYS, or in the record
@@ -24,6 +31,9 @@ PART_TYPES = {
     "video": "video",
     "video_url": "video",
 }
+FILE_NAME = "file_name"  # the key of an imagefolder of the datasets library
+VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi"))
+MAX_PATH = 1000  # characters
 ContentPart = tuple[str, MediaRef | None]  # "text", "image" or "video"; its text or its file
 
 
@@ -131,13 +141,51 @@ def read_media(record: Mapping[str, Any], key: str) -> MediaRefs:
     }
     if len(given) > 1:
         raise RecordError(f"both '{key}' and '{key}s'; put all paths into one list")
+    named = record.get(FILE_NAME)
+    if not given and isinstance(named, str) and media_kind(named) == key:
+        given = {FILE_NAME: named}
     for name, value in given.items():
         value = decode_structured(value)
         files = []
         for entry in value if isinstance(value, list) else [value]:
             file = parse_media_ref(entry)
             if file is None:
-                raise RecordError(f"{name!r} contains {describe_json(entry)}; expected file paths")
+                keys = ", with 'path' or 'bytes'" if isinstance(entry, dict) else ""
+                raise RecordError(
+                    f"{name!r} contains {describe_json(entry)}; expected file paths{keys}"
+                )
             files.append(file)
         return tuple(files)
     return ()
+
+
+def media_kind(value: Any) -> str | None:
+    """Return "image" or "video" for a value that names one, whatever its key; else None."""
+    if isinstance(value, list):
+        kinds = {media_kind(entry) for entry in value}
+        return kinds.pop() if len(kinds) == 1 else None
+    if isinstance(value, dict):
+        found = value.get("bytes") or next((value[key] for key in PATH_KEYS if value.get(key)), "")
+        return media_kind(found)
+    if isinstance(value, bytes):
+        return "image"
+    if not isinstance(value, str):
+        return None
+    if value.startswith("data:image/") or BASE64_IMAGE.fullmatch(value):
+        return "image"
+    if len(value) > MAX_PATH or "\n" in value:
+        return None
+    suffix = f".{value.rpartition('.')[2].lower()}"
+    suffixes_of = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
+    return next((kind for kind, suffixes in suffixes_of.items() if suffix in suffixes), None)
+
+
+def check_unread_media(record: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ``RecordError`` for a record without media that names some under an unknown key."""
+    for key, value in record.items():
+        if key not in known and key != "id" and (kind := media_kind(value)):
+            name = f"{kind}s" if isinstance(value, list) else kind
+            raise RecordError(
+                f"the record has no images, but {key!r} names {kind}s, which nothing reads; "
+                f"rename the key to {name!r}, or drop it"
+            )

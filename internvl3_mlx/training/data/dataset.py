@@ -246,6 +246,10 @@ def split_off_share(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dat
     return Dataset(tuple(train)), Dataset(tuple(valid))
 
 
+HEAD_BYTES = 4096
+FIRST_VALUE = re.compile(
+    rb'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(.)'
+)  # how the value of a first key begins
 META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 
 
@@ -254,18 +258,21 @@ def is_meta_file(path: Path) -> bool:
     if path.suffix.lower() != ".json":
         return False
     with path.open("rb") as file:
-        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        head = file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(0)
         first = next((line for line in file if line.strip()), b"")
         more = any(line.strip() for line in file)
-    if not start.startswith(b"{"):
+    if not head.startswith(b"{"):
         return False
     try:
         value = parse_json_value(first)
-    except ValueError:
-        return True
+    except ValueError:  # the object spans lines: of a meta JSON all values are objects
+        first_value = FIRST_VALUE.match(head)
+        return first_value is None or first_value[1] == b"{"
     keys = {key for form in FORMATS for key in form.required}
-    return not (more or (isinstance(value, dict) and keys & value.keys()))
+    is_record = isinstance(value, dict) and keys & value.keys()
+    has_records = isinstance(value, dict) and any(isinstance(x, list) for x in value.values())
+    return not (more or is_record or has_records)
 
 
 def open_meta_file(path: Path, config: TrainConfig) -> Iterator[DataFile]:
@@ -326,7 +333,10 @@ def check_meta_entry(location: str, entry: dict[str, Any]) -> None:
         if hint := did_you_mean(key, META_KEYS, otherwise="", cutoff=0.8):
             raise DataError(f"{location}: unknown key {key!r}; {hint}")
     if not isinstance(entry.get("annotation"), str):
-        raise DataError(f"{location}: no 'annotation'; expected the path of a JSONL file")
+        hint = ""
+        if isinstance(entry.get("file_name"), str):
+            hint = f"; for LLaMA-Factory's dataset_info.json, pass {entry['file_name']} instead"
+        raise DataError(f"{location}: no 'annotation'; expected the path of a JSONL file{hint}")
     repeat = entry.get("repeat_time", 1)
     is_number = isinstance(repeat, int | float) and not isinstance(repeat, bool)
     if not is_number or not 0 < repeat <= MAX_REPEATS or (repeat > 1 and repeat != int(repeat)):

@@ -7,9 +7,11 @@ thousandths of the width and height of the image.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from internvl3_mlx.prompt.boxes import COORDINATE_SCALE
+from internvl3_mlx.prompt.messages import IMAGE_PLACEHOLDER
 from internvl3_mlx.records.json_values import (
     RecordError,
     decode_structured,
@@ -25,15 +27,29 @@ CORNERS = 4
 PIXELS_NOTE = "boxes in pixels converted to thousandths of the image"
 SHARES_NOTE = "boxes in shares of the image converted to thousandths"
 
-# placeholders of other tools -> what to write instead
+# Placeholders of other tools, which nobody writes in ordinary text.
 FOREIGN_MARKS = re.compile(
-    r"<\|?(?:image|img|picture|video)[ _-]?\d+\|?>"  # <image1>, <image_1>, <|image_1|>
-    r"|<\|(?:image|video)(?:_pad)?\|>|<\|vision_start\|>|<start_of_image>|<image_soft_token>"
-    r"|<ImageHere>|<image_placeholder>|<img>[^<]*</img>|<image_token>|<_image_>",
+    # <image1>, <image_1>, <|image_1|>, <image:0>, <audio 2>
+    r"<\|?(?:image|img|picture|video|audio)[ _:-]?\d+\|?>"
+    r"|<\|(?:image|video|audio|media|vision)(?:_(?:pad|start|end))?\|>"
+    r"|<start_of_image>|<image_soft_token>|<image_placeholder>|<image_token>|<_image_>|<__media__>"
+    r"|<ImageHere>|<imagepad>|<im_patch>|<img_context>",
     re.IGNORECASE,
 )
+# Those that HTML and other text have too: refused in a question that shows images.
+QUESTION_MARKS = re.compile(
+    r"<img\b[^>]*>|</img>|</image>|<(?:image|video|audio)\s*/>|<image\s[^>]*>|<audio>"
+    r"|(?!(?-i:<image>|<video>))<(?:image|video)>|(?-i:\[IMG\])",
+    re.IGNORECASE,
+)
+# marks that a chat template writes around messages
+TEMPLATE_MARKS = re.compile(
+    r"<\|im_(?:start|end)\|>|</s>|<\|endoftext\|>|<\|eot_id\|>|<end_of_turn>|\[/?INST\]"
+)
 FOREIGN_BOXES = re.compile(
-    r"<\|box_start\|>|<\|object_ref_start\|>|<\|det\|>|<loc\d{4}>|<box>\s*\(", re.IGNORECASE
+    r"<\|box_start\|>|<\|object_ref_start\|>|<\|det\|>|<loc_?\d+>|<patch_index_\d+>|<box>\s*\("
+    r"|(?!(?-i:<box>))<box>",
+    re.IGNORECASE,
 )
 
 
@@ -74,8 +90,21 @@ def parse_objects(value: Any, texts: Sequence[str], num_images: int) -> Objects 
     kind = value.get("bbox_type") or "real"
     if kind not in ("real", "norm1"):
         raise RecordError(f"'bbox_type' is {kind!r}; expected real (pixels) or norm1 (0 to 1)")
-    boxes = tuple(_read_corners(box) for box in value.get("bbox") or ())
-    refs = tuple(str(ref) for ref in value.get("ref") or ())
+    given = {name: value.get(name) or [] for name in ("bbox", "ref")}
+    for name, entries in given.items():
+        if not isinstance(entries, list):
+            raise RecordError(f"'objects.{name}' is {describe_json(entries)}; expected a list")
+    boxes = tuple(_read_corners(box) for box in given["bbox"])
+    refs = tuple(str(ref) for ref in given["ref"])
+    if (
+        kind == "real"
+        and any(0 < n < 1 for box in boxes for n in box)
+        and max(map(max, boxes)) <= 1
+    ):
+        raise RecordError(
+            "'objects.bbox' has numbers from 0 to 1, but is read as pixels; set 'bbox_type' to "
+            "norm1 for shares of the image"
+        )
     for name, mark, found in (("ref", REF_MARK, refs), ("bbox", BOX_MARK, boxes)):
         if marks[mark] != len(found):
             raise RecordError(
@@ -88,9 +117,20 @@ def parse_objects(value: Any, texts: Sequence[str], num_images: int) -> Objects 
 
 def _read_corners(box: Any) -> tuple[float, ...]:
     numbers = isinstance(box, list) and [type(n) in (int, float) for n in box] == [True] * CORNERS
-    if not numbers:
+    if not numbers or not all(map(isfinite, box)):
         raise RecordError(f"'objects.bbox' contains {box!r}; expected [x1, y1, x2, y2]")
+    check_order(box, "'objects.bbox' contains")
     return tuple(float(n) for n in box)
+
+
+def check_order(box: Sequence[float], has: str) -> None:
+    """Raise ``RecordError`` for a box whose second corner is not right of and below its first."""
+    x1, y1, x2, y2 = box
+    if x1 > x2 or y1 > y2:
+        raise RecordError(
+            f"{has} the box {[*box]}, whose second corner is left of or above its first; expected "
+            "[x1, y1, x2, y2], not a width and height"
+        )
 
 
 def _read_image_ids(given: Any, boxes: int, num_images: int) -> tuple[int, ...]:
@@ -134,20 +174,42 @@ def _scale(box: tuple[float, ...], normalized: bool, size: tuple[int, int]) -> l
     return found
 
 
-def check_markup(text: str, where: str) -> None:
-    """Raise ``RecordError`` for placeholders and boxes that the model was not trained to read."""
-    if mark := FOREIGN_MARKS.search(text):
+def check_markup(text: str, role: str) -> None:
+    """Raise ``RecordError`` for placeholders and boxes that the model was not trained to read.
+
+    role: "user", "assistant", or "text" for plain text. They are those of a record with media.
+    """
+    where = {"user": "a question", "assistant": "an answer"}.get(role, "the text")
+    mark = FOREIGN_MARKS.search(text)
+    if role == "user":
+        mark = mark or QUESTION_MARKS.search(text)
+    if mark:
         raise RecordError(
             f"{where} has {mark[0][:40]}, a placeholder of another tool; write <image> or <video> "
             "where each belongs, or nothing to put them in front"
+        )
+    if role == "assistant" and IMAGE_PLACEHOLDER in text:
+        raise RecordError(
+            f"{where} has {IMAGE_PLACEHOLDER}; only questions show images, so write it there"
         )
     if mark := FOREIGN_BOXES.search(text):
         raise RecordError(
             f"{where} has {mark[0]}, a box format of another tool; write "
             "<ref>name</ref><box>[[x1, y1, x2, y2]]</box> in thousandths of the image"
         )
+    if text.count("<box>") != text.count("</box>"):
+        raise RecordError(f"{where} has a <box> without its </box>; correct it")
     for tag in BOX_TAG.finditer(text):
         check_box(tag[1], where)
+
+
+def text_notes(texts: Sequence[str], *, has_media: bool) -> Iterator[str]:
+    """Yield what to report about markup that messages keep as it is."""
+    if not has_media and any(map(FOREIGN_MARKS.search, texts)):
+        yield "a placeholder such as <image1>, but no images; it is read as letters"
+    marks = {mark[0] for text in texts for mark in TEMPLATE_MARKS.finditer(text)}
+    for mark in sorted(marks):
+        yield f"{mark} in a message; it is read as letters, and the chat template adds its own"
 
 
 def check_box(body: str, where: str) -> None:
@@ -162,3 +224,5 @@ def check_box(body: str, where: str) -> None:
             f"{COORDINATE_SCALE}, in thousandths of the image. If these are pixels, write <bbox> "
             "in the text and the numbers in 'objects', and they are converted"
         )
+    for start in range(0, len(whole), CORNERS):
+        check_order(whole[start : start + CORNERS], f"{where} has")

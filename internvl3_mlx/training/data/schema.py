@@ -17,14 +17,17 @@ from internvl3_mlx.records.media_refs import MediaRef, MediaRefs
 from internvl3_mlx.training.data.content import (
     MEDIA_MARKS,
     MessageContent,
+    check_unread_media,
     parse_content,
     parse_message_content,
     read_media,
 )
+from internvl3_mlx.training.data.conversations import read_conversation
 from internvl3_mlx.training.data.formats import (
+    COMMON_KEYS,
+    LOSS_KEYS,
     check_refused_keys,
     find_format,
-    read_conversation,
     unused_keys,
 )
 from internvl3_mlx.training.data.grounding import (
@@ -32,6 +35,7 @@ from internvl3_mlx.training.data.grounding import (
     check_markup,
     fill_objects,
     parse_objects,
+    text_notes,
 )
 
 __all__ = ["ParsedMessage", "ParsedRecord", "RecordError", "parse_content", "parse_record"]
@@ -47,9 +51,9 @@ ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
 }
 EXPECTED_ROLES = "system, user, human, assistant, gpt"
-LOSS_KEYS = ("loss", "weight", "loss_scale")  # of a message: whether its answer is trained on
 # keys of a message that change what it says: refused rather than ignored
 REFUSED_MESSAGE_KEYS = {
     "tool_calls": "tool use is not supported",
@@ -119,13 +123,15 @@ def parse_record(value: Any) -> ParsedRecord:
                 parsed, messages=tuple(prompt), answers=(reply.text,), label=conversation.label
             )
     texts = [message.text for message in parsed.messages] + [*(parsed.answers or ())]
-    if parsed.images or parsed.videos:
-        for message in parsed.messages:
-            check_markup(message.text, "a question" if message.role == "user" else "an answer")
-        for answer in parsed.answers or ():
-            check_markup(answer, "an answer")
+    has_media = bool(parsed.images or parsed.videos)
+    if has_media:
+        check_texts(parsed)
+    else:
+        check_unread_media(value, {*form.fields, *COMMON_KEYS})
     objects = parse_objects(value.get("objects"), texts, len(parsed.images))
     notes = [objects.note] if objects and objects.note else []
+    if not parsed.is_text:
+        notes += text_notes(texts, has_media=has_media)
     if parsed.label is not None:
         notes.append(f"the answer is {'desirable' if parsed.label else 'undesirable'}")
     return replace(
@@ -135,6 +141,14 @@ def parse_record(value: Any) -> ParsedRecord:
         unused=unused_keys(value, form),
         notes=tuple(notes),
     )
+
+
+def check_texts(record: ParsedRecord) -> None:
+    """Raise ``RecordError`` for markup of other tools in the texts of a record with media."""
+    for message in record.messages:
+        check_markup(message.text, "text" if record.is_text else message.role)
+    for answer in record.answers or ():
+        check_markup(answer, "assistant")
 
 
 def fill_boxes(record: ParsedRecord, sizes: Sequence[tuple[int, int]]) -> ParsedRecord:
@@ -195,9 +209,10 @@ def _parse_message(message: Any, number: int) -> _Turn:
             "content"
         )
     given = message.get("role", message.get("from"))
-    role = ROLES.get(given) if isinstance(given, str) else None
+    role = ROLES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
-        raise RecordError(f"message {number} has role {given!r}; expected {EXPECTED_ROLES}")
+        has = f"role {given!r}" if given else "no 'role' or 'from'"
+        raise RecordError(f"message {number} has {has}; expected {EXPECTED_ROLES}")
     for key, advice in REFUSED_MESSAGE_KEYS.items():
         if message.get(key):
             raise RecordError(f"message {number} has {key!r}: {advice}")

@@ -14,7 +14,7 @@ from internvl3_mlx.files import did_you_mean
 from internvl3_mlx.records.json_values import RecordError
 from internvl3_mlx.training.data.batch_sampler import SampleSizes
 from internvl3_mlx.training.data.decode_check import DecodeCheck, map_in_order
-from internvl3_mlx.training.data.formats import COMMON_KEYS, FORMATS, format_name
+from internvl3_mlx.training.data.formats import COMMON_KEYS, FORMATS, SIMILAR_KEY, format_name
 from internvl3_mlx.training.data.preprocess import Preprocessor, RecordSize, SampleTooLongError
 from internvl3_mlx.training.data.record_files import Dataset, Record
 from internvl3_mlx.training.data.schema import ParsedRecord
@@ -22,7 +22,6 @@ from internvl3_mlx.training.data.schema import ParsedRecord
 MAX_FINDINGS = 100  # different errors, and warnings, that are kept; more are only counted
 MAX_LOCATIONS = 5  # of records with the same error that are named
 KNOWN_KEYS = (*COMMON_KEYS, *dict.fromkeys(key for form in FORMATS for key in form.fields))
-SIMILAR_KEY = 0.75  # how alike a key must be to a known one to be taken for a misspelling
 MAX_UNUSED = 12  # keys that are named
 
 
@@ -77,16 +76,23 @@ class DataReport:
         """The number of records with an error."""
         return sum(error.count for error in self.errors) + self.more_errors
 
+    @property
+    def unusable(self) -> str | None:
+        """Why none of the records can be used, although none has an error."""
+        if self.errors or len(self.sizes):
+            return None
+        return (
+            f"all {self.num_records:,} records are too long; raise --max-seq-length or lower "
+            "--max-tiles"
+        )
+
     def raise_errors(self) -> None:
         """Raise ``DataError`` with all errors, or because no record is usable."""
         if self.errors:
             more = [f"and {self.more_errors:,} more"] if self.more_errors else []
             raise DataError("\n".join([*map(str, self.errors), *more]))
-        if not len(self.sizes):
-            raise DataError(
-                f"all {self.num_records:,} records are too long; raise --max-seq-length or lower "
-                "--max-tiles"
-            )
+        if self.unusable:
+            raise DataError(self.unusable)
 
 
 @dataclass(frozen=True, eq=False)

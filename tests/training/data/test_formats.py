@@ -10,8 +10,9 @@ import pytest
 from fixtures.image_files import noise
 from fixtures.records import chat_record, make_preprocessor, open_records, write_image, write_jsonl
 
+from internvl3_mlx.prompt.reasoning import PRM_SYSTEM_PROMPT
 from internvl3_mlx.records.json_values import RecordError
-from internvl3_mlx.training.data.formats import FORMATS, PRM_SYSTEM_PROMPT
+from internvl3_mlx.training.data.formats import FORMATS
 from internvl3_mlx.training.data.schema import parse_record
 from internvl3_mlx.training.data.validate import validation_report
 
@@ -53,6 +54,11 @@ CHATS = {
     ],
     "question/answer": [{"question": "What?", "answer": "A cat.", "image": "a.png"}],
     "Alpaca": [{"instruction": "What?", "input": "", "output": "A cat.", "images": ["a.png"]}],
+    "other question/answer keys": [
+        {"prompt": "What?", "response": "A cat.", "image": "a.png"},
+        {"instruction": "What?", "input": "", "response": "A cat.", "image": "a.png"},
+        {"problem": "What?", "solution": "A cat.", "file_name": "a.png"},
+    ],
     "Cauldron texts": [
         {"texts": [{"user": "What?", "assistant": "A cat.", "source": "s"}], "images": ["a.png"]}
     ],
@@ -172,7 +178,7 @@ def test_the_guide_lists_every_format_with_its_keys():
     for form in FORMATS:
         if not form.refused:
             keys = [key for key in form.fields if f"`{key}`" not in listed[form.name]]
-            assert keys in ([], ["history"])
+            assert keys in ([], ["history"]), form
 
 
 @pytest.mark.parametrize(
@@ -216,7 +222,7 @@ def test_steps_with_scores_become_the_conversation_of_a_critic():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["loss", "weight", "loss_scale"])
+@pytest.mark.parametrize("key", ["loss", "weight", "loss_scale", "train", "training"])
 def test_an_answer_can_be_kept_out_of_the_loss(tmp_path, key):
     turns = [
         {"role": "user", "content": "Who?"},
@@ -277,7 +283,34 @@ def test_an_image_inside_a_record_is_read(tmp_path, image):
     assert loader.image_sizes(parsed, dataset.files[0]) == [(60, 50)]
 
 
+PATHS = [{"path": "a.png"}, {"path": "b.png"}]
 ERRORS = {
+    "no images, but 'imgs' names images, which nothing reads; rename the key to 'images'": {
+        "prompt": "a", "completion": "b", "imgs": ["a.png", "b.JPG"],
+    },
+    "no images, but 'img_path' names images, which nothing reads; rename the key to 'image'": {
+        "question": "a", "answer": "b", "img_path": "a.png",
+    },
+    "no images, but 'film' names videos, which nothing reads; rename the key to 'video'": {
+        "question": "a", "answer": "b", "film": "a.mp4",
+    },
+    "no images, but 'photo' names images": {"question": "a", "answer": "b", "photo": png_bytes()},
+    "no images, but 'photos' names images": {"question": "a", "answer": "b", "photos": PATHS},
+    "'images' contains an object; expected file paths, with 'path' or 'bytes'": chat_record(
+        images=[{"src": "a.png"}]
+    ),
+    "only 'Question', 'Answer'; write 'question' for 'Question', 'answer' for 'Answer'": {
+        "Question": "a", "Answer": "b",
+    },
+    "only 'conversation'; write 'conversations' for 'conversation'": {"conversation": [HUMAN, GPT]},
+    "only 'chat'; write 'messages' for 'chat'": {"chat": [USER, ASSISTANT]},
+    "only 'data'; the records are in 'data', save that list alone": {"data": [chat_record()]},
+    "'answer' is missing; expected text; 'answers' has several": {
+        "question": "a", "answers": ["b", "c"],
+    },
+    "'answer' is true or false; expected text": {"question": "a", "answer": True},
+    "'answer' is nan; expected text": {"question": "a", "answer": float("nan")},
+    "'objects.bbox' is 5; expected a list": chat_record(objects={"bbox": 5}),
     "the record has 'tools', which training does not read: tool use is not": chat_record(tools=[1]),
     "the record has 'loss_scale', which training does not read": chat_record(loss_scale=0.5),
     "the record has 'margin'": {**PAIRS["MMPR pair"][0], "margin": 0.3},
@@ -325,6 +358,87 @@ def test_what_would_change_the_loss_is_refused_by_name(expected):
         parse_record(ERRORS[expected])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("answer", "text"), [(4, "4"), (0.5, "0.5"), (["four"], "four")])
+def test_an_answer_may_be_a_number_or_alone_in_a_list(answer, text):
+    assert parse_record({"question": "2 + 2?", "answer": answer}).messages[1].text == text
+
+
+def test_history_may_be_messages():
+    history = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    record = parse_record({"query": "Why?", "response": "So.", "history": history})
+    assert [message.text for message in record.messages] == ["Who?", "Me.", "Why?", "So."]
+
+
+def test_images_of_anthropic_messages_are_read(tmp_path):
+    source = {"type": "base64", "media_type": "image/png", "data": png_bytes()}
+    source["data"] = base64.b64encode(png_bytes()).decode()
+    parts = [{"type": "image", "source": source}, {"type": "text", "text": "What?"}]
+    record = parse_record({"messages": [{"role": "user", "content": parts}, ASSISTANT]})
+    assert record.images == (png_bytes(),)
+
+
+def test_false_and_zero_are_named_among_the_keys_that_nothing_reads():
+    messages = [USER, {**ASSISTANT, "keep": False, "empty": [], "none": None}]
+    record = parse_record({"messages": messages, "image": "a.png", "rank": 0, "tags": ""})
+    assert record.unused == ("rank", "message.keep")
+
+
+def test_paths_beside_the_images_of_a_record_are_only_named():
+    record = parse_record({**chat_record(), "image": "a.png", "thumb": "t.png", "id": "a.png"})
+    assert (record.images, record.unused) == (("a.png",), ("thumb", "id"))
+    assert parse_record({**chat_record(), "id": "a.png", "source": "a.pdf"}).images == ()
+
+
+JUNK = (
+    None,
+    True,
+    0,
+    -1.5,
+    float("nan"),
+    "",
+    "x",
+    b"\0",
+    [],
+    {},
+    [None],
+    [[]],
+    {"role": "user"},
+    "[",
+)
+
+
+@pytest.mark.parametrize("method", ["sft", "mpo", "kto"])
+def test_junk_anywhere_in_a_record_is_an_error_in_words(method):
+    """Every value of every format, in turn, is replaced by every kind of junk."""
+    table = {"sft": CHATS, "mpo": PAIRS, "kto": UNPAIRED}[method]
+    objects = {"ref": ["a"], "bbox": [[1, 2, 3, 4]], "bbox_type": "real", "image_id": [0]}
+    more = {"image": "a.png", "objects": objects, "clip": [0, 1], "system": "s"}
+    errors: list[str] = []
+    for record in (row for rows in table.values() for row in rows):
+        for path in places({**more, **record}):
+            for junk in JUNK:
+                changed = json.loads(json.dumps({**more, **record}))
+                inside = changed
+                for key in path[:-1]:
+                    inside = inside[key]
+                inside[path[-1]] = junk
+                try:
+                    parse_record(changed)
+                except RecordError as error:
+                    errors.append(str(error))
+    assert len(errors) > 100
+    assert not any("\n" in error for error in errors)
+
+
+def places(value):
+    """Yield the path of keys to everything inside a value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, entry in inner:
+        yield (key,)
+        if isinstance(entry, dict | list):
+            yield from ((key, *rest) for rest in places(entry))
 
 
 def test_a_text_column_beside_messages_is_unused_rather_than_ambiguous():

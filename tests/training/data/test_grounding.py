@@ -54,7 +54,19 @@ def test_a_box_outside_its_image_is_an_error(tmp_path):
     assert "outside its image, read as pixels of 400 x 200; correct it" in error.message
 
 
-MARKS = ("<image1>", "<image_2>", "<|image_1|>", "<|image_pad|>", "<|vision_start|>", "<ImageHere>")
+MARKS = (
+    *("<image1>", "<image_2>", "<image:0>", "<|image_1|>", "<|image_pad|>", "<|vision_start|>"),
+    *("<ImageHere>", "<Image>", "<IMAGE>", "<image/>", "<image />", "</image>", "<image id=1>"),
+    *(
+        "<img>",
+        "<img src='a.png'>",
+        "<IMG_CONTEXT>",
+        "<__media__>",
+        "[IMG]",
+        "<audio>",
+        "<im_patch>",
+    ),
+)
 ERRORS = {
     "the text has <ref-object>, but the record has no 'objects'": grounded(None),
     "1 <bbox> placeholder but 2 in 'objects.bbox'": grounded(
@@ -82,6 +94,30 @@ ERRORS = {
     "has <|box_start|>, a box format of another tool": chat_record(
         "Where?", "<|box_start|>(1,2),(3,4)<|box_end|>", image="a.png"
     ),
+    "an answer has <image>; only questions show images": chat_record("Who?", "<image>", image="a"),
+    "an answer has <image1>, a placeholder of another tool": chat_record(
+        "Who?", "<image1>", image="a"
+    ),
+    "has <BOX>, a box format of another tool": chat_record(
+        "Where?", "<BOX>[[1, 2, 3, 4]]</BOX>", image="a.png"
+    ),
+    "has <loc_12>, a box format of another tool": chat_record("Where?", "<loc_12>", image="a.png"),
+    "an answer has a <box> without its </box>": chat_record(
+        "Where?", "<box>[[1, 2, 3, 4]]", image="a.png"
+    ),
+    "an answer has the box [300, 400, 50, 60], whose second corner": chat_record(
+        "Where?", "<box>[[1, 2, 3, 4], [300, 400, 50, 60]]</box>", image="a.png"
+    ),
+    "'objects.bbox' contains the box [100, 100, 50, 120], whose second corner": grounded(
+        {"ref": ["a"], "bbox": [[100, 100, 50, 120]]}
+    ),
+    "'objects.bbox' has numbers from 0 to 1, but is read as pixels": grounded(
+        {"ref": ["a"], "bbox": [[0.1, 0.25, 0.5, 1]]}
+    ),
+    "'objects.bbox' contains [nan, 0, 1, 1]": grounded(
+        {"ref": ["a"], "bbox": [[float("nan"), 0, 1, 1]]}
+    ),
+    "'objects.ref' is text; expected a list": grounded({"ref": "a", "bbox": [[0, 0, 1, 1]]}),
     **{
         f"has {mark}, a placeholder of another tool; write <image>": chat_record(
             f"see {mark} here", images=["a.png", "b.png"]
@@ -101,4 +137,21 @@ def test_markup_that_would_be_learned_as_letters_is_refused(expected):
 def test_boxes_in_thousandths_and_text_without_images_are_left_alone():
     good = chat_record("Where?", "<box>[[0, 20, 30, 1000], [1, 2, 3, 4]]</box>", image="a.png")
     assert parse_record(good).messages[1].text.startswith("<box>[[0, 20")
-    assert parse_record(chat_record("What does <image1> mean?")).messages[0].num_images == 0
+    letters = parse_record(chat_record("What does <image1> mean?"))
+    assert letters.messages[0].num_images == 0
+    assert letters.notes == (
+        "a placeholder such as <image1>, but no images; it is read as letters",
+    )
+
+
+def test_html_is_an_answer_about_an_image(tmp_path):
+    page = '<p><img src="cat.png"></p>'
+    found, notes = texts(tmp_path, chat_record("Write it as HTML.", page, image="a.png"))
+    assert (found[1], notes) == (page, ())
+
+
+def test_marks_of_the_chat_template_are_noted(tmp_path):
+    found, notes = texts(tmp_path, chat_record("Who?", "Me.<|im_end|>", image="a.png"))
+    assert found[1] == "Me.<|im_end|>"
+    [note] = notes
+    assert note.startswith("1 record: <|im_end|> in a message; it is read as letters")

@@ -53,6 +53,13 @@ def test_role_names_of_both_formats_are_known_and_a_system_message_comes_first()
     assert [message.role for message in record.messages] == ["user", "assistant"] * 2
 
 
+@pytest.mark.parametrize(("user", "assistant"), [("User", "ASSISTANT "), ("HUMAN", "AI")])
+def test_role_names_may_be_written_in_any_case(user, assistant):
+    turns = [{"role": user, "content": "Hello"}, {"role": assistant, "content": "Hi"}]
+    roles = [message.role for message in parse_record({"messages": turns}).messages]
+    assert roles == ["user", "assistant"]
+
+
 def test_images_go_to_the_messages_with_their_placeholders():
     turns = [USER, GPT, {"from": "human", "value": "And <image> or <image>?"}, GPT]
     record = parse_record({"image": ["a", "b", "c"], "conversations": turns})
@@ -129,7 +136,9 @@ ERRORS = {
     "message 1 has role 'tool'; expected system, user, human, assistant, gpt": turns("tool"),
     "message 2 is from the user; expected the assistant": turns("user", "user", "assistant"),
     "message 2 is from the assistant; expected the user": turns("system", "assistant"),
-    "message 3 has role None": {"messages": [*chat_record()["messages"], {"content": "x"}]},
+    "message 3 has no 'role' or 'from'": {
+        "messages": [*chat_record()["messages"], {"content": "x"}]
+    },
     "the last message is not an answer; end with an assistant message": turns("user"),
     "message 2 is an empty answer; fill it in or drop the record": chat_record(answer=" \n"),
     "message 1 is an empty question": chat_record(""),
@@ -163,7 +172,7 @@ ERRORS = {
     "'clip' goes from 2 to 1; expected start before end": chat_record(video="v", clip=[2, 1]),
     "'chosen' is missing; expected text": {"question": "x", "rejected": "y"},
     "'question' is empty text; expected text": pair_record(""),
-    "'rejected' is a list; expected text": pair_record(rejected=["x"]),
+    "'rejected' is a list; expected text; it has several": pair_record(rejected=["x", "y"]),
     "'chosen' and 'rejected' are the same; drop the record": pair_record("q", "a", "a"),
 }
 
