@@ -9,9 +9,11 @@ from fixtures.image_files import noise
 from fixtures.records import make_preprocessor
 from fixtures.train_sessions import select, small_session
 
+from internvl3_mlx.adapters.adapter_files import ADAPTER_WEIGHTS
 from internvl3_mlx.errors import DataError, DownloadError, UserError
 from internvl3_mlx.records import streamed_parquet
 from internvl3_mlx.records.streamed_parquet import HELD_GROUPS, RemoteFolder, RowGroupCache
+from internvl3_mlx.training.checkpoint import state_arrays
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data import dataset as datasets
 from internvl3_mlx.training.data.collate import batch_dataset
@@ -177,26 +179,57 @@ def test_a_lost_network_is_no_bad_record(remote):
     assert [batch.locations for batch in batches.iter_epoch(0)] == whole
 
 
-def test_a_run_that_lost_its_network_goes_on_to_the_bit(remote, tmp_path):
-    """Row groups are read again while the run is resumed, and in the middle of its epoch."""
-    changes = {
-        "data": "owner/name", "stream_records": 30, "iters": 8, "batch_size": 3,
-        "grad_accumulation_steps": 1, "lora_dropout": 0.1, "save_every": 99,
-    }  # fmt: skip
-    whole = small_session(tmp_path / "one", **changes)
-    expected = [event.loss for event in select(run_session(whole), UpdateDone)]
-    first = small_session(tmp_path / "two", **changes)
-    events = run_session(first)
-    began = [next(events)]
+STREAMED = {
+    "data": "owner/name", "stream_records": 30, "iters": 8, "batch_size": 3,
+    "grad_accumulation_steps": 2, "lora_dropout": 0.1, "save_every": 2,
+}  # fmt: skip
+
+
+def lose_network(session, remote):
+    events = run_session(session)
+    next(events)
     remote.failures = 10**6
     with pytest.raises(DownloadError, match="go on with --resume"):
-        began.extend(events)
+        list(events)
     remote.failures = 0
-    second = small_session(tmp_path / "two", **changes)
-    resume_session(second, accept_changes=False)
-    assert 0 < second.state.update < 8
-    continued = [event.loss for event in select(run_session(second), UpdateDone)]
-    assert [*(e.loss for e in select(began, UpdateDone)), *continued] == expected
+
+
+def request_stop(session, _):
+    assert [*run_session(session, lambda: session.state.update == 4)][
+        -1
+    ].stop_cause == "interrupted"
+
+
+def kill(session, _):
+    """Leave a run as SIGKILL does, one update after its last checkpoint."""
+    for event in run_session(session):
+        if isinstance(event, UpdateDone) and event.update == 7:
+            return
+
+
+@pytest.mark.parametrize("interrupt", [lose_network, request_stop, kill])
+def test_an_interrupted_stream_goes_on_to_the_bit(remote, tmp_path, interrupt):
+    """Row groups are read again after the resume, and in the middle of an epoch."""
+    whole = small_session(tmp_path / "one", **STREAMED)
+    start = {name: np.array(x) for name, x in state_arrays(whole.state).items()}
+    expected = [event.loss for event in select(run_session(whole), UpdateDone)]
+    interrupt(small_session(tmp_path / "two", **STREAMED), remote)
+    resumed = small_session(tmp_path / "two", **STREAMED)
+    resume_session(resumed, accept_changes=False)
+    done = resumed.state.update
+    assert 0 < done < 8
+    in_epoch = resumed.dataloader.train_dataset.count_batches(0, 1)
+    assert resumed.state.micro_steps % in_epoch  # in the middle of an epoch
+    losses = [event.loss for event in select(run_session(resumed), UpdateDone)]
+    assert losses == expected[done:]
+    one, two = (state_arrays(session.state) for session in (whole, resumed))
+    assert one.keys() == two.keys()
+    assert any(name.startswith("optimizer/") and name.endswith("/v") for name in one)
+    assert [name for name in one if not np.array_equal(one[name], two[name])] == []
+    weights = [name for name in one if name.startswith("weights/")]
+    assert any(not np.array_equal(one[name], start[name]) for name in weights)
+    adapters = [(tmp_path / run / "run" / ADAPTER_WEIGHTS).read_bytes() for run in ("one", "two")]
+    assert adapters[0] == adapters[1]
 
 
 def test_what_cannot_be_streamed_is_told(remote, tmp_path):
