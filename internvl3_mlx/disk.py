@@ -2,13 +2,14 @@
 
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from internvl3_mlx.files import cache_folder
 
-GB = 1_000_000_000
+GB, MB = 1_000_000_000, 1_000_000
 PURGEABLE = " (without what macOS could purge)"  # the Finder counts it as free
 TAG_FILE = "CACHEDIR.TAG"
 # the signature is that of bford.info/cachedir, which backup programs look for
@@ -26,7 +27,39 @@ class FreeSpace:
     place: Path
 
     def __str__(self) -> str:
-        return f"{self.nbytes / GB:,.1f} GB are free in {self.place}{purgeable_note()}"
+        return f"{format_bytes(self.nbytes)} are free in {self.place}{purgeable_note()}"
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A disk without room for ``needed`` bytes: ``51.0 GB of disk space, but only ...``."""
+
+    needed: int
+    free: FreeSpace
+
+    def __str__(self) -> str:
+        return f"{format_bytes(self.needed)} of disk space, but only {self.free}"
+
+
+def find_shortage(needs: Iterable[tuple[Path, float]]) -> Shortage | None:
+    """Return the first disk that has no room for what is to be written; None if all fits.
+
+    needs: folders, which need not exist, with bytes; those on the same disk are added.
+    """
+    totals = dict[int, float]()
+    spaces = dict[int, FreeSpace]()
+    for folder, nbytes in needs:
+        free = find_free_space(folder)
+        disk = free.place.stat().st_dev
+        totals[disk] = totals.get(disk, 0) + nbytes
+        spaces.setdefault(disk, free)
+    full = (disk for disk, total in totals.items() if total > spaces[disk].nbytes)
+    return next((Shortage(round(totals[disk]), spaces[disk]) for disk in full), None)
+
+
+def format_bytes(count: float) -> str:
+    """Format a number of bytes: ``3.4 MB``."""
+    return f"{count / GB:,.1f} GB" if count >= GB / 2 else f"{count / MB:,.1f} MB"
 
 
 def purgeable_note() -> str:

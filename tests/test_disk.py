@@ -7,7 +7,7 @@ import pytest
 
 from internvl3_mlx import disk
 from internvl3_mlx.checkpoints.writer import check_disk_space
-from internvl3_mlx.disk import TAG_FILE, find_free_space, make_cache_folder
+from internvl3_mlx.disk import TAG_FILE, find_free_space, find_shortage, make_cache_folder
 from internvl3_mlx.errors import CheckpointError
 
 
@@ -22,6 +22,15 @@ def test_free_space_says_that_macos_counts_more(monkeypatch, tmp_path, platform,
     with pytest.raises(CheckpointError, match="12.3 GB are free") as error:
         check_disk_space(tmp_path, 10**11)
     assert ("what macOS could purge" in str(error.value)) == purgeable
+
+
+def test_what_is_written_to_one_disk_is_added(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    inside = tmp_path / "not" / "there"
+    assert find_shortage([(tmp_path, 600), (inside, 400)]) is None
+    shortage = find_shortage([(tmp_path, 600), (inside, 401)])
+    assert shortage is not None
+    assert (shortage.needed, shortage.free.nbytes) == (1001, 1000)
 
 
 def test_the_cache_is_tagged_once_for_backups(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 
 from internvl3_mlx.checkpoints.reader import ELEMENT_TYPES, INDEX, METADATA, WEIGHTS
-from internvl3_mlx.disk import find_free_space
+from internvl3_mlx.disk import find_shortage
 from internvl3_mlx.errors import CheckpointError
 
 GB = 1_000_000_000
@@ -38,12 +38,8 @@ class TensorSpec:
 
 def check_disk_space(target: Path, needed: int) -> None:
     """Raise CheckpointError if the disk cannot hold ``needed`` bytes."""
-    free = find_free_space(target)
-    if free.nbytes < needed + SPARE_BYTES:
-        raise CheckpointError(
-            f"{target} needs {(needed + SPARE_BYTES) / GB:,.1f} GB, {free}; "
-            "free some space or choose another disk"
-        )
+    if shortage := find_shortage([(target, needed + SPARE_BYTES)]):
+        raise CheckpointError(f"{target} needs {shortage}; free some space or choose another disk")
 
 
 class ShardWriter:

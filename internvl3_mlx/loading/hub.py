@@ -10,8 +10,9 @@ from internvl3_mlx.config import ModelConfig, read_config
 from internvl3_mlx.config.foreign import describe_names
 from internvl3_mlx.config.published import PUBLISHED_SIZES, find_model_name
 from internvl3_mlx.device import gpu_memory_limit
-from internvl3_mlx.disk import find_free_space
+from internvl3_mlx.disk import find_shortage
 from internvl3_mlx.errors import CheckpointError, DownloadError, UserError
+from internvl3_mlx.files import cache_folder
 from internvl3_mlx.loading.resolve import GB
 
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
@@ -19,6 +20,7 @@ TORCH_MODEL_PATTERNS = (*MODEL_PATTERNS, "pytorch_model*.bin")
 CONFIG_PATTERNS = ("*config.json",)  # the few kB that tell whether a model can be used
 HTTP_LIBRARIES = ("requests", "httpx", "httpx2", "huggingface_hub")
 SPARE_BYTES = 1 * GB  # left free on the disk after a download
+QUANTIZED_SHARE = 0.3  # of the bytes of a 16-bit model: what 4 bits take, at most
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def check_contents(remote: RepoInfo) -> None:
 def check_fits(remote: RepoInfo, *, quantized: bool) -> None:
     """Raise an error if the disk cannot hold the download or the GPU cannot hold the model."""
     check_free_disk(remote, quantized=quantized)
-    limit, need = gpu_memory_limit(), remote.nbytes * (0.3 if quantized else 1.0)
+    limit = gpu_memory_limit()
+    need = remote.nbytes * (QUANTIZED_SHARE if quantized else 1.0)
     if need > limit:
         raise UserError(
             f"{remote.repo} needs about {need / GB:.0f} GB, "
@@ -137,15 +140,14 @@ def check_fits(remote: RepoInfo, *, quantized: bool) -> None:
 
 
 def check_free_disk(remote: RepoInfo, *, quantized: bool) -> None:
-    """Raise DownloadError if the disk cannot hold the download."""
-    cache = hub_cache()
-    free = find_free_space(cache)
-    needed = remote.nbytes * (1.3 if quantized else 1.0) + SPARE_BYTES
-    if free.nbytes < needed:
+    """Raise DownloadError if the disks cannot hold the download, and its quantized copy."""
+    needs = [(hub_cache(), remote.nbytes + SPARE_BYTES)]
+    if quantized:
+        needs.append((cache_folder(), remote.nbytes * QUANTIZED_SHARE))
+    if shortage := find_shortage(needs):
         raise DownloadError(
-            f"{remote.repo} needs {needed / GB:.0f} GB of disk space, "
-            f"{free}; "
-            "free some space, or set HF_HOME to a folder on a larger disk"
+            f"{remote.repo} needs {shortage}; free some space, or set HF_HOME or INTERNVL3_CACHE "
+            "to a folder on a larger disk"
         )
 
 

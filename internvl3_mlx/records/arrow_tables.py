@@ -1,11 +1,15 @@
 """Random access to Parquet files and to folders of the ``datasets`` library, through pyarrow.
 
 Arrow files are mapped into memory. Parquet cannot be read row by row, so it is written once to an
-Arrow file in the cache, a few hundred rows at a time.
+Arrow file in the cache, a few hundred rows at a time. Such a copy is removed when it has not been
+opened for a month.
 """
 
+import os
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
@@ -18,6 +22,7 @@ from internvl3_mlx.files import atomic_write, content_digest
 from internvl3_mlx.json_files import read_json, read_json_leniently
 
 TABLES_FOLDER = "tables"  # in the cache folder
+UNUSED_SECONDS = 30 * 24 * 3600  # after which a cached table is removed
 BATCH_ROWS = 256  # of a cached table: what is in memory while it is written
 DATASET_STATE, DATASET_SPLITS = "state.json", "dataset_dict.json"
 
@@ -62,8 +67,12 @@ def open_parquet(paths: Sequence[Path]) -> ArrowTable:
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     key = content_digest(*(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats))
     cached = make_cache_folder(TABLES_FOLDER) / f"{key}.arrow"
-    if not cached.is_file():
+    if cached.is_file():
+        with suppress(OSError):  # a cache that cannot be written
+            os.utime(cached)
+    else:
         cached.parent.mkdir(parents=True, exist_ok=True)
+        remove_unused_tables(cached.parent)
         try:
             with atomic_write(cached) as temporary:
                 _write_table(pyarrow, paths, temporary)
@@ -72,6 +81,14 @@ def open_parquet(paths: Sequence[Path]) -> ArrowTable:
                 f"cannot read {paths[0]} as Parquet: {_first_line(error)}; export it again"
             ) from error
     return _map_files(pyarrow, [cached], "Parquet", tuple(paths))
+
+
+def remove_unused_tables(folder: Path) -> None:
+    """Remove the copies of Parquet files that no run has opened for a month."""
+    for path in folder.glob("*.arrow"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
+                path.unlink()
 
 
 def _write_table(pyarrow: Any, paths: Sequence[Path], target: Path) -> None:

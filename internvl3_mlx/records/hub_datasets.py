@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from internvl3_mlx.disk import FreeSpace, find_free_space
-from internvl3_mlx.errors import DataError
-from internvl3_mlx.files import cache_folder
+from internvl3_mlx.disk import find_shortage, format_bytes
+from internvl3_mlx.errors import DataError, DownloadError, InternVL3Error
+from internvl3_mlx.files import cache_folder, is_disk_full
 
 # owner/name, or owner/name/subfolder
 DATASET_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:/[\w.-]+)*")
@@ -20,8 +20,6 @@ PATTERNS = (
     *("*.jpg", "*.jpeg", "*.png", "*.webp", "*.mp4"),
 )
 
-
-GB, MB = 1e9, 1e6
 SPLIT_PART = re.compile(r"[-_.]")  # train-00000-of-00002.parquet
 
 
@@ -41,11 +39,12 @@ def download_dataset(
     splits: names of files by split; with them, only the files of the ``wanted`` splits are
     downloaded where files are named by split. notify: called with how much will be downloaded.
     Without a network, a dataset that was downloaded before is used. What the disk has no room for
-    is not begun.
+    is not begun. Raises ``DownloadError`` if a download stops.
     """
     from huggingface_hub import snapshot_download
 
     owner, repo, *inside = name.split("/")
+    sizes: dict[str, int] | None = None
     try:
         wanted_files, other_files = [*PATTERNS], list[str]()
         sizes = remote_sizes(f"{owner}/{repo}")
@@ -65,14 +64,10 @@ def download_dataset(
             allow_patterns=wanted_files,
             ignore_patterns=other_files,
         )
-    except DataError:
+    except InternVL3Error:
         raise
-    except Exception as error:  # noqa: BLE001  of whichever HTTP library the hub's client uses
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"no data at {name}: no such path, and the Hub gave no dataset of that name "
-            f"({type(error).__name__}: {reason}); check the path, the name and the network"
-        ) from error
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        raise explain_failure(name, error, began=sizes is not None) from error
     found = Path(folder, *inside)
     if not found.exists():
         raise DataError(f"the dataset {owner}/{repo} has no {'/'.join(inside)}; check the name")
@@ -156,23 +151,38 @@ def check_disk_space(name: str, sizes: Mapping[str, int]) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     parquet = sum(size for file, size in sizes.items() if file.endswith(".parquet"))
-    needs = dict[int, int]()
-    spaces = dict[int, FreeSpace]()
-    for folder, count in ((Path(HF_HUB_CACHE), sum(sizes.values())), (cache_folder(), parquet)):
-        free = find_free_space(folder)
-        disk = free.place.stat().st_dev
-        needs[disk] = needs.get(disk, 0) + count
-        spaces.setdefault(disk, free)
-    for disk, needed in needs.items():
-        if needed > spaces[disk].nbytes:
-            copy = ", with the Arrow copy of its Parquet files" if parquet else ""
-            raise DataError(
-                f"{name} needs {format_bytes(needed)}{copy}, but only {spaces[disk]}; make room, "
-                "name a subfolder (owner/name/subfolder), or set HF_HOME and INTERNVL3_CACHE to "
-                "folders on another disk"
-            )
+    shortage = find_shortage([(Path(HF_HUB_CACHE), sum(sizes.values())), (cache_folder(), parquet)])
+    if shortage:
+        copy = ", with the Arrow copy of its Parquet files," if parquet else ""
+        raise DataError(
+            f"{name}{copy} needs {shortage}; make room, name a subfolder (owner/name/subfolder), "
+            "or set HF_HOME and INTERNVL3_CACHE to folders on another disk"
+        )
 
 
-def format_bytes(count: float) -> str:
-    """Format a number of bytes: ``3.4 MB``."""
-    return f"{count / GB:,.1f} GB" if count >= GB / 2 else f"{count / MB:,.1f} MB"
+def explain_failure(name: str, error: Exception, *, began: bool = False) -> InternVL3Error:
+    """Say what went wrong at the Hub. began: the Hub has the dataset, and its download stopped."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    repo = "/".join(name.split("/")[:2])
+    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if isinstance(error, GatedRepoError):
+        return DataError(
+            f"the dataset {repo} is gated; accept its conditions on "
+            f"https://huggingface.co/datasets/{repo} and run hf auth login"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return DataError(
+            f"no data at {name}: no such path, and the Hub has no dataset of that name, or none "
+            "that you may read; check the path and the name, or run hf auth login"
+        )
+    if is_disk_full(error):
+        return DownloadError(f"no space left for {repo}; make room and run the command again")
+    if began:
+        return DownloadError(
+            f"the download of {repo} stopped ({reason}); run the command again to resume"
+        )
+    return DataError(
+        f"no data at {name}: no such path, and the Hub cannot be asked for a dataset of that name "
+        f"({reason}); check the path and the network"
+    )

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from internvl3_mlx.disk import format_bytes
 from internvl3_mlx.errors import DataError, DownloadError
 from internvl3_mlx.records.arrow_tables import import_pyarrow
-from internvl3_mlx.records.hub_datasets import file_split, format_bytes
+from internvl3_mlx.records.hub_datasets import explain_failure, file_split
 
 HELD_GROUPS = 4  # row groups in memory; also those whose records are shuffled together
 RETRY_SECONDS = (1.0, 5.0, 25.0)  # before a row group is asked for again
@@ -41,11 +42,8 @@ def hub_folder(name: str) -> RemoteFolder:
     owner, repo, *inside = name.split("/")
     try:
         revision = HfApi().dataset_info(f"{owner}/{repo}").sha or "main"
-    except Exception as error:  # noqa: BLE001  of whichever HTTP library the hub's client uses
-        raise DataError(
-            f"no data at {name}: the Hub gave no dataset of that name ({reason_of(error)}); check "
-            "the name and the network"
-        ) from error
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        raise explain_failure(name, error) from error
     root = "/".join([f"datasets/{owner}/{repo}@{revision}", *inside])
     return RemoteFolder(HfFileSystem(), root, revision)
 

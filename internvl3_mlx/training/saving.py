@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from shlex import quote
 
-from internvl3_mlx.disk import purgeable_note
+from internvl3_mlx.disk import find_free_space, find_shortage, format_bytes
 from internvl3_mlx.errors import InternVL3Error, WriteError
 from internvl3_mlx.files import is_disk_full
 from internvl3_mlx.training.checkpoint import (
@@ -27,7 +27,6 @@ from internvl3_mlx.training.session import TrainSession
 
 SECONDS_PER_MINUTE = 60.0
 MAX_SAVING_SHARE = 0.05  # of a run's time, for checkpoints that are due by time
-MB, GB = 1e6, 1e9
 
 
 @dataclass(eq=False)
@@ -105,11 +104,10 @@ def write_run_or_explain(session: TrainSession, *, final: bool) -> Path:
 
 def disk_full_error(session: TrainSession) -> WriteError:
     """Say how much room a checkpoint takes, and up to where the run is saved."""
-    free = shutil.disk_usage(session.folder).free
+    free = find_free_space(session.folder)
     return WriteError(
         f"no space left in {session.folder}: a checkpoint takes "
-        f"{format_bytes(checkpoint_bytes(session))}, {format_bytes(free)} are free"
-        f"{purgeable_note()}; "
+        f"{format_bytes(checkpoint_bytes(session))}, {free}; "
         f"{resume_advice(session, 'make room; ')}"
     )
 
@@ -177,22 +175,15 @@ def disk_need(session: TrainSession) -> DiskNeed:
         result = sum(path.stat().st_size for path in files)
     copies = 2 + bool(session.setup.valid)  # one is replaced by another; and the best
     total = (session.config.keep_last + 1) * checkpoint + copies * result
-    existing = next(p for p in (session.folder, *session.folder.absolute().parents) if p.exists())
-    return DiskNeed(checkpoint, total, shutil.disk_usage(existing).free)
+    return DiskNeed(checkpoint, total, find_free_space(session.folder).nbytes)
 
 
 def check_disk_space(session: TrainSession) -> DiskNeed:
     """Raise WriteError if not even one checkpoint fits on the disk of the run's folder."""
     need = disk_need(session)
-    if need.free < need.checkpoint:
+    if shortage := find_shortage([(session.folder, need.checkpoint)]):
         raise WriteError(
-            f"no space in {session.folder}: a checkpoint takes {format_bytes(need.checkpoint)}, "
-            f"{format_bytes(need.free)} are free{purgeable_note()}; "
-            "make room, or choose another --adapter-path"
+            f"no space in {session.folder}: a checkpoint needs {shortage}; make room, or choose "
+            "another --adapter-path"
         )
     return need
-
-
-def format_bytes(count: float) -> str:
-    """Format a number of bytes: ``3.4 MB``."""
-    return f"{count / GB:,.1f} GB" if count >= GB / 2 else f"{count / MB:,.1f} MB"

@@ -130,7 +130,7 @@ def test_too_little_disk_space_is_reported_before_anything_is_written(
 ):
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 0, 1000))
     message = failure(source, tmp_path / "out")
-    assert "needs 0.1 GB, 0.0 GB are free in" in message
+    assert "of disk space, but only 0.0 MB are free in" in message
     assert message.endswith("free some space or choose another disk")
 
 

@@ -201,7 +201,7 @@ def test_a_disk_too_small_is_told_before_the_download(repository, monkeypatch):
     repository.nbytes = 50 * GB
     monkeypatch.setattr(hub, "gpu_memory_limit", lambda: 10**15)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20 * GB))
-    with pytest.raises(DownloadError, match="needs 51 GB of disk space, 20.0 GB are free"):
+    with pytest.raises(DownloadError, match="needs 51.0 GB of disk space, but only 20.0 GB are"):
         load("someone/model")
     assert repository.asked == []
 

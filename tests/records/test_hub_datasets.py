@@ -1,14 +1,21 @@
 """Datasets on the Hub: only the files that are needed, and how much that is."""
 
+import errno
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
+from internvl3_mlx import disk
 from internvl3_mlx.disk import FreeSpace
-from internvl3_mlx.errors import DataError
-from internvl3_mlx.records import hub_datasets
+from internvl3_mlx.errors import DataError, DownloadError
 from internvl3_mlx.records.hub_datasets import PATTERNS, download_dataset, select_files
+from internvl3_mlx.records.streamed_parquet import hub_folder
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 SIZES = {
@@ -53,7 +60,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def set_free_space(monkeypatch, place, nbytes):
-    monkeypatch.setattr(hub_datasets, "find_free_space", lambda _: FreeSpace(nbytes, place))
+    monkeypatch.setattr(disk, "find_free_space", lambda _: FreeSpace(nbytes, place))
 
 
 def test_how_much_is_downloaded_is_said_first(hub, tmp_path):
@@ -94,6 +101,57 @@ def test_what_the_disk_has_no_room_for_is_not_begun(hub, monkeypatch, tmp_path, 
     if fits:
         download_dataset("owner/charts", splits=SPLITS, wanted=("train",))
     else:
-        with pytest.raises(DataError, match=r"needs 8\.0 GB, with the Arrow copy .* make room"):
+        with pytest.raises(DataError, match=r"with the Arrow copy .* needs 8\.0 GB .* make room"):
             download_dataset("owner/charts", splits=SPLITS, wanted=("train",))
     assert bool(hub) == fits
+
+
+def refusal(kind):
+    """Make an error of the Hub's client, whichever HTTP library it uses."""
+    return kind.__new__(kind, "404 Client Error")
+
+
+FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
+STOPPED = {
+    "network": (
+        ConnectionError("reset"),
+        r"charts stopped \(ConnectionError: reset\); run",
+    ),
+    "disk": (FULL_DISK, "no space left for owner/charts; make room and run the command again"),
+}
+
+
+@pytest.mark.parametrize("what", STOPPED)
+def test_a_download_that_stops_is_not_called_a_wrong_path(hub, monkeypatch, what):
+    error, expected = STOPPED[what]
+
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stop)
+    with pytest.raises(DownloadError, match=expected):
+        download_dataset("owner/charts/data")
+
+
+UNKNOWN = {
+    "name": (refusal(RepositoryNotFoundError), "no such path, and the Hub has no dataset of that"),
+    "gated": (refusal(GatedRepoError), "owner/charts is gated; accept its conditions on https://"),
+    "offline": (
+        OfflineModeIsEnabled("off"),
+        "the Hub cannot be asked .* network",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_a_name_is_unknown_closed_or_cannot_be_asked_for(monkeypatch, what):
+    error, expected = UNKNOWN[what]
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    for ask in (download_dataset, hub_folder):
+        with pytest.raises(DataError, match=expected):
+            ask("owner/charts")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import time
 import tracemalloc
 
 import numpy as np
@@ -11,6 +12,7 @@ from fixtures.image_files import noise
 from fixtures.records import chat_record, make_preprocessor, write_image, write_jsonl
 
 from internvl3_mlx.errors import DataError, MissingExtraError
+from internvl3_mlx.records.arrow_tables import open_arrow
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.dataset import open_dataset, split_off_share, split_sources
 from internvl3_mlx.training.data.validate import validation_report
@@ -155,7 +157,7 @@ def test_a_dataset_in_the_cache_of_the_hub_is_used_by_its_name(folder, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert [record.value for record in open_dataset("some/name")] == rows()
-    with pytest.raises(DataError, match="no such path, and the Hub gave no dataset of that name"):
+    with pytest.raises(DataError, match="no such path, and the Hub cannot be asked for"):
         open_dataset("some/other")
 
 
@@ -217,6 +219,19 @@ def test_a_table_is_cached_once_and_again_when_it_changes(folder):
     assert len([*(folder / "cache" / "tables").iterdir()]) == 1
     write_parquet(folder / "rows.parquet", rows(5))
     assert len(open_dataset("rows.parquet")) == 5
+
+
+def test_a_table_that_no_run_opens_for_a_month_is_removed(folder):
+    for count in (3, 4):
+        write_parquet(folder / f"{count}.parquet", rows(count))
+        open_dataset(f"{count}.parquet")
+    tables = folder / "cache" / "tables"
+    for path in tables.iterdir():
+        os.utime(path, (0, time.time() - 31 * 24 * 3600))
+    open_dataset("4.parquet")
+    write_parquet(folder / "5.parquet", rows(5))
+    open_dataset("5.parquet")
+    assert sorted(len(open_arrow([path])) for path in tables.iterdir()) == [4, 5]
 
 
 def test_a_missing_library_is_named_with_its_extra(folder, monkeypatch):
