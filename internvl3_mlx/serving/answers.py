@@ -19,6 +19,7 @@ from internvl3_mlx.serving.requests import (
     RequestUsage,
     TextDelta,
 )
+from internvl3_mlx.serving.streams import cancelled
 from internvl3_mlx.serving.thinking import ThinkingSplitter
 
 GATEWAY_TIMEOUT = 504
@@ -51,21 +52,34 @@ class RunningAnswer:
         """Yield the events; raise APIError when the answer takes too long."""
         try:
             while True:
-                left = self.started + self.timeout - time.perf_counter()
                 try:
-                    event = await asyncio.wait_for(self.stream.__anext__(), max(left, 0.0))
+                    event = await self.next_event()
                 except StopAsyncIteration:
                     return
-                except asyncio.TimeoutError:
-                    raise APIError(
-                        GATEWAY_TIMEOUT,
-                        f"the answer took more than {self.timeout:g} seconds and was ended; "
-                        "ask for fewer tokens",
-                    ) from None
                 self.observe(event)
                 yield event
         finally:
             await self.stream.aclose()
+
+    async def next_event(self) -> Event:
+        """Return the next event in what is left of the time.
+
+        Before Python 3.12, ``asyncio.wait_for`` loses a cancellation that comes together with an
+        event: an answer would go on after its client has left.
+        """
+        left = self.started + self.timeout - time.perf_counter()
+        waiting = asyncio.ensure_future(self.stream.__anext__())
+        try:
+            done, _ = await asyncio.wait({waiting}, timeout=max(left, 0.0))
+        finally:
+            await cancelled(waiting)
+        if not done:
+            raise APIError(
+                GATEWAY_TIMEOUT,
+                f"the answer took more than {self.timeout:g} seconds and was ended; "
+                "ask for fewer tokens",
+            )
+        return waiting.result()
 
     async def close(self) -> None:
         """Cancel the request, if it has not ended: also where its events were never asked for."""

@@ -419,17 +419,16 @@ def test_an_answer_has_its_time():
 
 def test_a_client_that_leaves_cancels_its_answer():
     with running_server(FakeEngine(pieces=("x",) * 1000, pause_s=0.01)) as own:
-        for body in ({"stream": True}, {}):
+        for number, body in enumerate(({"stream": True}, {})):
             content = {"messages": [{"role": "user", "content": "x"}], **body}
             connection = http.client.HTTPConnection("127.0.0.1", own.port)
             connection.request("POST", "/v1/chat/completions", json.dumps(content))
             if body:
                 connection.getresponse().read(200)
-            else:
-                time.sleep(0.1)
+            assert wait_for(lambda wanted=number + 1: len(own.engine.streams) == wanted)
             connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
-            stream = wait_for(lambda: own.engine.streams[-1])
+            stream = own.engine.streams[-1]
             assert wait_for(lambda stream=stream: stream.closed)
             assert not stream.finished
         assert wait_for(lambda: len([line for line in own.lines if " 499 " in line]) == 2)
