@@ -7,7 +7,7 @@ caller nothing while a model computes. How many items may be ahead is bounded, a
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -66,10 +66,11 @@ def run_jobs(function: Callable[[S], T], jobs: "queue.SimpleQueue[Job[T, S] | No
         del job, future, item  # while the next job is waited for, nothing of this one stays
 
 
-def prefetch(items: Iterator[T], depth: int = PREFETCH_DEPTH) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int = PREFETCH_DEPTH) -> Generator[T, None, None]:
     """Yield the items in order, made by a background thread up to ``depth`` items ahead.
 
-    An exception of ``items`` is raised here, after the items before it.
+    An exception of ``items`` is raised here, after the items before it. When the reader leaves, a
+    generator is closed on the thread that runs it, once the item in work is done.
     """
     ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
@@ -91,6 +92,9 @@ def prefetch(items: Iterator[T], depth: int = PREFETCH_DEPTH) -> Iterator[T]:
             put("end", None)
         except BaseException as error:  # noqa: BLE001  raised again in the reader's thread
             put("error", error)
+        finally:
+            if isinstance(items, Generator):
+                items.close()
 
     threading.Thread(target=produce, daemon=True).start()
     try:

@@ -27,6 +27,7 @@ from internvl3_mlx.generation.processor import (
     Processor,
     as_sequence,
 )
+from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.generation.runner import ModelRunner, final_answer, model_nbytes
 from internvl3_mlx.generation.text_draft import TextDraft, load_text_draft
 from internvl3_mlx.loading.build import load_local_model
@@ -233,6 +234,7 @@ class VLM:
     ) -> Answer:
         """Answer a question about some images (paths, URLs, data URIs, bytes or PIL images).
 
+        The next image, or the next frames of a video, are opened on a thread while one is encoded.
         Raises UserError for an unknown option, ImageError for an unreadable image, PromptError for
         a prompt longer than the context.
         """
@@ -245,8 +247,9 @@ class VLM:
         **options: "Unpack[GenerationOptions]",
     ) -> Iterator[AnswerChunk]:
         """Yield the answer chunk by chunk; the last chunk carries the finished ``Answer``."""
-        config = with_overrides(GenerationConfig(), options)
-        return self.runner.stream(self.runner.build_inputs(question, images, config), config)
+        config, cache = with_overrides(GenerationConfig(), options), PromptCache()
+        inputs = self.runner.build_inputs(question, images, config, cache.features)
+        return self.runner.stream(inputs, config, cache)
 
     def ask_each(
         self,
@@ -284,9 +287,9 @@ class VLM:
         Prompt and images are read and stored once, whatever ``n`` is. With a ``seed``, answer i is
         what ``ask`` samples with ``seed + i``, up to rounding.
         """
-        config = with_overrides(GenerationConfig(), options)
-        inputs = self.runner.build_inputs(question, images, config)
-        return generate_samples(self.runner, inputs, config, n)
+        config, cache = with_overrides(GenerationConfig(), options), PromptCache()
+        inputs = self.runner.build_inputs(question, images, config, cache.features)
+        return generate_samples(self.runner, inputs, config, n, cache)
 
     def best_of(
         self,

@@ -56,6 +56,26 @@ def test_the_thread_ends_when_the_reader_is_closed():
     assert threading.active_count() == before
 
 
+def test_a_generator_is_closed_on_its_own_thread_when_the_reader_leaves():
+    closed, threads = threading.Event(), []
+
+    def items():
+        try:
+            while True:
+                threads.append(threading.get_ident())
+                yield 1
+        finally:
+            threads.append(threading.get_ident())
+            closed.set()
+
+    read, held = prefetch(made := items()), made  # held: nothing but closing it ends it
+    next(read)
+    read.close()
+    assert closed.wait(PATIENCE_S)
+    assert {*threads} == {threads[0]} != {threading.get_ident()}
+    assert next(held, None) is None
+
+
 def test_a_function_is_mapped_in_order_on_another_thread():
     here = threading.get_ident()
     found = [*map_ahead(lambda n: (n * n, threading.get_ident()), range(20), ahead=3)]

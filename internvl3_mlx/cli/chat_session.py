@@ -2,16 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from internvl3_mlx.cli import console
 from internvl3_mlx.cli.best_of import BestOfRequest
 from internvl3_mlx.cli.endings import SETTING, describe_ending, require_complete
-from internvl3_mlx.cli.input_line import MediaSource, open_media, parse_line
+from internvl3_mlx.cli.input_line import MediaSource, media_notes, parse_line, read_media
 from internvl3_mlx.cli.markdown import MarkdownWriter
 from internvl3_mlx.cli.thoughts import show_thoughts
 from internvl3_mlx.cli.thumbnails import ThumbnailEncoder
@@ -20,6 +20,7 @@ from internvl3_mlx.errors import ImageError, UserError
 if TYPE_CHECKING:
     from internvl3_mlx import VLM, Answer, AnswerChunk, Conversation
     from internvl3_mlx.generation.conversation_log import ConversationLog
+    from internvl3_mlx.generation.open_media import OpeningStep
     from internvl3_mlx.generation.processor import ProcessedImage, ProcessedVideo
     from internvl3_mlx.test_time_scaling.critic import Critic
 
@@ -38,6 +39,17 @@ class Attachment:
     @property
     def is_video(self) -> bool:
         return hasattr(self.content, "frames")
+
+
+Described = tuple[Attachment, str, str]  # what is attached, how it is shown, and its thumbnail
+
+
+@dataclass(frozen=True, eq=False)
+class OpenFile:
+    """What a file brought. notes: what of it the model does not see."""
+
+    attachments: Sequence[Described]
+    notes: Sequence[str] = ()
 
 
 @dataclass(eq=False)
@@ -82,41 +94,66 @@ class ChatSession:
         """Open files, describe them, and add them to the next question.
 
         While one is described, the next is opened on a thread. is_asked: the question follows at
-        once, so the model encodes what is there while it would wait for the next file.
+        once, so the model encodes what is there while more is opened.
         """
-        from internvl3_mlx.prefetch import map_ahead
+        from internvl3_mlx.generation.open_media import encode_while_opening
 
-        for count, opened in enumerate(map_ahead(self.open_media, media), 1):
-            for attachment, description, thumbnail in opened:
+        steps, count = self.open_steps(media), sum(map(self.count_steps, media))
+        encode = self.encode_early if is_asked else leave_for_later
+        for opened in encode_while_opening(steps, count, encode):
+            for note in opened.notes:
+                console.note(note)
+            for attachment, description, thumbnail in opened.attachments:
                 self.pending.append(attachment)
                 console.hint(description)
                 if thumbnail:
                     console.write_escape_sequence(thumbnail)
-            if is_asked and count < len(media):
-                with console.spinner("encoding what is attached", quiet=self.quiet):
-                    self.conversation.encode_early([item.content for item in self.pending])
 
-    def open_media(self, media: MediaSource) -> list[tuple[Attachment, str, str]]:
-        """Open a file: its attachments, each with its description and its thumbnail, or none."""
-        if media.kind == "video":
-            return [self.open_video(media.source)]
-        upright, found = self.conversation.generation_config.upright, []
-        for image in open_media(media, upright=upright):
+    def encode_early(self, opening: "Sequence[ProcessedImage]") -> None:
+        """Encode what is attached. opening: images and frames of the line that is being read."""
+        attached = [item.content for item in self.pending]
+        with console.spinner("encoding what is attached", quiet=self.quiet):
+            self.conversation.encode_early([*attached, *opening])
+
+    def count_steps(self, media: MediaSource) -> int:
+        from internvl3_mlx.generation.open_media import count_video_steps
+
+        is_video = media.kind == "video"
+        config = self.conversation.generation_config
+        return count_video_steps(media.source, config) if is_video else 1
+
+    def open_steps(
+        self, media: Sequence[MediaSource]
+    ) -> "Generator[OpeningStep[OpenFile], None, None]":
+        """Open files one after the other, a video a few frames at a time; called on a thread."""
+        from internvl3_mlx.generation.open_media import OpeningStep, open_video_steps
+
+        processor = self.conversation.runner.processor
+        config = self.conversation.generation_config
+        for one in media:
+            if one.kind != "video":
+                opened = self.open_images(one)
+                images = [item.content for item, *_ in opened.attachments]
+                yield OpeningStep(cast("list[ProcessedImage]", images), opened)
+                continue
+            for step in open_video_steps(processor, one.source, config):
+                video = None if step.result is None else describe_video(step.result)
+                yield OpeningStep(step.images, video)
+
+    def open_images(self, media: MediaSource) -> "OpenFile":
+        """Open an image or every page of a document, each with its thumbnail if there is one."""
+        upright = self.conversation.generation_config.upright
+        opened, found = read_media(media, upright=upright), list[Described]()
+        for image in opened:
             processed, thumbnail = self.conversation.process_image(image), ""
+            _ = processed.content_hash  # computed here, it costs the vision model no time
             name = os.path.basename(processed.info.source) or processed.info.source
             if self.encode_thumbnail is not None:
                 from internvl3_mlx.images.load import preview_png
 
                 thumbnail = self.encode_thumbnail(preview_png(image))
             found.append((Attachment(name, processed), describe_image(name, processed), thumbnail))
-        return found
-
-    def open_video(self, source: str) -> tuple[Attachment, str, str]:
-        video = self.conversation.process_video(source)
-        name = Path(video.name).name
-        tokens = sum(frame.info.tokens for frame in video.frames)
-        described = f"{name} · {len(video.frames)} frames · {tokens:,} tokens"
-        return Attachment(name, video), described, ""
+        return OpenFile(found, media_notes(opened))
 
     def ask(self, question: str) -> None:
         """Ask a question with the pending attachments; they stay pending if that fails."""
@@ -256,3 +293,15 @@ def describe_image(name: str, image: "ProcessedImage") -> str:
     info = image.info
     tiles = console.format_count(info.tiles, "tile")
     return f"{name} {info.width}×{info.height} · {tiles} · {info.tokens:,} tokens"
+
+
+def leave_for_later(_: "Sequence[ProcessedImage]") -> None:
+    """Encode nothing yet."""
+
+
+def describe_video(video: "ProcessedVideo") -> OpenFile:
+    """Describe an attached video, such as ``clip.mp4 · 8 frames · 2,048 tokens``."""
+    name = Path(video.name).name
+    tokens = sum(frame.info.tokens for frame in video.frames)
+    described = f"{name} · {len(video.frames)} frames · {tokens:,} tokens"
+    return OpenFile([(Attachment(name, video), described, "")])

@@ -1,5 +1,6 @@
 """How much of the context window and of the memory a conversation takes, and what would help."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,10 +10,11 @@ from internvl3_mlx.device import gpu_memory_limit
 from internvl3_mlx.errors import PromptError
 from internvl3_mlx.generation.engine import remaining_context
 from internvl3_mlx.generation.generation_config import GenerationConfig
-from internvl3_mlx.generation.processor import ModelInputs
+from internvl3_mlx.generation.processor import AUTO, ModelInputs, ProcessedImage
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.metal_kernels.kv_layout import DENSE_BITS, token_nbytes
 from internvl3_mlx.models.internvl import InternVL
+from internvl3_mlx.prompt.v2pe import DELTAS, parse_delta
 
 WARNING_THRESHOLD = 0.75  # of the window or the memory
 
@@ -90,6 +92,21 @@ def check_context_length(inputs: ModelInputs, model: ModelConfig, config: Genera
     ntk = config.ntk and inputs.uses_unit_positions
     if remaining_context(inputs.next_position, model.text, ntk=ntk) < 0:
         raise PromptError(context_overflow_message(inputs, model))
+
+
+def exceeds_context(
+    images: Sequence[ProcessedImage], model: ModelConfig, config: GenerationConfig
+) -> bool:
+    """Tell whether images alone are longer than the window that any prompt with them has.
+
+    A Flash model may compress them, so for it this is never certain.
+    """
+    given = config.v2pe_delta
+    steps = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+    parsed = [parse_delta(step) for step in steps]
+    least = min(DELTAS[-1] if step == AUTO else float(step) for step in parsed)
+    positions = least * sum(image.info.tokens for image in images)
+    return not model.flash_mode and remaining_context(positions, model.text, ntk=config.ntk) < 0
 
 
 def context_overflow_message(inputs: ModelInputs, config: ModelConfig) -> str:

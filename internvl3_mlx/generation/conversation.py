@@ -20,6 +20,7 @@ from internvl3_mlx.generation.generation_config import (
     InputVideo,
     with_overrides,
 )
+from internvl3_mlx.generation.open_media import OpenMedia
 from internvl3_mlx.generation.processor import (
     ImageInfo,
     InputImage,
@@ -83,10 +84,11 @@ class Conversation:
     ) -> Iterator[AnswerChunk]:
         """Yield the answer chunk by chunk; ``options`` apply to this question only."""
         config = with_overrides(self.generation_config, options)
-        processed = tuple(self.process_image(image) for image in as_sequence(images))
-        videos = tuple(self.process_video(video, config) for video in config.video)
-        exchange = Exchange(question, processed, videos)
-        return self.stream_exchange(self.exchanges, exchange, config)
+        self.check_free()
+        features = self.prompt_cache.features
+        media = self.runner.open_media(as_sequence(images), config, features)
+        exchange = Exchange(question, tuple(media.images), tuple(media.videos))
+        return self.stream_exchange(self.exchanges, exchange, config, media)
 
     def retry(self, **options: "Unpack[GenerationOptions]") -> Answer:
         """Answer the last question again and replace its answer."""
@@ -262,18 +264,31 @@ class Conversation:
         images = [image for past in [*before, exchange] for image in past.processed_images]
         return self.runner.processor.build([*history, exchange.user_message], images, config)
 
+    def check_free(self) -> None:
+        """Raise PromptError while another answer is generated."""
+        if self.answering.locked():
+            raise PromptError(STILL_ANSWERING)
+
     def stream_exchange(
-        self, before: Sequence[Exchange], exchange: Exchange, config: GenerationConfig
+        self,
+        before: Sequence[Exchange],
+        exchange: Exchange,
+        config: GenerationConfig,
+        media: OpenMedia | None = None,
     ) -> Iterator[AnswerChunk]:
-        """Check that ``exchange`` can be asked after ``before``, then stream its answer."""
+        """Check that ``exchange`` can be asked after ``before``, then stream its answer.
+
+        media: what has just been opened for it, for the statistics.
+        """
         if config.history:
             raise UserError(
                 "a conversation has its own history; start another with vlm.conversation()"
             )
-        if self.answering.locked():
-            raise PromptError(STILL_ANSWERING)
+        self.check_free()
         base = self.exchanges
         inputs = self.build_inputs(before, exchange, config)
+        if media is not None:
+            inputs = replace(inputs, preprocess_s=media.preprocess_s, vision_s=media.vision_s)
         self.runner.check_context_length(inputs, config)
         return self.stream_exclusively(base, self.record_stream(before, exchange, inputs, config))
 

@@ -230,7 +230,7 @@ class Generation:
             token_ids=text.token_ids,
             finish_reason=text.finish_reason,
             usage=usage,
-            timing=timer.timing(usage, self.load_seconds, inputs.preprocess_s),
+            timing=timer.timing(usage, self.load_seconds, inputs),
             model=self.name,
             images=inputs.images,
             boxes=locate_boxes(text_with_tags, inputs.images),
@@ -278,18 +278,18 @@ class StageTimer:
             self.lap("prefill_s")
             self.first_token_s = self.last - self.started
 
-    def timing(self, usage: Usage, load_s: float, preprocess_s: float) -> Timing:
+    def timing(self, usage: Usage, load_s: float, inputs: ModelInputs) -> Timing:
         """Return the times so far; decoding ends now."""
         decode_s = time.perf_counter() - self.last
         prefill_s = self.laps["prefill_s"]
         prefilled = usage.prompt_tokens - usage.cached_tokens
         return Timing(
             load_s=load_s,
-            preprocess_s=preprocess_s,
-            vision_s=self.laps["vision_s"],
+            preprocess_s=inputs.preprocess_s,
+            vision_s=inputs.vision_s + self.laps["vision_s"],
             prefill_s=prefill_s,
             decode_s=decode_s,
-            first_token_s=preprocess_s + self.first_token_s,
+            first_token_s=inputs.preprocess_s + inputs.vision_s + self.first_token_s,
             prefill_tps=prefilled / prefill_s if prefill_s else 0.0,
             decode_tps=max(usage.completion_tokens - 1, 0) / decode_s if decode_s else 0.0,
         )

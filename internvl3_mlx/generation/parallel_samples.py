@@ -40,9 +40,15 @@ from internvl3_mlx.models.static_cache import StaticSequence
 
 
 def generate_samples(
-    runner: ModelRunner, inputs: ModelInputs, config: GenerationConfig, count: int
+    runner: ModelRunner,
+    inputs: ModelInputs,
+    config: GenerationConfig,
+    count: int,
+    cache: PromptCache | None = None,
 ) -> list[Answer]:
     """Sample ``count`` answers to built inputs, in the order of their seeds.
+
+    cache: what it holds is not read again.
 
     Answer i samples what ``ask`` would with the seed ``config.seed + i``. Sums are taken in another
     order, so where a draw falls on the boundary of two tokens, rounding may choose the other one.
@@ -52,8 +58,8 @@ def generate_samples(
     seed = choose_seed(config)
     configs = [replace(config, seed=one) for one in range(seed, seed + count)]
     if count == 1:
-        return [runner.answer(inputs, configs[0])]
-    answers = dict(stream_samples(runner, inputs, configs))
+        return [runner.answer(inputs, configs[0], cache)]
+    answers = dict(stream_samples(runner, inputs, configs, cache))
     return [answers[index] for index in range(count)]
 
 

@@ -1,7 +1,6 @@
 """From a question, images and options to what the model reads: token ids, tiles and positions."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -78,6 +77,14 @@ class ProcessedImage:
 
 
 @dataclass(frozen=True, eq=False)
+class ProcessedFrame:
+    """One frame of a video, one tile without a thumbnail, and its time in seconds."""
+
+    image: ProcessedImage
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
 class ProcessedVideo:
     """A video's frames, and their times in seconds where the prompt names them."""
 
@@ -100,6 +107,7 @@ class ModelInputs:
     processed_images: images and frames in the order of their tokens. positions: (L,) float32.
     deltas: the V2PE position step of each image. message_images: how many images and frames each
     message has, which a Flash model needs; empty for prompts that are built by hand.
+    preprocess_s, vision_s: what opening the images took, and encoding some of them meanwhile.
     """
 
     token_ids: list[int]
@@ -107,6 +115,7 @@ class ModelInputs:
     positions: NDArray[np.float32]
     deltas: tuple[float, ...] = ()
     preprocess_s: float = 0.0
+    vision_s: float = 0.0
     message_images: tuple[int, ...] = ()
 
     @property
@@ -168,19 +177,19 @@ class Processor:
     tokenizer: Tokenizer
     template: Template
 
-    def __call__(
-        self, question: str, images: Sequence[InputImage], generation_config: GenerationConfig
+    def build_question(
+        self,
+        question: str,
+        images: Sequence[ProcessedImage],
+        videos: Sequence[ProcessedVideo],
+        generation_config: GenerationConfig,
     ) -> ModelInputs:
-        """Open and tile the images and build the prompt. Images of the history come first."""
-        started = time.perf_counter()
-        processed = [self.process_image(image, generation_config) for image in images]
-        videos = [self.process_video(video, generation_config) for video in generation_config.video]
-        counts = [image.info.tiles for image in processed]
+        """Build the prompt of a question about open media. Images of the history come first."""
+        counts = [image.info.tiles for image in images]
         history = [retile_message(message, counts) for message in generation_config.history]
-        num_past = len(processed) - len(counts)
-        message, new = make_user_message(question, processed[num_past:], videos)
-        inputs = self.build([*history, message], [*processed[:num_past], *new], generation_config)
-        return replace(inputs, preprocess_s=time.perf_counter() - started)
+        num_past = len(images) - len(counts)
+        message, new = make_user_message(question, images[num_past:], videos)
+        return self.build([*history, message], [*images[:num_past], *new], generation_config)
 
     def process_image(
         self, image: InputImage, generation_config: GenerationConfig
@@ -194,19 +203,24 @@ class Processor:
     def process_video(
         self, video: InputVideo, generation_config: GenerationConfig
     ) -> ProcessedVideo:
-        """Read the frames of a video; each is one tile, without a thumbnail."""
+        """Read the frames of a video; one that was read before is returned as it is."""
         if isinstance(video, ProcessedVideo):
             return video
-        from internvl3_mlx.images.video import read_frames
+        return make_video(video, [*self.iter_frames(video, generation_config)], generation_config)
+
+    def iter_frames(
+        self, video: InputVideo, generation_config: GenerationConfig
+    ) -> Iterator[ProcessedFrame]:
+        """Yield the frames of a video, each as soon as it is decoded; each is one tile."""
+        from internvl3_mlx.images.video import iter_frames
 
         source = cast(str | Path | bytes, video)
-        frames = read_frames(
+        frames = iter_frames(
             source, generation_config.num_frames, upright=generation_config.upright
         )
         policy = TilePolicy(tile_size=self.config.force_image_size, max_tiles=1, dynamic=False)
-        processed = tuple(self.tile_image(frame.loaded_image, policy) for frame in frames)
-        times = tuple(frame.seconds for frame in frames) if generation_config.frame_times else None
-        return ProcessedVideo(video_name(source), processed, times)
+        for frame in frames:
+            yield ProcessedFrame(self.tile_image(frame.loaded_image, policy), frame.seconds)
 
     def build(
         self,
@@ -304,8 +318,13 @@ def as_sequence(images: InputImage | Sequence[InputImage]) -> Sequence[InputImag
     return cast(Sequence[InputImage], images)
 
 
-def video_name(source: str | Path | bytes) -> str:
-    return shorten_name(str(source)) if isinstance(source, str | Path) else "video"
+def make_video(
+    source: InputVideo, frames: Sequence[ProcessedFrame], generation_config: GenerationConfig
+) -> ProcessedVideo:
+    """Put the frames of a video together, with their times where the prompt is to name them."""
+    name = shorten_name(str(source)) if isinstance(source, str | Path) else "video"
+    times = tuple(frame.seconds for frame in frames) if generation_config.frame_times else None
+    return ProcessedVideo(name, tuple(frame.image for frame in frames), times)
 
 
 def retile_message(message: Message, remaining: list[int]) -> Message:

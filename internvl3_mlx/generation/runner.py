@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
@@ -12,12 +12,13 @@ from mlx.utils import tree_flatten
 from internvl3_mlx.config import ModelConfig
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.answer import Answer, AnswerChunk
-from internvl3_mlx.generation.context_budget import check_context_length
+from internvl3_mlx.generation.context_budget import check_context_length, exceeds_context
 from internvl3_mlx.generation.draft_model import DraftModel, FamilyReader
 from internvl3_mlx.generation.engine import kv_quantization_for
 from internvl3_mlx.generation.generate import Generation, MakeDrafter
 from internvl3_mlx.generation.generation_config import DraftSource, GenerationConfig
 from internvl3_mlx.generation.mirror import Mirror
+from internvl3_mlx.generation.open_media import OpenMedia, open_media
 from internvl3_mlx.generation.processor import (
     InputImage,
     ModelInputs,
@@ -88,13 +89,33 @@ class ModelRunner:
         question: str,
         images: InputImage | Sequence[InputImage],
         generation_config: GenerationConfig,
+        features: ImageFeatureCache | None = None,
     ) -> ModelInputs:
-        """Turn a question and images into inputs; raise PromptError where they do not fit."""
+        """Turn a question and images into inputs; raise PromptError where they do not fit.
+
+        features: of the prompt cache that the answer will use. Images are encoded into it while
+        further ones are opened on a thread, so call this where the model may compute.
+        """
         self.check_process()
-        check_flash_options(self.config, generation_config, self.name)
-        inputs = self.processor(question, as_sequence(images), generation_config)
-        self.check_context_length(inputs, generation_config)
+        config = generation_config
+        check_flash_options(self.config, config, self.name)
+        media = self.open_media(as_sequence(images), config, features)
+        inputs = self.processor.build_question(question, media.images, media.videos, config)
+        inputs = replace(inputs, preprocess_s=media.preprocess_s, vision_s=media.vision_s)
+        self.check_context_length(inputs, config)
         return inputs
+
+    def open_media(
+        self,
+        images: Sequence[InputImage],
+        config: GenerationConfig,
+        features: ImageFeatureCache | None = None,
+    ) -> OpenMedia:
+        """Open some images, and the videos of ``config``; features: as for ``build_inputs``."""
+        encode = None
+        if features is not None:
+            encode = partial(self.encode_early, generation_config=config, features=features)
+        return open_media(self.processor, images, config.video, config, encode)
 
     def check_process(self) -> None:
         """Raise UserError in a forked child, where MLX would wait for ever for its streams."""
@@ -172,18 +193,20 @@ class ModelRunner:
         generation_config: GenerationConfig,
         features: ImageFeatureCache,
     ) -> None:
-        """Encode images into ``features`` before their prompt is complete.
+        """Encode the images of a prompt so far into ``features``, before it is complete.
 
         Nothing is done where several processes hold the model, as each encodes some tiles of a
-        whole prompt, nor once the images fill half of the cache, as the first would be evicted
-        before they are read.
+        whole prompt; once the images fill half of the cache, as the first would be evicted before
+        they are read; and once no prompt with them fits into the context window.
         """
         self.check_process()
-        if self.mirror is not None or 2 * features.nbytes_of(images) > features.limit_bytes:
+        is_full = 2 * features.nbytes_of(images) > features.limit_bytes
+        if self.mirror or is_full or exceeds_context(images, self.config, generation_config):
             return
+        new = [image for image in images if image.content_hash not in features.entries]
         need = MemoryNeed(self.weights_nbytes, owner=id(self.model))
         with explained_gpu_errors(Task.ANSWER), working_memory(need):
-            encode_into(features, self.model, images, generation_config)
+            encode_into(features, self.model, new, generation_config)
 
     def lead(self, name: str, arguments: Mapping[str, Any], steps: Iterator[T]) -> Iterator[T]:
         """Return ``steps``, which the other processes that hold the model take as well."""

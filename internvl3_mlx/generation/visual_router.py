@@ -105,6 +105,7 @@ def tile_probabilities(
         probability = features.entries.get(probability_key(image))
         if probability is None:
             routed = model.route_images(mx.array(image.tiles))
+            mx.eval(*routed)  # what is lazy could not be read in another thread
             probability = routed.probability
             features.put(image.content_hash, routed.features)
         features.put(probability_key(image), probability)

@@ -5,10 +5,11 @@ A folder of images is a video, too (``frame_folder``).
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def read_frames(
     some. Only the groups of pictures that hold a chosen frame
     are decoded, and only chosen frames are kept, at full size. Raises ImageError.
     """
+    return [*iter_frames(source, num_frames, bound=bound, upright=upright)]
+
+
+def iter_frames(
+    source: str | Path | bytes,
+    num_frames: int,
+    *,
+    bound: Bound | None = None,
+    upright: bool = True,
+) -> Iterator[VideoFrame]:
+    """Yield the frames of ``read_frames`` in order, each as soon as it is decoded."""
     if not 1 <= num_frames <= MAX_FRAMES:
         raise UserError(f"cannot take {num_frames} frames of a video; choose 1 to {MAX_FRAMES}")
 
@@ -64,18 +76,17 @@ def read_frames(
 
     folder = find_frame_folder(source)
     if folder is not None:
-        return read_folder(folder, choose, upright)
+        yield from iter_folder(folder, choose, upright)
+        return
     located = locate(source)
     with located.open() as file:
         head = file.read(HEADER_BYTES)
     if not head:
         raise ImageError(f"cannot read {located.name}: it is empty; download it again")
-    animated = ANIMATION_HEADER.match(head)
-
-    taken = (
-        read_animation(located, choose) if animated else read_container(located, choose, upright)
-    )
-    return _frames(located.name, taken)
+    if ANIMATION_HEADER.match(head):
+        yield from iter_animation(located, choose)
+    else:
+        yield from iter_container(located, choose, upright)
 
 
 def check_video(source: str | Path) -> None:
@@ -105,33 +116,46 @@ def frame_indices(
     return [int(low + part / 2 + np.round(part * k)) for k in range(num_frames)]
 
 
-@dataclass(frozen=True, eq=False)
-class DecodedFrames:
-    """The chosen frame numbers, the decoded images, and the time in seconds of every frame."""
+@dataclass(frozen=True)
+class ChosenFrames:
+    """The chosen frame numbers of a video, in order, and the time in seconds of every frame."""
 
+    name: str
     indices: list[int]
-    images: dict[int, Image.Image]
     seconds: list[float]
 
+    def in_order(self, decoded: Iterable[tuple[int, Image.Image]]) -> Iterator[VideoFrame]:
+        """Yield each chosen frame once it and all before it are decoded.
 
-def _frames(name: str, taken: DecodedFrames) -> list[VideoFrame]:
-    """List the frames in order; one that could not be decoded is replaced by the one before it."""
-    numbers = sorted(taken.images)
-    frames = []
-    for index in taken.indices:
-        number = numbers[max(0, bisect_right(numbers, index) - 1)]
-        seconds = taken.seconds[number]
-        picture = LoadedImage(taken.images[number], f"{name} at {seconds:.1f} s")
-        frames.append(VideoFrame(picture, seconds))
-    return frames
+        One that could not be decoded is replaced by the one before it. That shows at the end only,
+        so the frames after it wait. Only what may still be asked for is kept.
+        """
+        images, waiting = dict[int, Image.Image](), deque(self.indices)
+        for number, image in decoded:
+            images[number] = image
+            while waiting and waiting[0] in images:
+                index = waiting.popleft()
+                images = {kept: images[kept] for kept in images if kept >= index}
+                yield self.frame(index, images[index])
+        if not images:
+            raise ImageError(f"cannot read {self.name}: no frame can be decoded; export it again")
+        numbers = sorted(images)
+        for index in waiting:
+            number = numbers[max(0, bisect_right(numbers, index) - 1)]
+            yield self.frame(number, images[number])
+
+    def frame(self, number: int, image: Image.Image) -> VideoFrame:
+        seconds = self.seconds[number]
+        return VideoFrame(LoadedImage(image, f"{self.name} at {seconds:.1f} s"), seconds)
 
 
-def read_folder(folder: Path, choose: "ChooseFrames", upright: bool) -> list[VideoFrame]:
+def iter_folder(folder: Path, choose: "ChooseFrames", upright: bool) -> Iterator[VideoFrame]:
     """Open the chosen images of a folder, each once."""
     paths = list_frames(folder)
-    indices = choose(len(paths), 1 / FRAME_SECONDS)
-    opened = {n: open_frame(paths[n], upright=upright) for n in sorted(set(indices))}
-    return [VideoFrame(opened[n], n * FRAME_SECONDS) for n in indices]
+    for number, repeated in groupby(choose(len(paths), 1 / FRAME_SECONDS)):
+        opened = open_frame(paths[number], upright=upright)
+        for _ in repeated:
+            yield VideoFrame(opened, number * FRAME_SECONDS)
 
 
 # FFmpeg's other readers are disabled: playlists and scripts make it open further files and URLs.
@@ -149,26 +173,33 @@ ROTATIONS = {
 ChooseFrames = Callable[[int, float], list[int]]
 
 
-def read_container(located: ImageBytes, choose: ChooseFrames, upright: bool) -> DecodedFrames:
+def iter_container(
+    located: ImageBytes, choose: ChooseFrames, upright: bool
+) -> Iterator[VideoFrame]:
     """Read a video file with PyAV: once for the times of its packets, once for the frames."""
     with _open_video(located) as (container, stream):
         index = _index(container, stream)
     if not index.seconds:
         raise ImageError(f"cannot read {located.name}: the video has no frames; export it again")
-    indices = choose(len(index.seconds), index.fps)
-    wanted, images = set(indices), {}
+    chosen = ChosenFrames(located.name, choose(len(index.seconds), index.fps), index.seconds)
+    yield from chosen.in_order(_decode_chosen(located, index, {*chosen.indices}, upright))
+
+
+def _decode_chosen(
+    located: ImageBytes, index: "_PacketIndex", wanted: set[int], upright: bool
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the wanted frames and their numbers, and stop after the last of them."""
+    missing = set(wanted)
     with _open_video(located) as (container, stream):
         for counted, frame in enumerate(
             _decode(container, stream, index.packets_to_decode(wanted))
         ):
             number = index.rank.get(frame.pts, -1) if index.rank else counted
             if number in wanted:
-                images[number] = _upright(frame) if upright else frame.to_image()
-            if len(images) == len(wanted):
+                missing.discard(number)
+                yield number, _upright(frame) if upright else frame.to_image()
+            if not missing:
                 break
-    if not images:
-        raise ImageError(f"cannot read {located.name}: no frame can be decoded; export it again")
-    return DecodedFrames(indices, images, index.seconds)
 
 
 @dataclass(frozen=True)
@@ -303,30 +334,44 @@ MAX_ANIMATION_PIXELS = 10**10  # all frames are decoded: a minute or so
 DEFAULT_FRAME_MS = 100  # what browsers use for a frame without a duration
 
 
-def read_animation(located: ImageBytes, choose: ChooseFrames) -> DecodedFrames:
+def iter_animation(located: ImageBytes, choose: ChooseFrames) -> Iterator[VideoFrame]:
     """Read an animation with Pillow: once for the times, once for the frames."""
-    with located.open() as file, one_line_errors(located.name):
-        image = open_header(file, located.name, ["GIF", "WEBP", "PNG"])
-        count = getattr(image, "n_frames", 1)
-        if count == 1:
-            raise still_image_error(located.name)
-        if count * image.width * image.height > MAX_ANIMATION_PIXELS:
-            raise ImageError(
-                f"cannot read {located.name}: {count:,} frames of {image.width}x{image.height} "
-                "pixels are too many for an animation; export it as MP4"
-            )
-        lengths = []
-        for number in range(count):
+    with located.open() as file:
+        with one_line_errors(located.name):
+            image = open_header(file, located.name, ["GIF", "WEBP", "PNG"])
+            seconds = _animation_times(image, located.name)
+            count = len(seconds) - 1
+            chosen = ChosenFrames(located.name, choose(count, count / seconds[-1]), seconds)
+        yield from chosen.in_order(_seek_frames(image, located.name, chosen.indices))
+
+
+def _animation_times(image: Image.Image, name: str) -> list[float]:
+    """Return the time of every frame of an animation, and of its end."""
+    count = getattr(image, "n_frames", 1)
+    if count == 1:
+        raise still_image_error(name)
+    if count * image.width * image.height > MAX_ANIMATION_PIXELS:
+        raise ImageError(
+            f"cannot read {name}: {count:,} frames of {image.width}x{image.height} "
+            "pixels are too many for an animation; export it as MP4"
+        )
+    lengths = []
+    for number in range(count):
+        image.seek(number)
+        image.load()
+        lengths.append((image.info.get("duration") or DEFAULT_FRAME_MS) / 1000)
+    return [0.0, *accumulate(lengths)]
+
+
+def _seek_frames(
+    image: Image.Image, name: str, indices: list[int]
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the chosen frames of an open animation and their numbers, each once."""
+    for number in sorted({*indices}):
+        with one_line_errors(name):
             image.seek(number)
-            image.load()
-            lengths.append((image.info.get("duration") or DEFAULT_FRAME_MS) / 1000)
-        seconds = [0.0, *accumulate(lengths)]
-        indices = choose(count, count / seconds[-1])
-        images = {}
-        for number in sorted(set(indices)):
-            image.seek(number)
-            images[number] = to_rgb(image.copy())
-    return DecodedFrames(indices, images, seconds)
+            frame = to_rgb(image.copy())
+        yield number, frame
 
 
 def still_image_error(name: str) -> ImageError:

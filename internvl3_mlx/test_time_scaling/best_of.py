@@ -147,9 +147,11 @@ def best_of_events(
     prompt is not read again.
     """
     check_method(asked, config, has_critic=critic is not None)
+    used = PromptCache() if cache is None else cache
     if inputs is None:
-        inputs = policy.build_inputs(asked.question, asked.images, asked.config)
-    answers = yield from write_all(asked, config, policy, inputs, cache)
+        inputs = policy.build_inputs(asked.question, asked.images, asked.config, used.features)
+    answers = yield from write_all(asked, config, policy, inputs, used)
+    del used  # the critic may need the memory
     yield from choose(asked, config, answers, critic)
 
 
@@ -161,10 +163,10 @@ def best_of_in_turns(
 ) -> Iterator[BestOfEvent]:
     """Do the same with one model in memory at a time: the policy is freed before the critic."""
     check_method(asked, config, has_critic=True)
-    policy = load_policy()
-    inputs = policy.build_inputs(asked.question, asked.images, asked.config)
-    answers = yield from write_all(asked, config, policy, inputs, None)
-    del policy
+    policy, cache = load_policy(), PromptCache()
+    inputs = policy.build_inputs(asked.question, asked.images, asked.config, cache.features)
+    answers = yield from write_all(asked, config, policy, inputs, cache)
+    del policy, cache
     gc.collect()  # a model and its layers refer to each other
     mx.clear_cache()
     yield from choose(asked, config, answers, load_critic())

@@ -9,6 +9,8 @@ from fixtures.documents import write_pdf
 from fixtures.inputs import random_image, write_video
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
+from fixtures.videos import make_video
+from PIL import Image
 
 import internvl3_mlx
 from internvl3_mlx import load
@@ -16,6 +18,7 @@ from internvl3_mlx.cli import console
 from internvl3_mlx.cli.best_of import BestOfRequest
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.slash_commands import handle_line
+from internvl3_mlx.images import video
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 
@@ -113,6 +116,34 @@ def test_an_image_is_encoded_while_the_next_is_opened(session, send, vlm, monkey
     assert waited == [True]
     sent = [info.source for info in session.conversation.images]
     assert sent == ["cat.png", "cat.png", "dog.png", "cat.png"]
+
+
+def test_a_video_is_encoded_while_its_further_frames_are_decoded(session, send, vlm, monkeypatch):
+    encoded, waited = threading.Event(), []
+    upright, encode = video._upright, type(vlm.model).encode_images
+
+    def decoding(frame):
+        waited.append(len(waited) == 4 and encoded.wait(20))
+        return upright(frame)
+
+    def encoding(model, pixels):
+        encoded.set()
+        return encode(model, pixels)
+
+    Path("clip.mp4").write_bytes(make_video())
+    monkeypatch.setattr(video, "_upright", decoding)
+    monkeypatch.setattr(type(vlm.model), "encode_images", encoding)
+    assert "clip.mp4 · 8 frames" in send("clip.mp4 What happens?")
+    assert waited == [False, False, False, False, True, False, False, False]
+    assert [len(exchange.videos) for exchange in session.conversation.exchanges] == [1]
+
+
+def test_notes_about_a_file_come_before_its_description(session, send):
+    images = [Image.new("RGB", (60, 60), color) for color in ("red", "blue")]
+    images[0].save("moving.gif", save_all=True, append_images=images[1:])
+    lines = send("/image cat.png moving.gif cat.png").splitlines()
+    names = [line.removeprefix("note: ").split()[0].rstrip(":") for line in lines]
+    assert names == ["cat.png", "moving.gif", "moving.gif", "cat.png"]
 
 
 def test_a_missing_image_is_reported_and_the_question_is_not_asked(session, send):

@@ -1,10 +1,13 @@
 """A make_video must give exactly the frames asked for, upright, however little of it is decoded."""
 
+import weakref
+
 import pytest
 from fixtures.videos import RATE, make_video, numbers, turned
+from PIL import Image
 
 from internvl3_mlx.images import video as reader
-from internvl3_mlx.images.video import frame_indices, read_frames
+from internvl3_mlx.images.video import ChosenFrames, frame_indices, iter_frames, read_frames
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,48 @@ def test_only_chosen_frames_become_pictures(monkeypatch):
     monkeypatch.setattr(reader, "_upright", lambda frame: turned_up.append(1) or real(frame))
     read_frames(make_video(count=40), 3)
     assert len(turned_up) == 3
+
+
+def test_a_frame_comes_as_soon_as_it_is_decoded(monkeypatch):
+    made, real = [], reader._upright
+    monkeypatch.setattr(reader, "_upright", lambda frame: made.append(1) or real(frame))
+    frames = iter_frames(make_video(count=40), 5)
+    for count in range(1, 6):
+        next(frames)
+        assert len(made) == count
+
+
+@pytest.mark.parametrize(
+    ("decoded", "expected"),
+    [
+        ([1, 3, 5, 7], [1, 3, 5, 5, 7]),
+        ([3, 1, 7, 5], [1, 3, 5, 5, 7]),  # in another order than they are shown
+        ([1, 5, 7], [1, 1, 5, 5, 7]),
+        ([5, 7], [5, 5, 5, 5, 7]),
+        ([1], [1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_frame_that_cannot_be_decoded_is_replaced_by_the_one_before_it(decoded, expected):
+    chosen = ChosenFrames("clip", [1, 3, 5, 5, 7], [n / 10 for n in range(9)])
+    images = {number: Image.new("L", (1, 1), number) for number in decoded}
+    frames = [*chosen.in_order(images.items())]
+    assert [frame.loaded_image.image.getpixel((0, 0)) for frame in frames] == expected
+    assert [frame.seconds for frame in frames] == [n / 10 for n in expected]
+
+
+def test_a_frame_is_not_kept_longer_than_it_may_be_needed():
+    made = []
+
+    def decode():
+        for number in range(20):
+            image = Image.new("L", (1, 1))
+            made.append(weakref.ref(image))
+            yield number, image
+            del image
+            assert sum(one() is not None for one in made) <= 2  # the last one, and this one
+
+    chosen = ChosenFrames("clip", [*range(20)], [n / 10 for n in range(20)])
+    assert sum(1 for _ in chosen.in_order(decode())) == 20
 
 
 def test_a_damaged_middle_costs_its_frames_only():

@@ -157,9 +157,9 @@ class MediaLoader:
         self, video: str | Path | bytes, num_frames: int, clip: tuple[float, float] | None
     ) -> tuple[ProcessedImage, ...]:
         """Read the frames of a video, one tile each. Frames are never augmented."""
-        from internvl3_mlx.images.video import read_frames
+        from internvl3_mlx.images.video import iter_frames
 
-        frames = read_frames(video, num_frames, bound=clip)
+        frames = iter_frames(video, num_frames, bound=clip)
         model_config = self.processor.config
         policy = TilePolicy(tile_size=model_config.force_image_size, max_tiles=1, dynamic=False)
         return tuple(self.processor.tile_image(frame.loaded_image, policy) for frame in frames)
