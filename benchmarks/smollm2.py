@@ -22,7 +22,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--gguf", type=Path, help=f"default: the file in the package {PACKAGE}")
+    parser.add_argument("--layers", type=int, help="only the first so many, as a poor draft model")
     options = parser.parse_args()
-    build_checkpoint(options.gguf or require_gguf(), options.out)
+    build_checkpoint(options.gguf or require_gguf(), options.out, options.layers)
     print(options.out)
 
 
@@ -108,13 +109,17 @@ def packaged_gguf() -> Path | None:
     return next((path for folder in folders for path in Path(folder).glob("*.gguf")), None)
 
 
-def build_checkpoint(gguf: Path, out: Path) -> None:
-    """Write configuration, weights (float16) and tokenizer in the original layout."""
+def build_checkpoint(gguf: Path, out: Path, layers: int | None = None) -> None:
+    """Write configuration, weights (float16) and tokenizer in the original layout.
+
+    layers: how many of the decoder to keep, by default all.
+    """
     weights, metadata = mx.load(str(gguf), return_metadata=True)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(metadata)
     tokenizer.save(str(out / "tokenizer.json"))
     shape = text_shape(metadata)
+    shape = replace(shape, layers=min(layers or shape.layers, shape.layers))
     tensors = dict(text_tensors(weights, shape, tokenizer.get_vocab_size()))
     tensors |= dict(vision_tensors(shape.width))
     mx.save_safetensors(str(out / "model.safetensors"), tensors, metadata={"format": "pt"})

@@ -288,7 +288,7 @@ class Conversation:
         base = self.exchanges
         inputs = self.build_inputs(before, exchange, config)
         if media is not None:
-            inputs = replace(inputs, preprocess_s=media.preprocess_s, vision_s=media.vision_s)
+            inputs = media.describe(inputs)
         self.runner.check_context_length(inputs, config)
         return self.stream_exclusively(base, self.record_stream(before, exchange, inputs, config))
 

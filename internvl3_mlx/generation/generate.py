@@ -224,6 +224,7 @@ class Generation:
                 self.model, len(inputs.token_ids), self.generation_config
             ),
         )
+        peak_nbytes = max(mx.get_peak_memory(), inputs.vision_nbytes)
         text_with_tags = self.tokenizer.decode(text.token_ids, keep_boxes=True)
         return Answer(
             text=text.text,
@@ -234,8 +235,8 @@ class Generation:
             model=self.name,
             images=inputs.images,
             boxes=locate_boxes(text_with_tags, inputs.images),
-            peak_memory_gb=mx.get_peak_memory() / GB,
-            held_memory_gb=max(held_nbytes, mx.get_peak_memory()) / GB,
+            peak_memory_gb=peak_nbytes / GB,
+            held_memory_gb=max(held_nbytes, peak_nbytes) / GB,
             reasoning=text.reasoning if self.generation_config.think else None,
             choices=self.choices,
         )

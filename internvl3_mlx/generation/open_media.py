@@ -7,12 +7,15 @@ arrays of NumPy go from thread to thread: one thread owns MLX.
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
+
+import mlx.core as mx
 
 from internvl3_mlx.generation.generation_config import GenerationConfig, InputVideo
 from internvl3_mlx.generation.processor import (
     InputImage,
+    ModelInputs,
     ProcessedFrame,
     ProcessedImage,
     ProcessedVideo,
@@ -39,12 +42,25 @@ class OpeningStep(Generic[T_co]):
 
 @dataclass(eq=False)
 class OpenMedia:
-    """Images and videos of a question, and the seconds that opening and encoding them took."""
+    """Images and videos of a question, and the seconds that opening and encoding them took.
+
+    peak_nbytes: the peak of MLX's memory meanwhile; 0 where nothing was encoded.
+    """
 
     images: list[ProcessedImage] = field(default_factory=list[ProcessedImage])
     videos: list[ProcessedVideo] = field(default_factory=list[ProcessedVideo])
     preprocess_s: float = 0.0
     vision_s: float = 0.0
+    peak_nbytes: int = 0
+
+    def describe(self, inputs: ModelInputs) -> ModelInputs:
+        """Return inputs with what opening their media has taken, for the statistics."""
+        return replace(
+            inputs,
+            preprocess_s=self.preprocess_s,
+            vision_s=self.vision_s,
+            vision_nbytes=self.peak_nbytes,
+        )
 
 
 def open_media(
@@ -66,7 +82,9 @@ def open_media(
     def encode_timed(shown: Sequence[ProcessedImage]) -> None:
         begun = time.perf_counter()
         if encode is not None:
+            mx.reset_peak_memory()
             encode(shown)
+            media.peak_nbytes = max(media.peak_nbytes, mx.get_peak_memory())
         media.vision_s += time.perf_counter() - begun
 
     steps = open_steps(processor, images, videos, config)

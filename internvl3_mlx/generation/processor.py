@@ -107,7 +107,8 @@ class ModelInputs:
     processed_images: images and frames in the order of their tokens. positions: (L,) float32.
     deltas: the V2PE position step of each image. message_images: how many images and frames each
     message has, which a Flash model needs; empty for prompts that are built by hand.
-    preprocess_s, vision_s: what opening the images took, and encoding some of them meanwhile.
+    preprocess_s, vision_s: what opening the images took, and encoding some of them meanwhile, with
+    a peak of ``vision_nbytes`` of MLX's memory.
     """
 
     token_ids: list[int]
@@ -116,6 +117,7 @@ class ModelInputs:
     deltas: tuple[float, ...] = ()
     preprocess_s: float = 0.0
     vision_s: float = 0.0
+    vision_nbytes: int = 0
     message_images: tuple[int, ...] = ()
 
     @property

@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from internvl3_mlx.config import ModelConfig
+from internvl3_mlx.device import on_gpu
 from internvl3_mlx.errors import UserError
 from internvl3_mlx.generation.answer import Answer, AnswerChunk
 from internvl3_mlx.generation.context_budget import check_context_length, exceeds_context
@@ -43,6 +45,7 @@ from internvl3_mlx.models.internvl import InternVL
 from internvl3_mlx.prompt.tokenizer import Tokenizer
 
 T = TypeVar("T")
+PACKED_BITS = 32  # of an integer that holds quantized weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +104,7 @@ class ModelRunner:
         check_flash_options(self.config, config, self.name)
         media = self.open_media(as_sequence(images), config, features)
         inputs = self.processor.build_question(question, media.images, media.videos, config)
-        inputs = replace(inputs, preprocess_s=media.preprocess_s, vision_s=media.vision_s)
+        inputs = media.describe(inputs)
         self.check_context_length(inputs, config)
         return inputs
 
@@ -297,8 +300,26 @@ class ModelRunner:
 
 
 def draft_cost(draft: nn.Module, model: nn.Module) -> float:
-    """Return what a step of ``draft`` costs, in steps of ``model``: the bytes of their weights."""
-    return model_nbytes(draft) / model_nbytes(model)
+    """Return what a step of ``draft`` costs, in steps of ``model``.
+
+    A GPU takes the time of reading the weights. A CPU takes that of computing with them, and gains
+    nothing by packed ones (docs/performance.md).
+    """
+    size = model_nbytes if on_gpu() else count_weights
+    return size(draft) / size(model)
+
+
+def count_weights(model: nn.Module) -> int:
+    """Return how many weights a model has, packed ones unpacked."""
+    modules: Any = model.named_modules()
+    return sum(map(own_weights, (module for _, module in modules)))
+
+
+def own_weights(module: Any) -> int:
+    """Return how many weights a module has beside its children."""
+    if "scales" in module:
+        return int(module["weight"].size) * PACKED_BITS // int(module.bits)
+    return sum(int(value.size) for value in module.values() if isinstance(value, mx.array))
 
 
 def model_nbytes(model: nn.Module) -> int:

@@ -238,10 +238,14 @@ def test_encoding_meanwhile_counts_as_encoding(vlm, monkeypatch, road):
 
     opened = threading.Event()
     images = [vlm.conversation().process_image(image) for image in (CAT, DOG)]
+    peaks = iter((7 * 10**12, *[0] * 9))  # the encoding has the highest
+    monkeypatch.setattr(opening.mx, "get_peak_memory", lambda: next(peaks))
     monkeypatch.setattr(opening.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(opening, "open_steps", open_steps)
     monkeypatch.setattr(type(vlm.runner), "encode_early", encode)
-    timing = ROADS[road](vlm, "Compare.", [CAT, DOG], **SHORT).timing
+    answer = ROADS[road](vlm, "Compare.", [CAT, DOG], **SHORT)
+    assert answer.peak_memory_gb == answer.held_memory_gb == 7000
+    timing = answer.timing
     assert (timing.preprocess_s, timing.vision_s, timing.first_token_s) == (3, 5, 8)
 
 

@@ -1,6 +1,7 @@
 """Guessing ahead changes the time an answer takes, never the answer."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from fixtures.inputs import random_image
@@ -8,6 +9,7 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 from internvl3_mlx import UserError, load
+from internvl3_mlx.generation import runner
 from internvl3_mlx.generation.draft_length import DraftLength
 from internvl3_mlx.generation.draft_model import FamilyReader
 from internvl3_mlx.generation.generation_config import GenerationConfig
@@ -313,6 +315,17 @@ def test_a_draft_that_costs_as_much_as_the_answer_is_never_asked_for(vlm, twin, 
     assert answer.usage.drafted_tokens == 0
     assert DraftLength(4, cost=0.5, accepted=9.0, tried=10.0).count > 0
     assert DraftLength(4, cost=1.1, accepted=9.0, tried=10.0).count == 0
+
+
+def test_fewer_bits_make_a_draft_cheaper_on_a_gpu_and_not_on_a_cpu(monkeypatch):
+    monkeypatch.undo()
+    whole = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(2)])
+    half = nn.Sequential(nn.Linear(64, 64, bias=False))
+    packed = nn.Sequential(*[nn.QuantizedLinear(64, 64, bias=False, bits=4) for _ in range(2)])
+    for gpu, cost in ((False, 1.0), (True, 4 / 32 + 2 / 64)):  # a scale and a bias for 64 weights
+        monkeypatch.setattr(runner, "on_gpu", lambda gpu=gpu: gpu)
+        assert runner.draft_cost(packed, whole) == cost
+        assert runner.draft_cost(half, whole) == 1 / 2
 
 
 def test_nothing_is_drafted_where_all_drafts_are_wrong(vlm, small):
