@@ -5,7 +5,7 @@ lost when added to a 16-bit number.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_reduce
 
+from internvl3_mlx.errors import UserError
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.params import Arrays, Tree
 
@@ -118,6 +119,18 @@ def rate_factor(config: TrainConfig, name: str) -> float:
     asked = next((rate for part, rate in own.items() if name.startswith(part)), None)
     factor = 1.0 if asked is None or not config.learning_rate else asked / config.learning_rate
     return factor * (config.lora_plus_ratio if name.endswith(LORA_B) else 1.0)
+
+
+def check_part_rates(config: TrainConfig, names: Collection[str]) -> None:
+    """Raise UserError for the learning rate of a part of which no weight is trained."""
+    parts = {"vision_learning_rate": VISION, "projector_learning_rate": PROJECTOR}
+    for setting, part in parts.items():
+        rate = getattr(config, setting)
+        if rate is not None and not any(name.startswith(part) for name in names):
+            raise UserError(
+                f"{setting} is {rate:g}, but no weight of {part.rstrip('.')} is trained; add it to "
+                "train or lora_keys, or drop the setting"
+            )
 
 
 def rate_groups(config: TrainConfig, names: Iterable[str], rate: float) -> dict[float, list[str]]:

@@ -43,7 +43,7 @@ from internvl3_mlx.training.lora_setup import add_lora, load_adapter_into_model,
 from internvl3_mlx.training.losses import PreferenceConfig
 from internvl3_mlx.training.objective_table import OBJECTIVES
 from internvl3_mlx.training.objectives import Objective
-from internvl3_mlx.training.optimizers import warmup_updates
+from internvl3_mlx.training.optimizers import check_part_rates, warmup_updates
 from internvl3_mlx.training.preference_config import PAIR_WEIGHTS
 from internvl3_mlx.training.rewards import Reward, load_reward
 from internvl3_mlx.training.rollouts import RolloutSampler, greedy_batch, iter_rollouts
@@ -146,6 +146,7 @@ def open_train_session(
     state = TrainState(
         model, config, build_objective(config, readers), planned_updates(setup, readers), ranks
     )
+    check_part_rates(config, state.weights)
     if config.compile:
         state.compiled_step = CompiledStep(state)
     start = dict(state.weights) if config.adapters_only else None

@@ -148,6 +148,10 @@ def prepare_run(
     train = open_dataset(config.data, "train", config=config, notify=notify)
     if train is None:
         raise UserError(f"no training data in {config.data}; pass a folder with train.jsonl")
+    if config.stream_records is not None and not train.is_streamed:
+        raise UserError(
+            f"stream_records reads data sets on the Hub, and {config.data} is on this disk; drop it"
+        )
     valid = open_valid_split(config)
     if config.valid_share is not None:
         if valid is not None:

@@ -77,6 +77,11 @@ def select_layers(
         if not found:
             raise UserError(unmatched_key_message(key, linear))
         selected.update(found)
+    if vision_layers is not None and not any(path.startswith("vision_model.") for path in selected):
+        raise UserError(
+            f"vision_layers is {vision_layers}, but no layer of the vision encoder is adapted; add "
+            "vision to lora_keys, or drop it"
+        )
     return tuple(sorted(selected, key=linear.index))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fixtures.image_files import noise
 from fixtures.records import make_preprocessor
-from fixtures.train_sessions import select, small_session
+from fixtures.train_sessions import select, small_session, small_setup, write_data
 
 from internvl3_mlx.adapters.adapter_files import ADAPTER_WEIGHTS
 from internvl3_mlx.errors import DataError, DownloadError, UserError
@@ -233,6 +233,9 @@ def test_an_interrupted_stream_goes_on_to_the_bit(remote, tmp_path, interrupt):
 
 
 def test_what_cannot_be_streamed_is_told(remote, tmp_path):
+    write_data(tmp_path / "data")
+    with pytest.raises(UserError, match=r"data sets on the Hub, and .* is on this disk; drop it"):
+        small_setup(tmp_path, stream_records=5)
     with pytest.raises(UserError, match="packing and text_ratio need another"):
         settings(packing=True)
     (tmp_path / f"{FILES[0]}.parquet").write_bytes(b"PAR1 and nothing more PAR1")

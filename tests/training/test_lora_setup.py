@@ -101,6 +101,11 @@ def test_a_key_that_selects_nothing_is_reported_with_similar_names(key, message)
         names_of("q_proj", key)
 
 
+def test_a_number_of_tower_layers_needs_an_adapted_tower():
+    with pytest.raises(UserError, match="vision_layers is 1, but no layer of the vision encoder"):
+        names_of("language", vision_layers=1)
+
+
 def test_a_tied_model_has_no_head_to_adapt():
     with pytest.raises(UserError, match="'lm_head' matches no linear layer"):
         names_of("lm_head", recipe=Recipe(tied=True))

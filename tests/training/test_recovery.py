@@ -1,5 +1,6 @@
 """What can happen overnight: exploding losses, damaged checkpoints, full disks, impatient users."""
 
+import errno
 import json
 import resource
 import shutil
@@ -28,6 +29,7 @@ from internvl3_mlx.training.loss_history import LossHistory
 from internvl3_mlx.training.objective_table import OBJECTIVES
 from internvl3_mlx.training.objectives import LossOutput
 from internvl3_mlx.training.run import run_session
+from internvl3_mlx.training.run_guards import saved_on_error
 from internvl3_mlx.training.saving import SaveClock
 from internvl3_mlx.training.session import resume_session
 from internvl3_mlx.training.trainer import make_updates
@@ -294,6 +296,15 @@ def test_a_full_disk_is_told_before_the_first_update(tmp_path, monkeypatch):
     with pytest.raises(WriteError, match=r"a checkpoint needs [\d.]+ MB .* only 0\.0 MB are"):
         list(events)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_up_under_any_file_of_a_run_is_told_in_words(tmp_path):
+    """The table of metrics, the plot and the report are not written by ``save_run``."""
+    here = session(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    expected = pytest.raises(WriteError, match="no space left in .* nothing has been saved yet")
+    with expected, saved_on_error(here, SaveClock()):
+        raise full
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_one_line(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from fixtures.tolerances import LOSS_TOLERANCE
 from fixtures.train_sessions import small_session, write_data
 
-from internvl3_mlx.errors import TrainingError
+from internvl3_mlx.errors import TrainingError, UserError
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.evaluate import evaluate_loss
 from internvl3_mlx.training.loss_history import MAX_BAD_UPDATES
@@ -299,6 +299,14 @@ def test_learning_rates_per_part_and_lora_plus_equal_parameter_groups_of_pytorch
     for name, weight in weights.items():
         off = np.abs(np.array(weight) - params[name].detach().numpy()).max()
         assert off < 1e-4 * rates[name], name
+
+
+@pytest.mark.parametrize("part", ["vision", "projector"])
+def test_a_learning_rate_of_a_part_that_is_not_trained_is_refused(tmp_path, part):
+    write_data(tmp_path / "data")
+    name = f"{part}_learning_rate"
+    with pytest.raises(UserError, match=f"{name} is 0.001, but no weight of .* is trained"):
+        small_session(tmp_path, **{name: 1e-3})
 
 
 def test_a_part_without_a_learning_rate_stays_where_it_is(tmp_path):

@@ -6,6 +6,7 @@ ends with a question and two answers to it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from internvl3_mlx.files import nearest_names
@@ -31,7 +32,7 @@ class RecordFormat:
     refused: str = ""
     weak: bool = False
 
-    @property
+    @cached_property
     def required(self) -> frozenset[str]:
         """The keys that make a record one of this format."""
         return frozenset(key for key, role in self.fields.items() if role not in OPTIONAL)

@@ -77,12 +77,17 @@ class Dataset:
         number = int(file.selected[within % len(file.selected)])
         return Record(index, f"{file.name}:{file.source.number(number)}", number, file)
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether records of any file are read over the network."""
+        return any(isinstance(file.source, StreamedTable) for file in self.files)
+
     def blocks(self, indices: np.ndarray) -> np.ndarray | None:
         """Return numbers of the blocks that (S,) records are read in; None if none is streamed.
 
         A row group is a block in each pass over its file; a record that is not streamed is one.
         """
-        if not any(isinstance(file.source, StreamedTable) for file in self.files):
+        if not self.is_streamed:
             return None
         keys: dict[tuple[int, ...], int] = {}
         return np.array([keys.setdefault(self.block_key(int(i)), len(keys)) for i in indices])

@@ -4,6 +4,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -113,6 +114,16 @@ def validate_dataset(
     all images and videos too, in threads.
     """
     check = DecodeCheck(preprocessor.media_loader) if decode else None
+    with ExitStack() as stack:
+        if check:
+            stack.callback(check.save)  # what was decoded before an interrupt, too
+        yield from validate_files(dataset, preprocessor, check)
+
+
+def validate_files(
+    dataset: Dataset, preprocessor: Preprocessor, check: DecodeCheck | None
+) -> Iterator[ValidationProgress]:
+    """Validate the records of every file; the last progress has the report."""
     validator, total, first = DataValidator(preprocessor, check), len(dataset), 0
     for file in dataset.files:
         known = len(validator.indices)
@@ -124,8 +135,6 @@ def validate_dataset(
             yield ValidationProgress(index + 1, total)
         validator.repeat_file(known, len(file.selected), file.repeats)
         first += len(file)
-    if check:
-        check.save()
     kinds = tuple(dict.fromkeys(file.source.kind for file in dataset.files))
     report = validator.build_report(total, kinds)
     sizes = replace(report.sizes, blocks=dataset.blocks(report.sizes.indices))

@@ -11,7 +11,8 @@ from fixtures.videos import make_video
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.training.checkpoint import list_checkpoints
 from internvl3_mlx.training.data.decode_check import DecodeCheck
-from internvl3_mlx.training.data.validate import validation_report
+from internvl3_mlx.training.data.media import MediaLoader
+from internvl3_mlx.training.data.validate import validate_dataset, validation_report
 from internvl3_mlx.training.dataloader import BadRecords, tolerated_bad_records
 from internvl3_mlx.training.events import RecordLeftOut, TrainEnd, UpdateDone
 from internvl3_mlx.training.run import check_data, train
@@ -60,6 +61,20 @@ def test_what_was_decoded_once_is_not_decoded_again_wherever_it_lies(tmp_path):
     for record in open_records(tmp_path / "b" / "train.jsonl")[0]:
         again.check(preprocessor.parse(record), record.file)
     assert (first.num_decoded, again.num_media, again.num_decoded) == (8, 9, 1)
+
+
+def test_the_check_remembers_what_it_decoded_even_if_it_is_interrupted(tmp_path, monkeypatch):
+    opened = open_records(write_records(tmp_path, bad=()))
+    steps = validate_dataset(*opened, decode=True)
+    next(steps)
+    steps.close()
+    known = len(DecodeCheck(opened[1].media_loader).known)
+    assert known > 0
+    assert validation_report(*opened, decode=True).errors == ()
+    decoded = []
+    monkeypatch.setattr(MediaLoader, "decode", lambda _, record, __: decoded.append(record))
+    assert validation_report(*opened, decode=True).decoded == 9
+    assert decoded == []
 
 
 def test_a_damaged_memory_of_the_check_counts_as_empty(tmp_path):
