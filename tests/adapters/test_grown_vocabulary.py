@@ -8,6 +8,7 @@ import pytest
 import torch
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
+from fixtures.tolerances import TOLERANCE
 from safetensors.torch import load_file, save_file
 
 from internvl3_mlx import KeyMapError, load
@@ -83,7 +84,7 @@ def test_it_equals_the_model_that_was_trained(tmp_path, tied):
     assert {rows - 3, rows - 2, rows - 1} <= {*inputs.token_ids}
     ours, theirs = (m.model(inputs.input_ids[None]) for m in (vlm, whole))
     assert ours.shape[-1] == rows
-    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=0, atol=TOLERANCE)
     assert vlm.ask(QUESTION, max_tokens=6).token_ids == whole.ask(QUESTION, max_tokens=6).token_ids
 
 

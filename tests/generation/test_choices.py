@@ -9,6 +9,7 @@ import pytest
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx import PromptError, UserError, load
 from internvl3_mlx.prompt.answer_tokens import encode_answer
@@ -44,7 +45,7 @@ def test_scores_are_those_of_whole_answers(vlm, options):
     answer = vlm.ask("Which?", [CAT, DOG], choice=CHOICES, **options)
     wanted = reference_scores(vlm, CHOICES, **options)
     found = [choice.log_prob for choice in answer.choices]
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
     assert answer.text == CHOICES[int(np.argmax(wanted))].strip()
     assert answer.finish_reason == "stop"
 

@@ -8,6 +8,7 @@ from fixtures.compiled_steps import record_compiled_steps, recorded
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
+from fixtures.tolerances import LOSS_TOLERANCE
 
 from internvl3_mlx import load
 from internvl3_mlx.generation import parallel_samples
@@ -131,7 +132,7 @@ def test_likelihoods_of_answers_to_one_prompt_are_as_without(vlm, monkeypatch):
         found.append([(one.token_ids, one.mean_log_prob) for _, one in samples])
     for plain, compiled in zip(*found, strict=True):
         assert compiled[0] == plain[0]
-        assert compiled[1] == pytest.approx(plain[1], abs=1e-5)
+        assert compiled[1] == pytest.approx(plain[1], abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("style", ["300m", "gpt_oss"])

@@ -9,6 +9,7 @@ import pytest
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Bits, Recipe
+from fixtures.tolerances import OPERATION_TOLERANCE
 
 from internvl3_mlx import load
 from internvl3_mlx.adapters.attach import attach_adapter
@@ -117,7 +118,7 @@ def test_the_next_turn_and_the_cache_are_as_without(vlm, compiled_calls, monkeyp
     for one, other in pairs:
         assert (one.offset, one.nbytes) == (other.offset, other.nbytes)
         for a, b in zip(one.state, other.state, strict=True):
-            assert mx.allclose(a, b, rtol=1e-4, atol=1e-5)
+            assert mx.allclose(a, b, rtol=OPERATION_TOLERANCE, atol=OPERATION_TOLERANCE)
 
 
 def test_a_stopped_answer_leaves_what_was_read(vlm, monkeypatch):

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.inputs import relative_error
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx.metal_kernels.kv_layout import KVRowLayout
 from internvl3_mlx.models import kv_segment, segmented_cache
@@ -77,7 +78,7 @@ class Pair:
         new = draw(seed, length)
         found, expected = self.cache.attend(*new), self.reference.attend(*new)
         assert found.shape == expected.shape
-        assert relative_error(np.array(found), expected) < 2e-5
+        assert relative_error(np.array(found), expected) < TOLERANCE
         assert self.cache.offset == len(self.reference.keys)
 
     def trim(self, count):
@@ -152,7 +153,7 @@ def test_answers_share_what_was_read_before(form, tail):
             one.attend(*(part[row : row + 1] for part in new)) for row, one in enumerate(alone)
         ]
         found = np.array(shared.attend(*new))
-        assert relative_error(found, np.concatenate(expected)) < 2e-5
+        assert relative_error(found, np.concatenate(expected)) < TOLERANCE
     assert shared.offset == len(alone[0].keys) == 20 + tail + 34
     assert shared.parts[0].sequences == 1
     with pytest.raises(ValueError, match="continued by a few tokens only"):

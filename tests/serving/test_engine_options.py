@@ -20,6 +20,7 @@ from fixtures.serving import (
     user,
 )
 from fixtures.tiny import Recipe
+from fixtures.tolerances import TOLERANCE
 
 from internvl3_mlx import load
 from internvl3_mlx.models.cache_kind import format_of
@@ -75,9 +76,9 @@ def test_log_probabilities_are_the_softmax_of_the_logits(vlm):
     found = reply.done[0].logprobs
     assert [one.token_id for one in found] == ids
     for row, one in zip(wanted, found, strict=True):
-        assert one.logprob == pytest.approx(row[one.token_id], abs=1e-4)
+        assert one.logprob == pytest.approx(row[one.token_id], abs=TOLERANCE)
         assert [top.token_id for top in one.top] == np.argsort(-row)[:4].tolist()
-        assert one.top[0].logprob == pytest.approx(row.max(), abs=1e-4)
+        assert one.top[0].logprob == pytest.approx(row.max(), abs=TOLERANCE)
     streamed = [one for delta in reply.deltas for one in delta.logprobs]
     assert tuple(streamed) == found
 
@@ -153,7 +154,7 @@ def test_the_best_of_several_has_the_highest_mean_log_probability(vlm):
     }
     ranked = sorted(scores, key=lambda text: -scores[text])
     assert [done.text for done in best.done] == ranked[:2]
-    assert best.done[0].score == pytest.approx(scores[ranked[0]], abs=1e-4)
+    assert best.done[0].score == pytest.approx(scores[ranked[0]], abs=TOLERANCE)
     assert best.done[0].logprobs == ()
     assert "".join(delta.text for delta in best.deltas if delta.index == 0) == ranked[0]
     assert isinstance(refused, InvalidRequest)
@@ -178,7 +179,7 @@ def test_a_critic_chooses_among_candidates(vlm):
     session = open_critic(vlm.runner).open(ASKED, [IMAGE])
     scores = {done.text: session.score(done.text).score for done in everything.done}
     assert best.done[0].text == max(scores, key=scores.__getitem__)
-    assert best.done[0].score == pytest.approx(max(scores.values()), abs=1e-4)
+    assert best.done[0].score == pytest.approx(max(scores.values()), abs=TOLERANCE)
     assert plain.token_ids == vlm.ask(ASKED, [IMAGE], max_tokens=20).token_ids
 
 

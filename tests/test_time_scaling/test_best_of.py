@@ -10,6 +10,7 @@ import pytest
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
+from fixtures.tolerances import LOSS_TOLERANCE, TOLERANCE
 
 from internvl3_mlx import UserError, load, load_critic
 from internvl3_mlx.generation.generation_config import GenerationConfig
@@ -87,7 +88,7 @@ def test_log_probabilities_are_those_of_a_forward_pass(vlm):
         log_probs = rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
         written = ids[len(prompt.token_ids) :]
         wanted = log_probs[np.arange(len(written)), written].mean()
-        assert answer.mean_log_prob == pytest.approx(wanted, abs=2e-5)
+        assert answer.mean_log_prob == pytest.approx(wanted, abs=TOLERANCE)
         assert candidate.score == answer.mean_log_prob
     best = max(candidate.score for candidate in found.candidates)
     assert found.answer.mean_log_prob == best
@@ -177,7 +178,7 @@ def test_a_critic_with_another_vocabulary_decides(vlm, other):
     *told, result = events
     texts = [candidate.answer.text for candidate in result.candidates]
     wanted = [other.open(*ASKED).score(text).score for text in texts]
-    assert [c.score for c in result.candidates] == pytest.approx(wanted, abs=1e-5)
+    assert [c.score for c in result.candidates] == pytest.approx(wanted, abs=LOSS_TOLERANCE)
     assert result.index == int(np.argmax(wanted))
     assert [type(event) for event in told] == [CandidateWritten] * 3 + [CandidateScored] * 3
     assert sorted(event.index for event in told[:3]) == [0, 1, 2]

@@ -10,6 +10,7 @@ import pytest
 from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
+from fixtures.tolerances import LOSS_TOLERANCE
 
 from internvl3_mlx import PromptError, UserError, load
 from internvl3_mlx.prompt.messages import DEFAULT_SYSTEM
@@ -97,8 +98,8 @@ def test_soft_scores_are_those_of_the_published_prompt(critic, images):
     session = critic.open("Which is larger?", images)
     found = session.score(RESPONSE)
     wanted = reference_scores(critic, session, RESPONSE.split("\n\n"))
-    np.testing.assert_allclose([step.score for step in found.steps], wanted, atol=1e-5)
-    assert found.score == pytest.approx(np.mean(wanted), abs=1e-5)
+    np.testing.assert_allclose([step.score for step in found.steps], wanted, atol=LOSS_TOLERANCE)
+    assert found.score == pytest.approx(np.mean(wanted), abs=LOSS_TOLERANCE)
     assert len({*map(float, wanted)}) == 3
 
 
@@ -111,7 +112,7 @@ def test_one_forward_pass_agrees_with_one_for_each_step(critic, images, response
     texts = [step.text for step in together.steps]
     alone = critic.open("Which is larger?", images).score_step_by_step(texts)
     difference = [a.score - b.score for a, b in zip(together.steps, alone, strict=True)]
-    assert max(map(abs, difference)) < 1e-5
+    assert max(map(abs, difference)) < LOSS_TOLERANCE
     assert len(texts) <= 16
 
 
@@ -121,7 +122,7 @@ def test_a_session_gives_each_response_what_it_gets_alone(critic):
     session = critic.open(*ASKED)
     found = [session.score(response).score for response in responses]
     alone = [critic.open(*ASKED).score(response).score for response in responses]
-    np.testing.assert_allclose(found, alone, atol=1e-5)
+    np.testing.assert_allclose(found, alone, atol=LOSS_TOLERANCE)
     distances = np.diff(np.sort(found))  # two responses are the same
     assert sum(distances > 1e-4) == 2
 
@@ -133,7 +134,7 @@ def test_steps_are_found_whatever_the_size_of_a_prefill_chunk(vlm, monkeypatch):
     monkeypatch.setattr(engine, "prefill_step_size", lambda: 7)
     parts = open_critic(vlm.runner).open(*ASKED).score(RESPONSE)
     difference = [a.score - b.score for a, b in zip(whole.steps, parts.steps, strict=True)]
-    assert max(map(abs, difference)) < 1e-5
+    assert max(map(abs, difference)) < LOSS_TOLERANCE
 
 
 def test_images_are_encoded_once(vlm, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
+from fixtures.tolerances import GRADIENT_TOLERANCE, TOLERANCE
 from fixtures.train_sessions import (
     finish,
     select,
@@ -73,14 +74,14 @@ def test_the_loss_and_its_gradient_are_those_of_pytorch(top_k, temperature):
     soft, t = as_soft(ids, log_p), mx.array(targets)
     x, weights = mx.array(logits.astype(np.float32)), mx.arange(1, N + 1)
     sft, found = distillation_terms(x, t, soft, temperature)
-    assert np.abs(np.array(found) - expected.detach().numpy()).max() < 2e-5
-    assert np.abs(np.array(sft) - cross.detach().numpy()).max() < 2e-5
+    assert np.abs(np.array(found) - expected.detach().numpy()).max() < TOLERANCE
+    assert np.abs(np.array(sft) - cross.detach().numpy()).max() < TOLERANCE
     grad = mx.grad(lambda x: (distillation_terms(x, t, soft, temperature)[1] * weights).sum())(x)
-    assert np.abs(np.array(grad) - theirs.grad.numpy()).max() < 1e-4
+    assert np.abs(np.array(grad) - theirs.grad.numpy()).max() < GRADIENT_TOLERANCE
     if top_k == V:  # the whole vocabulary: the ordinary KL divergence
         log_q = torch.log_softmax(theirs / temperature, -1)
         full = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-        assert np.abs(np.array(found) - temperature**2 * full.detach().numpy()).max() < 2e-5
+        assert np.abs(np.array(found) - temperature**2 * full.detach().numpy()).max() < TOLERANCE
 
 
 class Head:

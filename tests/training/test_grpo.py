@@ -105,12 +105,12 @@ def test_the_first_update_has_ratios_of_1_and_the_gradient_of_the_policy(model, 
     for level in ("token", "sequence"):
         method = GRPO(importance_level=level)
         value, slope, metrics = our_loss(model, monkeypatch, method, (policy, None, reference))
-        assert value == pytest.approx(-ADVANTAGES.mean(), rel=1e-5)
+        assert value == pytest.approx(-ADVANTAGES.mean(), rel=LOSS_TOLERANCE)
         assert metrics["clip_fraction"].item() == 0
         slopes.append(slope)
     expected = -np.repeat(ADVANTAGES / LENGTHS, LENGTHS) / 4
-    np.testing.assert_allclose(slopes[0], expected, rtol=1e-5)
-    np.testing.assert_allclose(slopes[1], expected, rtol=1e-5)
+    np.testing.assert_allclose(slopes[0], expected, rtol=LOSS_TOLERANCE)
+    np.testing.assert_allclose(slopes[1], expected, rtol=LOSS_TOLERANCE)
 
 
 def test_advantages_are_those_of_a_group_and_equal_rewards_have_none():

@@ -13,7 +13,7 @@ from fixtures.loaded_models import numbers, tiny
 from fixtures.lora_models import LORA_FORMS, adapted, logits
 from fixtures.original_torch import OriginalInternVL, skeleton, torch_logits
 from fixtures.tiny import Recipe
-from fixtures.tolerances import TOLERANCE
+from fixtures.tolerances import GRADIENT_TOLERANCE, TOLERANCE
 from mlx.utils import tree_flatten
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -97,7 +97,7 @@ def test_gradients_of_every_lora_weight_equal_pefts(form, tmp_path):
     }
     assert gradients.keys() == expected.keys()
     for name, x in expected.items():
-        assert relative_error(numbers(gradients[name]), x.grad.numpy()) < 1e-4, name
+        assert relative_error(numbers(gradients[name]), x.grad.numpy()) < GRADIENT_TOLERANCE, name
 
 
 @pytest.mark.parametrize("naming", ["original", "hf"])
