@@ -16,6 +16,7 @@ from internvl3_mlx.generation.decode_batch import DecodeBatch
 from internvl3_mlx.generation.engine import Engine
 from internvl3_mlx.generation.parallel_samples import Candidate
 from internvl3_mlx.generation.prefill import Prefill
+from internvl3_mlx.generation.speculative import SpeculativeDecoder
 from internvl3_mlx.generation.structured import Constraint, apply_mask
 
 PICTURES = [random_image(60, 60, 1), random_image(130, 70, 2)]
@@ -94,6 +95,45 @@ def test_a_batch_is_read_before_its_tokens_are_seen(vlm, calls):
     options = {"batch_size": 2, "max_tokens": 3, "temperature": 1.0, "seed": 1}
     assert len([*vlm.ask_each("What?", PICTURES, **options)]) == 2
     assert calls.calls == [*["step", "accept", "accept"] * 2, "accept", "accept"]
+
+
+@pytest.fixture
+def waits(calls):
+    """Record all that lets the host wait for the device."""
+    for name in ("item", "tolist"):
+        calls(mx.array, name, name)
+    calls(mx, "eval", "eval")
+    return calls
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 2}])
+def test_an_answer_is_read_a_token_ahead(vlm, waits, settings):
+    waits(Engine, "next_token", "step")
+    vlm.ask("What?", PICTURES[:1], max_tokens=5, **settings)
+    order = waits.calls[waits.calls.index("step") :]
+    assert order == [*["step", "item"] * 4, "item"]
+
+
+def test_without_drafts_speculation_is_a_token_ahead_too(vlm, waits):
+    waits(SpeculativeDecoder, "plain_step", "step")
+    answer = vlm.ask("What?", PICTURES[:1], lookup=True, max_tokens=5)
+    assert answer.usage.drafted_tokens == 0
+    order = waits.calls[waits.calls.index("step") :]
+    assert order == [*["step", "item"] * 4, "item"]
+
+
+@pytest.mark.usefixtures("cheap_drafts")
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 2}])
+def test_a_round_of_drafts_waits_once(vlm, waits, settings):
+    twin = load(str(tiny(Recipe(shards=2)).folder))
+    vlm.load_draft_model(twin)
+    waits(SpeculativeDecoder, "verify", "verify")
+    answer = vlm.ask("What?", draft_model=twin, num_draft_tokens=3, max_tokens=14, **settings)
+    assert answer.usage.accepted_tokens > 6
+    order = waits.calls[waits.calls.index("verify") :]
+    # a token and its draft are on the device until both are verified; then all are there at once
+    known = ["eval", "item", "tolist", "item"]
+    assert order[:10] == 2 * ["verify", *known]
 
 
 def test_a_form_is_compiled_while_the_prompt_is_read(vlm, monkeypatch):

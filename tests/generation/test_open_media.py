@@ -120,6 +120,15 @@ def test_an_image_is_encoded_while_the_first_frames_are_decoded(vlm, record):
     assert events.log == ["open", 3, "open", "open", 2]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_next_image_is_opened_while_an_answer_about_one_begins(vlm, record, batch_size):
+    expected = [plain(vlm, "What?", [image], **SHORT) for image in (CAT, DOG, SIGN)]
+    events = record(late=2)
+    answers = [*vlm.ask_each("What?", [CAT, DOG, SIGN], batch_size=batch_size, **SHORT)]
+    assert events.waited == [True]
+    assert [one.token_ids for one in answers] == [one.token_ids for one in expected]
+
+
 def test_one_image_is_encoded_when_the_answer_begins_and_needs_no_thread(vlm, record):
     events = record()
     stream = vlm.stream("What?", DOG, **SHORT)

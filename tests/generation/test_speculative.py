@@ -278,6 +278,32 @@ def test_the_index_of_lookup_grows_with_the_answer():
         assert growing.find(ids[:length]) == fresh == last_match(ids[:length])
 
 
+class CountedDict(dict):
+    """Counts how often it is written to and asked."""
+
+    uses = 0
+
+    def __setitem__(self, key, value):
+        self.uses += 1
+        super().__setitem__(key, value)
+
+    def get(self, key):
+        self.uses += 1
+        return super().get(key)
+
+
+@pytest.mark.parametrize("length", [50, 400])
+def test_a_token_of_an_answer_costs_lookup_the_same_whatever_its_length(length):
+    ids = np.random.default_rng(2).integers(0, 50, length).tolist()
+    lookup = PromptLookup(CountedDict())
+    lookup.find(ids)
+    for token in range(20):
+        before = lookup.places.uses
+        ids.append(token)
+        lookup.find(ids)
+        assert lookup.places.uses - before <= 2 * len(MATCH_LENGTHS)
+
+
 def last_match(ids):
     """Search for the last earlier occurrence, without an index."""
     for length in MATCH_LENGTHS:
