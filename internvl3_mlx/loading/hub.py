@@ -141,7 +141,7 @@ def check_fits(remote: RepoInfo, *, quantized: bool) -> None:
 
 def check_free_disk(remote: RepoInfo, *, quantized: bool) -> None:
     """Raise DownloadError if the disks cannot hold the download, and its quantized copy."""
-    needs = [(hub_cache(), remote.nbytes + SPARE_BYTES)]
+    needs: list[tuple[Path, float]] = [(hub_cache(), remote.nbytes + SPARE_BYTES)]
     if quantized:
         needs.append((cache_folder(), remote.nbytes * QUANTIZED_SHARE))
     if shortage := find_shortage(needs):

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from internvl3_mlx.errors import MissingExtraError, TrainingError
+from internvl3_mlx.errors import MissingExtraError, TrainingError, UserError
 from internvl3_mlx.files import atomic_write
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.events import UpdateDone, ValidationDone
@@ -179,8 +179,15 @@ def import_library(name: str) -> Any:
     library, _ = LOGGERS[name]
     try:
         return import_module(library)
-    except ImportError as error:
-        raise MissingExtraError(f"--report-to {name}", library, name) from error
+    except Exception as error:
+        root = library.partition(".")[0]
+        missing = getattr(error, "name", None) or root
+        if isinstance(error, ModuleNotFoundError) and missing.partition(".")[0] == root:
+            raise MissingExtraError(f"--report-to {name}", library, name) from error
+        raise UserError(
+            f"--report-to {name}: {root} is installed, but cannot be imported "
+            f"({type(error).__name__}: {error}); reinstall it, or drop {name}"
+        ) from error
 
 
 def logged_values(row: MetricsRow) -> dict[str, float | int]:

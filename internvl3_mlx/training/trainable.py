@@ -38,6 +38,13 @@ LM_HEAD = "lm_head"
 LORA = "lora"
 LORA_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 PARTS = ("language_model", "mlp1", "vision_model", LM_HEAD)
+# what a preset of lora_keys is called where all weights are trained
+WHOLE_PARTS = {
+    "language": "language_model",
+    "vision": "vision_model",
+    "projector": "mlp1",
+    "all": "vision_model,mlp1,language_model",
+}
 # of a Flash model: trained with a schedule of its own (ViCO), which this package does not have
 UNTRAINED = ("mlp2", "pooling_before_gating", "gating")
 EXPERTS = (ExpertLinear, QuantizedExpertLinear)
@@ -144,6 +151,11 @@ def set_trainable(model: InternVL, parts: Sequence[str]) -> None:
 
 def unfreeze_part(model: InternVL, part: str) -> None:
     """Make the parameters of a part trainable."""
+    if whole := WHOLE_PARTS.get(part):
+        raise UserError(
+            f"{part} names layers that get adapters (lora_keys); to train all weights of that "
+            f"part, pass {whole} in train"
+        )
     modules = dict(model.named_modules())
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     names = [name for name in parameters if belongs_to_part(part, name)]

@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from internvl3_mlx.errors import MissingExtraError, TrainingError
+from internvl3_mlx.errors import MissingExtraError, TrainingError, UserError
 from internvl3_mlx.training import loggers
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.events import ValidationDone
@@ -214,6 +214,15 @@ def test_a_logger_that_is_not_installed_is_told_before_anything_begins(monkeypat
         MissingExtraError, match=rf"--report-to {name} needs {library}; run pip install"
     ):
         check_loggers(TrainConfig(report_to=(name,)))
+
+
+def test_a_logger_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("import no_such_part_of_it")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"wandb is installed, but cannot be imported .*reinstall"):
+        check_loggers(TrainConfig(report_to=("wandb",)))
 
 
 def test_loggers_are_closed_when_a_run_breaks_off(tmp_path, monkeypatch):

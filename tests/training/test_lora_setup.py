@@ -209,6 +209,7 @@ def test_set_trainable_replaces_the_earlier_choice():
             "vision_modle",
             "'vision_modle' matches no .*; did you mean vision_model",
         ),
+        (CASE, "vision", "vision names layers that get adapters .* pass vision_model in train"),
         (CASE, "qqqq", "parts are lora, language_model, mlp1, vision_model, lm_head"),
         (Recipe(tied=True), "lm_head", "its head is the embedding; train .*embed_tokens"),
         (PACKED, "language_model", r"language_model\..* is quantized; train adapters instead"),
