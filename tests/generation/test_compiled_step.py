@@ -175,6 +175,16 @@ def test_three_hundred_answers_are_traced_for_few_lengths_and_leave_nothing(vlm,
     assert active[-1] == active[150]
 
 
+def test_the_trace_that_was_used_last_stays_and_older_ones_leave(vlm, monkeypatch):
+    monkeypatch.setenv(MODE, "on")
+    monkeypatch.setattr(compiled_step, "MAX_TRACES", 1)
+    vlm.model.__dict__.pop("compiled_steps", None)
+    for words, capacity in ((0, 256), (100, 512), (0, 256)):
+        vlm.ask("x " * words, max_tokens=3)
+        (key,) = compiled_step.CompiledSteps.of(vlm.model).traces
+        assert key.layout.capacity == capacity
+
+
 def test_a_trace_keeps_neither_weights_nor_caches_alive(monkeypatch):
     monkeypatch.setenv(MODE, "on")
     gc.collect()
