@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from base64 import b64decode
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -231,6 +232,8 @@ def _hint(text: str) -> str:
     if len(text) > MAX_PATH_LENGTH:
         return "it is too long for a path; if it is base64, put data:;base64, before it"
     wanted = Path(os.path.expanduser(text))
+    with suppress(OSError, ValueError):  # not a link
+        return f"it is a link to {shorten_name(os.readlink(wanted))}, which is not there"
     near = nearest_names(wanted.name, _siblings(wanted), cutoff=NEAR_FILE)
     return (
         f"did you mean {shorten_name(str(wanted.with_name(near[0])))}?"

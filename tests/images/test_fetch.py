@@ -96,6 +96,8 @@ def test_paths_that_hold_no_picture_are_told(tmp_path):
         "cannot read /dev/null: it is a pipe or a device; give the path of an image, or - to read "
         "standard input"
     )
+    (tmp_path / "link.png").symlink_to("gone.png")
+    assert message(tmp_path / "link.png").endswith("it is a link to gone.png, which is not there")
     assert message("") == "no file at an empty path: check the path"
     assert "no file at a\\x00b" in message("a\0b")
     assert message("QUJD" * 9000).endswith("if it is base64, put data:;base64, before it")

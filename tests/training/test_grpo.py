@@ -1,5 +1,6 @@
 """GRPO and GSPO: objective, advantages, rewards, and runs that resume to the bit."""
 
+import re
 from itertools import takewhile
 
 import mlx.core as mx
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.loaded_models import bare_model
+from fixtures.records import chat_record, write_jsonl
 from fixtures.tolerances import LOSS_TOLERANCE
 from fixtures.train_sessions import select, small_session, small_setup, write_data
 
@@ -156,6 +158,24 @@ def test_a_reward_is_a_metric_a_pattern_or_a_function_of_a_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def short(answer, expected):\n    return 1 / len(answer)\n")
     assert load_reward(f"{file}:short")("abcd", "") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "message"),
+    [
+        ("regex", "((", "the answer is not a regular expression .*correct it"),
+        ("iou", "the left one", "the answer has no box, and --reward iou compares boxes"),
+    ],
+)
+def test_an_answer_that_no_reward_can_compare_is_found_before_the_run(
+    tmp_path, reward, answer, message
+):
+    rows = [chat_record(answer=answer), chat_record(answer="<box>[[1, 2, 300, 400]]</box>")]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    setup = small_setup(tmp_path, method="grpo", reward=reward)
+    [error] = setup.train.report.errors
+    assert error.location.endswith("train.jsonl:1")
+    assert re.search(message, error.message)
 
 
 def test_a_pattern_that_would_match_forever_is_one_line():

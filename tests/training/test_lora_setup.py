@@ -14,10 +14,12 @@ from internvl3_mlx import UserError
 from internvl3_mlx.errors import WriteError
 from internvl3_mlx.loading.build import load_local_model
 from internvl3_mlx.models.lora import LoRALinear, lora_layers
+from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.lora_setup import (
     LoRAConfig,
     adapters_disabled,
     add_lora,
+    lora_config,
     save_model_adapter,
 )
 from internvl3_mlx.training.trainable import (
@@ -104,6 +106,14 @@ def test_a_key_that_selects_nothing_is_reported_with_similar_names(key, message)
 def test_a_number_of_tower_layers_needs_an_adapted_tower():
     with pytest.raises(UserError, match="vision_layers is 1, but no layer of the vision encoder"):
         names_of("language", vision_layers=1)
+
+
+def test_a_run_takes_the_shape_of_its_adapters_from_its_settings():
+    shape = {"dora": True, "rslora": True, "vision_layers": 2}
+    settings = {f"lora_{name}": n for name, n in (("rank", 3), ("alpha", 5.0), ("dropout", 0.25))}
+    keys = ("vision", "q_proj")
+    config = TrainConfig(**settings, **shape, num_layers=1, lora_keys=keys)
+    assert lora_config(config) == LoRAConfig(3, 5.0, 0.25, keys=keys, layers=1, **shape)
 
 
 def test_a_tied_model_has_no_head_to_adapt():

@@ -32,7 +32,7 @@ from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.config_fields import RANDOM
 from internvl3_mlx.training.data.media import MediaLoader, MediaShape
 from internvl3_mlx.training.data.record_files import Record
-from internvl3_mlx.training.data.record_kinds import check_kind, split_last_answer
+from internvl3_mlx.training.data.record_kinds import check_expected, check_kind, split_last_answer
 from internvl3_mlx.training.data.schema import ParsedRecord, RecordError, fill_boxes, parse_record
 
 
@@ -209,6 +209,8 @@ class Preprocessor:
         if parsed.objects is not None:
             sizes = self.media_loader.image_sizes(parsed, record.file)
             parsed = fill_boxes(parsed, sizes)
+        if self.config.samples_answers:
+            check_expected(parsed, self.config.reward)
         return parsed
 
     def has_all_files(self, record: Record) -> bool:

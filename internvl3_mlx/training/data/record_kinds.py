@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+import regex
+
+from internvl3_mlx.metrics.box_scores import NO_BOX, first_box
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.schema import ParsedRecord, RecordError
 
@@ -34,6 +37,24 @@ def split_last_answer(record: ParsedRecord) -> ParsedRecord:
         )
     *prompt, last = record.messages
     return replace(record, messages=tuple(prompt), answers=(last.text,))
+
+
+def check_expected(record: ParsedRecord, reward: str | None) -> None:
+    """Raise ``RecordError`` if no answer could be rewarded by comparison with a record's."""
+    [expected] = record.answers or [""]
+    if reward == "regex":
+        try:
+            regex.compile(expected, regex.DOTALL)
+        except regex.error as error:
+            raise RecordError(
+                f"the answer is not a regular expression ({error}), and --reward regex uses it as "
+                "one; correct it"
+            ) from error
+    if reward == "iou" and first_box(expected) == NO_BOX:
+        raise RecordError(
+            "the answer has no box, and --reward iou compares boxes; write "
+            "<box>[[x1, y1, x2, y2]]</box>"
+        )
 
 
 def check_kind(record: ParsedRecord, config: TrainConfig) -> None:
