@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 
 from internvl3_mlx import UserError, convert_model, load
+from internvl3_mlx.generation.text_draft import image_ids
 
 CAT = random_image(130, 70)
 CONFIG = {
@@ -88,9 +89,11 @@ def demo_text(tmp_path_factory):
 def test_a_vocabulary_that_begins_with_image_tokens_is_drafted_for(demo_text):
     demo, asked = load("demo"), ("Describe this picture in detail.", [CAT])
     wanted = demo.ask(*asked, max_tokens=16)
-    answer = demo.ask(*asked, max_tokens=16, draft_model=str(demo_text))
+    chat = demo.conversation(max_tokens=16, draft_model=str(demo_text))
+    answer = chat.ask(*asked)
     assert answer.token_ids == wanted.token_ids
     assert answer.usage.drafted_tokens > 0
+    assert image_ids(demo.tokenizer).isdisjoint(chat.prompt_cache.text_draft.ids)
 
 
 def test_a_plain_token_after_those_of_images_is_compared(demo_text, tmp_path):
