@@ -1,14 +1,23 @@
 """The benchmarks run on the smallest checkpoint and report their results. No time is judged."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.suite import GROUPS
+
 ROOT = Path(__file__).parents[1]
 ROW = {"group", "name", "unit", "ours", "peer", "ratio"}
+
+
+def test_every_group_that_the_readme_names_is_there_and_no_other():
+    readme = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+    table = readme[readme.index("## Groups") : readme.index("## Files")]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [*GROUPS]
 
 
 @pytest.mark.slow
