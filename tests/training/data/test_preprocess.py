@@ -17,6 +17,7 @@ from PIL import Image
 
 from internvl3_mlx.errors import DataError
 from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.generation.open_media import open_media
 from internvl3_mlx.images.load import image_size, open_image
 from internvl3_mlx.prompt.v2pe import DELTAS, image_spans
 
@@ -55,10 +56,16 @@ def test_images_and_frames_are_in_the_order_of_their_tokens(images):
     assert np.array_equal(sample.images[0].tiles, chat.tiles)
 
 
+def chat_inputs(question, images, config):
+    processor = make_processor()
+    media = open_media(processor, images, config.video, config)
+    return processor.build_question(question, media.images, media.videos, config)
+
+
 def test_images_before_the_question_are_encoded_as_in_a_chat(images):
     paths = [images / "wide.png", images / "tall.png"]
     settings = GenerationConfig(video=(str(images / "v.mp4"),), num_frames=2)
-    chat = make_processor()("Which?", paths, settings)
+    chat = chat_inputs("Which?", paths, settings)
     record = chat_record("Which?", images=["wide.png", "tall.png"], video="v.mp4")
     sample = build_sample(images, record, num_frames=2, multi_image_tiles="each")
     assert sample.input_ids[: len(chat.token_ids)].tolist() == chat.token_ids
@@ -86,7 +93,7 @@ def test_the_lower_tile_limit_counts(images):
 
 @pytest.mark.parametrize("delta", ["1", "1/4", 0.00390625])
 def test_a_fixed_delta_positions_every_image(images, delta):
-    chat = make_processor()("?", [images / "wide.png"], GenerationConfig(v2pe_delta=delta))
+    chat = chat_inputs("?", [images / "wide.png"], GenerationConfig(v2pe_delta=delta))
     sample = build_sample(images, chat_record("?", image="wide.png"), v2pe_delta=delta)
     assert sample.positions[: len(chat.positions)].tolist() == chat.positions.tolist()
     assert sample.positions.dtype == np.float32
