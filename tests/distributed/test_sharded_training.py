@@ -62,7 +62,10 @@ def settings(folder, name, run):
 
 
 def write_model(folder):
-    """Write the first layers of the demo model, with heads whose halves are groups of 64."""
+    """Write a model like the first layers of the demo, with heads whose halves are groups of 64.
+
+    Its weights are random: what the demo knows must not decide how rounding grows.
+    """
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("samples", "*.index.json"))
     config = json.loads((folder / "config.json").read_text())
     config["llm_config"] |= TEXT
@@ -71,7 +74,17 @@ def write_model(folder):
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     kept = {name: x for name, x in weights.items() if layer_number(name) < LAYERS}
-    save_file({name: more_heads(name, x) for name, x in kept.items()}, folder / "model.safetensors")
+    random = np.random.default_rng(0)
+    drawn = {name: more_heads(name, draw_like(x, random)) for name, x in kept.items()}
+    save_file(drawn, folder / "model.safetensors")
+
+
+def draw_like(x, random):
+    """Draw a matrix that keeps the size of what it is multiplied with; leave vectors alone."""
+    if x.ndim < 2:
+        return x
+    fan_in = x[0].size
+    return (random.standard_normal(x.shape) / fan_in**0.5).astype(x.dtype)
 
 
 def layer_number(name):
