@@ -29,8 +29,8 @@ TRAINING = {
     "ask": ("see", 2450),
     "widen": ("ask", 2000),
     "broaden": ("widen", 5000),
-    "read": ("broaden", 2800),
-    "settle": ("read", 1800),
+    "read": ("broaden", 1900),
+    "settle": ("read", 1900),
 }
 FROM_DRAWINGS = ("broaden", "read", "settle")  # the stages that draw from the icon sets
 LAST = "settle"

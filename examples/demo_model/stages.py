@@ -110,12 +110,12 @@ READ = Lessons(
     squashed=0.35,
     whole=0.3,
     kinds={
-        "mosaics": 0.05,
-        "letters": 0.12,
-        "scenes": 0.10,
-        "known": 0.08,
+        "mosaics": 0.10,
+        "letters": 0.10,
+        "scenes": 0.15,
+        "known": 0.12,
         "follow_ups": 0.02,
-        "words": 0.57,
+        "words": 0.45,
         "charts": 0.03,
         "pairs": 0.03,
     },
@@ -123,19 +123,19 @@ READ = Lessons(
 # What the stages before knew, and long images, come back; the rates are low.
 SETTLED = Lessons(
     MOSTLY_LONG,
-    {**BROAD.tasks, "exists": 1.8, "count_all": 1.8},
+    {**BROAD.tasks, "exists": 1.8, "count": 1.8, "count_all": 1.8, "list": 1.0},
     boxed=0.12,
     squashed=0.45,
     whole=0.3,
     kinds={
-        "mosaics": 0.16,
-        "letters": 0.08,
-        "scenes": 0.24,
-        "known": 0.18,
+        "mosaics": 0.24,
+        "letters": 0.05,
+        "scenes": 0.27,
+        "known": 0.20,
         "follow_ups": 0.03,
-        "words": 0.24,
+        "words": 0.15,
         "charts": 0.03,
-        "pairs": 0.04,
+        "pairs": 0.03,
     },
 )
 STAGES = {
@@ -144,5 +144,5 @@ STAGES = {
     "widen": Stage(muon=0.009, adam=9e-4, tower=0.8, seeing=0.6, lessons=LONG),
     "broaden": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=BROAD, plateau=0.5),
     "read": Stage(muon=0.009, adam=9e-4, tower=1.0, seeing=0.6, lessons=READ, plateau=1.0),
-    "settle": Stage(muon=0.004, adam=4e-4, tower=0.8, seeing=0.5, lessons=SETTLED, plateau=0.1),
+    "settle": Stage(muon=0.006, adam=6e-4, tower=0.8, seeing=0.5, lessons=SETTLED, plateau=0.25),
 }
