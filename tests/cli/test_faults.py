@@ -18,7 +18,7 @@ from internvl3_mlx.cli.slash_commands import COMMANDS, handle_line
 
 SHOWN = {  # stages of the chat itself
     "read the line": ("internvl3_mlx.cli.chat_session", "parse_line"),
-    "open the file": ("internvl3_mlx.cli.chat_session", "open_media"),
+    "open the file": ("internvl3_mlx.cli.chat_session", "read_media"),
     "make a writer": ("internvl3_mlx.cli.chat_session", "make_answer_writer"),
     "write the answer": ("internvl3_mlx.cli.chat_session", "PlainWriter.add"),
     "end the answer": ("internvl3_mlx.cli.chat_session", "PlainWriter.finish"),

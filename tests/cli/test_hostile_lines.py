@@ -138,13 +138,13 @@ def test_text_is_text_whatever_it_looks_like(session, name, value):
 def test_a_file_that_vanishes_between_two_looks_is_one_line(session, capsys, monkeypatch):
     from internvl3_mlx.cli import chat_session
 
-    open_media = chat_session.open_media
+    read_media = chat_session.read_media
 
     def vanish(media, **options):
         os.unlink("cat.png")
-        return open_media(media, **options)
+        return read_media(media, **options)
 
-    monkeypatch.setattr(chat_session, "open_media", vanish)
+    monkeypatch.setattr(chat_session, "read_media", vanish)
     handle_line(session, "cat.png What is it?")
     assert "error: no file at cat.png" in capsys.readouterr().err
     handle_line(session, "One?")

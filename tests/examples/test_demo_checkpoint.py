@@ -91,8 +91,8 @@ def test_long_pictures_are_answered_right(shipped, column, task):
 def test_the_evaluation_asks_about_all_tiles_of_whole_pictures(monkeypatch, column, tiles):
     seen, prepare = [], ModelRunner.build_inputs
 
-    def prepared(vlm, question, images, settings):
-        inputs = prepare(vlm, question, images, settings)
+    def prepared(vlm, question, images, settings, *features):
+        inputs = prepare(vlm, question, images, settings, *features)
         seen.append((images[0].size, inputs.num_tiles, inputs.image_tokens))
         return inputs
 

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from fixtures.loaded_models import bare_model, numbers
-from fixtures.tolerances import LOSS_TOLERANCE
+from fixtures.tolerances import LOSS_TOLERANCE, TOLERANCE
 from fixtures.training_samples import answer_alone, expected_log_probs, make_pair, make_sample
 from mlx.utils import tree_flatten
 
@@ -42,7 +42,8 @@ def assert_same(ours, theirs):
     for name, slope in theirs[1].items():
         # an embedding row or bias that hardly matters is measured by what does
         least = max(np.abs(slope).max(), 1e-3 * scale)
-        assert np.abs(ours[1][name] - slope).max() < LOSS_TOLERANCE * least, name
+        # the order of sums, and so their rounding, depends on the processor
+        assert np.abs(ours[1][name] - slope).max() < TOLERANCE * least, name
 
 
 def three_samples(checkpoint):
