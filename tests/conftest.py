@@ -32,6 +32,17 @@ def own_cache_folder(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module")
+def vlm():
+    """Load a tiny model with random weights, one for each file of tests."""
+    from fixtures.loaded_models import tiny
+    from fixtures.tiny import Recipe
+
+    from internvl3_mlx import load
+
+    return load(str(tiny(Recipe()).folder))
+
+
 @pytest.fixture
 def cheap_drafts(monkeypatch):
     """Let models draft that are as large as those they draft for."""

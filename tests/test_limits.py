@@ -13,11 +13,6 @@ WINDOW = 300
 
 
 @pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
-@pytest.fixture(scope="module")
 def narrow():
     return load(str(tiny(Recipe(max_positions=WINDOW)).folder))
 

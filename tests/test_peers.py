@@ -24,11 +24,6 @@ ASK = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 SAID = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 def written(inputs):
     """Decode a prompt as it is, each run of context tokens as <n> where n counts its tiles."""
     decoder = Tokenizer.from_file(str(tiny(Recipe()).folder / "tokenizer.json"))

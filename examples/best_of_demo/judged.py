@@ -6,35 +6,23 @@ Thousands of pictures cost seconds here, where sampled answers cost minutes. The
 tell the two answers apart: both are written in the same way, about the same picture.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from examples.best_of_demo.questions import KIND, SEEN_HALF, TASKS, questions
+from examples.best_of_demo.questions import KIND, questions, write_splits
 from examples.best_of_demo.rows import conversation
 from examples.demo_model.questions import MOST
 from examples.demo_model.vocabulary import CATEGORIES, NAMES, OBJECTS, SHAPES
-from examples.finetune_demo.kinds import save
 
-SPLITS = {"train": 4000, "valid": 150}
+SPLITS = {"train": 4000, "valid": 150}  # pictures with a question, two rows each
 NAMED = 0.5  # share of wrong kinds that name the thing instead, as the demo does
 
 
 def main() -> None:
     """Write the two splits."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("best-of/judged"), help="folder to write")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=SEEN_HALF)
-    for split, pictures in SPLITS.items():
-        parser.add_argument(f"--{split}", type=int, default=pictures, help="pictures")
-    options = parser.parse_args()
-    for split in SPLITS:
-        rows = judged(options.out, split, getattr(options, split), options.tasks)
-        save(options.out / f"{split}.jsonl", rows)
-        print(json.dumps({split: len(rows)}))
+    write_splits(judged, Path("best-of/judged"), SPLITS, __doc__)
 
 
 def judged(folder: Path, split: str, pictures: int, tasks: Sequence[str]) -> list[dict]:

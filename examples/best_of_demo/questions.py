@@ -11,7 +11,7 @@ import argparse
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -29,18 +29,26 @@ KIND = "kind"
 SEEN_HALF = ("count", "list", "shape")
 TASKS = (*SEEN_HALF, KIND)
 SPLITS = {"train": 600, "valid": 60, "test": 300}
+MakeRows = Callable[[Path, str, int, Sequence[str]], Iterable[dict]]
 
 
 def main() -> None:
     """Write the three splits."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("best-of"), help="the folder to write")
+    write_splits(questions, Path("best-of"), SPLITS, __doc__)
+
+
+def write_splits(
+    make_rows: MakeRows, out: Path, splits: Mapping[str, int], description: str | None
+) -> None:
+    """Read the command line and write the rows of each split. splits: its questions by default."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=out, help="the folder to write")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=SEEN_HALF)
-    for split, rows in SPLITS.items():
-        parser.add_argument(f"--{split}", type=int, default=rows, help="questions")
+    for split, asked in splits.items():
+        parser.add_argument(f"--{split}", type=int, default=asked, help="questions")
     options = parser.parse_args()
-    for split in SPLITS:
-        rows = [*questions(options.out, split, getattr(options, split), options.tasks)]
+    for split in splits:
+        rows = [*make_rows(options.out, split, getattr(options, split), options.tasks)]
         save(options.out / f"{split}.jsonl", rows)
         print(json.dumps({split: len(rows)}))
 

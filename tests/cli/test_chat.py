@@ -23,11 +23,6 @@ from internvl3_mlx.images import video
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 @pytest.fixture
 def session(vlm, tmp_path, monkeypatch):
     """A chat in a folder of two images."""

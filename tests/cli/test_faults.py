@@ -10,7 +10,6 @@ from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx import load
 from internvl3_mlx.cli.chat_session import ChatSession
 from internvl3_mlx.cli.faults import describe_fault
 from internvl3_mlx.cli.main import main
@@ -25,11 +24,6 @@ SHOWN = {  # stages of the chat itself
     "show statistics": ("internvl3_mlx.cli.chat_session", "ChatSession.show_stats"),
 }
 CHAT = {**STAGES, **ALONE, **SHOWN}
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ import socket
 
 import pytest
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
-from fixtures.tiny import Recipe
 from PIL import Image
 
 from internvl3_mlx import load
@@ -79,11 +77,6 @@ LINES = {
     "/edit": "/edit opens an editor, which needs a terminal",
     "/unknown": "no such command or image: /unknown",
 }
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.fixture

@@ -49,11 +49,6 @@ SAME = [
 ]
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 @pytest.fixture
 def send(vlm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

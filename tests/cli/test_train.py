@@ -10,7 +10,14 @@ import pytest
 from click.testing import CliRunner
 from fixtures.records import chat_record, write_jsonl
 from fixtures.terminal import TerminalProgram
-from fixtures.train_sessions import SHORT, SMALL, write_data
+from fixtures.train_sessions import (
+    SHORT,
+    SMALL,
+    begin_training,
+    enter_data_folder,
+    invoke_train,
+    write_data,
+)
 
 from internvl3_mlx.cli.flags import SECTIONS, SectionedOption, format_default
 from internvl3_mlx.cli.main import main
@@ -28,18 +35,7 @@ FLAGS = {param.name: param for param in train_command.params}
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    write_data(tmp_path / "data", 6, 2)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def invoke(*words):
-    return CliRunner().invoke(main, ["train", *map(str, words)], prog_name="internvl3")
-
-
-def begin(*words):
-    return invoke("--data", "data", *SHORT, *words)
+    return enter_data_folder(tmp_path, monkeypatch)
 
 
 def test_every_field_has_one_flag_of_its_name():
@@ -76,7 +72,7 @@ def test_every_flag_has_a_heading_and_a_help_text():
 
 
 def test_a_run_from_the_first_word_to_the_last(folder):
-    result = begin("--steps-per-eval", 2)
+    result = begin_training("--steps-per-eval", 2)
     assert result.exit_code == 0, result.stderr
     facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in result.stdout.splitlines())
     assert facts["method"] == "sft"
@@ -94,7 +90,7 @@ def test_a_run_from_the_first_word_to_the_last(folder):
 
 def test_a_line_of_mpo_shows_its_terms(folder):
     write_data(folder / "pairs", 4, 2, pairs=True)
-    result = invoke("--data", "pairs", "--method", "mpo", *SHORT, "--iters", 1)
+    result = invoke_train("--data", "pairs", "--method", "mpo", *SHORT, "--iters", 1)
     assert result.exit_code == 0, result.stderr
     number = r"-?\d+\.\d{4}"
     terms = " · ".join(f"{name} {number}" for name in ("dpo", "bco", "sft", "margin"))
@@ -105,7 +101,7 @@ def test_a_line_of_mpo_shows_its_terms(folder):
 
 
 def test_the_adapter_of_a_run_changes_answers(folder):
-    assert begin("--learning-rate", "0.05", "--iters", 8).exit_code == 0
+    assert begin_training("--learning-rate", "0.05", "--iters", 8).exit_code == 0
     ask = ["generate", "data/0.png", "-p", "Who is it?", "--model", "demo", "-m", "4"]
     plain = CliRunner().invoke(main, ask).stdout
     adapted = CliRunner().invoke(main, [*ask, "--adapter-path", "adapters"])
@@ -118,14 +114,14 @@ def test_the_adapter_of_a_run_changes_answers(folder):
 def test_a_config_file_with_flags_over_it(folder):
     lines = [f"{name}: {value}" for name, value in SMALL.items()]
     (folder / "mine.yaml").write_text("\n".join([*lines, "data: data", "iters: 5", "seed: 1"]))
-    result = invoke("-c", "mine.yaml", "--iters", 2, "--json")
+    result = invoke_train("-c", "mine.yaml", "--iters", 2, "--json")
     assert result.exit_code == 0, result.stderr
     kept = build_config({}, folder / "adapters" / "train_config.yaml")
     assert (kept.iters, kept.seed, kept.lora_rank) == (2, 1, 3)
 
 
 def test_json_is_one_line_per_event(folder):
-    result = begin("--json", "--save-every", 2, "--steps-per-eval", 3)
+    result = begin_training("--json", "--save-every", 2, "--steps-per-eval", 3)
     events = [json.loads(line) for line in result.stdout.splitlines()]
     assert [event["event"] for event in events] == [
         "plan", "update", "update", "checkpoint", "update", "validation", "checkpoint", "end",
@@ -140,40 +136,40 @@ def test_json_is_one_line_per_event(folder):
 
 
 def test_quiet_says_nothing(folder):
-    result = begin("--quiet")
+    result = begin_training("--quiet")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_a_dry_run_writes_nothing(folder):
-    result = begin("--dry-run")
+    result = begin_training("--dry-run")
     assert result.exit_code == 0
     assert "updates" in result.stdout
     assert not (folder / "adapters").exists()
 
 
 def test_a_run_resumes_by_its_folder_alone(folder):
-    assert begin().exit_code == 0
-    result = invoke("--resume")
+    assert begin_training().exit_code == 0
+    result = invoke_train("--resume")
     assert result.exit_code == 0, result.stderr
     assert re.search(r"resuming after update +3", result.stdout)
     assert "all 3 updates are done already; to make more, pass --iters N" in result.stderr
-    further = invoke("--resume", "--iters", 4)
+    further = invoke_train("--resume", "--iters", 4)
     assert further.exit_code == 2
     assert "iters was 3 and is now 4" in further.stderr
-    assert invoke("--resume", "--iters", 4, "--accept-changes").exit_code == 0
+    assert invoke_train("--resume", "--iters", 4, "--accept-changes").exit_code == 0
     assert list_checkpoints(folder / "adapters")[-1].name == "step-000004"
 
 
 def test_an_earlier_run_is_not_overwritten_by_default(folder):
-    assert begin().exit_code == 0
+    assert begin_training().exit_code == 0
     (folder / "adapters" / "mine.txt").write_text("mine")
-    again = begin()
+    again = begin_training()
     assert again.exit_code == 2
     assert again.stderr == (
         "error: adapters is not empty; continue its run with --resume, choose another "
         "--adapter-path, or pass --overwrite\n"
     )
-    assert begin("--overwrite", "--iters", 2).exit_code == 0
+    assert begin_training("--overwrite", "--iters", 2).exit_code == 0
     assert [path.name for path in list_checkpoints(folder / "adapters")] == ["step-000002"]
     assert (folder / "adapters" / "mine.txt").exists()
 
@@ -186,7 +182,7 @@ def test_overwrite_refuses_a_run_that_holds_other_files(folder, place):
     ours = folder / "adapters" / "best" / "adapter_config.json"
     ours.parent.mkdir(exist_ok=True)
     ours.write_text("{}")
-    result = begin("--overwrite")
+    result = begin_training("--overwrite")
     assert result.exit_code == 2
     in_the_way = "adapters/model/photos" if "photos" in place else f"adapters/{place}"
     assert result.stderr == f"error: {in_the_way} was not written by a run; move it away\n"
@@ -235,7 +231,7 @@ def test_removing_a_run_keeps_what_came_after_the_check(tmp_path):
     ],
 )
 def test_a_mistake_is_reported_and_nothing_is_left_behind(folder, words, message):
-    result = invoke(*words)
+    result = invoke_train(*words)
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.startswith("error: ")
@@ -243,7 +239,7 @@ def test_a_mistake_is_reported_and_nothing_is_left_behind(folder, words, message
 
 
 def test_check_shows_a_sample_with_its_loss_mask(folder):
-    result = invoke("--data", "data", "--model", "demo", "--check", "--max-tiles", 1)
+    result = invoke_train("--data", "data", "--model", "demo", "--check", "--max-tiles", 1)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[:3] == ["train", "  records      6", "  invalid      0"]
@@ -257,34 +253,36 @@ def test_check_shows_a_sample_with_its_loss_mask(folder):
 def test_check_tells_every_error_by_file_and_line(folder):
     rows = [chat_record(), {"messages": []}, "{", chat_record(images=["gone.png"])]
     write_jsonl(folder / "data" / "train.jsonl", rows)
-    result = invoke("--data", "data", "--model", "demo", "--check")
+    result = invoke_train("--data", "data", "--model", "demo", "--check")
     assert result.exit_code == 2
     lines = result.stderr.splitlines()
     assert [line[: len("error: data/train.jsonl:2: ")] for line in lines] == [
         f"error: data/train.jsonl:{n}: " for n in (2, 3, 4)
     ]
-    as_json = json.loads(invoke("--data", "data", "--model", "demo", "--check", "--json").stdout)
+    as_json = json.loads(
+        invoke_train("--data", "data", "--model", "demo", "--check", "--json").stdout
+    )
     assert len(as_json["train"]["errors"]) == 3
     assert as_json["sample"] is None
-    assert begin().exit_code == 2
+    assert begin_training().exit_code == 2
 
 
 def test_check_in_json_holds_the_sample(folder):
-    result = invoke("--data", "data", "--model", "demo", "--check", "--json")
+    result = invoke_train("--data", "data", "--model", "demo", "--check", "--json")
     sample = json.loads(result.stdout)["sample"]
     assert [part["text"] for part in sample["parts"] if part["in_loss"]] == ["cat<|im_end|>"]
 
 
 def test_both_answers_of_a_pair_are_marked_apart(folder):
     write_data(folder / "pairs", 2, pairs=True)
-    result = invoke("--data", "pairs", "--model", "demo", "--check", "--method", "mpo")
+    result = invoke_train("--data", "pairs", "--model", "demo", "--check", "--method", "mpo")
     assert result.exit_code == 0, result.stderr
     assert "»cat<|im_end|>«›no cat<|im_end|>‹" in result.stdout.replace("\n", "")
 
 
 def test_check_shows_an_answer_with_its_label(folder):
     write_data(folder / "rated", 3, labels=True)
-    result = invoke("--data", "rated", "--model", "demo", "--check", "--method", "kto")
+    result = invoke_train("--data", "rated", "--model", "demo", "--check", "--method", "kto")
     assert result.exit_code == 0, result.stderr
     assert "»cat<|im_end|>«" in result.stdout.replace("\n", "")
     assert "2 records: the answer is desirable" in result.stderr
@@ -298,11 +296,11 @@ def test_a_reward_function_runs_only_when_the_command_names_it(folder):
     )
     Path("grpo.yaml").write_text("method: grpo\nreward: mine.py:length\nmodel: demo\n")
     few = ("--num-generations", 2, "--max-completion-length", 3, "--iters", 1, "--quiet")
-    only_file = invoke("-c", "grpo.yaml", "--data", "asked", *few)
+    only_file = invoke_train("-c", "grpo.yaml", "--data", "asked", *few)
     assert only_file.exit_code == 2
     assert "to run it, name it on the command line: --reward mine.py:length" in only_file.stderr
     assert not Path("ran").exists()
-    named = invoke("-c", "grpo.yaml", "--data", "asked", "--reward", "mine.py:length", *few)
+    named = invoke_train("-c", "grpo.yaml", "--data", "asked", "--reward", "mine.py:length", *few)
     assert named.exit_code == 0, named.stderr
     assert "rewards are computed by your own function mine.py:length" in named.stderr
     assert Path("ran").exists()
@@ -311,7 +309,7 @@ def test_a_reward_function_runs_only_when_the_command_names_it(folder):
 def test_check_shows_what_grpo_asks_and_expects(folder):
     write_data(folder / "asked", 2)
     words = ("--method", "grpo", "--reward", "exact")
-    result = invoke("--data", "asked", "--model", "demo", "--check", *words)
+    result = invoke_train("--data", "asked", "--model", "demo", "--check", *words)
     assert result.exit_code == 0, result.stderr
     assert "Who is it?" in result.stdout
     assert "<|im_start|>assistant" in result.stdout

@@ -2,25 +2,17 @@
 
 import huggingface_hub.constants
 import pytest
-from click.testing import CliRunner
 from fixtures.hub import running_hub
 from fixtures.records import DEMO
-from fixtures.train_sessions import SHORT, write_data
-
-from internvl3_mlx.cli.main import main
+from fixtures.train_sessions import (
+    begin_training,
+    enter_data_folder,
+)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    write_data(tmp_path / "data", 6, 2)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("INTERNVL3_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def begin(*words):
-    arguments = ["train", "--data", "data", *SHORT, *map(str, words)]
-    return CliRunner().invoke(main, arguments, prog_name="internvl3")
+    return enter_data_folder(tmp_path, monkeypatch)
 
 
 def test_an_adapter_has_a_card_and_may_be_uploaded(folder, monkeypatch):
@@ -28,22 +20,22 @@ def test_an_adapter_has_a_card_and_may_be_uploaded(folder, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "hf_made_up")
-        result = begin("--iters", 1, "--upload-repo", "me/mine", "--dora", "--rslora")
+        result = begin_training("--iters", 1, "--upload-repo", "me/mine", "--dora", "--rslora")
         assert result.exit_code == 0, result.stderr
         assert "uploaded to " in result.stderr
         names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
         assert {*hub.repos["me/mine"]} == names
         card = (folder / "adapters" / "best" / "README.md").read_text()
         assert hub.repos["me/mine"]["README.md"] == card.encode()
-        refused = begin("--iters", 1, "--overwrite", "--upload-repo", "me/mine")
+        refused = begin_training("--iters", 1, "--overwrite", "--upload-repo", "me/mine")
         assert "me/mine was not changed" in refused.stderr
     assert "# rsDoRA adapter for " in card
     assert "trained over 16-bit or 32-bit weights" in card
-    assert begin("--upload-repo", "mine").exit_code == 2
+    assert begin_training("--upload-repo", "mine").exit_code == 2
 
 
 def test_a_model_trained_in_full_does_not_claim_what_its_base_measured(folder):
-    result = begin("--model", "demo", "--train", "mlp1", "--iters", 1)
+    result = begin_training("--model", "demo", "--train", "mlp1", "--iters", 1)
     assert result.exit_code == 0, result.stderr
     assert "| task | for example | right | control |" in (DEMO / "README.md").read_text()
     for name in ("model", "best"):

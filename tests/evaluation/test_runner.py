@@ -8,10 +8,7 @@ from itertools import pairwise
 
 import pytest
 from fixtures.eval_data import own_file, write_jsonl
-from fixtures.loaded_models import tiny
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import load
 from internvl3_mlx.errors import DataError, UserError, WriteError
 from internvl3_mlx.evaluation.items import Entry, EvalItem, select_items
 from internvl3_mlx.evaluation.judge import TextJudge, judge_prompt, read_judgment
@@ -23,11 +20,6 @@ from internvl3_mlx.evaluation.runner import (
     ItemFailed,
 )
 from internvl3_mlx.evaluation.setup import EvalOptions, make_evaluation, plan_evaluation
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.fixture

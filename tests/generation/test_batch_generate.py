@@ -20,11 +20,6 @@ PICTURES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 @pytest.fixture
 def steps(monkeypatch):
     """Record how many answers each step decoded."""

@@ -17,11 +17,6 @@ CAT, DOG, SIGN = random_image(130, 70), random_image(60, 60, 1), random_image(70
 SHORT = {"max_tokens": 5}
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 @pytest.fixture
 def towers(vlm, monkeypatch):
     """List the tiles of every call of the tower."""

@@ -5,19 +5,12 @@ import threading
 import pytest
 from fixtures.faults import ALONE, STAGES, PanicException, fault_at
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import generate, load, stream_generate
+from internvl3_mlx import generate, stream_generate
 from internvl3_mlx.errors import PromptError
 
 QUESTION, IMAGE = "What is it?", random_image(130, 70)
 EVERY_STAGE = {**STAGES, **ALONE}
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.fixture(scope="module")

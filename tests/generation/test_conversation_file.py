@@ -17,11 +17,6 @@ SHORT = {"max_tokens": 5}
 
 
 @pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
-@pytest.fixture(scope="module")
 def other():
     return load(str(tiny(Recipe(seed=1)).folder))
 

@@ -8,19 +8,12 @@ import time
 
 import pytest
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import GenerationConfig, PromptError, load
+from internvl3_mlx import GenerationConfig, PromptError
 from internvl3_mlx.models.cache import KVCache
 
 CAT, DOG = random_image(130, 70), random_image(60, 60, 1)
 SHORT = {"max_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.fixture

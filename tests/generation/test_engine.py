@@ -18,11 +18,6 @@ PICTURES = [random_image(130, 70), random_image(60, 60, 1)]
 
 
 @pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
-@pytest.fixture(scope="module")
 def short():
     """A model whose window is 96 tokens, 192 when stretched."""
     return load(str(tiny(Recipe(max_positions=96)).folder))

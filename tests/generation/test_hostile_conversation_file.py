@@ -11,18 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import InternVL3Error, UserError, load
+from internvl3_mlx import InternVL3Error, UserError
 from internvl3_mlx.errors import WriteError
 
 DAMAGED = "it is damaged or not a saved conversation"
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,8 @@
 
 import pytest
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
 from fixtures.pretend_gpu import pretend_metal
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import load
 from internvl3_mlx.generation.compiled_step import MODE_VARIABLE, StepRunner
 from internvl3_mlx.models.decoder import Decoder
 
@@ -19,11 +16,6 @@ LOOPS = {
     "batch": lambda vlm, **options: list(vlm.ask_each("What?", IMAGES, batch_size=2, **options)),
     "samples": lambda vlm, **options: vlm.ask_many("What?", IMAGES, n=2, **options),
 }
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])

@@ -23,11 +23,6 @@ PICTURES = [random_image(60, 60, 1), random_image(130, 70, 2)]
 FORM = "[a-d]{3,9}"
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """Record in which order functions are called."""

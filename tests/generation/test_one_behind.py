@@ -2,19 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from fixtures.loaded_models import tiny
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import GenerationConfig, load
+from internvl3_mlx import GenerationConfig
 from internvl3_mlx.generation.prefill import open_prefill
 from internvl3_mlx.generation.prompt_cache import PromptCache
 from internvl3_mlx.models import internvl
 from internvl3_mlx.models.internvl import compute_in_chunks
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.fixture

@@ -30,11 +30,6 @@ ROADS = {
 }
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 class Events:
     """What happened in which order: an image or frame is opened, some tiles are encoded.
 

@@ -4,18 +4,11 @@ import inspect
 
 import pytest
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import VLM, Conversation, UserError, generate, load, stream_generate
+from internvl3_mlx import VLM, Conversation, UserError, generate, stream_generate
 
 IMAGE = random_image(130, 70)
 OPTIONS = ("Unpack[GenerationOptions]", "Unpack[BestOfOptions]")
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 def test_generate_gives_the_answer_of_ask(vlm):

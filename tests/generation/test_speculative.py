@@ -27,11 +27,6 @@ CAT, DOG = random_image(130, 70), random_image(60, 60, 1)
 LONG = {"max_tokens": 40}
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 pytestmark = pytest.mark.usefixtures("cheap_drafts")
 
 

@@ -6,8 +6,6 @@ import shutil
 import mlx.core as mx
 import pytest
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
-from fixtures.tiny import Recipe
 from fixtures.tokenizers import write_qwen_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
@@ -26,11 +24,6 @@ CONFIG = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 pytestmark = pytest.mark.usefixtures("cheap_drafts")

@@ -4,10 +4,8 @@ from itertools import product
 
 import pytest
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import UserError, load
+from internvl3_mlx import UserError
 from internvl3_mlx.cli.generation_fields import make_config
 from internvl3_mlx.generation import generate, parallel_samples
 from internvl3_mlx.generation import thinking as thinking_module
@@ -76,11 +74,6 @@ def test_a_budget_closes_a_thought_once():
     assert [budget.next_token(part) for part in parts] == [None] * 3 + [7, 8, 9, None, None]
     short = ThoughtBudget(3, (7,))
     assert {short.next_token(p) for p in (Part.THOUGHT, Part.THOUGHT, Part.ANSWER)} == {None}
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.fixture

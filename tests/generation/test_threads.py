@@ -16,11 +16,6 @@ IMAGES = [random_image(70 + 13 * n, 50 + 7 * n, n) for n in range(3)]
 SHORT = {"max_tokens": 4}
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 def ask(vlm, number):
     return vlm.ask(f"Question {number}?", [IMAGES[number % 3]], **SHORT).token_ids
 

@@ -15,11 +15,6 @@ IMAGES = [random_image(w, h, n) for n, (w, h) in enumerate(SIZES)]
 ASKED = "What is it?"
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 def alone(vlm, images, text=ASKED, **options):
     return vlm.ask(text, images, **options)
 

@@ -6,17 +6,17 @@ import time
 
 import mlx.core as mx
 import pytest
-from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
 from fixtures.serving import (
+    ASKED,
+    CAT,
+    DOG,
+    WIDE,
     ask,
     ask_all,
     question,
     running_engine,
 )
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import load
 from internvl3_mlx.errors import GPUError, NumericError
 from internvl3_mlx.generation import decode_batch
 from internvl3_mlx.serving import prompt_inputs, running_answer
@@ -28,16 +28,6 @@ from internvl3_mlx.serving.requests import (
 )
 from internvl3_mlx.serving.scheduler import Scheduler
 from internvl3_mlx.serving.settings import EngineSettings
-
-CAT, DOG = random_image(60, 60, 1), random_image(60, 60, 2)
-WIDE = random_image(480, 160, 3)
-ASKED = "What is it?"
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
 
 STAGES = {
     "decode image": (prompt_inputs, "read_media"),

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
 from fixtures.serving import (
+    ASKED,
+    CAT,
+    DOG,
+    WIDE,
     Reply,
     ask,
     ask_all,
@@ -17,9 +20,8 @@ from fixtures.serving import (
     running_engine,
     user,
 )
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import UserError, load
+from internvl3_mlx import UserError
 from internvl3_mlx.generation import decode_batch
 from internvl3_mlx.generation.context_budget import kv_nbytes_per_token
 from internvl3_mlx.models.internvl import InternVL, tiles_per_chunk
@@ -33,15 +35,6 @@ from internvl3_mlx.serving.requests import (
     TextDelta,
     UnknownModel,
 )
-
-CAT, DOG = random_image(60, 60, 1), random_image(60, 60, 2)
-WIDE = random_image(480, 160, 3)
-ASKED = "What is it?"
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 def test_1000_alternating_requests_never_get_the_answer_about_the_other_image(vlm):
@@ -198,6 +191,7 @@ def test_a_stream_that_is_dropped_counts_as_left(vlm):
 
     with running_engine(vlm) as engine:
         asyncio.run(asyncio.wait_for(drop(engine), 20))
+        assert engine.metrics().finished == {"cancelled": 1}
 
 
 def test_beyond_its_length_the_queue_refuses(vlm):

@@ -37,11 +37,6 @@ ASKED = "What is it?"
 
 
 @pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
-@pytest.fixture(scope="module")
 def other():
     return load(str(tiny(Recipe(style="6b")).folder))
 

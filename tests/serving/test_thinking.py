@@ -4,11 +4,9 @@ from dataclasses import replace
 
 import pytest
 from fixtures.inputs import random_image
-from fixtures.loaded_models import tiny
 from fixtures.serving import ask_all, assistant, question, running_engine, user
-from fixtures.tiny import Recipe
 
-from internvl3_mlx import GenerationConfig, load
+from internvl3_mlx import GenerationConfig
 from internvl3_mlx.generation import thinking as thinking_module
 from internvl3_mlx.generation.thinking import Part, ThoughtSplitter
 from internvl3_mlx.serving import anthropic, openai_chat, openai_responses
@@ -17,11 +15,6 @@ from internvl3_mlx.serving.limits import ServerLimits
 from internvl3_mlx.serving.requests import AnswerRequest, InvalidRequest
 
 CAT = random_image(130, 70)
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 def asked(*messages, **options):

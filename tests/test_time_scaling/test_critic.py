@@ -28,11 +28,6 @@ def critic(request):
     return open_critic(load(str(tiny(Recipe(style=request.param)).folder)).runner)
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 def plant(critic, value):
     """Return a critic whose head gives + the logit of - plus ``value``, wherever it is asked."""
     runner = critic.runner

@@ -8,7 +8,7 @@ from fixtures.inputs import random_image
 from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
-from internvl3_mlx import UserError, load
+from internvl3_mlx import UserError
 from internvl3_mlx.cli import rollouts
 from internvl3_mlx.cli.main import main
 from internvl3_mlx.errors import DataError
@@ -41,11 +41,6 @@ from internvl3_mlx.training.data.schema import parse_record
 CAT = random_image(60, 60)
 SAMPLED = GenerationConfig(temperature=1.0, max_tokens=8)
 QUESTION = KnownQuestion(2, "How many?", (), ("4",), "q.jsonl:3")
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
 
 
 @pytest.mark.parametrize(

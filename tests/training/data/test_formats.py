@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fixtures.image_files import noise
+from fixtures.record_formats import ASSISTANT, CHATS, GPT, HUMAN, PAIRS, UNPAIRED, USER, WORSE
 from fixtures.records import chat_record, make_preprocessor, open_records, write_image, write_jsonl
 
 from internvl3_mlx.prompt.reasoning import PRM_SYSTEM_PROMPT
@@ -15,98 +16,6 @@ from internvl3_mlx.records.json_values import RecordError
 from internvl3_mlx.training.data.formats import FORMATS
 from internvl3_mlx.training.data.schema import parse_record
 from internvl3_mlx.training.data.validate import validation_report
-
-HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}
-USER, ASSISTANT = (
-    {"role": "user", "content": "<image>\nWhat?"},
-    {"role": "assistant", "content": "A cat."},
-)
-WORSE = {"role": "assistant", "content": "A dog."}
-PART = {"type": "image_url", "image_url": {"url": "a.png"}}
-PARTS = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
-
-# name of the format -> records that mean: a.png is shown, "What?" is asked, "A cat." is right
-CHATS = {
-    "OpenAI messages": [
-        {"messages": [USER, ASSISTANT], "images": ["a.png"]},
-        {"messages": [USER, ASSISTANT], "images": [{"path": "a.png", "bytes": None}]},
-        {"messages": [USER, ASSISTANT], "image": {"url": "a.png"}},
-        {"messages": [{**USER, "images": ["a.png"]}, ASSISTANT]},
-        {"messages": [{"role": "user", "content": PARTS}, ASSISTANT], "images": ["a.png"]},
-        {
-            "messages": [
-                {"role": "user", "content": [PART, {"type": "text", "text": "What?"}]},
-                ASSISTANT,
-            ]
-        },
-        {"messages": json.dumps([USER, ASSISTANT]), "images": "['a.png']"},
-    ],
-    "LLaVA / ShareGPT conversations": [
-        {"id": "7", "image": "a.png", "conversations": [HUMAN, GPT]},
-        {"images": ["a.png"], "conversations": [HUMAN, GPT]},
-    ],
-    "ms-swift query/response": [
-        {"query": "<image>\nWhat?", "response": "A cat.", "images": ["a.png"]}
-    ],
-    "prompt/completion": [
-        {"prompt": "<image>\nWhat?", "completion": "A cat.", "image": "a.png"},
-        {"prompt": [USER], "completion": [ASSISTANT], "images": ["a.png"]},
-    ],
-    "question/answer": [{"question": "What?", "answer": "A cat.", "image": "a.png"}],
-    "Alpaca": [{"instruction": "What?", "input": "", "output": "A cat.", "images": ["a.png"]}],
-    "other question/answer keys": [
-        {"prompt": "What?", "response": "A cat.", "image": "a.png"},
-        {"instruction": "What?", "input": "", "response": "A cat.", "image": "a.png"},
-        {"problem": "What?", "solution": "A cat.", "file_name": "a.png"},
-    ],
-    "Cauldron texts": [
-        {"texts": [{"user": "What?", "assistant": "A cat.", "source": "s"}], "images": ["a.png"]}
-    ],
-}
-PAIRS = {
-    "MMPR pair": [{"question": "What?", "chosen": "A cat.", "rejected": "A dog."}],
-    "TRL pair": [
-        {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog."},
-        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [WORSE]},
-    ],
-    "TRL pair with implicit prompt": [{"chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]}],
-    "LLaMA-Factory Alpaca pair": [
-        {"instruction": "What?", "input": "", "chosen": "A cat.", "rejected": "A dog."}
-    ],
-    "LLaMA-Factory ShareGPT pair": [
-        {
-            "conversations": [HUMAN],
-            "chosen": GPT,
-            "rejected": {"from": "gpt", "value": "A dog."},
-        }
-    ],
-    "ms-swift RLHF": [
-        {"messages": [USER, ASSISTANT], "rejected_response": "A dog."},
-        {"messages": [USER, ASSISTANT], "rejected_messages": [USER, WORSE]},
-        {"messages": [USER, ASSISTANT], "rejected_messages": [WORSE]},
-    ],
-    "ms-swift RLHF query/response": [
-        {"query": "What?", "response": "A cat.", "rejected_response": "A dog."}
-    ],
-}
-
-
-UNPAIRED = {
-    "TRL unpaired preference": [
-        {"prompt": "What?", "completion": "A cat.", "label": True},
-        {"prompt": [USER], "completion": [ASSISTANT], "label": 0},
-    ],
-    "unpaired question/answer": [{"question": "What?", "answer": "A cat.", "label": "False"}],
-    "unpaired messages": [
-        {"messages": [USER, ASSISTANT], "label": False},
-        {"messages": [USER, ASSISTANT], "kto_tag": True},
-    ],
-    "unpaired conversations": [{"conversations": [HUMAN, GPT], "label": "1"}],
-    "LLaMA-Factory KTO": [{"conversations": [HUMAN, GPT], "kto_tag": True}],
-    "LLaMA-Factory Alpaca KTO": [
-        {"instruction": "What?", "input": "", "output": "A cat.", "kto_tag": "true"}
-    ],
-}
 
 
 def cases(table):
