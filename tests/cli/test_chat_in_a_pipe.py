@@ -12,20 +12,15 @@ from fixtures.loaded_models import tiny
 from fixtures.tiny import Recipe
 
 import internvl3_mlx
-from internvl3_mlx import load
 
 ROOT = Path(internvl3_mlx.__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return load(str(tiny(Recipe()).folder))
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with an image, as the working directory."""
+    """A folder with an image, as the working directory; past conversations are kept in it, too."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INTERNVL3_DATA", str(tmp_path / "data"))
     random_image(130, 70).save(tmp_path / "cat.png")
     return tmp_path
 
