@@ -11,9 +11,9 @@ from internvl3_mlx.checkpoints.keymap import LANGUAGE_LAYOUT
 from internvl3_mlx.checkpoints.reader import PART_NAMES
 from internvl3_mlx.config import Quantization
 from internvl3_mlx.convert.calibration.metrics import OutputCheck, QualityMetrics, describe_quality
+from internvl3_mlx.disk import format_bytes
 from internvl3_mlx.prompt.tokenizer_files import read_optional_text
 
-GB, MB = 1e9, 1e6
 ROUTER_NAME = PART_NAMES["router"]
 HUB_OWNER = "OpenGVLab"
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -104,7 +104,7 @@ def card_body(card: CardData) -> str:
             ("part", "bits per parameter"),
             [(p, f"{b:.2f}") for p, b in card.bits_per_part.items()],
         ),
-        f"The weights take {format_size(card.nbytes)} on disk and in memory.",
+        f"The weights take {format_bytes(card.nbytes)} on disk and in memory.",
         *quantization_section(card),
         "## What was checked",
         "\n".join(f"- {line}" for line in list_checks(card)),
@@ -124,10 +124,6 @@ def adapter_note(card: CardData) -> str:
 
 def hub_link(base: str) -> str:
     return f"[{base}](https://huggingface.co/{base})" if "/" in base else base
-
-
-def format_size(nbytes: int) -> str:
-    return f"{nbytes / GB:,.1f} GB" if nbytes >= GB / 2 else f"{nbytes / MB:,.1f} MB"
 
 
 def usage_section(card: CardData) -> list[str]:

@@ -14,6 +14,7 @@ import click
 
 from internvl3_mlx.cli.layout import fit_width, table_lines, wrap_text
 from internvl3_mlx.cli.visible import json_text, visible, visible_name, without_controls
+from internvl3_mlx.disk import format_bytes
 
 if TYPE_CHECKING:
     from internvl3_mlx.vlm import Answer
@@ -219,9 +220,7 @@ def format_count(count: int, noun: str) -> str:
 
 def format_size(nbytes: float) -> str:
     """Format a size in decimal units, as disks and the hub do: 4.2 GB, 7.4 MB."""
-    if nbytes >= GB / 2:
-        return f"{nbytes / GB:,.1f} GB"
-    return f"{nbytes / MB:,.1f} MB" if nbytes >= MB / 20 or not nbytes else f"{nbytes / KB:,.1f} kB"
+    return f"{nbytes / KB:,.1f} kB" if 0 < nbytes < MB / 20 else format_bytes(nbytes)
 
 
 def print_table(table: Mapping[str, object]) -> None:

@@ -247,9 +247,8 @@ def split_off_share(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dat
 
 
 HEAD_BYTES = 4096
-FIRST_VALUE = re.compile(
-    rb'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(.)'
-)  # how the value of a first key begins
+# how the value of a first key begins
+FIRST_VALUE = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(.)')
 META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 
 
