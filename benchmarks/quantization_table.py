@@ -47,6 +47,7 @@ from internvl3_mlx.convert.recipes import (
     uniform_recipe,
 )
 from internvl3_mlx.loading.resolve import DEMO_FOLDER
+from internvl3_mlx.records.json_values import write_json
 
 # of the held-out scenes; 0 is the column "square"
 CALIBRATION_SEED, MEASURE_SEED, ASK_SEED = 101, 102, 0
@@ -125,7 +126,7 @@ def main() -> None:
         rows = [row for name in options.rows for row in ROWS[name](benchmark)]
     if options.out:
         table = [vars(row) | {"metrics": row.metrics.to_dict()} for row in rows]
-        options.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, table)
 
 
 def prepare_benchmark(options: argparse.Namespace, work_dir: Path) -> QuantizationBenchmark:

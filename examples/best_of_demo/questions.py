@@ -20,8 +20,9 @@ import numpy as np
 from examples.demo_model.heldout import drawer
 from examples.demo_model.questions import Question, ask
 from examples.demo_model.scenes import SEEN, compose
-from examples.finetune_demo.kinds import kinds, picture, save
+from examples.finetune_demo.kinds import kinds, picture
 from examples.finetune_demo.pairs import WORDINGS
+from internvl3_mlx.records.json_values import write_json_lines
 
 SEED = 5  # first word of every seed here; the demo's training and its evaluation use others
 SIDE = 112  # pixels: one tile of the demo
@@ -49,7 +50,7 @@ def write_splits(
     options = parser.parse_args()
     for split in splits:
         rows = [*make_rows(options.out, split, getattr(options, split), options.tasks)]
-        save(options.out / f"{split}.jsonl", rows)
+        write_json_lines(options.out / f"{split}.jsonl", rows)
         print(json.dumps({split: len(rows)}))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from internvl3_mlx.prompt.reasoning import CORRECT, INCORRECT, critic_question
+from internvl3_mlx.records.json_values import write_json_lines
 
 
 def main() -> None:
@@ -26,8 +27,7 @@ def main() -> None:
     rows = [json.loads(line) for line in options.rows.read_text("utf-8").splitlines()]
     kept = balanced([*map(conversation, rows)], options.count, matched=options.matched)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-    options.out.write_text(text, "utf-8")
+    write_json_lines(options.out, kept)
     print(f"{len(kept)} rows")
 
 

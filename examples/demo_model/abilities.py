@@ -6,7 +6,6 @@ The control asks the same about the images of the next item.
 """
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from examples.demo_model.scenes import SEEN, Cell, DrawObject, Look, Thing, comp
 from examples.demo_model.typefaces import load_typefaces
 from examples.demo_model.vocabulary import COLORS, LETTERS
 from internvl3_mlx.prompt.boxes import parse_boxes
+from internvl3_mlx.records.json_values import write_json
 
 Random = np.random.Generator
 SIDE = 112
@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     table = dict(measure_all(options))
     if options.out:
-        options.out.write_text(json.dumps(table, indent=1) + "\n")
+        write_json(options.out, table)
 
 
 def measure_all(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:

@@ -20,6 +20,7 @@ from examples.demo_model.model import DemoConfig, InternVL
 from examples.demo_model.rows import DELTAS, RowBuilder, visual_positions
 from examples.demo_model.tokenizer import open_tokenizer
 from internvl3_mlx.images.tiling import normalize, to_tiles
+from internvl3_mlx.records.json_values import write_json
 
 LONGEST = 12  # tokens an answer may take
 GROUP = 40  # pictures answered together
@@ -43,7 +44,7 @@ def main() -> None:
     if options.deltas:
         table["deltas"] = {"items": options.deltas, **measure_deltas(ask, options)}
     if options.out:
-        options.out.write_text(json.dumps(table, indent=1) + "\n")
+        write_json(options.out, table)
     if options.answers:
         options.answers.write_text("\n".join(said) + "\n")
 

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from examples.demo_model.model import DemoConfig, InternVL
 from examples.demo_model.tokenizer import SPECIAL, SYSTEM, open_tokenizer
 from internvl3_mlx.files import atomic_write
+from internvl3_mlx.records.json_values import write_json
 
 MAX_TILES = 4
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -126,11 +126,6 @@ def text_config(c: DemoConfig, dtype: str) -> dict:
         "eos_token_id": 0,
         "torch_dtype": dtype,
     }
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write one JSON file, readable by people."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

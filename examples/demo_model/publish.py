@@ -27,6 +27,7 @@ from examples.demo_model.heldout import (
 from examples.demo_model.questions import TEMPLATES
 from examples.demo_model.scenes import SEEN, Cell, Thing, draw
 from examples.demo_model.vocabulary import CATEGORIES, COLORS, NAMES, SHAPES
+from internvl3_mlx.records.json_values import write_json
 
 SAMPLE_SEED = 10  # training uses 1, evaluation 2; with 3 the crabs were miscounted
 SCALE = 2
@@ -143,7 +144,7 @@ def write_samples(folder: Path) -> None:
         {"file": name, "question": question, "answer": answer}
         for name, (_, _, question, answer) in SAMPLES.items()
     ]
-    (folder / "samples.json").write_text(json.dumps(listed, indent=2) + "\n")
+    write_json(folder / "samples.json", listed)
 
 
 def sample(random: np.random.Generator, size: tuple[int, int], plan: Plan) -> Image.Image:

@@ -38,6 +38,7 @@ from examples.demo_model.rows import RowBuilder
 from examples.demo_model.stages import STAGES
 from examples.demo_model.tokenizer import open_tokenizer
 from internvl3_mlx.config import IMAGENET_MEAN, IMAGENET_STD
+from internvl3_mlx.records.json_values import write_json
 
 WARMUP = 100
 CLIP = 2.0  # largest gradient norm of what AdamW trains
@@ -84,7 +85,7 @@ def main() -> None:
     job.run.mkdir(parents=True, exist_ok=True)
     if not (job.run / "plan.json").exists():
         plan = {"steps": steps, "decay_from": int(STAGES[job.stage].plateau * steps)}
-        (job.run / "plan.json").write_text(json.dumps(plan))
+        write_json(job.run / "plan.json", plan)
     source = (job.start or job.run) / "tokenizer.json"
     open_tokenizer(source).save(str(job.run / "tokenizer.json"))
     torch.multiprocessing.spawn(work, (job, time.time()), nprocs=job.workers)

@@ -9,13 +9,14 @@ training part again, with yes and no equally often the answer to each question.
 """
 
 import argparse
-import json
 import random
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+
+from internvl3_mlx.records.json_values import write_json_lines
 
 SEED = 0
 VALIDATION = 200  # questions kept aside of the training part
@@ -75,12 +76,13 @@ def write_part(folder: Path, part: str, rows: Rows, images: dict[int, str]) -> N
     """Write one part's records, and copy the images that they name."""
     source = "test" if part == "test" else "train"
     (folder / source).mkdir(parents=True, exist_ok=True)
-    with (folder / f"{part}.jsonl").open("w") as file:
-        for question, answer, number in rows:
-            name = f"{source}/{number}.png"
-            if not (folder / name).exists():
-                shutil.copyfile(images[number], folder / name)
-            file.write(json.dumps(record(name, question, answer)) + "\n")
+    records = []
+    for question, answer, number in rows:
+        name = f"{source}/{number}.png"
+        if not (folder / name).exists():
+            shutil.copyfile(images[number], folder / name)
+        records.append(record(name, question, answer))
+    write_json_lines(folder / f"{part}.jsonl", records)
 
 
 def record(image: str, question: str, answer: str) -> dict:

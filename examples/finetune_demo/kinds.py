@@ -7,7 +7,6 @@ together is new to it.
 """
 
 import argparse
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from examples.demo_model.heldout import drawer
 from examples.demo_model.questions import Item, ask
 from examples.demo_model.scenes import SEEN, compose
 from examples.demo_model.vocabulary import CATEGORIES, OBJECTS, QUADRANTS
+from internvl3_mlx.records.json_values import write_json_lines
 
 SEED = 3  # first word of every seed here; the demo's training and its evaluation use others
 SIDE = 112  # pixels: one tile of the demo
@@ -49,7 +49,7 @@ def write(folder: Path, split: str, rows: int, wordings: Sequence[str] = WORDING
     for pixels, question, answer in balanced(split, rows, wordings):
         shown = picture(folder, f"{split}/{len(lines):05d}.png", pixels)
         lines.append(conversation(shown, question, answer))
-    save(folder / f"{split}.jsonl", lines)
+    write_json_lines(folder / f"{split}.jsonl", lines)
 
 
 def conversation(image: str, question: str, answer: str) -> dict:
@@ -63,10 +63,6 @@ def picture(folder: Path, name: str, pixels: np.ndarray) -> str:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(folder / name)
     return name
-
-
-def save(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def balanced(

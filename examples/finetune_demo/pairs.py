@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from examples.finetune_demo.kinds import conversation, picture, save, stream, write
+from examples.finetune_demo.kinds import conversation, picture, stream, write
 from internvl3_mlx import load
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.prompt_cache import PromptCache
+from internvl3_mlx.records.json_values import write_json_lines
 from internvl3_mlx.vlm import VLM
 
 WORDINGS = ("At the {}, what kind of thing is it?", "At the {}: what kind of thing?")
@@ -52,8 +53,8 @@ def write_pairs(vlm: VLM, folder: Path, wanted: int) -> None:
             questions.append(conversation(shown, question, right))
         if len(rows) == wanted:
             break
-    save(folder / "train.jsonl", rows)
-    save(folder / "questions.jsonl", questions)
+    write_json_lines(folder / "train.jsonl", rows)
+    write_json_lines(folder / "questions.jsonl", questions)
 
 
 def tries(vlm: VLM, pixels: np.ndarray, question: str) -> list[str]:

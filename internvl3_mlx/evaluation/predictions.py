@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl3_mlx.errors import CheckpointError, DataError, UserError, WriteError
-from internvl3_mlx.files import atomic_write
 from internvl3_mlx.json_files import read_json
-from internvl3_mlx.records.json_values import write_json_lines
+from internvl3_mlx.records.json_values import write_json, write_json_lines
 
 SETTINGS, PREDICTIONS, JUDGMENTS = "settings.json", "predictions.jsonl", "judgments.jsonl"
 RESULTS, SCORES = "results.json", "scores.jsonl"
@@ -164,8 +163,7 @@ class RunFolder:
         return content
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        with atomic_write(self.path / name) as part:
-            part.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        write_json(self.path / name, content)
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write JSON Lines, replacing the file at once."""

@@ -42,6 +42,12 @@ def decode_structured(value: Any) -> Any:
     return value
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON that is pleasant to read, replacing the file at once."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write an object a line, replacing the file at once."""
     with atomic_write(path) as part, part.open("w", encoding="utf-8") as file:

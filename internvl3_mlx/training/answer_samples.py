@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from internvl3_mlx.errors import InternVL3Error
-from internvl3_mlx.files import atomic_write
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.generation.processor import ModelInputs, ProcessedImage
 from internvl3_mlx.generation.runner import ModelRunner
 from internvl3_mlx.prompt.answer_tokens import encode_answer
+from internvl3_mlx.records.json_values import write_json
 from internvl3_mlx.training.batch import Prompt
 from internvl3_mlx.training.data.collate import BatchedDataset
 from internvl3_mlx.training.data.preprocess import PreferencePair, TrainingSample
@@ -165,6 +165,4 @@ def read_samples(folder: Path) -> list[AnswerSample]:
 
 def write_samples(folder: Path, samples: list[AnswerSample]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / SAMPLES_FILE) as temporary:
-        content = [asdict(sample) for sample in samples]
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+    write_json(folder / SAMPLES_FILE, [asdict(sample) for sample in samples])
