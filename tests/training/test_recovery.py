@@ -290,6 +290,23 @@ def test_a_second_ctrl_c_keeps_the_last_whole_update(tmp_path):
     assert_same(arrays(second), arrays(whole))
 
 
+def test_an_interrupt_while_the_loss_is_bad_saves_nothing(tmp_path):
+    here = session(tmp_path, 5)
+    next(e for e in run_session(here) if isinstance(e, UpdateDone) and e.update == 7)
+    assert here.state.losses.bad_updates == 2
+    with pytest.raises(KeyboardInterrupt), saved_on_error(here, SaveClock()):
+        raise KeyboardInterrupt
+    assert [*map(checkpoint_update, list_checkpoints(here.folder))] == [2, 4]
+
+
+def test_a_run_that_is_asked_to_stop_while_the_loss_is_bad_saves_nothing(tmp_path):
+    here = session(tmp_path, 5)
+    [*_, end] = run_session(here, lambda: here.state.update == 7)
+    assert (end.updates, end.stop_cause) == (7, "interrupted")
+    assert end.stop_reason == "interrupted; the last updates were bad and are not saved"
+    assert [*map(checkpoint_update, list_checkpoints(here.folder))] == [2, 4]
+
+
 def test_a_full_disk_is_told_before_the_first_update(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345))
     events = train(small_config(tmp_path, **SETTINGS))
