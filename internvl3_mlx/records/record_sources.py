@@ -9,6 +9,7 @@ import json
 import mmap
 import re
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,38 +198,30 @@ def check_readable(path: Path) -> None:
 
 def holds_array(path: Path) -> bool:
     """Whether a file is one JSON array, rather than lines of which each may be one."""
-    first, more = b"", False
-    with path.open("rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            if first:
-                more = True
-                break
-            first = line.removeprefix(b"\xef\xbb\xbf").strip()
-    if not first.startswith(b"["):
-        return False
-    if not more:
-        return True
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
-        return True
-    return False
+    first, has_more = read_first_line(path)
+    return first.startswith(b"[") and not (has_more and is_json(first))
 
 
 def spans_lines(path: Path) -> bool:
     """Whether a file holds objects over several lines each, or with commas between them."""
+    first, _ = read_first_line(path)
+    return first.startswith(b"{") and first[-1:] in b"{[," and not is_json(first)
+
+
+def read_first_line(path: Path) -> tuple[bytes, bool]:
+    """Return the first line that is not blank, and whether another one follows."""
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    first = first.removeprefix(b"\xef\xbb\xbf").strip()
-    if not first.startswith(b"{") or first[-1:] not in b"{[,":
-        return False
+        lines = (text for line in file if (text := line.removeprefix(BOM_UTF8).strip()))
+        return next(lines, b""), next(lines, None) is not None
+
+
+def is_json(text: bytes) -> bool:
+    """Whether a text is a whole JSON value."""
     try:
-        json.loads(first)
+        json.loads(text)
     except (ValueError, RecursionError):
-        return True
-    return False
+        return False
+    return True
 
 
 def index_lines(path: Path) -> LineIndex:

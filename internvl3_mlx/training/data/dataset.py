@@ -2,6 +2,7 @@
 
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from internvl3_mlx.records.arrow_tables import (
 )
 from internvl3_mlx.records.hub_datasets import DATASET_NAME, download_dataset, ignore
 from internvl3_mlx.records.open_records import open_records
+from internvl3_mlx.records.record_sources import read_first_line
 from internvl3_mlx.records.streamed_parquet import hub_folder, select_stream
 from internvl3_mlx.training.config import TrainConfig
 from internvl3_mlx.training.data.formats import FORMATS
@@ -257,10 +259,8 @@ def is_meta_file(path: Path) -> bool:
     if path.suffix.lower() != ".json":
         return False
     with path.open("rb") as file:
-        head = file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        first = next((line for line in file if line.strip()), b"")
-        more = any(line.strip() for line in file)
+        head = file.read(HEAD_BYTES).removeprefix(BOM_UTF8).lstrip()
+    first, more = read_first_line(path)
     if not head.startswith(b"{"):
         return False
     try:
