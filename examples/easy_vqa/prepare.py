@@ -5,11 +5,13 @@
 
 The PyPI package easy-vqa (MIT) holds 5,000 images of one shape each and 48,248 questions with 13
 answers. Images are copied once; every question is a record of its own. ``balanced.jsonl`` is the
-training part again, with yes and no equally often the answer to each question.
+training part again, with yes and no equally often the answer to each question, and
+``affirmative.jsonl`` those of its rows that ask without *not* and *no*.
 """
 
 import argparse
 import random
+import re
 import shutil
 import sys
 from collections import Counter
@@ -20,11 +22,12 @@ from internvl3_mlx.records.json_values import write_json_lines
 
 SEED = 0
 VALIDATION = 200  # questions kept aside of the training part
+NEGATION = re.compile(r"\b(no|not)\b")
 Rows = Iterable[tuple[str, str, int]]  # question, answer, number of the image
 
 
 def main() -> None:
-    """Write train.jsonl, balanced.jsonl, valid.jsonl and test.jsonl with their images."""
+    """Write the records of every part, with their images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("easy_vqa"), help="folder to write")
     parser.add_argument("--train", type=int, default=38375, help="training questions")
@@ -38,10 +41,12 @@ def main() -> None:
     tested = shuffle(zip(*easy_vqa.get_test_questions(), strict=True))
     trained_images = easy_vqa.get_train_image_paths()
     rows = trained[VALIDATION:][: options.train]
+    balanced = balance(rows)
     parts = {
         "valid": (trained[:VALIDATION], trained_images),
         "train": (rows, trained_images),
-        "balanced": (balance(rows), trained_images),
+        "balanced": (balanced, trained_images),
+        "affirmative": ([row for row in balanced if not is_negated(row[0])], trained_images),
         "test": (tested[: options.test], easy_vqa.get_test_image_paths()),
     }
     for part, (rows, images) in parts.items():
@@ -70,6 +75,14 @@ def balance(rows: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
         if rare:
             repeated += [rare[n % len(rare)] for n in range(abs(missing))]
     return shuffle([*rows, *repeated])
+
+
+def is_negated(question: str) -> bool:
+    """Whether a question has *not* or *no* in it, which turns its answer around.
+
+    As long as a model does not see what is asked for, rows with and without cancel each other out.
+    """
+    return NEGATION.search(question) is not None
 
 
 def write_part(folder: Path, part: str, rows: Rows, images: dict[int, str]) -> None:

@@ -25,7 +25,8 @@ def package(tmp_path, monkeypatch):
         Image.new("RGB", (64, 60), (number, 9, 9)).save(paths[number])
 
     def questions(count):
-        return [f"is it {n}?" for n in range(count)], ["no"] * count, [n % 3 for n in range(count)]
+        asked = [f"is it {'not ' * (n % 4 == 0)}{n}?" for n in range(count)]
+        return asked, ["no"] * count, [n % 3 for n in range(count)]
 
     fake = SimpleNamespace(
         get_train_questions=lambda: questions(300),
@@ -47,7 +48,7 @@ def test_records_are_read_by_training_and_no_question_is_in_two_parts(
     out = tmp_path / "out"
     run(monkeypatch, "--out", out, "--train", 80, "--test", 5)
     counts, questions = {}, {}
-    for part in ("train", "balanced", "valid", "test"):
+    for part in ("train", "balanced", "affirmative", "valid", "test"):
         rows = [json.loads(line) for line in (out / f"{part}.jsonl").read_text().splitlines()]
         counts[part] = len(rows)
         questions[part] = {row["conversations"][0]["value"] for row in rows}
@@ -55,9 +56,28 @@ def test_records_are_read_by_training_and_no_question_is_in_two_parts(
             record = parse_record(row)
             assert record.messages[1].text == "no"
             assert all((out / name).exists() for name in record.images)
-    assert counts == {"train": 80, "balanced": 80, "valid": prepare.VALIDATION, "test": 5}
+    assert {
+        "train": 80,
+        "balanced": 80,
+        "valid": prepare.VALIDATION,
+        "test": 5,
+    }.items() <= counts.items()
     assert questions["balanced"] == questions["train"]
+    assert questions["affirmative"] == {q for q in questions["train"] if " not " not in q}
+    assert 0 < counts["affirmative"] < 80
     assert not questions["train"] & questions["valid"]
+
+
+@pytest.mark.parametrize(
+    ("question", "negated"),
+    [
+        ("is there not a red shape?", True), ("is no circle present?", True),
+        ("does the image not contain a teal shape?", True), ("is a brown shape present?", False),
+        ("what shape is in the image?", False), ("is there a note?", False),
+    ],
+)  # fmt: skip
+def test_negated_questions_are_told_by_whole_words(question, negated):
+    assert prepare.is_negated(question) is negated
 
 
 def test_yes_and_no_answer_each_question_equally_often_and_nothing_is_lost():
