@@ -315,6 +315,19 @@ def test_a_full_disk_is_told_before_the_first_update(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_disk_that_a_run_is_said_to_need_is_what_it_takes_at_its_fullest(tmp_path, monkeypatch):
+    here = session(tmp_path, keep_last=2)
+    sizes, tidy = [], saving.tidy_checkpoints
+
+    def weigh(*args):
+        sizes.append(sum(path.stat().st_size for path in here.folder.rglob("*") if path.is_file()))
+        tidy(*args)
+
+    monkeypatch.setattr(saving, "tidy_checkpoints", weigh)
+    [*run_session(here)]
+    assert max(sizes) == pytest.approx(saving.disk_need(here).total, rel=0.1)
+
+
 def test_a_disk_that_fills_up_under_any_file_of_a_run_is_told_in_words(tmp_path):
     """The table of metrics, the plot and the report are not written by ``save_run``."""
     here = session(tmp_path)
