@@ -133,6 +133,17 @@ def test_an_exploded_loss_goes_back_to_the_last_good_checkpoint(tmp_path, when, 
         )
 
 
+def test_a_checkpoint_that_has_proved_good_replaces_the_one_before(tmp_path):
+    """That of update 4 proves good in update 5; until then 2 is kept, whatever ``keep_last``."""
+    here, found = session(tmp_path, keep_last=1, iters=6), {}
+    for event in run_session(here):
+        kept = [*map(checkpoint_update, list_checkpoints(here.folder))]
+        found[type(event), getattr(event, "update", None)] = kept
+    assert found[CheckpointSaved, 4] == [2, 4]
+    assert found[UpdateDone, 5] == [2, 4]
+    assert found[UpdateDone, 6] == [4]
+
+
 @pytest.mark.parametrize("killed_after", [3, 7, 11, 13])
 def test_a_run_that_stepped_back_resumes_to_the_bit(tmp_path, killed_after):
     """Killed before the shock, while it is noticed, and after the step back."""
@@ -335,6 +346,22 @@ def test_a_disk_that_fills_up_under_any_file_of_a_run_is_told_in_words(tmp_path)
     expected = pytest.raises(WriteError, match="no space left in .* nothing has been saved yet")
     with expected, saved_on_error(here, SaveClock()):
         raise full
+
+
+def test_on_a_full_disk_the_checkpoint_to_step_back_to_is_kept(tmp_path, monkeypatch):
+    """One is saved by time after it, and a run does not step back to such."""
+    monkeypatch.setattr(saving, "MAX_SAVING_SHARE", 1e9)
+    here, write = session(tmp_path, save_minutes=1e-9, keep_last=3), saving.write_run
+
+    def write_until_6(session, *, final):
+        if session.state.update == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(session, final=final)
+
+    monkeypatch.setattr(saving, "write_run", write_until_6)
+    with pytest.raises(WriteError, match="no space left in"):
+        [*run_session(here)]
+    assert [*map(checkpoint_update, list_checkpoints(here.folder))] == [4, 5]
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_one_line(tmp_path):

@@ -14,7 +14,9 @@ from internvl3_mlx.training.events import (
     TrainEnd,
     TrainPlan,
     UpdateDone,
+    ValidationDone,
 )
+from internvl3_mlx.training.events import TestEvaluated as FinalTest  # pytest would collect it
 from internvl3_mlx.training.run import check_data
 
 
@@ -116,3 +118,43 @@ def test_errors_in_the_data_are_raised_after_the_report(tmp_path, data):
 def test_a_run_needs_data():
     with pytest.raises(UserError, match="no training data; set data"):
         next(train(TrainConfig(model="demo", adapter_path="never-written")))
+
+
+def held_out(folder):
+    """Write test data of other records than the training and the validation have."""
+    write_data(folder / "more", 9)
+    rows = (folder / "more" / "train.jsonl").read_text().splitlines()[5:]
+    for image in (folder / "more").glob("*.png"):
+        image.rename(folder / "data" / image.name)
+    (folder / "data" / "test.jsonl").write_text("\n".join(rows) + "\n")
+    return folder / "data" / "test.jsonl"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_test_data_are_evaluated_with_the_final_weights(tmp_path, named):
+    """In another run, the same records as validation data have the same loss."""
+    test = held_out(tmp_path)
+    settings = {"iters": 3, "eval_accuracy": True}
+    chosen = {"test_data": str(test)} if named else {"test": True}
+    events = [*train(small_config(tmp_path, **settings, **chosen))]
+    [tested] = select(events, FinalTest)
+    *_, validated = select(events, ValidationDone)
+    settings |= {"valid_data": str(test), "adapter_path": str(tmp_path / "other")}
+    *_, other = select(train(small_config(tmp_path, **settings)), ValidationDone)
+    assert (tested.loss, tested.exact_match) == (other.loss, other.exact_match)
+    assert tested.loss != validated.loss
+
+
+def test_a_run_that_ends_early_is_tested_but_one_that_is_interrupted_is_not(tmp_path):
+    held_out(tmp_path)
+    settings = {"test": True, "iters": 9, "learning_rate": 0, "steps_per_eval": 1, "patience": 2}
+    *events, end = train(small_config(tmp_path, **settings))
+    assert (end.stop_cause, len(select(events, FinalTest))) == ("patience", 1)
+    config = small_config(tmp_path, **settings, adapter_path=str(tmp_path / "other"))
+    *events, end = train(config, stop_requested=lambda: True)
+    assert (end.stop_cause, select(events, FinalTest)) == ("interrupted", [])
+
+
+def test_test_data_that_are_asked_for_and_not_there_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"no test data in .*; add test.jsonl or set test_data"):
+        [*train(small_config(tmp_path, test=True))]
