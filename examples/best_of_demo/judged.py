@@ -1,9 +1,10 @@
 """Write critic rows whose answers are judged by rule: to each picture a right one and a wrong one.
 
-    python -m examples.best_of_demo.judged --out best-of/judged
+    python -m examples.best_of_demo.judged --out best-of-kind/judged
 
-Thousands of pictures cost seconds here, where sampled answers cost minutes. The text alone cannot
-tell the two answers apart: both are written in the same way, about the same picture.
+Thousands of pictures cost a minute here, where sampled answers cost many. Both answers are about
+the same picture, so a critic has to look at it; of the kinds, half of the wrong ones name the thing
+instead, as the demo does, which the text alone tells.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ NAMED = 0.5  # share of wrong kinds that name the thing instead, as the demo doe
 
 def main() -> None:
     """Write the two splits."""
-    write_splits(judged, Path("best-of/judged"), SPLITS, __doc__)
+    write_splits(judged, Path("best-of-kind/judged"), SPLITS, __doc__, [KIND])
 
 
 def judged(folder: Path, split: str, pictures: int, tasks: Sequence[str]) -> list[dict]:

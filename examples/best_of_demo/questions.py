@@ -39,12 +39,19 @@ def main() -> None:
 
 
 def write_splits(
-    make_rows: MakeRows, out: Path, splits: Mapping[str, int], description: str | None
+    make_rows: MakeRows,
+    out: Path,
+    splits: Mapping[str, int],
+    description: str | None,
+    tasks: Sequence[str] = SEEN_HALF,
 ) -> None:
-    """Read the command line and write the rows of each split. splits: its questions by default."""
+    """Read the command line and write the rows of each split.
+
+    out, tasks, splits: the folder, the tasks, and the questions of each split by default.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=out, help="the folder to write")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=SEEN_HALF)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tasks)
     for split, asked in splits.items():
         parser.add_argument(f"--{split}", type=int, default=asked, help="questions")
     options = parser.parse_args()

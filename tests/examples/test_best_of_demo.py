@@ -3,18 +3,21 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from examples.best_of_demo import judged, measure, questions, rows
+from examples.best_of_demo import controls, judged, measure, questions, rows
 from examples.best_of_demo.measure import COUNTS, WAYS, Candidates, summarize, table
 from examples.best_of_demo.plot import draw_plot
 from examples.demo_model import batches, heldout
 from examples.demo_model.vocabulary import CATEGORIES, NAMES, SHAPES
 from internvl3_mlx import load, load_critic
 from internvl3_mlx.generation.generation_config import GenerationConfig
+from internvl3_mlx.prompt.reasoning import critic_question
 from internvl3_mlx.test_time_scaling.rollout_questions import read_questions
 from internvl3_mlx.training.config_file import build_config
 from internvl3_mlx.training.data.schema import parse_record
@@ -110,3 +113,36 @@ def test_a_wrong_answer_reads_like_a_right_one(task, answer):
     assert len(wrong) > 2
     known = {*"1234", *SHAPES, *CATEGORIES, *NAMES}
     assert all(part in known for text in wrong for part in text.split(", "))
+
+
+def test_controls_show_each_row_its_own_picture_another_and_a_gray_one(tmp_path):
+    rows = judged.judged(tmp_path, "valid", 3, ["shape"])
+    for number, row in enumerate(rows):
+        shown = {
+            name: np.asarray(picture(rows, number, tmp_path))
+            for name, picture in controls.PICTURES.items()
+        }
+        own, another, gray = shown.values()
+        assert (own == np.asarray(Image.open(tmp_path / row["image"]))).all()
+        assert own.shape == another.shape == gray.shape
+        assert (own != another).any()
+        assert np.unique(gray).tolist() == [128]
+
+
+@pytest.mark.parametrize("says", [0.9, 0.1])
+def test_controls_compare_the_judgment_with_the_row(tmp_path, says):
+    rows = judged.judged(tmp_path, "valid", 4, ["count"])
+    asked = []
+
+    class Says:
+        def open(self, question, images):
+            def score(text):
+                asked.append(critic_question(f"<image>\n{question}", text))
+                return SimpleNamespace(score=says)
+
+            return SimpleNamespace(score=score)
+
+    right = [controls.is_right(Says(), row, Image.new("RGB", (8, 8))) for row in rows]
+    replies = [row["conversations"][-1]["value"] for row in rows]
+    assert right == [(reply == "+") == (says > 0.5) for reply in replies]
+    assert asked == [row["conversations"][1]["value"] for row in rows]
