@@ -33,7 +33,10 @@ def python(code: str, **kwargs) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "words", [[], ["--help"], ["generate", "--help"], ["info", "-h"], ["train", "-h"]]
 )
-def test_help_imports_nothing_heavy_and_takes_under_half_a_second(words):
+def test_help_imports_nothing_heavy_and_takes_under_half_a_second(words, tmp_path, monkeypatch):
+    """With compiled files, as an installed program has them."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
     code = f"""
 import contextlib, io, sys, time
 from internvl3_mlx.cli.main import main
