@@ -1,7 +1,7 @@
 """Memory over many requests: ``python -m benchmarks.serving_memory``.
 
 Sends requests about images that are all different to an engine in this process, some of them
-cancelled on the way, and prints the memory of MLX and of the process after every tenth of them.
+canceled on the way, and prints the memory of MLX and of the process after every tenth of them.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def find_icon(book: dict, name: str) -> str | None:
 
 
 def render(svg: str) -> Image.Image:
-    """Render one icon, trimmed to its ink and centred in a square of ``CELL`` pixels."""
+    """Render one icon, trimmed to its ink and centered in a square of ``CELL`` pixels."""
     import resvg_py
 
     drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")

@@ -11,7 +11,7 @@ from examples.demo_model.scenes import Part, Scene
 PATCH = 14
 CELL = 28  # pixels under one visual token
 IGNORE = -100
-# A region is labelled by a part that fills this share of it, and as background when less than the
+# A region is labeled by a part that fills this share of it, and as background when less than the
 # second is filled.
 FILLED, EMPTY = 0.24, 0.08
 
@@ -20,10 +20,10 @@ FILLED, EMPTY = 0.24, 0.08
 class Labels:
     """Hold class ids, IGNORE where there is nothing to say; P patches, V tokens in each of N tiles.
 
-    ``patch`` (N, P) and ``token`` (N, V) are concepts and ``color`` (N, V) colours. ``order``
+    ``patch`` (N, P) and ``token`` (N, V) are concepts and ``color`` (N, V) colors. ``order``
     (N, P) counts the characters of a line from 0. ``side`` (N, V, 2) is the half of the picture
-    (0: left or top, 1: right or bottom) in which the item's centre lies; ``home`` (N, V) is 1 over
-    that centre.
+    (0: left or top, 1: right or bottom) in which the item's center lies; ``home`` (N, V) is 1 over
+    that center.
     """
 
     patch: np.ndarray
@@ -75,7 +75,7 @@ def owner_tiles(owner: np.ndarray, grid: tuple[int, int], size: int) -> tuple[np
 
 
 def part_table(parts: list[Part]) -> np.ndarray:
-    """Tabulate (concept, colour, side x, side y, order) by part number; row 0: background."""
+    """Tabulate (concept, color, side x, side y, order) by part number; row 0: background."""
     rows = [(0, 0, IGNORE, IGNORE, 0)]
     for part in parts:
         sides = (IGNORE if abs(at - 0.5) < EDGE / 2 else int(at > 0.5) for at in (part.x, part.y))
@@ -104,7 +104,7 @@ def concept(table: np.ndarray, part: np.ndarray) -> np.ndarray:
 def homes(
     parts: list[Part], rectangle: tuple[float, float, float, float], count: int
 ) -> np.ndarray:
-    """Mark the tokens under which an item's centre lies: (V,) float32 of 0 and 1."""
+    """Mark the tokens under which an item's center lies: (V,) float32 of 0 and 1."""
     x0, y0, x1, y1 = rectangle
     marks = np.zeros((count, count), np.float32)
     for part in parts:

@@ -16,7 +16,7 @@ SIDE_WORDS = ((" left", " right"), (" top", " bottom"))
 
 
 class SeeingHeads(nn.Module):
-    """Read concept, colour, side and centre from visual tokens; only training needs it.
+    """Read concept, color, side and center from visual tokens; only training needs it.
 
     A visual token is compared with the decoder's own embedding of each word ("dog", "red", "left"):
     what

@@ -280,7 +280,7 @@ def pixel_shuffle(x: Tensor) -> Tensor:
 
 
 def start(module: nn.Module) -> None:
-    """Initialise a layer; widths this small want a fan-in scale rather than 0.02."""
+    """Initialize a layer; widths this small want a fan-in scale rather than 0.02."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.6 * module.in_features**-0.5)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Optimise: Muon for the matrices inside the blocks, AdamW for everything else."""
+"""Optimize: Muon for the matrices inside the blocks, AdamW for everything else."""
 
 from collections.abc import Iterable, Iterator
 

@@ -22,7 +22,7 @@ CLEAR = 120.0  # smallest RGB distance between a background and what is painted 
 def background(
     random: Random, width: int, height: int, used: list[str], *, unseen: bool = False
 ) -> np.ndarray:
-    """Paint a background that stays clear of the colours in ``used``: (H, W, 3) uint8."""
+    """Paint a background that stays clear of the colors in ``used``: (H, W, 3) uint8."""
     first, second = backdrop_color(random, used), backdrop_color(random, used)
     paint = UNSEEN_PATTERNS if unseen else PATTERNS
     amount = paint[random.integers(len(paint))](random, width, height)[..., None]
@@ -33,7 +33,7 @@ def background(
 
 
 def backdrop_color(random: Random, used: list[str]) -> np.ndarray:
-    """Draw a colour, rather muted, at a distance from every used one."""
+    """Draw a color, rather muted, at a distance from every used one."""
     for _ in range(30):
         color = random.uniform(0, 255, 3)
         color = color.mean() + (color - color.mean()) * random.uniform(0.1, 0.9)
@@ -43,7 +43,7 @@ def backdrop_color(random: Random, used: list[str]) -> np.ndarray:
 
 
 def plain(random: Random, width: int, height: int) -> np.ndarray:
-    """One colour."""
+    """One color."""
     return np.zeros((height, width))
 
 
@@ -168,12 +168,12 @@ def draw_text(
 
 
 def tint(mask: np.ndarray, random: Random, color: str) -> np.ndarray:
-    """Fill a mask with one slightly varied colour: (H, W) -> (H, W, 4)."""
+    """Fill a mask with one slightly varied color: (H, W) -> (H, W, 4)."""
     return np.dstack([np.broadcast_to(jitter(random, color), (*mask.shape, 3)), mask])
 
 
 def jitter(random: Random, color: str) -> np.ndarray:
-    """Vary a named colour a little: uint8 (3,)."""
+    """Vary a named color a little: uint8 (3,)."""
     return np.clip(
         np.array(COLORS[color]) + random.integers(-COLOR_JITTER, COLOR_JITTER + 1, 3), 0, 255
     ).astype(np.uint8)

@@ -51,7 +51,7 @@ CASUAL = 0.12  # share of questions typed in lower case and without the mark at 
 
 @dataclass(frozen=True)
 class Item:
-    """Describe one thing in a picture; ``x`` and ``y`` are its centre as fractions of the sides."""
+    """Describe one thing in a picture; ``x`` and ``y`` are its center as fractions of the sides."""
 
     kind: str  # object, shape, number or word
     name: str  # what it is: "dog", "circle", "42", "STOP"
@@ -163,7 +163,7 @@ def placed(
 def colored(
     items: list[Item], single: list[Item], random: np.random.Generator
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield what is written, the colour of shapes and writing, and which shape has a colour."""
+    """Yield what is written, the color of shapes and writing, and which shape has a color."""
     for item in single:
         if item.color:
             yield "color", item.noun, item.color

@@ -59,7 +59,7 @@ UNSEEN_PLACE = Look(unseen_background=True, faces=(TRAIN_FACES,))
 
 @dataclass(frozen=True)
 class Part:
-    """Label a painted part: its concept, its colour (0: none) and its item's centre.
+    """Label a painted part: its concept, its color (0: none) and its item's center.
 
     ``order`` counts the characters of a line from 1; 0 is any other part.
     """
@@ -160,7 +160,7 @@ def draw(
 
 
 def note(scene: Scene, thing: Thing, cell: Cell) -> None:
-    """Record an item at a cell's centre."""
+    """Record an item at a cell's center."""
     height, width = scene.owner.shape
     scene.items.append(Item(thing.kind, thing.name, thing.color, cell.x / width, cell.y / height))
 
@@ -168,7 +168,7 @@ def note(scene: Scene, thing: Thing, cell: Cell) -> None:
 def place(
     scene: Scene, part: np.ndarray, cell: Cell, concept: int, color: int, order: int = 0
 ) -> None:
-    """Stamp one part with its middle on a cell's centre and label it."""
+    """Stamp one part with its middle on a cell's center and label it."""
     item = scene.items[-1]
     scene.parts.append(Part(concept, color, item.x, item.y, order))
     left, top = round(cell.x - part.shape[1] / 2), round(cell.y - part.shape[0] / 2)
@@ -242,7 +242,7 @@ def plan_same(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]
 
 
 def plan_shapes(random: Random, size: tuple[int, int]) -> list[tuple[Thing, Cell]]:
-    """One to four shapes, mostly in different colours."""
+    """One to four shapes, mostly in different colors."""
     count = random.integers(1, 5)
     colors = random.permutation(list(COLORS))[:count]
     names = (

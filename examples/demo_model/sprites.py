@@ -49,7 +49,7 @@ def draw_sprite(
 
 
 def fill(sprite: Image.Image, random: Random) -> Image.Image:
-    """Give a one-colour drawing a random dark or vivid colour."""
+    """Give a one-color drawing a random dark or vivid color."""
     color = random.integers(0, 256, 3)
     flat = np.asarray(sprite).copy()
     flat[..., :3] = color * (0.75 if random.random() < 0.7 else 1.0)
@@ -75,7 +75,7 @@ def recolor(sprite: Image.Image, random: Random) -> Image.Image:
 
 
 def hue_turn(angle: float) -> np.ndarray:
-    """Give the (3, 3) matrix that turns colours about the gray axis by ``angle`` radians."""
+    """Give the (3, 3) matrix that turns colors about the gray axis by ``angle`` radians."""
     cos, sin = np.cos(angle), np.sin(angle) / 3**0.5
     third = (1 - cos) / 3
     matrix = np.full((3, 3), third) + np.eye(3) * cos

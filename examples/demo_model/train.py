@@ -133,7 +133,7 @@ def log(run: Path, step: int, figures: dict[str, float], pace: float) -> None:
 
 
 class Trainer:
-    """Hold the model, the optimisers and the count of finished steps: all that a resumed run
+    """Hold the model, the optimizers and the count of finished steps: all that a resumed run
     needs."""
 
     def __init__(self, job: Job, rank: int):
