@@ -2,7 +2,6 @@
 
 import json
 
-import huggingface_hub
 import pytest
 from click.testing import CliRunner
 from fixtures.hub import running_hub
@@ -158,10 +157,7 @@ def test_dequantizing_from_the_command_line(tmp_path):
 
 
 def test_an_upload_asks_and_a_pipe_cannot_say_yes(source, tmp_path, monkeypatch):
-    with running_hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+    with running_hub(monkeypatch) as hub:
         hub.repos["me/mine"] = {"config.json": b"old"}
         flags = ("--upload-repo", "me/mine", "--no-verify", "--mlx-path")
         refused = invoke(source, *flags, tmp_path / "a")

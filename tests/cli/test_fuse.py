@@ -2,7 +2,6 @@
 
 import json
 
-import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -203,10 +202,7 @@ def test_the_card_names_the_adapter_and_the_screen_its_folder(tmp_path):
 def test_a_fused_model_may_be_uploaded(tmp_path, monkeypatch):
     case = tiny(Recipe())
     saved(case, tmp_path / "a", keys=("mlp1",))
-    with running_hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+    with running_hub(monkeypatch) as hub:
         report = fused(case, tmp_path, "--no-verify", "--upload-repo", "me/mine")
         assert report["uploaded"].endswith("me/mine")
         card = (tmp_path / "out" / "README.md").read_bytes()

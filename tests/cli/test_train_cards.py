@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import huggingface_hub.constants
 import pytest
 import yaml
 from fixtures.hub import running_hub
@@ -20,10 +19,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    with running_hub() as running:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+    with running_hub(monkeypatch) as running:
         yield running
 
 

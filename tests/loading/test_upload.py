@@ -16,11 +16,7 @@ REPO = "someone/InternVL3-tiny-4bit"
 
 @pytest.fixture
 def hub(monkeypatch):
-    with running_hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+    with running_hub(monkeypatch) as hub:
         yield hub
 
 
