@@ -1,7 +1,6 @@
 """The arguments of benchmarks that measure several ways on a random checkpoint."""
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from benchmarks.checkpoint import SHAPES
 from benchmarks.photos import SIZES
 from benchmarks.report import machine_info
+from internvl3_mlx.records.json_values import write_json
 
 
 def benchmark_parser(
@@ -30,4 +30,4 @@ def write_results(path: Path | None, results: dict[str, Any]) -> None:
     """Write results beside the machine they come from, if a file is named."""
     if path is not None:
         content = {"machine": machine_info(), **results}
-        path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_json(path, content)

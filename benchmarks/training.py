@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.arguments import write_results
 from benchmarks.checkpoint import Shape, write_checkpoint
 from benchmarks.photos import synthetic_photo
 from benchmarks.processes import Interpreter, installed_sides, medians
-from benchmarks.report import machine_info
 from benchmarks.sides import OURS, PEER
 from benchmarks.vocabulary import FEW_MERGES, QWEN_MERGES
 
@@ -51,9 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     write_rows(work)
     found = measure_cases(folder, args.only or list(CASES), args.runs)
     print(table(found))
-    if args.json:
-        content = {"machine": machine_info(), "runs": args.runs, "figures": found}
-        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_results(args.json, {"runs": args.runs, "figures": found})
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -7,16 +7,14 @@ right candidate for a question from a wrong one that reads as well.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from examples.best_of_demo.rows import parts, read_rows
 from internvl3_mlx import Critic, load_critic
-from internvl3_mlx.prompt.reasoning import CORRECT
 
-BEFORE, BETWEEN = "### Question:\n<image>\n", "\n\n### Solution Process:\n"
 GRAY = (128, 128, 128)
 Picture = Callable[[Sequence[dict], int, Path], Image.Image]
 
@@ -29,7 +27,7 @@ def main() -> None:
     parser.add_argument("--critic-system", default="", help="as in internvl3 generate")
     options = parser.parse_args()
     critic = load_critic(options.critic, system=options.critic_system)
-    rows = [json.loads(line) for line in options.rows.read_text("utf-8").splitlines()]
+    rows = read_rows(options.rows)
     print(f"| {len(rows)} rows | its judgment is right |\n|---|---:|")
     for name, picture in PICTURES.items():
         right = [
@@ -41,10 +39,8 @@ def main() -> None:
 
 def is_right(critic: Critic, row: dict, picture: Image.Image) -> bool:
     """Whether the critic says of the answer in a row what the row says."""
-    *_, asked, reply = (turn["value"] for turn in row["conversations"])
-    question, answer = asked.removeprefix(BEFORE).split(BETWEEN)
-    score = critic.open(question, [picture]).score(answer).score
-    return (score > 0.5) == (reply == CORRECT)
+    question, answer, is_correct = parts(row)
+    return (critic.open(question, [picture]).score(answer).score > 0.5) == is_correct
 
 
 def own(rows: Sequence[dict], number: int, folder: Path) -> Image.Image:

@@ -7,7 +7,6 @@ ones. Each way chooses among the first N of them.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 from examples.best_of_demo.candidates import candidates, question_seed
 from examples.best_of_demo.plot import draw_plot
+from examples.best_of_demo.rows import read_rows
 from internvl3_mlx import VLM, Critic, load, load_critic
 from internvl3_mlx.generation.generation_config import GenerationConfig
 from internvl3_mlx.metrics.answers import vote_key
@@ -162,7 +162,7 @@ def summarize(runs: Sequence[Sequence[Candidates]]) -> dict:
 
 def by_task(runs: Sequence[Sequence[Candidates]], questions: Path) -> dict:
     """Return the accuracy at the largest N for each task."""
-    tasks = [json.loads(line)["task"] for line in questions.read_text().splitlines()]
+    tasks = [row["task"] for row in read_rows(questions)]
     most = max(COUNTS)
     return {
         task: {

@@ -24,8 +24,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=800, help="at most so many rows")
     parser.add_argument("--matched", action="store_true", help="as many of both for each picture")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.rows.read_text("utf-8").splitlines()]
-    kept = balanced([*map(conversation, rows)], options.count, matched=options.matched)
+    kept = balanced(
+        [*map(conversation, read_rows(options.rows))], options.count, matched=options.matched
+    )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(options.out, kept)
     print(f"{len(kept)} rows")
@@ -38,6 +39,18 @@ def conversation(row: dict) -> dict:
     reply = CORRECT if step["score"] > 0 else INCORRECT
     turns = [{"from": "system", "value": ""}, {"from": "human", "value": asked}]
     return {"image": row["image"], "conversations": [*turns, {"from": "gpt", "value": reply}]}
+
+
+def parts(row: dict) -> tuple[str, str, bool]:
+    """Return the question, the answer and whether it is right: ``conversation`` the other way."""
+    *_, asked, reply = (turn["value"] for turn in row["conversations"])
+    before, between = critic_question("<image>\n|", "").split("|")
+    question, answer = asked.removeprefix(before).split(between)
+    return question, answer, reply == CORRECT
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def balanced(rows: list[dict], count: int, *, matched: bool = False) -> list[dict]:

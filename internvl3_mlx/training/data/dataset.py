@@ -260,9 +260,9 @@ def is_meta_file(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES).removeprefix(BOM_UTF8).lstrip()
-    first, more = read_first_line(path)
     if not head.startswith(b"{"):
         return False
+    first, more = read_first_line(path)
     try:
         value = parse_json_value(first)
     except ValueError:  # the object spans lines: of a meta JSON all values are objects
